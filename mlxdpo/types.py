@@ -1,0 +1,133 @@
+"""The vocabulary of the project: what a row, a pair, a batch and an event are. Read this file first.
+
+Shape legend, used in every signature and comment:
+
+    G  prompts in a batch          T  tokens of a row
+    R  rows: one row is one completion of one prompt
+    B  pairs, as index vectors into the rows (plain pair data: R = 2B)
+    P  shared-prefix tokens        D  hidden size          V  vocabulary
+
+Log-probabilities are natural (nats), float32, summed over the completion's tokens unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # this file imports nothing heavy: `mlxdpo --help` reads it
+    import mlx.core as mx
+    import numpy as np
+
+
+class UserError(Exception):
+    """The user's input is wrong: one sentence with the values and the next step. The CLI prints it and exits 2."""
+
+
+class Message(NamedTuple):
+    """One turn of a conversation. `extra` holds what some templates read besides (tool calls, names, reasoning)."""
+
+    role: str
+    content: str
+    extra: Mapping[str, Any] = {}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The mapping chat templates expect."""
+        return {"role": self.role, "content": self.content, **self.extra}
+
+
+Text = str | tuple[Message, ...]
+"""Plain text, or the turns of a conversation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """One prompt with a better and a worse completion.
+
+    `prompt` is plain text or the turns before the completion. `chosen` and `rejected` are one answer each: plain
+    text, or a tuple of one assistant `Message`. `where` names the source for error messages ("pairs.jsonl:37").
+    `prompt_id` ties together the rows of one prompt. `columns` keeps the row's other columns.
+    """
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    where: str
+    tools: tuple[Mapping[str, Any], ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """One prompt with one completion and a thumb up or down (KTO, arXiv 2402.01306)."""
+
+    prompt: Text
+    completion: Text
+    desirable: bool
+    where: str
+    tools: tuple[Mapping[str, Any], ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A `Preference` as token ids (int32 vectors). The prompt is the same for both completions, token by token.
+
+    Scored tokens are exactly `chosen` and `rejected`: the completion through its end-of-turn token.
+    """
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    where: str
+
+
+class Batch(NamedTuple):
+    """Rows of token ids and the pairs that index them; all shapes fixed within a bucket, so a step is traced once.
+
+    tokens    (R, T) int32, prompt + completion, padded on the right
+    mask      (R, T-1) float32, 1 where the target tokens[:, 1:] is a completion token
+    chosen    (B,) int32, row index of each pair's chosen completion; rejected likewise
+    ref       (R,) float32, the reference's summed completion log-probs
+    weight    (B,) float32, 1, or 0 for a pair that only fills the batch
+    """
+
+    tokens: mx.array
+    mask: mx.array
+    chosen: mx.array
+    rejected: mx.array
+    ref: mx.array
+    weight: mx.array
+
+
+class Pairs(NamedTuple):
+    """What a paired objective sees: each (B,), log-probs in nats summed over the completion, lengths in tokens."""
+
+    chosen: mx.array
+    rejected: mx.array
+    ref_chosen: mx.array
+    ref_rejected: mx.array
+    chosen_len: mx.array
+    rejected_len: mx.array
+
+
+class Unpaired(NamedTuple):
+    """What an unpaired objective sees: each (B,). `desirable` is 1 or 0, `kl` the mismatched log-ratio (nats)."""
+
+    logps: mx.array
+    ref_logps: mx.array
+    length: mx.array
+    desirable: mx.array
+    kl: mx.array
+
+
+class Event(NamedTuple):
+    """Something that happened in a run, yielded by the trainer; the caller decides what to do with it.
+
+    kind is "start", "reference", "step", "eval", "checkpoint", "note" or "done".
+    """
+
+    kind: str
+    step: int
+    values: Mapping[str, Any]
