@@ -1,0 +1,1 @@
+"""Is the tuned model really preferred? Import name: mlxdpo_eval."""

@@ -1,0 +1,5 @@
+"""mlxdpo: Direct Preference Optimization on Apple silicon, in MLX."""
+
+from mlxdpo.platform import preload_blas
+
+preload_blas()

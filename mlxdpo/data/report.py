@@ -1,0 +1,51 @@
+"""What happened to the rows: every refused or changed one is counted under its reason, with the first as example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mlxdpo.types import UserError
+
+
+class BadRow(Exception):
+    """A row that cannot be used: `reason` is a short constant to count by, `sentence` says what is wrong with it."""
+
+    def __init__(self, reason: str, sentence: str):
+        super().__init__(sentence)
+        self.reason, self.sentence = reason, sentence
+
+
+@dataclass
+class Report:
+    """Counts of rows read, kept, refused and changed."""
+
+    read: int = 0
+    kept: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def refuse(self, where: str, bad: BadRow, policy: Literal["stop", "skip"]) -> None:
+        """Count a refused row, or raise `UserError` when the policy is to stop."""
+        if policy == "stop":
+            raise UserError(
+                f"{where}: {bad.sentence}; mend the row, or set data.on_bad_row to skip to leave such rows out"
+            )
+        self.refused[bad.reason] = self.refused.get(bad.reason, 0) + 1
+        self.first.setdefault(bad.reason, f"{where}: {bad.sentence}")
+
+    def change(self, where: str, reason: str) -> None:
+        """Count a row that is kept but not as it stood (prompt trimmed, boundary moved)."""
+        self.changed[reason] = self.changed.get(reason, 0) + 1
+        self.first.setdefault(reason, where)
+
+    def lines(self) -> list[str]:
+        """One line per reason, most frequent first, each with its first row; empty when nothing happened."""
+        refused = [f"left out {n} x {r} (first: {self.first[r]})" for r, n in _by_count(self.refused)]
+        changed = [f"changed {n} x {r} (first: {self.first[r]})" for r, n in _by_count(self.changed)]
+        return refused + changed
+
+
+def _by_count(counts: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: -item[1])

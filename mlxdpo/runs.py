@@ -1,0 +1,160 @@
+"""The run directory: the one interface between programs. Every file is whole or absent; metrics are append-only.
+
+    runs/NAME/config.yaml  manifest.json  metrics.jsonl  checkpoints/  adapter/  eval/  samples/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxdpo.config import Config, dump_config, load_config
+from mlxdpo.types import UserError
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk and rename it over `path`.
+
+    A reader sees the old file or the new one, never a part, whenever the process or the machine stops.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last: mx.save_safetensors appends one that is missing.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text atomically, UTF-8."""
+    write_atomic(path, lambda temporary: temporary.write_text(text, "utf-8"))  # type: ignore[arg-type,return-value]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically; NaN and infinity are refused, so that every reader can parse it."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one JSON line in a single write, flushed to disk; an unfinished last line is cut off first."""
+    _cut_torn_line(path)
+    line = (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, line)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON lines of a file; a torn last line (the writer was killed) is not a line yet."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory. Paths only; reading and writing go through its methods."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, config: Config) -> Run:
+        """Make the directory named by `config.out`, or the next free runs/<model>-<data>-<number>.
+
+        Raises `UserError` when it already holds a run.
+        """
+        if config.out:
+            path = Path(config.out)
+            if (path / "config.yaml").exists():
+                raise UserError(
+                    f"{path} already holds a run; choose another --out or continue it with --resume {path}"
+                )
+        else:
+            stem = f"{Path(config.model.path).name}-{Path(config.data.path).stem}".lower()
+            path = next(p for n in range(1, 10**6) if not (p := Path("runs") / f"{stem}-{n}").exists())
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: cannot make the run directory ({error.strerror})") from None
+        write_text(path / "config.yaml", dump_config(config))
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """An existing run. Raises `UserError` when the directory holds none."""
+        run = cls(Path(path))
+        if not (run.path / "config.yaml").exists():
+            raise UserError(f"{path}: no config.yaml there; expected a run directory such as runs/NAME")
+        return run
+
+    def config(self) -> Config:
+        """The run's resolved configuration."""
+        return load_config(self.path / "config.yaml")
+
+    def manifest(self) -> dict[str, Any]:
+        """What the run was made of: versions, machine, base model, reference, template, data, seed."""
+        file = self.path / "manifest.json"
+        if not file.exists():
+            raise UserError(f"{file}: missing; the run stopped before its first step, start it again")
+        return json.loads(file.read_text("utf-8"))
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Save the manifest."""
+        write_json(self.path / "manifest.json", manifest)
+
+    @property
+    def adapter(self) -> Path:
+        """The final adapter's folder."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Append one line of metrics."""
+        append_line(self.path / "metrics.jsonl", values)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All metrics so far."""
+        return list(read_lines(self.path / "metrics.jsonl"))
