@@ -1,0 +1,81 @@
+"""Checkpoints: a folder that appears whole or not at all, from which a run goes on to the bit.
+
+    step-000200/ adapters.safetensors  adapter_config.json  optimizer.safetensors  state.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxdpo.config import LoraConfig
+from mlxdpo.model.adapters import load_arrays, save_adapter
+from mlxdpo.runs import sync_folder, write_atomic, write_json
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands between two optimizer steps. Data order and dropout follow from seed and step alone."""
+
+    step: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    waited: int = 0
+
+
+def save(folder: Path, model: nn.Module, lora: LoraConfig, optimizer: optim.Optimizer, progress: Progress) -> Path:
+    """Write step-N below `folder`; readers see it complete or not at all. Returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"step-{progress.step:06d}"
+    draft = Path(tempfile.mkdtemp(dir=folder, prefix=".draft-"))
+    try:
+        save_adapter(model, lora, draft)
+        arrays = dict(tree_flatten(optimizer.state))
+        write_atomic(draft / "optimizer.safetensors", lambda file: mx.save_safetensors(str(file), arrays))
+        write_json(draft / "state.json", asdict(progress))
+        draft.chmod(0o755)
+        if target.exists():  # the same step, reached again after a resume: the same numbers
+            shutil.rmtree(target)
+        os.replace(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    sync_folder(folder)
+    return target
+
+
+def steps(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def prune(folder: Path, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one, and drafts of a run that was killed."""
+    best = None if best_step is None else f"step-{best_step:06d}"
+    for old in [path for path in steps(folder)[:-keep] if path.name != best]:
+        shutil.rmtree(old)
+
+
+def sweep(folder: Path) -> None:
+    """Remove drafts that a killed run left behind. Only at the start of a run: nobody else writes here then."""
+    for draft in folder.glob(".draft-*"):
+        shutil.rmtree(draft)
+
+
+def restore(checkpoint: Path, model: nn.Module, optimizer: optim.Optimizer) -> Progress:
+    """Bring model and optimizer back to a checkpoint's state, to the bit."""
+    load_arrays(model, checkpoint)
+    saved: dict[str, mx.array] = mx.load(str(checkpoint / "optimizer.safetensors"))  # type: ignore[assignment]
+    optimizer.state = tree_unflatten(list(saved.items()))
+    return Progress(**json.loads((checkpoint / "state.json").read_text("utf-8")))

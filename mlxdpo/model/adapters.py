@@ -1,0 +1,143 @@
+"""What is trained on top of frozen weights: LoRA, DoRA, or every weight; attached, saved, reloaded, switched off.
+
+Folders are mlx-lm's own: `mlx_lm.generate --adapter-path runs/NAME/adapter` reads them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxdpo.config import LoraConfig
+from mlxdpo.runs import write_atomic, write_json
+from mlxdpo.types import UserError
+
+WEIGHTS, SETTINGS = "adapters.safetensors", "adapter_config.json"
+
+
+def attach_lora(model: nn.Module, lora: LoraConfig, seed: int = 0) -> nn.Module:
+    """Make `model` trainable as `lora` says (adapters start as a no-op) and return it.
+
+    Raises `UserError` for a layer name the model does not have, too many layers, or full training of weights that
+    cannot take it: in 16 bits a step of 1e-6 rounds to nothing, and quantised codes have no gradient.
+    """
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    if lora.method == "full":
+        return _unfreeze_all(model)
+    _check_names(model, lora)
+    mx.random.seed(seed)
+    model.freeze()
+    settings = {"rank": lora.rank, "scale": lora.multiplier, "dropout": lora.dropout}
+    if lora.keys is not None:
+        settings["keys"] = set(lora.keys)
+    linear_to_lora_layers(model, lora.layers, settings, use_dora=lora.method == "dora")
+    model.train()
+    mx.eval(model.trainable_parameters())
+    return model
+
+
+def _unfreeze_all(model: nn.Module) -> nn.Module:
+    arrays = dict(tree_flatten(model.parameters()))
+    if packed := [name for name, a in arrays.items() if not mx.issubdtype(a.dtype, mx.floating)]:
+        raise UserError(f"lora.method full cannot train quantised weights ({packed[0]}); use lora or dora")
+    if small := {str(a.dtype) for a in arrays.values() if a.dtype.size < 4}:
+        raise UserError(
+            f"lora.method full needs model.dtype float32: updates of 1e-6 vanish in {small.pop().split('.')[-1]}"
+        )
+    model.unfreeze()
+    model.train()
+    return model
+
+
+def _check_names(model: nn.Module, lora: LoraConfig) -> None:
+    blocks: list[nn.Module] = model.layers  # type: ignore[assignment]
+    if lora.layers > len(blocks):
+        raise UserError(f"lora.layers is {lora.layers}, but the model has {len(blocks)} blocks; use -1 for all")
+    inside = {name for name, module in blocks[-1].named_modules() if hasattr(module, "weight")}
+    known = inside | {name for block in blocks for name, _ in block.named_modules()}
+    known |= {name for name, _ in model.named_modules()}
+    if unknown := sorted(set(lora.keys or ()) - known):
+        raise UserError(f"lora.keys: the model has no layer `{unknown[0]}`; in its blocks: {', '.join(sorted(inside))}")
+
+
+def adapter_settings(lora: LoraConfig) -> dict[str, Any]:
+    """`adapter_config.json` in mlx-lm's form."""
+    parameters: dict[str, Any] = {"rank": lora.rank, "scale": lora.multiplier, "dropout": lora.dropout}
+    if lora.keys is not None:
+        parameters["keys"] = sorted(lora.keys)
+    return {"fine_tune_type": lora.method, "num_layers": lora.layers, "lora_parameters": parameters}
+
+
+def save_adapter(model: nn.Module, lora: LoraConfig, folder: Path) -> None:
+    """Write the trainable arrays and their settings; each file whole or absent."""
+    arrays = dict(tree_flatten(model.trainable_parameters()))
+    write_atomic(folder / WEIGHTS, lambda file: mx.save_safetensors(str(file), arrays, {"format": "mlx"}))
+    write_json(folder / SETTINGS, adapter_settings(lora))
+
+
+def read_settings(folder: Path) -> LoraConfig:
+    """The settings an adapter folder was trained with. Raises `UserError` when it is no adapter folder."""
+    file = folder / SETTINGS
+    if not file.exists() or not (folder / WEIGHTS).exists():
+        raise UserError(f"{folder}: no adapter there; expected {SETTINGS} and {WEIGHTS}, as in runs/NAME/adapter")
+    raw = json.loads(file.read_text("utf-8"))
+    inner = raw.get("lora_parameters") or {}
+    method = raw.get("fine_tune_type", "lora")
+    layers = raw.get("num_layers") or -1  # mlx-lm reads 0 as all blocks too
+    shape = {k: inner[k] for k in ("rank", "scale", "dropout", "keys") if k in inner}
+    return LoraConfig(method=method, layers=layers, **shape)
+
+
+def warm_start(model: nn.Module, folder: Path) -> LoraConfig:
+    """Attach the adapter in `folder` and return its settings; what it holds is what training goes on with."""
+    lora = read_settings(folder)
+    attach_lora(model, lora)
+    load_arrays(model, folder)
+    return lora
+
+
+def load_arrays(model: nn.Module, folder: Path) -> None:
+    """Overwrite the trainable arrays by those saved in `folder`; names and shapes must match one to one."""
+    own = dict(tree_flatten(model.trainable_parameters()))
+    saved: dict[str, mx.array] = mx.load(str(folder / WEIGHTS))  # type: ignore[assignment]
+    for name in sorted(own.keys() ^ saved.keys()):
+        raise UserError(f"{folder}: `{name}` is only in the {'model' if name in own else 'adapter'}; another model?")
+    for name, array in own.items():
+        if array.shape != saved[name].shape:
+            raise UserError(f"{folder}: `{name}` is {saved[name].shape}, the model has {array.shape}; another model?")
+    model.load_weights(list(saved.items()), strict=False)
+    mx.eval(model.trainable_parameters())
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
+    """The frozen model under the adapters, while the context lasts. Exact for LoRA and DoRA: the layers are swapped."""
+    wrapped = [(n, m) for n, m in model.named_modules() if "lora_a" in m and ("linear" in m or "embedding" in m)]
+    bare = [(name, module.linear if "linear" in module else module.embedding) for name, module in wrapped]
+    model.update_modules(tree_unflatten(bare))
+    try:
+        yield model
+    finally:
+        model.update_modules(tree_unflatten(wrapped))
+
+
+@contextlib.contextmanager
+def dropout_off(model: nn.Module) -> Iterator[nn.Module]:
+    """No dropout while the context lasts; every other layer stays in training mode, as both modes must agree."""
+    drops = [module for _, module in model.named_modules() if isinstance(module, nn.Dropout)]
+    before = [module.training for module in drops]
+    for module in drops:
+        module.eval()
+    try:
+        yield model
+    finally:
+        for module, training in zip(drops, before, strict=True):
+            module.train(training)

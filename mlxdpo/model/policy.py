@@ -1,0 +1,101 @@
+"""A language model ready to be tuned: Hugging Face weights through mlx-lm's model definitions, with its identity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxdpo.config import ModelConfig
+from mlxdpo.model.builtin import smollm2_folder
+from mlxdpo.model.identity import folder_digest
+from mlxdpo.platform import default_dtype
+from mlxdpo.types import UserError
+
+BUILTIN = {"smollm2": smollm2_folder}
+DOWNLOAD = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A loaded model. `config` is the original config.json, whole (mlx-lm's model arguments lose keys).
+
+    `identity` says which numbers it computes with: source, revision, digest of the weights, dtype, quantisation.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    config: Mapping[str, Any]
+    folder: Path
+    eos_ids: frozenset[int]
+    identity: Mapping[str, Any]
+
+
+def find_model(path: str, revision: str | None = None) -> Path:
+    """The folder of a model: a local one, the built-in `smollm2`, or a Hub id, downloaded once.
+
+    Raises `UserError` when there is none.
+    """
+    if not path:
+        raise UserError("no model given; pass --model with a Hugging Face folder, a Hub id, or `smollm2`")
+    if path in BUILTIN:
+        return BUILTIN[path]()
+    if Path(path).is_dir():
+        return Path(path)
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise UserError(f"{path}: no such folder, and not a Hub id (owner/name) nor {', '.join(BUILTIN)}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=DOWNLOAD))
+    except LocalEntryNotFoundError:
+        raise UserError(f"{path}: not in the local cache and the Hub cannot be reached; download it first") from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"{path}: the Hub refused it ({str(error).splitlines()[0]})") from None
+
+
+def load_policy(config: ModelConfig) -> Policy:
+    """Load weights and tokenizer, all weights frozen.
+
+    The adapter named in `config` is not attached here: see `adapters.warm_start`.
+    Raises `UserError` for a folder that is no model or one that mlx-lm has no definition for.
+    """
+    from mlx_lm.utils import load_model, load_tokenizer, quantize_model
+
+    folder = find_model(config.path, config.revision)
+    try:
+        model, raw = load_model(folder, lazy=True)
+        tokenizer = load_tokenizer(folder, eos_token_ids=raw.get("eos_token_id"))
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise UserError(f"{config.path}: cannot be loaded ({' '.join(str(error).split())})") from None
+    dtype = default_dtype() if config.dtype == "auto" else getattr(mx, config.dtype)
+    quantisation = raw.get("quantization")
+    if config.quantize:
+        if quantisation:
+            raise UserError(f"{config.path} is already quantised ({quantisation['bits']} bits); drop model.quantize")
+        model, changed = quantize_model(model, dict(raw), group_size=64, bits=config.quantize)
+        quantisation = changed["quantization"]
+    _cast(model, dtype)
+    model.freeze()
+    model.train()  # gated-delta layers have a gradient only in this mode, and both modes must agree
+    mx.eval(model.parameters())
+    identity = {
+        "source": config.path,
+        "revision": config.revision,
+        "digest": folder_digest(folder),
+        "dtype": str(dtype).removeprefix("mlx.core."),
+        "quantization": quantisation,
+    }
+    return Policy(model, tokenizer, raw, folder, frozenset(tokenizer.eos_token_ids), identity)
+
+
+def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Bring every floating array to `dtype`; the packed codes of quantised layers are integers and stay."""
+    floating = {name: a for name, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)}
+    model.load_weights([(name, a.astype(dtype)) for name, a in floating.items()], strict=False)
