@@ -1,0 +1,207 @@
+"""What a tokenizer and its chat template really write, found by probing: what they declare cannot be trusted.
+
+A tokenizer may declare a BOS it never emits, `eos_token` may not be the token that ends a turn (Llama-3), a
+template may print a header after the last turn (Llama-3) or an empty thinking block before the content
+(Qwen3). `probe` renders one small conversation and reads the answers off the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlxdpo.config import DataConfig
+from mlxdpo.data.report import BadRow
+from mlxdpo.types import Message, UserError
+
+# Llama-3.x templates print today's date unless given one: token ids would change at midnight, and with them
+# the reference cache and a resumed run. This is the date those templates fall back to by themselves.
+DATE = "26 Jul 2024"
+
+PROBES = ("Red7", "Blue8")  # no whitespace to trim, no markup, no common first or last character
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """A tokenizer with what was found out about it.
+
+    start    ids that plain text begins with (BOS), empty where the tokenizer emits none
+    bos      ids that count as a BOS when a prompt is trimmed
+    eos      id appended where nothing ends the completion; None where the model has no such token
+    ends     ids that end a completion: the model's end-of-sequence ids and the template's end-of-turn
+    chat     whether there is a chat template; the rest describes its assistant turn, as text
+    lead     printed between the generation prompt and the content (an empty thinking block), usually ""
+    end      printed from the end of the content through the end-of-turn token; "" where there is none
+    rest     printed after that (a newline, the next header): never scored
+    opening  special tokens that a rendered conversation begins with: such text is already templated
+    """
+
+    tokenizer: Any
+    thinking: bool
+    start: tuple[int, ...]
+    bos: frozenset[int]
+    eos: int | None
+    ends: frozenset[int]
+    chat: bool
+    lead: str = ""
+    end: str = ""
+    rest: str = ""
+    opening: tuple[str, ...] = ()
+
+    def render(self, turns: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, generate: bool) -> str:
+        """The conversation as the template writes it, with the header of the next answer when `generate`.
+
+        Raises `BadRow` with the template's own words when it refuses the turns.
+        """
+        import jinja2
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                [turn.as_dict() for turn in turns],
+                tools=[dict(tool) for tool in tools] or None,
+                add_generation_prompt=generate,
+                tokenize=False,
+                enable_thinking=self.thinking,
+                date_string=DATE,
+            )
+        except (jinja2.TemplateError, TypeError, IndexError) as error:
+            words = " ".join(str(error).split()) or type(error).__name__
+            roles = ", ".join(turn.role for turn in turns) or "none"
+            raise BadRow(
+                "refused by the chat template", f"the chat template says {words!r} (turns: {roles})"
+            ) from None
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, nothing added at either end."""
+        # verbose=False: lengths beyond the tokenizer's own limit are our business (data.max_length).
+        return (
+            self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        )
+
+
+def unwrap(tokenizer: Any) -> Any:
+    """The `transformers` tokenizer inside mlx-lm's wrapper, whose template call injects `enable_thinking`."""
+    # A fast tokenizer has a `_tokenizer` too: the Rust object, which knows no template.
+    inner = getattr(tokenizer, "_tokenizer", None)
+    return inner if hasattr(inner, "apply_chat_template") else tokenizer
+
+
+def probe(tokenizer: Any, data: DataConfig, eos_ids: frozenset[int] | None = None) -> Writer:
+    """Find out what `tokenizer` writes under the template settings of `data`.
+
+    `eos_ids` are the model configuration's end-of-sequence ids; without them the tokenizer's own. Raises
+    `UserError` when the chat template cannot write one question and its answer.
+    """
+    bare = unwrap(tokenizer)
+    # mlx-lm's wrapper has the model configuration's set; a bare tokenizer answers this name with one int.
+    wrapped = tokenizer.eos_token_ids if tokenizer is not bare else ()
+    stops = frozenset(eos_ids or wrapped or {bare.eos_token_id} - {None})
+    eos = bare.eos_token_id if bare.eos_token_id in stops else min(stops, default=None)
+    start = _start(bare)
+    bos = frozenset(start) | ({bare.bos_token_id} - {None})
+    plain = Writer(bare, data.thinking, start, bos, eos, stops, chat=False)
+    return _probe_turn(plain) if bare.chat_template else plain
+
+
+def _start(tokenizer: Any) -> tuple[int, ...]:
+    """Ids that the tokenizer puts before every text. Those it puts after (some add EOS) are not asked for."""
+    with_special = tokenizer("a")["input_ids"]
+    without = tokenizer("a", add_special_tokens=False)["input_ids"]
+    for n in range(len(with_special) - len(without) + 1):
+        if with_special[n : n + len(without)] == without:
+            return tuple(with_special[:n])
+    return ()
+
+
+def _probe_turn(writer: Writer) -> Writer:
+    """Fill in the description of the assistant turn."""
+    question = (Message("user", "Which?"),)
+    try:
+        prompt = writer.render(question, (), generate=True)
+        bare = writer.render(question, (), generate=False)
+        answers = [writer.render((*question, Message("assistant", p)), (), generate=False) for p in PROBES]
+    except BadRow as bad:
+        raise UserError(
+            f"{bad.sentence}, for one question and one answer; set data.template to plain"
+        ) from None
+    before, found, after = answers[0].rpartition(PROBES[0])
+    if not found or answers[1] != before + PROBES[1] + after:
+        raise UserError(
+            "the chat template does not print the assistant's content; set data.template to plain"
+        )
+    header = prompt[len(bare) :] if prompt.startswith(bare) else ""
+    special = _special(writer)
+    end = _first(special, after)
+    if end and header and end[1] == (_first(special, header) or ("", ""))[1]:
+        end = None  # the next answer's header, not the end of this one
+    stop = end[0] + end[1] if end else ""
+    ends = writer.ends | ({writer.tokenizer.convert_tokens_to_ids(end[1])} if end else set())
+    return Writer(
+        writer.tokenizer,
+        writer.thinking,
+        writer.start,
+        writer.bos,
+        writer.eos,
+        frozenset(ends),
+        chat=True,
+        lead=before[len(prompt) :] if before.startswith(prompt) else "",
+        end=stop,
+        rest=after[len(stop) :],
+        opening=_opening(special, prompt),
+    )
+
+
+def _special(writer: Writer) -> list[str]:
+    """Texts of the special tokens. Not of every added one: Gemma adds runs of newlines, Qwen adds <think>."""
+    tokenizer = writer.tokenizer
+    added = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    stops = {t for t in tokenizer.convert_ids_to_tokens(sorted(writer.ends)) if t}
+    return sorted(added | set(tokenizer.all_special_tokens) | stops, key=lambda t: (-len(t), t))
+
+
+def _first(special: Sequence[str], text: str) -> tuple[str, str] | None:
+    """The first special token in the text and what stands before it; the longest where two begin together."""
+    found = [(text.index(token), -len(token), token) for token in special if token in text]
+    if not found:
+        return None
+    at, _, token = min(found)
+    return text[:at], token
+
+
+def _opening(special: Sequence[str], text: str) -> tuple[str, ...]:
+    """The special tokens that the text begins with, one after the other."""
+    found: list[str] = []
+    while (first := _first(special, text)) and not first[0]:
+        found.append(first[1])
+        text = text[len(first[1]) :]
+    return tuple(found)
+
+
+def template_digest(tokenizer: Any, data: DataConfig) -> str:
+    """sha256 of all that turns text into ids: template, vocabulary, merges, special tokens, settings.
+
+    A run keeps it in its manifest and refuses to go on under another.
+    """
+    bare = unwrap(tokenizer)
+    parts = {
+        "chat_template": bare.chat_template,
+        "tokenizer": _vocabulary(bare),
+        "special": {k: str(v) for k, v in sorted(bare.special_tokens_map.items())},
+        "start": _start(bare),
+        "template": data.template,
+        "thinking": data.thinking,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """Digest of the tokenizer's rules, without the padding and truncation that calls leave behind in it."""
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        rules = json.loads(backend.to_str())
+        rules = {k: v for k, v in rules.items() if k not in ("padding", "truncation")}
+    else:
+        rules = tokenizer.get_vocab()
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
