@@ -18,13 +18,14 @@ class BadRow(Exception):
 
 @dataclass
 class Report:
-    """Counts of rows read, kept, refused and changed."""
+    """Counts of rows read, kept, refused and changed; `format` is the row shape they were read as."""
 
     read: int = 0
     kept: int = 0
     refused: dict[str, int] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
+    format: str = ""
 
     def refuse(self, where: str, bad: BadRow, policy: Literal["stop", "skip"]) -> None:
         """Count a refused row, or raise `UserError` when the policy is to stop."""

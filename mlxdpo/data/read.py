@@ -1,0 +1,219 @@
+"""From a source to preferences: rename, detect, convert, leave out and count; and the split by prompt.
+
+A row that does not fit the detected shape is a bad row, never a reason to detect again: a set has one shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mlxdpo.config import DataConfig
+from mlxdpo.data import reasons
+from mlxdpo.data.formats import (
+    FORMATS,
+    Format,
+    check_columns,
+    convert,
+    detect,
+    detect_by_names,
+    named_format,
+)
+from mlxdpo.data.report import BadRow, Report
+from mlxdpo.data.sources import READERS, Found, is_hub_id, read_rows
+from mlxdpo.data.turns import as_turns
+from mlxdpo.data.values import Row, describe, parsed
+from mlxdpo.types import Opinion, Preference, Text, UserError
+
+Item = TypeVar("Item", Preference, Opinion)
+
+ROWS_TO_DETECT = 100
+"""Rows looked at for one that fits a known shape: the first may be a bad one."""
+
+
+def read_preferences(
+    data: DataConfig, path: str | None = None, split: str | None = None
+) -> tuple[list[Preference] | list[Opinion], Report]:
+    """Read, convert and clean the rows of `path` (default `data.path`), as `data` says.
+
+    The report counts rows read, pairs (or opinions) kept, and every refused row under its reason; identical, tied
+    and duplicate rows are left out even where `data.on_bad_row` is stop (see `reasons.NO_PREFERENCE`).
+    Raises `UserError` at the first bad row (stop), for an unknown shape, and when no row is left.
+    """
+    source = path or data.path
+    found = _renamed(read_rows(source, split or data.split), data.columns)
+    shape, found = _shape_of(found, data.format)
+    report = Report(format=shape.name)
+    usable = _fitting(shape, found, report, data.on_bad_row)
+    items: list[Any] = list(_distinct(_converted(shape, usable, report, data.on_bad_row), report))
+    report.kept = len(items)
+    if not items:
+        first = next(iter(report.first.values()), "nothing to read")
+        raise UserError(f"{source}: none of its {report.read} rows can be used; the first says: {first}")
+    return items, report
+
+
+def heldout_source(data: DataConfig) -> tuple[str, str] | None:
+    """(path, split) of the held-out pairs that `data.eval` names: a file or folder, or a split of `data.path`."""
+    if data.eval is None:
+        return None
+    a_file = (
+        os.path.exists(Path(data.eval).expanduser()) or Path(data.eval.removesuffix(".gz")).suffix in READERS
+    )
+    a_split = is_hub_id(data.path) or os.path.isdir(data.path)
+    return (data.path, data.eval) if a_split and not a_file else (data.eval, data.split)
+
+
+def _renamed(found: Iterable[Found], columns: Mapping[str, str]) -> Iterator[Found]:
+    for where, row in found:
+        yield where, row if isinstance(row, BadRow) else _rename(row, columns)
+
+
+def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any] | BadRow:
+    """The row under the format's names, `columns` being {format's name: own name}; a swap of two names works."""
+    missing = [own for own in columns.values() if own not in row]
+    if missing:
+        known = ", ".join(row) or "none"
+        return BadRow(
+            reasons.MISSING_COLUMN,
+            f'"{missing[0]}" (from data.columns) is missing; the row has the columns {known}',
+        )
+    moved = {*columns, *columns.values()}
+    kept = {name: value for name, value in row.items() if name not in moved}
+    return {
+        name: parsed(value) for name, value in (kept | {n: row[own] for n, own in columns.items()}).items()
+    }
+
+
+def _shape_of(found: Iterator[Found], name: str) -> tuple[Format, Iterator[Found]]:
+    """The row shape, and the rows again from the first one."""
+    if name != "auto":
+        return named_format(name), found
+    looked: list[Found] = []
+    shape = None
+    for where, row in itertools.islice(found, ROWS_TO_DETECT):
+        looked.append((where, row))
+        shape = None if isinstance(row, BadRow) else detect(row)
+        if shape:
+            break
+    return shape or _shape_by_names(looked), itertools.chain(looked, found)
+
+
+def _shape_by_names(looked: Sequence[Found]) -> Format:
+    """No row fits: take the shape whose columns are there, so that the rows say what is wrong with them."""
+    rows = [(where, row) for where, row in looked if not isinstance(row, BadRow)]
+    if not rows:
+        where, bad = looked[0]
+        raise UserError(f"{where}: {bad.sentence}; no readable row among the first {len(looked)}")  # type: ignore[union-attr]
+    where, row = rows[0]
+    if shape := detect_by_names(row):
+        return shape
+    seen = ", ".join(f"{name} ({describe(value)})" for name, value in row.items()) or "none"
+    known = "; ".join(f"{shape.name} ({', '.join(shape.columns)})" for shape in FORMATS.values())
+    raise UserError(
+        f"{where}: the columns {seen} are no known row shape; "
+        f"rename them with data.columns, e.g. {{prompt: question}}, to one of: {known}"
+    )
+
+
+def _fitting(shape: Format, found: Iterable[Found], report: Report, policy: Any) -> Iterator[Row]:
+    for where, row in found:
+        report.read += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            check_columns(shape, row)
+        except BadRow as bad:
+            report.refuse(where, bad, policy)
+        else:
+            yield Row(where, row)
+
+
+def _converted(
+    shape: Format, rows: Iterable[Row], report: Report, policy: Any
+) -> Iterator[Preference | Opinion]:
+    for group in _groups(shape, rows):
+        try:
+            yield from convert(shape, group)
+        except BadRow as bad:
+            for row in group:
+                report.refuse(row.where, bad, "skip" if bad.reason in reasons.NO_PREFERENCE else policy)
+
+
+def _groups(shape: Format, rows: Iterable[Row]) -> Iterator[list[Row]]:
+    if shape.gather is None:
+        return ([row] for row in rows)
+    return (list(group) for _, group in itertools.groupby(rows, key=lambda row: row.values["prompt"]))
+
+
+def _distinct(items: Iterable[Preference | Opinion], report: Report) -> Iterator[Preference | Opinion]:
+    """Leave out repetitions; keep and count a row whose label is the reverse of an earlier one's."""
+    seen: set[bytes] = set()
+    for item in items:
+        this, reverse = _keys(item)
+        if this in seen:
+            report.refuse(
+                item.where, BadRow(reasons.DUPLICATE, "the same pair stands in an earlier row"), "skip"
+            )
+            continue
+        if reverse in seen:
+            report.change(item.where, reasons.CONTRADICTION)
+        seen.add(this)
+        yield item
+
+
+def _keys(item: Preference | Opinion) -> tuple[bytes, bytes]:
+    if isinstance(item, Opinion):
+        labels = item.desirable, not item.desirable
+        return tuple(_digest(repr((item.prompt, item.tools, item.completion, label))) for label in labels)  # type: ignore[return-value]
+    orders = (item.chosen, item.rejected), (item.rejected, item.chosen)
+    return tuple(_digest(repr((item.prompt, item.tools, *order))) for order in orders)  # type: ignore[return-value]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+def unpaired(pairs: Iterable[Preference]) -> list[Opinion]:
+    """Each pair as two opinions, for unpaired objectives: the chosen desirable, the rejected not."""
+    return [
+        Opinion(pair.prompt, completion, desirable, pair.where, pair.tools, pair.columns)
+        for pair in pairs
+        for completion, desirable in ((pair.chosen, True), (pair.rejected, False))
+    ]
+
+
+def prompt_key(prompt: Text) -> bytes:
+    """What makes two prompts the same: roles and words; white space, and text against one user turn, do not count."""
+    return _digest(repr([(turn.role, turn.content.split()) for turn in as_turns(prompt)]))
+
+
+def split_heldout(rows: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """(train, held-out) by prompt: no prompt is in both, and about `fraction` of the prompts are held out.
+
+    A prompt's side depends on the prompt and the seed alone, so appending or reordering rows moves none. Only where
+    that leaves a side empty does one prompt cross over; a single prompt stays in training.
+    """
+    draws = {key: _draw(key, seed) for key in {prompt_key(row.prompt) for row in rows}}
+    if fraction <= 0 or len(draws) < 2:
+        return list(rows), []
+    ordered = sorted(draws, key=lambda key: (draws[key], key))
+    count = sum(draw < fraction for draw in draws.values())
+    heldout = set(ordered[: min(max(count, 1), len(ordered) - 1)])
+    sides: tuple[list[Item], list[Item]] = [], []
+    for row in rows:
+        sides[prompt_key(row.prompt) in heldout].append(row)
+    return sides
+
+
+def _draw(key: bytes, seed: int) -> float:
+    return int.from_bytes(hashlib.sha256(key + str(seed).encode()).digest()[:8], "big") / 2**64
+
+
+def prompts_in_both(a: Iterable[Preference | Opinion], b: Iterable[Preference | Opinion]) -> int:
+    """How many distinct prompts two sets share: held-out numbers on them are too good."""
+    return len({prompt_key(row.prompt) for row in a} & {prompt_key(row.prompt) for row in b})

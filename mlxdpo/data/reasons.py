@@ -1,0 +1,25 @@
+"""Why a row is left out: the short constants that `Report` counts by, and which of them never stop a run."""
+
+MALFORMED = "malformed row"
+INVALID_UTF8 = "invalid UTF-8"
+NOT_OBJECT = "row that is not an object"
+MISSING_COLUMN = "missing column"
+WRONG_TYPE = "wrong type"
+UNKNOWN_ROLE = "unknown role"
+EMPTY_PROMPT = "empty prompt"
+EMPTY_COMPLETION = "empty completion"
+NOT_ONE_ANSWER = "completion that is not one assistant turn"
+DIVERGED = "conversations that part before the last turn"
+PROMPT_MISMATCH = "prompt that is not among the turns"
+LONE = "prompt with a single response"
+IDENTICAL = "identical pair"
+DUPLICATE = "duplicate of an earlier row"
+TIED = "tied scores"
+WEAK = "score ratio below 2"
+
+NO_PREFERENCE = frozenset({IDENTICAL, DUPLICATE, TIED, WEAK})
+"""Sound rows that state no (new, clear) preference. Published sets are full of them and there is nothing to mend,
+so they are left out and counted even where `data.on_bad_row` is stop."""
+
+CONTRADICTION = "label that contradicts an earlier row"
+"""A change, not a refusal: two annotators may disagree, and both rows together teach indifference."""

@@ -1,0 +1,279 @@
+"""Rows from where the user keeps them: a local file or folder, or a data set on the Hugging Face Hub.
+
+A row that cannot be read comes out as a `BadRow` in its place, so the caller decides whether to stop or to count it
+and go on. What concerns the whole source (missing, empty, damaged, unknown kind) raises `UserError`.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from mlxdpo.data import reasons
+from mlxdpo.data.report import BadRow
+from mlxdpo.data.values import describe
+from mlxdpo.types import UserError
+
+Found = tuple[str, dict[str, Any] | BadRow]
+"""Where a row stands, and the row."""
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w./-]+)?", re.ASCII)
+
+_SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval", "heldout")
+_BOOKKEEPING = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
+
+
+def read_rows(path: str, split: str = "train") -> Iterator[Found]:
+    """Rows of a file, of a folder of files (sorted by name), or of a Hub id `org/name` or `org/name:config`.
+
+    Yields (where, row); where is "pairs.jsonl:37" (line) or "pairs.parquet:row 12". In a folder, files named after
+    a split (test.jsonl, train-00000.parquet) belong to that split only; other names belong to every split.
+
+    Raises `UserError` for a source that is missing, empty, damaged, of an unknown kind or out of reach.
+    """
+    if not path:
+        raise UserError("no data given; set data.path to a file, a folder or a Hub dataset id")
+    place = Path(path).expanduser()
+    if os.path.isdir(place):
+        sources = [(file, f"{place.name}/{file.relative_to(place)}") for file in _files_of(place, split)]
+    elif os.path.exists(place):
+        sources = [(place, place.name)]
+    elif is_hub_id(path):
+        return _guarded(_hub_rows(path, split), path)
+    else:
+        raise UserError(
+            f"{path}: no such file or folder; expected data such as pairs.jsonl or a Hub id org/name"
+        )
+    readers = [(_reader(file, name), file, name) for file, name in sources]
+    return _guarded((row for read, file, name in readers for row in read(file, name)), path)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path that does not exist may be a Hub dataset id: org/name without a data file's ending."""
+    return HUB_ID.fullmatch(path) is not None and _kind(Path(path)) not in READERS
+
+
+def _guarded(rows: Iterator[Found], path: str) -> Iterator[Found]:
+    empty = True
+    try:
+        for row in rows:
+            empty = False
+            yield row
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({_one_line(error)}); check the file") from None
+    if empty:
+        raise UserError(f"{path}: holds no rows; expected at least one")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _kind(file: Path) -> str:
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _reader(file: Path, name: str) -> Callable[[Path, str], Iterator[Found]]:
+    if reader := READERS.get(_kind(file)):
+        return reader
+    raise UserError(f"{name}: unknown kind of file; expected {', '.join(READERS)}")
+
+
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """The folder's data files that belong to the split, sorted."""
+    files = sorted(
+        file for file in folder.rglob("*") if _is_data(file.relative_to(folder)) and file.is_file()
+    )
+    if not files:
+        raise UserError(f"{folder}: no data files in this folder; expected {', '.join(READERS)}")
+    named = {file: _split_of(file, split) for file in files}
+    chosen = [f for f in files if named[f] == split] or [f for f in files if named[f] is None]
+    if not chosen:
+        known = ", ".join(sorted({str(name) for name in named.values()}))
+        raise UserError(f'{folder}: no files of the split "{split}"; the folder has {known}')
+    return chosen
+
+
+def _is_data(file: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.parts)
+    return not hidden and file.name not in _BOOKKEEPING and _kind(file) in READERS
+
+
+def _split_of(file: Path, wanted: str) -> str | None:
+    for name in (wanted, *_SPLIT_NAMES):
+        if re.match(rf"{re.escape(name)}([-_.]|$)", file.name, re.IGNORECASE):
+            return name
+    return None
+
+
+def _opened(file: Path) -> IO[bytes]:
+    return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")  # type: ignore[return-value]
+
+
+def _json_lines(file: Path, name: str) -> Iterator[Found]:
+    with _opened(file) as stream:
+        for line, raw in enumerate(stream, 1):
+            if raw.strip():
+                yield f"{name}:{line}", _object_in(raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw)
+
+
+def _object_in(raw: bytes) -> dict[str, Any] | BadRow:
+    try:
+        return _as_row(_parse(raw))
+    except BadRow as bad:
+        return bad
+
+
+def _as_row(value: Any) -> dict[str, Any] | BadRow:
+    if isinstance(value, dict):
+        return value
+    return BadRow(reasons.NOT_OBJECT, f"the row is {describe(value)}; expected an object of columns")
+
+
+def _parse(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        at = f"byte {raw[error.start]:#04x} at position {error.start + 1}"
+        raise BadRow(reasons.INVALID_UTF8, f"the text is not UTF-8 ({at})") from None
+    except RecursionError:
+        raise BadRow(reasons.MALFORMED, "the JSON is nested too deeply to be a row") from None
+    except ValueError as error:  # JSONDecodeError, and numbers with thousands of digits
+        raise BadRow(reasons.MALFORMED, f"not valid JSON ({_one_line(error)})") from None
+
+
+def _json_file(file: Path, name: str) -> Iterator[Found]:
+    """An array of rows, an object with one list of rows, or JSON lines under the wrong ending."""
+    with _opened(file) as stream:
+        raw = stream.read().removeprefix(b"\xef\xbb\xbf").strip()
+    if not raw:
+        return
+    try:
+        value = _parse(raw)
+    except BadRow as bad:
+        if isinstance(_object_in(raw.split(b"\n", 1)[0]), BadRow):
+            raise UserError(f"{name}: {bad.sentence}; expected an array of rows") from None
+        yield from _json_lines(file, name)
+        return
+    for number, row in enumerate(_rows_in(value, name), 1):
+        yield f"{name}:row {number}", _as_row(row)
+
+
+def _rows_in(value: Any, name: str) -> list[Any]:
+    if isinstance(value, dict):
+        lists = [column for column in value.values() if isinstance(column, list)]
+        if len(lists) == 1:
+            return lists[0]
+        value = f"an object with {len(lists)} lists"
+    if isinstance(value, list):
+        return value
+    found = value if isinstance(value, str) and value.startswith("an object") else describe(value)
+    raise UserError(
+        f"{name}: the file is {found}; expected an array of rows or an object with one list of rows"
+    )
+
+
+def _table(file: Path, name: str, delimiter: str) -> Iterator[Found]:
+    """CSV or TSV with a header. Bytes that are not UTF-8 survive as surrogates, which the text check refuses."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses answers beyond 128 KiB
+    with _opened(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as stream:
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise UserError(f"{name}:1: two columns have the same name in {', '.join(header)}; rename one")
+        while True:
+            where = f"{name}:{reader.line_num + 1}"
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield where, BadRow(reasons.MALFORMED, f"not a valid table row ({_one_line(error)})")
+                continue
+            if cells:
+                yield where, _cells(header, cells)
+
+
+def _cells(header: list[str], cells: list[str]) -> dict[str, Any] | BadRow:
+    if len(cells) != len(header):
+        return BadRow(reasons.MALFORMED, f"the row has {len(cells)} cells where the header has {len(header)}")
+    return dict(zip(header, cells, strict=True))
+
+
+def _parquet(file: Path, name: str) -> Iterator[Found]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        batches = pq.ParquetFile(file).iter_batches(batch_size=256)
+        number = 0
+        for batch in batches:
+            for index in range(batch.num_rows):
+                number += 1
+                yield f"{name}:row {number}", _parquet_row(batch.slice(index, 1))
+    except pa.ArrowException as error:
+        raise UserError(f"{name}: not a readable Parquet file ({_one_line(error)})") from None
+
+
+def _parquet_row(one: Any) -> dict[str, Any] | BadRow:
+    try:
+        return one.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return BadRow(reasons.INVALID_UTF8, f"the text is not UTF-8 ({error.reason})")
+
+
+def _hub_rows(path: str, split: str) -> Iterator[Found]:
+    import httpx
+    from datasets.exceptions import DatasetsError
+
+    try:
+        for number, row in enumerate(_load_hub(path, split), 1):
+            yield f"{path}:row {number}", dict(row)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: neither a local file nor a dataset on the Hub; check the spelling"
+        ) from None
+    except (ConnectionError, httpx.TransportError) as error:
+        raise UserError(
+            f"{path}: the Hub cannot be reached ({_one_line(error)}); give a local file or go online"
+        ) from None
+    except (DatasetsError, OSError, ValueError, httpx.HTTPError) as error:
+        raise UserError(
+            f'{path}: cannot load the split "{split}" from the Hub ({_one_line(error)})'
+        ) from None
+
+
+def _load_hub(path: str, split: str) -> Any:
+    """Stream a dataset; what stands behind the colon is one of its configurations, else one of its folders."""
+    from datasets import load_dataset
+
+    name, _, part = path.partition(":")
+    try:
+        return load_dataset(name, part or None, split=split, streaming=True)
+    except ValueError as error:
+        if not part or "BuilderConfig" not in str(error):
+            raise
+        return load_dataset(name, data_dir=part, split=split, streaming=True)
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[Found]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_file,
+    ".csv": partial(_table, delimiter=","),
+    ".tsv": partial(_table, delimiter="\t"),
+    ".parquet": _parquet,
+}
+"""Readers by file ending; all but Parquet also with .gz behind it."""

@@ -1,0 +1,209 @@
+"""Values of a row, checked: text, conversation turns, numbers, flags. Whatever does not fit raises `BadRow`.
+
+Every sentence names the column and what was found, so that `file:line: sentence` can be acted upon.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from mlxdpo.data import reasons
+from mlxdpo.data.report import BadRow
+from mlxdpo.types import Message
+
+ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool", "developer")},
+    # ShareGPT's names for the same roles.
+    **{name: "assistant" for name in ("gpt", "chatgpt", "bot", "model", "bard", "bing")},
+    **{"human": "user", "function": "tool", "observation": "tool", "function_response": "tool"},
+}
+
+_WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+
+
+class Row(NamedTuple):
+    """One row of a source with the place it came from ("pairs.jsonl:37")."""
+
+    where: str
+    values: Mapping[str, Any]
+
+
+class Kind(NamedTuple):
+    """What a column may hold: `name` for sentences, `test` for a value."""
+
+    name: str
+    test: Callable[[Any], bool]
+
+
+def is_number(value: Any) -> bool:
+    """A finite number, or text that reads as one (a CSV cell); not a Boolean."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except (ValueError, OverflowError):
+        return False
+
+
+def is_messages(value: Any) -> bool:
+    """A list of objects, at least one; `messages` looks into them."""
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, Mapping) for turn in value)
+
+
+def is_flag(value: Any) -> bool:
+    """true or false, 1 or 0, or one of these as text (a CSV cell)."""
+    return _flag(value) is not None
+
+
+TEXT = Kind("text", lambda value: isinstance(value, str))
+TEXT_OR_NULL = Kind("text or null", lambda value: value is None or isinstance(value, str))
+TRANSCRIPT = Kind(
+    "a transcript that begins with Human:", lambda v: isinstance(v, str) and v.lstrip().startswith("Human:")
+)
+MESSAGES = Kind("messages", is_messages)
+TEXT_OR_MESSAGES = Kind("text or messages", lambda value: isinstance(value, str) or is_messages(value))
+NUMBER = Kind("a number", is_number)
+FLAG = Kind("true or false", is_flag)
+TEXTS = Kind(
+    "a list of text", lambda v: isinstance(v, list) and bool(v) and all(isinstance(t, str) for t in v)
+)
+NUMBERS = Kind(
+    "a list of numbers", lambda v: isinstance(v, list) and bool(v) and all(is_number(n) for n in v)
+)
+
+
+def describe(value: Any) -> str:
+    """What a value is, for a sentence: "a Boolean", "a list of numbers", "null"."""
+    if isinstance(value, list):
+        return _describe_list(value)
+    if isinstance(value, Mapping):
+        return "an object"
+    names = {type(None): "null", bool: "a Boolean", int: "a number", float: "a number", str: "text"}
+    return names.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def _describe_list(value: list[Any]) -> str:
+    if not value:
+        return "an empty list"
+    if is_messages(value):
+        return "messages" if any("role" in turn or "from" in turn for turn in value) else "a list of objects"
+    kinds = {describe(item) for item in value}
+    plural = {"a number": "numbers", "text": "text", "a Boolean": "Booleans", "null": "nulls"}
+    return (
+        f"a list of {plural.get(kinds.pop(), 'mixed values')}"
+        if len(kinds) == 1
+        else "a list of mixed values"
+    )
+
+
+def parsed(value: Any) -> Any:
+    """Messages written as JSON text (a CSV cell, a twice-encoded column) as a list; anything else unchanged."""
+    if not (isinstance(value, str) and _WRITTEN_MESSAGES.match(value)):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if is_messages(found) else value
+
+
+def text(values: Mapping[str, Any], name: str) -> str:
+    """A text column. Refuses text that UTF-8 cannot hold, and messages printed as Python lists."""
+    value = values[name]
+    if not isinstance(value, str):
+        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {describe(value)}; expected text')
+    _check_unicode(value, name)
+    if _WRITTEN_MESSAGES.match(value):
+        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is a list of messages printed as text; expected JSON')
+    return value
+
+
+def _check_unicode(value: str, name: str) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(
+            reasons.INVALID_UTF8,
+            f'"{name}" has a broken character at position {error.start + 1}; expected UTF-8',
+        ) from None
+
+
+def number(values: Mapping[str, Any], name: str) -> float:
+    """A number column, finite."""
+    if not is_number(values[name]):
+        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {describe(values[name])}; expected a number')
+    return float(values[name])
+
+
+def flag(values: Mapping[str, Any], name: str) -> bool:
+    """A true-or-false column."""
+    found = _flag(values[name])
+    if found is None:
+        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {describe(values[name])}; expected true or false')
+    return found
+
+
+def _flag(value: Any) -> bool | None:
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
+    return (
+        {"true": True, "1": True, "false": False, "0": False}.get(value.lower())
+        if isinstance(value, str)
+        else None
+    )
+
+
+def messages(values: Mapping[str, Any], name: str) -> tuple[Message, ...]:
+    """A column of turns, `role`/`content` or ShareGPT's `from`/`value`, as messages with known roles."""
+    value = values[name]
+    if not is_messages(value):
+        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {describe(value)}; expected messages')
+    return tuple(_message(turn, f'turn {number} of "{name}"') for number, turn in enumerate(value, 1))
+
+
+def _message(turn: Mapping[str, Any], place: str) -> Message:
+    role_key, content_key = (
+        ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
+    )
+    if role_key not in turn:
+        raise BadRow(
+            reasons.WRONG_TYPE, f"{place} has neither role nor from; it has {', '.join(map(str, turn))}"
+        )
+    role = ROLES.get(turn[role_key].lower()) if isinstance(turn[role_key], str) else None
+    if role is None:
+        known = ", ".join(ROLES)
+        raise BadRow(
+            reasons.UNKNOWN_ROLE, f"{place} has the role {turn[role_key]!r}; expected one of {known}"
+        )
+    # Parquet fills keys that only other turns have with nulls.
+    extra = {k: v for k, v in turn.items() if k not in (role_key, content_key) and v is not None}
+    content = turn.get(content_key)
+    if content is None and extra.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        raise BadRow(
+            reasons.WRONG_TYPE, f"the {content_key} of {place} is {describe(content)}; expected text"
+        )
+    _check_unicode(content, place.replace('"', "'"))
+    return Message(role, content, extra)
+
+
+def tools(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """The `tools` column: a list of objects, the same as JSON text, or nothing."""
+    value = values.get("tools")
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise BadRow(
+                reasons.WRONG_TYPE, '"tools" is text that is not JSON; expected a list of tools'
+            ) from None
+    if value is None or value in ("", []):
+        return ()
+    if not is_messages(value):
+        raise BadRow(reasons.WRONG_TYPE, f'"tools" is {describe(value)}; expected a list of tools')
+    return tuple(value)
