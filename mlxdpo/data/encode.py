@@ -83,7 +83,7 @@ def encode_prompt(
     """
     writer = probe(tokenizer, data)
     try:
-        rendered = render(prompt, (), tools, writer, data, "prompt", Report())
+        rendered = _unicode(render(prompt, (), tools, writer, data, "prompt", Report()))
     except BadRow as bad:
         raise UserError(f"prompt: {bad.sentence}") from None
     ids = writer.ids([rendered.prompt])[0]
@@ -119,7 +119,7 @@ def _encode_chunk(
         report.read += 1
         try:
             both = (row.chosen, row.rejected)
-            rendered.append(render(row.prompt, both, row.tools, writer, data, row.where, report))
+            rendered.append(_unicode(render(row.prompt, both, row.tools, writer, data, row.where, report)))
         except BadRow as bad:
             report.refuse(row.where, bad, data.on_bad_row)
             rendered.append(None)
@@ -182,10 +182,40 @@ def render(
     for completion in completions:
         answer = _without_end(_turns(completion, "assistant"), writer, where, report)
         fulls.append(_cut(writer.render((*turns, *answer), tools, generate=False), writer))
-    if writer.lead and fulls and all(full.startswith(before + writer.lead) for full in fulls):
+        if not all(message.content.strip() in fulls[-1] for message in answer):
+            report.change(where, "completion rewritten by the chat template")
+    return Rendered(_led(before, fulls, writer, where, report), tuple(fulls), plain=False)
+
+
+def _led(before: str, fulls: Sequence[str], writer: Writer, where: str, report: Report) -> str:
+    """The prompt with the empty thinking block that the template writes before answers without reasoning.
+
+    Where one answer reasons and another does not, the empty block is what tells them apart, and is scored.
+    """
+    led = [bool(writer.lead) and full.startswith(before + writer.lead) for full in fulls]
+    if led and all(led):
         report.change(where, "empty thinking block, written by the template, counted as prompt")
-        before += writer.lead
-    return Rendered(before, tuple(fulls), plain=False)
+        return before + writer.lead
+    if any(led):
+        report.change(where, "empty thinking block scored: the other completion has reasoning")
+    if not all(full.startswith(before) for full in fulls):
+        report.change(
+            where, "boundary moved back: the template writes the turn otherwise than it prompts for it"
+        )
+    return before
+
+
+def _unicode(rendered: Rendered) -> Rendered:
+    """Raises `BadRow` for half a surrogate pair (JSON lets "\\ud83d" through; tokenizers do not)."""
+    try:
+        for text in (rendered.prompt, *rendered.fulls):
+            text.encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise BadRow(
+            "not Unicode", f"the text has half a character ({half!a}); write it as UTF-8"
+        ) from None
+    return rendered
 
 
 def _turns(text: Text, role: str) -> tuple[Message, ...]:
@@ -220,7 +250,7 @@ def split(
     begin = _begin if rendered.plain else _one_bos
     prompt, *fulls = (np.array(begin(i, writer), np.int32) for i in ids)
     boundary = min(_common_prefix(prompt, full) for full in fulls)
-    if boundary < len(prompt):
+    if boundary < len(prompt) and all(full.startswith(rendered.prompt) for full in rendered.fulls):
         report.change(where, "boundary moved back: the prompt's last tokens merge with the completion")
     if boundary == 0:
         raise BadRow(
