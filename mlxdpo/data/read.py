@@ -40,8 +40,8 @@ def read_preferences(
 ) -> tuple[list[Preference] | list[Opinion], Report]:
     """Read, convert and clean the rows of `path` (default `data.path`), as `data` says.
 
-    The report counts rows read, pairs (or opinions) kept, and every refused row under its reason; identical, tied
-    and duplicate rows are left out even where `data.on_bad_row` is stop (see `reasons.NO_PREFERENCE`).
+    The report counts rows read, pairs (or opinions) kept, and every refused row under its reason; identical,
+    tied and duplicate rows are left out even where `data.on_bad_row` is stop (see `reasons.NO_PREFERENCE`).
     Raises `UserError` at the first bad row (stop), for an unknown shape, and when no row is left.
     """
     source = path or data.path
@@ -58,12 +58,10 @@ def read_preferences(
 
 
 def heldout_source(data: DataConfig) -> tuple[str, str] | None:
-    """(path, split) of the held-out pairs that `data.eval` names: a file or folder, or a split of `data.path`."""
+    """(path, split) of the held-out pairs that `data.eval` names: a file, a folder, or a split of `data.path`."""
     if data.eval is None:
         return None
-    a_file = (
-        os.path.exists(Path(data.eval).expanduser()) or Path(data.eval.removesuffix(".gz")).suffix in READERS
-    )
+    a_file = os.path.exists(Path(data.eval).expanduser()) or Path(data.eval.removesuffix(".gz")).suffix in READERS
     a_split = is_hub_id(data.path) or os.path.isdir(data.path)
     return (data.path, data.eval) if a_split and not a_file else (data.eval, data.split)
 
@@ -74,7 +72,7 @@ def _renamed(found: Iterable[Found], columns: Mapping[str, str]) -> Iterator[Fou
 
 
 def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any] | BadRow:
-    """The row under the format's names, `columns` being {format's name: own name}; a swap of two names works."""
+    """The row under the format's names; `columns` is {format's name: own name}, and may swap two names."""
     missing = [own for own in columns.values() if own not in row]
     if missing:
         known = ", ".join(row) or "none"
@@ -84,9 +82,7 @@ def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
         )
     moved = {*columns, *columns.values()}
     kept = {name: value for name, value in row.items() if name not in moved}
-    return {
-        name: parsed(value) for name, value in (kept | {n: row[own] for n, own in columns.items()}).items()
-    }
+    return {name: parsed(value) for name, value in (kept | {n: row[own] for n, own in columns.items()}).items()}
 
 
 def _shape_of(found: Iterator[Found], name: str) -> tuple[Format, Iterator[Found]]:
@@ -133,9 +129,7 @@ def _fitting(shape: Format, found: Iterable[Found], report: Report, policy: Any)
             yield Row(where, row)
 
 
-def _converted(
-    shape: Format, rows: Iterable[Row], report: Report, policy: Any
-) -> Iterator[Preference | Opinion]:
+def _converted(shape: Format, rows: Iterable[Row], report: Report, policy: Any) -> Iterator[Preference | Opinion]:
     for group in _groups(shape, rows):
         try:
             yield from convert(shape, group)
@@ -156,9 +150,7 @@ def _distinct(items: Iterable[Preference | Opinion], report: Report) -> Iterator
     for item in items:
         this, reverse = _keys(item)
         if this in seen:
-            report.refuse(
-                item.where, BadRow(reasons.DUPLICATE, "the same pair stands in an earlier row"), "skip"
-            )
+            report.refuse(item.where, BadRow(reasons.DUPLICATE, "the same pair stands in an earlier row"), "skip")
             continue
         if reverse in seen:
             report.change(item.where, reasons.CONTRADICTION)
@@ -188,15 +180,15 @@ def unpaired(pairs: Iterable[Preference]) -> list[Opinion]:
 
 
 def prompt_key(prompt: Text) -> bytes:
-    """What makes two prompts the same: roles and words; white space, and text against one user turn, do not count."""
+    """What makes two prompts the same: roles and words. White space, or text for one user turn, do not matter."""
     return _digest(repr([(turn.role, turn.content.split()) for turn in as_turns(prompt)]))
 
 
 def split_heldout(rows: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
     """(train, held-out) by prompt: no prompt is in both, and about `fraction` of the prompts are held out.
 
-    A prompt's side depends on the prompt and the seed alone, so appending or reordering rows moves none. Only where
-    that leaves a side empty does one prompt cross over; a single prompt stays in training.
+    A prompt's side depends on the prompt and the seed alone, so appending or reordering rows moves none. Only
+    where that leaves a side empty does one prompt cross over; a single prompt stays in training.
     """
     draws = {key: _draw(key, seed) for key in {prompt_key(row.prompt) for row in rows}}
     if fraction <= 0 or len(draws) < 2:

@@ -18,8 +18,8 @@ TIED = "tied scores"
 WEAK = "score ratio below 2"
 
 NO_PREFERENCE = frozenset({IDENTICAL, DUPLICATE, TIED, WEAK})
-"""Sound rows that state no (new, clear) preference. Published sets are full of them and there is nothing to mend,
-so they are left out and counted even where `data.on_bad_row` is stop."""
+"""Sound rows that state no (new, clear) preference. Published sets are full of them and there is nothing to
+mend, so they are left out and counted even where `data.on_bad_row` is stop."""
 
 CONTRADICTION = "label that contradicts an earlier row"
 """A change, not a refusal: two annotators may disagree, and both rows together teach indifference."""

@@ -1,7 +1,7 @@
 """Rows from where the user keeps them: a local file or folder, or a data set on the Hugging Face Hub.
 
-A row that cannot be read comes out as a `BadRow` in its place, so the caller decides whether to stop or to count it
-and go on. What concerns the whole source (missing, empty, damaged, unknown kind) raises `UserError`.
+A row that cannot be read comes out as a `BadRow` in its place, so the caller decides whether to stop or to
+count it and go on. What concerns the whole source (missing, empty, damaged, unknown kind) raises `UserError`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _BOOKKEEPING = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", 
 def read_rows(path: str, split: str = "train") -> Iterator[Found]:
     """Rows of a file, of a folder of files (sorted by name), or of a Hub id `org/name` or `org/name:config`.
 
-    Yields (where, row); where is "pairs.jsonl:37" (line) or "pairs.parquet:row 12". In a folder, files named after
-    a split (test.jsonl, train-00000.parquet) belong to that split only; other names belong to every split.
+    Yields (where, row); where is "pairs.jsonl:37" (line) or "pairs.parquet:row 12". In a folder, files named
+    after the split (train.jsonl, train-00000.parquet) are read; if there are none, those named after no split.
 
     Raises `UserError` for a source that is missing, empty, damaged, of an unknown kind or out of reach.
     """
@@ -50,16 +50,14 @@ def read_rows(path: str, split: str = "train") -> Iterator[Found]:
     elif is_hub_id(path):
         return _guarded(_hub_rows(path, split), path)
     else:
-        raise UserError(
-            f"{path}: no such file or folder; expected data such as pairs.jsonl or a Hub id org/name"
-        )
+        raise UserError(f"{path}: no such file or folder; expected data such as pairs.jsonl or a Hub id org/name")
     readers = [(_reader(file, name), file, name) for file, name in sources]
     return _guarded((row for read, file, name in readers for row in read(file, name)), path)
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a path that does not exist may be a Hub dataset id: org/name without a data file's ending."""
-    return HUB_ID.fullmatch(path) is not None and _kind(Path(path)) not in READERS
+    """Whether a path is a Hub dataset id: org/name without a data file's ending, and nothing here has that name."""
+    return HUB_ID.fullmatch(path) is not None and _kind(Path(path)) not in READERS and not os.path.exists(path)
 
 
 def _guarded(rows: Iterator[Found], path: str) -> Iterator[Found]:
@@ -93,9 +91,7 @@ def _reader(file: Path, name: str) -> Callable[[Path, str], Iterator[Found]]:
 
 def _files_of(folder: Path, split: str) -> list[Path]:
     """The folder's data files that belong to the split, sorted."""
-    files = sorted(
-        file for file in folder.rglob("*") if _is_data(file.relative_to(folder)) and file.is_file()
-    )
+    files = sorted(file for file in folder.rglob("*") if _is_data(file.relative_to(folder)) and file.is_file())
     if not files:
         raise UserError(f"{folder}: no data files in this folder; expected {', '.join(READERS)}")
     named = {file: _split_of(file, split) for file in files}
@@ -176,17 +172,15 @@ def _rows_in(value: Any, name: str) -> list[Any]:
         lists = [column for column in value.values() if isinstance(column, list)]
         if len(lists) == 1:
             return lists[0]
-        value = f"an object with {len(lists)} lists"
     if isinstance(value, list):
         return value
-    found = value if isinstance(value, str) and value.startswith("an object") else describe(value)
     raise UserError(
-        f"{name}: the file is {found}; expected an array of rows or an object with one list of rows"
+        f"{name}: the file is {describe(value)}; expected an array of rows or an object with one list of rows"
     )
 
 
 def _table(file: Path, name: str, delimiter: str) -> Iterator[Found]:
-    """CSV or TSV with a header. Bytes that are not UTF-8 survive as surrogates, which the text check refuses."""
+    """CSV or TSV with a header. Bytes that are not UTF-8 become surrogates, which the text check refuses."""
     csv.field_size_limit(2**31 - 1)  # the default refuses answers beyond 128 KiB
     with _opened(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as stream:
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
@@ -235,28 +229,23 @@ def _parquet_row(one: Any) -> dict[str, Any] | BadRow:
 
 
 def _hub_rows(path: str, split: str) -> Iterator[Found]:
-    import httpx
-    from datasets.exceptions import DatasetsError
-
     try:
         for number, row in enumerate(_load_hub(path, split), 1):
             yield f"{path}:row {number}", dict(row)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: neither a local file nor a dataset on the Hub; check the spelling"
-        ) from None
-    except (ConnectionError, httpx.TransportError) as error:
-        raise UserError(
-            f"{path}: the Hub cannot be reached ({_one_line(error)}); give a local file or go online"
-        ) from None
-    except (DatasetsError, OSError, ValueError, httpx.HTTPError) as error:
-        raise UserError(
-            f'{path}: cannot load the split "{split}" from the Hub ({_one_line(error)})'
-        ) from None
+    except Exception as error:  # what streaming raises depends on the HTTP library under huggingface_hub
+        raise UserError(_hub_sentence(error, path, split)) from error
+
+
+def _hub_sentence(error: Exception, path: str, split: str) -> str:
+    if isinstance(error, ConnectionError):
+        return f"{path}: no such file here, and the Hub cannot be reached; give a local file or go online"
+    if isinstance(error, FileNotFoundError):
+        return f"{path}: neither a local file nor a dataset on the Hub; check the spelling, or log in if it is gated"
+    return f'{path}: cannot load the split "{split}" from the Hub ({_one_line(error)})'
 
 
 def _load_hub(path: str, split: str) -> Any:
-    """Stream a dataset; what stands behind the colon is one of its configurations, else one of its folders."""
+    """Stream a dataset; behind the colon stands one of its configurations, else one of its folders."""
     from datasets import load_dataset
 
     name, _, part = path.partition(":")

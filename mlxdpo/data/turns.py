@@ -1,7 +1,7 @@
 """Prompts and answers out of text, turns and transcripts: where the prompt ends and the one answer begins.
 
-A prompt is never cut out of two texts by their common characters: shared openings of the answers would become part
-of it. Conversations are split by whole turns, transcripts at their last Assistant: mark.
+A prompt is never cut out of two texts by their common characters: shared openings of the answers would become
+part of it. Conversations are split by whole turns, transcripts at their last Assistant: mark.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from mlxdpo.data import reasons, values
 from mlxdpo.data.report import BadRow
 from mlxdpo.types import Message, Text
 
-_MARK = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
+_MARK = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_NEXT_MARK = re.compile(r"\n\n(Human|Assistant):")
 _EXTRA_ID = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
@@ -33,9 +34,7 @@ def prompt_turns(turns: tuple[Message, ...]) -> tuple[Message, ...]:
     if not any(turn.role == "user" and turn.content.strip() for turn in turns):
         raise BadRow(reasons.EMPTY_PROMPT, "the prompt has no user turn with text; expected one to answer")
     if turns[-1].role == "assistant":
-        raise BadRow(
-            reasons.NOT_ONE_ANSWER, "the prompt ends with an assistant turn; expected a user or tool turn"
-        )
+        raise BadRow(reasons.NOT_ONE_ANSWER, "the prompt ends with an assistant turn; expected a user or tool turn")
     return turns
 
 
@@ -45,7 +44,7 @@ def as_turns(prompt: Text) -> tuple[Message, ...]:
 
 
 def answer(row: Mapping[str, Any], name: str, prompt: Text) -> Text:
-    """A completion column: text beside a text prompt, else one assistant turn. Repeated prompt turns are taken off."""
+    """A completion column: text beside a text prompt, else one assistant turn, its repeated prompt taken off."""
     if isinstance(row[name], str) or not values.is_messages(row[name]):
         text = values.text(row, name)
         if not text.strip():
@@ -59,18 +58,14 @@ def one_answer(turns: tuple[Message, ...], name: str) -> tuple[Message, ...]:
     """Exactly one assistant turn that says something or calls a tool."""
     if [turn.role for turn in turns] != ["assistant"]:
         roles = ", ".join(turn.role for turn in turns) or "no turn"
-        raise BadRow(
-            reasons.NOT_ONE_ANSWER, f'"{name}" holds {roles} after the prompt; expected one assistant turn'
-        )
+        raise BadRow(reasons.NOT_ONE_ANSWER, f'"{name}" holds {roles} after the prompt; expected one assistant turn')
     if not turns[0].content.strip() and not turns[0].extra.get("tool_calls"):
-        raise BadRow(
-            reasons.EMPTY_COMPLETION, f'the assistant turn of "{name}" is empty; expected a completion'
-        )
+        raise BadRow(reasons.EMPTY_COMPLETION, f'the assistant turn of "{name}" is empty; expected a completion')
     return turns
 
 
 def split_last_turns(row: Mapping[str, Any]) -> tuple[Text, Text, Text]:
-    """Two conversations as prompt, chosen and rejected: the shared leading turns, then one assistant turn each."""
+    """Two conversations as prompt, chosen, rejected: the shared leading turns, then one assistant turn each."""
     chosen, rejected = values.messages(row, "chosen"), values.messages(row, "rejected")
     if chosen == rejected:
         raise BadRow(reasons.IDENTICAL, '"chosen" and "rejected" are the same')
@@ -79,7 +74,7 @@ def split_last_turns(row: Mapping[str, Any]) -> tuple[Text, Text, Text]:
     if not len(chosen) == len(rejected) == shared + 1:
         raise BadRow(
             reasons.DIVERGED,
-            f'"chosen" ({len(chosen)} turns) and "rejected" ({len(rejected)} turns) part at turn {shared + 1}; '
+            f'"chosen" ({len(chosen)} turns) and "rejected" ({len(rejected)}) part at turn {shared + 1}; '
             "expected them to differ in the last turn only",
         )
     answers = one_answer(chosen[shared:], "chosen"), one_answer(rejected[shared:], "rejected")
@@ -93,10 +88,10 @@ def split_transcripts(row: Mapping[str, Any]) -> tuple[Text, Text, Text]:
     if len(marks) < 2 or marks[-1][1] != "Assistant":
         raise BadRow(reasons.NOT_ONE_ANSWER, '"chosen" does not end with an Assistant: turn')
     end = marks[-1].end()
-    if chosen[:end] != rejected[:end] or _MARK.search("\n" + rejected[end:]):
+    if chosen[:end] != rejected[:end] or _NEXT_MARK.search(rejected, end):
         raise BadRow(
             reasons.DIVERGED,
-            '"chosen" and "rejected" part before the last Assistant: turn; expected them to differ in that turn only',
+            '"chosen" and "rejected" part before the last Assistant: turn; expected only that turn to differ',
         )
     answers = (_said(text[end:], name) for text, name in ((chosen, "chosen"), (rejected, "rejected")))
     return prompt_turns(_transcript(chosen, marks[:-1], marks[-1].start())), *answers

@@ -68,12 +68,8 @@ MESSAGES = Kind("messages", is_messages)
 TEXT_OR_MESSAGES = Kind("text or messages", lambda value: isinstance(value, str) or is_messages(value))
 NUMBER = Kind("a number", is_number)
 FLAG = Kind("true or false", is_flag)
-TEXTS = Kind(
-    "a list of text", lambda v: isinstance(v, list) and bool(v) and all(isinstance(t, str) for t in v)
-)
-NUMBERS = Kind(
-    "a list of numbers", lambda v: isinstance(v, list) and bool(v) and all(is_number(n) for n in v)
-)
+TEXTS = Kind("a list of text", lambda v: isinstance(v, list) and bool(v) and all(isinstance(t, str) for t in v))
+NUMBERS = Kind("a list of numbers", lambda v: isinstance(v, list) and bool(v) and all(is_number(n) for n in v))
 
 
 def describe(value: Any) -> str:
@@ -93,15 +89,11 @@ def _describe_list(value: list[Any]) -> str:
         return "messages" if any("role" in turn or "from" in turn for turn in value) else "a list of objects"
     kinds = {describe(item) for item in value}
     plural = {"a number": "numbers", "text": "text", "a Boolean": "Booleans", "null": "nulls"}
-    return (
-        f"a list of {plural.get(kinds.pop(), 'mixed values')}"
-        if len(kinds) == 1
-        else "a list of mixed values"
-    )
+    return f"a list of {plural.get(kinds.pop(), 'mixed values')}" if len(kinds) == 1 else "a list of mixed values"
 
 
 def parsed(value: Any) -> Any:
-    """Messages written as JSON text (a CSV cell, a twice-encoded column) as a list; anything else unchanged."""
+    """Messages written as JSON text (a CSV cell, a twice-encoded column) as a list; else the value itself."""
     if not (isinstance(value, str) and _WRITTEN_MESSAGES.match(value)):
         return value
     try:
@@ -150,11 +142,7 @@ def flag(values: Mapping[str, Any], name: str) -> bool:
 def _flag(value: Any) -> bool | None:
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
-    return (
-        {"true": True, "1": True, "false": False, "0": False}.get(value.lower())
-        if isinstance(value, str)
-        else None
-    )
+    return {"true": True, "1": True, "false": False, "0": False}.get(value.lower()) if isinstance(value, str) else None
 
 
 def messages(values: Mapping[str, Any], name: str) -> tuple[Message, ...]:
@@ -166,28 +154,20 @@ def messages(values: Mapping[str, Any], name: str) -> tuple[Message, ...]:
 
 
 def _message(turn: Mapping[str, Any], place: str) -> Message:
-    role_key, content_key = (
-        ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
-    )
+    role_key, content_key = ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
     if role_key not in turn:
-        raise BadRow(
-            reasons.WRONG_TYPE, f"{place} has neither role nor from; it has {', '.join(map(str, turn))}"
-        )
+        raise BadRow(reasons.WRONG_TYPE, f"{place} has neither role nor from; it has {', '.join(map(str, turn))}")
     role = ROLES.get(turn[role_key].lower()) if isinstance(turn[role_key], str) else None
     if role is None:
         known = ", ".join(ROLES)
-        raise BadRow(
-            reasons.UNKNOWN_ROLE, f"{place} has the role {turn[role_key]!r}; expected one of {known}"
-        )
+        raise BadRow(reasons.UNKNOWN_ROLE, f"{place} has the role {turn[role_key]!r}; expected one of {known}")
     # Parquet fills keys that only other turns have with nulls.
     extra = {k: v for k, v in turn.items() if k not in (role_key, content_key) and v is not None}
     content = turn.get(content_key)
     if content is None and extra.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
-        raise BadRow(
-            reasons.WRONG_TYPE, f"the {content_key} of {place} is {describe(content)}; expected text"
-        )
+        raise BadRow(reasons.WRONG_TYPE, f"the {content_key} of {place} is {describe(content)}; expected text")
     _check_unicode(content, place.replace('"', "'"))
     return Message(role, content, extra)
 
@@ -199,9 +179,7 @@ def tools(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise BadRow(
-                reasons.WRONG_TYPE, '"tools" is text that is not JSON; expected a list of tools'
-            ) from None
+            raise BadRow(reasons.WRONG_TYPE, '"tools" is text that is not JSON; expected a list of tools') from None
     if value is None or value in ("", []):
         return ()
     if not is_messages(value):
