@@ -180,8 +180,9 @@ def check_columns(shape: Format, row: Mapping[str, Any]) -> None:
 def _misfit(shape: Format, row: Mapping[str, Any]) -> BadRow | None:
     for name, kind in shape.columns.items():
         if name not in row:
-            seen = ", ".join(row) or "none"
-            return BadRow(reasons.MISSING_COLUMN, f'"{name}" is missing; the row has the columns {seen}')
+            return BadRow(
+                reasons.MISSING_COLUMN, f'"{name}" is missing; the row has the columns {values.column_names(row)}'
+            )
         if not kind.test(row[name]):
             return _wrong(name, kind, row)
     for name, kind in shape.optional.items():

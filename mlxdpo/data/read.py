@@ -26,7 +26,7 @@ from mlxdpo.data.formats import (
 from mlxdpo.data.report import BadRow, Report
 from mlxdpo.data.sources import READERS, Found, is_hub_id, read_rows
 from mlxdpo.data.turns import as_turns
-from mlxdpo.data.values import Row, describe, parsed
+from mlxdpo.data.values import Row, column_names, describe, parsed
 from mlxdpo.types import Opinion, Preference, Text, UserError
 
 Item = TypeVar("Item", Preference, Opinion)
@@ -75,10 +75,9 @@ def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     """The row under the format's names; `columns` is {format's name: own name}, and may swap two names."""
     missing = [own for own in columns.values() if own not in row]
     if missing:
-        known = ", ".join(row) or "none"
         return BadRow(
             reasons.MISSING_COLUMN,
-            f'"{missing[0]}" (from data.columns) is missing; the row has the columns {known}',
+            f'"{missing[0]}" (from data.columns) is missing; the row has the columns {column_names(row)}',
         )
     moved = {*columns, *columns.values()}
     kept = {name: value for name, value in row.items() if name not in moved}
@@ -108,7 +107,7 @@ def _shape_by_names(looked: Sequence[Found]) -> Format:
     where, row = rows[0]
     if shape := detect_by_names(row):
         return shape
-    seen = ", ".join(f"{name} ({describe(value)})" for name, value in row.items()) or "none"
+    seen = column_names(f"{name} ({describe(value)})" for name, value in row.items())
     known = "; ".join(f"{shape.name} ({', '.join(shape.columns)})" for shape in FORMATS.values())
     raise UserError(
         f"{where}: the columns {seen} are no known row shape; "

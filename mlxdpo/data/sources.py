@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from mlxdpo.data import reasons
 from mlxdpo.data.report import BadRow
-from mlxdpo.data.values import describe
+from mlxdpo.data.values import column_names, describe
 from mlxdpo.types import UserError
 
 Found = tuple[str, dict[str, Any] | BadRow]
@@ -66,7 +66,7 @@ def _guarded(rows: Iterator[Found], path: str) -> Iterator[Found]:
         for row in rows:
             empty = False
             yield row
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({_one_line(error)}); check the file") from None
     if empty:
         raise UserError(f"{path}: holds no rows; expected at least one")
@@ -186,7 +186,7 @@ def _table(file: Path, name: str, delimiter: str) -> Iterator[Found]:
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
         header = next(reader, [])
         if len(set(header)) < len(header):
-            raise UserError(f"{name}:1: two columns have the same name in {', '.join(header)}; rename one")
+            raise UserError(f"{name}:1: two columns have the same name in {column_names(header)}; rename one")
         while True:
             where = f"{name}:{reader.line_num + 1}"
             try:

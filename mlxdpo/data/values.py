@@ -5,10 +5,11 @@ Every sentence names the column and what was found, so that `file:line: sentence
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from mlxdpo.data import reasons
@@ -92,6 +93,12 @@ def _describe_list(value: list[Any]) -> str:
     return f"a list of {plural.get(kinds.pop(), 'mixed values')}" if len(kinds) == 1 else "a list of mixed values"
 
 
+def column_names(names: Iterable[Any]) -> str:
+    """Column names for a sentence, printable whatever they are, the first dozen of them."""
+    shown = [str(name)[:60].encode("utf-8", "backslashreplace").decode() for name in itertools.islice(names, 13)]
+    return ", ".join([*shown[:12], "..."] if len(shown) > 12 else shown) or "none"
+
+
 def parsed(value: Any) -> Any:
     """Messages written as JSON text (a CSV cell, a twice-encoded column) as a list; else the value itself."""
     if not (isinstance(value, str) and _WRITTEN_MESSAGES.match(value)):
@@ -156,7 +163,7 @@ def messages(values: Mapping[str, Any], name: str) -> tuple[Message, ...]:
 def _message(turn: Mapping[str, Any], place: str) -> Message:
     role_key, content_key = ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
     if role_key not in turn:
-        raise BadRow(reasons.WRONG_TYPE, f"{place} has neither role nor from; it has {', '.join(map(str, turn))}")
+        raise BadRow(reasons.WRONG_TYPE, f"{place} has neither role nor from; it has {column_names(turn)}")
     role = ROLES.get(turn[role_key].lower()) if isinstance(turn[role_key], str) else None
     if role is None:
         known = ", ".join(ROLES)

@@ -1,0 +1,201 @@
+"""The data doctor's findings, as a value: what was read, what was left out and why, lengths, length bias, overlap.
+
+Lengths in tokens are given by the caller as plain numbers, so that a check without a model needs no tokenizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlxdpo.data import reasons
+from mlxdpo.data.formats import FORMATS
+from mlxdpo.data.read import prompt_key, prompts_in_both
+from mlxdpo.data.report import Report
+from mlxdpo.types import Opinion, Preference, Text
+
+Rows = Sequence[Preference] | Sequence[Opinion]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A distribution of lengths by nearest rank: half are at most `median`, 95 % at most `p95`."""
+
+    median: int
+    p95: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a preference set holds. Shares are between 0 and 1; None means not asked for or not defined.
+
+    longer         share of pairs whose chosen completion is the longer one, in `unit`
+    always_longer  accuracy of always choosing the longer completion, equal lengths counting one half
+    over_limit     rows whose prompt and longer completion together exceed `limit` tokens
+    overlap        distinct prompts that the held-out rows share with these
+    """
+
+    source: str
+    format: str
+    kind: str
+    read: int
+    kept: int
+    refused: dict[str, int]
+    changed: dict[str, int]
+    first: dict[str, str]
+    duplicates: int
+    ties: int
+    prompts: int
+    most_per_prompt: int
+    characters: dict[str, Spread]
+    tokens: dict[str, Spread] | None
+    unit: str
+    longer: float | None
+    always_longer: float | None
+    desirable: float | None
+    limit: int | None
+    over_limit: int | None
+    heldout: int | None
+    overlap: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def examine(
+    rows: Rows,
+    report: Report,
+    source: str,
+    heldout: Rows | None = None,
+    tokens: Sequence[Sequence[int]] | None = None,
+    limit: int | None = None,
+) -> Findings:
+    """The findings on `rows` (one or more) as `read_preferences` gave them together with `report`.
+
+    `tokens` holds, per row, the lengths (prompt, chosen, rejected), or (prompt, completion) for opinions, before
+    any truncation; `limit` is the most tokens that prompt and completion may have together. The rows measured may
+    be fewer than `rows`. Raises `ValueError` for no rows.
+    """
+    if not rows:
+        raise ValueError("no rows to examine")
+    characters = [_characters(row) for row in rows]
+    pairs = isinstance(rows[0], Preference)
+    per_prompt = Counter(prompt_key(row.prompt) for row in rows)
+    measured = tokens or characters
+    over = None if tokens is None or limit is None else sum(n[0] + max(n[1:]) > limit for n in tokens)
+    return Findings(
+        source=source,
+        format=report.format,
+        kind="pairs" if pairs else "opinions",
+        read=report.read,
+        kept=len(rows),
+        refused=dict(report.refused),
+        changed=dict(report.changed),
+        first=dict(report.first),
+        duplicates=report.refused.get(reasons.DUPLICATE, 0),
+        ties=report.refused.get(reasons.TIED, 0),
+        prompts=len(per_prompt),
+        most_per_prompt=max(per_prompt.values()),
+        characters=_spreads(characters),
+        tokens=_spreads(tokens) if tokens else None,
+        unit="tokens" if tokens else "characters",
+        longer=_share([chosen > rejected for _, chosen, rejected in measured]) if pairs else None,
+        always_longer=_share([_longer_wins(a, b) for _, a, b in measured]) if pairs else None,
+        desirable=None if pairs else _share([row.desirable for row in rows]),  # type: ignore[union-attr]
+        limit=limit,
+        over_limit=over,
+        heldout=None if heldout is None else len(heldout),
+        overlap=None if heldout is None else prompts_in_both(rows, heldout),
+    )
+
+
+def _characters(row: Preference | Opinion) -> tuple[int, ...]:
+    if isinstance(row, Opinion):
+        return _size(row.prompt), _size(row.completion)
+    return _size(row.prompt), _size(row.chosen), _size(row.rejected)
+
+
+def _size(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(len(turn.content) for turn in text)
+
+
+def _spreads(lengths: Sequence[Sequence[int]]) -> dict[str, Spread]:
+    names = ("prompt", "chosen", "rejected") if len(lengths[0]) == 3 else ("prompt", "completion")
+    return {name: spread(column) for name, column in zip(names, zip(*lengths, strict=True), strict=True)}
+
+
+def spread(lengths: Sequence[int]) -> Spread:
+    """Median, 95th percentile and maximum of one or more lengths, each one of the lengths (nearest rank)."""
+    ordered = sorted(lengths)
+    median, p95 = (ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.95))
+    return Spread(median, p95, ordered[-1])
+
+
+def _longer_wins(chosen: int, rejected: int) -> float:
+    return 0.5 if chosen == rejected else float(chosen > rejected)
+
+
+def _share(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def lines(found: Findings) -> list[str]:
+    """The findings as plain sentences, the most general first."""
+    report = Report(refused=found.refused, changed=found.changed, first=found.first)
+    said = [
+        f"{found.source}: {found.kept} {found.kind} from {found.read} rows, read as {_format(found.format)}.",
+        *(f"{line[0].upper()}{line[1:]}." for line in report.lines()),
+        _prompts(found),
+        _lengths("Characters", found.characters),
+    ]
+    if found.tokens:
+        said.append(_lengths("Tokens", found.tokens))
+    return [*said, *_limits(found), *_bias(found), *_overlap(found)]
+
+
+def _format(name: str) -> str:
+    return f"{name} ({FORMATS[name].about})" if name in FORMATS else name or "an unnamed shape"
+
+
+def _prompts(found: Findings) -> str:
+    mean = found.kept / found.prompts
+    return (
+        f"{found.prompts} distinct prompts, {mean:.2f} {found.kind} each on average, {found.most_per_prompt} at most."
+    )
+
+
+def _lengths(unit: str, spreads: dict[str, Spread]) -> str:
+    parts = [f"{name} {s.median} / {s.p95} / {s.longest}" for name, s in spreads.items()]
+    return f"{unit} (median / 95 % / longest): {', '.join(parts)}."
+
+
+def _limits(found: Findings) -> list[str]:
+    if found.over_limit is None:
+        return []
+    return [f"{found.over_limit} of {found.kept} {found.kind} are longer than {found.limit} tokens."]
+
+
+def _bias(found: Findings) -> list[str]:
+    if found.desirable is not None:
+        return [f"{found.desirable:.0%} of the completions are desirable."]
+    return [
+        f"The chosen completion is the longer one in {found.longer:.0%} of the pairs ({found.unit}); always choosing "
+        f"the longer one is right in {found.always_longer:.0%}, so an accuracy near that may be length alone."
+    ]
+
+
+def _overlap(found: Findings) -> list[str]:
+    if found.overlap is None:
+        return []
+    if found.overlap == 0:
+        return [f"None of the prompts is among the {found.heldout} held-out {found.kind}."]
+    return [
+        f"{found.overlap} prompts are also among the {found.heldout} held-out {found.kind}: held-out numbers will be "
+        "too good; take these prompts out of one side, or let data.eval_fraction split by prompt."
+    ]
