@@ -14,22 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlxdpo.config import DataConfig
-from mlxdpo.data.fit import fit
+from mlxdpo.data.fit import DroppedRow, fit
+from mlxdpo.data.render import Rendered, checked_unicode, render
 from mlxdpo.data.report import BadRow, Report
 from mlxdpo.data.template import Writer, probe, template_digest, unwrap
-from mlxdpo.types import Example, Message, Preference, Text, UserError
+from mlxdpo.types import Example, Preference, Text, UserError
 
 __all__ = ["Shown", "describe", "encode", "encode_all", "encode_prompt", "template_digest"]
 
 CHUNK = 1000  # rows tokenised in one call: the tokenizer's threads are kept busy, and progress is seen
-
-
-class Rendered(NamedTuple):
-    """A row as text: the prompt, and each completion together with it. `plain`: no template wrote it."""
-
-    prompt: str
-    fulls: tuple[str, ...]
-    plain: bool
 
 
 class Shown(NamedTuple):
@@ -83,7 +76,7 @@ def encode_prompt(
     """
     writer = probe(tokenizer, data)
     try:
-        rendered = _unicode(render(prompt, (), tools, writer, data, "prompt", Report()))
+        rendered = checked_unicode(render(prompt, (), tools, writer, data, "prompt", []))
     except BadRow as bad:
         raise UserError(f"prompt: {bad.sentence}") from None
     ids = writer.ids([rendered.prompt])[0]
@@ -105,142 +98,57 @@ def _segments(prompt: np.ndarray, completion: np.ndarray, tokenizer: Any) -> lis
 
 
 def _decode(ids: np.ndarray, tokenizer: Any) -> str:
-    return unwrap(tokenizer).decode(
-        ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
+    return unwrap(tokenizer).decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _encode_chunk(
-    rows: Sequence[Preference], writer: Writer, data: DataConfig, report: Report
-) -> list[Example | None]:
-    """Render every row, tokenise all texts in one call, then cut each row into prompt and completions."""
+def _encode_chunk(rows: Sequence[Preference], writer: Writer, data: DataConfig, report: Report) -> list[Example | None]:
+    """Render every row, tokenise all texts in one call, then cut each row into prompt and completions.
+
+    What is changed in a row is noted in `changes` and counted once it is clear that the row is kept.
+    """
+    changes: list[list[str]] = [[] for _ in rows]
     rendered: list[Rendered | None] = []
-    for row in rows:
+    for row, noted in zip(rows, changes, strict=True):
         report.read += 1
         try:
             both = (row.chosen, row.rejected)
-            rendered.append(_unicode(render(row.prompt, both, row.tools, writer, data, row.where, report)))
+            rendered.append(checked_unicode(render(row.prompt, both, row.tools, writer, data, row.where, noted)))
         except BadRow as bad:
             report.refuse(row.where, bad, data.on_bad_row)
             rendered.append(None)
     texts = iter(writer.ids([t for r in rendered if r for t in (r.prompt, *r.fulls)]))
     result: list[Example | None] = []
-    for row, r in zip(rows, rendered, strict=True):
+    for row, r, noted in zip(rows, rendered, changes, strict=True):
         ids = [next(texts) for _ in range(1 + len(r.fulls))] if r else []
-        result.append(_example(row.where, ids, r, writer, data, report) if r else None)
+        result.append(_example(row.where, ids, r, writer, data, noted, report) if r else None)
     return result
 
 
 def _example(
-    where: str, ids: list[list[int]], rendered: Rendered, writer: Writer, data: DataConfig, report: Report
+    where: str,
+    ids: list[list[int]],
+    rendered: Rendered,
+    writer: Writer,
+    data: DataConfig,
+    changes: list[str],
+    report: Report,
 ) -> Example | None:
     try:
-        prompt, completions = split(where, ids, rendered, writer, report)
-        fitted = fit(where, prompt, completions, writer.bos, data, report)
-        if fitted is None:
-            return None
-        prompt, (chosen, rejected) = fitted
+        prompt, completions = split(ids, rendered, writer, changes)
+        prompt, (chosen, rejected) = fit(where, prompt, completions, writer.bos, data, changes)
         if np.array_equal(chosen, rejected):
             raise BadRow("identical after tokenisation", "chosen and rejected are the same tokens")
     except BadRow as bad:
-        report.refuse(where, bad, data.on_bad_row)
+        report.refuse(where, bad, "skip" if isinstance(bad, DroppedRow) else data.on_bad_row)
         return None
     report.kept += 1
+    for change in changes:
+        report.change(where, change)
     return Example(prompt, chosen, rejected, where)
 
 
-def render(
-    prompt: Text,
-    completions: tuple[Text, ...],
-    tools: Sequence[Mapping[str, Any]],
-    writer: Writer,
-    data: DataConfig,
-    where: str,
-    report: Report,
-) -> Rendered:
-    """A prompt and its completions as text, each completion cut after its end-of-turn token.
-
-    Raises `BadRow` when the template refuses the turns, `UserError` when there is no template to ask.
-    """
-    messages = any(not isinstance(text, str) for text in (prompt, *completions))
-    if not messages and (data.template == "plain" or (data.template == "auto" and not writer.chat)):
-        return Rendered(prompt, tuple(prompt + c for c in completions), plain=True)
-    if not writer.chat:
-        asked = "the row is a list of messages" if messages else "data.template is chat"
-        raise UserError(
-            f"{where}: {asked}, but the tokenizer has no chat template; use an instruction-tuned model, or"
-            " plain-text rows with data.template plain"
-        )
-    if isinstance(prompt, str) and data.template == "auto" and prompt.lstrip().startswith(writer.opening):
-        raise BadRow(
-            "already templated",
-            f"the prompt begins with {prompt.lstrip()[:20]!r}; set data.template to plain to leave it so",
-        )
-    turns = _turns(prompt, "user")
-    before = writer.render(turns, tools, generate=True)
-    fulls = []
-    for completion in completions:
-        answer = _without_end(_turns(completion, "assistant"), writer, where, report)
-        fulls.append(_cut(writer.render((*turns, *answer), tools, generate=False), writer))
-        if not all(message.content.strip() in fulls[-1] for message in answer):
-            report.change(where, "completion rewritten by the chat template")
-    return Rendered(_led(before, fulls, writer, where, report), tuple(fulls), plain=False)
-
-
-def _led(before: str, fulls: Sequence[str], writer: Writer, where: str, report: Report) -> str:
-    """The prompt with the empty thinking block that the template writes before answers without reasoning.
-
-    Where one answer reasons and another does not, the empty block is what tells them apart, and is scored.
-    """
-    led = [bool(writer.lead) and full.startswith(before + writer.lead) for full in fulls]
-    if led and all(led):
-        report.change(where, "empty thinking block, written by the template, counted as prompt")
-        return before + writer.lead
-    if any(led):
-        report.change(where, "empty thinking block scored: the other completion has reasoning")
-    if not all(full.startswith(before) for full in fulls):
-        report.change(
-            where, "boundary moved back: the template writes the turn otherwise than it prompts for it"
-        )
-    return before
-
-
-def _unicode(rendered: Rendered) -> Rendered:
-    """Raises `BadRow` for half a surrogate pair (JSON lets "\\ud83d" through; tokenizers do not)."""
-    try:
-        for text in (rendered.prompt, *rendered.fulls):
-            text.encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise BadRow(
-            "not Unicode", f"the text has half a character ({half!a}); write it as UTF-8"
-        ) from None
-    return rendered
-
-
-def _turns(text: Text, role: str) -> tuple[Message, ...]:
-    return (Message(role, text),) if isinstance(text, str) else text
-
-
-def _without_end(
-    answer: tuple[Message, ...], writer: Writer, where: str, report: Report
-) -> tuple[Message, ...]:
-    """Texts copied from a model's output may end in the token that the template is about to write again."""
-    end = writer.end.strip()
-    if not end or not answer or not answer[-1].content.rstrip().endswith(end):
-        return answer
-    report.change(where, "end-of-turn token in the text left out")
-    last = answer[-1]
-    return (*answer[:-1], last._replace(content=last.content.rstrip().removesuffix(end)))
-
-
-def _cut(full: str, writer: Writer) -> str:
-    """Without what the template prints after the end of the turn."""
-    return full.removesuffix(writer.rest) if full.endswith(writer.end + writer.rest) else full
-
-
 def split(
-    where: str, ids: list[list[int]], rendered: Rendered, writer: Writer, report: Report
+    ids: list[list[int]], rendered: Rendered, writer: Writer, changes: list[str]
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Ids of the prompt text and of each full text → prompt (P,) and completions, int32, each with one EOS.
 
@@ -251,11 +159,11 @@ def split(
     prompt, *fulls = (np.array(begin(i, writer), np.int32) for i in ids)
     boundary = min(_common_prefix(prompt, full) for full in fulls)
     if boundary < len(prompt) and all(full.startswith(rendered.prompt) for full in rendered.fulls):
-        report.change(where, "boundary moved back: the prompt's last tokens merge with the completion")
+        changes.append("boundary moved back: the prompt's last tokens merge with the completion")
+    if writer.unk is not None and any(writer.unk in full for full in fulls):
+        changes.append("text with characters that the tokenizer does not know")
     if boundary == 0:
-        raise BadRow(
-            "empty prompt", "the prompt has no tokens, so the completion's first token has no context"
-        )
+        raise BadRow("empty prompt", "the prompt has no tokens, so the completion's first token has no context")
     completions = [_ended(full[boundary:], writer) for full in fulls]
     if any(np.isin(completion[:-1], list(writer.ends)).any() for completion in completions):
         raise BadRow("end-of-sequence inside", "a completion has an end-of-sequence token before its end")
@@ -266,9 +174,7 @@ def _ended(completion: np.ndarray, writer: Writer) -> np.ndarray:
     if len(completion) and int(completion[-1]) in writer.ends:
         return completion
     if writer.eos is None:
-        raise UserError(
-            "neither the tokenizer nor the model names an end-of-sequence token; set eos_token_id"
-        )
+        raise UserError("neither the tokenizer nor the model names an end-of-sequence token; set eos_token_id")
     return np.append(completion, np.int32(writer.eos))
 
 

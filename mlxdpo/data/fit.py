@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 from mlxdpo.config import DataConfig
-from mlxdpo.data.report import BadRow, Report
+from mlxdpo.data.report import BadRow
 from mlxdpo.types import UserError
+
+
+class DroppedRow(BadRow):
+    """A row left out because the settings say so; nothing is wrong with it, so it never stops a run."""
 
 
 def fit(
@@ -15,39 +21,35 @@ def fit(
     completions: list[np.ndarray],
     bos: frozenset[int],
     data: DataConfig,
-    report: Report,
-) -> tuple[np.ndarray, list[np.ndarray]] | None:
-    """Cut a row to `data.max_length` tokens, or None when it is dropped; the completions share their prompt.
+    changes: list[str],
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Cut a row to `data.max_length` tokens, one prompt for all completions; `changes` gets what was done.
 
     The prompt loses its beginning but keeps a BOS (an id in `bos`); the completions stay whole. Only one that
     leaves no room for a single prompt token is cut itself; the prompt then keeps up to half of the limit.
+    Raises `DroppedRow` or `UserError` where the settings say drop or stop.
     """
     limit, longest = data.max_length, max(map(len, completions))
     if longest + 1 > limit:
         what = f"a completion of {longest} tokens does not fit data.max_length {limit}"
-        if not _may(data.on_long_completion, "truncate", where, "completion too long", what, report):
-            return None
+        _allow(data.on_long_completion, "completion", where, what)
         longest = limit - min(len(prompt), limit // 2)
-        report.change(where, "completion truncated")
+        changes.append("completion truncated")
         completions = [completion[:longest] for completion in completions]
     room = limit - longest
     if len(prompt) > room:
-        what = (
-            f"a prompt of {len(prompt)} tokens and a completion of {longest} exceed data.max_length {limit}"
-        )
-        if not _may(data.on_long_prompt, "trim", where, "prompt too long", what, report):
-            return None
-        report.change(where, "prompt trimmed")
+        what = f"a prompt of {len(prompt)} tokens and a completion of {longest} exceed data.max_length {limit}"
+        _allow(data.on_long_prompt, "prompt", where, what)
+        changes.append("prompt trimmed")
         head = prompt[:1] if int(prompt[0]) in bos else prompt[:0]
         prompt = np.concatenate([head, prompt[len(prompt) - room + len(head) :]])
     return prompt, completions
 
 
-def _may(policy: str, cut: str, where: str, reason: str, what: str, report: Report) -> bool:
-    """Whether the policy is to cut. Counts the row when it is to drop; `UserError` when it is to stop."""
+def _allow(policy: str, part: Literal["prompt", "completion"], where: str, what: str) -> None:
+    """Passes when the policy is to cut (trim, truncate)."""
     if policy == "stop":
-        knob = "on_long_prompt" if cut == "trim" else "on_long_completion"
-        raise UserError(f"{where}: {what}; raise data.max_length, or set data.{knob} to {cut} or drop")
+        cut = {"prompt": "trim", "completion": "truncate"}[part]
+        raise UserError(f"{where}: {what}; raise data.max_length, or set data.on_long_{part} to {cut} or drop")
     if policy == "drop":
-        report.refuse(where, BadRow(reason, what), "skip")
-    return policy == cut
+        raise DroppedRow(f"{part} too long", what)

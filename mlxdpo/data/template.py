@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlxdpo.config import DataConfig
@@ -29,7 +29,8 @@ class Writer:
     """A tokenizer with what was found out about it.
 
     start    ids that plain text begins with (BOS), empty where the tokenizer emits none
-    bos      ids that count as a BOS when a prompt is trimmed
+    bos      ids that count as a BOS where a prompt begins with one
+    unk      id written for what the vocabulary lacks, or None
     eos      id appended where nothing ends the completion; None where the model has no such token
     ends     ids that end a completion: the model's end-of-sequence ids and the template's end-of-turn
     chat     whether there is a chat template; the rest describes its assistant turn, as text
@@ -43,6 +44,7 @@ class Writer:
     thinking: bool
     start: tuple[int, ...]
     bos: frozenset[int]
+    unk: int | None
     eos: int | None
     ends: frozenset[int]
     chat: bool
@@ -70,16 +72,12 @@ class Writer:
         except (jinja2.TemplateError, TypeError, IndexError) as error:
             words = " ".join(str(error).split()) or type(error).__name__
             roles = ", ".join(turn.role for turn in turns) or "none"
-            raise BadRow(
-                "refused by the chat template", f"the chat template says {words!r} (turns: {roles})"
-            ) from None
+            raise BadRow("refused by the chat template", f"the chat template says {words!r} (turns: {roles})") from None
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, nothing added at either end."""
         # verbose=False: lengths beyond the tokenizer's own limit are our business (data.max_length).
-        return (
-            self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        )
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def unwrap(tokenizer: Any) -> Any:
@@ -102,7 +100,7 @@ def probe(tokenizer: Any, data: DataConfig, eos_ids: frozenset[int] | None = Non
     eos = bare.eos_token_id if bare.eos_token_id in stops else min(stops, default=None)
     start = _start(bare)
     bos = frozenset(start) | ({bare.bos_token_id} - {None})
-    plain = Writer(bare, data.thinking, start, bos, eos, stops, chat=False)
+    plain = Writer(bare, data.thinking, start, bos, bare.unk_token_id, eos, stops, chat=False)
     return _probe_turn(plain) if bare.chat_template else plain
 
 
@@ -124,14 +122,10 @@ def _probe_turn(writer: Writer) -> Writer:
         bare = writer.render(question, (), generate=False)
         answers = [writer.render((*question, Message("assistant", p)), (), generate=False) for p in PROBES]
     except BadRow as bad:
-        raise UserError(
-            f"{bad.sentence}, for one question and one answer; set data.template to plain"
-        ) from None
+        raise UserError(f"{bad.sentence}, for one question and one answer; set data.template to plain") from None
     before, found, after = answers[0].rpartition(PROBES[0])
     if not found or answers[1] != before + PROBES[1] + after:
-        raise UserError(
-            "the chat template does not print the assistant's content; set data.template to plain"
-        )
+        raise UserError("the chat template does not print the assistant's content; set data.template to plain")
     header = prompt[len(bare) :] if prompt.startswith(bare) else ""
     special = _special(writer)
     end = _first(special, after)
@@ -139,13 +133,13 @@ def _probe_turn(writer: Writer) -> Writer:
         end = None  # the next answer's header, not the end of this one
     stop = end[0] + end[1] if end else ""
     ends = writer.ends | ({writer.tokenizer.convert_tokens_to_ids(end[1])} if end else set())
-    return Writer(
-        writer.tokenizer,
-        writer.thinking,
-        writer.start,
-        writer.bos,
-        writer.eos,
-        frozenset(ends),
+    # SmolLM2 declares <|im_start|>, the header of every turn, as its BOS.
+    declared = writer.tokenizer.bos_token
+    is_header = bool(declared) and declared in prompt[len(declared) :]
+    return replace(
+        writer,
+        bos=frozenset(writer.start) if is_header else writer.bos,
+        ends=frozenset(ends),
         chat=True,
         lead=before[len(prompt) :] if before.startswith(prompt) else "",
         end=stop,
