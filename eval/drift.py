@@ -91,7 +91,9 @@ def sequence_kl(policy: LogitsAt, reference: LogitsAt, mask: mx.array) -> mx.arr
         here = slice(start, min(start + CHUNK, mask.shape[1]))
         steps = step_kl(policy(here), reference(here))
         if steps.shape != mask[:, here].shape:
-            raise ValueError(f"logits of {steps.shape} positions for a mask of {mask[:, here].shape}; expected (R, T)")
+            raise ValueError(
+                f"logits of {steps.shape} positions for a mask of {mask[:, here].shape}; expected (R, T)"
+            )
         # `where`, not a product: padding may hold anything, and inf * 0 is not a number.
         total = total + mx.where(mask[:, here] > 0, steps, 0.0).sum(-1)
         mx.eval(total)  # frees this chunk before the next one is built
@@ -101,11 +103,13 @@ def sequence_kl(policy: LogitsAt, reference: LogitsAt, mask: mx.array) -> mx.arr
 def step_kl(policy_logits: mx.array, reference_logits: mx.array) -> mx.array:
     """(..., V), (..., V) -> (...) nats, at least 0: KL(softmax(policy) || softmax(reference)), float32."""
     if policy_logits.shape != reference_logits.shape:
-        raise ValueError(f"policy logits are {policy_logits.shape}, reference logits {reference_logits.shape}")
+        raise ValueError(
+            f"policy logits are {policy_logits.shape}, reference logits {reference_logits.shape}"
+        )
     policy, reference = (_log_softmax(logits) for logits in (policy_logits, reference_logits))
     p, q, ratio = mx.exp(policy), mx.exp(reference), policy - reference
-    # sum (q - p) is 0, so p ratio + q - p sums to the same; its terms are never negative, and a rounding of the
-    # normalisers (1e-6 nats, as much as the whole divergence of a young run) no longer enters at first order.
+    # sum (q - p) is 0, so p ratio + q - p sums to the same; its terms are never negative, and a rounding of
+    # the normalisers (1e-6 nats, as much as a young run's divergence) no longer enters at first order.
     near = p * (mx.expm1(-ratio) + ratio)
     far = q - p + mx.where(p > 0, p * ratio, 0.0)  # expm1 would overflow
     return mx.maximum(mx.where(ratio > -1, near, far).sum(-1), 0.0)

@@ -45,8 +45,8 @@ def test_a_shift_of_the_logits_is_no_drift():
 
 
 def test_second_order_closed_form():
-    """KL(p || p tilted by eps f) = eps² Var_p(f) / 2 for small eps: 5e-9 nats here, below float32's own rounding
-    of a log-probability, and still right to a few per cent."""
+    """KL(p || p tilted by eps f) = eps² Var_p(f) / 2 for small eps: 5e-9 nats here, below the
+    rounding of a float32 log-probability, and still right to a few per cent."""
     rng = np.random.default_rng(3)
     logits, tilt = rng.normal(size=(2, 50_000))
     p = np.exp(logits) / np.exp(logits).sum()
@@ -61,7 +61,9 @@ def test_sequence_kl_equals_the_formula_whatever_the_chunk(monkeypatch, chunk):
     rng = np.random.default_rng(0)
     policy, reference = rng.normal(size=(2, 4, 10, 23)) * 2
     mask = (rng.random((4, 10)) < 0.6).astype(np.float64)
-    found = sequence_kl(at(policy.astype(np.float32)), at(reference.astype(np.float32)), mx.array(mask, mx.float32))
+    found = sequence_kl(
+        at(policy.astype(np.float32)), at(reference.astype(np.float32)), mx.array(mask, mx.float32)
+    )
     assert found.dtype == mx.float32
     np.testing.assert_allclose(np.array(found), plain_kl(policy, reference, mask), rtol=1e-5)
 
@@ -89,7 +91,9 @@ def test_mean_log_ratio_of_samples_estimates_it():
     policy, reference = rng.normal(size=(2, 1, 1, 9))
     log_p, log_q = (x[0, 0] - np.log(np.exp(x[0, 0]).sum()) for x in (policy, reference))
     ratio = (log_p - log_q)[rng.choice(9, 200_000, p=np.exp(log_p))]
-    exact = sequence_kl(at(policy.astype(np.float32)), at(reference.astype(np.float32)), mx.ones((1, 1))).item()
+    exact = sequence_kl(
+        at(policy.astype(np.float32)), at(reference.astype(np.float32)), mx.ones((1, 1))
+    ).item()
     assert abs(ratio.mean() - exact) < 4 * ratio.std() / np.sqrt(len(ratio))
 
 
@@ -102,7 +106,7 @@ def test_shapes_that_differ_are_refused():
 
 
 def test_repetition_hand_worked():
-    """a b a b a b: trigrams aba bab aba bab, two distinct of four. No repetition without repeats; None if short."""
+    """a b a b a b: trigrams aba bab aba bab, two distinct of four. None for a text of fewer than n."""
     assert repetition("ababab") == 0.5
     assert repetition([1, 2, 3, 4, 5]) == 0
     assert repetition([7] * 100, n=1) == 0.99
@@ -130,7 +134,7 @@ def test_repetition_bounds_and_relation_to_distinct(ids, n):
 
 
 def test_text_stats_hand_worked():
-    """Lengths 4 and 1; repetition of trigrams from the first only (aaa twice: 1/2); bigrams aa three times."""
+    """Lengths 4 and 1; repetition of the first only (aaa twice: 1/2); bigram aa three times."""
     assert text_stats(["aaaa", "b"], [True, False]) == (2.5, 0.5, pytest.approx(1 / 3), 0.5)
     assert text_stats([], []) == (None, None, None, None)
     with pytest.raises(ValueError, match="1 completions and 0 flags"):

@@ -20,7 +20,10 @@ def test_wilson_hand_worked():
     assert found == (0.5, pytest.approx(0.1500390, abs=1e-6), pytest.approx(0.8499610, abs=1e-6), 4)
 
 
-@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.8, 0.95]))
+@given(
+    st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))),
+    st.sampled_from([0.8, 0.95]),
+)
 def test_wilson_equals_scipy(kn, level):
     k, n = kn
     theirs = binomtest(k, n).proportion_ci(level, method="wilson")
@@ -51,7 +54,7 @@ def test_fewer_than_two_clusters_give_no_interval():
 
 
 def test_two_clusters_hand_worked():
-    """Clusters {0, 0, 0} and {4}: a resample's mean is 0, 1 (both, two ways in four) or 4; the ends are 0 and 4."""
+    """Clusters {0, 0, 0} and {4}: a resample's mean is 0, 1 (two ways in four) or 4; the ends are 0 and 4."""
     assert cluster_bootstrap([0.0, 4.0, 0.0, 0.0], ["a", "b", "a", "a"]) == (1.0, 0.0, 4.0, 2)
     middle = cluster_bootstrap([0.0, 4.0, 0.0, 0.0], ["a", "b", "a", "a"], level=0.2)
     assert middle == (1.0, 1.0, 1.0, 2)
@@ -95,8 +98,10 @@ def test_seed_and_median():
 
 
 def coverage(clusters_named: bool) -> float:
-    """Share of 300 simulated studies whose nominal 90 % interval holds the true mean 0: 60 prompts x 5 samples,
-    prompt effect and sample noise of equal variance."""
+    """Share of 300 simulated studies whose nominal 90 % interval holds the true mean 0.
+
+    60 prompts x 5 samples, prompt effect and sample noise of equal variance.
+    """
     rng, hits = np.random.default_rng(7), 0
     for _ in range(300):
         values = (rng.normal(size=(60, 1)) + rng.normal(size=(60, 5))).ravel()
@@ -107,7 +112,7 @@ def coverage(clusters_named: bool) -> float:
 
 
 def test_coverage_is_nominal_by_prompt_and_falls_short_by_row():
-    """The spread of an estimated 90 % is .017. By row the standard error is sqrt(2 / 6) of the true one: 66 %."""
+    """An estimated 90 % varies by .017. By row the standard error is sqrt(2 / 6) of the true one: 66 %."""
     assert 0.85 <= coverage(clusters_named=True) <= 0.95
     assert coverage(clusters_named=False) < 0.75
 
