@@ -135,16 +135,23 @@ def _example(
 ) -> Example | None:
     try:
         prompt, completions = split(ids, rendered, writer, changes)
-        prompt, (chosen, rejected) = fit(where, prompt, completions, writer.bos, data, changes)
-        if np.array_equal(chosen, rejected):
-            raise BadRow("identical after tokenisation", "chosen and rejected are the same tokens")
+        _differ(completions)
+        prompt, completions = fit(where, prompt, completions, writer.bos, data, changes)
+        _differ(completions)  # truncation may have cut off where they differ
     except BadRow as bad:
         report.refuse(where, bad, "skip" if isinstance(bad, DroppedRow) else data.on_bad_row)
         return None
     report.kept += 1
     for change in changes:
         report.change(where, change)
+    chosen, rejected = completions
     return Example(prompt, chosen, rejected, where)
+
+
+def _differ(completions: list[np.ndarray]) -> None:
+    chosen, rejected = completions
+    if np.array_equal(chosen, rejected):
+        raise BadRow("identical after tokenisation", "chosen and rejected are the same tokens")
 
 
 def split(
