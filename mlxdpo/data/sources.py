@@ -140,13 +140,16 @@ def _as_row(value: Any) -> dict[str, Any] | BadRow:
 
 def _parse(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         at = f"byte {raw[error.start]:#04x} at position {error.start + 1}"
         raise BadRow(reasons.INVALID_UTF8, f"the text is not UTF-8 ({at})") from None
     except RecursionError:
         raise BadRow(reasons.MALFORMED, "the JSON is nested too deeply to be a row") from None
-    except ValueError as error:  # JSONDecodeError, and numbers with thousands of digits
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise BadRow(reasons.MALFORMED, f"not valid JSON ({error.msg} at {place})") from None
+    except ValueError as error:  # a number with thousands of digits
         raise BadRow(reasons.MALFORMED, f"not valid JSON ({_one_line(error)})") from None
 
 
