@@ -170,7 +170,40 @@ def test_the_wrapper_of_mlx_lm_does_not_decide_about_thinking():
     assert template_digest(bare, DataConfig()) == template_digest(wrapped, DataConfig())
 
 
+def test_a_generation_prompt_that_opens_a_thought_moves_the_boundary_before_it():
+    # DeepSeek-R1: the prompt for an answer ends in <think>, the written turn has none.
+    tokenizer = tiny.thinking_tokenizer()
+    tokenizer.chat_template = tiny.CHATML.replace("assistant\n'", "assistant\n<think>\n'")
+    example, report = one(chat_row(turns("Why?"), "So.", "No."), tokenizer)
+    assert text(tokenizer, example.prompt).endswith("<|im_start|>assistant\n")
+    assert text(tokenizer, example.chosen) == "So.<|im_end|>"
+    assert [(k.split(":")[0], v) for k, v in report.changed.items()] == [("boundary moved back", 1)]
+
+
 # Ends
+
+
+@pytest.mark.parametrize(
+    ("after", "asked", "end"),
+    [
+        ("<|end|>\n<|endoftext|>", "<|assistant|>\n", "<|end|>"),  # Phi-3: two tokens, the first ends the turn
+        ("<|assistant|>\n", "<|assistant|>\n", "<|endoftext|>"),  # a header is no end: EOS is added
+        ("\n", "<|assistant|>\n", "<|endoftext|>"),
+        ("", "<|assistant|>\n", "<|endoftext|>"),
+    ],
+)
+def test_what_follows_the_content_is_told_apart(after, asked, end):
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
+        f"{{% if m.role == 'assistant' and loop.last %}}{{{{ {after!r} }}}}{{% else %}}{{{{ '<|end|>\n' }}}}"
+        f"{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {asked!r} }}}}{{% endif %}}"
+    )
+    special = ("<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>")
+    tokenizer = tiny.byte_level(special, template=template, eos="<|endoftext|>")
+    example, report = one(chat_row(turns("Hi", "Hello", "Why?"), "So.", "No."), tokenizer)
+    assert text(tokenizer, example.chosen) == "So." + end
+    assert text(tokenizer, example.prompt).endswith("Why?<|end|>\n<|assistant|>\n")
+    assert report.changed == {}
 
 
 def test_an_end_of_turn_copied_into_the_text_is_written_once():

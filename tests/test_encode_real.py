@@ -88,7 +88,7 @@ FAMILIES = {
         "\n",
         "<|im_start|>system\n{s}<|im_end|>\n",
     ),
-    # SentencePiece writes a space after special tokens when it decodes, and the answer's own space is a token's.
+    # The answer brings its own space, scored with its first word.
     "mistral": Family("<s>", "[INST] {u} [/INST]", "", "</s>", "", ""),
 }
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
