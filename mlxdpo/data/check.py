@@ -196,6 +196,6 @@ def _overlap(found: Findings) -> list[str]:
     if found.overlap == 0:
         return [f"None of the prompts is among the {found.heldout} held-out {found.kind}."]
     return [
-        f"{found.overlap} prompts are also among the {found.heldout} held-out {found.kind}: held-out numbers will be "
-        "too good; take these prompts out of one side, or let data.eval_fraction split by prompt."
+        f"Also among the {found.heldout} held-out {found.kind}: {found.overlap} of the prompts; held-out numbers will "
+        "be too good, so take these prompts out of one side, or let data.eval_fraction split by prompt."
     ]

@@ -1,0 +1,101 @@
+"""The doctor's numbers against sets small enough to count by hand, and the sentences made of them."""
+
+import json
+
+import pytest
+
+from mlxdpo.config import DataConfig
+from mlxdpo.data import reasons
+from mlxdpo.data.check import Spread, examine, lines, spread
+from mlxdpo.data.read import read_preferences
+from mlxdpo.data.report import Report
+from mlxdpo.types import Message, Opinion, Preference
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([7], Spread(7, 7, 7)),
+        ([1, 9], Spread(1, 9, 9)),
+        ([3, 1, 2], Spread(2, 3, 3)),
+        (list(range(1, 101)), Spread(50, 95, 100)),
+        (list(range(20, 0, -1)), Spread(10, 19, 20)),
+    ],
+)
+def test_spread_is_the_nearest_rank(lengths, expected):
+    assert spread(lengths) == expected
+
+
+ROWS = [  # chosen longer, rejected longer, equal, chosen longer
+    Preference("aaaa", "xxx", "y", "x:1"),
+    Preference("aaaa", "xx", "yyyyy", "x:2"),
+    Preference("bb", "x", "y", "x:3"),
+    Preference((Message("user", "cc"), Message("tool", "c")), (Message("assistant", "xxxx"),), (), "x:4"),
+]
+REPORT = Report(
+    read=8,
+    kept=4,
+    refused={reasons.DUPLICATE: 3, reasons.TIED: 1},
+    first={reasons.DUPLICATE: "x:5: the same pair stands in an earlier row", reasons.TIED: "x:8: both 4"},
+    format="text",
+)
+
+
+def test_counts_shares_and_lengths_of_pairs():
+    found = examine(ROWS, REPORT, "x.jsonl")
+    assert (found.kind, found.read, found.kept, found.duplicates, found.ties) == ("pairs", 8, 4, 3, 1)
+    assert (found.prompts, found.most_per_prompt) == (3, 2)
+    assert found.characters == {"prompt": Spread(3, 4, 4), "chosen": Spread(2, 4, 4), "rejected": Spread(1, 5, 5)}
+    assert (found.unit, found.longer, found.always_longer) == ("characters", 2 / 4, 2.5 / 4)
+    assert found.tokens is found.limit is found.over_limit is found.overlap is found.heldout is found.desirable is None
+
+
+def test_token_lengths_decide_when_given():
+    tokens = [(4, 1, 3), (4, 1, 3), (4, 1, 3), (4, 6, 3)]
+    found = examine(ROWS, REPORT, "x.jsonl", tokens=tokens, limit=7)
+    assert (found.unit, found.longer, found.always_longer, found.over_limit) == ("tokens", 1 / 4, 1 / 4, 1)
+    assert found.tokens == {"prompt": Spread(4, 4, 4), "chosen": Spread(1, 6, 6), "rejected": Spread(3, 3, 3)}
+
+
+def test_sentences_of_pairs():
+    tokens = [(4, 1, 3), (4, 1, 3), (4, 1, 3), (4, 6, 3)]
+    heldout = [Preference("aaaa ", "q", "r", "y:1")]
+    assert lines(examine(ROWS, REPORT, "x.jsonl", heldout, tokens, 7)) == [
+        "x.jsonl: 4 pairs from 8 rows, read as text (a prompt and two texts).",
+        "Left out 3 x duplicate of an earlier row (first: x:5: the same pair stands in an earlier row).",
+        "Left out 1 x tied scores (first: x:8: both 4).",
+        "3 distinct prompts, 1.33 pairs each on average, 2 at most.",
+        "Characters (median / 95 % / longest): prompt 3 / 4 / 4, chosen 2 / 4 / 4, rejected 1 / 5 / 5.",
+        "Tokens (median / 95 % / longest): prompt 4 / 4 / 4, chosen 1 / 6 / 6, rejected 3 / 3 / 3.",
+        "1 of 4 pairs are longer than 7 tokens.",
+        "The chosen completion is the longer one in 25% of the pairs (tokens); always choosing the longer one is "
+        "right in 25%, so an accuracy near that may be length alone.",
+        "Also among the 1 held-out pairs: 1 of the prompts; held-out numbers will be too good, so take these prompts "
+        "out of one side, or let data.eval_fraction split by prompt.",
+    ]
+    heldout = [Preference("other", "q", "r", "y:1")]
+    assert lines(examine(ROWS, REPORT, "x", heldout))[-1] == "None of the prompts is among the 1 held-out pairs."
+
+
+def test_opinions_have_a_desirable_share_and_no_length_bias():
+    rows = [Opinion("a", "xx", True, "x:1"), Opinion("b", "x", False, "x:2"), Opinion("c", "x", True, "x:3")]
+    found = examine(rows, Report(read=3, kept=3, format="unpaired"), "x.jsonl", tokens=[(1, 2)] * 3, limit=2)
+    assert (found.kind, found.longer, found.always_longer, found.over_limit) == ("opinions", None, None, 3)
+    assert found.desirable == 2 / 3
+    assert lines(found)[-1] == "67% of the completions are desirable."
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(ValueError, match="no rows to examine"):
+        examine([], Report(), "x")
+
+
+def test_findings_of_a_file_as_json(tmp_path):
+    pairs = [{"prompt": "p", "chosen": f"good {n}", "rejected": "bad"} for n in (1, 2, 2)]
+    pairs[0] |= {"chosen": "bad", "rejected": "good 2"}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    rows, report = read_preferences(DataConfig(path=str(tmp_path / "a.jsonl")))
+    found = json.loads(json.dumps(examine(rows, report, "a.jsonl").as_dict(), allow_nan=False))
+    assert found["refused"] == {reasons.DUPLICATE: 1}
+    assert found["changed"] == {reasons.CONTRADICTION: 1}
+    assert found["characters"]["prompt"] == {"median": 1, "p95": 1, "longest": 1}

@@ -1,0 +1,388 @@
+"""Every registered row shape has a fixture, is detected as itself and gives the pair it states; dirty rows say why."""
+
+import itertools
+
+import pytest
+from row_shapes import FIXTURES, KNOWN_SETS, turns
+
+from mlxdpo.data import reasons
+from mlxdpo.data.formats import FORMATS, check_columns, convert, detect, detect_by_names, named_format
+from mlxdpo.data.report import BadRow
+from mlxdpo.data.values import Row
+from mlxdpo.types import Message, Opinion, Preference, UserError
+
+
+def said(text):
+    """A prompt or completion as one line: roles do not matter where the contents tell."""
+    return text if isinstance(text, str) else " | ".join(turn.content for turn in text)
+
+
+def items_of(rows, name=None):
+    """What a list of raw rows gives under their detected or the named shape."""
+    shape = FORMATS[name] if name else detect(rows[0])
+    for row in rows:
+        check_columns(shape, row)
+    return convert(shape, [Row(f"x.jsonl:{n}", row) for n, row in enumerate(rows, 1)])
+
+
+def refusal(row, name=None) -> tuple[str, str]:
+    with pytest.raises(BadRow) as caught:
+        items_of(row if isinstance(row, list) else [row], name or "text")
+    return caught.value.reason, caught.value.sentence
+
+
+def test_every_shape_has_a_fixture_and_no_fixture_is_orphaned():
+    assert FIXTURES.keys() == FORMATS.keys()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_shape_is_detected_as_itself_and_says_what_it_is(name):
+    shape = FORMATS[name]
+    assert detect(FIXTURES[name][0]) is shape
+    assert shape.about and shape.example and shape.columns
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_shape_gives_the_better_completion_as_chosen(name):
+    [item] = items_of(FIXTURES[name])
+    if isinstance(item, Opinion):
+        assert (said(item.prompt), said(item.completion), item.desirable) == ("Hi?", "Good.", True)
+    elif name == "hh":
+        assert said(item.prompt) == "Hi? | Yes? | Go on."
+        assert (said(item.chosen), said(item.rejected)) == ("I think so.", "I doubt it.")
+    else:
+        prompt = "Be kind. | Hi?" if name == "system" else "Hi?"
+        assert (said(item.prompt), said(item.chosen), said(item.rejected)) == (prompt, "Good.", "Bad.")
+    assert item.where == "x.jsonl:1"
+
+
+@pytest.mark.parametrize("name", KNOWN_SETS)
+def test_known_sets_are_read_as_their_shape_with_the_right_sides(name):
+    shape, rows = KNOWN_SETS[name]
+    assert detect(rows[0]) is FORMATS[shape]
+    [item] = items_of(rows)
+    better = item.completion if isinstance(item, Opinion) else item.chosen
+    assert said(better) == "Good."
+    assert "Hi?" in said(item.prompt)
+    if isinstance(item, Preference):
+        assert said(item.rejected) == "Bad."
+
+
+@pytest.mark.parametrize(("name", "missing"), [(n, c) for n, f in FORMATS.items() for c in f.columns])
+def test_a_missing_column_of_any_shape_is_named(name, missing):
+    row = {k: v for k, v in FIXTURES[name][0].items() if k != missing}
+    reason, sentence = refusal([row], name)
+    assert reason == reasons.MISSING_COLUMN
+    assert sentence == f'"{missing}" is missing; the row has the columns {", ".join(row) or "none"}'
+
+
+DIRTY = [None, 7, [1, 2], {}, [], [None], [[]], "\ud800", b"bytes"]
+SOUND = [("system", None), ("helpfulness", 7), ("preference_strength", 7), ("scores", [1, 2])]
+SPOILED = [
+    (name, column, value)
+    for name, shape in FORMATS.items()
+    for column in shape.columns
+    for value in DIRTY
+    if (column, value) not in SOUND
+]
+
+
+@pytest.mark.parametrize(("name", "column", "value"), SPOILED, ids=repr)
+def test_a_wrong_value_in_any_column_of_any_shape_is_a_bad_row(name, column, value):
+    rows = [row | {column: value} for row in FIXTURES[name]]
+    assert refusal(rows, name)[0] in (reasons.WRONG_TYPE, reasons.INVALID_UTF8)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (True, "a Boolean"),
+        (None, "null"),
+        (3, "a number"),
+        ([1.5, 2], "a list of numbers"),
+        (["a"], "a list of text"),
+        ([], "an empty list"),
+        ({}, "an object"),
+        ([{"x": 1}], "a list of objects"),
+        ([1, "a"], "a list of mixed values"),
+        (turns("a"), "messages"),
+    ],
+)
+def test_what_stands_where_text_should_be(value, found):
+    row = FIXTURES["text"][0] | {"chosen": value}
+    assert refusal(row) == (reasons.WRONG_TYPE, f'"chosen" is {found}; expected text')
+
+
+PAIR = FIXTURES["text"][0]
+CHAT = FIXTURES["implicit"][0]
+
+
+def conversation(**changed):
+    return CHAT | changed
+
+
+REFUSED = [
+    ("text", PAIR | {"chosen": " \n"}, reasons.EMPTY_COMPLETION, '"chosen" is empty; expected a completion'),
+    ("text", PAIR | {"prompt": ""}, reasons.EMPTY_PROMPT, '"prompt" is empty; expected the text to answer'),
+    ("text", PAIR | {"rejected": "Good."}, reasons.IDENTICAL, '"chosen" and "rejected" are the same'),
+    (
+        "text",
+        PAIR | {"chosen": "ok \ud83d"},
+        reasons.INVALID_UTF8,
+        '"chosen" has a broken character at position 4; expected UTF-8',
+    ),
+    (
+        "text",
+        PAIR | {"chosen": "[{'role': 'user', 'content': 'x'}]"},
+        reasons.WRONG_TYPE,
+        '"chosen" is a list of messages printed as text; expected JSON',
+    ),
+    (
+        "text",
+        PAIR | {"score_chosen": 4, "score_rejected": 4.0},
+        reasons.TIED,
+        '"score_chosen" and "score_rejected" are both 4',
+    ),
+    ("text", PAIR | {"tools": "{"}, reasons.WRONG_TYPE, '"tools" is text that is not JSON; expected a list of tools'),
+    ("text", PAIR | {"tools": [1]}, reasons.WRONG_TYPE, '"tools" is a list of numbers; expected a list of tools'),
+    (
+        "implicit",
+        conversation(rejected=turns("Hi?", "Bad.", "And?", "Worse.")),
+        reasons.DIVERGED,
+        '"chosen" (2 turns) and "rejected" (4) part at turn 2; expected them to differ in the last turn only',
+    ),
+    (
+        "implicit",
+        {"chosen": turns("Hi?", "A", "B", "C"), "rejected": turns("Hi?", "Z", "B", "D")},
+        reasons.DIVERGED,
+        '"chosen" (4 turns) and "rejected" (4) part at turn 2; expected them to differ in the last turn only',
+    ),
+    (
+        "implicit",
+        {"chosen": turns("Hi?"), "rejected": turns("Ho?")},
+        reasons.NOT_ONE_ANSWER,
+        '"chosen" holds user after the prompt; expected one assistant turn',
+    ),
+    (
+        "implicit",
+        {"chosen": turns("", "A")[1:], "rejected": turns("", "B")[1:]},
+        reasons.EMPTY_PROMPT,
+        "the prompt has no user turn with text; expected one to answer",
+    ),
+    ("implicit", conversation(rejected=CHAT["chosen"]), reasons.IDENTICAL, '"chosen" and "rejected" are the same'),
+    (
+        "implicit",
+        conversation(rejected=turns("Hi?", "")),
+        reasons.EMPTY_COMPLETION,
+        'the assistant turn of "rejected" is empty; expected a completion',
+    ),
+    (
+        "implicit",
+        {side: [*turns("Hi?", "Yes?"), *turns("", word)[1:]] for side, word in (("chosen", "A"), ("rejected", "B"))},
+        reasons.NOT_ONE_ANSWER,
+        "the prompt ends with an assistant turn; expected a user or tool turn",
+    ),
+    (
+        "implicit",
+        conversation(chosen=[{"role": "alien", "content": "x"}]),
+        reasons.UNKNOWN_ROLE,
+        "turn 1 of \"chosen\" has the role 'alien'; expected one of system, user, assistant, tool, developer, gpt, "
+        "chatgpt, bot, model, bard, bing, human, function, observation, function_response",
+    ),
+    (
+        "implicit",
+        conversation(chosen=[{"content": "x"}]),
+        reasons.WRONG_TYPE,
+        'turn 1 of "chosen" has neither role nor from; it has content',
+    ),
+    (
+        "implicit",
+        conversation(chosen=[{"role": "user"}]),
+        reasons.WRONG_TYPE,
+        'the content of turn 1 of "chosen" is null; expected text',
+    ),
+    (
+        "turns",
+        FIXTURES["turns"][0] | {"prompt": "Other?"},
+        reasons.PROMPT_MISMATCH,
+        '"prompt" is in none of the shared turns of "chosen" and "rejected"; '
+        "set data.format to implicit if the turns are right",
+    ),
+    (
+        "hh",
+        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: c"},
+        reasons.DIVERGED,
+        '"chosen" and "rejected" part before the last Assistant: turn; expected only that turn to differ',
+    ),
+    (
+        "hh",
+        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c\n\nHuman: d"},
+        reasons.DIVERGED,
+        '"chosen" and "rejected" part before the last Assistant: turn; expected only that turn to differ',
+    ),
+    (
+        "hh",
+        {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"},
+        reasons.NOT_ONE_ANSWER,
+        '"chosen" does not end with an Assistant: turn',
+    ),
+    (
+        "hh",
+        {"chosen": "\n\nHuman: \n\nAssistant: b", "rejected": "\n\nHuman: \n\nAssistant: c"},
+        reasons.EMPTY_PROMPT,
+        "the prompt has no user turn with text; expected one to answer",
+    ),
+    (
+        "strength",
+        FIXTURES["strength"][0] | {"preference_strength": 0},
+        reasons.TIED,
+        '"preference_strength" is 0: neither response is better',
+    ),
+    ("shp", FIXTURES["shp"][0] | {"score_ratio": 1.5}, reasons.WEAK, '"score_ratio" is 1.5, below 2'),
+    (
+        "ranked",
+        FIXTURES["ranked"][0] | {"scores": [1, 1]},
+        reasons.TIED,
+        "all 2 completions have the score 1",
+    ),
+    (
+        "ranked",
+        FIXTURES["ranked"][0] | {"scores": [1]},
+        reasons.WRONG_TYPE,
+        '"completions" has 2 items and "scores" 1',
+    ),
+    (
+        "ratings",
+        FIXTURES["ratings"][0],
+        reasons.LONE,
+        "the prompt has this one response; expected the next row to have another",
+    ),
+    (
+        "unpaired",
+        FIXTURES["unpaired"][0] | {"label": "yes"},
+        reasons.WRONG_TYPE,
+        '"label" is text; expected true or false',
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "reason", "sentence"), REFUSED)
+def test_each_refusal_says_what_is_wrong(name, row, reason, sentence):
+    assert refusal(row, name) == (reason, sentence)
+
+
+def test_system_prompt_is_a_turn_and_an_empty_one_is_none():
+    for name, column in (("system", "prompt"), ("orca", "question")):
+        row = {"system": "Be kind.", column: "Hi?", "chosen": "Good.", "rejected": "Bad."}
+        [pair] = items_of([row], name)
+        assert pair.prompt == (Message("system", "Be kind."), Message("user", "Hi?"))
+        for system in ("", " ", None):
+            [pair] = items_of([row | {"system": system}], name)
+            assert pair.prompt == (Message("user", "Hi?"),)
+    [pair] = items_of([{"question": "Hi?", "chosen": "Good.", "rejected": "Bad."}], "orca")
+    assert pair.prompt == (Message("user", "Hi?"),)
+
+
+def test_hh_does_not_move_shared_openings_into_the_prompt():
+    """TRL's longest common prefix would give the prompt "... I" and the completions " think so." and " doubt it."."""
+    [pair] = items_of(FIXTURES["hh"])
+    assert pair.prompt == (Message("user", "Hi?"), Message("assistant", "Yes?"), Message("user", "Go on."))
+    assert pair.chosen == (Message("assistant", "I think so."),)
+
+
+def test_texts_are_kept_as_they_stand():
+    row = {"prompt": " The sky is ", "chosen": " blue.\n", "rejected": "🙂 שלום  "}
+    [pair] = items_of([row])
+    assert (pair.prompt, pair.chosen, pair.rejected) == tuple(row.values())
+
+
+def test_mixed_text_and_messages_become_messages():
+    answer = (Message("assistant", "Good."),)
+    [pair] = items_of([FIXTURES["messages"][0] | {"chosen": "Good.", "rejected": "Bad."}])
+    assert (pair.prompt, pair.chosen) == ((Message("user", "Hi?"),), answer)
+    [pair] = items_of([FIXTURES["messages"][0] | {"prompt": "Hi?"}])
+    assert (pair.prompt, pair.chosen) == ((Message("user", "Hi?"),), answer)
+
+
+def test_message_prompt_repeated_in_the_answers_is_taken_off():
+    prompt = turns("Hi?", "Yes?", "Go on.")
+    row = {
+        "prompt": prompt,
+        "chosen": prompt + turns("", "Good.")[1:],
+        "rejected": turns("", "Bad.")[1:],
+    }
+    [pair] = items_of([row])
+    assert (said(pair.prompt), said(pair.chosen), said(pair.rejected)) == ("Hi? | Yes? | Go on.", "Good.", "Bad.")
+
+
+def test_a_text_prompt_may_be_any_shared_user_turn():
+    both = {"chosen": turns("Hi?", "Yes?", "Go  on.", "A"), "rejected": turns("Hi?", "Yes?", "Go  on.", "B")}
+    for prompt in ("Hi?", "Go on.", "Human: Hi?\nBot: Yes?\nHuman: Go on."):
+        [pair] = items_of([{"prompt": prompt, **both}])
+        assert said(pair.prompt) == "Hi? | Yes? | Go  on."
+
+
+def test_extra_keys_of_a_turn_are_kept_and_nulls_are_not():
+    call = [{"function": {"name": "f"}}]
+    chosen = [*turns("Hi?"), {"role": "assistant", "content": None, "tool_calls": call, "name": None}]
+    [pair] = items_of([CHAT | {"chosen": chosen}])
+    assert pair.chosen == (Message("assistant", "", {"tool_calls": call}),)
+
+
+def test_tools_are_read_from_a_list_or_json_and_other_columns_are_kept():
+    tool = {"name": "f"}
+    for value in ([tool], '[{"name": "f"}]'):
+        [pair] = items_of([PAIR | {"tools": value, "margin": 2.0}])
+        assert (pair.tools, pair.columns) == ((tool,), {"margin": 2.0})
+    for value in (None, "", []):
+        [pair] = items_of([PAIR | {"tools": value}])
+        assert (pair.tools, pair.columns) == ((), {})
+
+
+@pytest.mark.parametrize(("label", "desirable"), [(True, True), (0, False), (1.0, True), ("False", False), ("1", True)])
+def test_labels_as_booleans_numbers_or_cells(label, desirable):
+    [opinion] = items_of([FIXTURES["unpaired"][0] | {"label": label}])
+    assert opinion.desirable is desirable
+
+
+def test_signs_and_labels_pick_the_winner():
+    [pair] = items_of([FIXTURES["strength"][0] | {"preference_strength": -1}])
+    assert (said(pair.chosen), said(pair.rejected)) == ("Bad.", "Good.")
+    [pair] = items_of([FIXTURES["shp"][0] | {"labels": 1}])
+    assert (said(pair.chosen), said(pair.rejected)) == ("Bad.", "Good.")
+
+
+def test_helpsteer_turns_and_columns_the_responses_agree_in():
+    prompt = "Hi?\n<extra_id_1>Assistant\nYes?\n<extra_id_1>User\nGo on."
+    rows = [row | {"prompt": prompt, "source": "x"} for row in FIXTURES["ratings"]]
+    [pair] = items_of(rows)
+    assert pair.prompt == (Message("user", "Hi?"), Message("assistant", "Yes?"), Message("user", "Go on."))
+    assert pair.columns["source"] == "x" and "verbosity" not in pair.columns
+
+
+def test_ranked_completions_make_every_pair_with_different_scores():
+    scores = {"a": 1, "b": 3, "c": 3, "d": 2}
+    pairs = items_of([{"prompt": "Hi?", "completions": list(scores), "scores": list(scores.values())}])
+    expected = {(x, y) for x, y in itertools.permutations(scores, 2) if scores[x] > scores[y]}
+    assert {(p.chosen, p.rejected) for p in pairs} == expected
+    assert len(pairs) == len(expected) == 5
+
+
+def test_types_decide_where_columns_do_not():
+    assert detect({"prompt": "Hi?", "chosen": "a", "rejected": "b"}).name == "text"
+    assert detect({"prompt": None, **CHAT}).name == "implicit"
+    assert detect({"chosen": "a", "rejected": "b"}) is None
+    assert detect({"prompt": "Hi?", "chosen": True, "rejected": "b"}) is None
+    assert detect_by_names({"prompt": "Hi?", "chosen": True, "rejected": "b"}).name == "text"
+    assert detect_by_names({"prompt": "Hi?", "chosen": turns("a"), "rejected": None}).name == "turns"
+    assert detect_by_names({"chosen": "a", "rejected": "b"}) is None
+
+
+def test_unknown_format_names_the_nearest_or_all():
+    with pytest.raises(UserError) as caught:
+        named_format("implict")
+    assert str(caught.value) == "data.format is 'implict', which is no known row shape; did you mean implicit?"
+    with pytest.raises(UserError) as caught:
+        named_format("zzz")
+    known = ", ".join(FORMATS)
+    assert str(caught.value) == f"data.format is 'zzz', which is no known row shape; known: auto, {known}"
