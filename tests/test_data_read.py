@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from row_shapes import FIXTURES, turns
 
@@ -300,6 +300,7 @@ def test_random_rows_raise_nothing_but_one_printable_sentence(read, rows, name, 
     except UserError as error:
         assert str(error).encode() and "\n" not in str(error)
         return
+    event(f"kept rows of {report.format}")
     assert report.kept == len(kept) > 0
     for row in kept:
         _sound(row)

@@ -218,4 +218,4 @@ def _check_pair(pair: Preference, row: Mapping[str, Any]) -> None:
     for better, worse in SCORES:
         scored = values.is_number(row.get(better)) and values.is_number(row.get(worse))
         if scored and float(row[better]) == float(row[worse]):
-            raise BadRow(reasons.TIED, f'"{better}" and "{worse}" are both {row[better]}')
+            raise BadRow(reasons.TIED, f'"{better}" and "{worse}" are both {float(row[better]):g}')

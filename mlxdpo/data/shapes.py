@@ -134,14 +134,14 @@ def _ranked(row: Row, prompt: Text, completions: Sequence[str], scores: Sequence
     found = sorted(zip(map(float, scores), answers, strict=True), key=lambda item: -item[0])
     pairs = [(a, b) for i, (high, a) in enumerate(found) for low, b in found[i + 1 :] if high > low]
     if not pairs:
-        raise BadRow(reasons.TIED, f"all {len(scores)} completions have the score {scores[0]}")
+        raise BadRow(reasons.TIED, f"all {len(scores)} completions have the score {float(scores[0]):g}")
     return [_pair(row, prompt, better, worse) for better, worse in pairs]
 
 
 def reddit(row: Row) -> Items:
     """SHP: labels 1: comment A is better. Vote ratios below 2 are left out, as the data card advises."""
-    if "score_ratio" in row.values and values.number(row.values, "score_ratio") < 2:
-        raise BadRow(reasons.WEAK, f'"score_ratio" is {row.values["score_ratio"]}, below 2')
+    if "score_ratio" in row.values and (ratio := values.number(row.values, "score_ratio")) < 2:
+        raise BadRow(reasons.WEAK, f'"score_ratio" is {ratio:g}, below 2')
     first, second = "human_ref_A", "human_ref_B"
     better, worse = (first, second) if values.flag(row.values, "labels") else (second, first)
     prompt = prompt_of(row.values, "history")

@@ -95,8 +95,13 @@ def _describe_list(value: list[Any]) -> str:
 
 def column_names(names: Iterable[Any]) -> str:
     """Column names for a sentence, printable whatever they are, the first dozen of them."""
-    shown = [str(name)[:60].encode("utf-8", "backslashreplace").decode() for name in itertools.islice(names, 13)]
+    shown = [printable(str(name)) for name in itertools.islice(names, 13)]
     return ", ".join([*shown[:12], "..."] if len(shown) > 12 else shown) or "none"
+
+
+def printable(text: str) -> str:
+    """The first 60 characters of a text, with escapes for line ends, half characters and the like."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:60])
 
 
 def parsed(value: Any) -> Any:
@@ -167,7 +172,9 @@ def _message(turn: Mapping[str, Any], place: str) -> Message:
     role = ROLES.get(turn[role_key].lower()) if isinstance(turn[role_key], str) else None
     if role is None:
         known = ", ".join(ROLES)
-        raise BadRow(reasons.UNKNOWN_ROLE, f"{place} has the role {turn[role_key]!r}; expected one of {known}")
+        raise BadRow(
+            reasons.UNKNOWN_ROLE, f"{place} has the role {printable(repr(turn[role_key]))}; expected one of {known}"
+        )
     # Parquet fills keys that only other turns have with nulls.
     extra = {k: v for k, v in turn.items() if k not in (role_key, content_key) and v is not None}
     content = turn.get(content_key)
