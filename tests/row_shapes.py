@@ -2,10 +2,21 @@
 
 from typing import Any
 
+from mlxdpo.data.formats import FORMATS, Items, check_columns, convert, detect
+from mlxdpo.data.values import Row
+
 
 def turns(*contents: str) -> list[dict[str, str]]:
     """User and assistant turns in alternation."""
     return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+
+
+def items_of(rows: list[dict[str, Any]], name: str | None = None) -> Items:
+    """What a list of raw rows gives under their detected or the named shape."""
+    shape = FORMATS[name] if name else detect(rows[0])
+    for row in rows:
+        check_columns(shape, row)
+    return convert(shape, [Row(f"x.jsonl:{n}", row) for n, row in enumerate(rows, 1)])
 
 
 FIXTURES: dict[str, list[dict[str, Any]]] = {

@@ -3,32 +3,18 @@
 import itertools
 
 import pytest
-from row_shapes import FIXTURES, KNOWN_SETS, turns
+from row_shapes import FIXTURES, KNOWN_SETS, items_of, turns
 
-from mlxdpo.data import reasons
-from mlxdpo.data.formats import FORMATS, check_columns, convert, detect, detect_by_names, named_format
-from mlxdpo.data.report import BadRow
-from mlxdpo.data.values import Row
+from mlxdpo.data.formats import FORMATS, detect, detect_by_names, named_format
 from mlxdpo.types import Message, Opinion, Preference, UserError
+
+PAIR = FIXTURES["text"][0]
+CHAT = FIXTURES["implicit"][0]
 
 
 def said(text):
     """A prompt or completion as one line: roles do not matter where the contents tell."""
     return text if isinstance(text, str) else " | ".join(turn.content for turn in text)
-
-
-def items_of(rows, name=None):
-    """What a list of raw rows gives under their detected or the named shape."""
-    shape = FORMATS[name] if name else detect(rows[0])
-    for row in rows:
-        check_columns(shape, row)
-    return convert(shape, [Row(f"x.jsonl:{n}", row) for n, row in enumerate(rows, 1)])
-
-
-def refusal(row, name=None) -> tuple[str, str]:
-    with pytest.raises(BadRow) as caught:
-        items_of(row if isinstance(row, list) else [row], name or "text")
-    return caught.value.reason, caught.value.sentence
 
 
 def test_every_shape_has_a_fixture_and_no_fixture_is_orphaned():
@@ -66,209 +52,6 @@ def test_known_sets_are_read_as_their_shape_with_the_right_sides(name):
     assert "Hi?" in said(item.prompt)
     if isinstance(item, Preference):
         assert said(item.rejected) == "Bad."
-
-
-@pytest.mark.parametrize(("name", "missing"), [(n, c) for n, f in FORMATS.items() for c in f.columns])
-def test_a_missing_column_of_any_shape_is_named(name, missing):
-    row = {k: v for k, v in FIXTURES[name][0].items() if k != missing}
-    reason, sentence = refusal([row], name)
-    assert reason == reasons.MISSING_COLUMN
-    assert sentence == f'"{missing}" is missing; the row has the columns {", ".join(row) or "none"}'
-
-
-DIRTY = [None, 7, [1, 2], {}, [], [None], [[]], "\ud800", b"bytes"]
-SOUND = [("system", None), ("helpfulness", 7), ("preference_strength", 7), ("scores", [1, 2])]
-SPOILED = [
-    (name, column, value)
-    for name, shape in FORMATS.items()
-    for column in shape.columns
-    for value in DIRTY
-    if (column, value) not in SOUND
-]
-
-
-@pytest.mark.parametrize(("name", "column", "value"), SPOILED, ids=repr)
-def test_a_wrong_value_in_any_column_of_any_shape_is_a_bad_row(name, column, value):
-    rows = [row | {column: value} for row in FIXTURES[name]]
-    assert refusal(rows, name)[0] in (reasons.WRONG_TYPE, reasons.INVALID_UTF8)
-
-
-@pytest.mark.parametrize(
-    ("value", "found"),
-    [
-        (True, "a Boolean"),
-        (None, "null"),
-        (3, "a number"),
-        ([1.5, 2], "a list of numbers"),
-        (["a"], "a list of text"),
-        ([], "an empty list"),
-        ({}, "an object"),
-        ([{"x": 1}], "a list of objects"),
-        ([1, "a"], "a list of mixed values"),
-        (turns("a"), "messages"),
-    ],
-)
-def test_what_stands_where_text_should_be(value, found):
-    row = FIXTURES["text"][0] | {"chosen": value}
-    assert refusal(row) == (reasons.WRONG_TYPE, f'"chosen" is {found}; expected text')
-
-
-PAIR = FIXTURES["text"][0]
-CHAT = FIXTURES["implicit"][0]
-
-
-def conversation(**changed):
-    return CHAT | changed
-
-
-REFUSED = [
-    ("text", PAIR | {"chosen": " \n"}, reasons.EMPTY_COMPLETION, '"chosen" is empty; expected a completion'),
-    ("text", PAIR | {"prompt": ""}, reasons.EMPTY_PROMPT, '"prompt" is empty; expected the text to answer'),
-    ("text", PAIR | {"rejected": "Good."}, reasons.IDENTICAL, '"chosen" and "rejected" are the same'),
-    (
-        "text",
-        PAIR | {"chosen": "ok \ud83d"},
-        reasons.INVALID_UTF8,
-        '"chosen" has a broken character at position 4; expected UTF-8',
-    ),
-    (
-        "text",
-        PAIR | {"chosen": "[{'role': 'user', 'content': 'x'}]"},
-        reasons.WRONG_TYPE,
-        '"chosen" is a list of messages printed as text; expected JSON',
-    ),
-    (
-        "text",
-        PAIR | {"score_chosen": 4, "score_rejected": 4.0},
-        reasons.TIED,
-        '"score_chosen" and "score_rejected" are both 4',
-    ),
-    ("text", PAIR | {"tools": "{"}, reasons.WRONG_TYPE, '"tools" is text that is not JSON; expected a list of tools'),
-    ("text", PAIR | {"tools": [1]}, reasons.WRONG_TYPE, '"tools" is a list of numbers; expected a list of tools'),
-    (
-        "implicit",
-        conversation(rejected=turns("Hi?", "Bad.", "And?", "Worse.")),
-        reasons.DIVERGED,
-        '"chosen" (2 turns) and "rejected" (4) part at turn 2; expected them to differ in the last turn only',
-    ),
-    (
-        "implicit",
-        {"chosen": turns("Hi?", "A", "B", "C"), "rejected": turns("Hi?", "Z", "B", "D")},
-        reasons.DIVERGED,
-        '"chosen" (4 turns) and "rejected" (4) part at turn 2; expected them to differ in the last turn only',
-    ),
-    (
-        "implicit",
-        {"chosen": turns("Hi?"), "rejected": turns("Ho?")},
-        reasons.NOT_ONE_ANSWER,
-        '"chosen" holds user after the prompt; expected one assistant turn',
-    ),
-    (
-        "implicit",
-        {"chosen": turns("", "A")[1:], "rejected": turns("", "B")[1:]},
-        reasons.EMPTY_PROMPT,
-        "the prompt has no user turn with text; expected one to answer",
-    ),
-    ("implicit", conversation(rejected=CHAT["chosen"]), reasons.IDENTICAL, '"chosen" and "rejected" are the same'),
-    (
-        "implicit",
-        conversation(rejected=turns("Hi?", "")),
-        reasons.EMPTY_COMPLETION,
-        'the assistant turn of "rejected" is empty; expected a completion',
-    ),
-    (
-        "implicit",
-        {side: [*turns("Hi?", "Yes?"), *turns("", word)[1:]] for side, word in (("chosen", "A"), ("rejected", "B"))},
-        reasons.NOT_ONE_ANSWER,
-        "the prompt ends with an assistant turn; expected a user or tool turn",
-    ),
-    (
-        "implicit",
-        conversation(chosen=[{"role": "alien", "content": "x"}]),
-        reasons.UNKNOWN_ROLE,
-        "turn 1 of \"chosen\" has the role 'alien'; expected one of system, user, assistant, tool, developer, gpt, "
-        "chatgpt, bot, model, bard, bing, human, function, observation, function_response",
-    ),
-    (
-        "implicit",
-        conversation(chosen=[{"content": "x"}]),
-        reasons.WRONG_TYPE,
-        'turn 1 of "chosen" has neither role nor from; it has content',
-    ),
-    (
-        "implicit",
-        conversation(chosen=[{"role": "user"}]),
-        reasons.WRONG_TYPE,
-        'the content of turn 1 of "chosen" is null; expected text',
-    ),
-    (
-        "turns",
-        FIXTURES["turns"][0] | {"prompt": "Other?"},
-        reasons.PROMPT_MISMATCH,
-        '"prompt" is in none of the shared turns of "chosen" and "rejected"; '
-        "set data.format to implicit if the turns are right",
-    ),
-    (
-        "hh",
-        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: c"},
-        reasons.DIVERGED,
-        '"chosen" and "rejected" part before the last Assistant: turn; expected only that turn to differ',
-    ),
-    (
-        "hh",
-        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c\n\nHuman: d"},
-        reasons.DIVERGED,
-        '"chosen" and "rejected" part before the last Assistant: turn; expected only that turn to differ',
-    ),
-    (
-        "hh",
-        {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"},
-        reasons.NOT_ONE_ANSWER,
-        '"chosen" does not end with an Assistant: turn',
-    ),
-    (
-        "hh",
-        {"chosen": "\n\nHuman: \n\nAssistant: b", "rejected": "\n\nHuman: \n\nAssistant: c"},
-        reasons.EMPTY_PROMPT,
-        "the prompt has no user turn with text; expected one to answer",
-    ),
-    (
-        "strength",
-        FIXTURES["strength"][0] | {"preference_strength": 0},
-        reasons.TIED,
-        '"preference_strength" is 0: neither response is better',
-    ),
-    ("shp", FIXTURES["shp"][0] | {"score_ratio": 1.5}, reasons.WEAK, '"score_ratio" is 1.5, below 2'),
-    (
-        "ranked",
-        FIXTURES["ranked"][0] | {"scores": [1, 1]},
-        reasons.TIED,
-        "all 2 completions have the score 1",
-    ),
-    (
-        "ranked",
-        FIXTURES["ranked"][0] | {"scores": [1]},
-        reasons.WRONG_TYPE,
-        '"completions" has 2 items and "scores" 1',
-    ),
-    (
-        "ratings",
-        FIXTURES["ratings"][0],
-        reasons.LONE,
-        "the prompt has this one response; expected the next row to have another",
-    ),
-    (
-        "unpaired",
-        FIXTURES["unpaired"][0] | {"label": "yes"},
-        reasons.WRONG_TYPE,
-        '"label" is text; expected true or false',
-    ),
-]
-
-
-@pytest.mark.parametrize(("name", "row", "reason", "sentence"), REFUSED)
-def test_each_refusal_says_what_is_wrong(name, row, reason, sentence):
-    assert refusal(row, name) == (reason, sentence)
 
 
 def test_system_prompt_is_a_turn_and_an_empty_one_is_none():

@@ -1,11 +1,8 @@
 """From files to preferences: detection, renaming, policy, counts, the split by prompt; nothing else than UserError."""
 
 import json
-import random
 
 import pytest
-from hypothesis import HealthCheck, event, given, settings
-from hypothesis import strategies as st
 from row_shapes import FIXTURES, turns
 
 from mlxdpo.config import DataConfig
@@ -13,10 +10,7 @@ from mlxdpo.data import reasons
 from mlxdpo.data.formats import FORMATS
 from mlxdpo.data.read import (
     heldout_source,
-    prompt_key,
-    prompts_in_both,
     read_preferences,
-    split_heldout,
     unpaired,
 )
 from mlxdpo.types import Message, Opinion, Preference, UserError
@@ -209,125 +203,6 @@ def test_pairs_as_opinions():
         Opinion("Hi?", "Good.", True, "x:1", columns={"n": 1}),
         Opinion("Hi?", "Bad.", False, "x:1", columns={"n": 1}),
     ]
-
-
-# ---- the split by prompt
-
-
-def preferences(prompts):
-    return [Preference(prompt, "Good.", f"Bad {n}.", f"x:{n}") for n, prompt in enumerate(prompts)]
-
-
-PROMPTS = st.lists(st.text("ab \n", max_size=4), max_size=30)
-
-
-@given(PROMPTS, st.floats(0, 0.99), st.integers(0, 9))
-def test_no_prompt_is_on_both_sides_and_no_row_is_lost(prompts, fraction, seed):
-    rows = preferences(prompts)
-    train, heldout = split_heldout(rows, fraction, seed)
-    assert sorted([*train, *heldout], key=lambda row: int(row.where[2:])) == rows
-    assert prompts_in_both(train, heldout) == 0
-    if len({prompt_key(row.prompt) for row in rows}) > 1 and fraction > 0:
-        assert train and heldout
-    elif rows:
-        assert train and not heldout
-
-
-@given(PROMPTS, st.randoms(use_true_random=False))
-def test_order_does_not_matter(prompts, rng: random.Random):
-    rows = preferences(prompts)
-    shuffled = rng.sample(rows, len(rows))
-    kept = {row.where for row in split_heldout(rows, 0.3, 0)[1]}
-    assert {row.where for row in split_heldout(shuffled, 0.3, 0)[1]} == kept
-
-
-def test_appended_rows_move_no_earlier_row():
-    rows = preferences(f"prompt {n}" for n in range(400))
-    before = {row.where for row in split_heldout(rows[:200], 0.1, 0)[1]}
-    after = {row.where for row in split_heldout(rows, 0.1, 0)[1]}
-    assert before == {where for where in after if int(where[2:]) < 200}
-
-
-def test_the_fraction_is_of_prompts_and_the_seed_draws_another():
-    """2,000 prompts at 0.1: standard deviation sqrt(2000 * 0.1 * 0.9) = 13.4, so 200 +- 60 is 4.5 of them."""
-    rows = preferences(f"prompt {n}" for n in range(2000))
-    sides = [{row.where for row in split_heldout(rows, 0.1, seed)[1]} for seed in (0, 1)]
-    assert all(140 <= len(side) <= 260 for side in sides)
-    assert len(sides[0] & sides[1]) <= 50  # 20 expected of independent draws
-
-
-def test_same_words_are_the_same_prompt():
-    assert prompt_key("Hi  there") == prompt_key("Hi there\n") == prompt_key((Message("user", "Hi there"),))
-    assert prompt_key("Hi there") != prompt_key((Message("system", "Hi there"),))
-    assert prompt_key("Hi there") != prompt_key("hi there")
-    assert prompts_in_both(preferences(["a", "a", "b", "c"]), preferences(["a ", "c", "d"])) == 2
-
-
-# ---- nothing but UserError, whatever the rows are
-
-NAMES = st.sampled_from(sorted({name for shape in FORMATS.values() for name in shape.columns} | {"tools", "x"}))
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text("aé\ud800 \n:H", max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "tool_calls"]), inner, max_size=3)
-    ),
-    max_leaves=8,
-)
-NEAR = st.builds(
-    lambda name, changes: {**FIXTURES[name][0], **changes},
-    st.sampled_from(sorted(FIXTURES)),
-    st.dictionaries(NAMES, JSON, max_size=2),
-)
-TURNS = st.lists(
-    st.builds(
-        lambda role, content: {"role": role, "content": content},
-        st.sampled_from(["user", "assistant", "system", "tool", "x"]),
-        st.sampled_from(["", "a", "b", None]),
-    ),
-    max_size=4,
-)
-CHATS = st.fixed_dictionaries({"chosen": TURNS, "rejected": TURNS})
-ANYTHING = st.lists(NEAR | CHATS | JSON | st.dictionaries(NAMES | st.text(max_size=3), JSON, max_size=4), max_size=6)
-FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@FUZZ
-@given(rows=ANYTHING, name=st.sampled_from(["auto", "auto", *FORMATS]), policy=st.sampled_from(["stop", "skip"]))
-def test_random_rows_raise_nothing_but_one_printable_sentence(read, rows, name, policy):
-    try:
-        kept, report = read(rows, format=name, on_bad_row=policy)
-    except UserError as error:
-        assert str(error).encode() and "\n" not in str(error)
-        return
-    event(f"kept rows of {report.format}")
-    assert report.kept == len(kept) > 0
-    for row in kept:
-        _sound(row)
-    if FORMATS[report.format].gather is None and report.format != "ranked":
-        assert report.read == report.kept + sum(report.refused.values())
-
-
-def _sound(row):
-    sides = (row.completion,) if isinstance(row, Opinion) else (row.chosen, row.rejected)
-    if isinstance(row, Preference):
-        assert row.chosen != row.rejected
-    for side in sides:
-        assert isinstance(side, str) == isinstance(row.prompt, str)
-        if isinstance(side, str):
-            assert side.strip() and row.prompt.strip()
-        else:
-            assert [turn.role for turn in side] == ["assistant"]
-            assert row.prompt[-1].role != "assistant"
-
-
-@FUZZ
-@given(content=st.binary(max_size=200), ending=st.sampled_from(["jsonl", "json", "csv", "tsv", "parquet", "jsonl.gz"]))
-def test_random_bytes_raise_nothing_but_one_printable_sentence(tmp_path, content, ending):
-    (tmp_path / f"a.{ending}").write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        read_preferences(DataConfig(path=str(tmp_path / f"a.{ending}"), on_bad_row="skip"))
-    assert str(caught.value).encode() and "\n" not in str(caught.value)
 
 
 def test_a_table_of_messages_and_answers(tmp_path):
