@@ -44,8 +44,9 @@ def cluster_bootstrap(
     """Percentile interval of `statistic(values)` from `n` resamples of whole clusters.
 
     `clusters[i]` names the cluster of `values[i]` (say, its prompt). The estimate is the statistic of the
-    data as they are. None when fewer than two clusters are there: one cluster shows no spread between
-    clusters. The percentile method is Efron and Tibshirani 1993, chapter 13; resampling clusters is Davison
+    data as they are. None when the data cannot carry an interval: fewer than two clusters, or resamples that
+    do not differ (twenty wins in twenty do not make the win rate certain; for one row per prompt `wilson` has
+    an answer). The percentile method is Efron and Tibshirani 1993, chapter 13; resampling clusters is Davison
     and Hinkley 1997, section 3.8. Raises `ValueError` for lengths that differ, values that are not finite, or
     a level outside (0, 1).
     """
@@ -58,6 +59,9 @@ def cluster_bootstrap(
     rng = np.random.default_rng(seed)
     resampled = _means(groups, n, rng) if statistic is mean else _statistics(groups, statistic, n, rng)
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    # Equal clusters of unequal size differ by rounding alone.
+    if np.isclose(low, high, rtol=1e-9, atol=1e-12):
+        return None
     return Interval(statistic(data), float(low), float(high), len(groups))
 
 
@@ -103,7 +107,8 @@ def paired_difference(
     """Mean of `after - before`, measured on the same items in the same order, with a cluster interval.
 
     The items' own difficulty cancels in each difference, so this interval is narrower than that of two
-    separate means. None below two clusters.
+    separate means. None as in `cluster_bootstrap`: below two
+    clusters, or when every cluster changed alike (an untouched model against itself).
     """
     if len(before) != len(after):
         raise ValueError(
