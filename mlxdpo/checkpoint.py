@@ -1,6 +1,6 @@
 """Checkpoints: a folder that appears whole or not at all, from which a run goes on to the bit.
 
-    step-000200/ adapters.safetensors  adapter_config.json  optimizer.safetensors  state.json
+step-000200/ adapters.safetensors  adapter_config.json  optimizer.safetensors  state.json
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ def save(folder: Path, model: nn.Module, lora: LoraConfig, optimizer: optim.Opti
     """Write step-N below `folder`; readers see it complete or not at all. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{progress.step:06d}"
+    if target.exists():  # reached again after a resume: the same numbers, to the bit
+        return target
     draft = Path(tempfile.mkdtemp(dir=folder, prefix=".draft-"))
     try:
         save_adapter(model, lora, draft)
@@ -46,8 +48,6 @@ def save(folder: Path, model: nn.Module, lora: LoraConfig, optimizer: optim.Opti
         write_atomic(draft / "optimizer.safetensors", lambda file: mx.save_safetensors(str(file), arrays))
         write_json(draft / "state.json", asdict(progress))
         draft.chmod(0o755)
-        if target.exists():  # the same step, reached again after a resume: the same numbers
-            shutil.rmtree(target)
         os.replace(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -78,4 +78,9 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: optim.Optimizer) -> P
     load_arrays(model, checkpoint)
     saved: dict[str, mx.array] = mx.load(str(checkpoint / "optimizer.safetensors"))  # type: ignore[assignment]
     optimizer.state = tree_unflatten(list(saved.items()))
+    return read_progress(checkpoint)
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Where the run stood when the checkpoint was written."""
     return Progress(**json.loads((checkpoint / "state.json").read_text("utf-8")))

@@ -168,6 +168,8 @@ class TrainConfig(Section):
     """Newest checkpoints kept, besides the best."""
     patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations without a lower held-out loss."""
+    final: Literal["last", "best"] = "last"
+    """What `adapter/` holds at the end: the last step, or the step with the lowest held-out loss."""
 
 
 class LogConfig(Section):

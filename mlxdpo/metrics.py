@@ -30,7 +30,10 @@ def join(parts: Iterable[Scored]) -> Scored:
 
 
 def pair_metrics(scored: Scored, beta: float) -> dict[str, float]:
-    """TRL's metrics of a set of pairs. Rewards are beta * (log pi - log ref), arXiv 2305.18290 section 5, whatever the objective."""
+    """TRL's metrics of a set of pairs.
+
+    Rewards are beta * (log pi - log ref), arXiv 2305.18290 section 5, whatever the objective.
+    """
     chosen = beta * (scored.chosen - scored.ref_chosen)
     rejected = beta * (scored.rejected - scored.ref_rejected)
     return {

@@ -52,7 +52,12 @@ def preload_blas() -> Blas:
     try:
         library = _renamed_openblas()
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    except (OSError, ImportError, subprocess.SubprocessError, importlib.metadata.PackageNotFoundError) as error:
+    except (
+        OSError,
+        ImportError,
+        subprocess.SubprocessError,
+        importlib.metadata.PackageNotFoundError,
+    ) as error:
         return Blas(False, f"no fast BLAS, matmuls are about 30 times slower ({' '.join(str(error).split())})")
     return Blas(True, str(library))
 
@@ -72,7 +77,16 @@ def _renamed_openblas() -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         names, copy = Path(folder, "names"), Path(folder, "openblas.so")
         names.write_text("".join(f"scipy_{name} {name}\n" for name in BLAS_NAMES))
-        command = [patchelf, "--rename-dynamic-symbols", names, "--set-soname", target.name, "--output", copy, source]
+        command = [
+            patchelf,
+            "--rename-dynamic-symbols",
+            names,
+            "--set-soname",
+            target.name,
+            "--output",
+            copy,
+            source,
+        ]
         subprocess.run(command, check=True, capture_output=True)
         os.replace(copy, target)
     return target

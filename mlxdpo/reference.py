@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,13 @@ def identity_of(base: Mapping[str, Any], adapter_digest: str | None) -> dict[str
     """Everything but the tokens that changes a log-prob: `base` is a policy's identity."""
     numbers = {k: base[k] for k in ("digest", "dtype", "quantization")}
     made_by = {k: v for k, v in versions().items() if k in ("mlx", "mlx-lm")}
-    return {**numbers, "adapter": adapter_digest, **made_by, "device": this_machine().kind, "value": "summed, nats"}
+    return {
+        **numbers,
+        "adapter": adapter_digest,
+        **made_by,
+        "device": this_machine().kind,
+        "value": "summed, nats",
+    }
 
 
 def digest_of(identity: Mapping[str, Any]) -> str:
@@ -70,10 +76,11 @@ def with_reference(
     identity: Mapping[str, Any],
     batches: Sequence[Indices],
     batch_size: int,
-) -> Iterator[tuple[int, int, np.ndarray | None]]:
+) -> Generator[tuple[int, np.ndarray | None], None, None]:
     """Score what the table lacks, batch by batch, saving as it goes.
 
-    Yields (pairs done, pairs in all, None) and at last (N, N, logps) with logps (N, 2) float32: chosen, rejected, nats.
+    Yields (pairs done, None) and at last (N, logps) with logps (N, 2) float32: chosen, rejected, nats; NaN for pairs
+    that are in no batch.
     `batches` are the ones training will see first: the same shapes give the same rounding, so a policy that has not
     moved differs from its reference by exactly nothing.
     """
@@ -92,8 +99,8 @@ def with_reference(
             if fresh and time.monotonic() - saved > SAVE_SECONDS:
                 write_table(file, fresh, identity)
                 fresh, saved = {}, time.monotonic()
-            yield done, len(examples), None
+            yield done, None
     finally:  # also when the caller stops in the middle: what was scored is not scored again
         if fresh:
             write_table(file, fresh, identity)
-    yield done, len(examples), np.array([[table[c], table[r]] for c, r in keys], np.float32).reshape(-1, 2)
+    yield done, np.array([[table.get(c, np.nan), table.get(r, np.nan)] for c, r in keys], np.float32).reshape(-1, 2)

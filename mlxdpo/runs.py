@@ -1,6 +1,6 @@
 """The run directory: the one interface between programs. Every file is whole or absent; metrics are append-only.
 
-    runs/NAME/config.yaml  manifest.json  metrics.jsonl  checkpoints/  adapter/  eval/  samples/
+runs/NAME/config.yaml  manifest.json  metrics.jsonl  checkpoints/  adapter/  eval/  samples/
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ class Run:
         if config.out:
             path = Path(config.out)
             if (path / "config.yaml").exists():
-                raise UserError(
-                    f"{path} already holds a run; choose another --out or continue it with --resume {path}"
-                )
+                raise UserError(f"{path} already holds a run; choose another --out or continue it with --resume {path}")
         else:
             stem = f"{Path(config.model.path).name}-{Path(config.data.path).stem}".lower()
             path = next(p for n in range(1, 10**6) if not (p := Path("runs") / f"{stem}-{n}").exists())
@@ -156,5 +154,11 @@ class Run:
         append_line(self.path / "metrics.jsonl", values)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All metrics so far."""
-        return list(read_lines(self.path / "metrics.jsonl"))
+        """All metrics so far. Lines of steps that a resume went back behind are history, and left out."""
+        kept: list[dict[str, Any]] = []
+        for line in read_lines(self.path / "metrics.jsonl"):
+            if "resumed_from" in line:
+                kept = [old for old in kept if old["step"] <= line["resumed_from"]]
+            else:
+                kept.append(line)
+        return kept

@@ -31,5 +31,10 @@ def score_pairs(model: nn.Module, batch: Batch) -> Pairs:
     logps, lengths = completion_logps(model, batch.tokens, batch.mask), batch.mask.sum(axis=-1)
     chosen, rejected = batch.chosen, batch.rejected
     return Pairs(
-        logps[chosen], logps[rejected], batch.ref[chosen], batch.ref[rejected], lengths[chosen], lengths[rejected]
+        logps[chosen],
+        logps[rejected],
+        batch.ref[chosen],
+        batch.ref[rejected],
+        lengths[chosen],
+        lengths[rejected],
     )

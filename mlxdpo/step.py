@@ -54,7 +54,9 @@ def make_optimizer(config: OptimConfig) -> optim.Optimizer:
     for knob, takers in TAKES.items():
         value = getattr(config, knob)
         if config.name not in takers and value != OptimConfig.model_fields[knob].default:
-            raise UserError(f"optim.{knob} {value} has no effect on {config.name}; it is for {', '.join(sorted(takers))}")
+            raise UserError(
+                f"optim.{knob} {value} has no effect on {config.name}; it is for {', '.join(sorted(takers))}"
+            )
     return OPTIMIZERS[config.name](config)
 
 
@@ -91,7 +93,8 @@ def make_gradient(
         (_, losses, pairs), gradients = value_and_grad(batch, share)
         return losses, pairs, gradients
 
-    traced = compiled(gradient, inputs=state, outputs=[mx.random.state])
+    # The model is an output too: tracing leaves tracers in its parameters, and outputs put arrays back.
+    traced = compiled(gradient, inputs=state, outputs=state)
     return lambda batch, share: Gradient(*traced(batch, share))
 
 

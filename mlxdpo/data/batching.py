@@ -25,7 +25,7 @@ class Epoch(NamedTuple):
 
 
 def bucket(length: int) -> int:
-    """Round a row length up so that few shapes occur: by 32 up to 256 tokens, then by an eighth of the next power of two.
+    """Round a row length up so that few shapes occur: to 32s up to 256 tokens, then to eighths of a power of two.
 
     MLX keeps every trace of a compiled step, so each distinct shape costs memory for the whole run.
     """
@@ -79,4 +79,6 @@ def collate(examples: Sequence[Example], indices: Indices, batch_size: int, ref:
     values = np.zeros(len(rows), np.float32) if ref is None else ref[list(full)].T.reshape(-1).astype(np.float32)
     weight = np.array([1.0] * len(indices) + [0.0] * (batch_size - len(indices)), np.float32)
     first, second = np.arange(batch_size), np.arange(batch_size, 2 * batch_size)
-    return Batch(*(mx.array(a) for a in (tokens, mask, first.astype(np.int32), second.astype(np.int32), values, weight)))
+    return Batch(
+        *(mx.array(a) for a in (tokens, mask, first.astype(np.int32), second.astype(np.int32), values, weight))
+    )

@@ -50,5 +50,7 @@ def resolve(loss: LossConfig) -> tuple[Objective, dict[str, Any]]:
     given = loss.model_dump(exclude={"name"})
     for name, value in given.items():
         if name not in objective.knobs and value != LossConfig.model_fields[name].default:
-            raise UserError(f"loss.{name} {value} has no effect on `{loss.name}`, which takes: {', '.join(objective.knobs)}")
+            raise UserError(
+                f"loss.{name} {value} has no effect on `{loss.name}`, which takes: {', '.join(objective.knobs)}"
+            )
     return objective, {name: given[name] for name in objective.knobs}

@@ -16,7 +16,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxdpo.config import LoraConfig
-from mlxdpo.runs import write_atomic, write_json
+from mlxdpo.model.policy import Policy, load_policy
+from mlxdpo.runs import Run, write_atomic, write_json
 from mlxdpo.types import UserError
 
 WEIGHTS, SETTINGS = "adapters.safetensors", "adapter_config.json"
@@ -96,12 +97,11 @@ def read_settings(folder: Path) -> LoraConfig:
     return LoraConfig(method=method, layers=layers, **shape)
 
 
-def warm_start(model: nn.Module, folder: Path) -> LoraConfig:
-    """Attach the adapter in `folder` and return its settings; what it holds is what training goes on with."""
-    lora = read_settings(folder)
-    attach_lora(model, lora)
+def load_adapter(model: nn.Module, folder: Path, lora: LoraConfig | None = None) -> nn.Module:
+    """Attach the adapter in `folder`, trainable, with its own settings or `lora`'s; returns the model."""
+    attach_lora(model, lora or read_settings(folder))
     load_arrays(model, folder)
-    return lora
+    return model
 
 
 def load_arrays(model: nn.Module, folder: Path) -> None:
@@ -115,6 +115,30 @@ def load_arrays(model: nn.Module, folder: Path) -> None:
             raise UserError(f"{folder}: `{name}` is {saved[name].shape}, the model has {array.shape}; another model?")
     model.load_weights(list(saved.items()), strict=False)
     mx.eval(model.trainable_parameters())
+
+
+def load_run(run: Run, *, checkpoint: Path | None = None) -> Policy:
+    """A run's tuned model: its base with `adapter/`, or with the adapter of one of its checkpoints.
+
+    Raises `UserError` when the base model is not the one the run was trained on.
+    """
+    config, folder = run.config(), checkpoint or run.adapter
+    lora = read_settings(folder)
+    policy = load_policy(config.model)
+    trained_on = run.manifest()["model"]
+    if policy.identity["digest"] != trained_on["digest"]:
+        raise UserError(f"{run.path}: {config.model.path} is no longer the model this run was trained on; restore it")
+    load_adapter(policy.model, folder, lora)
+    return policy
+
+
+def load_start(run: Run) -> Policy:
+    """The model as a run found it: its base, with the adapter that training started from, if any."""
+    config = run.config()
+    policy = load_policy(config.model)
+    if config.model.adapter is not None:
+        load_adapter(policy.model, Path(config.model.adapter))
+    return policy
 
 
 @contextlib.contextmanager

@@ -13,7 +13,13 @@ from pathlib import Path
 from mlxdpo.platform import cache_folder
 from mlxdpo.runs import write_json
 
-SHAPING = ("model*.safetensors", "config.json", "hf_quant_config.json", "adapters.safetensors", "adapter_config.json")
+SHAPING = (
+    "model*.safetensors",
+    "config.json",
+    "hf_quant_config.json",
+    "adapters.safetensors",
+    "adapter_config.json",
+)
 
 
 def folder_digest(folder: Path) -> str:

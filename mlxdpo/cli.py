@@ -1,0 +1,85 @@
+"""The command line: one file per command in `commands/`, imported only when it is called, so `--help` is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mlxdpo.types import UserError
+
+SHORTHAND = {"--model": "--model.path", "--data": "--data.path", "--adapter": "--model.adapter"}
+
+
+def build_app() -> Any:
+    """The application with all its commands."""
+    from cyclopts import App
+
+    app = App(
+        name="mlxdpo",
+        help="Tune a language model on preference pairs, on a Mac, and know whether it got better.",
+        version_flags=["--version"],
+        result_action="return_value",
+    )
+    data = App(name="data", help="Look at preference data before training on it.")
+    app.command(data)
+    for name, help_text in COMMANDS.items():
+        target = data if name.startswith("data ") else app
+        short = name.removeprefix("data ")
+        target.command(f"mlxdpo.commands.{name.replace(' ', '_')}:run", name=short, help=help_text)
+    return app
+
+
+COMMANDS = {
+    "demo": "Tune a real model in minutes, offline, and show what changed.",
+    "train": "Tune a model on preference pairs.",
+    "score": "Log-probs, implicit rewards and margins of every row.",
+    "generate": "Answer a prompt with a run's model, tuned or as it was before.",
+    "data check": "Say what is in a preference file, what is wrong with it, and show a pair as the model sees it.",
+    "data formats": "List the row shapes that are understood.",
+    "objectives": "List the objectives with their papers and knobs.",
+    "doctor": "What this machine and installation can do.",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 2 the user's input is wrong, 130 interrupted, 1 anything else."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command and return its exit status."""
+    from cyclopts import CycloptsError
+
+    words = [_expand(word) for word in arguments]
+    try:
+        return build_app()(words, exit_on_error=False, print_error=False) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except CycloptsError as error:
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _expand(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return SHORTHAND.get(name, name) + equals + value
+
+
+def _sentence(error: Any) -> str:
+    from pydantic import ValidationError
+
+    cause = error.__cause__
+    if isinstance(cause, ValidationError):
+        from mlxdpo.config import explain
+
+        return explain(cause, "command line")
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    main()

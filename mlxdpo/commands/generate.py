@@ -1,0 +1,76 @@
+"""`mlxdpo generate RUN --prompt "..." [--before]`"""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter, validators
+
+from mlxdpo.runs import Run
+
+Temperature = Annotated[float, Parameter(validator=validators.Number(gte=0))]
+TopP = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=1))]
+Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+
+
+def run(
+    path: Path,
+    /,
+    *,
+    prompt: list[str],
+    before: bool = False,
+    max_tokens: Count = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Answer prompts with a run's model.
+
+    Parameters
+    ----------
+    path
+        Run directory.
+    prompt
+        What to answer; repeat it for several prompts.
+    before
+        Answer with the model as it was before tuning.
+    max_tokens
+        Longest answer, in tokens.
+    temperature
+        0 takes the likeliest token; 1 samples from the model.
+    top_p
+        Sample from the likeliest tokens that hold this share of the probability.
+    seed
+        Noise of sampling; the same seed meets the same noise before and after tuning.
+    json
+        One JSON object per prompt.
+    """
+    from mlxdpo.commands.screen import console
+    from mlxdpo.data.encode import encode_prompt
+    from mlxdpo.generate import generate
+    from mlxdpo.model.adapters import load_run, load_start
+
+    source = Run.open(path)
+    policy = load_start(source) if before else load_run(source)
+    ids = [encode_prompt(text, policy.tokenizer, source.config().data).tolist() for text in prompt]
+    answers = generate(
+        policy.model,
+        ids,
+        max_tokens=max_tokens,
+        eos_ids=policy.eos_ids,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    for text, answer in zip(prompt, answers, strict=True):
+        written = policy.tokenizer.decode(answer.tokens)
+        if json:
+            row = {"prompt": text, "text": written, "tokens": len(answer.tokens), "finish": answer.finish}
+            print(jsonlib.dumps(row, ensure_ascii=False))
+        else:
+            if len(prompt) > 1:
+                console.print(text, style="bold", markup=False)
+            console.print(written, markup=False)

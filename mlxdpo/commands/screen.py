@@ -1,0 +1,119 @@
+"""What a run looks like on a terminal (one moving line with rate and time left) and elsewhere (plain lines)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from mlxdpo.config import Config
+from mlxdpo.data.encode import Shown, describe
+from mlxdpo.loop import total_steps
+from mlxdpo.types import Event
+
+console = Console(soft_wrap=True, highlight=False)
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "rewards/accuracies": "accuracy {:.2f}",
+    "rewards/margins": "margin {:+.4f}",
+    "rewards/chosen": "chosen {:+.3f}",
+    "rewards/rejected": "rejected {:+.3f}",
+    "grad_norm": "|g| {:.3g}",
+    "learning_rate": "lr {:.2g}",
+    "tokens_per_second": "{:.0f} tok/s",
+    "peak_memory_gb": "{:.2f} GB",
+}
+
+
+def follow(events: Iterable[Event]) -> Iterator[Event]:
+    """Show events as they pass and hand them on."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    config, steps = Config(), 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("loading", total=None, left="")
+        for event in events:
+            values = event.values
+            if event.kind == "start":
+                config, steps = values["config"], total_steps(values["config"], len(values["data"].train))
+            if event.kind == "reference":
+                bar.update(task, description="reference", completed=values["done"], total=values["total"])
+            if event.kind == "step":
+                left = f"{clock(values['seconds_left'])} left"
+                bar.update(task, description="training", completed=event.step, total=steps, left=left)
+            if event.kind in LINES and (event.kind != "step" or event.step % config.log.every == 0):
+                LINES[event.kind](event, steps)
+            yield event
+
+
+def _step(event: Event, steps: int) -> None:
+    left = clock(event.values["seconds_left"])
+    console.print(f"step {event.step}/{steps}  {numbers(event.values)}  {left} left")
+
+
+def _eval(event: Event, steps: int) -> None:
+    held = {name.removeprefix("eval_"): value for name, value in event.values.items()}
+    console.print(f"held-out at step {event.step}/{steps}  {numbers(held)}", style="bold")
+
+
+LINES = {
+    "start": lambda event, steps: _introduce(event.values),
+    "referenced": lambda event, steps: console.print(
+        f"reference: log-probs of {event.values['total']} {event.values['part']} pairs are ready"
+    ),
+    "resumed": lambda event, steps: console.print(f"going on from step {event.step}/{steps}"),
+    "step": _step,
+    "eval": _eval,
+    "note": lambda event, steps: console.print(event.values["text"], style="yellow"),
+}
+
+
+def numbers(values: dict[str, Any]) -> str:
+    """The metrics a person watches, in a fixed order."""
+    return "  ".join(form.format(values[name]) for name, form in SHOWN.items() if name in values)
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _introduce(values: dict[str, Any]) -> None:
+    data, config, policy = values["data"], values["config"], values["policy"]
+    identity = policy.identity
+    bits = f", {identity['quantization']['bits']} bits" if identity["quantization"] else ""
+    console.print(f"{config.model.path} ({identity['dtype']}{bits}) -> {values['run'].path}")
+    console.print(f"{len(data.train)} training pairs, {len(data.heldout)} held out")
+    for name, report in data.reports.items():
+        for line in report.lines():
+            console.print(f"{name}: {line}", style="yellow")
+    if data.overlap:
+        console.print(f"{data.overlap} prompts are in both training and held-out pairs", style="yellow")
+    console.print("the first pair, as the model sees it (scored tokens underlined, or between [[ ]]):")
+    show_pair(describe(data.train[0], policy.tokenizer))
+
+
+def show_pair(shown: Shown) -> None:
+    """Print a pair with its scored part marked."""
+    for name, segments in zip(("chosen", "rejected"), shown, strict=True):
+        line = Text(f"{name}: ", style="bold")
+        for text, scored in segments:
+            marked = f"[[{text}]]" if scored and not console.is_terminal else text
+            line.append(marked, style="underline green" if scored else "dim")
+        console.print(line)
+
+
+def warn(text: str) -> None:
+    """One line on standard error."""
+    print(text, file=sys.stderr)

@@ -1,0 +1,214 @@
+"""The loop over optimizer steps: a generator of events. It computes and keeps checkpoints; others print."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+
+from mlxdpo import checkpoint
+from mlxdpo.checkpoint import Progress
+from mlxdpo.config import Config, OptimConfig
+from mlxdpo.data.batching import Epoch, Indices, collate, plan_epoch, plan_straight, row_length
+from mlxdpo.losses import Objective
+from mlxdpo.metrics import Scored, join, pair_metrics
+from mlxdpo.model.adapters import dropout_off
+from mlxdpo.step import Gradient, Gradients, add, gradient_norm, make_gradient, make_scorer, make_update
+from mlxdpo.types import Batch, Event, Example, Pairs, UserError
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient became infinite or NaN; the weights were not touched by it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Pairs with the reference's log-probs of their completions, (N, 2) float32, nats."""
+
+    examples: Sequence[Example]
+    ref: np.ndarray
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a loop needs, put together by `train`."""
+
+    config: Config
+    model: nn.Module
+    optimizer: optim.Optimizer
+    objective: Objective
+    knobs: dict[str, Any]
+    train: Part
+    heldout: Part
+    checkpoints: Path
+
+
+def total_steps(config: Config, pairs: int) -> int:
+    """Optimizer steps of a run over `pairs` training pairs."""
+    windows = math.ceil(pairs / (config.train.batch_size * config.train.accumulate))
+    steps = max(1, math.ceil(windows * config.train.epochs - 1e-9))
+    return steps if config.train.steps is None else min(steps, config.train.steps)
+
+
+def learning_rate(optim: OptimConfig, step: int, total: int) -> float:
+    """Rate of optimizer step `step` (from 0): linear warm-up to `lr`, then the schedule down to 0 at `total`."""
+    warmup = round(optim.warmup * total) if optim.warmup < 1 else int(optim.warmup)
+    if step < warmup:
+        return optim.lr * (step + 1) / (warmup + 1)
+    share = (step - warmup) / max(1, total - warmup)
+    course = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
+    return optim.lr * course[optim.schedule]
+
+
+def scored(losses: mx.array, pairs: Pairs, count: int) -> Scored:
+    """The first `count` pairs of a batch (the rest is filler) in float64 on the host."""
+    return Scored(*(np.array(a, np.float64)[:count] for a in (losses, *pairs)))
+
+
+def evaluate(job: Job, scorer: Callable[..., Pairs]) -> dict[str, float]:
+    """TRL's metrics over the held-out pairs, prefixed `eval_`; averaged over pairs."""
+    size, parts = job.config.train.batch_size, []
+    with dropout_off(job.model):
+        for indices in plan_straight([row_length(e) for e in job.heldout.examples], size):
+            pairs = scorer(collate(job.heldout.examples, indices, size, job.heldout.ref))
+            parts.append(scored(job.objective(pairs, **job.knobs), pairs, len(indices)))
+    return {f"eval_{name}": value for name, value in pair_metrics(join(parts), job.config.loss.beta).items()}
+
+
+def run_loop(job: Job, progress: Progress, should_stop: Callable[[], bool]) -> Iterator[Event]:
+    """Walk from `progress` to the last step; yields "step", "eval", "checkpoint", "note" and "interrupted" events.
+
+    Asked to stop, it drops the unfinished window, saves the last whole step and returns: going on from there
+    computes the window again and is the straight run, to the bit. Raises `NonFiniteError` naming the pairs before a
+    bad gradient reaches the weights.
+    """
+    plan = Plan(job.config, [row_length(e) for e in job.train.examples])
+    gradient = make_gradient(job.model, job.objective, job.knobs)
+    update, scorer = make_update(job.model, job.optimizer), make_scorer(job.model)
+    if job.heldout.examples and progress.step == 0:
+        yield Event("eval", 0, evaluate(job, scorer))
+    while progress.step < plan.total and not _patience_over(job, progress):
+        started, batches = time.perf_counter(), plan.window(progress.step)
+        computed = _window(job, batches, progress.step, gradient, should_stop)
+        if computed is None:
+            path = checkpoint.save(job.checkpoints, job.model, job.config.lora, job.optimizer, progress)
+            yield Event("interrupted", progress.step, {"path": str(path)})
+            return
+        pairs, gradients = computed
+        norm = gradient_norm(gradients).item()
+        _check_finite(job, batches, pairs, norm)
+        lr, clip = learning_rate(job.config.optim, progress.step, plan.total), job.config.optim.clip
+        update(gradients, min(1.0, clip / (norm + 1e-6)) if clip else 1.0, lr)
+        progress = _advance(job, progress, batches, time.perf_counter() - started)
+        values = {**pair_metrics(pairs, job.config.loss.beta), "learning_rate": lr, "grad_norm": norm}
+        yield Event("step", progress.step, values | plan.pace(progress))
+        if job.heldout.examples and _due(progress.step, job.config.train.eval_every, plan.total):
+            values = evaluate(job, scorer)
+            progress = _compare(progress, values["eval_loss"])
+            yield Event("eval", progress.step, values)
+        if _due(progress.step, job.config.train.save_every, plan.total) or progress.best_step == progress.step:
+            path = checkpoint.save(job.checkpoints, job.model, job.config.lora, job.optimizer, progress)
+            checkpoint.prune(job.checkpoints, job.config.train.keep, progress.best_step)
+            yield Event("checkpoint", progress.step, {"path": str(path)})
+    if progress.step < plan.total:
+        text = f"stopped early at step {progress.step}: held-out loss was lowest at step {progress.best_step}"
+        yield Event("note", progress.step, {"text": text})
+
+
+class Plan:
+    """Which pairs step N takes, and how far along it is. A pure function of lengths and configuration."""
+
+    def __init__(self, config: Config, lengths: Sequence[int]):
+        self.config, self.lengths, self.total = config, lengths, total_steps(config, len(lengths))
+        self.per_epoch = math.ceil(len(lengths) / (config.train.batch_size * config.train.accumulate))
+        self.epoch = functools.lru_cache(1)(self._epoch)
+
+    def _epoch(self, epoch: int) -> Epoch:
+        train = self.config.train
+        return plan_epoch(self.lengths, train.batch_size, train.accumulate, train.seed, epoch)
+
+    def window(self, step: int) -> tuple[Indices, ...]:
+        """The batches of optimizer step `step` (from 0)."""
+        epoch, position = divmod(step, self.per_epoch)
+        return self.epoch(epoch).windows[position]
+
+    def pace(self, progress: Progress) -> dict[str, float]:
+        """Epoch, tokens, tokens per second, peak memory (GB) and seconds left."""
+        return {
+            "epoch": progress.step / self.per_epoch,
+            "num_tokens": progress.tokens,
+            "tokens_per_second": progress.tokens / progress.seconds,
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            "seconds_left": progress.seconds / progress.step * (self.total - progress.step),
+        }
+
+
+def _window(
+    job: Job,
+    batches: Sequence[Indices],
+    step: int,
+    gradient: Callable[[Batch, mx.array], Gradient],
+    should_stop: Callable[[], bool],
+) -> tuple[Scored, Gradients] | None:
+    """Pairs and summed gradient of one window, or None when asked to stop in the middle."""
+    settings, parts, total = job.config.train, [], None
+    share = mx.array(1 / sum(len(indices) for indices in batches))
+    for number, indices in enumerate(batches):
+        if should_stop():
+            return None
+        # Dropout is a function of seed, step and batch alone: nothing random needs saving.
+        mx.random.seed(int(np.random.SeedSequence([settings.seed, step, number]).generate_state(1)[0]))
+        result = gradient(collate(job.train.examples, indices, settings.batch_size, job.train.ref), share)
+        total = add(total, result.gradients)
+        mx.eval(total, result.losses, result.pairs)
+        parts.append(scored(result.losses, result.pairs, len(indices)))
+    return join(parts), total
+
+
+def _check_finite(job: Job, batches: Sequence[Indices], pairs: Scored, norm: float) -> None:
+    if math.isfinite(norm) and np.isfinite(pairs.losses).all():
+        return
+    order = [i for indices in batches for i in indices]
+    bad = ~np.isfinite(np.stack([pairs.losses, pairs.chosen, pairs.rejected])).all(axis=0)
+    names = [job.train.examples[i].where for i, is_bad in zip(order, bad, strict=True) if is_bad or not bad.any()]
+    what = "log-prob or loss is not a finite number" if bad.any() else "gradient is not a finite number"
+    raise NonFiniteError(
+        f"the {what} at {', '.join(names[:8])}; the weights were not changed by it: look at these pairs, "
+        f"lower optim.lr, or set model.dtype float32"
+    )
+
+
+def _advance(job: Job, progress: Progress, batches: Sequence[Indices], seconds: float) -> Progress:
+    examples = [job.train.examples[i] for indices in batches for i in indices]
+    tokens = sum(2 * len(e.prompt) + len(e.chosen) + len(e.rejected) for e in examples)
+    return replace(
+        progress,
+        step=progress.step + 1,
+        pairs=progress.pairs + len(examples),
+        tokens=progress.tokens + tokens,
+        seconds=progress.seconds + seconds,
+    )
+
+
+def _compare(progress: Progress, loss: float) -> Progress:
+    if progress.best_loss is None or loss < progress.best_loss:
+        return replace(progress, best_loss=loss, best_step=progress.step, waited=0)
+    return replace(progress, waited=progress.waited + 1)
+
+
+def _patience_over(job: Job, progress: Progress) -> bool:
+    patience = job.config.train.patience
+    return patience is not None and progress.waited >= patience
+
+
+def _due(step: int, every: int, total: int) -> bool:
+    return step == total or (every > 0 and step % every == 0)

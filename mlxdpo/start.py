@@ -1,0 +1,105 @@
+"""Where training starts: from weights or an adapter, against which reference, and the proof that it starts right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlxdpo.config import Config, LoraConfig, ModelConfig
+from mlxdpo.data.batching import collate, plan_straight, row_length
+from mlxdpo.data.encode import template_digest
+from mlxdpo.loop import Job
+from mlxdpo.model.adapters import adapters_off, dropout_off, load_adapter, read_settings
+from mlxdpo.model.policy import Policy, load_policy
+from mlxdpo.scoring import score_pairs
+from mlxdpo.types import Batch, Pairs, UserError
+
+# How far one summed log-prob may be from the reference's at the start, nats: rounding differs with the batch's shape.
+TOLERANCE = {mx.float32: 1e-2, mx.bfloat16: 4.0, mx.float16: 1.0}
+
+
+def with_adapter(config: Config, model: nn.Module) -> Config:
+    """Attach the adapter that training starts from, if any; its settings become the run's.
+
+    Raises `UserError` for a `lora` setting that contradicts the adapter.
+    """
+    if config.model.adapter is None:
+        return config
+    own = read_settings(Path(config.model.adapter))
+    for name in config.lora.model_fields_set & {"method", "rank", "keys", "layers", "alpha", "scale"}:
+        asked = config.lora.multiplier if name in ("alpha", "scale") else getattr(config.lora, name)
+        has = own.multiplier if name in ("alpha", "scale") else getattr(own, name)
+        if asked is not None and asked != has:
+            raise UserError(
+                f"lora.{name} is {asked}, but the adapter {config.model.adapter} has {has}; drop lora.{name}"
+            )
+    dropout = config.lora.dropout if "dropout" in config.lora.model_fields_set else own.dropout
+    lora = LoraConfig(**own.model_dump(exclude_none=True) | {"dropout": dropout})
+    load_adapter(model, Path(config.model.adapter), lora)
+    return config.model_copy(update={"lora": lora})
+
+
+def find_reference(config: Config, policy: Policy) -> tuple[Policy, str | None]:
+    """The reference model and the adapter folder it includes. By default the policy itself, before its first update.
+
+    Raises `UserError` when the named reference reads text differently.
+    """
+    named = config.reference
+    if named.model is None:
+        if named.adapter is not None:
+            raise UserError(
+                f"reference.adapter {named.adapter} needs reference.model beside it; "
+                f"to start from an adapter and keep it as the reference, use model.adapter"
+            )
+        return policy, config.model.adapter
+    other = load_policy(ModelConfig(path=named.model, dtype=config.model.dtype))
+    if template_digest(other.tokenizer, config.data) != template_digest(policy.tokenizer, config.data):
+        raise UserError(f"reference.model {named.model} has another tokenizer or template than {config.model.path}")
+    if named.adapter is not None:
+        load_adapter(other.model, Path(named.adapter))
+    return other, named.adapter
+
+
+def check(job: Job) -> None:
+    """Before the first step policy and reference agree, so the objective has a known value (sigmoid: ln 2).
+
+    Raises `UserError` naming the cause when it has not. Dropout is off here: it may differ by design.
+    """
+    size, examples = job.config.train.batch_size, job.train.examples
+    indices = plan_straight([row_length(e) for e in examples], size)[-1]
+    batch = collate(examples, indices, size, job.train.ref)
+    with dropout_off(job.model):
+        pairs = score_pairs(job.model, batch)
+        if _gap(pairs) <= _tolerance(job.model):
+            return
+        cause = _cause(job, batch)
+    value = float(job.objective(pairs, **job.knobs)[: len(indices)].mean())
+    raise UserError(
+        f"before the first step the loss is {value:.6f} instead of {job.objective.start(job.config.loss.beta):.6f} "
+        f"and a log-prob is {_gap(pairs):.4f} nats from its reference: {cause}"
+    )
+
+
+def _gap(pairs: Pairs) -> float:
+    """Largest distance between a policy's and a reference's log-prob, nats; NaN counts as infinite."""
+    gaps = np.abs(np.array([pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected]))
+    return float(np.nan_to_num(gaps, nan=np.inf).max())
+
+
+def _tolerance(model: nn.Module) -> float:
+    floating = {a.dtype for _, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)}
+    return max(TOLERANCE[dtype] for dtype in floating)
+
+
+def _cause(job: Job, batch: Batch) -> str:
+    if not np.isfinite(np.array(job.train.ref)).all():
+        return "the reference's log-probs are not finite numbers; look at the weights, or set model.dtype float32"
+    with adapters_off(job.model):
+        bare = _gap(score_pairs(job.model, batch))
+    if job.config.model.adapter is None and bare <= _tolerance(job.model):
+        return "the fresh adapter is not zero"
+    return "the reference was scored with other weights than training starts from; score it again with an empty cache"

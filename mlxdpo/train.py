@@ -1,0 +1,122 @@
+"""The story of a run: load, read, encode, score the reference, attach the adapter, step, keep.
+
+for event in train(load_config("recipe.yaml")):
+    print(event)
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Generator, Iterator
+
+import mlx.core as mx
+
+from mlxdpo import checkpoint, start
+from mlxdpo.checkpoint import Progress
+from mlxdpo.config import Config
+from mlxdpo.data.batching import plan_epoch, plan_straight, row_length
+from mlxdpo.data.load import Dataset, load_dataset
+from mlxdpo.loop import Job, Part, run_loop, total_steps
+from mlxdpo.losses import resolve
+from mlxdpo.manifest import check_same, describe_run
+from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter
+from mlxdpo.model.policy import Policy, load_policy
+from mlxdpo.platform import wire_memory
+from mlxdpo.reference import with_reference
+from mlxdpo.runs import Run
+from mlxdpo.step import make_optimizer, make_scorer
+from mlxdpo.types import Event, Example
+
+Stop = Callable[[], bool]
+
+
+def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lambda: False) -> Iterator[Event]:
+    """Run a recipe, or go on with `resume`; yields what happens and writes the run directory.
+
+    Raises `UserError` when the recipe, the data or a changed input stops it; nothing is written before the model
+    and the data are read.
+    """
+    objective, knobs = resolve(config.loss)
+    optimizer = make_optimizer(config.optim)
+    wire_memory()
+    policy = load_policy(config.model)
+    config = start.with_adapter(config, policy.model)
+    reference, adapter = start.find_reference(config, policy)
+    data = load_dataset(config.data, policy.tokenizer, policy.eos_ids, config.train.seed)
+    manifest = describe_run(config, policy, reference, adapter, data)
+    run = resume or Run.create(config)
+    yield Event("start", 0, {"run": run, "config": config, "data": data, "policy": policy})
+    if resume and (run.path / "manifest.json").exists():
+        check_same(run.manifest(), manifest, run.path)
+    run.write_manifest(manifest)
+
+    parts = yield from _score_reference(config, reference, manifest["reference"], data, should_stop)
+    if parts is None:
+        return
+    if reference is not policy:
+        del reference
+        gc.collect()
+        mx.clear_cache()
+    if config.model.adapter is None:
+        attach_lora(policy.model, config.lora, config.train.seed)
+    job = Job(config, policy.model, optimizer, objective, knobs, *parts, run.checkpoints)
+    progress = Progress()
+    checkpoint.sweep(run.checkpoints)
+    if resume and (saved := checkpoint.steps(run.checkpoints)):
+        progress = checkpoint.restore(saved[-1], policy.model, optimizer)
+        run.log({"resumed_from": progress.step})
+        yield Event("resumed", progress.step, {})
+    elif config.reference.model is None:
+        start.check(job)
+    finished = yield from _logged(run, run_loop(job, progress, should_stop))
+    if finished:
+        yield _keep(job, run)
+
+
+def _score_reference(
+    config: Config, reference: Policy, identity: dict, data: Dataset, should_stop: Stop
+) -> Generator[Event, None, tuple[Part, Part] | None]:
+    """The reference's log-probs of training and held-out pairs, or None when asked to stop."""
+    train, scorer, parts = config.train, make_scorer(reference.model), []
+    first = plan_epoch([row_length(e) for e in data.train], train.batch_size, train.accumulate, train.seed, 0)
+    straight = plan_straight([row_length(e) for e in data.heldout], train.batch_size)
+    plans: list[tuple[str, list[Example], list]] = [
+        ("train", data.train, [batch for window in first.windows[: total_steps(config, len(data.train))] for batch in window]),
+        ("held-out", data.heldout, straight),
+    ]
+    for name, examples, batches in plans:
+        scoring, logps = with_reference(examples, scorer, identity, batches, train.batch_size), None
+        with dropout_off(reference.model):
+            while logps is None:
+                done, logps = next(scoring)
+                yield Event("reference", 0, {"part": name, "done": done, "total": len(examples)})
+                if should_stop():
+                    scoring.close()  # saves what was scored
+                    yield Event("interrupted", 0, {})
+                    return None
+        parts.append(Part(examples, logps))
+        yield Event("referenced", 0, {"part": name, "total": len(examples)})
+    return parts[0], parts[1]
+
+
+def _logged(run: Run, events: Iterator[Event]) -> Generator[Event, None, bool]:
+    """Write the numbers among the events to metrics.jsonl and pass all on; False when the run was interrupted."""
+    for event in events:
+        if event.kind in ("step", "eval"):
+            run.log({"step": event.step, **event.values})
+        yield event
+        if event.kind == "interrupted":
+            return False
+    return True
+
+
+def _keep(job: Job, run: Run) -> Event:
+    """Fill adapter/ with the last step or the best one, as the recipe asks."""
+    last = checkpoint.steps(run.checkpoints)[-1]
+    best = checkpoint.read_progress(last)
+    source = last
+    if job.config.train.final == "best" and best.best_step is not None:
+        source = run.checkpoints / f"step-{best.best_step:06d}"
+        load_arrays(job.model, source)
+    save_adapter(job.model, job.config.lora, run.adapter)
+    return Event("done", best.step, {"run": run, "adapter": run.adapter, "from": source.name, "best": best.best_step})

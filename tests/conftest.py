@@ -1,0 +1,12 @@
+"""mlxdpo first: on Linux it puts the fast BLAS in front before anything imports mlx. Caches go to a private folder."""
+
+import pytest
+
+import mlxdpo  # noqa: F401
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A private cache folder."""
+    monkeypatch.setenv("MLXDPO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -1,0 +1,74 @@
+"""Tiny random models of real architectures, built in-process, in memory or as Hugging Face folders."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
+
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+}
+CONFIGS = {
+    "llama": SHAPE | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True},
+    "qwen3": SHAPE | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": False},
+    "gemma2": SHAPE
+    | {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 8.0,
+        "sliding_window": 16,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": SHAPE
+    | {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": 8.0,
+        "sliding_window": 16,
+        "sliding_window_pattern": 2,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_local_base_freq": 10000.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def tiny_model(kind="llama", vocab=300, seed=0, **changes):
+    """A random model with weights large enough that its predictions differ a lot from uniform."""
+    config = CONFIGS[kind] | {"vocab_size": vocab} | changes
+    model_class, arguments = _get_classes(config)
+    mx.random.seed(seed)
+    model = model_class(arguments.from_dict(config))
+    spread = [
+        (n, mx.random.normal(p.shape) * (0.3 if p.ndim > 1 else 0.1)) for n, p in tree_flatten(model.parameters())
+    ]
+    model.load_weights([(n, p if p.ndim > 1 else 1 + p) for n, p in spread])
+    mx.eval(model.parameters())
+    model.freeze()
+    return model
+
+
+def write_model(folder: Path, tokenizer, kind="llama", seed=0, **changes) -> Path:
+    """The same as a Hugging Face folder with a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = max(300, len(tokenizer))
+    model = tiny_model(kind, vocab, seed, **changes)
+    config = CONFIGS[kind] | {"vocab_size": vocab, "eos_token_id": tokenizer.eos_token_id} | changes
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "pt"})
+    tokenizer.save_pretrained(folder)
+    return folder
