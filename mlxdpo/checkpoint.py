@@ -61,10 +61,10 @@ def steps(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one, and drafts of a run that was killed."""
+    """Remove all but the newest `keep` checkpoints and the best one."""
     best = None if best_step is None else f"step-{best_step:06d}"
     for old in [path for path in steps(folder)[:-keep] if path.name != best]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(folder / f".draft-{old.name}"))  # a step-N is whole until it is gone
 
 
 def sweep(folder: Path) -> None:

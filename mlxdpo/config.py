@@ -66,6 +66,8 @@ class DataConfig(Section):
     """Stop at the first bad row, or skip bad rows and report how many for which reason."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """How plain-text rows are written: as a chat turn, or as they stand. auto: chat where the tokenizer has one."""
+    eos: Literal["score", "leave"] = "score"
+    """The token that ends a completion: score it (added to plain text), or leave it out, where answers are cut off."""
     thinking: bool = False
     """`enable_thinking` for templates that know it."""
     max_length: int = Field(1024, ge=8)

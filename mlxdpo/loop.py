@@ -78,9 +78,11 @@ def evaluate(job: Job, scorer: Callable[..., Pairs]) -> dict[str, float]:
     """TRL's metrics over the held-out pairs, prefixed `eval_`; averaged over pairs."""
     size, parts = job.config.train.batch_size, []
     with dropout_off(job.model):
-        for indices in plan_straight([row_length(e) for e in job.heldout.examples], size):
+        batches = plan_straight([row_length(e) for e in job.heldout.examples], size)
+        for indices in batches:
             pairs = scorer(collate(job.heldout.examples, indices, size, job.heldout.ref))
             parts.append(scored(job.objective(pairs, **job.knobs), pairs, len(indices)))
+    _check_finite(job.heldout, batches, join(parts))
     return {f"eval_{name}": value for name, value in pair_metrics(join(parts), job.config.loss.beta).items()}
 
 
@@ -105,7 +107,7 @@ def run_loop(job: Job, progress: Progress, should_stop: Callable[[], bool]) -> I
             return
         pairs, gradients = computed
         norm = gradient_norm(gradients).item()
-        _check_finite(job, batches, pairs, norm)
+        _check_finite(job.train, batches, pairs, norm)
         lr, clip = learning_rate(job.config.optim, progress.step, plan.total), job.config.optim.clip
         update(gradients, min(1.0, clip / (norm + 1e-6)) if clip else 1.0, lr)
         progress = _advance(job, progress, batches, time.perf_counter() - started)
@@ -115,7 +117,8 @@ def run_loop(job: Job, progress: Progress, should_stop: Callable[[], bool]) -> I
             values = evaluate(job, scorer)
             progress = _compare(progress, values["eval_loss"])
             yield Event("eval", progress.step, values)
-        if _due(progress.step, job.config.train.save_every, plan.total) or progress.best_step == progress.step:
+        last = progress.step == plan.total or _patience_over(job, progress)
+        if last or progress.step % job.config.train.save_every == 0 or progress.best_step == progress.step:
             path = checkpoint.save(job.checkpoints, job.model, job.config.lora, job.optimizer, progress)
             checkpoint.prune(job.checkpoints, job.config.train.keep, progress.best_step)
             yield Event("checkpoint", progress.step, {"path": str(path)})
@@ -174,12 +177,12 @@ def _window(
     return join(parts), total
 
 
-def _check_finite(job: Job, batches: Sequence[Indices], pairs: Scored, norm: float) -> None:
+def _check_finite(part: Part, batches: Sequence[Indices], pairs: Scored, norm: float = 0.0) -> None:
     if math.isfinite(norm) and np.isfinite(pairs.losses).all():
         return
     order = [i for indices in batches for i in indices]
     bad = ~np.isfinite(np.stack([pairs.losses, pairs.chosen, pairs.rejected])).all(axis=0)
-    names = [job.train.examples[i].where for i, is_bad in zip(order, bad, strict=True) if is_bad or not bad.any()]
+    names = [part.examples[i].where for i, is_bad in zip(order, bad, strict=True) if is_bad or not bad.any()]
     what = "log-prob or loss is not a finite number" if bad.any() else "gradient is not a finite number"
     raise NonFiniteError(
         f"the {what} at {', '.join(names[:8])}; the weights were not changed by it: look at these pairs, "

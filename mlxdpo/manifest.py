@@ -25,7 +25,8 @@ def describe_run(
         "machine": this_machine()._asdict(),
         "seed": config.train.seed,
         "model": dict(policy.identity) | {"adapter": _digest(config.model.adapter)},
-        "reference": identity_of(reference.identity, _digest(adapter)) | {"source": reference.identity["source"]},
+        "reference": identity_of(reference.identity, _digest(adapter)),
+        "reference_source": {"model": reference.identity["source"], "adapter": adapter},
         "template": data.template,
         "data": {
             "source": config.data.path,

@@ -158,7 +158,8 @@ class Run:
         kept: list[dict[str, Any]] = []
         for line in read_lines(self.path / "metrics.jsonl"):
             if "resumed_from" in line:
-                kept = [old for old in kept if old["step"] <= line["resumed_from"]]
+                back = line["resumed_from"]  # from 0 everything is done again, the evaluation of step 0 too
+                kept = [old for old in kept if old["step"] <= back] if back else []
             else:
                 kept.append(line)
         return kept

@@ -10,7 +10,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import Config, LoraConfig, ModelConfig
-from mlxdpo.data.batching import collate, plan_straight, row_length
+from mlxdpo.data.batching import collate, plan_epoch, row_length
 from mlxdpo.data.encode import template_digest
 from mlxdpo.loop import Job
 from mlxdpo.model.adapters import adapters_off, dropout_off, load_adapter, read_settings
@@ -69,9 +69,10 @@ def check(job: Job) -> None:
 
     Raises `UserError` naming the cause when it has not. Dropout is off here: it may differ by design.
     """
-    size, examples = job.config.train.batch_size, job.train.examples
-    indices = plan_straight([row_length(e) for e in examples], size)[-1]
-    batch = collate(examples, indices, size, job.train.ref)
+    train, examples = job.config.train, job.train.examples
+    plan = plan_epoch([row_length(e) for e in examples], train.batch_size, train.accumulate, train.seed, 0)
+    indices = plan.windows[0][0]  # a short run's reference holds only the pairs it visits: its first batch is among them
+    batch = collate(examples, indices, train.batch_size, job.train.ref)
     with dropout_off(job.model):
         pairs = score_pairs(job.model, batch)
         if _gap(pairs) <= _tolerance(job.model):
@@ -96,10 +97,11 @@ def _tolerance(model: nn.Module) -> float:
 
 
 def _cause(job: Job, batch: Batch) -> str:
-    if not np.isfinite(np.array(job.train.ref)).all():
+    if not np.isfinite(np.array(batch.ref)).all():
         return "the reference's log-probs are not finite numbers; look at the weights, or set model.dtype float32"
-    with adapters_off(job.model):
-        bare = _gap(score_pairs(job.model, batch))
-    if job.config.model.adapter is None and bare <= _tolerance(job.model):
-        return "the fresh adapter is not zero"
+    if job.config.model.adapter is None and job.config.lora.method != "full":
+        with adapters_off(job.model):
+            bare = _gap(score_pairs(job.model, batch))
+        if bare <= _tolerance(job.model):
+            return "the fresh adapter is not zero"
     return "the reference was scored with other weights than training starts from; score it again with an empty cache"

@@ -14,8 +14,8 @@ import mlx.core as mx
 from mlxdpo import checkpoint, start
 from mlxdpo.checkpoint import Progress
 from mlxdpo.config import Config
-from mlxdpo.data.batching import plan_epoch, plan_straight, row_length
-from mlxdpo.data.load import Dataset, load_dataset
+from mlxdpo.data.batching import Indices, plan_epoch, plan_straight, row_length
+from mlxdpo.data.load import Dataset, encode_split, read_split
 from mlxdpo.loop import Job, Part, run_loop, total_steps
 from mlxdpo.losses import resolve
 from mlxdpo.manifest import check_same, describe_run
@@ -38,11 +38,12 @@ def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lamb
     """
     objective, knobs = resolve(config.loss)
     optimizer = make_optimizer(config.optim)
+    rows = read_split(config.data, config.train.seed)  # before the model: a typing error should not cost a download
     wire_memory()
     policy = load_policy(config.model)
     config = start.with_adapter(config, policy.model)
     reference, adapter = start.find_reference(config, policy)
-    data = load_dataset(config.data, policy.tokenizer, policy.eos_ids, config.train.seed)
+    data = encode_split(rows, config.data, policy.tokenizer, policy.eos_ids)
     manifest = describe_run(config, policy, reference, adapter, data)
     run = resume or Run.create(config)
     yield Event("start", 0, {"run": run, "config": config, "data": data, "policy": policy})
@@ -62,11 +63,12 @@ def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lamb
     job = Job(config, policy.model, optimizer, objective, knobs, *parts, run.checkpoints)
     progress = Progress()
     checkpoint.sweep(run.checkpoints)
-    if resume and (saved := checkpoint.steps(run.checkpoints)):
-        progress = checkpoint.restore(saved[-1], policy.model, optimizer)
+    if resume:
+        if saved := checkpoint.steps(run.checkpoints):
+            progress = checkpoint.restore(saved[-1], policy.model, optimizer)
         run.log({"resumed_from": progress.step})
         yield Event("resumed", progress.step, {})
-    elif config.reference.model is None:
+    if progress.step == 0 and config.reference.model is None:
         start.check(job)
     finished = yield from _logged(run, run_loop(job, progress, should_stop))
     if finished:
@@ -79,10 +81,10 @@ def _score_reference(
     """The reference's log-probs of training and held-out pairs, or None when asked to stop."""
     train, scorer, parts = config.train, make_scorer(reference.model), []
     first = plan_epoch([row_length(e) for e in data.train], train.batch_size, train.accumulate, train.seed, 0)
-    straight = plan_straight([row_length(e) for e in data.heldout], train.batch_size)
-    plans: list[tuple[str, list[Example], list]] = [
-        ("train", data.train, [batch for window in first.windows[: total_steps(config, len(data.train))] for batch in window]),
-        ("held-out", data.heldout, straight),
+    seen = first.windows[: total_steps(config, len(data.train))]  # a short run needs no more than it visits
+    plans: list[tuple[str, list[Example], list[Indices]]] = [
+        ("training", data.train, [batch for window in seen for batch in window]),
+        ("held-out", data.heldout, plan_straight([row_length(e) for e in data.heldout], train.batch_size)),
     ]
     for name, examples, batches in plans:
         scoring, logps = with_reference(examples, scorer, identity, batches, train.batch_size), None

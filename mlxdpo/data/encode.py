@@ -172,13 +172,18 @@ def split(
     if boundary == 0:
         raise BadRow("empty prompt", "the prompt has no tokens, so the completion's first token has no context")
     completions = [_ended(full[boundary:], writer) for full in fulls]
+    if not all(map(len, completions)):
+        raise BadRow("no scored token", "a completion has no token of its own; it would train nothing")
     if any(np.isin(completion[:-1], list(writer.ends)).any() for completion in completions):
         raise BadRow("end-of-sequence inside", "a completion has an end-of-sequence token before its end")
     return prompt[:boundary], completions
 
 
 def _ended(completion: np.ndarray, writer: Writer) -> np.ndarray:
-    if len(completion) and int(completion[-1]) in writer.ends:
+    has_end = len(completion) > 0 and int(completion[-1]) in writer.ends
+    if not writer.scores_end:
+        return completion[:-1] if has_end else completion
+    if has_end:
         return completion
     if writer.eos is None:
         raise UserError("neither the tokenizer nor the model names an end-of-sequence token; set eos_token_id")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data.encode import encode_all, template_digest
@@ -31,6 +31,14 @@ class Dataset:
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
+class Split(NamedTuple):
+    """Rows read, not yet encoded."""
+
+    train: list[Preference]
+    heldout: list[Preference]
+    reports: dict[str, Report]
+
+
 def digest_examples(examples: Sequence[Example]) -> str:
     """SHA-256 over the token ids of pairs, in order."""
     digest = hashlib.sha256()
@@ -40,8 +48,16 @@ def digest_examples(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def read_split(data: DataConfig, seed: int) -> tuple[list[Preference], list[Preference], dict[str, Report]]:
-    """Training and held-out rows, not yet encoded. Raises `UserError` when the rows are not pairs."""
+def token_counts(examples: Sequence[Example]) -> list[tuple[int, int, int]]:
+    """(prompt, chosen, rejected) lengths of each pair, tokens."""
+    return [(len(e.prompt), len(e.chosen), len(e.rejected)) for e in examples]
+
+
+def read_split(data: DataConfig, seed: int) -> Split:
+    """Training and held-out rows, no prompt in both unless the user named both sets.
+
+    Raises `UserError` when there are none or they are not pairs.
+    """
     if not data.path:
         raise UserError("no data given; pass --data with a file, a folder, or a Hub dataset id")
     rows, report = read_preferences(data)
@@ -53,12 +69,12 @@ def read_split(data: DataConfig, seed: int) -> tuple[list[Preference], list[Pref
         heldout, reports["held-out data"] = read_preferences(data, *source)
     if strange := [row for row in [*train, *heldout] if not isinstance(row, Preference)]:
         raise UserError(f"{strange[0].where}: single answers with a thumb up or down; this objective needs pairs")
-    return train, heldout, reports  # type: ignore[return-value]
+    return Split(train, heldout, reports)  # type: ignore[arg-type]
 
 
-def load_dataset(data: DataConfig, tokenizer: Any, eos_ids: frozenset[int], seed: int) -> Dataset:
-    """Read, split by prompt, and encode. Raises `UserError` when no training pair is left."""
-    train_rows, heldout_rows, reports = read_split(data, seed)
+def encode_split(split: Split, data: DataConfig, tokenizer: Any, eos_ids: frozenset[int]) -> Dataset:
+    """Encode what `read_split` read. Raises `UserError` when no training pair is left."""
+    train_rows, heldout_rows, reports = split.train, split.heldout, dict(split.reports)
     train, reports["encoding"] = encode_all(train_rows, tokenizer, data, eos_ids=eos_ids)
     heldout, reports["held-out encoding"] = encode_all(heldout_rows, tokenizer, data, eos_ids=eos_ids)
     if not train:

@@ -33,7 +33,8 @@ class Writer:
     unk      id written for what the vocabulary lacks, or None
     eos      id appended where nothing ends the completion; None where the model has no such token
     ends     ids that end a completion: the model's end-of-sequence ids and the template's end-of-turn
-    chat     whether there is a chat template; the rest describes its assistant turn, as text
+    chat     whether there is a chat template; what follows `scores_end` describes its assistant turn, as text
+    scores_end  whether the token that ends a completion is scored (`data.eos`)
     lead     printed between the generation prompt and the content (an empty thinking block), usually ""
     end      printed from the end of the content through the end-of-turn token; "" where there is none
     rest     printed after that (a newline, the next header): never scored
@@ -48,6 +49,7 @@ class Writer:
     eos: int | None
     ends: frozenset[int]
     chat: bool
+    scores_end: bool = True
     lead: str = ""
     end: str = ""
     rest: str = ""
@@ -100,7 +102,7 @@ def probe(tokenizer: Any, data: DataConfig, eos_ids: frozenset[int] | None = Non
     eos = bare.eos_token_id if bare.eos_token_id in stops else min(stops, default=None)
     start = _start(bare)
     bos = frozenset(start) | ({bare.bos_token_id} - {None})
-    plain = Writer(bare, data.thinking, start, bos, bare.unk_token_id, eos, stops, chat=False)
+    plain = Writer(bare, data.thinking, start, bos, bare.unk_token_id, eos, stops, False, data.eos == "score")
     return _probe_turn(plain) if bare.chat_template else plain
 
 
@@ -186,6 +188,7 @@ def template_digest(tokenizer: Any, data: DataConfig) -> str:
         "special": {k: str(v) for k, v in sorted(bare.special_tokens_map.items())},
         "start": _start(bare),
         "template": data.template,
+        "eos": data.eos,
         "thinking": data.thinking,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -60,20 +60,34 @@ def find_model(path: str, revision: str | None = None) -> Path:
         raise UserError(f"{path}: the Hub refused it ({str(error).splitlines()[0]})") from None
 
 
+def load_tokenizer(folder: Path, name: str) -> Any:
+    """The tokenizer of a model folder, with the end-of-sequence ids of its configuration; no weights are read.
+
+    Raises `UserError` when there is none.
+    """
+    from mlx_lm.utils import load_config
+    from mlx_lm.utils import load_tokenizer as load
+
+    try:
+        return load(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name}: its tokenizer cannot be loaded ({' '.join(str(error).split())})") from None
+
+
 def load_policy(config: ModelConfig) -> Policy:
     """Load weights and tokenizer, all weights frozen.
 
     The adapter named in `config` is not attached here: see `adapters.warm_start`.
     Raises `UserError` for a folder that is no model or one that mlx-lm has no definition for.
     """
-    from mlx_lm.utils import load_model, load_tokenizer, quantize_model
+    from mlx_lm.utils import load_model, quantize_model
 
     folder = find_model(config.path, config.revision)
     try:
         model, raw = load_model(folder, lazy=True)
-        tokenizer = load_tokenizer(folder, eos_token_ids=raw.get("eos_token_id"))
     except (FileNotFoundError, ValueError, KeyError) as error:
         raise UserError(f"{config.path}: cannot be loaded ({' '.join(str(error).split())})") from None
+    tokenizer = load_tokenizer(folder, config.path)
     dtype = default_dtype() if config.dtype == "auto" else getattr(mx, config.dtype)
     quantisation = raw.get("quantization")
     if config.quantize:

