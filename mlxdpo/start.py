@@ -71,7 +71,9 @@ def check(job: Job) -> None:
     """
     train, examples = job.config.train, job.train.examples
     plan = plan_epoch([row_length(e) for e in examples], train.batch_size, train.accumulate, train.seed, 0)
-    indices = plan.windows[0][0]  # a short run's reference holds only the pairs it visits: its first batch is among them
+    indices = plan.windows[0][
+        0
+    ]  # a short run's reference holds only the pairs it visits: its first batch is among them
     batch = collate(examples, indices, train.batch_size, job.train.ref)
     with dropout_off(job.model):
         pairs = score_pairs(job.model, batch)

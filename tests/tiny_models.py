@@ -27,7 +27,7 @@ CONFIGS = {
         "model_type": "gemma2",
         "attn_logit_softcapping": 5.0,
         "final_logit_softcapping": 3.0,
-        "query_pre_attn_scalar": 8.0,
+        "query_pre_attn_scalar": 8,
         "sliding_window": 16,
         "hidden_activation": "gelu_pytorch_tanh",
         "tie_word_embeddings": True,
@@ -36,7 +36,7 @@ CONFIGS = {
     | {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
-        "query_pre_attn_scalar": 8.0,
+        "query_pre_attn_scalar": 8,
         "sliding_window": 16,
         "sliding_window_pattern": 2,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -69,6 +69,9 @@ def write_model(folder: Path, tokenizer, kind="llama", seed=0, **changes) -> Pat
     model = tiny_model(kind, vocab, seed, **changes)
     config = CONFIGS[kind] | {"vocab_size": vocab, "eos_token_id": tokenizer.eos_token_id} | changes
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "pt"})
+    arrays = dict(tree_flatten(model.parameters()))
+    if config["tie_word_embeddings"]:  # mlx-lm makes gemma3 a head of its own, which tied checkpoints do not have
+        arrays.pop("lm_head.weight", None)
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
     tokenizer.save_pretrained(folder)
     return folder
