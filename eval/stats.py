@@ -1,8 +1,7 @@
 """Intervals for evaluation results: NumPy only, seeded, and none at all where the data cannot carry one.
 
-Several samples of one prompt are not independent: what is resampled is prompts (clusters), never rows.
-Measured on two to six dependent rows per prompt, a row bootstrap's nominal 90 % interval covers the truth 62
-% of the time.
+Samples of one prompt are not independent: what is resampled is prompts (clusters), not rows. With two to six
+dependent rows per prompt, the nominal 90 % interval of a row bootstrap covers the truth 62 % of the time.
 """
 
 from __future__ import annotations
