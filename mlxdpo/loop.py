@@ -181,7 +181,7 @@ def _check_finite(part: Part, batches: Sequence[Indices], pairs: Scored, norm: f
     if math.isfinite(norm) and np.isfinite(pairs.losses).all():
         return
     order = [i for indices in batches for i in indices]
-    bad = ~np.isfinite(np.stack([pairs.losses, pairs.chosen, pairs.rejected])).all(axis=0)
+    bad = np.asarray(~np.isfinite([pairs.losses, pairs.chosen, pairs.rejected]).all(axis=0))
     names = [part.examples[i].where for i, is_bad in zip(order, bad, strict=True) if is_bad or not bad.any()]
     what = "log-prob or loss is not a finite number" if bad.any() else "gradient is not a finite number"
     raise NonFiniteError(

@@ -12,8 +12,9 @@ from mlx.utils import tree_flatten
 from mlxdpo.config import Config, LoraConfig, ModelConfig
 from mlxdpo.data.batching import collate, plan_epoch, row_length
 from mlxdpo.data.encode import template_digest
+from mlxdpo.data.load import Dataset
 from mlxdpo.loop import Job
-from mlxdpo.model.adapters import adapters_off, dropout_off, load_adapter, read_settings
+from mlxdpo.model.adapters import adapters_off, check_trainable, dropout_off, load_adapter, read_settings
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.scoring import score_pairs
 from mlxdpo.types import Batch, Pairs, UserError
@@ -25,9 +26,10 @@ TOLERANCE = {mx.float32: 1e-2, mx.bfloat16: 4.0, mx.float16: 1.0}
 def with_adapter(config: Config, model: nn.Module) -> Config:
     """Attach the adapter that training starts from, if any; its settings become the run's.
 
-    Raises `UserError` for a `lora` setting that contradicts the adapter.
+    Raises `UserError` for a `lora` setting that contradicts the adapter or that the model cannot take.
     """
     if config.model.adapter is None:
+        check_trainable(model, config.lora)
         return config
     own = read_settings(Path(config.model.adapter))
     for name in config.lora.model_fields_set & {"method", "rank", "keys", "layers", "alpha", "scale"}:
@@ -38,7 +40,7 @@ def with_adapter(config: Config, model: nn.Module) -> Config:
                 f"lora.{name} is {asked}, but the adapter {config.model.adapter} has {has}; drop lora.{name}"
             )
     dropout = config.lora.dropout if "dropout" in config.lora.model_fields_set else own.dropout
-    lora = LoraConfig(**own.model_dump(exclude_none=True) | {"dropout": dropout})
+    lora = LoraConfig.model_validate(own.model_dump(exclude_none=True) | {"dropout": dropout})
     load_adapter(model, Path(config.model.adapter), lora)
     return config.model_copy(update={"lora": lora})
 
@@ -64,6 +66,14 @@ def find_reference(config: Config, policy: Policy) -> tuple[Policy, str | None]:
     return other, named.adapter
 
 
+def check_heldout(config: Config, data: Dataset) -> None:
+    """Raise `UserError` for a setting that looks at held-out pairs when there are none."""
+    train = config.train
+    for name, value in (("final", train.final if train.final == "best" else None), ("patience", train.patience)):
+        if value is not None and not data.heldout:
+            raise UserError(f"train.{name} {value} needs held-out pairs; give data.eval, or raise data.eval_fraction")
+
+
 def check(job: Job) -> None:
     """Before the first step policy and reference agree, so the objective has a known value (sigmoid: ln 2).
 
@@ -71,9 +81,7 @@ def check(job: Job) -> None:
     """
     train, examples = job.config.train, job.train.examples
     plan = plan_epoch([row_length(e) for e in examples], train.batch_size, train.accumulate, train.seed, 0)
-    indices = plan.windows[0][
-        0
-    ]  # a short run's reference holds only the pairs it visits: its first batch is among them
+    indices = plan.windows[0][0]  # a short run's reference holds only the pairs it visits
     batch = collate(examples, indices, train.batch_size, job.train.ref)
     with dropout_off(job.model):
         pairs = score_pairs(job.model, batch)
@@ -90,7 +98,7 @@ def check(job: Job) -> None:
 def _gap(pairs: Pairs) -> float:
     """Largest distance between a policy's and a reference's log-prob, nats; NaN counts as infinite."""
     gaps = np.abs(np.array([pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected]))
-    return float(np.nan_to_num(gaps, nan=np.inf).max())
+    return float(np.nan_to_num(gaps, nan=np.inf, posinf=np.inf).max())
 
 
 def _tolerance(model: nn.Module) -> float:

@@ -44,6 +44,7 @@ def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lamb
     config = start.with_adapter(config, policy.model)
     reference, adapter = start.find_reference(config, policy)
     data = encode_split(rows, config.data, policy.tokenizer, policy.eos_ids)
+    start.check_heldout(config, data)
     manifest = describe_run(config, policy, reference, adapter, data)
     run = resume or Run.create(config)
     yield Event("start", 0, {"run": run, "config": config, "data": data, "policy": policy})

@@ -31,9 +31,11 @@ def attach_lora(model: nn.Module, lora: LoraConfig, seed: int = 0) -> nn.Module:
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
+    check_trainable(model, lora)
     if lora.method == "full":
-        return _unfreeze_all(model)
-    _check_names(model, lora)
+        model.unfreeze()
+        model.train()
+        return model
     mx.random.seed(seed)
     model.freeze()
     settings = {"rank": lora.rank, "scale": lora.multiplier, "dropout": lora.dropout}
@@ -45,7 +47,15 @@ def attach_lora(model: nn.Module, lora: LoraConfig, seed: int = 0) -> nn.Module:
     return model
 
 
-def _unfreeze_all(model: nn.Module) -> nn.Module:
+def check_trainable(model: nn.Module, lora: LoraConfig) -> None:
+    """Raise `UserError` for what `attach_lora` would refuse, before anything is changed."""
+    if lora.method == "full":
+        _check_full(model)
+    else:
+        _check_names(model, lora)
+
+
+def _check_full(model: nn.Module) -> None:
     arrays = dict(tree_flatten(model.parameters()))
     if packed := [name for name, a in arrays.items() if not mx.issubdtype(a.dtype, mx.floating)]:
         raise UserError(f"lora.method full cannot train quantised weights ({packed[0]}); use lora or dora")
@@ -53,9 +63,6 @@ def _unfreeze_all(model: nn.Module) -> nn.Module:
         raise UserError(
             f"lora.method full needs model.dtype float32: updates of 1e-6 vanish in {small.pop().split('.')[-1]}"
         )
-    model.unfreeze()
-    model.train()
-    return model
 
 
 def _check_names(model: nn.Module, lora: LoraConfig) -> None:

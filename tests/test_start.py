@@ -1,0 +1,175 @@
+"""Step 0 has a known value, whatever is trained; when it has not, the run stops and names the cause."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny_runs
+from tiny_models import write_model
+from tiny_runs import finish, recipe
+from tiny_tokenizers import chatml_tokenizer, llama3_tokenizer
+
+from mlxdpo import start
+from mlxdpo import train as story
+from mlxdpo.data.batching import collate
+from mlxdpo.losses import LOSSES
+from mlxdpo.model import adapters
+from mlxdpo.runs import Run
+from mlxdpo.types import UserError
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def first_step(config):
+    return next(event.values for event in finish(config) if event.kind == "step")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_step_zero_is_ln_2_with_no_margin_and_even_accuracy(tmp_path, kind, method):
+    values = first_step(recipe(tmp_path, kind=kind, lora={"method": method}, train={"steps": 1}))
+    assert values["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert values["rewards/accuracies"] == pytest.approx(0.5, abs=0.5 if method == "dora" else 0)
+    assert abs(values["rewards/margins"]) < (1e-6 if method == "dora" else 1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_step_zero_is_each_objectives_known_value(tmp_path, name):
+    values = first_step(recipe(tmp_path, loss={"name": name, "beta": 0.25}, train={"steps": 1}))
+    assert values["loss"] == pytest.approx(LOSSES[name].start(0.25), rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_shorter_than_its_data_starts(tmp_path, steps):
+    events = finish(recipe(tmp_path, train={"steps": steps}))
+    assert [event.kind for event in events][-1] == "done" and len(tiny_runs.losses(events)) == steps
+
+
+def broken(monkeypatch, damage):
+    """Let `damage` loose on the job before its first step is checked."""
+    check = start.check
+    monkeypatch.setattr(start, "check", lambda job: (damage(job), check(job)))
+
+
+def refusal(config):
+    with pytest.raises(UserError) as error:
+        finish(config)
+    assert not (Run.open(config.out).path / "adapter").exists()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_fresh_adapter_that_is_not_zero_is_named(tmp_path, monkeypatch, method):
+    def damage(job):
+        job.model.layers[0].self_attn.q_proj.lora_b = mx.ones_like(job.model.layers[0].self_attn.q_proj.lora_b)
+
+    broken(monkeypatch, damage)
+    sentence = refusal(recipe(tmp_path, lora={"method": method}))
+    assert sentence.startswith("before the first step the loss is ") and "instead of 0.693147" in sentence
+    assert sentence.endswith("nats from its reference: the fresh adapter is not zero")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_a_tampered_reference_table_is_named(tmp_path, cache, method):
+    config = recipe(tmp_path, lora={"method": method}, train={"steps": 1})
+    finish(config)
+    (table,) = (cache / "reference").glob("*.safetensors")
+    arrays = mx.load(str(table))
+    mx.save_safetensors(str(table), {"rows": arrays["rows"], "logps": arrays["logps"] + 0.5})
+    sentence = refusal(recipe(tmp_path, "second", lora={"method": method}))
+    assert "a log-prob is 0.5000 nats from its reference: the reference was scored with other weights" in sentence
+    assert sentence.endswith("score it again with an empty cache")
+
+
+def test_weights_that_moved_after_the_reference_was_scored_are_named(tmp_path, monkeypatch):
+    def damage(job):
+        job.model.model.norm.weight = job.model.model.norm.weight * 2
+
+    broken(monkeypatch, damage)
+    assert "the reference was scored with other weights" in refusal(recipe(tmp_path, lora={"method": "full"}))
+    assert "the reference was scored with other weights" in refusal(recipe(tmp_path, "second"))
+
+
+def test_a_reference_that_is_not_finite_is_named(tmp_path, monkeypatch):
+    broken(monkeypatch, lambda job: job.train.ref.__setitem__(slice(None), np.inf))
+    sentence = refusal(recipe(tmp_path))
+    assert "a log-prob is inf nats" in sentence and "the reference's log-probs are not finite numbers" in sentence
+
+
+def test_another_reference_model_trains_and_skips_the_check(tmp_path, monkeypatch):
+    write_model(tmp_path / "other", chatml_tokenizer(), seed=7)
+    monkeypatch.setattr(start, "check", lambda job: pytest.fail("checked against another model's log-probs"))
+    seen = {}
+    monkeypatch.setattr(story, "run_loop", lambda job, *rest: seen.update(job=job) or iter(()))
+    monkeypatch.setattr(story, "_keep", lambda job, run: None)
+    config = recipe(tmp_path, reference={"model": str(tmp_path / "other")})
+    finish(config)
+    job, other = seen["job"], story.load_policy(config.model.model_copy(update={"path": str(tmp_path / "other")}))
+    batch = collate(job.train.examples, (0, 5), 2, job.train.ref)
+    expected = start.score_pairs(other.model, batch)
+    for got, want in ((expected.ref_chosen, expected.chosen), (expected.ref_rejected, expected.rejected)):
+        assert got.tolist() == pytest.approx(want.tolist(), abs=1e-3)
+    assert start._gap(start.score_pairs(job.model, batch)) > 1
+
+
+def test_a_reference_that_reads_text_differently_is_refused(tmp_path):
+    write_model(tmp_path / "other", llama3_tokenizer())
+    config = recipe(tmp_path, reference={"model": str(tmp_path / "other")})
+    with pytest.raises(UserError, match=r"other has another tokenizer or template than .*llama"):
+        finish(config)
+
+
+def test_a_reference_adapter_without_its_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"reference.adapter X needs reference.model beside it; .* use model.adapter"):
+        finish(recipe(tmp_path, reference={"adapter": "X"}))
+
+
+@pytest.mark.parametrize(
+    ("lora", "sentence"),
+    [
+        ({"rank": 8}, "lora.rank is 8, but the adapter {} has 4; drop lora.rank"),
+        ({"scale": 3.0}, "lora.scale is 3.0, but the adapter {} has 2.0; drop lora.scale"),
+        ({"method": "dora"}, "lora.method is dora, but the adapter {} has lora; drop lora.method"),
+        ({"layers": 1}, "lora.layers is 1, but the adapter {} has -1; drop lora.layers"),
+        ({"keys": ["mlp.up_proj"]}, "lora.keys is ['mlp.up_proj'], but the adapter {} has None; drop lora.keys"),
+    ],
+)
+def test_settings_that_contradict_the_adapter_are_refused(tmp_path, lora, sentence):
+    finish(recipe(tmp_path, "first", train={"steps": 1}))
+    adapter = str(tmp_path / "first" / "adapter")
+    with pytest.raises(UserError) as error:
+        finish(recipe(tmp_path, model={"adapter": adapter}, lora=lora))
+    assert str(error.value) == sentence.format(adapter)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_an_adapter_brings_its_settings_and_is_the_reference(tmp_path, method):
+    finish(recipe(tmp_path, "first", lora={"method": method, "layers": 2}))
+    adapter = str(tmp_path / "first" / "adapter")
+    events = finish(recipe(tmp_path, model={"adapter": adapter}, lora={"layers": 2, "method": method}))
+    values = next(event.values for event in events if event.kind == "step")
+    assert values["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert (values["rewards/margins"], values["rewards/accuracies"]) == (0.0, 0.5)
+    settings = [adapters.read_settings(tmp_path / run / "adapter") for run in ("first", "run")]
+    assert settings[0] == settings[1]
+
+
+def test_nothing_is_written_for_settings_the_model_cannot_take(tmp_path):
+    for lora, sentence in (
+        ({"keys": ["self_attn.nothing"]}, "lora.keys: the model has no layer `self_attn.nothing`"),
+        ({"layers": 9}, "lora.layers is 9, but the model has 3 blocks"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            finish(recipe(tmp_path, lora=lora))
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"lora.method full needs model.dtype float32"):
+        finish(recipe(tmp_path, model={"dtype": "bfloat16"}, lora={"method": "full"}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_knobs_that_need_held_out_pairs_are_refused_without_them(tmp_path):
+    for train in ({"final": "best"}, {"patience": 2}):
+        with pytest.raises(UserError, match=rf"train.{next(iter(train))} .* needs held-out pairs"):
+            finish(recipe(tmp_path, train=train))
+        assert not (tmp_path / "run").exists()
