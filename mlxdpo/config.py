@@ -7,6 +7,7 @@ are short for `model: {path: M}` and `data: {path: D}`.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -56,7 +57,7 @@ class DataConfig(Section):
     """Split of a Hub dataset."""
     eval: str | None = None
     """Held-out pairs: a file, a folder, or the name of a split of the Hub dataset."""
-    eval_fraction: float = Field(0.1, ge=0, lt=1)
+    eval_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the prompts held out when `eval` is not given; 0 holds out none."""
     format: str = "auto"
     """Row shape; auto detects it from columns and types. `mlxdpo data formats` lists them."""
@@ -70,7 +71,7 @@ class DataConfig(Section):
     """The token that ends a completion: score it (added to plain text), or leave it out, where answers are cut off."""
     thinking: bool = False
     """`enable_thinking` for templates that know it."""
-    max_length: int = Field(1024, ge=8)
+    max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and completion together."""
     on_long_prompt: Literal["trim", "drop", "stop"] = "trim"
     """A prompt that does not fit beside its completions: cut its beginning, drop the pair, or stop."""
@@ -90,9 +91,9 @@ class LossConfig(Section):
 
     name: str = "sigmoid"
     """Objective; `mlxdpo objectives` lists them."""
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """Strength of the pull towards the reference."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of flipped labels (sigmoid only: conservative DPO)."""
 
 
@@ -101,17 +102,17 @@ class LoraConfig(Section):
 
     method: Literal["lora", "dora", "full"] = "lora"
     """Low-rank adapters, DoRA, or every weight (full fine-tuning)."""
-    rank: int = Field(16, ge=1)
+    rank: int = Field(default=16, ge=1)
     """Rank of the adapters."""
-    alpha: float | None = Field(None, gt=0)
+    alpha: float | None = Field(default=None, gt=0)
     """The update is multiplied by alpha / rank; unset means alpha = rank."""
-    scale: float | None = Field(None, gt=0)
+    scale: float | None = Field(default=None, gt=0)
     """The multiplier itself, instead of alpha."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapters' input while training."""
     keys: list[str] | None = None
     """Which linear layers, e.g. self_attn.q_proj; unset means all in the blocks."""
-    layers: int = Field(-1, ge=-1)
+    layers: int = Field(default=-1, ge=-1)
     """How many blocks, counted from the top; -1 means all."""
 
     @model_validator(mode="after")
@@ -135,40 +136,40 @@ class OptimConfig(Section):
 
     name: str = "adamw"
     """Optimizer: adamw, adam, sgd, rmsprop, lion, adafactor or muon."""
-    lr: float = Field(5e-6, gt=0)
+    lr: float = Field(default=5e-6, gt=0)
     """Peak learning rate (5e-6 suits LoRA, a tenth of it full fine-tuning)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
-    warmup: float = Field(0.1, ge=0)
+    warmup: float = Field(default=0.1, ge=0)
     """Warm-up: a share of all steps below 1, a number of steps from 1 on."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay (adamw, lion, sgd, muon, adafactor)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Averaging factors of adam, adamw and lion."""
-    clip: float = Field(1.0, ge=0)
+    clip: float = Field(default=1.0, ge=0)
     """Largest gradient norm; 0 turns clipping off."""
 
 
 class TrainConfig(Section):
     """How long, in what portions, and what is kept."""
 
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the pairs."""
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps, before the epochs are over."""
-    batch_size: int = Field(4, ge=1)
+    batch_size: int = Field(default=4, ge=1)
     """Pairs computed at once."""
-    accumulate: int = Field(4, ge=1)
+    accumulate: int = Field(default=4, ge=1)
     """Batches per optimizer step; the result equals one batch of batch_size * accumulate pairs."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Order of the pairs, adapter start, dropout."""
-    eval_every: int = Field(50, ge=0)
+    eval_every: int = Field(default=50, ge=0)
     """Steps between held-out evaluations; 0 evaluates only at the start and the end."""
-    save_every: int = Field(50, ge=1)
+    save_every: int = Field(default=50, ge=1)
     """Steps between checkpoints."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept, besides the best."""
-    patience: int | None = Field(None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
     """Stop after this many evaluations without a lower held-out loss."""
     final: Literal["last", "best"] = "last"
     """What `adapter/` holds at the end: the last step, or the step with the lowest held-out loss."""
@@ -177,7 +178,7 @@ class TrainConfig(Section):
 class LogConfig(Section):
     """Where the numbers go besides the terminal and `metrics.jsonl`."""
 
-    every: int = Field(1, ge=1)
+    every: int = Field(default=1, ge=1)
     """Steps between lines on the terminal."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Trackers to send metrics to, through their own libraries."""
@@ -200,9 +201,12 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        return {k: {"path": v} if k in ("model", "data") and isinstance(v, str) else v for k, v in value.items()}
+        return _spelled_out(value) if isinstance(value, Mapping) else value
+
+
+def _spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`model: M` and `data: D` as sections."""
+    return {k: {"path": v} if k in ("model", "data") and isinstance(v, str) else v for k, v in values.items()}
 
 
 class _Loader(yaml.SafeLoader):
@@ -211,7 +215,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
     list("-+0123456789"),
 )
 
@@ -233,7 +237,7 @@ def load_config(recipe: str | Path | None = None, overrides: Mapping[str, Any] |
             raise UserError(f"{recipe}: not valid YAML ({' '.join(str(error).split())})") from None
         if not isinstance(base, Mapping):
             raise UserError(f"{recipe}: expected `key: value` lines, found {type(base).__name__}")
-    merged = _merge(Config._shorthand(base), Config._shorthand(overrides or {}))
+    merged = _merge(_spelled_out(base), _spelled_out(overrides or {}))
     try:
         return Config.model_validate(merged)
     except ValidationError as error:

@@ -82,8 +82,7 @@ def finished(
     if not prompts:
         return
     samplers = [
-        greedy if temperature == 0 else seeded_sampler(stream, temperature, top_p)
-        for stream in streams(prompts, seed)
+        greedy if temperature == 0 else seeded_sampler(stream, temperature, top_p) for stream in streams(prompts, seed)
     ]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     was_training = model.training
@@ -105,19 +104,13 @@ def finished(
         model.train(was_training)
 
 
-def _check(
-    prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, top_p: float, size: int
-) -> None:
+def _check(prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, top_p: float, size: int) -> None:
     if empty := [i for i, prompt in enumerate(prompts) if len(prompt) == 0]:
-        raise UserError(
-            f"prompt {empty[0] + 1} of {len(prompts)} is empty: there is nothing to continue; leave it out"
-        )
+        raise UserError(f"prompt {empty[0] + 1} of {len(prompts)} is empty: there is nothing to continue; leave it out")
     if max_tokens < 1 or size < 1:
         raise UserError(f"max_tokens is {max_tokens} and batch_size {size}; both must be at least 1")
     if not temperature >= 0 or not 0 < top_p <= 1:
-        raise UserError(
-            f"temperature is {temperature} and top_p {top_p}; expected temperature >= 0 and 0 < top_p <= 1"
-        )
+        raise UserError(f"temperature is {temperature} and top_p {top_p}; expected temperature >= 0 and 0 < top_p <= 1")
 
 
 def _collect(generator: BatchGenerator, index: dict[int, int]) -> Iterator[tuple[int, Completion]]:

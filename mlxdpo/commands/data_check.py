@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json as jsonlib
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from cyclopts import Parameter
 
 from mlxdpo.config import DataConfig, ModelConfig, Section
+from mlxdpo.types import Preference, UserError
+
+if TYPE_CHECKING:
+    from mlxdpo.data.encode import Shown
+
+NO_LIMIT = 10**9  # tokens
 
 
 class CheckConfig(Section):
@@ -35,56 +41,58 @@ def run(path: str, /, *, config: Annotated[CheckConfig, Parameter(name="*")] = N
         Machine-readable.
     """
     from mlxdpo.data.check import examine, lines
-    from mlxdpo.data.load import read_split, token_counts
+    from mlxdpo.data.read import heldout_source, read_preferences
     from mlxdpo.data.reasons import NO_PREFERENCE
-    from mlxdpo.types import Preference
 
     data = config.data.model_copy(update={"path": path, "on_bad_row": "skip"})
-    rows, heldout, reports = read_split(data, seed=0)
-    everything = rows if "held-out data" in reports else [*rows, *heldout]
-    encoded = _encoded(everything, data, config.model) if config.model.path else None
-    examples = encoded["examples"] if encoded else []
-    found = examine(
-        everything,
-        reports["data"],
-        path,
-        heldout if "held-out data" in reports else None,
-        token_counts(examples) or None,
-        data.max_length if examples else None,
-    )
+    rows, report = read_preferences(data)
+    source = heldout_source(data)
+    heldout = None if source is None else read_preferences(data, *source)[0]
+    pairs = [row for row in rows if isinstance(row, Preference)]
+    seen = _as_seen(pairs, data, config.model) if pairs and config.model.path else None
+    found = examine(rows, report, path, heldout, seen and seen.counts, data.max_length if seen else None)
     bad = sum(n for reason, n in found.refused.items() if reason not in NO_PREFERENCE)
     if json:
-        first = {"first_pair": encoded["shown"]._asdict()} if encoded else {}
-        print(jsonlib.dumps(found.as_dict() | {"would_stop": bad} | first, indent=2, ensure_ascii=False))
-        return 2 if bad else 0
-    _show(lines(found), encoded, isinstance(everything[0], Preference))
-    if bad:
-        from mlxdpo.commands.screen import console
-
-        console.print(f"{bad} bad rows: mend them, or train with --data.on-bad-row skip", style="yellow")
+        extra = {"would_stop": bad, "first_pair": None if seen is None else seen.first._asdict()}
+        print(jsonlib.dumps(found.as_dict() | extra, indent=2, ensure_ascii=False))
+    else:
+        _show(lines(found), seen, bad)
     return 2 if bad else 0
 
 
-def _encoded(rows: list, data: DataConfig, model: ModelConfig) -> dict[str, Any]:
+class Seen(NamedTuple):
+    """Pairs as the model sees them: (prompt, chosen, rejected) lengths before any limit, the first pair, remarks."""
+
+    counts: list[tuple[int, int, int]]
+    first: Shown
+    remarks: list[str]
+
+
+def _as_seen(pairs: list[Preference], data: DataConfig, model: ModelConfig) -> Seen:
     from mlxdpo.data.encode import describe, encode_all
+    from mlxdpo.data.load import token_counts
     from mlxdpo.model.policy import find_model, load_tokenizer
 
     tokenizer = load_tokenizer(find_model(model.path, model.revision), model.path)
     # The tokens as they are before any limit, so that rows over it can be counted.
-    unlimited, _ = encode_all(rows, tokenizer, data.model_copy(update={"max_length": 10**9}))
-    limited, report = encode_all(rows, tokenizer, data)
-    return {"examples": unlimited, "report": report, "shown": describe(limited[0], tokenizer)}
+    unlimited, _ = encode_all(pairs, tokenizer, data.model_copy(update={"max_length": NO_LIMIT}))
+    limited, report = encode_all(pairs, tokenizer, data)
+    if not limited:
+        raise UserError(f"{data.path}: no pair is left after encoding ({'; '.join(report.lines())})")
+    return Seen(token_counts(unlimited), describe(limited[0], tokenizer), report.lines())
 
 
-def _show(sentences: list[str], encoded: dict[str, Any] | None, pairs: bool) -> None:
+def _show(sentences: list[str], seen: Seen | None, bad: int) -> None:
     from mlxdpo.commands.screen import console, show_pair
 
     for sentence in sentences:
         console.print(sentence)
-    if encoded is None:
+    if seen is None:
         console.print("Pass --model to see lengths in tokens and the first pair as the model sees it.")
-        return
-    for line in encoded["report"].lines():
-        console.print(f"encoding: {line}", style="yellow")
-    console.print("The first pair, as the model sees it (scored tokens underlined, or between [[ ]]):")
-    show_pair(encoded["shown"])
+    else:
+        for line in seen.remarks:
+            console.print(f"encoding: {line}", style="yellow")
+        console.print("The first pair, as the model sees it (scored tokens underlined, or between [[ ]]):")
+        show_pair(seen.first)
+    if bad:
+        console.print(f"{bad} bad rows: mend them, or train with --data.on-bad-row skip", style="yellow")

@@ -50,17 +50,14 @@ def run(
     """
     from mlxdpo.commands.screen import console
     from mlxdpo.data.encode import encode_all
-    from mlxdpo.data.read import read_preferences
+    from mlxdpo.data.read import read_pairs
     from mlxdpo.model.adapters import load_adapter, read_settings
     from mlxdpo.model.policy import load_policy
     from mlxdpo.runs import write_text
-    from mlxdpo.types import Opinion, UserError
 
     if config.model.adapter:
         read_settings(Path(config.model.adapter))  # refused before the work begins
-    rows, report = read_preferences(config.data)
-    if isinstance(rows[0], Opinion):
-        raise UserError(f"{config.data.path}: single answers with a thumb up or down; score needs pairs")
+    rows, report = read_pairs(config.data)
     policy = load_policy(config.model)
     examples, encoding = encode_all(rows, policy.tokenizer, config.data, eos_ids=policy.eos_ids)
     for line in report.lines() + encoding.lines():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -77,7 +77,7 @@ LINES = {
 }
 
 
-def numbers(values: dict[str, Any]) -> str:
+def numbers(values: Mapping[str, Any]) -> str:
     """The metrics a person watches, in a fixed order."""
     return "  ".join(form.format(values[name]) for name, form in SHOWN.items() if name in values)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data.encode import encode_all, template_digest
-from mlxdpo.data.read import heldout_source, prompts_in_both, read_preferences, split_heldout
+from mlxdpo.data.read import heldout_source, prompts_in_both, read_pairs, split_heldout
 from mlxdpo.data.report import Report
 from mlxdpo.types import Example, Preference, UserError
 
@@ -60,16 +60,14 @@ def read_split(data: DataConfig, seed: int) -> Split:
     """
     if not data.path:
         raise UserError("no data given; pass --data with a file, a folder, or a Hub dataset id")
-    rows, report = read_preferences(data)
+    rows, report = read_pairs(data)
     reports = {"data": report}
     if (source := heldout_source(data)) is None:
         train, heldout = split_heldout(rows, data.eval_fraction, seed)
     else:
         train = rows
-        heldout, reports["held-out data"] = read_preferences(data, *source)
-    if strange := [row for row in [*train, *heldout] if not isinstance(row, Preference)]:
-        raise UserError(f"{strange[0].where}: single answers with a thumb up or down; this objective needs pairs")
-    return Split(train, heldout, reports)  # type: ignore[arg-type]
+        heldout, reports["held-out data"] = read_pairs(data, *source)
+    return Split(train, heldout, reports)
 
 
 def encode_split(split: Split, data: DataConfig, tokenizer: Any, eos_ids: frozenset[int]) -> Dataset:

@@ -57,6 +57,15 @@ def read_preferences(
     return items, report
 
 
+def read_pairs(data: DataConfig, path: str | None = None, split: str | None = None) -> tuple[list[Preference], Report]:
+    """`read_preferences` for whom only pairs will do. Raises `UserError` for single answers with a thumb."""
+    rows, report = read_preferences(data, path, split)
+    pairs = [row for row in rows if isinstance(row, Preference)]
+    if len(pairs) < len(rows):
+        raise UserError(f"{rows[0].where}: a single answer with a thumb up or down; pairs of two answers are needed")
+    return pairs, report
+
+
 def heldout_source(data: DataConfig) -> tuple[str, str] | None:
     """(path, split) of the held-out pairs that `data.eval` names: a file, a folder, or a split of `data.path`."""
     if data.eval is None:

@@ -32,9 +32,10 @@ def render(
 
     Raises `BadRow` when the template refuses the turns, `UserError` when there is no template to ask.
     """
-    messages = any(not isinstance(text, str) for text in (prompt, *completions))
+    texts = [text for text in (prompt, *completions) if isinstance(text, str)]
+    messages = len(texts) < 1 + len(completions)
     if not messages and (data.template == "plain" or (data.template == "auto" and not writer.chat)):
-        return Rendered(prompt, tuple(prompt + c for c in completions), plain=True)
+        return Rendered(texts[0], tuple(texts[0] + c for c in texts[1:]), plain=True)
     if not writer.chat:
         asked = "the row is a list of messages" if messages else "data.template is chat"
         raise UserError(

@@ -64,7 +64,7 @@ def one_answer(turns: tuple[Message, ...], name: str) -> tuple[Message, ...]:
     return turns
 
 
-def split_last_turns(row: Mapping[str, Any]) -> tuple[Text, Text, Text]:
+def split_last_turns(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], Text, Text]:
     """Two conversations as prompt, chosen, rejected: the shared leading turns, then one assistant turn each."""
     chosen, rejected = values.messages(row, "chosen"), values.messages(row, "rejected")
     if chosen == rejected:
@@ -93,8 +93,8 @@ def split_transcripts(row: Mapping[str, Any]) -> tuple[Text, Text, Text]:
             reasons.DIVERGED,
             '"chosen" and "rejected" part before the last Assistant: turn; expected only that turn to differ',
         )
-    answers = (_said(text[end:], name) for text, name in ((chosen, "chosen"), (rejected, "rejected")))
-    return prompt_turns(_transcript(chosen, marks[:-1], marks[-1].start())), *answers
+    prompt = prompt_turns(_transcript(chosen, marks[:-1], marks[-1].start()))
+    return prompt, _said(chosen[end:], "chosen"), _said(rejected[end:], "rejected")
 
 
 def _said(text: str, name: str) -> tuple[Message, ...]:

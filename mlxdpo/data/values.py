@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from mlxdpo.data import reasons
 from mlxdpo.data.report import BadRow
@@ -50,7 +50,7 @@ def is_number(value: Any) -> bool:
         return False
 
 
-def is_messages(value: Any) -> bool:
+def is_messages(value: Any) -> TypeGuard[list[Mapping[str, Any]]]:
     """A list of objects, at least one; `messages` looks into them."""
     return isinstance(value, list) and bool(value) and all(isinstance(turn, Mapping) for turn in value)
 

@@ -11,7 +11,7 @@ import numpy as np
 from mlxdpo.config import Config
 from mlxdpo.data.batching import bucket, collate, plan_straight, row_length
 from mlxdpo.data.encode import encode_all, encode_prompt
-from mlxdpo.data.read import heldout_source, read_preferences
+from mlxdpo.data.read import heldout_source, read_pairs
 from mlxdpo.demo.rewards import REWARDS
 from mlxdpo.generate import Completion, generate
 from mlxdpo.model.adapters import adapters_off, load_run
@@ -94,8 +94,8 @@ def compare(name: str, before: Samples, after: Samples) -> dict[str, Interval | 
 def heldout_margins(policy: Policy, config: Config) -> tuple[list[float], list[str]]:
     """Implicit reward margin of each held-out pair, beta * d, and the opening it belongs to."""
     source = heldout_source(config.data)
-    rows, _ = read_preferences(config.data, *(source or ()))
-    examples, _ = encode_all(rows, policy.tokenizer, config.data, eos_ids=policy.eos_ids)  # type: ignore[arg-type]
+    rows, _ = read_pairs(config.data, *(source or ()))
+    examples, _ = encode_all(rows, policy.tokenizer, config.data, eos_ids=policy.eos_ids)
     margins = np.zeros(len(examples))
     for indices in plan_straight([row_length(e) for e in examples], BATCH // 8):
         batch = collate(examples, indices, BATCH // 8)

