@@ -37,7 +37,7 @@ def identity_of(base: Mapping[str, Any], adapter_digest: str | None) -> dict[str
         "adapter": adapter_digest,
         **made_by,
         "device": this_machine().kind,
-        "value": "summed, nats",
+        "value": "summed, nats; blocked log-sum-exp",
     }
 
 
