@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, part in (("pairs", train), ("heldout", heldout)):
         ranked = rank(((prompt, samples[prompt]) for prompt in part), provenance(chosen.seed))
         write_rows(chosen.out / f"{name}.jsonl", ranked.rows)
-        print(f"{name}: {len(ranked.rows)} pairs of {len(part)} openings; left out: {ranked.left_out or 'none'}")
+        print(
+            f"{name}: {len(ranked.rows)} pairs of {len(part)} openings; left out: {ranked.left_out or 'none'}"
+        )
     write_rows(chosen.out / "prompts.jsonl", [{"prompt": prompt} for prompt in heldout])
 
 
@@ -66,7 +68,7 @@ def provenance(seed: int) -> dict[str, Any]:
 
 
 def sample(prompts: Sequence[str], seed: int) -> dict[str, list[Sample]]:
-    """`SAMPLES` scored continuations of each prompt, without those cut inside a character."""
+    """`SAMPLES` scored continuations of each prompt; what is not plain text is left out and counted."""
     import mlx_lm
 
     from mlxdpo.generate import finished
@@ -76,6 +78,7 @@ def sample(prompts: Sequence[str], seed: int) -> dict[str, list[Sample]]:
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES)]
     ids = {prompt: tokenizer.encode(prompt) for prompt in prompts}
     result: dict[str, dict[int, Sample]] = {prompt: {} for prompt in prompts}
+    left_out: dict[str, int] = {}
     stream = finished(
         model,
         [ids[prompt] for prompt in repeated],
@@ -87,11 +90,16 @@ def sample(prompts: Sequence[str], seed: int) -> dict[str, list[Sample]]:
     )
     for done, (i, completion) in enumerate(stream, 1):
         text = tokenizer.decode(completion.tokens).rstrip()
-        if "\N{REPLACEMENT CHARACTER}" not in text:
+        if "\N{REPLACEMENT CHARACTER}" in text:
+            _count(left_out, "cut inside a character")
+        elif not set(completion.tokens).isdisjoint(tokenizer.all_special_ids):
+            _count(left_out, "a special token")
+        else:
             score = round(REWARDS[REWARD](repeated[i] + text), 4)
             result[repeated[i]][i] = Sample(text, completion.finish, score)
         if done % (10 * BATCH_SIZE) == 0:
             print(f"{done} of {len(repeated)} continuations", file=sys.stderr)
+    print(f"continuations left out: {left_out or 'none'}", file=sys.stderr)
     # Rows finish in any order; the order of the samples must not depend on it, or ties would.
     return {prompt: [by_index[i] for i in sorted(by_index)] for prompt, by_index in result.items()}
 
