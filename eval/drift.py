@@ -91,9 +91,7 @@ def sequence_kl(policy: LogitsAt, reference: LogitsAt, mask: mx.array) -> mx.arr
         here = slice(start, min(start + CHUNK, mask.shape[1]))
         steps = step_kl(policy(here), reference(here))
         if steps.shape != mask[:, here].shape:
-            raise ValueError(
-                f"logits of {steps.shape} positions for a mask of {mask[:, here].shape}; expected (R, T)"
-            )
+            raise ValueError(f"logits of {steps.shape} positions for a mask of {mask[:, here].shape}; expected (R, T)")
         # `where`, not a product: padding may hold anything, and inf * 0 is not a number.
         total = total + mx.where(mask[:, here] > 0, steps, 0.0).sum(-1)
         mx.eval(total)  # frees this chunk before the next one is built
@@ -103,9 +101,7 @@ def sequence_kl(policy: LogitsAt, reference: LogitsAt, mask: mx.array) -> mx.arr
 def step_kl(policy_logits: mx.array, reference_logits: mx.array) -> mx.array:
     """(..., V), (..., V) -> (...) nats, at least 0: KL(softmax(policy) || softmax(reference)), float32."""
     if policy_logits.shape != reference_logits.shape:
-        raise ValueError(
-            f"policy logits are {policy_logits.shape}, reference logits {reference_logits.shape}"
-        )
+        raise ValueError(f"policy logits are {policy_logits.shape}, reference logits {reference_logits.shape}")
     policy, reference = (_log_softmax(logits) for logits in (policy_logits, reference_logits))
     p, q, ratio = mx.exp(policy), mx.exp(reference), policy - reference
     # sum (q - p) is 0, so p ratio + q - p sums to the same; its terms are never negative, and a rounding of

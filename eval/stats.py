@@ -68,9 +68,7 @@ def _checked(values: Sequence[float], clusters: Sequence[Hashable]) -> tuple[np.
     """The values, and each one's cluster as a number counted from 0 in order of first appearance."""
     data = np.asarray(values, np.float64)
     if data.shape != (len(clusters),):
-        raise ValueError(
-            f"{data.shape} values and {len(clusters)} cluster names; expected one name per value"
-        )
+        raise ValueError(f"{data.shape} values and {len(clusters)} cluster names; expected one name per value")
     if not np.isfinite(data).all():
         first = int(np.argmin(np.isfinite(data)))
         raise ValueError(f"value {first} is {data[first]}; leave invalid results out and count them")
@@ -88,9 +86,7 @@ def _means(groups: list[np.ndarray], n: int, rng: np.random.Generator) -> np.nda
     return np.concatenate(parts)
 
 
-def _statistics(
-    groups: list[np.ndarray], statistic: Statistic, n: int, rng: np.random.Generator
-) -> np.ndarray:
+def _statistics(groups: list[np.ndarray], statistic: Statistic, n: int, rng: np.random.Generator) -> np.ndarray:
     draws = (rng.integers(len(groups), size=len(groups)) for _ in range(n))
     return np.array([statistic(np.concatenate([groups[i] for i in drawn])) for drawn in draws])
 

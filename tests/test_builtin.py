@@ -32,9 +32,7 @@ def test_unpermute_hand_worked():
 @pytest.mark.parametrize("heads, d", [(1, 2), (3, 4), (9, 64)])
 def test_unpermute_inverts_the_permutation(heads, d):
     rows = np.arange(heads * d * 5).reshape(heads * d, 5)
-    assert np.array_equal(
-        np.array(builtin.unpermute(mx.array(permute_like_llama_cpp(rows, heads)), heads)), rows
-    )
+    assert np.array_equal(np.array(builtin.unpermute(mx.array(permute_like_llama_cpp(rows, heads)), heads)), rows)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -131,10 +129,7 @@ def test_real_tokenizer(folder):
         add_generation_prompt=True,
     )
     assert chat == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
-    assert (
-        tokenizer.decode(tokenizer.encode(chat), skip_special_tokens=True)
-        == "system\nS\nuser\nU\nassistant\n"
-    )
+    assert tokenizer.decode(tokenizer.encode(chat), skip_special_tokens=True) == "system\nS\nuser\nU\nassistant\n"
 
 
 @pytest.mark.real

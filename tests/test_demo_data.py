@@ -28,9 +28,7 @@ def test_openings_are_distinct_short_and_enough():
     train, heldout = openings()
     assert len({*train, *heldout}) == len(train) + len(heldout) == 480
     assert len(train) == 360
-    assert all(
-        5 <= len(opening.split()) <= 8 and opening == opening.strip() for opening in [*train, *heldout]
-    )
+    assert all(5 <= len(opening.split()) <= 8 and opening == opening.strip() for opening in [*train, *heldout])
 
 
 def test_all_openings_of_a_subject_are_in_the_same_part():
@@ -52,9 +50,7 @@ def test_openings_are_neutral(name, slack):
 @pytest.mark.parametrize("name", sorted(rewards.REWARDS))
 def test_rewards_know_good_from_bad(name):
     pytest.importorskip("vaderSentiment" if name == "vader" else "textblob")
-    good, bad = (
-        rewards.REWARDS[name](text) for text in ("It was wonderful, I love it.", "It was terrible and awful.")
-    )
+    good, bad = (rewards.REWARDS[name](text) for text in ("It was wonderful, I love it.", "It was terrible and awful."))
     assert -1 <= bad < -0.4 < 0.4 < good <= 1
     assert rewards.REWARDS[name]("The table is made of wood.") == 0
 
@@ -91,9 +87,7 @@ def test_rank_hand_worked():
     assert ranked.left_out == {f"rewards less than {MIN_GAP} apart": 1, "no text was sampled": 1}
 
 
-@given(
-    st.lists(st.lists(st.tuples(st.sampled_from(["", "a", "b"]), st.floats(-1, 1)), max_size=5), max_size=6)
-)
+@given(st.lists(st.lists(st.tuples(st.sampled_from(["", "a", "b"]), st.floats(-1, 1)), max_size=5), max_size=6))
 def test_rank_counts_every_prompt_once(raw):
     samples = [(str(i), [Sample(t, "length", s) for t, s in group]) for i, group in enumerate(raw)]
     ranked = rank(samples, {})
@@ -104,9 +98,7 @@ def test_rank_counts_every_prompt_once(raw):
         assert row["score_chosen"] - row["score_rejected"] >= MIN_GAP
 
 
-@pytest.mark.parametrize(
-    "name, least, part", [("pairs.jsonl", 200, "train"), ("heldout.jsonl", 64, "heldout")]
-)
+@pytest.mark.parametrize("name, least, part", [("pairs.jsonl", 200, "train"), ("heldout.jsonl", 64, "heldout")])
 def test_shipped_pairs(name, least, part):
     found, allowed = rows(name), set(getattr(openings(), part))
     assert len(found) >= least

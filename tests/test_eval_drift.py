@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mlxdpo_eval import drift
 from mlxdpo_eval.drift import LogitsAt, distinct_n, repetition, sequence_kl, step_kl, text_stats
 
@@ -61,9 +62,7 @@ def test_sequence_kl_equals_the_formula_whatever_the_chunk(monkeypatch, chunk):
     rng = np.random.default_rng(0)
     policy, reference = rng.normal(size=(2, 4, 10, 23)) * 2
     mask = (rng.random((4, 10)) < 0.6).astype(np.float64)
-    found = sequence_kl(
-        at(policy.astype(np.float32)), at(reference.astype(np.float32)), mx.array(mask, mx.float32)
-    )
+    found = sequence_kl(at(policy.astype(np.float32)), at(reference.astype(np.float32)), mx.array(mask, mx.float32))
     assert found.dtype == mx.float32
     np.testing.assert_allclose(np.array(found), plain_kl(policy, reference, mask), rtol=1e-5)
 
@@ -91,9 +90,7 @@ def test_mean_log_ratio_of_samples_estimates_it():
     policy, reference = rng.normal(size=(2, 1, 1, 9))
     log_p, log_q = (x[0, 0] - np.log(np.exp(x[0, 0]).sum()) for x in (policy, reference))
     ratio = (log_p - log_q)[rng.choice(9, 200_000, p=np.exp(log_p))]
-    exact = sequence_kl(
-        at(policy.astype(np.float32)), at(reference.astype(np.float32)), mx.ones((1, 1))
-    ).item()
+    exact = sequence_kl(at(policy.astype(np.float32)), at(reference.astype(np.float32)), mx.ones((1, 1))).item()
     assert abs(ratio.mean() - exact) < 4 * ratio.std() / np.sqrt(len(ratio))
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlxdpo_eval.stats import cluster_bootstrap, paired_difference, wilson
 from scipy.stats import binomtest
+
+from mlxdpo_eval.stats import cluster_bootstrap, paired_difference, wilson
 
 
 def test_wilson_hand_worked():

@@ -129,18 +129,14 @@ def test_frequencies_match_the_distribution(model, top_p):
 def test_stops_at_any_eos_and_leaves_it_out(model, prompts):
     free = generate(model, prompts, max_tokens=8, eos_ids=NO_EOS, temperature=0)
     eos = {free[0].tokens[3], free[6].tokens[5]}
-    for open_end, stopped in zip(
-        free, generate(model, prompts, max_tokens=8, eos_ids=eos, temperature=0), strict=True
-    ):
+    for open_end, stopped in zip(free, generate(model, prompts, max_tokens=8, eos_ids=eos, temperature=0), strict=True):
         cut = next((i for i, token in enumerate(open_end.tokens) if token in eos), None)
         assert stopped == (open_end if cut is None else Completion(open_end.tokens[:cut], "stop"))
 
 
 def test_eos_as_the_last_allowed_token_is_a_stop(model, prompts):
     first = naive_greedy(model, prompts[0], 1)
-    assert generate(model, prompts[:1], max_tokens=1, eos_ids=set(first), temperature=0) == [
-        Completion([], "stop")
-    ]
+    assert generate(model, prompts[:1], max_tokens=1, eos_ids=set(first), temperature=0) == [Completion([], "stop")]
 
 
 def test_dropout_is_off_while_sampling_and_on_again_after(model, prompts):

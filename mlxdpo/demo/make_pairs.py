@@ -53,9 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, part in (("pairs", train), ("heldout", heldout)):
         ranked = rank(((prompt, samples[prompt]) for prompt in part), provenance(chosen.seed))
         write_rows(chosen.out / f"{name}.jsonl", ranked.rows)
-        print(
-            f"{name}: {len(ranked.rows)} pairs of {len(part)} openings; left out: {ranked.left_out or 'none'}"
-        )
+        print(f"{name}: {len(ranked.rows)} pairs of {len(part)} openings; left out: {ranked.left_out or 'none'}")
     write_rows(chosen.out / "prompts.jsonl", [{"prompt": prompt} for prompt in heldout])
 
 
