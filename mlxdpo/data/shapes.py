@@ -108,6 +108,7 @@ def helpsteer(row: Row) -> Items:
 
 
 def gather_helpsteer(rows: Sequence[Row]) -> Row:
+    """The responses to one prompt, a row each, as one row of rated completions."""
     first, *others = rows
     if not others:
         raise BadRow(reasons.LONE, "the prompt has this one response; expected the next row to have another")

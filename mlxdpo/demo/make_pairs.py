@@ -67,12 +67,12 @@ def provenance(seed: int) -> dict[str, Any]:
 
 def sample(prompts: Sequence[str], seed: int) -> dict[str, list[Sample]]:
     """`SAMPLES` scored continuations of each prompt; what is not plain text is left out and counted."""
-    import mlx_lm
-
+    from mlxdpo.config import ModelConfig
     from mlxdpo.generate import finished
-    from mlxdpo.model.builtin import smollm2_folder
+    from mlxdpo.model.policy import load_policy
 
-    model, tokenizer = mlx_lm.load(str(smollm2_folder()))[:2]
+    policy = load_policy(ModelConfig(path="smollm2", dtype="float32"))
+    model, tokenizer = policy.model, policy.tokenizer
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES)]
     ids = {prompt: tokenizer.encode(prompt) for prompt in prompts}
     result: dict[str, dict[int, Sample]] = {prompt: {} for prompt in prompts}
