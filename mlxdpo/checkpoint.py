@@ -67,10 +67,14 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
         shutil.rmtree(old.rename(folder / f".draft-{old.name}"))  # a step-N is whole until it is gone
 
 
-def sweep(folder: Path) -> None:
-    """Remove drafts that a killed run left behind. Only at the start of a run: nobody else writes here then."""
-    for draft in folder.glob(".draft-*"):
+def sweep(run: Path) -> None:
+    """Remove what a killed run left half done below its directory. Only at the start: nobody else writes there then."""
+    for draft in (run / "checkpoints").glob(".draft-*"):
         shutil.rmtree(draft)
+    for folder in (run, run / "adapter"):
+        for name in ("config", "manifest", "adapters", "adapter_config"):
+            for unfinished in folder.glob(f".{name}-*"):
+                unfinished.unlink()
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: optim.Optimizer) -> Progress:

@@ -14,8 +14,9 @@ import mlx.core as mx
 from mlxdpo import checkpoint, start
 from mlxdpo.checkpoint import Progress
 from mlxdpo.config import Config
-from mlxdpo.data.batching import Indices, plan_epoch, plan_straight, row_length
+from mlxdpo.data.batching import Indices, plan_epoch, plan_straight, row_lengths
 from mlxdpo.data.load import Dataset, encode_split, read_split
+from mlxdpo.data.store import Examples
 from mlxdpo.loop import Job, Part, run_loop, total_steps
 from mlxdpo.losses import resolve
 from mlxdpo.manifest import check_same, describe_run
@@ -25,7 +26,7 @@ from mlxdpo.platform import wire_memory
 from mlxdpo.reference import with_reference
 from mlxdpo.runs import Run
 from mlxdpo.step import make_optimizer, make_scorer
-from mlxdpo.types import Event, Example
+from mlxdpo.types import Event
 
 Stop = Callable[[], bool]
 
@@ -44,6 +45,7 @@ def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lamb
     config = start.with_adapter(config, policy.model)
     reference, adapter = start.find_reference(config, policy)
     data = encode_split(rows, config.data, policy.tokenizer, policy.eos_ids)
+    del rows  # they may be gigabytes on disk
     start.check_heldout(config, data)
     manifest = describe_run(config, policy, reference, adapter, data)
     run = resume or Run.create(config)
@@ -63,7 +65,7 @@ def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lamb
         attach_lora(policy.model, config.lora, config.train.seed)
     job = Job(config, policy.model, optimizer, objective, knobs, *parts, run.checkpoints)
     progress = Progress()
-    checkpoint.sweep(run.checkpoints)
+    checkpoint.sweep(run.path)
     if resume:
         if saved := checkpoint.steps(run.checkpoints):
             progress = checkpoint.restore(saved[-1], policy.model, optimizer)
@@ -81,11 +83,11 @@ def _score_reference(
 ) -> Generator[Event, None, tuple[Part, Part] | None]:
     """The reference's log-probs of training and held-out pairs, or None when asked to stop."""
     train, scorer, parts = config.train, make_scorer(reference.model), []
-    first = plan_epoch([row_length(e) for e in data.train], train.batch_size, train.accumulate, train.seed, 0)
+    first = plan_epoch(row_lengths(data.train), train.batch_size, train.accumulate, train.seed, 0)
     seen = first.windows[: total_steps(config, len(data.train))]  # a short run needs no more than it visits
-    plans: list[tuple[str, list[Example], list[Indices]]] = [
+    plans: list[tuple[str, Examples, list[Indices]]] = [
         ("training", data.train, [batch for window in seen for batch in window]),
-        ("held-out", data.heldout, plan_straight([row_length(e) for e in data.heldout], train.batch_size)),
+        ("held-out", data.heldout, plan_straight(row_lengths(data.heldout), train.batch_size)),
     ]
     for name, examples, batches in plans:
         scoring, logps = with_reference(examples, scorer, identity, batches, train.batch_size), None
