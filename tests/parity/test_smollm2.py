@@ -2,7 +2,7 @@
 
 MLXDPO_PAIRS names a preference file to score instead of the bundled demo pairs.
 Tolerance 1e-3 nats a sequence: float32 rounding through 30 layers and over a vocabulary of 49,152, summed over up to
-some hundreds of tokens (torch in float32 is about 1e-4 from torch in float64).
+some hundreds of tokens (seen: 3.2e-4 over 128 sequences of up to -351 nats).
 """
 
 import os
@@ -29,10 +29,8 @@ COUNT = 64
 
 
 def pairs_file():
-    """The file named by MLXDPO_PAIRS, else the first of the bundled demo pairs."""
-    if own := os.environ.get("MLXDPO_PAIRS"):
-        return own
-    return str(min((p for p in files("mlxdpo.demo").iterdir() if p.name.endswith(".jsonl")), key=lambda p: p.name))
+    """The file named by MLXDPO_PAIRS, else the bundled demo pairs."""
+    return os.environ.get("MLXDPO_PAIRS") or str(files("mlxdpo.demo") / "pairs.jsonl")
 
 
 def test_summed_logps_of_the_first_pairs():
