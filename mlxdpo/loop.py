@@ -18,7 +18,7 @@ import numpy as np
 from mlxdpo import checkpoint
 from mlxdpo.checkpoint import Progress
 from mlxdpo.config import Config, OptimConfig
-from mlxdpo.data.batching import Epoch, Indices, collate, plan_epoch, plan_straight, row_length
+from mlxdpo.data.batching import Epoch, Indices, Lengths, collate, plan_epoch, plan_straight, row_lengths
 from mlxdpo.losses import Objective
 from mlxdpo.metrics import Scored, join, pair_metrics
 from mlxdpo.model.adapters import dropout_off
@@ -78,7 +78,7 @@ def evaluate(job: Job, scorer: Callable[..., Pairs]) -> dict[str, float]:
     """TRL's metrics over the held-out pairs, prefixed `eval_`; averaged over pairs."""
     size, parts = job.config.train.batch_size, []
     with dropout_off(job.model):
-        batches = plan_straight([row_length(e) for e in job.heldout.examples], size)
+        batches = plan_straight(row_lengths(job.heldout.examples), size)
         for indices in batches:
             pairs = scorer(collate(job.heldout.examples, indices, size, job.heldout.ref))
             parts.append(scored(job.objective(pairs, **job.knobs), pairs, len(indices)))
@@ -93,7 +93,7 @@ def run_loop(job: Job, progress: Progress, should_stop: Callable[[], bool]) -> I
     computes the window again and is the straight run, to the bit. Raises `NonFiniteError` naming the pairs before a
     bad gradient reaches the weights.
     """
-    plan = Plan(job.config, [row_length(e) for e in job.train.examples])
+    plan = Plan(job.config, row_lengths(job.train.examples))
     gradient = make_gradient(job.model, job.objective, job.knobs)
     update, scorer = make_update(job.model, job.optimizer), make_scorer(job.model)
     if job.heldout.examples and progress.step == 0:
@@ -130,7 +130,7 @@ def run_loop(job: Job, progress: Progress, should_stop: Callable[[], bool]) -> I
 class Plan:
     """Which pairs step N takes, and how far along it is. A pure function of lengths and configuration."""
 
-    def __init__(self, config: Config, lengths: Sequence[int]):
+    def __init__(self, config: Config, lengths: Lengths):
         self.config, self.lengths, self.total = config, lengths, total_steps(config, len(lengths))
         self.per_epoch = math.ceil(len(lengths) / (config.train.batch_size * config.train.accumulate))
         self.epoch = functools.lru_cache(1)(self._epoch)

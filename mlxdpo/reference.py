@@ -19,11 +19,15 @@ import mlx.core as mx
 import numpy as np
 
 from mlxdpo.data.batching import Indices, collate
+from mlxdpo.data.store import Examples, row_digest
 from mlxdpo.platform import cache_folder, this_machine, versions
 from mlxdpo.runs import write_atomic, write_json
 from mlxdpo.types import Batch, Example, Pairs
 
+__all__ = ["digest_of", "identity_of", "read_table", "row_digest", "with_reference", "write_table"]
+
 SAVE_SECONDS = 30.0  # what an interrupted scoring may lose
+TICKS = 1000  # yields for batches that cost nothing: as many as a progress bar can show
 Table = dict[bytes, float]
 Scorer = Callable[[Batch], Pairs]
 
@@ -46,26 +50,39 @@ def digest_of(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def row_digest(prompt: np.ndarray, completion: np.ndarray) -> bytes:
-    """16 bytes for a row: its token ids and where its completion begins."""
-    ids = np.concatenate([[len(prompt)], prompt, completion]).astype("<i4")
-    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
-
-
 def read_table(file: Path) -> Table:
     """Rows scored so far; empty when there is no table."""
+    keys, values = _read_arrays(file)
+    return dict(zip(_bytes_of(keys), values.tolist(), strict=True))
+
+
+def _read_arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A table's row digests (M,) S16, ascending, and their log-probs (M,) float32."""
     if not file.exists():
-        return {}
+        return np.zeros(0, "S16"), np.zeros(0, np.float32)
     arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
-    keys, values = np.array(arrays["rows"]), np.array(arrays["logps"])
-    return {keys[i].tobytes(): float(values[i]) for i in range(len(values))}
+    keys = _keys(np.array(arrays["rows"]))
+    order = np.argsort(keys, kind="stable")
+    return keys[order], np.array(arrays["logps"])[order]
+
+
+def _keys(rows: np.ndarray) -> np.ndarray:
+    """Digests (..., 16) uint8 as (...,) byte strings, which NumPy sorts and searches."""
+    return np.ascontiguousarray(rows).view("S16")[..., 0]
+
+
+def _bytes_of(keys: np.ndarray) -> list[bytes]:
+    raw = keys.tobytes()  # `tolist` would strip a digest's last zeros
+    return [raw[at : at + 16] for at in range(0, len(raw), 16)]
 
 
 def write_table(file: Path, table: Table, identity: Mapping[str, Any]) -> None:
     """Save the table with what another process added meanwhile, and say beside it whose it is."""
-    merged = read_table(file) | table
-    keys = np.frombuffer(b"".join(merged), np.uint8).reshape(-1, 16)
-    arrays = {"rows": mx.array(keys), "logps": mx.array(np.array(list(merged.values()), np.float32))}
+    known, logps = _read_arrays(file)
+    fresh = _keys(np.frombuffer(b"".join(table), np.uint8).reshape(-1, 16))
+    keys, first = np.unique(np.concatenate([fresh, known]), return_index=True)
+    values = np.concatenate([np.array(list(table.values()), np.float32), logps])[first]
+    arrays = {"rows": mx.array(keys.view(np.uint8).reshape(-1, 16)), "logps": mx.array(values)}
     write_atomic(file, lambda temporary: mx.save_safetensors(str(temporary), arrays))
     write_json(file.with_suffix(".json"), dict(identity))
 
@@ -80,27 +97,45 @@ def with_reference(
     """Score what the table lacks, batch by batch, saving as it goes.
 
     Yields (pairs done, None) and at last (N, logps) with logps (N, 2) float32: chosen, rejected, nats; NaN for pairs
-    that are in no batch.
+    that are in no batch. Of the batches that the table holds already, about a thousand are reported.
     `batches` are the ones training will see first: the same shapes give the same rounding, so a policy that has not
     moved differs from its reference by exactly nothing.
     """
     file = cache_folder() / "reference" / f"{digest_of(identity)}.safetensors"
-    table, done, saved = read_table(file), 0, time.monotonic()
-    keys = [(row_digest(e.prompt, e.chosen), row_digest(e.prompt, e.rejected)) for e in examples]
+    # Every distinct row once: a completion in ten pairs has one place in `logps` and `known`.
+    keys, place = np.unique(_keys(Examples.of(examples).rows), return_inverse=True)
+    place = place.reshape(-1, 2)
+    logps, known = _look_up(keys, file)
+    held = known[place].all(axis=1).tolist()
+    done, saved, tick = 0, time.monotonic(), -(-len(batches) // TICKS)
     fresh: Table = {}
     try:
-        for indices in batches:
-            if any(key not in table for i in indices for key in keys[i]):
+        for number, indices in enumerate(batches):
+            score = not all(map(held.__getitem__, indices)) and not known[place[list(indices)]].all()
+            if score:
+                at = place[list(indices)]
                 pairs = scorer(collate(examples, indices, batch_size))
-                for i, chosen, rejected in zip(indices, pairs.chosen.tolist(), pairs.rejected.tolist(), strict=False):
-                    fresh.update(zip(keys[i], (chosen, rejected), strict=True))
-                table |= fresh
+                both = np.stack([np.array(pairs.chosen), np.array(pairs.rejected)], axis=1)[: len(indices)]
+                logps[at], known[at] = both, True
+                fresh.update(zip(_bytes_of(keys[at]), both.reshape(-1).tolist(), strict=True))
             done += len(indices)
             if fresh and time.monotonic() - saved > SAVE_SECONDS:
                 write_table(file, fresh, identity)
                 fresh, saved = {}, time.monotonic()
-            yield done, None
+            if score or number % tick == 0:
+                yield done, None
     finally:  # also when the caller stops in the middle: what was scored is not scored again
         if fresh:
             write_table(file, fresh, identity)
-    yield done, np.array([[table.get(c, np.nan), table.get(r, np.nan)] for c, r in keys], np.float32).reshape(-1, 2)
+    yield done, logps[place]
+
+
+def _look_up(keys: np.ndarray, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probs of the rows `keys` (U,), NaN where the table has none, and which it has (a log-prob may be NaN)."""
+    table, values = _read_arrays(file)
+    logps, known = np.full(len(keys), np.nan, np.float32), np.zeros(len(keys), bool)
+    if len(table):
+        found = np.minimum(table.searchsorted(keys), len(table) - 1)
+        known = table[found] == keys
+        logps[known] = values[found[known]]
+    return logps, known

@@ -10,7 +10,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import Config, LoraConfig, ModelConfig
-from mlxdpo.data.batching import collate, plan_epoch, row_length
+from mlxdpo.data.batching import collate, plan_epoch, row_lengths
 from mlxdpo.data.encode import template_digest
 from mlxdpo.data.load import Dataset
 from mlxdpo.loop import Job
@@ -80,7 +80,7 @@ def check(job: Job) -> None:
     Raises `UserError` naming the cause when it has not. Dropout is off here: it may differ by design.
     """
     train, examples = job.config.train, job.train.examples
-    plan = plan_epoch([row_length(e) for e in examples], train.batch_size, train.accumulate, train.seed, 0)
+    plan = plan_epoch(row_lengths(examples), train.batch_size, train.accumulate, train.seed, 0)
     indices = plan.windows[0][0]  # a short run's reference holds only the pairs it visits
     batch = collate(examples, indices, train.batch_size, job.train.ref)
     with dropout_off(job.model):

@@ -13,9 +13,11 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlxdpo.data.store import Examples
 from mlxdpo.types import Batch, Example
 
 Indices = tuple[int, ...]
+Lengths = Sequence[int] | np.ndarray
 
 
 class Epoch(NamedTuple):
@@ -38,25 +40,30 @@ def row_length(example: Example) -> int:
     return len(example.prompt) + max(len(example.chosen), len(example.rejected))
 
 
-def plan_epoch(lengths: Sequence[int], batch_size: int, accumulate: int, seed: int, epoch: int) -> Epoch:
+def row_lengths(examples: Sequence[Example]) -> np.ndarray:
+    """`row_length` of each, (N,) int32; of stored `Examples` without touching a token."""
+    return Examples.of(examples).row_lengths
+
+
+def plan_epoch(lengths: Lengths, batch_size: int, accumulate: int, seed: int, epoch: int) -> Epoch:
     """All pairs once, shuffled by (seed, epoch) alone, cut into windows and those into batches.
 
     `lengths` are row lengths in tokens, one per pair.
     """
     order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(lengths))
-    size = batch_size * accumulate
-    cuts = [order[i : i + size] for i in range(0, len(order), size)]
-    return Epoch(tuple(tuple(_by_length(cut, lengths, batch_size)) for cut in cuts))
+    window = np.arange(len(order)) // (batch_size * accumulate)
+    batches = _cut(order[np.lexsort((order, np.asarray(lengths)[order], window))], batch_size)
+    return Epoch(tuple(tuple(batches[i : i + accumulate]) for i in range(0, len(batches), accumulate)))
 
 
-def plan_straight(lengths: Sequence[int], batch_size: int) -> list[Indices]:
+def plan_straight(lengths: Lengths, batch_size: int) -> list[Indices]:
     """All pairs once, longest first, so that a run that will not fit in memory fails at its first batch."""
-    return list(reversed(_by_length(np.arange(len(lengths)), lengths, batch_size)))
+    return _cut(np.lexsort((np.arange(len(lengths)), lengths)), batch_size)[::-1]
 
 
-def _by_length(indices: np.ndarray, lengths: Sequence[int], batch_size: int) -> list[Indices]:
-    ranked = sorted((int(i) for i in indices), key=lambda i: (lengths[i], i))
-    return [tuple(ranked[i : i + batch_size]) for i in range(0, len(ranked), batch_size)]
+def _cut(ranked: np.ndarray, batch_size: int) -> list[Indices]:
+    indices = ranked.tolist()
+    return [tuple(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
 
 
 def collate(examples: Sequence[Example], indices: Indices, batch_size: int, ref: np.ndarray | None = None) -> Batch:

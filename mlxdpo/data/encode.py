@@ -8,7 +8,8 @@ off (TRL scores it).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from mlxdpo.data.report import BadRow, Report
 from mlxdpo.data.template import Writer, probe, template_digest, unwrap
 from mlxdpo.types import Example, Preference, Text, UserError
 
-__all__ = ["Shown", "describe", "encode", "encode_all", "encode_prompt", "template_digest"]
+__all__ = ["Shown", "describe", "encode", "encode_all", "encode_prompt", "encode_stream", "template_digest"]
 
 CHUNK = 1000  # rows tokenised in one call: the tokenizer's threads are kept busy, and progress is seen
 
@@ -64,6 +65,13 @@ def encode_all(
         if progress:
             progress(min(at + CHUNK, len(rows)), len(rows))
     return examples, report
+
+
+def encode_stream(rows: Iterable[Preference], writer: Writer, data: DataConfig, report: Report) -> Iterator[Example]:
+    """`encode` for more rows than fit in memory, in order, a chunk at a time; `writer` is what `probe` found."""
+    left = iter(rows)
+    while chunk := list(itertools.islice(left, CHUNK)):
+        yield from (example for example in _encode_chunk(chunk, writer, data, report) if example)
 
 
 def encode_prompt(

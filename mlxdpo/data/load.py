@@ -1,25 +1,37 @@
-"""From a recipe's `data` section to encoded training and held-out pairs, with everything that happened to the rows."""
+"""From a recipe's `data` section to encoded training and held-out pairs, with everything that happened to the rows.
+
+Rows stream: source → `spool` → tokens in flat files (`store`), which are kept by content (`kept`), so that a second
+start opens them and reads nothing. Never are all rows or all tokens in memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxdpo.config import DataConfig
-from mlxdpo.data.encode import encode_all, template_digest
-from mlxdpo.data.read import heldout_source, prompts_in_both, read_pairs, split_heldout
+from mlxdpo.data.encode import encode_stream, template_digest
+from mlxdpo.data.kept import draft, encoding_key, pairs_folder, publish, source_key
+from mlxdpo.data.read import heldout_prompts, heldout_source, stream_pairs
 from mlxdpo.data.report import Report
-from mlxdpo.types import Example, Preference, UserError
+from mlxdpo.data.spool import Spool
+from mlxdpo.data.store import Examples, open_examples, write_examples
+from mlxdpo.data.template import Writer, probe
+from mlxdpo.platform import cache_folder
+from mlxdpo.runs import write_text
+from mlxdpo.types import Example, UserError
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Encoded pairs of a run and the reports on how they came about. `template` is the digest of what wrote them."""
 
-    train: list[Example]
-    heldout: list[Example]
+    train: Examples
+    heldout: Examples
     reports: dict[str, Report]
     overlap: int
     template: str
@@ -27,25 +39,23 @@ class Dataset:
     @property
     def digest(self) -> str:
         """SHA-256 over every token id, in order, training and held-out."""
-        parts = [digest_examples(self.train), digest_examples(self.heldout)]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+        return hashlib.sha256(f"{self.train.digest} {self.heldout.digest}".encode()).hexdigest()
 
 
-class Split(NamedTuple):
-    """Rows read, not yet encoded."""
+class Clean(NamedTuple):
+    """Rows that were read and cleaned, not yet encoded; `heldout` where the recipe names a set of them."""
 
-    train: list[Preference]
-    heldout: list[Preference]
+    rows: Spool
+    heldout: Spool | None
     reports: dict[str, Report]
 
 
-def digest_examples(examples: Sequence[Example]) -> str:
-    """SHA-256 over the token ids of pairs, in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        for ids in (example.prompt, example.chosen, example.rejected):
-            digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
-    return digest.hexdigest()
+class Split(NamedTuple):
+    """The rows of a recipe. `clean` is None where they were read before: pairs made of them are kept under `key`."""
+
+    key: str | None
+    seed: int
+    clean: Clean | None
 
 
 def token_counts(examples: Sequence[Example]) -> list[tuple[int, int, int]]:
@@ -54,29 +64,63 @@ def token_counts(examples: Sequence[Example]) -> list[tuple[int, int, int]]:
 
 
 def read_split(data: DataConfig, seed: int) -> Split:
-    """Training and held-out rows, no prompt in both unless the user named both sets.
+    """Read and clean training and held-out rows, unless the same rows were encoded before.
 
     Raises `UserError` when there are none or they are not pairs.
     """
     if not data.path:
         raise UserError("no data given; pass --data with a file, a folder, or a Hub dataset id")
-    rows, report = read_pairs(data)
-    reports = {"data": report}
-    if (source := heldout_source(data)) is None:
-        train, heldout = split_heldout(rows, data.eval_fraction, seed)
-    else:
-        train = rows
-        heldout, reports["held-out data"] = read_pairs(data, *source)
-    return Split(train, heldout, reports)
+    key = source_key(data, seed)
+    known = key is not None and (pairs_folder() / key).exists()
+    return Split(key, seed, None if known else _read(data))
+
+
+def _read(data: DataConfig) -> Clean:
+    rows, report = stream_pairs(data)
+    clean, reports, heldout = Spool(rows, cache_folder()), {"data": report}, None
+    if (source := heldout_source(data)) is not None:
+        rows, reports["held-out data"] = stream_pairs(data, *source)
+        heldout = Spool(rows, cache_folder())
+    return Clean(clean, heldout, reports)
 
 
 def encode_split(split: Split, data: DataConfig, tokenizer: Any, eos_ids: frozenset[int]) -> Dataset:
-    """Encode what `read_split` read. Raises `UserError` when no training pair is left."""
-    train_rows, heldout_rows, reports = split.train, split.heldout, dict(split.reports)
-    train, reports["encoding"] = encode_all(train_rows, tokenizer, data, eos_ids=eos_ids)
-    heldout, reports["held-out encoding"] = encode_all(heldout_rows, tokenizer, data, eos_ids=eos_ids)
-    if not train:
+    """Encode what `read_split` read, or open what is kept of it. No prompt is in both parts unless the user named both.
+
+    Raises `UserError` when no training pair is left.
+    """
+    template, writer = template_digest(tokenizer, data), probe(tokenizer, data, eos_ids)
+    target = None if split.key is None else pairs_folder() / split.key / encoding_key(template, writer)
+    if target and target.exists():
+        return _open(target, template)
+    clean = split.clean or _read(data)
+    with draft(pairs_folder()) as folder:
+        _write(folder, clean, split.seed, data, writer)
+        if target is None or source_key(data, split.seed) != split.key:  # a source that changed while it was read
+            return _open(folder, template)  # files that are mapped outlive their names
+        publish(folder, target)
+    return _open(target, template)
+
+
+def _write(folder: Path, clean: Clean, seed: int, data: DataConfig, writer: Writer) -> None:
+    reports = {**clean.reports, "encoding": Report(), "held-out encoding": Report()}
+    if clean.heldout is None:
+        held = heldout_prompts(clean.rows.prompts, data.eval_fraction, seed)
+        train, heldout = clean.rows.rows(lambda key: key not in held), clean.rows.rows(held.__contains__)
+    else:
+        train, heldout = clean.rows.rows(), clean.heldout.rows()
+    write_examples(folder / "train", encode_stream(train, writer, data, reports["encoding"]))
+    write_examples(folder / "heldout", encode_stream(heldout, writer, data, reports["held-out encoding"]))
+    if not reports["encoding"].kept:
         why = "; ".join(line for report in reports.values() for line in report.lines()) or "all were held out"
         raise UserError(f"{data.path}: no pair is left to train on ({why}); see `mlxdpo data check {data.path}`")
-    overlap = prompts_in_both(train_rows, heldout_rows)
-    return Dataset(train, heldout, reports, overlap, template_digest(tokenizer, data))
+    overlap = 0 if clean.heldout is None else len(clean.rows.prompts & clean.heldout.prompts)
+    told = {"overlap": overlap, "reports": {name: asdict(report) for name, report in reports.items()}}
+    write_text(folder / "told.json", json.dumps(told))  # escaped: a row's name may hold half a character
+
+
+def _open(folder: Path, template: str) -> Dataset:
+    told = json.loads((folder / "told.json").read_text("utf-8"))
+    reports = {name: Report(**report) for name, report in told["reports"].items()}
+    train, heldout = open_examples(folder / "train"), open_examples(folder / "heldout")
+    return Dataset(train, heldout, reports, told["overlap"], template)

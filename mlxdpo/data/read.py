@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,35 +35,65 @@ ROWS_TO_DETECT = 100
 """Rows looked at for one that fits a known shape: the first may be a bad one."""
 
 
-def read_preferences(
+def stream_preferences(
     data: DataConfig, path: str | None = None, split: str | None = None
-) -> tuple[list[Preference] | list[Opinion], Report]:
-    """Read, convert and clean the rows of `path` (default `data.path`), as `data` says.
+) -> tuple[Iterator[Preference | Opinion], Report]:
+    """Read, convert and clean the rows of `path` (default `data.path`), as `data` says, one at a time.
 
-    The report counts rows read, pairs (or opinions) kept, and every refused row under its reason; identical,
-    tied and duplicate rows are left out even where `data.on_bad_row` is stop (see `reasons.NO_PREFERENCE`).
-    Raises `UserError` at the first bad row (stop), for an unknown shape, and when no row is left.
+    The report is filled as the rows are taken. It counts rows read, pairs (or opinions) kept, and every refused row
+    under its reason; identical, tied and duplicate rows are left out even where `data.on_bad_row` is stop (see
+    `reasons.NO_PREFERENCE`). Raises `UserError` for an unknown shape, and while the rows are taken at the first bad
+    one (stop), or at the end when none was left. In memory are 16 bytes a row, by which duplicates are known.
     """
     source = path or data.path
     found = _renamed(read_rows(source, split or data.split), data.columns)
     shape, found = _shape_of(found, data.format)
     report = Report(format=shape.name)
     usable = _fitting(shape, found, report, data.on_bad_row)
-    items: list[Any] = list(_distinct(_converted(shape, usable, report, data.on_bad_row), report))
-    report.kept = len(items)
-    if not items:
+    return _kept(_distinct(_converted(shape, usable, report, data.on_bad_row), report), report, source), report
+
+
+def _kept(items: Iterable[Any], report: Report, source: str) -> Iterator[Any]:
+    for item in items:
+        report.kept += 1
+        yield item
+    if not report.kept:
         first = next(iter(report.first.values()), "nothing to read")
         raise UserError(f"{source}: none of its {report.read} rows can be used; the first says: {first}")
-    return items, report
+
+
+def read_preferences(
+    data: DataConfig, path: str | None = None, split: str | None = None
+) -> tuple[list[Preference] | list[Opinion], Report]:
+    """`stream_preferences` in a list. Raises the same `UserError`s."""
+    items, report = stream_preferences(data, path, split)
+    rows: list[Any] = list(items)
+    return rows, report
+
+
+def stream_pairs(
+    data: DataConfig, path: str | None = None, split: str | None = None
+) -> tuple[Iterator[Preference], Report]:
+    """`stream_preferences` for whom only pairs will do: `UserError` at the end for answers with a thumb."""
+    items, report = stream_preferences(data, path, split)
+    return _pairs_only(items), report
+
+
+def _pairs_only(items: Iterable[Preference | Opinion]) -> Iterator[Preference]:
+    thumb = None
+    for item in items:
+        if isinstance(item, Preference):
+            yield item
+        elif thumb is None:
+            thumb = item.where  # not raised yet: a bad row further down is the better news
+    if thumb is not None:
+        raise UserError(f"{thumb}: a single answer with a thumb up or down; pairs of two answers are needed")
 
 
 def read_pairs(data: DataConfig, path: str | None = None, split: str | None = None) -> tuple[list[Preference], Report]:
-    """`read_preferences` for whom only pairs will do. Raises `UserError` for single answers with a thumb."""
-    rows, report = read_preferences(data, path, split)
-    pairs = [row for row in rows if isinstance(row, Preference)]
-    if len(pairs) < len(rows):
-        raise UserError(f"{rows[0].where}: a single answer with a thumb up or down; pairs of two answers are needed")
-    return pairs, report
+    """`stream_pairs` in a list. Raises the same `UserError`s."""
+    pairs, report = stream_pairs(data, path, split)
+    return list(pairs), report
 
 
 def heldout_source(data: DataConfig) -> tuple[str, str] | None:
@@ -198,16 +228,23 @@ def split_heldout(rows: Sequence[Item], fraction: float, seed: int) -> tuple[lis
     A prompt's side depends on the prompt and the seed alone, so appending or reordering rows moves none. Only
     where that leaves a side empty does one prompt cross over; a single prompt stays in training.
     """
-    draws = {key: _draw(key, seed) for key in {prompt_key(row.prompt) for row in rows}}
-    if fraction <= 0 or len(draws) < 2:
-        return list(rows), []
-    ordered = sorted(draws, key=lambda key: (draws[key], key))
-    count = sum(draw < fraction for draw in draws.values())
-    heldout = set(ordered[: min(max(count, 1), len(ordered) - 1)])
+    heldout = heldout_prompts({prompt_key(row.prompt) for row in rows}, fraction, seed)
     sides: tuple[list[Item], list[Item]] = [], []
     for row in rows:
         sides[prompt_key(row.prompt) in heldout].append(row)
     return sides
+
+
+def heldout_prompts(prompts: Collection[bytes], fraction: float, seed: int) -> set[bytes]:
+    """Which of the distinct `prompts` (their `prompt_key`s) are held out, by the rule of `split_heldout`."""
+    if fraction <= 0 or len(prompts) < 2:
+        return set()
+    heldout = {key for key in prompts if _draw(key, seed) < fraction}
+    if not heldout:
+        return {min(prompts, key=lambda key: (_draw(key, seed), key))}
+    if len(heldout) == len(prompts):
+        heldout.remove(max(prompts, key=lambda key: (_draw(key, seed), key)))
+    return heldout
 
 
 def _draw(key: bytes, seed: int) -> float:

@@ -21,6 +21,7 @@ from typing import IO, Any
 from mlxdpo.data import reasons
 from mlxdpo.data.report import BadRow
 from mlxdpo.data.values import column_names, describe
+from mlxdpo.digests import file_digest
 from mlxdpo.types import UserError
 
 Found = tuple[str, dict[str, Any] | BadRow]
@@ -42,17 +43,36 @@ def read_rows(path: str, split: str = "train") -> Iterator[Found]:
     """
     if not path:
         raise UserError("no data given; set data.path to a file, a folder or a Hub dataset id")
+    if is_hub_id(path):
+        return _guarded(_hub_rows(path, split), path)
+    readers = [(_reader(file, name), file, name) for file, name in _local(path, split)]
+    return _guarded((row for read, file, name in readers for row in read(file, name)), path)
+
+
+def fingerprint(path: str, split: str) -> list[str] | None:
+    """What a source holds, without reading a row: each file's name and SHA-256, or a Hub data set's commit.
+
+    None where that cannot be known: a pipe, a source that cannot be read (`read_rows` says why), no answer.
+    """
+    try:
+        if is_hub_id(path):
+            return [f"{path} {_hub_commit(path)}"]
+        files = _local(path, split)
+        if not all(file.is_file() for file, _ in files):  # a pipe can be read only once
+            return None
+        return [f"{name} {file_digest(file)}" for file, name in files]
+    except (OSError, UserError):  # reading the rows meets it again, in its turn
+        return None
+
+
+def _local(path: str, split: str) -> list[tuple[Path, str]]:
+    """Files and what their rows are called after."""
     place = Path(path).expanduser()
     if os.path.isdir(place):
-        sources = [(file, f"{place.name}/{file.relative_to(place)}") for file in _files_of(place, split)]
-    elif os.path.exists(place):
-        sources = [(place, place.name)]
-    elif is_hub_id(path):
-        return _guarded(_hub_rows(path, split), path)
-    else:
-        raise UserError(f"{path}: no such file or folder; expected data such as pairs.jsonl or a Hub id org/name")
-    readers = [(_reader(file, name), file, name) for file, name in sources]
-    return _guarded((row for read, file, name in readers for row in read(file, name)), path)
+        return [(file, f"{place.name}/{file.relative_to(place)}") for file in _files_of(place, split)]
+    if os.path.exists(place):
+        return [(place, place.name)]
+    raise UserError(f"{path}: no such file or folder; expected data such as pairs.jsonl or a Hub id org/name")
 
 
 def is_hub_id(path: str) -> bool:
@@ -245,6 +265,15 @@ def _hub_sentence(error: Exception, path: str, split: str) -> str:
     if isinstance(error, FileNotFoundError):
         return f"{path}: neither a local file nor a dataset on the Hub; check the spelling, or log in if it is gated"
     return f'{path}: cannot load the split "{split}" from the Hub ({_one_line(error)})'
+
+
+def _hub_commit(path: str) -> str:
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(path.partition(":")[0], timeout=10).sha)
+    except Exception as error:  # depends on the HTTP library, as above
+        raise UserError(f"{path}: the Hub does not say which commit this is ({_one_line(error)})") from error
 
 
 def _load_hub(path: str, split: str) -> Any:

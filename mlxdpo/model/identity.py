@@ -1,17 +1,11 @@
-"""Who a set of weights is: a digest of their bytes, remembered per file so that a second run does not read them again.
-
-A Hub download names its large files by their own SHA-256, so nothing is read at all there.
-"""
+"""Who a set of weights is: a digest of their bytes."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from pathlib import Path
 
-from mlxdpo.platform import cache_folder
-from mlxdpo.runs import write_json
+from mlxdpo.digests import file_digest
 
 SHAPING = (
     "model*.safetensors",
@@ -27,21 +21,3 @@ def folder_digest(folder: Path) -> str:
     files = sorted({file for pattern in SHAPING for file in folder.glob(pattern)})
     parts = [f"{file.name} {file_digest(file)}" for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file; remembered by path, size, inode and time of change."""
-    real = file.resolve()
-    if re.fullmatch(r"[0-9a-f]{64}", real.name) and real.parent.name == "blobs":
-        return real.name  # a Hub blob is named by its own SHA-256
-    status = real.stat()
-    stamp = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
-    note = cache_folder() / "digests" / f"{hashlib.sha256(str(real).encode()).hexdigest()[:24]}.json"
-    if note.exists():
-        known = json.loads(note.read_text("utf-8"))
-        if known["stamp"] == stamp:
-            return known["digest"]
-    with real.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    write_json(note, {"file": str(real), "stamp": stamp, "digest": digest})
-    return digest
