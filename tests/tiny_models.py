@@ -46,10 +46,44 @@ CONFIGS = {
     },
 }
 
+# Only their shared shape and the fields that their model definitions add: for tests that no torch is asked about.
+SHAPES = CONFIGS | {
+    "smollm3": SHAPE | {"model_type": "smollm3", "tie_word_embeddings": True, "no_rope_layers": [1, 0, 1]},
+    "qwen2": SHAPE | {"model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen3_moe": SHAPE
+    | {
+        "model_type": "qwen3_moe",
+        "tie_word_embeddings": True,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+    "mixtral": SHAPE | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi3": SHAPE | {"model_type": "phi3"},
+    "olmo2": SHAPE | {"model_type": "olmo2", "tie_word_embeddings": False},
+    "starcoder2": SHAPE | {"model_type": "starcoder2"},
+    "gemma": SHAPE | {"model_type": "gemma"},
+    "cohere": SHAPE | {"model_type": "cohere", "logit_scale": 0.5},
+    "granite": SHAPE
+    | {
+        "model_type": "granite",
+        "logits_scaling": 4.0,
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+    },
+}
+
 
 def tiny_model(kind="llama", vocab=300, seed=0, **changes):
     """A random model with weights large enough that its predictions differ a lot from uniform."""
-    config = CONFIGS[kind] | {"vocab_size": vocab} | changes
+    config = SHAPES[kind] | {"vocab_size": vocab} | changes
     model_class, arguments = _get_classes(config)
     mx.random.seed(seed)
     model = model_class(arguments.from_dict(config))

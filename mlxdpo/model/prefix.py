@@ -1,0 +1,93 @@
+"""Each distinct token once: the shared prompt prefix runs once per prompt, each completion once per row.
+
+One layer runs both passes at once, (prefix, suffix) -> (prefix, suffix): the keys and values it makes for the prefix
+are used by its suffix inside the same function. So they never cross a checkpoint (captured there as constants they
+would silently lose their gradient), and each layer's weights are read once for both passes. All rows have the same
+prefix length, so the mask is just "causal" and the RoPE offset one number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxdpo.model.trunk import Trunk
+
+
+class Capture:
+    """The cache object of the prefix pass: keeps the keys and values that the layer makes, (G, H, P, Dh)."""
+
+    offset = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """What mlx-lm's attention calls."""
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+class Prefixed:
+    """The cache object of the suffix pass: each row's prefix keys and values come before its own."""
+
+    def __init__(self, captured: Capture, spread: Callable[[mx.array], mx.array]):
+        self.captured, self.spread, self.offset = captured, spread, captured.keys.shape[2]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """What mlx-lm's attention calls."""
+        before = self.spread(self.captured.keys), self.spread(self.captured.values)
+        return mx.concatenate([before[0], keys], axis=2), mx.concatenate([before[1], values], axis=2)
+
+
+def spreader(group: mx.array, rows_per_prompt: int | None) -> Callable[[mx.array], mx.array]:
+    """(G, ...) -> (R, ...): each prompt's array for each of its rows. `group` is (R,), the prompt of each row.
+
+    With the same number of adjacent rows for every prompt it is a broadcast, whose gradient is a plain sum; otherwise
+    a gather.
+    """
+    if rows_per_prompt is None:
+        return lambda a: a[group]
+
+    def repeat(a: mx.array) -> mx.array:
+        wide = mx.broadcast_to(a[:, None], (a.shape[0], rows_per_prompt, *a.shape[1:]))
+        return wide.reshape(-1, *a.shape[1:])
+
+    return repeat
+
+
+def hidden_states(
+    trunk: Trunk,
+    prefix: mx.array,
+    suffix: mx.array,
+    spread: Callable[[mx.array], mx.array],
+    checkpoint: Callable[..., Any] | None = None,
+) -> mx.array:
+    """(G, P) and (R, S) token ids -> (R, S, D) states of the suffix rows after the last norm. P may be 0.
+
+    `checkpoint` is `checkpointed`, to compute each layer again in the backward pass instead of keeping its insides.
+    """
+    hs = trunk.embed(suffix)
+    hp = trunk.embed(prefix) if prefix.shape[1] else None
+    run = checkpoint or (lambda layer, function: function)
+    for layer, window in zip(trunk.layers, trunk.windows, strict=True):
+        if hp is None:
+            mask = trunk.mask(suffix.shape[1], 0, window)
+            hs = run(layer, lambda h, m=mask, one=layer: one(h, m, None))(hs)
+        else:
+            hp, hs = run(layer, _joint(trunk, layer, window, spread))(hp, hs)
+    return trunk.norm(hs)
+
+
+def _joint(trunk: Trunk, layer: Any, window: int | None, spread: Callable[[mx.array], mx.array]) -> Callable[..., Any]:
+    def both(hp: mx.array, hs: mx.array) -> tuple[mx.array, mx.array]:
+        captured, before = Capture(), hp.shape[1]
+        hp = layer(hp, trunk.mask(before, 0, window), captured)
+        return hp, layer(hs, trunk.mask(hs.shape[1], before, window), Prefixed(captured, spread))
+
+    return both
+
+
+def checkpointed(layer: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of `layer`, computed again in the backward pass; the trained arrays enter as inputs."""
+    return nn.utils.checkpoint(layer, function)
