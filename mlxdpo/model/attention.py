@@ -1,0 +1,287 @@
+"""Attention whose backward pass never holds a (queries, keys) square, for where MLX has no fused one.
+
+MLX differentiates attention through all the scores at once on a CPU, and on a GPU too when the mask is an array
+(sliding windows). Here forward and backward go in chunks of queries and recompute their scores against only the
+keys those may see, so memory grows with the length, not with its square. The result is exact: the same sums,
+in another order.
+
+Shapes: B rows, H query heads, K key/value heads (H a multiple of K, G = H / K), L queries, T >= L keys, D head size.
+Query i is token T-L+i: the last L of T tokens, which is what a prefix cache leaves.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import base
+
+from mlxdpo.platform import this_machine
+
+SCORE_BYTES = 8 << 20
+SMALLEST_CHUNK, LARGEST_CHUNK = 32, 256
+PAYS_FROM = 1024  # tokens; measured on a CPU
+
+NAME = "scaled_dot_product_attention"
+LOG2E = math.log2(math.e)
+
+
+def pays(kind: str, length: int, masked: bool) -> bool:
+    """Whether chunks beat MLX's own attention: the one place of that rule.
+
+    `kind` is `Machine.kind`, `length` the number of keys in tokens, `masked` whether the call carries what MLX's
+    fused kernels do not take (an array mask such as a sliding window, a soft cap). Metal and CUDA have fused causal
+    kernels, forward and backward, from mlx 0.32.4; a CPU has none.
+    """
+    return length >= PAYS_FROM and (masked or kind == "cpu")
+
+
+def chunked_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    chunk: int | None = None,
+) -> mx.array:
+    """Causal attention, exact, linear in memory: q (B, H, L, D), k and v (B, K, T, D) -> (B, H, L, D).
+
+    Query i sees keys max(0, T-L+i-window+1) .. T-L+i. `softcap` c turns a score s into c tanh(s / c) (Gemma 2,
+    arXiv 2408.00118 section 2). Scores and softmax are float32 whatever the dtype of q; the result has q's dtype.
+    `chunk` is the number of queries at a time, chosen from the shapes when None. The method is that of
+    arXiv 2205.14135 (algorithms 1 and 4), chunked over queries only: a row's keys are met at once.
+    Raises `ValueError` for shapes that are no such attention.
+    """
+    (B, H, L, D), (K, T) = q.shape, k.shape[1:3]
+    if k.shape != (B, K, T, D) or v.shape[:3] != (B, K, T) or H % K or T < L:
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: need H a multiple of K, and T >= L keys")
+    if any(limit is not None and limit <= 0 for limit in (window, softcap, chunk)):
+        raise ValueError(f"window {window}, softcap {softcap}, chunk {chunk}: each must be positive")
+    seen = min(T, window + LARGEST_CHUNK) if window else T
+    return _attention(Rule(float(scale), window, softcap), chunk or _chunk(B * H, seen))(q, k, v)[0]
+
+
+def _chunk(heads: int, keys: int) -> int:
+    """Queries at a time: a power of two whose scores fill about SCORE_BYTES, of which some eight are alive at once.
+
+    Measured on a CPU, 9 heads, 1,024 to 8,192 tokens: 64 is fastest, 32 and 128 within 6 %, 256 about 13 % slower.
+    """
+    fits = SCORE_BYTES // (4 * heads * keys)
+    return min(LARGEST_CHUNK, max(SMALLEST_CHUNK, 1 << max(fits, 1).bit_length() - 1))
+
+
+def _exp2(x: mx.array) -> mx.array:
+    """2 ** x. On a Linux CPU MLX's exp takes three times as long as its pow, and longer than all the matmuls here."""
+    return mx.power(2.0, x) if this_machine().kind == "cpu" else mx.exp(x * (1 / LOG2E))
+
+
+class Rule(NamedTuple):
+    """What a score is: its scale, the window in tokens or None, the soft cap or None."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+class Chunk(NamedTuple):
+    """Queries `first` .. `last` - 1 and the keys `low` .. `high` - 1 that any of them sees."""
+
+    first: int
+    last: int
+    low: int
+    high: int
+
+
+def _chunks(L: int, T: int, window: int | None, chunk: int) -> Iterator[Chunk]:
+    for first in range(0, L, chunk):
+        last = min(first + chunk, L)
+        low = max(0, T - L + first - window + 1) if window else 0
+        yield Chunk(first, last, low, T - L + last)
+
+
+def _visible(at: Chunk, window: int | None) -> mx.array:
+    """(queries, keys) of one chunk: which keys each query sees. Its last query is its last key."""
+    tokens = mx.arange(at.high - (at.last - at.first), at.high)[:, None]
+    keys = mx.arange(at.low, at.high)[None]
+    return (keys <= tokens) & (keys > tokens - window) if window else keys <= tokens
+
+
+def _scores(rule: Rule, q: mx.array, k: mx.array) -> tuple[mx.array, mx.array | None]:
+    """In units of log 2, so that `_exp2` needs no factor; and the tanh of a soft cap, for its derivative."""
+    if rule.softcap is None:
+        return (q * (rule.scale * LOG2E)) @ k.swapaxes(-1, -2), None
+    tanh = mx.tanh((q * (rule.scale / rule.softcap)) @ k.swapaxes(-1, -2))
+    return tanh * (rule.softcap * LOG2E), tanh
+
+
+def _forward(rule: Rule, at: Chunk, q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+    """One chunk's output (B, K, G, queries, D) and lse (B, K, G, queries, 1): log2 of the softmax's denominator."""
+    rows, k, v = _rows(q, at), k[:, :, at.low : at.high], v[:, :, at.low : at.high]
+    s = mx.where(_visible(at, rule.window), _heads(_scores(rule, rows, k)[0], q, at), -mx.inf)
+    top = s.max(axis=-1, keepdims=True)
+    p = _exp2(s - top)
+    total = p.sum(axis=-1, keepdims=True)
+    return _heads(p.reshape(*rows.shape[:3], -1) @ v, q, at) / total, top + mx.log2(total)
+
+
+def _backward(
+    rule: Rule, at: Chunk, q: mx.array, k: mx.array, v: mx.array, ct: mx.array, lse: mx.array, delta: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """One chunk's dq, and its share of dk and dv of the keys it sees, dq and dk still without `scale`.
+
+    dS = P (dP - delta) with delta = sum(dO O): arXiv 2205.14135 algorithm 4; times 1 - tanh^2 under a soft cap.
+    """
+    rows, cts, k, v = _rows(q, at), _rows(ct, at), k[:, :, at.low : at.high], v[:, :, at.low : at.high]
+    s, tanh = _scores(rule, rows, k)
+    s = mx.where(_visible(at, rule.window), _heads(s, q, at), -mx.inf).reshape(s.shape)
+    p = _exp2(s - _rows(lse, at))
+    ds = p * (cts @ v.swapaxes(-1, -2) - _rows(delta, at))
+    if tanh is not None:
+        ds = ds * (1 - tanh * tanh)
+    return _heads(ds @ k, q, at), ds.swapaxes(-1, -2) @ rows, p.swapaxes(-1, -2) @ cts
+
+
+@functools.cache
+def _attention(rule: Rule, chunk: int) -> Callable[..., Any]:
+    """The custom function (q, k, v) -> (out, lse) with lse (B, K, G, L, 1). Only `out` has a gradient."""
+
+    @mx.custom_function
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        shape, dtype = (*q.shape[:3], v.shape[3]), q.dtype
+        q, k, v = _grouped(q, k), k.astype(mx.float32), v.astype(mx.float32)
+        outs, lses = [], []
+        for at in _chunks(q.shape[3], k.shape[2], rule.window, chunk):
+            # One chunk after the other: without this chain the scheduler holds the scores of many at once.
+            after = mx.depends([q], [outs[-1]])[0] if outs else q
+            out, lse = _forward(rule, at, after, k, v)
+            outs.append(out)
+            lses.append(lse)
+        return mx.concatenate(outs, axis=3).reshape(shape).astype(dtype), mx.concatenate(lses, axis=3)
+
+    @attend.vjp
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+        q, k, v, out, ct = (a.astype(mx.float32) for a in (*primals, outputs[0], cotangents[0]))
+        delta = _grouped((ct * out).sum(axis=-1, keepdims=True), k)
+        q, ct = _grouped(q, k), _grouped(ct, k)
+        dqs, dk, dv = [], mx.zeros(k.shape), mx.zeros(v.shape)
+        for at in _chunks(q.shape[3], k.shape[2], rule.window, chunk):
+            # dq is in the chain too: left for the end, it would keep every chunk's dS until then.
+            after, ct = mx.depends([q, ct], [dqs[-1], dk, dv]) if dqs else (q, ct)
+            dq, dk_here, dv_here = _backward(rule, at, after, k, v, ct, outputs[1], delta)
+            dqs.append(dq)
+            dk[:, :, at.low : at.high] += dk_here
+            dv[:, :, at.low : at.high] += dv_here
+        dq = mx.concatenate(dqs, axis=3).reshape(primals[0].shape)
+        gradients = (dq * rule.scale, dk * rule.scale, dv)
+        return tuple(g.astype(a.dtype) for g, a in zip(gradients, primals, strict=True))
+
+    return attend
+
+
+def _grouped(a: mx.array, k: mx.array) -> mx.array:
+    """(B, H, L, D) -> float32 (B, K, G, L, D): the G query heads that share a key head side by side."""
+    B, H, L, D = a.shape
+    return a.astype(mx.float32).reshape(B, k.shape[1], H // k.shape[1], L, D)
+
+
+def _rows(a: mx.array, at: Chunk) -> mx.array:
+    """(B, K, G, L, D) -> (B, K, G * queries, D) of one chunk: one large matmul per key head, not G small ones."""
+    a = a[:, :, :, at.first : at.last]
+    return a.reshape(*a.shape[:2], -1, a.shape[-1])
+
+
+def _heads(a: mx.array, q: mx.array, at: Chunk) -> mx.array:
+    """The inverse: (B, K, G * queries, N) -> (B, K, G, queries, N)."""
+    return a.reshape(*q.shape[:3], at.last - at.first, a.shape[-1])
+
+
+def causal_window(mask: mx.array, queries: int, keys: int) -> int | None:
+    """The window, in tokens, of a bool mask that is a causal sliding window of `queries` x `keys`; else None.
+
+    Proved by value, not guessed: mlx-lm hands its layers a bare array. No tracing stands in the way, because such a
+    mask is made of constants. Only where it is an argument of a function under `mx.checkpoint` inside `mx.compile`
+    can it not be read, which gives None; a layer under a checkpoint must close over its mask. A full causal mask has
+    window `keys`.
+    """
+    if mask.dtype != mx.bool_ or mask.size != queries * keys or keys < queries:
+        return None
+    mask = mask.reshape(queries, keys)
+    try:
+        window = int(mask[-1].sum().item())
+    except ValueError:  # MLX's word for an array that is being traced
+        return None
+    expected = base.create_causal_mask(queries, keys - queries, window_size=window)
+    return window if window and mx.array_equal(mask, expected).item() else None
+
+
+def light_or_own(
+    queries: mx.array,
+    keys: Any,
+    values: Any,
+    cache: Any,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """mlx-lm's `scaled_dot_product_attention`, in chunks for the calls where that is the same thing and pays."""
+    own = functools.partial(base.scaled_dot_product_attention, queries, keys, values, cache, scale, mask, sinks)
+    if hasattr(cache, "bits") or sinks is not None or mask is None:
+        return own()
+    masked, L, T = isinstance(mask, mx.array), queries.shape[2], keys.shape[2]
+    if T < L or not pays(this_machine().kind, T, masked):
+        return own()
+    window = causal_window(mask, L, T) if masked else T
+    if window is None or not (masked or mask == "causal"):
+        return own()
+    return chunked_attention(queries, keys, values, scale=scale, window=window if window < T else None)
+
+
+_users: Counter[ModuleType] = Counter()
+_lock = threading.Lock()
+
+
+def attention_files(model: nn.Module) -> list[ModuleType]:
+    """The mlx-lm model files whose layers `model` is made of and that call `scaled_dot_product_attention` by name.
+
+    A file with a function of its own under that name is none of them, nor one that writes its attention out
+    (gemma2): their attention stays what it is.
+    """
+    names = {parent.__module__ for layer in model.modules() for parent in type(layer).__mro__}
+    ours = (base.scaled_dot_product_attention, light_or_own)
+    files = [sys.modules[name] for name in sorted(names)]
+    return [file for file in files if file is not base and vars(file).get(NAME) in ours]
+
+
+@contextmanager
+def light_attention(model: nn.Module, longest: int) -> Iterator[bool]:
+    """While it lasts, `model` attends in chunks wherever `pays` says so; `longest` is its longest row in tokens.
+
+    Yields whether anything was switched. It replaces one name in the model's own file and puts it back, also after
+    an exception; it can be nested, and left in any order from several threads. Another model of the same file is
+    switched with it (same values, other order of sums); one of another file is not touched. A function compiled
+    inside keeps what it was traced with, so trace inside.
+    """
+    files = attention_files(model) if pays(this_machine().kind, longest, masked=True) else []
+    with _lock:
+        for file in files:
+            _users[file] += 1
+            setattr(file, NAME, light_or_own)
+    try:
+        yield bool(files)
+    finally:
+        with _lock:
+            for file in files:
+                _users[file] -= 1
+                if not _users[file]:
+                    setattr(file, NAME, base.scaled_dot_product_attention)
