@@ -78,8 +78,11 @@ class Writer:
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, nothing added at either end."""
+        if not texts:
+            return []
         # verbose=False: lengths beyond the tokenizer's own limit are our business (data.max_length).
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        wanted = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        return self.tokenizer(list(texts), **wanted, verbose=False)["input_ids"]
 
 
 def unwrap(tokenizer: Any) -> Any:
