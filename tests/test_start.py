@@ -173,3 +173,12 @@ def test_knobs_that_need_held_out_pairs_are_refused_without_them(tmp_path):
         with pytest.raises(UserError, match=rf"train.{next(iter(train))} .* needs held-out pairs"):
             finish(recipe(tmp_path, train=train))
         assert not (tmp_path / "run").exists()
+
+
+def test_a_model_configuration_that_transformers_refuses_is_one_sentence(tmp_path):
+    config = recipe(tmp_path, kind="gemma3_text")
+    file = tmp_path / "gemma3_text" / "config.json"
+    file.write_text(file.read_text().replace('"query_pre_attn_scalar": 8,', '"query_pre_attn_scalar": 8.0,'))
+    with pytest.raises(UserError, match=r"gemma3_text: its tokenizer cannot be loaded \(.*query_pre_attn_scalar"):
+        finish(config)
+    assert not (tmp_path / "run").exists()

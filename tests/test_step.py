@@ -283,3 +283,37 @@ def test_the_schedule_reaches_the_weights(tmp_path, cache):
     assert rates == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.2 / 3, 0.1 / 3])
     first = mx.load(str(tmp_path / "run" / "checkpoints" / "step-000002" / "adapters.safetensors"))
     assert any(a.any().item() for n, a in first.items() if n.endswith("lora_b"))
+
+
+def dropout_seeds(monkeypatch, config):
+    """What the noise of every batch was drawn from."""
+    seeds, plant = [], mx.random.seed
+    with monkeypatch.context() as patch:
+        patch.setattr(mx.random, "seed", lambda seed: seeds.append(seed) or plant(seed))
+        steps = len(losses(finish(config)))
+    return seeds[-2 * steps :]
+
+
+def test_dropout_is_drawn_anew_for_every_batch_from_the_seed_alone(tmp_path, cache, monkeypatch):
+    batches = {"batch_size": 3, "accumulate": 2, "epochs": 2}  # 18 pairs: 6 steps of 2 batches
+    first = dropout_seeds(monkeypatch, recipe(tmp_path, "a", train=batches))
+    assert len(set(first)) == len(first) == 12
+    assert dropout_seeds(monkeypatch, recipe(tmp_path, "b", train=batches)) == first
+    assert not set(first) & set(dropout_seeds(monkeypatch, recipe(tmp_path, "c", train=batches | {"seed": 1})))
+
+
+def test_dropout_acts_in_training_and_never_in_evaluation(tmp_path, cache):
+    sections = {"data": {"eval_fraction": 0.4}, "train": {"eval_every": 1}}
+    wet, dry = (
+        [e for e in finish(recipe(tmp_path, f"run-{p}", lora={"dropout": p}, **sections)) if e.kind in ("step", "eval")]
+        for p in (0.5, 0.0)
+    )
+    # At step 1 the adapter is still nothing whatever is dropped; only its gradient is another.
+    assert wet[1].values["loss"] == dry[1].values["loss"] and wet[0].values == dry[0].values
+    assert abs(wet[1].values["grad_norm"] - dry[1].values["grad_norm"]) > 0.01
+    # A step's loss is taken before its update: it is noisy, and what is measured after it is not.
+    saved = tmp_path / "run-0.5" / "adapter"
+    again = finish(recipe(tmp_path, "again", model={"adapter": str(saved)}, lora={"dropout": 0.5}, **sections))
+    start = next(e.values for e in again if e.kind == "eval")
+    assert start["eval_logps/chosen"] == pytest.approx(wet[-1].values["eval_logps/chosen"], abs=1e-4)
+    assert start["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -65,12 +65,13 @@ def load_tokenizer(folder: Path, name: str) -> Any:
 
     Raises `UserError` when there is none.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load
 
     try:
         return load(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UserError(f"{name}: its tokenizer cannot be loaded ({' '.join(str(error).split())})") from None
 
 
