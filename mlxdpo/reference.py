@@ -106,7 +106,7 @@ def with_reference(
     keys, place = np.unique(_keys(Examples.of(examples).rows), return_inverse=True)
     place = place.reshape(-1, 2)
     logps, known = _look_up(keys, file)
-    held: list[bool] = known[place].all(axis=1).tolist()
+    held: list[bool] = np.all(known[place], axis=1).tolist()
     done, saved, tick = 0, time.monotonic(), -(-len(batches) // TICKS)
     fresh: Table = {}
     try:

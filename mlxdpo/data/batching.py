@@ -58,7 +58,7 @@ def plan_epoch(lengths: Lengths, batch_size: int, accumulate: int, seed: int, ep
 
 def plan_straight(lengths: Lengths, batch_size: int) -> list[Indices]:
     """All pairs once, longest first, so that a run that will not fit in memory fails at its first batch."""
-    return _cut(np.lexsort((np.arange(len(lengths)), lengths)), batch_size)[::-1]
+    return _cut(np.lexsort((np.arange(len(lengths)), np.asarray(lengths))), batch_size)[::-1]
 
 
 def _cut(ranked: np.ndarray, batch_size: int) -> list[Indices]:
