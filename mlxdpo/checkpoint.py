@@ -38,7 +38,7 @@ class Progress:
 def save(folder: Path, model: nn.Module, lora: LoraConfig, optimizer: optim.Optimizer, progress: Progress) -> Path:
     """Write step-N below `folder`; readers see it complete or not at all. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step-{progress.step:06d}"
+    target = folder_of(folder, progress.step)
     if target.exists():  # reached again after a resume: the same numbers, to the bit
         return target
     draft = Path(tempfile.mkdtemp(dir=folder, prefix=".draft-"))
@@ -53,6 +53,11 @@ def save(folder: Path, model: nn.Module, lora: LoraConfig, optimizer: optim.Opti
         shutil.rmtree(draft, ignore_errors=True)
     sync_folder(folder)
     return target
+
+
+def folder_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` stands."""
+    return folder / f"step-{step:06d}"
 
 
 def steps(folder: Path) -> list[Path]:

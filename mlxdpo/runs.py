@@ -5,6 +5,8 @@ runs/NAME/config.yaml  manifest.json  metrics.jsonl  checkpoints/  adapter/  eva
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import tempfile
@@ -123,6 +125,19 @@ class Run:
         if not (run.path / "config.yaml").exists():
             raise UserError(f"{path}: no config.yaml there; expected a run directory such as runs/NAME")
         return run
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the run directory for writing while the context lasts; the system lets go when the process ends.
+
+        Raises `UserError` when another process holds it.
+        """
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.path}: another process is training this run; stop it first, or wait") from None
+            yield
 
     def config(self) -> Config:
         """The run's resolved configuration."""

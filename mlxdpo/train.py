@@ -52,30 +52,41 @@ def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lamb
     yield Event("start", 0, {"run": run, "config": config, "data": data, "policy": policy})
     if resume and (run.path / "manifest.json").exists():
         check_same(run.manifest(), manifest, run.path)
-    run.write_manifest(manifest)
+    with run.exclusive():
+        run.write_manifest(manifest)
+        parts = yield from _score_reference(config, reference, manifest["reference"], data, should_stop)
+        if parts is None:
+            return
+        if reference is not policy:
+            del reference
+            gc.collect()
+            mx.clear_cache()
+        if config.model.adapter is None:
+            attach_lora(policy.model, config.lora, config.train.seed)
+        job = Job(config, policy.model, optimizer, objective, knobs, *parts, run.checkpoints)
+        yield from _train(job, run, resume is not None, should_stop)
 
-    parts = yield from _score_reference(config, reference, manifest["reference"], data, should_stop)
-    if parts is None:
-        return
-    if reference is not policy:
-        del reference
-        gc.collect()
-        mx.clear_cache()
-    if config.model.adapter is None:
-        attach_lora(policy.model, config.lora, config.train.seed)
-    job = Job(config, policy.model, optimizer, objective, knobs, *parts, run.checkpoints)
+
+def _train(job: Job, run: Run, resumed: bool, should_stop: Stop) -> Iterator[Event]:
+    """From the start or the last checkpoint to the final adapter."""
     progress = Progress()
     checkpoint.sweep(run.path)
-    if resume:
+    if resumed:
         if saved := checkpoint.steps(run.checkpoints):
-            progress = checkpoint.restore(saved[-1], policy.model, optimizer)
+            progress = checkpoint.restore(saved[-1], job.model, job.optimizer)
         run.log({"resumed_from": progress.step})
         yield Event("resumed", progress.step, {})
-    if progress.step == 0 and config.reference.model is None:
+    if progress.step == 0 and job.config.reference.model is None:
         start.check(job)
-    finished = yield from _logged(run, run_loop(job, progress, should_stop))
-    if finished:
-        yield _keep(job, run)
+    step = progress.step
+    for event in run_loop(job, progress, should_stop):
+        if event.kind in ("step", "eval"):
+            run.log({"step": event.step, **event.values})
+        yield event
+        if event.kind == "interrupted":
+            return
+        step = event.step
+    yield _keep(job, run, step)
 
 
 def _score_reference(
@@ -104,24 +115,12 @@ def _score_reference(
     return parts[0], parts[1]
 
 
-def _logged(run: Run, events: Iterator[Event]) -> Generator[Event, None, bool]:
-    """Write the numbers among the events to metrics.jsonl and pass all on; False when the run was interrupted."""
-    for event in events:
-        if event.kind in ("step", "eval"):
-            run.log({"step": event.step, **event.values})
-        yield event
-        if event.kind == "interrupted":
-            return False
-    return True
-
-
-def _keep(job: Job, run: Run) -> Event:
+def _keep(job: Job, run: Run, step: int) -> Event:
     """Fill adapter/ with the last step or the best one, as the recipe asks."""
-    last = checkpoint.steps(run.checkpoints)[-1]
-    best = checkpoint.read_progress(last)
-    source = last
-    if job.config.train.final == "best" and best.best_step is not None:
-        source = run.checkpoints / f"step-{best.best_step:06d}"
+    source = checkpoint.folder_of(run.checkpoints, step)
+    best = checkpoint.read_progress(source).best_step
+    if job.config.train.final == "best" and best is not None:
+        source = checkpoint.folder_of(run.checkpoints, best)
         load_arrays(job.model, source)
     save_adapter(job.model, job.config.lora, run.adapter)
-    return Event("done", best.step, {"run": run, "adapter": run.adapter, "from": source.name, "best": best.best_step})
+    return Event("done", step, {"run": run, "adapter": run.adapter, "from": source.name, "best": best})

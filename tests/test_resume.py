@@ -299,3 +299,15 @@ def test_drafts_of_a_killed_run_are_swept_and_never_taken_for_checkpoints(tmp_pa
     assert [p.name for p in checkpoint.steps(run.checkpoints)][-1] == f"step-{step:06d}"
     finish(run.config(), run)
     assert not draft.exists()
+
+
+def test_a_run_that_another_process_is_training_is_left_alone(tmp_path):
+    config = recipe(tmp_path)
+    finish(config)
+    run = Run.open(config.out)
+    with (
+        run.exclusive(),
+        pytest.raises(UserError, match=r"another process is training this run; stop it first, or wait$"),
+    ):
+        list(train(run.config(), resume=run))
+    list(train(run.config(), resume=run))  # and it is free again
