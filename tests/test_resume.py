@@ -12,6 +12,7 @@ from tiny_tokenizers import chatml_tokenizer
 from mlxdpo import checkpoint, loop
 from mlxdpo.runs import Run, read_lines
 from mlxdpo.step import OPTIMIZERS
+from mlxdpo.train import train
 from mlxdpo.types import UserError
 
 pytestmark = pytest.mark.usefixtures("cache")
