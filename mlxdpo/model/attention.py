@@ -27,8 +27,8 @@ from mlx_lm.models import base
 
 from mlxdpo.platform import this_machine
 
-SCORE_BYTES = 8 << 20
-SMALLEST_CHUNK, LARGEST_CHUNK = 32, 256
+SCORE_BYTES = 32 << 20
+SMALLEST_CHUNK, LARGEST_CHUNK = 64, 128
 PAYS_FROM = 1024  # tokens; measured on a CPU
 
 NAME = "scaled_dot_product_attention"
@@ -75,7 +75,9 @@ def chunked_attention(
 def _chunk(heads: int, keys: int) -> int:
     """Queries at a time: a power of two whose scores fill about SCORE_BYTES, of which some eight are alive at once.
 
-    Measured on a CPU, 9 heads, 1,024 to 8,192 tokens: 64 is fastest, 32 and 128 within 6 %, 256 about 13 % slower.
+    Measured on a CPU, 9 heads, 1,024 to 8,192 tokens, BLAS on one thread: 64 is fastest, 32 and 128 within 8 %, 256 up
+    to 17 % slower. With BLAS on every core of a busy machine its threads wait for each other at each matmul, so few
+    and large ones are safer.
     """
     fits = SCORE_BYTES // (4 * heads * keys)
     return min(LARGEST_CHUNK, max(SMALLEST_CHUNK, 1 << max(fits, 1).bit_length() - 1))
