@@ -1,58 +1,88 @@
 """A model meets a batch: log-probabilities of completions, in float32.
 
+Two ways to the same numbers. The fast one computes each distinct token once and lets only scored positions meet the
+head; it needs to know the model's parts (`model/trunk.py`). The plain one asks the model for all logits of full rows.
 Right padding is harmless under a causal mask, and it keeps MLX's light attention path, which array masks leave.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxdpo.platform import this_machine
+from mlxdpo.model import head as heads
+from mlxdpo.model.prefix import hidden_states, spreader
+from mlxdpo.model.trunk import split
 from mlxdpo.types import Batch, Pairs
+
+Forward = Callable[[nn.Module, Batch], mx.array]
+"""(model, batch) -> (R,) summed completion log-probs, nats."""
 
 
 def token_logps(model: nn.Module, tokens: mx.array) -> mx.array:
     """(R, T) token ids -> (R, T-1) float32: log p(tokens[:, t+1] | tokens[:, :t+1]), nats."""
     # The CPU falls back to reducing in the logits' own dtype, so they are brought to float32 first.
-    logits, targets = model(tokens[:, :-1]).astype(mx.float32), tokens[:, 1:]
-    if this_machine().kind != "cpu":
-        return -mx.fast.cross_entropy(logits, targets)
-    return mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1) - blocked_logsumexp(logits)
-
-
-def blocked_logsumexp(logits: mx.array) -> mx.array:
-    """(..., V) -> (...): log sum exp, nats, in two sweeps of about sqrt(V) terms each.
-
-    MLX's CPU adds a whole row up in one float32 sweep, which loses the small terms: at 150,000 words log-probs come out
-    up to 5e-4 nats a token too high, always to one side, and 0.03 nats over an answer. Two short sweeps stay within
-    1e-5 at the same cost. A vocabulary of prime size is one block, as MLX does it.
-    """
-    vocabulary = logits.shape[-1]
-    blocks = max(d for d in range(1, math.isqrt(vocabulary) + 1) if vocabulary % d == 0)
-    parts = mx.logsumexp(logits.reshape(*logits.shape[:-1], blocks, -1), axis=-1)
-    return mx.logsumexp(parts, axis=-1)
+    return heads.target_logps(model(tokens[:, :-1]).astype(mx.float32), tokens[:, 1:])
 
 
 def completion_logps(model: nn.Module, tokens: mx.array, mask: mx.array) -> mx.array:
     """(R, T) token ids and (R, T-1) mask of scored targets -> (R,) summed log-probs of the completions, nats.
 
-    Source: log pi(y|x) of arXiv 2305.18290 eq. 7, a sum over the completion's tokens.
+    Source: log pi(y|x) of arXiv 2305.18290 eq. 7, a sum over the completion's tokens. The plainest way there is: the
+    yardstick of the two below.
     """
     return (token_logps(model, tokens) * mask).sum(axis=-1)
 
 
-def score_pairs(model: nn.Module, batch: Batch) -> Pairs:
+def plain_forward(model: nn.Module, batch: Batch) -> mx.array:
+    """Full rows and full logits: for any model that mlx-lm can run."""
+    shared = batch.prefix.shape[1]
+    rows = mx.concatenate([batch.prefix[batch.group], batch.suffix], axis=1) if shared else batch.suffix
+    logits = model(rows)[:, shared:]
+    scored = logits.reshape(-1, logits.shape[-1])[batch.positions].astype(mx.float32)
+    return _by_row(heads.target_logps(scored, batch.targets), batch)
+
+
+def fast_forward(checkpoint: Callable[..., Any] | None = None, *, head: Any = heads.token_logps) -> Forward:
+    """Shared prefix once, distinct rows once, only scored positions through the head.
+
+    `checkpoint` is `model.prefix.checkpointed` to keep less for the backward pass; `head` is `heads.score_logps` for
+    who needs no backward pass.
+    """
+
+    def forward(model: nn.Module, batch: Batch) -> mx.array:
+        trunk = split(model)
+        assert trunk is not None  # whoever chose this path asked first
+        spread = spreader(batch.group, batch.per_prompt or None)
+        states = hidden_states(trunk, batch.prefix, batch.suffix, spread, checkpoint)
+        scored = trunk.norm(states.reshape(-1, states.shape[-1])[batch.positions])
+        return _by_row(head(trunk.head, scored, batch.targets), batch)
+
+    return forward
+
+
+def _by_row(logps: mx.array, batch: Batch) -> mx.array:
+    """(N,) log-probs of tokens -> (R,) sums over each row's completion."""
+    return mx.zeros(batch.length.shape).at[batch.owner].add(logps * batch.scored)
+
+
+def forward_for(model: nn.Module) -> Forward:
+    """The fast way where the model's parts are known, else the plain one."""
+    return plain_forward if split(model) is None else fast_forward()
+
+
+def scoring_forward_for(model: nn.Module) -> Forward:
+    """The same numbers, to the bit, for who needs no gradient."""
+    return plain_forward if split(model) is None else fast_forward(head=heads.score_logps)
+
+
+def score_pairs(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Pairs:
     """Everything an objective needs of a batch; each field (B,)."""
-    logps, lengths = completion_logps(model, batch.tokens, batch.mask), batch.mask.sum(axis=-1)
-    chosen, rejected = batch.chosen, batch.rejected
+    logps = (forward or forward_for(model))(model, batch)
+    chosen, rejected, length = batch.chosen, batch.rejected, batch.length
     return Pairs(
-        logps[chosen],
-        logps[rejected],
-        batch.ref[chosen],
-        batch.ref[rejected],
-        lengths[chosen],
-        lengths[rejected],
+        logps[chosen], logps[rejected], batch.ref[chosen], batch.ref[rejected], length[chosen], length[rejected]
     )

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlxdpo.config import OptimConfig
 from mlxdpo.losses import Objective
 from mlxdpo.platform import compiled
-from mlxdpo.scoring import score_pairs
+from mlxdpo.scoring import Forward, score_pairs, scoring_forward_for
 from mlxdpo.types import Batch, Pairs, UserError
 
 Gradients = Any  # a tree of arrays, as `trainable_parameters` gives it
@@ -60,9 +60,10 @@ def make_optimizer(config: OptimConfig) -> optim.Optimizer:
     return OPTIMIZERS[config.name](config)
 
 
-def make_scorer(model: nn.Module) -> Callable[[Batch], Pairs]:
+def make_scorer(model: nn.Module, forward: Forward | None = None) -> Callable[[Batch], Pairs]:
     """Compiled forward pass: a batch's `Pairs`, evaluated."""
-    score = compiled(lambda batch: score_pairs(model, batch), inputs=[model.state])
+    way = forward or scoring_forward_for(model)
+    score = compiled(lambda batch: score_pairs(model, batch, way), inputs=[model.state])
 
     def scorer(batch: Batch) -> Pairs:
         pairs = score(batch)
@@ -73,7 +74,7 @@ def make_scorer(model: nn.Module) -> Callable[[Batch], Pairs]:
 
 
 def make_gradient(
-    model: nn.Module, objective: Objective, knobs: dict[str, Any]
+    model: nn.Module, objective: Objective, knobs: dict[str, Any], forward: Forward | None = None
 ) -> Callable[[Batch, mx.array], Gradient]:
     """Compiled gradient of share * sum_i weight_i * loss_i over a batch's pairs.
 
@@ -82,7 +83,7 @@ def make_gradient(
     """
 
     def weighted(batch: Batch, share: mx.array) -> tuple[mx.array, mx.array, Pairs]:
-        pairs = score_pairs(model, batch)
+        pairs = score_pairs(model, batch, forward)
         losses = objective(pairs, **knobs)
         return (losses * batch.weight).sum() * share, losses, pairs
 

@@ -84,21 +84,38 @@ class Example:
 
 
 class Batch(NamedTuple):
-    """Rows of token ids and the pairs that index them; all shapes fixed within a bucket, so a step is traced once.
+    """Distinct rows, and the pairs that index them. The shapes are the same within a bucket: a step is traced once.
 
-    tokens    (R, T) int32, prompt + completion, padded on the right
-    mask      (R, T-1) float32, 1 where the target tokens[:, 1:] is a completion token
-    chosen    (B,) int32, row index of each pair's chosen completion; rejected likewise
-    ref       (R,) float32, the reference's summed completion log-probs
-    weight    (B,) float32, 1, or 0 for a pair that only fills the batch
+    Every row's first P tokens stand once per prompt in `prefix`, the rest in `suffix`; N is the number of scored
+    tokens in all rows, rounded up.
+
+    prefix     (G, P) int32, the beginning of each prompt; P may be 0
+    suffix     (R, S) int32, the rest of prompt and completion without its last token, padded on the right
+    group      (R,) int32, the prompt of each row; the rows of a prompt are adjacent
+    targets    (N,) int32, the scored tokens
+    positions  (N,) int32, where in the flattened suffix the state stands that predicts each target
+    owner      (N,) int32, the row of each target
+    scored     (N,) float32, 1, or 0 for a target that only fills the shape
+    length     (R,) float32, completion tokens
+    ref        (R,) float32, the reference's summed completion log-probs, nats
+    chosen     (B,) int32, row index of each pair's chosen completion; rejected likewise
+    weight     (B,) float32, 1, or 0 for a pair that only fills the batch
+    per_prompt how many rows each prompt has, 0 when they differ; static
     """
 
-    tokens: mx.array
-    mask: mx.array
+    prefix: mx.array
+    suffix: mx.array
+    group: mx.array
+    targets: mx.array
+    positions: mx.array
+    owner: mx.array
+    scored: mx.array
+    length: mx.array
+    ref: mx.array
     chosen: mx.array
     rejected: mx.array
-    ref: mx.array
     weight: mx.array
+    per_prompt: int
 
 
 class Pairs(NamedTuple):

@@ -54,7 +54,7 @@ class Rows:
         """The same through the parts of the model."""
         trunk = split(model)
         spread = spreader(self.group, rows_per_prompt)
-        h = hidden_states(trunk, self.prefix, self.suffix, spread, checkpoint)
+        h = trunk.norm(hidden_states(trunk, self.prefix, self.suffix, spread, checkpoint))
         return (token_logps(trunk.head, h.reshape(-1, h.shape[-1]), self.targets) * self.weight).sum()
 
 

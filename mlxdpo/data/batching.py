@@ -17,6 +17,7 @@ from mlxdpo.data.store import Examples
 from mlxdpo.types import Batch, Example
 
 Indices = tuple[int, ...]
+PREFIX_STEP = 32  # tokens: how finely the shared prefix follows the shortest prompt
 Lengths = Sequence[int] | np.ndarray
 
 
@@ -27,11 +28,11 @@ class Epoch(NamedTuple):
 
 
 def bucket(length: int) -> int:
-    """Round a row length up so that few shapes occur: to 32s up to 256 tokens, then to eighths of a power of two.
+    """Round a number of tokens up so that few shapes occur: to 16s up to 128, then to eighths of a power of two.
 
     MLX keeps every trace of a compiled step, so each distinct shape costs memory for the whole run.
     """
-    step = max(32, 2 ** (max(length - 1, 1).bit_length() - 3))
+    step = max(16, 2 ** (max(length - 1, 1).bit_length() - 3))
     return -(-length // step) * step
 
 
@@ -66,26 +67,74 @@ def _cut(ranked: np.ndarray, batch_size: int) -> list[Indices]:
     return [tuple(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
 
 
-def collate(examples: Sequence[Example], indices: Indices, batch_size: int, ref: np.ndarray | None = None) -> Batch:
-    """Lay the pairs `indices` out as a batch of `batch_size` pairs: rows 0..B-1 chosen, B..2B-1 rejected.
+def shared_prefix(shortest: int) -> int:
+    """P for a batch whose shortest prompt has `shortest` tokens: the multiple of 32 below it, less one.
 
-    `ref` is (N, 2): the reference's summed log-probs of each example's chosen and rejected completion, nats; without
-    it the batch carries zeros. Filler repeats the first pair with weight 0, so that it is finite in every objective.
+    Less one, because a row's suffix needs a token of the prompt to predict its first completion token from.
     """
-    full = indices + (indices[0],) * (batch_size - len(indices))
-    rows = [(examples[i].prompt, examples[i].chosen) for i in full] + [
-        (examples[i].prompt, examples[i].rejected) for i in full
-    ]
-    width = bucket(max(len(prompt) + len(completion) for prompt, completion in rows))
-    tokens = np.zeros((len(rows), width), np.int32)
-    mask = np.zeros((len(rows), width - 1), np.float32)
-    for row, (prompt, completion) in enumerate(rows):
-        end = len(prompt) + len(completion)
-        tokens[row, : len(prompt)], tokens[row, len(prompt) : end] = prompt, completion
-        mask[row, len(prompt) - 1 : end - 1] = 1  # target t is predicted at position t-1
-    values = np.zeros(len(rows), np.float32) if ref is None else ref[list(full)].T.reshape(-1).astype(np.float32)
-    weight = np.array([1.0] * len(indices) + [0.0] * (batch_size - len(indices)), np.float32)
-    first, second = np.arange(batch_size), np.arange(batch_size, 2 * batch_size)
-    return Batch(
-        *(mx.array(a) for a in (tokens, mask, first.astype(np.int32), second.astype(np.int32), values, weight))
-    )
+    return max(shortest // PREFIX_STEP * PREFIX_STEP - 1, 0)
+
+
+def collate(examples: Sequence[Example], indices: Indices, batch_size: int, ref: np.ndarray | None = None) -> Batch:
+    """Lay the pairs `indices` out as a batch of `batch_size` pairs over distinct rows.
+
+    A completion that stands in several pairs of a prompt is one row. `ref` is (N, 2): the reference's summed log-probs
+    of each example's chosen and rejected completion, nats; without it the batch carries zeros. A short batch is filled
+    with pairs of weight 0 that repeat the first one, which costs no row.
+    """
+    pairs = [examples[i] for i in indices]
+    rows, place = distinct_rows(pairs)
+    values = np.zeros(len(rows), np.float32)
+    if ref is not None:
+        values[place] = ref[list(indices)]
+    filler = batch_size - len(indices)
+    weight = np.array([1.0] * len(indices) + [0.0] * filler, np.float32)
+    chosen, rejected = np.concatenate([place, np.repeat(place[:1], filler, axis=0)]).T.astype(np.int32)
+    tail = (values, chosen, rejected, weight)
+    arrays = [mx.array(np.ascontiguousarray(a)) for a in (*_layout(rows), *tail)]
+    counts = {sum(row.group == g for row in rows) for g in range(rows[-1].group + 1)}
+    return Batch(*arrays, per_prompt=counts.pop() if len(counts) == 1 else 0)
+
+
+class Row(NamedTuple):
+    """One completion of one prompt: ids of both, and which of the batch's prompts it is."""
+
+    prompt: np.ndarray
+    completion: np.ndarray
+    group: int
+
+
+def distinct_rows(pairs: Sequence[Example]) -> tuple[list[Row], np.ndarray]:
+    """Each distinct (prompt, completion) once, those of a prompt adjacent, and where each pair's two rows are, (B, 2)."""
+    prompts: dict[bytes, dict[bytes, Row]] = {}
+    for pair in pairs:
+        group = prompts.setdefault(pair.prompt.tobytes(), {})
+        number = next(iter(group.values())).group if group else len(prompts) - 1
+        for completion in (pair.chosen, pair.rejected):
+            group.setdefault(completion.tobytes(), Row(pair.prompt, completion, number))
+    rows = [row for group in prompts.values() for row in group.values()]
+    index = {(row.group, row.completion.tobytes()): i for i, row in enumerate(rows)}
+    number = {prompt: next(iter(group.values())).group for prompt, group in prompts.items()}
+    place = [[index[number[p.prompt.tobytes()], c.tobytes()] for c in (p.chosen, p.rejected)] for p in pairs]
+    return rows, np.array(place, np.int32)
+
+
+def _layout(rows: Sequence[Row]) -> tuple[np.ndarray, ...]:
+    """The arrays of a `Batch` from `prefix` to `length`."""
+    shared = shared_prefix(min(len(row.prompt) for row in rows))
+    width = bucket(max(len(row.prompt) + len(row.completion) for row in rows) - 1 - shared)
+    count = sum(len(row.completion) for row in rows)
+    prefix = np.stack([next(r.prompt for r in rows if r.group == g)[:shared] for g in range(rows[-1].group + 1)])
+    suffix = np.zeros((len(rows), width), np.int32)
+    targets, positions, owner, scored = (np.zeros(bucket(count), np.int32) for _ in range(4))
+    at = 0
+    for i, row in enumerate(rows):
+        ids = np.concatenate([row.prompt[shared:], row.completion])
+        suffix[i, : len(ids) - 1] = ids[:-1]
+        here, start = slice(at, at + len(row.completion)), len(row.prompt) - shared - 1
+        targets[here], owner[here], scored[here] = row.completion, i, 1
+        positions[here] = i * width + start + np.arange(len(row.completion))  # position t predicts token t+1
+        at = here.stop
+    group = np.array([row.group for row in rows], np.int32)
+    length = np.array([len(row.completion) for row in rows], np.float32)
+    return prefix, suffix, group, targets, positions, owner, scored.astype(np.float32), length

@@ -17,7 +17,7 @@ from mlxdpo.generate import Completion, generate
 from mlxdpo.model.adapters import adapters_off, load_run
 from mlxdpo.model.policy import Policy
 from mlxdpo.runs import Run, append_line, read_lines, write_json
-from mlxdpo.scoring import completion_logps
+from mlxdpo.scoring import score_pairs
 from mlxdpo_eval.drift import TextStats, sequence_kl, text_stats
 from mlxdpo_eval.stats import Interval, cluster_bootstrap, paired_difference
 
@@ -99,11 +99,11 @@ def heldout_margins(policy: Policy, config: Config) -> tuple[list[float], list[s
     margins = np.zeros(len(examples))
     for indices in plan_straight([row_length(e) for e in examples], BATCH // 8):
         batch = collate(examples, indices, BATCH // 8)
-        tuned = completion_logps(policy.model, batch.tokens, batch.mask)
+        tuned = score_pairs(policy.model, batch)
         with adapters_off(policy.model):
-            start = completion_logps(policy.model, batch.tokens, batch.mask)
-        ratio = tuned - start
-        margins[list(indices)] = np.array(ratio[batch.chosen] - ratio[batch.rejected])[: len(indices)]
+            start = score_pairs(policy.model, batch)
+        chosen, rejected = tuned.chosen - start.chosen, tuned.rejected - start.rejected
+        margins[list(indices)] = np.array(chosen - rejected)[: len(indices)]
     return (config.loss.beta * margins).tolist(), [str(row.prompt) for row in rows]
 
 

@@ -73,11 +73,22 @@ def score_logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
 
 
 def _logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
-    return target_logps(logits(head, h), mx.stop_gradient(y))  # inside a checkpoint, y is an input like any other
+    return _softmax(logits(head, h), mx.stop_gradient(y))[0]  # inside a checkpoint, y is an input like any other
+
+
+def _softmax(z: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """(N, V) logits -> log p(y) (N,), exp(z - max) (N, V) and its row sums (N, 1).
+
+    Training and scoring share it to the operation: a policy that has not moved differs from its reference by nothing.
+    """
+    top = mx.stop_gradient(mx.max(z, axis=-1, keepdims=True))
+    e = mx.exp(z - top)
+    total = in_blocks(e).sum(axis=-1).sum(axis=-1, keepdims=True)
+    return (mx.take_along_axis(z, y[:, None], axis=-1) - top - mx.log(total))[:, 0], e, total
 
 
 def target_logps(z: mx.array, y: mx.array) -> mx.array:
-    """(..., V) float32 logits and (...) tokens -> (...) log p(y), nats, by the platform's fused kernel or two sweeps."""
+    """(..., V) float32 logits and (...) tokens -> (...) log p(y), nats: the platform's fused kernel, or two sweeps."""
     if this_machine().kind != "cpu":
         return -mx.fast.cross_entropy(z, y)
     at_y = mx.take_along_axis(z, y[..., None], axis=-1).squeeze(-1)
@@ -121,10 +132,7 @@ def _fused(head: Head) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.arra
 
 def _with_row(head: Head, h: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
     z = logits(head, h)
-    top = mx.max(z, axis=-1, keepdims=True)
-    e = mx.exp(z - top)
-    total = in_blocks(e).sum(axis=-1).sum(axis=-1, keepdims=True)
-    logp = (mx.take_along_axis(z, y[:, None], axis=-1) - top - mx.log(total))[:, 0]
+    logp, e, total = _softmax(z, y)
     if head.softcap is None:
         # W[y] - (e W) / total: the one-hot part is a look-up, not a matmul.
         row = _rows_of(head, y) - _times_weight(head, e) / total

@@ -63,7 +63,7 @@ def hidden_states(
     spread: Callable[[mx.array], mx.array],
     checkpoint: Callable[..., Any] | None = None,
 ) -> mx.array:
-    """(G, P) and (R, S) token ids -> (R, S, D) states of the suffix rows after the last norm. P may be 0.
+    """(G, P) and (R, S) token ids -> (R, S, D) states of the suffix rows before the last norm. P may be 0.
 
     `checkpoint` is `checkpointed`, to compute each layer again in the backward pass instead of keeping its insides.
     """
@@ -76,7 +76,7 @@ def hidden_states(
             hs = run(layer, lambda h, m=mask, one=layer: one(h, m, None))(hs)
         else:
             hp, hs = run(layer, _joint(trunk, layer, window, spread))(hp, hs)
-    return trunk.norm(hs)
+    return hs
 
 
 def _joint(trunk: Trunk, layer: Any, window: int | None, spread: Callable[[mx.array], mx.array]) -> Callable[..., Any]:
