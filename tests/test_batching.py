@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxdpo.data.batching import bucket, collate, plan_epoch, plan_straight, row_length
+from mlxdpo.data.batching import bucket, collate, plan_epoch, plan_straight, row_length, shared_prefix
 from mlxdpo.types import Example
 
 LENGTHS = st.lists(st.integers(2, 600), min_size=1, max_size=60)
@@ -74,47 +74,84 @@ def test_straight_plans_begin_with_the_longest_and_group_by_length(lengths, size
 @given(st.integers(1, 10**6))
 def test_bucket_rounds_up_monotonically_and_wastes_at_most_a_quarter(length):
     assert bucket(length + 1) >= bucket(length) >= length and bucket(bucket(length)) == bucket(length)
-    assert bucket(length) - length < max(32, length / 4)
+    assert bucket(length) - length < max(16, length / 4)
 
 
 def test_few_shapes_occur():
-    assert sorted({bucket(length) for length in range(1, 257)}) == list(range(32, 257, 32))
-    assert len({bucket(length) for length in range(1, 4097)}) <= 8 + 4 * 4
-    assert [bucket(length) for length in (1, 32, 33, 256, 257, 1024, 1025)] == [32, 32, 64, 256, 320, 1024, 1280]
+    assert sorted({bucket(length) for length in range(1, 129)}) == list(range(16, 129, 16))
+    assert len({bucket(length) for length in range(1, 4097)}) <= 8 + 4 * 5
+    assert [bucket(length) for length in (1, 32, 33, 256, 257, 1024, 1025)] == [16, 32, 48, 256, 320, 1024, 1280]
+
+
+def rows_of(batch):
+    """Every row's full tokens and its scored targets, read back from a batch."""
+    shared, width = batch.prefix.shape[1], batch.suffix.shape[1]
+    full = np.concatenate([np.array(batch.prefix)[np.array(batch.group)], np.array(batch.suffix)], axis=1)
+    scored = [[] for _ in full]
+    targets, positions, owner = (np.array(a) for a in (batch.targets, batch.positions, batch.owner))
+    for target, position, row in zip(*(a[np.array(batch.scored) == 1] for a in (targets, positions, owner)), strict=True):
+        assert position // width == row
+        scored[row].append((shared + int(position) % width, int(target)))
+    return full, scored
 
 
 @given(EXAMPLES, st.integers(0, 3))
 def test_collate_scores_exactly_the_completions(examples, spare):
     size, pairs = len(examples) + spare, tuple(range(len(examples)))
     batch = collate(examples, pairs, size)
-    tokens, mask = np.array(batch.tokens), np.array(batch.mask)
-    assert tokens.shape[0] == 2 * size and mask.shape == (2 * size, tokens.shape[1] - 1)
-    assert tokens.shape[1] == bucket(max(row_length(e) for e in examples))
+    full, scored = rows_of(batch)
+    assert len({(e.prompt.tobytes(), c.tobytes()) for e in examples for c in (e.chosen, e.rejected)}) == len(full)
     for pair in range(size):
         example = examples[pair if pair < len(examples) else 0]
         for row, completion in ((batch.chosen[pair], example.chosen), (batch.rejected[pair], example.rejected)):
-            row, end = row.item(), len(example.prompt) + len(completion)
-            assert tokens[row, :end].tolist() == [*example.prompt, *completion]
-            assert tokens[row, 1:][mask[row] == 1].tolist() == completion.tolist()  # position t predicts token t+1
-            assert mask[row].sum() == len(completion) and not tokens[row, end:].any()
+            ids, row = [*example.prompt.tolist(), *completion.tolist()], row.item()
+            assert full[row, : len(ids) - 1].tolist() == ids[:-1]
+            # position t predicts token t+1, from the prompt's last token on
+            assert scored[row] == [(t - 1, ids[t]) for t in range(len(example.prompt), len(ids))]
+            assert batch.length[row].item() == len(completion)
+
+
+@given(EXAMPLES)
+def test_rows_of_a_prompt_are_adjacent_and_share_its_beginning(examples):
+    batch = collate(examples, tuple(range(len(examples))), len(examples))
+    group = np.array(batch.group)
+    assert group.tolist() == sorted(group) and set(group) == set(range(batch.prefix.shape[0]))
+    assert batch.per_prompt == (len(group) // (group.max() + 1) if len(set(np.bincount(group))) == 1 else 0)
+    assert batch.prefix.shape[1] == shared_prefix(min(len(e.prompt) for e in examples))
+
+
+def test_the_shared_prefix_leaves_each_row_a_token_of_the_prompt():
+    assert [shared_prefix(n) for n in (1, 31, 32, 33, 64, 255, 256)] == [0, 0, 31, 31, 63, 223, 255]
+
+
+def test_four_ranked_completions_are_four_rows_and_six_pairs():
+    prompt, answers = np.arange(1, 40, dtype=np.int32), [np.full(n, n, np.int32) for n in (3, 4, 5, 6)]
+    pairs = [Example(prompt, a, b, "here") for i, a in enumerate(answers) for b in answers[i + 1 :]]
+    batch = collate(pairs, tuple(range(6)), 8)
+    assert batch.suffix.shape[0] == 4 and batch.prefix.shape == (1, 31) and batch.per_prompt == 4
+    assert batch.chosen.tolist() == [0, 0, 0, 1, 1, 2, 0, 0] and batch.rejected.tolist() == [1, 2, 3, 2, 3, 3, 1, 1]
+    assert batch.weight.tolist() == [1] * 6 + [0] * 2
 
 
 @given(EXAMPLES, st.integers(0, 3))
 def test_filler_weighs_nothing_and_references_follow_their_rows(examples, spare):
     size, order = len(examples) + spare, tuple(reversed(range(len(examples))))
-    ref = np.arange(2 * len(examples), dtype=np.float32).reshape(-1, 2)
+    names = {}
+    for e in examples:
+        for c in (e.chosen, e.rejected):
+            names.setdefault((e.prompt.tobytes(), c.tobytes()), float(len(names)))
+    ref = np.array([[names[e.prompt.tobytes(), c.tobytes()] for c in (e.chosen, e.rejected)] for e in examples], "f")
     batch = collate(examples, order, size, ref)
     assert batch.weight.tolist() == [1.0] * len(examples) + [0.0] * spare
     own = [*order, *([order[0]] * spare)]
     assert batch.ref[batch.chosen].tolist() == ref[own, 0].tolist()
     assert batch.ref[batch.rejected].tolist() == ref[own, 1].tolist()
-    assert collate(examples, order, size).ref.tolist() == [0.0] * 2 * size
-    assert sorted([*batch.chosen.tolist(), *batch.rejected.tolist()]) == list(range(2 * size))
+    assert not collate(examples, order, size).ref.any()
 
 
 @pytest.mark.parametrize("longest", [31, 32, 33])
 def test_a_row_that_fills_its_bucket_keeps_its_last_token(longest):
     example = Example(np.array([7], np.int32), np.arange(1, longest, dtype=np.int32), np.array([5], np.int32), "here")
     batch = collate([example], (0,), 1)
-    assert batch.tokens.shape[1] == bucket(longest)
-    assert batch.mask[0].sum().item() == longest - 1 and batch.mask[0][longest - 2].item() == 1
+    assert batch.suffix.shape[1] == bucket(longest - 1)  # the last token is a target only
+    assert rows_of(batch)[1][0][-1] == (longest - 2, longest - 1)

@@ -8,9 +8,18 @@ from mlx.utils import tree_flatten
 from tiny_models import CONFIGS, tiny_model
 
 from mlxdpo.config import LoraConfig
-from mlxdpo.data.batching import collate
+from mlxdpo.data.batching import collate, distinct_rows
 from mlxdpo.model.adapters import attach_lora
-from mlxdpo.scoring import completion_logps, score_pairs, token_logps
+from mlxdpo.model.prefix import checkpointed
+from mlxdpo.scoring import (
+    completion_logps,
+    fast_forward,
+    forward_for,
+    plain_forward,
+    score_pairs,
+    scoring_forward_for,
+    token_logps,
+)
 from mlxdpo.step import make_scorer
 from mlxdpo.types import Example
 
@@ -67,11 +76,20 @@ def test_order_padding_and_batch_size_change_nothing(model, examples):
         pairs = score_pairs(model, collate(examples, order, size))
         assert pairs.chosen[:COUNT].tolist() == pytest.approx([chosen[i] for i in order], abs=1e-4)
         assert pairs.rejected[:COUNT].tolist() == pytest.approx([rejected[i] for i in order], abs=1e-4)
-    batch = collate(examples, order, COUNT)
-    wider = mx.pad(batch.tokens, ((0, 0), (0, 64)), constant_values=299), mx.pad(batch.mask, ((0, 0), (0, 64)))
-    assert completion_logps(model, *wider).tolist() == pytest.approx(
-        completion_logps(model, batch.tokens, batch.mask).tolist(), abs=1e-4
-    )
+
+
+def test_fast_and_plain_ways_and_full_rows_agree(model, examples):
+    batch = collate(examples, tuple(range(COUNT)), COUNT + 2)
+    rows, _ = distinct_rows(examples)
+    width = max(len(row.prompt) + len(row.completion) for row in rows) + 9
+    tokens, mask = np.full((len(rows), width), 299, np.int32), np.zeros((len(rows), width - 1), np.float32)
+    for i, row in enumerate(rows):
+        ids = np.concatenate([row.prompt, row.completion])
+        tokens[i, : len(ids)], mask[i, len(row.prompt) - 1 : len(ids) - 1] = ids, 1
+    wanted = completion_logps(model, mx.array(tokens), mx.array(mask)).tolist()
+    for forward in (plain_forward, fast_forward(), fast_forward(checkpointed), scoring_forward_for(model)):
+        assert forward(model, batch).tolist() == pytest.approx(wanted, abs=1e-4)
+    assert scoring_forward_for(model)(model, batch).tolist() == forward_for(model)(model, batch).tolist()  # to the bit
 
 
 def test_gradient_equals_the_naive_loops(model, examples):
@@ -119,7 +137,8 @@ def test_the_compiled_scorer_sees_weights_that_moved(examples):
 def test_sixteen_bit_logits_are_summed_in_float32(examples):
     model = tiny_model()
     model.set_dtype(mx.bfloat16)
-    logps = completion_logps(model, *collate(examples, (0, 1), 2)[:2])
-    assert logps.dtype == mx.float32
+    for forward in (plain_forward, fast_forward()):
+        pairs = score_pairs(model, collate(examples, (0, 1), 2), forward)
+        assert pairs.chosen.dtype == mx.float32
     for i in range(2):
-        assert logps[i].item() == pytest.approx(naive(model, examples[i].prompt, examples[i].chosen), abs=0.3)
+        assert pairs.chosen[i].item() == pytest.approx(naive(model, examples[i].prompt, examples[i].chosen), abs=0.3)

@@ -5,7 +5,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxdpo.scoring import blocked_logsumexp, token_logps
+from mlxdpo.model.head import in_blocks
+from mlxdpo.scoring import token_logps
 
 SIZES = [151936, 50257, 49152, 300, 7, 1]  # Qwen, GPT-2, SmolLM2, a tiny one, a prime, one word
 
@@ -15,6 +16,10 @@ def spread(rows, size):
     logits = np.random.default_rng(0).normal(0, 3, (rows, size)).astype(np.float32)
     logits[:, 0] += 8
     return logits
+
+
+def blocked_logsumexp(logits):
+    return mx.logsumexp(mx.logsumexp(in_blocks(logits), axis=-1), axis=-1)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -17,7 +17,7 @@ from mlxdpo.config import DataConfig, ModelConfig
 from mlxdpo.data.batching import collate, plan_straight, row_length
 from mlxdpo.data.encode import encode_all
 from mlxdpo.model.policy import load_policy
-from mlxdpo.scoring import completion_logps, token_logps
+from mlxdpo.scoring import score_pairs, token_logps
 from mlxdpo.types import Preference
 
 pytestmark = pytest.mark.parity
@@ -57,12 +57,12 @@ def scored(request, tmp_path, cache):
     assert report.kept == len(PAIRS)
     ours = {}
     for indices in plan_straight([row_length(e) for e in examples], 2):
-        batch = collate(examples, indices, 2)
-        tokens = np.array(token_logps(policy.model, batch.tokens) * batch.mask)
-        summed, mask = completion_logps(policy.model, batch.tokens, batch.mask).tolist(), np.array(batch.mask) > 0
+        summed = score_pairs(policy.model, collate(examples, indices, 2))
         for slot, i in enumerate(indices):
-            for row, name in ((slot, "chosen"), (2 + slot, "rejected")):
-                ours[i, name] = (tokens[row][mask[row]], summed[row])
+            for name in ("chosen", "rejected"):
+                row = np.concatenate([examples[i].prompt, getattr(examples[i], name)])
+                tokens = np.array(token_logps(policy.model, mx.array(row[None])))[0, len(examples[i].prompt) - 1 :]
+                ours[i, name] = (tokens, getattr(summed, name)[slot].item())
     return request.param, folder, examples, ours
 
 
