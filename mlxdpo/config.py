@@ -161,6 +161,8 @@ class TrainConfig(Section):
     """Pairs computed at once."""
     accumulate: int = Field(default=4, ge=1)
     """Batches per optimizer step; the result equals one batch of batch_size * accumulate pairs."""
+    checkpoint: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
     seed: int = Field(default=0, ge=0)
     """Order of the pairs, adapter start, dropout."""
     eval_every: int = Field(default=50, ge=0)

@@ -22,6 +22,7 @@ from mlxdpo.data.batching import Epoch, Indices, Lengths, collate, plan_epoch, p
 from mlxdpo.losses import Objective
 from mlxdpo.metrics import Scored, join, pair_metrics
 from mlxdpo.model.adapters import dropout_off
+from mlxdpo.scoring import Ways
 from mlxdpo.step import Gradient, Gradients, add, gradient_norm, make_gradient, make_scorer, make_update
 from mlxdpo.types import Batch, Event, Example, Pairs, UserError
 
@@ -50,6 +51,7 @@ class Job:
     train: Part
     heldout: Part
     checkpoints: Path
+    ways: Ways
 
 
 def total_steps(config: Config, pairs: int) -> int:
@@ -94,8 +96,8 @@ def run_loop(job: Job, progress: Progress, should_stop: Callable[[], bool]) -> I
     bad gradient reaches the weights.
     """
     plan = Plan(job.config, row_lengths(job.train.examples))
-    gradient = make_gradient(job.model, job.objective, job.knobs)
-    update, scorer = make_update(job.model, job.optimizer), make_scorer(job.model)
+    gradient = make_gradient(job.model, job.objective, job.knobs, job.ways.train)
+    update, scorer = make_update(job.model, job.optimizer), make_scorer(job.model, job.ways.score)
     if job.heldout.examples and progress.step == 0:
         yield Event("eval", 0, evaluate(job, scorer))
     while progress.step < plan.total and not _patience_over(job, progress):

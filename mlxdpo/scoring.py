@@ -8,13 +8,13 @@ Right padding is harmless under a causal mask, and it keeps MLX's light attentio
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxdpo.model import head as heads
-from mlxdpo.model.prefix import hidden_states, spreader
+from mlxdpo.model.prefix import checkpointed, hidden_states, spreader
 from mlxdpo.model.trunk import split
 from mlxdpo.types import Batch, Pairs
 
@@ -69,19 +69,26 @@ def _by_row(logps: mx.array, batch: Batch) -> mx.array:
     return mx.zeros(batch.length.shape).at[batch.owner].add(logps * batch.scored)
 
 
-def forward_for(model: nn.Module) -> Forward:
-    """The fast way where the model's parts are known, else the plain one."""
-    return plain_forward if split(model) is None else fast_forward()
+class Ways(NamedTuple):
+    """How a model is run: `train` under differentiation, `score` without. Both give the same numbers, to the bit."""
+
+    train: Forward
+    score: Forward
 
 
-def scoring_forward_for(model: nn.Module) -> Forward:
-    """The same numbers, to the bit, for who needs no gradient."""
-    return plain_forward if split(model) is None else fast_forward(head=heads.score_logps)
+PLAIN = Ways(plain_forward, plain_forward)
+
+
+def ways_for(model: nn.Module, checkpoint: bool = False) -> Ways:
+    """The fast way where the model's parts are known, else the plain one, which knows no checkpointing."""
+    if split(model) is None:
+        return PLAIN
+    return Ways(fast_forward(checkpointed if checkpoint else None), fast_forward(head=heads.score_logps))
 
 
 def score_pairs(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Pairs:
     """Everything an objective needs of a batch; each field (B,)."""
-    logps = (forward or forward_for(model))(model, batch)
+    logps = (forward or ways_for(model).train)(model, batch)
     chosen, rejected, length = batch.chosen, batch.rejected, batch.length
     return Pairs(
         logps[chosen], logps[rejected], batch.ref[chosen], batch.ref[rejected], length[chosen], length[rejected]

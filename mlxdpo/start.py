@@ -13,10 +13,10 @@ from mlxdpo.config import Config, LoraConfig, ModelConfig
 from mlxdpo.data.batching import collate, plan_epoch, row_lengths
 from mlxdpo.data.encode import template_digest
 from mlxdpo.data.load import Dataset
-from mlxdpo.loop import Job
+from mlxdpo.loop import Job, Part
 from mlxdpo.model.adapters import adapters_off, check_trainable, dropout_off, load_adapter, read_settings
 from mlxdpo.model.policy import Policy, load_policy
-from mlxdpo.scoring import score_pairs
+from mlxdpo.scoring import PLAIN, Ways, plain_forward, score_pairs, ways_for
 from mlxdpo.types import Batch, Pairs, UserError
 
 # How far one summed log-prob may be from the reference's at the start, nats: rounding differs with the batch's shape.
@@ -74,21 +74,45 @@ def check_heldout(config: Config, data: Dataset) -> None:
             raise UserError(f"train.{name} {value} needs held-out pairs; give data.eval, or raise data.eval_fraction")
 
 
+def choose_ways(model: nn.Module, data: Dataset, config: Config) -> tuple[Ways, str]:
+    """How to run the model, and why not the fast way: it is asked to give the plain way's log-probs on real rows.
+
+    Raises `UserError` when the recipe wants checkpointing and only the plain way is left.
+    """
+    ways, name = ways_for(model, config.train.checkpoint), type(model).__module__.rsplit(".", 1)[-1]
+    note = f"{name}: no fast way is known for this architecture, so full rows and full logits are computed"
+    if ways is not PLAIN:
+        with dropout_off(model):
+            batch = _first_batch(Part(data.train, np.zeros((len(data.train), 2), np.float32)), config)
+            gap = mx.abs(ways.score(model, batch) - plain_forward(model, batch)).max().item()
+        if gap <= _tolerance(model):
+            return ways, ""
+        note = f"{name}: the fast way is {gap:.3g} nats off here, so full rows and full logits are computed"
+    if config.train.checkpoint:
+        raise UserError(f"train.checkpoint needs the fast way, but {note}; set train.checkpoint false")
+    return PLAIN, note
+
+
+def _first_batch(part: Part, config: Config) -> Batch:
+    """The first batch of a run: a short run's reference holds only the pairs it visits."""
+    train = config.train
+    plan = plan_epoch(row_lengths(part.examples), train.batch_size, train.accumulate, train.seed, 0)
+    return collate(part.examples, plan.windows[0][0], train.batch_size, part.ref)
+
+
 def check(job: Job) -> None:
     """Before the first step policy and reference agree, so the objective has a known value (sigmoid: ln 2).
 
     Raises `UserError` naming the cause when it has not. Dropout is off here: it may differ by design.
     """
-    train, examples = job.config.train, job.train.examples
-    plan = plan_epoch(row_lengths(examples), train.batch_size, train.accumulate, train.seed, 0)
-    indices = plan.windows[0][0]  # a short run's reference holds only the pairs it visits
-    batch = collate(examples, indices, train.batch_size, job.train.ref)
+    batch = _first_batch(job.train, job.config)
     with dropout_off(job.model):
-        pairs = score_pairs(job.model, batch)
+        pairs = score_pairs(job.model, batch, job.ways.score)
         if _gap(pairs) <= _tolerance(job.model):
             return
         cause = _cause(job, batch)
-    value = float(job.objective(pairs, **job.knobs)[: len(indices)].mean())
+    losses = job.objective(pairs, **job.knobs)
+    value = float((losses * batch.weight).sum() / batch.weight.sum())
     raise UserError(
         f"before the first step the loss is {value:.6f} instead of {job.objective.start(job.config.loss.beta):.6f} "
         f"and a log-prob is {_gap(pairs):.4f} nats from its reference: {cause}"
@@ -111,7 +135,7 @@ def _cause(job: Job, batch: Batch) -> str:
         return "the reference's log-probs are not finite numbers; look at the weights, or set model.dtype float32"
     if job.config.model.adapter is None and job.config.lora.method != "full":
         with adapters_off(job.model):
-            bare = _gap(score_pairs(job.model, batch))
+            bare = _gap(score_pairs(job.model, batch, job.ways.score))
         if bare <= _tolerance(job.model):
             return "the fresh adapter is not zero"
     return "the reference was scored with other weights than training starts from; score it again with an empty cache"

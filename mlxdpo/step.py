@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlxdpo.config import OptimConfig
 from mlxdpo.losses import Objective
 from mlxdpo.platform import compiled
-from mlxdpo.scoring import Forward, score_pairs, scoring_forward_for
+from mlxdpo.scoring import Forward, score_pairs, ways_for
 from mlxdpo.types import Batch, Pairs, UserError
 
 Gradients = Any  # a tree of arrays, as `trainable_parameters` gives it
@@ -62,7 +62,7 @@ def make_optimizer(config: OptimConfig) -> optim.Optimizer:
 
 def make_scorer(model: nn.Module, forward: Forward | None = None) -> Callable[[Batch], Pairs]:
     """Compiled forward pass: a batch's `Pairs`, evaluated."""
-    way = forward or scoring_forward_for(model)
+    way = forward or ways_for(model).score
     score = compiled(lambda batch: score_pairs(model, batch, way), inputs=[model.state])
 
     def scorer(batch: Batch) -> Pairs:

@@ -21,9 +21,9 @@ from mlxdpo.loop import Job, Part, run_loop, total_steps
 from mlxdpo.losses import resolve
 from mlxdpo.manifest import check_same, describe_run
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter
-from mlxdpo.model.policy import Policy, load_policy
+from mlxdpo.model.policy import load_policy
 from mlxdpo.platform import wire_memory
-from mlxdpo.reference import with_reference
+from mlxdpo.reference import Scorer, with_reference
 from mlxdpo.runs import Run
 from mlxdpo.step import make_optimizer, make_scorer
 from mlxdpo.types import Event
@@ -54,7 +54,13 @@ def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lamb
         check_same(run.manifest(), manifest, run.path)
     with run.exclusive():
         run.write_manifest(manifest)
-        parts = yield from _score_reference(config, reference, manifest["reference"], data, should_stop)
+        ways, note = start.choose_ways(policy.model, data, config)
+        if note:
+            yield Event("note", 0, {"text": note})
+        score = (ways if reference is policy else start.choose_ways(reference.model, data, config)[0]).score
+        scorer = make_scorer(reference.model, score)
+        with dropout_off(reference.model):
+            parts = yield from _score_reference(config, scorer, manifest["reference"], data, should_stop)
         if parts is None:
             return
         if reference is not policy:
@@ -63,7 +69,7 @@ def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lamb
             mx.clear_cache()
         if config.model.adapter is None:
             attach_lora(policy.model, config.lora, config.train.seed)
-        job = Job(config, policy.model, optimizer, objective, knobs, *parts, run.checkpoints)
+        job = Job(config, policy.model, optimizer, objective, knobs, *parts, run.checkpoints, ways)
         yield from _train(job, run, resume is not None, should_stop)
 
 
@@ -90,10 +96,10 @@ def _train(job: Job, run: Run, resumed: bool, should_stop: Stop) -> Iterator[Eve
 
 
 def _score_reference(
-    config: Config, reference: Policy, identity: dict, data: Dataset, should_stop: Stop
+    config: Config, scorer: Scorer, identity: dict, data: Dataset, should_stop: Stop
 ) -> Generator[Event, None, tuple[Part, Part] | None]:
     """The reference's log-probs of training and held-out pairs, or None when asked to stop."""
-    train, scorer, parts = config.train, make_scorer(reference.model), []
+    train, parts = config.train, []
     first = plan_epoch(row_lengths(data.train), train.batch_size, train.accumulate, train.seed, 0)
     seen = first.windows[: total_steps(config, len(data.train))]  # a short run needs no more than it visits
     plans: list[tuple[str, Examples, list[Indices]]] = [
@@ -102,14 +108,13 @@ def _score_reference(
     ]
     for name, examples, batches in plans:
         scoring, logps = with_reference(examples, scorer, identity, batches, train.batch_size), None
-        with dropout_off(reference.model):
-            while logps is None:
-                done, logps = next(scoring)
-                yield Event("reference", 0, {"part": name, "done": done, "total": len(examples)})
-                if should_stop():
-                    scoring.close()  # saves what was scored
-                    yield Event("interrupted", 0, {})
-                    return None
+        while logps is None:
+            done, logps = next(scoring)
+            yield Event("reference", 0, {"part": name, "done": done, "total": len(examples)})
+            if should_stop():
+                scoring.close()  # saves what was scored
+                yield Event("interrupted", 0, {})
+                return None
         parts.append(Part(examples, logps))
         yield Event("referenced", 0, {"part": name, "total": len(examples)})
     return parts[0], parts[1]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxdpo.data.batching import bucket, collate, plan_epoch, plan_straight, row_length, shared_prefix
+from mlxdpo.data.batching import bucket, collate, plan_epoch, plan_straight, shared_prefix
 from mlxdpo.types import Example
 
 LENGTHS = st.lists(st.integers(2, 600), min_size=1, max_size=60)
@@ -89,7 +89,9 @@ def rows_of(batch):
     full = np.concatenate([np.array(batch.prefix)[np.array(batch.group)], np.array(batch.suffix)], axis=1)
     scored = [[] for _ in full]
     targets, positions, owner = (np.array(a) for a in (batch.targets, batch.positions, batch.owner))
-    for target, position, row in zip(*(a[np.array(batch.scored) == 1] for a in (targets, positions, owner)), strict=True):
+    for target, position, row in zip(
+        *(a[np.array(batch.scored) == 1] for a in (targets, positions, owner)), strict=True
+    ):
         assert position // width == row
         scored[row].append((shared + int(position) % width, int(target)))
     return full, scored

@@ -193,8 +193,8 @@ def scored_batches(monkeypatch):
     """How many batches runs score from here on."""
     calls, make = [], story.make_scorer
 
-    def counting(model):
-        scorer = make(model)
+    def counting(*arguments):
+        scorer = make(*arguments)
         return lambda batch: calls.append(1) or scorer(batch)
 
     monkeypatch.setattr(story, "make_scorer", counting)

@@ -14,11 +14,10 @@ from mlxdpo.model.prefix import checkpointed
 from mlxdpo.scoring import (
     completion_logps,
     fast_forward,
-    forward_for,
     plain_forward,
     score_pairs,
-    scoring_forward_for,
     token_logps,
+    ways_for,
 )
 from mlxdpo.step import make_scorer
 from mlxdpo.types import Example
@@ -87,9 +86,9 @@ def test_fast_and_plain_ways_and_full_rows_agree(model, examples):
         ids = np.concatenate([row.prompt, row.completion])
         tokens[i, : len(ids)], mask[i, len(row.prompt) - 1 : len(ids) - 1] = ids, 1
     wanted = completion_logps(model, mx.array(tokens), mx.array(mask)).tolist()
-    for forward in (plain_forward, fast_forward(), fast_forward(checkpointed), scoring_forward_for(model)):
+    for forward in (plain_forward, fast_forward(), fast_forward(checkpointed), ways_for(model).score):
         assert forward(model, batch).tolist() == pytest.approx(wanted, abs=1e-4)
-    assert scoring_forward_for(model)(model, batch).tolist() == forward_for(model)(model, batch).tolist()  # to the bit
+    assert ways_for(model).score(model, batch).tolist() == ways_for(model).train(model, batch).tolist()  # to the bit
 
 
 def test_gradient_equals_the_naive_loops(model, examples):

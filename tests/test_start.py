@@ -10,7 +10,7 @@ from tiny_models import write_model
 from tiny_runs import finish, recipe
 from tiny_tokenizers import chatml_tokenizer, llama3_tokenizer
 
-from mlxdpo import start
+from mlxdpo import scoring, start
 from mlxdpo import train as story
 from mlxdpo.data.batching import collate
 from mlxdpo.losses import LOSSES
@@ -182,3 +182,37 @@ def test_a_model_configuration_that_transformers_refuses_is_one_sentence(tmp_pat
     with pytest.raises(UserError, match=r"gemma3_text: its tokenizer cannot be loaded \(.*query_pre_attn_scalar"):
         finish(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_off_the_white_list_takes_the_plain_way_to_the_same_run(tmp_path, monkeypatch):
+    wanted = [e.values["loss"] for e in finish(recipe(tmp_path, "fast")) if e.kind == "step"]
+    monkeypatch.setattr("mlxdpo.scoring.split", lambda model: None)
+    events = finish(recipe(tmp_path, "plain"))
+    notes = [e.values["text"] for e in events if e.kind == "note"]
+    assert notes == ["llama: no fast way is known for this architecture, so full rows and full logits are computed"]
+    assert [e.values["loss"] for e in events if e.kind == "step"] == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(UserError, match=r"train.checkpoint needs the fast way, but llama: no fast way is known"):
+        finish(recipe(tmp_path, "more", train={"checkpoint": True}))
+
+
+def test_a_fast_way_that_computes_something_else_is_not_used(tmp_path, monkeypatch):
+    real = scoring.ways_for
+
+    def wrong(model, checkpoint=False):
+        ways = real(model, checkpoint)
+        return scoring.Ways(ways.train, lambda m, batch: ways.score(m, batch) + 0.5)
+
+    monkeypatch.setattr(start, "ways_for", wrong)
+    events = finish(recipe(tmp_path))
+    notes = [e.values["text"] for e in events if e.kind == "note"]
+    assert notes == ["llama: the fast way is 0.5 nats off here, so full rows and full logits are computed"]
+    assert next(e.values["loss"] for e in events if e.kind == "step") == pytest.approx(np.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_checkpointing_changes_no_step(tmp_path, method):
+    runs = [
+        finish(recipe(tmp_path, str(on), lora={"method": method}, train={"checkpoint": on})) for on in (False, True)
+    ]
+    losses = [[e.values["loss"] for e in events if e.kind == "step"] for events in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -468,7 +468,8 @@ class _Pairs:
 def _scored_as(calls, batch):
     """Minus the completion's only id."""
     calls.append(1)
-    last = -np.array(batch.tokens)[:, 1].astype(np.float32)
+    last, real = np.zeros(batch.length.shape, np.float32), np.array(batch.scored) == 1
+    last[np.array(batch.owner)[real]] = -np.array(batch.targets)[real]
     return _Pairs(last[np.array(batch.chosen)], last[np.array(batch.rejected)])
 
 

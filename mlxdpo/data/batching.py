@@ -105,7 +105,7 @@ class Row(NamedTuple):
 
 
 def distinct_rows(pairs: Sequence[Example]) -> tuple[list[Row], np.ndarray]:
-    """Each distinct (prompt, completion) once, those of a prompt adjacent, and where each pair's two rows are, (B, 2)."""
+    """Each distinct (prompt, completion) once, those of a prompt adjacent, and the rows of each pair, (B, 2)."""
     prompts: dict[bytes, dict[bytes, Row]] = {}
     for pair in pairs:
         group = prompts.setdefault(pair.prompt.tobytes(), {})

@@ -33,6 +33,7 @@ from mlxdpo.losses import resolve
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
 from mlxdpo.reference import with_reference
+from mlxdpo.scoring import ways_for
 from mlxdpo.step import make_optimizer, make_scorer
 from mlxdpo.types import Preference
 
@@ -96,7 +97,9 @@ def run_ours(config, examples, checkpoints):
     attach_lora(policy.model, config.lora, seed=1)
     fresh = {n: np.array(a) for n, a in tree_flatten(policy.model.trainable_parameters()) if ".lora_" in n}
     parts = Part(examples, ref), Part([], np.zeros((0, 2), np.float32))
-    job = Job(config, policy.model, make_optimizer(config.optim), *resolve(config.loss), *parts, checkpoints)
+    job = Job(
+        config, policy.model, make_optimizer(config.optim), *resolve(config.loss), *parts, checkpoints, ways_for(model)
+    )
     events = run_loop(job, Progress(), lambda: False)
     return [event.values for event in events if event.kind == "step"], fresh
 
