@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from compilers import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -19,7 +20,6 @@ from tiny_models import tiny_model
 
 from mlxdpo.model import attention
 from mlxdpo.model.attention import causal_window, chunked_attention, light_attention, pays
-from mlxdpo.platform import compiled
 
 assert mlxdpo
 
@@ -271,7 +271,9 @@ def assert_same_training(kind, got, want):
 WINDOWS = {"llama": [None] * 3, "qwen3": [None] * 3, "gemma3_text": [16, None, 16]}
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, compiled], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "wrap", [lambda f: f, pytest.param(mx.compile, marks=needs_compiler)], ids=["eager", "compiled"]
+)
 @pytest.mark.parametrize("kind", list(WINDOWS))
 def test_whole_models_train_the_same(kind, wrap, pays_at_once):
     model, tokens = lora_model(kind), mx.random.randint(0, 300, (2, 72))
@@ -283,6 +285,7 @@ def test_whole_models_train_the_same(kind, wrap, pays_at_once):
     assert_same_training(kind, got, want)
 
 
+@needs_compiler
 @pytest.mark.parametrize("kind", list(WINDOWS))
 def test_with_layers_under_checkpoint_in_a_compiled_step(kind, pays_at_once):
     """Each layer closes over its mask, as the trunk's own loop does; it is run again in the backward pass."""
@@ -305,7 +308,7 @@ def test_with_layers_under_checkpoint_in_a_compiled_step(kind, pays_at_once):
     model, tokens = lora_model(kind), mx.random.randint(0, 300, (2, 50))
     want = loss_and_gradients(model, tokens, loss)
     with light_attention(model, 49):
-        got = loss_and_gradients(model, tokens, loss, compiled)
+        got = loss_and_gradients(model, tokens, loss, mx.compile)
     assert len(pays_at_once) == 6
     assert_same_training(kind, got, want)
 

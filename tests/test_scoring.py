@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from compilers import needs_compiler
 from mlx.utils import tree_flatten
 from tiny_models import CONFIGS, tiny_model
 
@@ -122,7 +123,9 @@ def test_token_logps_are_a_distribution(model, examples):
     assert mx.exp(token_logps(model, rows)[:, -1]).sum().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_the_compiled_scorer_sees_weights_that_moved(examples):
+@needs_compiler
+def test_the_compiled_scorer_sees_weights_that_moved(examples, monkeypatch):
+    monkeypatch.setattr("mlxdpo.step.compiled", mx.compile)
     model = attach_lora(tiny_model(), LoraConfig(rank=3, scale=1.0))
     scorer, batch = make_scorer(model), collate(examples, (0, 1), 2)
     before = scorer(batch)

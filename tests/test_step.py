@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from compilers import needs_compiler
 from mlx.utils import tree_flatten, tree_map
 from tiny_models import tiny_model
 from tiny_runs import finish, losses, recipe
@@ -134,11 +135,11 @@ def test_filler_changes_neither_gradient_nor_metrics(model, data):
     assert len(loop.scored(filled.losses, filled.pairs, 2).chosen) == 2
 
 
+@needs_compiler
 def test_compiled_equals_uncompiled(tmp_path, cache, monkeypatch):
     results = []
-    for name in ("compiled", "plain"):
-        if name == "plain":
-            monkeypatch.setattr(step, "compiled", lambda function, **options: function)
+    for name, compiled in (("compiled", mx.compile), ("plain", lambda function, **options: function)):
+        monkeypatch.setattr(step, "compiled", compiled)
         events = finish(recipe(tmp_path, name, lora={"dropout": 0.1}))
         results.append((losses(events), mx.load(str(tmp_path / name / "adapter" / "adapters.safetensors"))))
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)

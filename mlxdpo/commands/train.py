@@ -42,12 +42,11 @@ def follow_training(config: Config, resume: Run | None) -> int:
     from mlxdpo.commands import screen
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.commands.track import check_installed, tracked
-    from mlxdpo.platform import compiler_note, preload_blas
+    from mlxdpo.platform import preload_blas
     from mlxdpo.train import train
 
-    for note in (preload_blas().note if not preload_blas().fast else "", compiler_note()):
-        if note:
-            screen.warn(note)
+    if not preload_blas().fast:
+        screen.warn(preload_blas().note)
     check_installed(config)
     path, finished = resume.path if resume else None, False
     with stop_flag() as should_stop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,19 +10,21 @@ import mlx.core as mx
 import numpy as np
 
 from mlxdpo.config import Config
-from mlxdpo.data.batching import bucket, collate, plan_straight, row_length
+from mlxdpo.data.batching import collate, plan_straight, row_length
 from mlxdpo.data.encode import encode_all, encode_prompt
 from mlxdpo.data.read import heldout_source, read_pairs
 from mlxdpo.demo.rewards import REWARDS
 from mlxdpo.generate import Completion, generate
 from mlxdpo.model.adapters import adapters_off, load_run
 from mlxdpo.model.policy import Policy
-from mlxdpo.runs import Run, append_line, read_lines, write_json
-from mlxdpo.scoring import score_pairs
+from mlxdpo.runs import Run, read_lines, write_json, write_text
+from mlxdpo.scoring import score_pairs, ways_for
 from mlxdpo_eval.drift import TextStats, sequence_kl, text_stats
 from mlxdpo_eval.stats import Interval, cluster_bootstrap, paired_difference
 
-SAMPLES, MAX_TOKENS, BATCH = 2, 24, 64
+OPENINGS = 80  # the first of the held-out ones: enough for the intervals, in less than four minutes
+SAMPLES, MAX_TOKENS, BATCH = 2, 24, 80
+PAIRS = 8  # held-out pairs computed at once
 ROWS = 16  # rows of a forward pass whose (R, T, V) logits are held
 
 
@@ -53,7 +56,7 @@ class Result(NamedTuple):
 def measure(run: Run, seed: int) -> tuple[Result, Samples, Samples]:
     """Sample before and after, judge, score the held-out pairs; writes `eval/demo.json` and `samples/`."""
     config, policy = run.config(), load_run(run)
-    prompts = [row["prompt"] for row in read_lines(run.path / "data" / "prompts.jsonl")]
+    prompts = [row["prompt"] for row in read_lines(run.path / "data" / "prompts.jsonl")][:OPENINGS]
     with adapters_off(policy.model):
         before = sample(policy, config, prompts, seed)
     after = sample(policy, config, prompts, seed)
@@ -96,12 +99,12 @@ def heldout_margins(policy: Policy, config: Config) -> tuple[list[float], list[s
     source = heldout_source(config.data)
     rows, _ = read_pairs(config.data, *(source or ()))
     examples, _ = encode_all(rows, policy.tokenizer, config.data, eos_ids=policy.eos_ids)
-    margins = np.zeros(len(examples))
-    for indices in plan_straight([row_length(e) for e in examples], BATCH // 8):
-        batch = collate(examples, indices, BATCH // 8)
-        tuned = score_pairs(policy.model, batch)
+    margins, ways = np.zeros(len(examples)), ways_for(policy.model)
+    for indices in plan_straight([row_length(e) for e in examples], PAIRS):
+        batch = collate(examples, indices, PAIRS)
+        tuned = score_pairs(policy.model, batch, ways.score)
         with adapters_off(policy.model):
-            start = score_pairs(policy.model, batch)
+            start = score_pairs(policy.model, batch, ways.score)
         chosen, rejected = tuned.chosen - start.chosen, tuned.rejected - start.rejected
         margins[list(indices)] = np.array(chosen - rejected)[: len(indices)]
     return (config.loss.beta * margins).tolist(), [str(row.prompt) for row in rows]
@@ -115,6 +118,8 @@ def on_policy_kl(policy: Policy, samples: Samples) -> list[float]:
         with adapters_off(policy.model):
             start = policy.model(tokens)
         mx.eval(tuned, start)
+        first = min(len(samples.ids[i]) for i in indices) - 1  # before it there is only prompt
+        tuned, start, mask = tuned[:, first:], start[:, first:], mask[:, first:]
         divergence = sequence_kl(lambda at, t=tuned: t[:, at], lambda at, s=start: s[:, at], mask)
         for i, nats in zip(indices, divergence.tolist(), strict=True):
             result[i] = nats
@@ -127,7 +132,7 @@ def _rows(samples: Samples) -> Iterator[tuple[list[int], mx.array, mx.array]]:
     for start in range(0, len(order), ROWS):
         indices = order[start : start + ROWS]
         rows = [samples.ids[i] + samples.completions[i].tokens for i in indices]
-        width = bucket(max(map(len, rows)))
+        width = max(map(len, rows))
         tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), np.float32)
         for row, (i, ids) in enumerate(zip(indices, rows, strict=True)):
             tokens[row, : len(ids)] = ids
@@ -141,10 +146,12 @@ def save(run: Run, result: Result, before: Samples, after: Samples) -> None:
     values = result._asdict() | {"before": result.before._asdict(), "after": result.after._asdict()}
     write_json(run.path / "eval" / "demo.json", _plain(values))
     for name, samples in (("before", before), ("after", after)):
-        file = run.path / "samples" / f"{name}.jsonl"
-        file.unlink(missing_ok=True)
-        for prompt, text, completion in zip(samples.prompts, samples.texts, samples.completions, strict=True):
-            append_line(file, {"prompt": prompt, "text": text, "finish": completion.finish})
+        rows = [
+            {"prompt": prompt, "text": text, "finish": completion.finish}
+            for prompt, text, completion in zip(samples.prompts, samples.texts, samples.completions, strict=True)
+        ]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(run.path / "samples" / f"{name}.jsonl", lines)
 
 
 def _plain(value: Any) -> Any:
