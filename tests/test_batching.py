@@ -74,13 +74,13 @@ def test_straight_plans_begin_with_the_longest_and_group_by_length(lengths, size
 @given(st.integers(1, 10**6))
 def test_bucket_rounds_up_monotonically_and_wastes_at_most_a_quarter(length):
     assert bucket(length + 1) >= bucket(length) >= length and bucket(bucket(length)) == bucket(length)
-    assert bucket(length) - length < max(16, length / 4)
+    assert bucket(length) - length < max(8, length / 4)
 
 
 def test_few_shapes_occur():
-    assert sorted({bucket(length) for length in range(1, 129)}) == list(range(16, 129, 16))
-    assert len({bucket(length) for length in range(1, 4097)}) <= 8 + 4 * 5
-    assert [bucket(length) for length in (1, 32, 33, 256, 257, 1024, 1025)] == [16, 32, 48, 256, 320, 1024, 1280]
+    assert sorted({bucket(length) for length in range(1, 65)}) == list(range(8, 65, 8))
+    assert len({bucket(length) for length in range(1, 4097)}) <= 8 + 4 * 6
+    assert [bucket(length) for length in (1, 32, 33, 256, 257, 1024, 1025)] == [8, 32, 40, 256, 320, 1024, 1280]
 
 
 def rows_of(batch):

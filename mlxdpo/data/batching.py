@@ -28,11 +28,11 @@ class Epoch(NamedTuple):
 
 
 def bucket(length: int) -> int:
-    """Round a number of tokens up so that few shapes occur: to 16s up to 128, then to eighths of a power of two.
+    """Round a number of tokens up so that few shapes occur: to 8s up to 64, then to eighths of a power of two.
 
     MLX keeps every trace of a compiled step, so each distinct shape costs memory for the whole run.
     """
-    step = max(16, 2 ** (max(length - 1, 1).bit_length() - 3))
+    step = max(8, 2 ** (max(length - 1, 1).bit_length() - 3))
     return -(-length // step) * step
 
 
