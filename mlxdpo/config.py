@@ -38,6 +38,12 @@ class ModelConfig(Section):
     quantize: Literal[4, 8] | None = None
     """Quantise the frozen weights to this many bits when loading (QLoRA)."""
 
+    @field_validator("quantize", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        # The command line brings text, and a Literal, unlike an int, takes none.
+        return int(value) if isinstance(value, str) and value.isdigit() else value
+
 
 class ReferenceConfig(Section):
     """Another reference than the weights that training starts from."""

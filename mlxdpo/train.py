@@ -47,6 +47,7 @@ def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lamb
     data = encode_split(rows, config.data, policy.tokenizer, policy.eos_ids)
     del rows  # they may be gigabytes on disk
     start.check_heldout(config, data)
+    start.check_window(policy, data)
     manifest = describe_run(config, policy, reference, adapter, data)
     run = resume or Run.create(config)
     yield Event("start", 0, {"run": run, "config": config, "data": data, "policy": policy})
