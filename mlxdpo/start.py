@@ -74,13 +74,17 @@ def check_heldout(config: Config, data: Dataset) -> None:
             raise UserError(f"train.{name} {value} needs held-out pairs; give data.eval, or raise data.eval_fraction")
 
 
-def check_window(policy: Policy, data: Dataset) -> None:
+def longest_row(data: Dataset) -> int:
+    """Tokens of the longest row, prompt and completion together."""
+    return max(int(row_lengths(part).max(initial=0)) for part in (data.train, data.heldout))
+
+
+def check_window(policy: Policy, longest: int) -> None:
     """Raise `UserError` for rows that mlx-lm would compute as another function than the model's.
 
     Its gemma2 knows no sliding window: within one the numbers are the same, beyond it they are not.
     """
     window = policy.config.get("sliding_window")
-    longest = max(int(row_lengths(part).max(initial=0)) for part in (data.train, data.heldout))
     if policy.config.get("model_type") == "gemma2" and window and longest > window:
         raise UserError(
             f"a row has {longest} tokens, but beyond {window} mlx-lm computes gemma2 without its sliding window; "

@@ -21,6 +21,7 @@ from mlxdpo.loop import Job, Part, run_loop, total_steps
 from mlxdpo.losses import resolve
 from mlxdpo.manifest import check_same, describe_run
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter
+from mlxdpo.model.attention import light_attention
 from mlxdpo.model.policy import load_policy
 from mlxdpo.platform import wire_memory
 from mlxdpo.reference import Scorer, with_reference
@@ -47,17 +48,19 @@ def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lamb
     data = encode_split(rows, config.data, policy.tokenizer, policy.eos_ids)
     del rows  # they may be gigabytes on disk
     start.check_heldout(config, data)
-    start.check_window(policy, data)
+    longest = start.longest_row(data)
+    start.check_window(policy, longest)
+    ways, note = start.choose_ways(policy.model, data, config)
     manifest = describe_run(config, policy, reference, adapter, data)
     run = resume or Run.create(config)
     yield Event("start", 0, {"run": run, "config": config, "data": data, "policy": policy})
     if resume and (run.path / "manifest.json").exists():
         check_same(run.manifest(), manifest, run.path)
-    with run.exclusive():
+    if note:
+        yield Event("note", 0, {"text": note})
+    # Entered before anything is traced: a trace keeps the attention it was made with.
+    with run.exclusive(), light_attention(policy.model, longest), light_attention(reference.model, longest):
         run.write_manifest(manifest)
-        ways, note = start.choose_ways(policy.model, data, config)
-        if note:
-            yield Event("note", 0, {"text": note})
         score = (ways if reference is policy else start.choose_ways(reference.model, data, config)[0]).score
         scorer = make_scorer(reference.model, score)
         with dropout_off(reference.model):
