@@ -1,7 +1,8 @@
 """What a run reports, by TRL's names, averaged over pairs and not over batch means.
 
 Departs from TRL in one number: a tie counts one half in `rewards/accuracies`, so an untrained policy reads 0.5
-(TRL compares with a strict > and reads 0.0).
+(TRL compares with a strict > and reads 0.0). A tie is a difference that float32 sums of this size cannot resolve: a
+reference that was scored in other batches rounds differently, and that is no preference.
 """
 
 from __future__ import annotations
@@ -29,6 +30,14 @@ def join(parts: Iterable[Scored]) -> Scored:
     return Scored(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
+def accuracy(scored: Scored) -> float:
+    """Share of pairs whose chosen completion gained more over the reference than the rejected one; a tie is 1/2."""
+    margins = (scored.chosen - scored.ref_chosen) - (scored.rejected - scored.ref_rejected)
+    sums = np.abs([scored.chosen, scored.rejected, scored.ref_chosen, scored.ref_rejected]).sum(axis=0)
+    tied = np.abs(margins) <= 4 * np.finfo(np.float32).eps * sums
+    return float(np.where(tied, 0.5, margins > 0).mean())
+
+
 def pair_metrics(scored: Scored, beta: float) -> dict[str, float]:
     """TRL's metrics of a set of pairs.
 
@@ -41,7 +50,7 @@ def pair_metrics(scored: Scored, beta: float) -> dict[str, float]:
         "rewards/chosen": float(chosen.mean()),
         "rewards/rejected": float(rejected.mean()),
         "rewards/margins": float((chosen - rejected).mean()),
-        "rewards/accuracies": float(((chosen > rejected) + 0.5 * (chosen == rejected)).mean()),
+        "rewards/accuracies": accuracy(scored),
         "logps/chosen": float(scored.chosen.mean()),
         "logps/rejected": float(scored.rejected.mean()),
     }

@@ -79,7 +79,8 @@ LINES = {
 
 def numbers(values: Mapping[str, Any]) -> str:
     """The metrics a person watches, in a fixed order."""
-    return "  ".join(form.format(values[name]) for name, form in SHOWN.items() if name in values)
+    # "+ 0.0" after rounding: a margin of -1e-9 is shown as +0.0000, not as -0.0000.
+    return "  ".join(form.format(round(values[name], 9) + 0.0) for name, form in SHOWN.items() if name in values)
 
 
 def clock(seconds: float) -> str:
