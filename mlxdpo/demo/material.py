@@ -22,6 +22,7 @@ from mlxdpo.types import UserError
 Row = dict[str, Any]
 Labels = Callable[[list[Row], int], list[Row]]
 
+SHUFFLE = 1_000_003  # any number that no run has for its seed
 HERE = resources.files("mlxdpo.demo")
 
 
@@ -37,7 +38,9 @@ def flipped(rows: list[Row], seed: int) -> list[Row]:
 
 def shuffled(rows: list[Row], seed: int) -> list[Row]:
     """Control: chosen and rejected exchanged in a random half of the pairs."""
-    half = set(np.random.default_rng(seed).permutation(len(rows))[: len(rows) // 2].tolist())
+    # A stream of its own: `default_rng(seed)` gives the very permutation that orders the first epoch (NumPy takes the
+    # seeds 0 and [0, 0] for the same), so half the epoch would be flipped first.
+    half = set(np.random.default_rng([SHUFFLE, seed]).permutation(len(rows))[: len(rows) // 2].tolist())
     return [_swap(row) if i in half else row for i, row in enumerate(rows)]
 
 
