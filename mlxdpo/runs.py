@@ -132,7 +132,7 @@ class Run:
 
         Raises `UserError` when another process holds it.
         """
-        with (self.path / ".lock").open("w") as lock:
+        with (self.path / "config.yaml").open("rb") as lock:  # never rewritten, so every process locks the same file
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
