@@ -1,8 +1,7 @@
 """What a run reports, by TRL's names, averaged over pairs and not over batch means.
 
 Departs from TRL in one number: a tie counts one half in `rewards/accuracies`, so an untrained policy reads 0.5
-(TRL compares with a strict > and reads 0.0). A tie is a difference that float32 sums of this size cannot resolve: a
-reference that was scored in other batches rounds differently, and that is no preference.
+(TRL compares with a strict > and reads 0.0).
 """
 
 from __future__ import annotations
@@ -32,10 +31,8 @@ def join(parts: Iterable[Scored]) -> Scored:
 
 def accuracy(scored: Scored) -> float:
     """Share of pairs whose chosen completion gained more over the reference than the rejected one; a tie is 1/2."""
-    margins = (scored.chosen - scored.ref_chosen) - (scored.rejected - scored.ref_rejected)
-    sums = np.abs([scored.chosen, scored.rejected, scored.ref_chosen, scored.ref_rejected]).sum(axis=0)
-    tied = np.abs(margins) <= 4 * np.finfo(np.float32).eps * sums
-    return float(np.where(tied, 0.5, margins > 0).mean())
+    chosen, rejected = scored.chosen - scored.ref_chosen, scored.rejected - scored.ref_rejected
+    return float(((chosen > rejected) + 0.5 * (chosen == rejected)).mean())
 
 
 def pair_metrics(scored: Scored, beta: float) -> dict[str, float]:
