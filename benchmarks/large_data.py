@@ -27,8 +27,9 @@ from pathlib import Path
 import numpy as np
 
 from mlxdpo.config import DataConfig
-from mlxdpo.data.batching import collate, plan_epoch, row_lengths
+from mlxdpo.data.batching import collate
 from mlxdpo.data.load import Dataset, encode_split, read_split
+from mlxdpo.data.planning import outline, plan_epoch
 from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.platform import cache_folder
 from mlxdpo.reference import digest_of, with_reference, write_table
@@ -83,7 +84,7 @@ def start(file: Path, model: Path, *, scored: bool) -> None:
     clock = [time.perf_counter()]
     lap = lambda: clock.append(time.perf_counter())  # noqa: E731
     made = encoded(file, model, lap)
-    plan = plan_epoch(row_lengths(made.train), BATCH, 1, 0, 0)
+    plan = plan_epoch(outline(made.train, "prompt"), BATCH, 1, 0, 0)
     lap()
     batches = [batch for window in plan.windows for batch in window]
     *_, (_, logps) = with_reference(made.train, _no_scorer, IDENTITY, batches if scored else [], BATCH)

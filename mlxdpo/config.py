@@ -77,6 +77,8 @@ class DataConfig(Section):
     """The token that ends a completion: score it (added to plain text), or leave it out, where answers are cut off."""
     thinking: bool = False
     """`enable_thinking` for templates that know it."""
+    group: Literal["prompt", "none"] = "prompt"
+    """prompt: the pairs of a prompt stay together, so each of its completions is computed once; none: pairs mix."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and completion together."""
     on_long_prompt: Literal["trim", "drop", "stop"] = "trim"
@@ -164,9 +166,9 @@ class TrainConfig(Section):
     steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps, before the epochs are over."""
     batch_size: int = Field(default=4, ge=1)
-    """Pairs computed at once."""
+    """Pairs computed at once; of prompts with several pairs, as many as have twice that many distinct completions."""
     accumulate: int = Field(default=4, ge=1)
-    """Batches per optimizer step; the result equals one batch of batch_size * accumulate pairs."""
+    """A step takes batch_size * accumulate pairs, or whole prompts with about as many, and equals one large batch."""
     checkpoint: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
     seed: int = Field(default=0, ge=0)

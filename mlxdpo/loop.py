@@ -18,7 +18,8 @@ import numpy as np
 from mlxdpo import checkpoint
 from mlxdpo.checkpoint import Progress
 from mlxdpo.config import Config, OptimConfig
-from mlxdpo.data.batching import Epoch, Indices, Lengths, collate, plan_epoch, plan_straight, row_lengths
+from mlxdpo.data.batching import collate
+from mlxdpo.data.planning import Epoch, Indices, Outline, outline, plan_epoch, plan_straight, steps_per_epoch
 from mlxdpo.losses import Objective
 from mlxdpo.metrics import Scored, join, pair_metrics
 from mlxdpo.model.adapters import dropout_off
@@ -54,9 +55,9 @@ class Job:
     ways: Ways
 
 
-def total_steps(config: Config, pairs: int) -> int:
-    """Optimizer steps of a run over `pairs` training pairs."""
-    windows = math.ceil(pairs / (config.train.batch_size * config.train.accumulate))
+def total_steps(config: Config, pairs: Outline) -> int:
+    """Optimizer steps of a run over the training pairs."""
+    windows = steps_per_epoch(pairs, config.train.batch_size, config.train.accumulate)
     steps = max(1, math.ceil(windows * config.train.epochs - 1e-9))
     return steps if config.train.steps is None else min(steps, config.train.steps)
 
@@ -80,7 +81,7 @@ def evaluate(job: Job, scorer: Callable[..., Pairs]) -> dict[str, float]:
     """TRL's metrics over the held-out pairs, prefixed `eval_`; averaged over pairs."""
     size, parts = job.config.train.batch_size, []
     with dropout_off(job.model):
-        batches = plan_straight(row_lengths(job.heldout.examples), size)
+        batches = plan_straight(outline(job.heldout.examples, job.config.data.group), size)
         for indices in batches:
             pairs = scorer(collate(job.heldout.examples, indices, size, job.heldout.ref))
             parts.append(scored(job.objective(pairs, **job.knobs), pairs, len(indices)))
@@ -95,7 +96,7 @@ def run_loop(job: Job, progress: Progress, should_stop: Callable[[], bool]) -> I
     computes the window again and is the straight run, to the bit. Raises `NonFiniteError` naming the pairs before a
     bad gradient reaches the weights.
     """
-    plan = Plan(job.config, row_lengths(job.train.examples))
+    plan = Plan(job.config, outline(job.train.examples, job.config.data.group))
     gradient = make_gradient(job.model, job.objective, job.knobs, job.ways.train)
     update, scorer = make_update(job.model, job.optimizer), make_scorer(job.model, job.ways.score)
     if job.heldout.examples and progress.step == 0:
@@ -130,16 +131,16 @@ def run_loop(job: Job, progress: Progress, should_stop: Callable[[], bool]) -> I
 
 
 class Plan:
-    """Which pairs step N takes, and how far along it is. A pure function of lengths and configuration."""
+    """Which pairs step N takes, and how far along it is. A pure function of outline and configuration."""
 
-    def __init__(self, config: Config, lengths: Lengths):
-        self.config, self.lengths, self.total = config, lengths, total_steps(config, len(lengths))
-        self.per_epoch = math.ceil(len(lengths) / (config.train.batch_size * config.train.accumulate))
+    def __init__(self, config: Config, pairs: Outline):
+        self.config, self.pairs, self.total = config, pairs, total_steps(config, pairs)
+        self.per_epoch = steps_per_epoch(pairs, config.train.batch_size, config.train.accumulate)
         self.epoch = functools.lru_cache(1)(self._epoch)
 
     def _epoch(self, epoch: int) -> Epoch:
         train = self.config.train
-        return plan_epoch(self.lengths, train.batch_size, train.accumulate, train.seed, epoch)
+        return plan_epoch(self.pairs, train.batch_size, train.accumulate, train.seed, epoch)
 
     def window(self, step: int) -> tuple[Indices, ...]:
         """The batches of optimizer step `step` (from 0)."""

@@ -10,9 +10,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import Config, LoraConfig, ModelConfig
-from mlxdpo.data.batching import collate, plan_epoch, row_lengths
+from mlxdpo.data.batching import collate
 from mlxdpo.data.encode import template_digest
 from mlxdpo.data.load import Dataset
+from mlxdpo.data.planning import outline, plan_epoch
 from mlxdpo.loop import Job, Part
 from mlxdpo.model.adapters import adapters_off, check_trainable, dropout_off, load_adapter, read_settings
 from mlxdpo.model.policy import Policy, load_policy
@@ -76,7 +77,7 @@ def check_heldout(config: Config, data: Dataset) -> None:
 
 def longest_row(data: Dataset) -> int:
     """Tokens of the longest row, prompt and completion together."""
-    return max(int(row_lengths(part).max(initial=0)) for part in (data.train, data.heldout))
+    return max(int(part.row_lengths.max(initial=0)) for part in (data.train, data.heldout))
 
 
 def check_window(policy: Policy, longest: int) -> None:
@@ -114,7 +115,8 @@ def choose_ways(model: nn.Module, data: Dataset, config: Config) -> tuple[Ways, 
 def _first_batch(part: Part, config: Config) -> Batch:
     """The first batch of a run: a short run's reference holds only the pairs it visits."""
     train = config.train
-    plan = plan_epoch(row_lengths(part.examples), train.batch_size, train.accumulate, train.seed, 0)
+    pairs = outline(part.examples, config.data.group)
+    plan = plan_epoch(pairs, train.batch_size, train.accumulate, train.seed, 0)
     return collate(part.examples, plan.windows[0][0], train.batch_size, part.ref)
 
 

@@ -14,8 +14,8 @@ import mlx.core as mx
 from mlxdpo import checkpoint, start
 from mlxdpo.checkpoint import Progress
 from mlxdpo.config import Config
-from mlxdpo.data.batching import Indices, plan_epoch, plan_straight, row_lengths
 from mlxdpo.data.load import Dataset, encode_split, read_split
+from mlxdpo.data.planning import Indices, outline, plan_epoch, plan_straight
 from mlxdpo.data.store import Examples
 from mlxdpo.loop import Job, Part, run_loop, total_steps
 from mlxdpo.losses import resolve
@@ -53,7 +53,8 @@ def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lamb
     ways, note = start.choose_ways(policy.model, data, config)
     manifest = describe_run(config, policy, reference, adapter, data)
     run = resume or Run.create(config)
-    yield Event("start", 0, {"run": run, "config": config, "data": data, "policy": policy})
+    steps = total_steps(config, outline(data.train, config.data.group))
+    yield Event("start", 0, {"run": run, "config": config, "data": data, "policy": policy, "steps": steps})
     if resume and (run.path / "manifest.json").exists():
         check_same(run.manifest(), manifest, run.path)
     if note:
@@ -104,11 +105,12 @@ def _score_reference(
 ) -> Generator[Event, None, tuple[Part, Part] | None]:
     """The reference's log-probs of training and held-out pairs, or None when asked to stop."""
     train, parts = config.train, []
-    first = plan_epoch(row_lengths(data.train), train.batch_size, train.accumulate, train.seed, 0)
-    seen = first.windows[: total_steps(config, len(data.train))]  # a short run needs no more than it visits
+    pairs, heldout = (outline(part, config.data.group) for part in (data.train, data.heldout))
+    first = plan_epoch(pairs, train.batch_size, train.accumulate, train.seed, 0)
+    seen = first.windows[: total_steps(config, pairs)]  # a short run needs no more than it visits
     plans: list[tuple[str, Examples, list[Indices]]] = [
         ("training", data.train, [batch for window in seen for batch in window]),
-        ("held-out", data.heldout, plan_straight(row_lengths(data.heldout), train.batch_size)),
+        ("held-out", data.heldout, plan_straight(heldout, train.batch_size)),
     ]
     for name, examples, batches in plans:
         scoring, logps = with_reference(examples, scorer, identity, batches, train.batch_size), None

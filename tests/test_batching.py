@@ -1,74 +1,15 @@
-"""Plans of batches: nothing dropped, nothing twice, the same whatever the cut; collated rows say what is scored."""
-
-import itertools
+"""Collated rows say what is scored, and only that."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxdpo.data.batching import bucket, collate, plan_epoch, plan_straight, shared_prefix
+from mlxdpo.data.batching import bucket, collate, shared_prefix
 from mlxdpo.types import Example
 
-LENGTHS = st.lists(st.integers(2, 600), min_size=1, max_size=60)
-SIZES = st.integers(1, 7)
 IDS = st.lists(st.integers(1, 99), min_size=1, max_size=70).map(lambda ids: np.array(ids, np.int32))
 EXAMPLES = st.lists(st.builds(Example, IDS, IDS, IDS, st.just("here")), min_size=1, max_size=5)
-
-
-def flat(batches):
-    return [i for batch in batches for i in batch]
-
-
-@given(LENGTHS, SIZES, SIZES, st.integers(0, 2**40), st.integers(0, 9))
-def test_every_pair_exactly_once_per_epoch(lengths, size, accumulate, seed, epoch):
-    windows = plan_epoch(lengths, size, accumulate, seed, epoch).windows
-    assert sorted(flat(batch for window in windows for batch in window)) == list(range(len(lengths)))
-    assert sorted(flat(plan_straight(lengths, size))) == list(range(len(lengths)))
-    assert all(len(flat(window)) == size * accumulate for window in windows[:-1])
-    assert all(1 <= len(batch) <= size for window in windows for batch in window)
-    assert all(len(window) <= accumulate for window in windows)
-
-
-@given(LENGTHS, SIZES, SIZES, st.integers(0, 2**40), st.integers(0, 9))
-def test_windows_depend_only_on_their_size_the_seed_and_the_epoch(lengths, size, accumulate, seed, epoch):
-    def windows(size, accumulate, lengths=lengths):
-        return [set(flat(window)) for window in plan_epoch(lengths, size, accumulate, seed, epoch).windows]
-
-    cut = windows(size, accumulate)
-    assert cut == windows(accumulate, size) == windows(size * accumulate, 1) == windows(1, size * accumulate)
-    assert cut == windows(size, accumulate, lengths[::-1])  # lengths only order the pairs inside a window
-
-
-@given(LENGTHS, SIZES, SIZES, st.integers(0, 99), st.integers(0, 9))
-def test_plans_are_pure(lengths, size, accumulate, seed, epoch):
-    np.random.seed(epoch)
-    first = plan_epoch(tuple(lengths), size, accumulate, seed, epoch)
-    np.random.seed(seed)
-    assert plan_epoch(list(lengths), size, accumulate, seed, epoch) == first
-
-
-def test_epochs_and_seeds_shuffle_anew():
-    orders = {
-        tuple(flat(b for w in plan_epoch([5] * 40, 4, 1, seed, epoch).windows for b in w))
-        for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))
-    }
-    assert len(orders) == 4
-
-
-def test_a_plan_is_the_same_on_every_machine():
-    # Written down once: a plan that changes breaks the resume of every run begun before.
-    assert plan_epoch([9, 3, 7, 5, 8, 2, 6], 2, 2, seed=3, epoch=1).windows == (
-        ((1, 2), (4, 0)),
-        ((5, 3), (6,)),
-    )
-
-
-@given(LENGTHS, SIZES)
-def test_straight_plans_begin_with_the_longest_and_group_by_length(lengths, size):
-    spans = [[lengths[i] for i in batch] for batch in plan_straight(lengths, size)]
-    assert max(spans[0]) == max(lengths)
-    assert all(min(longer) >= max(shorter) for longer, shorter in itertools.pairwise(spans))
 
 
 @given(st.integers(1, 10**6))
@@ -133,6 +74,13 @@ def test_four_ranked_completions_are_four_rows_and_six_pairs():
     assert batch.suffix.shape[0] == 4 and batch.prefix.shape == (1, 31) and batch.per_prompt == 4
     assert batch.chosen.tolist() == [0, 0, 0, 1, 1, 2, 0, 0] and batch.rejected.tolist() == [1, 2, 3, 2, 3, 3, 1, 1]
     assert batch.weight.tolist() == [1] * 6 + [0] * 2
+
+
+def test_more_pairs_than_the_batch_size_are_filled_to_a_bucket():
+    prompt = np.arange(1, 9, dtype=np.int32)
+    pairs = [Example(prompt, np.full(n + 1, n, np.int32), np.array([3], np.int32), "here") for n in range(5, 14)]
+    batch = collate(pairs, tuple(range(9)), 4)
+    assert batch.weight.tolist() == [1] * 9 + [0] * 7 and batch.suffix.shape[0] == 10
 
 
 @given(EXAMPLES, st.integers(0, 3))

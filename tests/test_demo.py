@@ -5,12 +5,13 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from outlines import alone
 from tiny_models import tiny_model
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.cli import run
 from mlxdpo.config import LoraConfig, load_config
-from mlxdpo.data.batching import plan_epoch
+from mlxdpo.data.planning import plan_epoch
 from mlxdpo.demo.material import as_they_are, bundled, flipped, prepare, shuffled
 from mlxdpo.demo.measure import Samples, compare, heldout_margins, on_policy_kl
 from mlxdpo.generate import Completion
@@ -46,7 +47,7 @@ def test_controls_exchange_labels_with_everything_that_belongs_to_them():
         for s, r in zip(swapped, rows, strict=True)
     )
     half = [row != other for row, other in zip(shuffled(rows, seed=0), rows, strict=True)]
-    order = [i for w in plan_epoch([1] * len(rows), 8, 1, 0, 0).windows for batch in w for i in batch]
+    order = [i for w in plan_epoch(alone([1] * len(rows)), 8, 1, 0, 0).windows for batch in w for i in batch]
     assert 0.4 < np.mean([half[i] for i in order[:216]]) < 0.6  # whatever order the run sees them in
     assert sum(half) == len(rows) // 2 and shuffled(rows, seed=0) != shuffled(rows, seed=1)
 

@@ -46,7 +46,7 @@ def poisoned_step(config):
     """The step (from 0) whose window holds the poisoned pair, and whether it opens the run's first batch."""
     events = story.train(config.model_copy(update={"out": f"{config.out}-look"}))
     data = next(events).values["data"]
-    plan = story.plan_epoch(story.row_lengths(data.train), 2, 2, config.train.seed, 0)
+    plan = story.plan_epoch(story.outline(data.train, "prompt"), 2, 2, config.train.seed, 0)
     index = next(i for i, e in enumerate(data.train) if e.where.endswith(f":{LINE}"))
     return next(n for n, window in enumerate(plan.windows) if any(index in batch for batch in window))
 
@@ -104,7 +104,7 @@ def _seeded(config, seed):
 
 def _first(config):
     data = next(story.train(config.model_copy(update={"out": f"{config.out}-peek"}))).values["data"]
-    batch = story.plan_epoch(story.row_lengths(data.train), 2, 2, config.train.seed, 0).windows[0][0]
+    batch = story.plan_epoch(story.outline(data.train, "prompt"), 2, 2, config.train.seed, 0).windows[0][0]
     return any(data.train[i].where.endswith(f":{LINE}") for i in batch)
 
 

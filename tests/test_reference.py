@@ -14,7 +14,8 @@ from tiny_runs import finish, losses, recipe, stop_after, write_pairs
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo import reference
-from mlxdpo.data.batching import collate, plan_straight, row_length
+from mlxdpo.data.batching import collate
+from mlxdpo.data.planning import outline, plan_straight
 from mlxdpo.reference import digest_of, identity_of, read_table, row_digest, with_reference, write_table
 from mlxdpo.runs import Run
 from mlxdpo.scoring import score_pairs
@@ -51,7 +52,7 @@ class Counter:
 
 
 def plan(examples, size=2):
-    return plan_straight([row_length(e) for e in examples], size)
+    return plan_straight(outline(examples, "none"), size)
 
 
 def score(examples, scorer, identity=IDENTITY, size=2):

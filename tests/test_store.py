@@ -15,16 +15,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from outlines import alone
 from tiny_runs import finish, recipe, write_pairs
 from tiny_tokenizers import base_tokenizer, chatml_tokenizer, llama3_tokenizer
 
 from mlxdpo import digests
 from mlxdpo.config import DataConfig
 from mlxdpo.data import encode, kept, load, sources, store
-from mlxdpo.data.batching import plan_epoch, plan_straight, row_lengths
 from mlxdpo.data.encode import encode_all
 from mlxdpo.data.kept import draft, pairs_folder, publish, source_key
 from mlxdpo.data.load import encode_split, read_split
+from mlxdpo.data.planning import outline, plan_epoch, plan_straight
 from mlxdpo.data.read import heldout_prompts, read_pairs, split_heldout
 from mlxdpo.data.store import Examples, open_examples, row_digest, write_examples
 from mlxdpo.reference import read_table, with_reference, write_table
@@ -162,8 +163,8 @@ def test_plans_are_sorted_windows(lengths, size, accumulate, epoch):
         return [tuple(ranked[i : i + size]) for i in range(0, len(ranked), size)]
 
     windows = [order[i : i + size * accumulate] for i in range(0, len(order), size * accumulate)]
-    assert plan_epoch(lengths, size, accumulate, 7, epoch).windows == tuple(tuple(batches(w)) for w in windows)
-    assert plan_straight(np.array(lengths, np.int32), size) == batches(range(len(lengths)))[::-1]
+    assert plan_epoch(alone(lengths), size, accumulate, 7, epoch).windows == tuple(tuple(batches(w)) for w in windows)
+    assert plan_straight(alone(lengths), size) == batches(range(len(lengths)))[::-1]
 
 
 def test_rows_do_not_pile_up(tmp_path, monkeypatch):
@@ -243,7 +244,7 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in DataConfig.model_fields if name != "path"])
+@pytest.mark.parametrize("name", [name for name in DataConfig.model_fields if name not in ("path", "group")])
 def test_no_setting_finds_what_another_made(tmp_path, monkeypatch, reads, name):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "other.jsonl", [("r", "x", "y")])
@@ -251,6 +252,12 @@ def test_no_setting_finds_what_another_made(tmp_path, monkeypatch, reads, name):
     made(data, chatml_tokenizer())
     made(data.model_copy(update={name: CHANGED[name]}), chatml_tokenizer())
     assert len(reads) == (3 if name == "eval" else 2)
+
+
+def test_how_pairs_are_batched_changes_no_token(tmp_path, reads):
+    data = DataConfig(path=str(write_pairs(tmp_path / "pairs.jsonl")))
+    assert {made(data.model_copy(update={"group": g}), chatml_tokenizer()).digest for g in ("prompt", "none")}
+    assert len(reads) == 1
 
 
 def test_what_the_tokenizer_and_the_model_say_is_part_of_the_name(tmp_path, reads):
@@ -478,7 +485,7 @@ def test_ticks_for_what_is_known_are_few(cache, monkeypatch):
         Example(np.array([0], np.int32), np.array([n + 1], np.int32), np.array([n + 2], np.int32), "")
         for n in range(50)
     ]
-    batches = plan_straight(row_lengths(some), 1)
+    batches = plan_straight(outline(some, "none"), 1)
     monkeypatch.setattr("mlxdpo.reference.TICKS", 10)
     scorer = functools.partial(_scored_as, [])
     counts = [[done for done, _ in with_reference(some, scorer, {}, batches, 1)] for _ in range(2)]

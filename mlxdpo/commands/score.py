@@ -50,6 +50,7 @@ def run(
     """
     from mlxdpo.commands.screen import console
     from mlxdpo.data.encode import encode_all
+    from mlxdpo.data.planning import outline, plan_straight
     from mlxdpo.data.read import read_pairs
     from mlxdpo.model.adapters import load_adapter, read_settings
     from mlxdpo.model.policy import load_policy
@@ -62,27 +63,27 @@ def run(
     examples, encoding = encode_all(rows, policy.tokenizer, config.data, eos_ids=policy.eos_ids)
     for line in report.lines() + encoding.lines():
         console.print(line, style="yellow")
-    base = score_all(policy.model, examples, batch_size)
+    batches = plan_straight(outline(examples, config.data.group), batch_size)
+    base = score_all(policy.model, examples, batches, batch_size)
     tuned = None
     if config.model.adapter:
         load_adapter(policy.model, Path(config.model.adapter))
-        tuned = score_all(policy.model, examples, batch_size)
+        tuned = score_all(policy.model, examples, batches, batch_size)
     lines = (json.dumps(row) for row in _rows(examples, base, tuned, beta))
     write_text(out, "\n".join(lines) + "\n")
     console.print(f"{len(examples)} pairs scored -> {out}")
 
 
-def score_all(model: Any, examples: list, batch_size: int) -> list[tuple[float, float]]:
+def score_all(model: Any, examples: list, batches: list, batch_size: int) -> list[tuple[float, float]]:
     """(chosen, rejected) summed log-probs of each pair, nats, in the order given."""
     from rich.progress import track
 
     from mlxdpo.commands.screen import console
-    from mlxdpo.data.batching import collate, plan_straight, row_length
+    from mlxdpo.data.batching import collate
     from mlxdpo.model.adapters import dropout_off
     from mlxdpo.step import make_scorer
 
     scorer, result = make_scorer(model), [(0.0, 0.0)] * len(examples)
-    batches = plan_straight([row_length(e) for e in examples], batch_size)
     shown = track(batches, "scoring", console=console, transient=True, disable=not console.is_terminal)
     with dropout_off(model):
         for indices in shown:

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from mlxdpo.config import Config
 from mlxdpo.data.encode import Shown, describe
-from mlxdpo.loop import total_steps
 from mlxdpo.types import Event
 
 console = Console(soft_wrap=True, highlight=False)
@@ -44,7 +43,7 @@ def follow(events: Iterable[Event]) -> Iterator[Event]:
         for event in events:
             values = event.values
             if event.kind == "start":
-                config, steps = values["config"], total_steps(values["config"], len(values["data"].train))
+                config, steps = values["config"], values["steps"]
             if event.kind == "reference":
                 bar.update(task, description="reference", completed=values["done"], total=values["total"])
             if event.kind == "step":

@@ -1,9 +1,4 @@
-"""Which pairs are computed together: pure plans of fixed-shape batches. Nothing is dropped, nothing is seen twice.
-
-An optimizer step takes one *window* of batch_size * accumulate pairs. Windows depend only on that product, the seed
-and the epoch, so batch 8 x 1 and 1 x 8 walk the same trajectory; inside a window pairs of similar length are batched
-together. A short batch is filled with pairs of weight 0.
-"""
+"""Pairs laid out as a batch of fixed shape over distinct rows; `planning` says which pairs."""
 
 from __future__ import annotations
 
@@ -13,18 +8,10 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlxdpo.data.store import Examples
+from mlxdpo.data.planning import Indices
 from mlxdpo.types import Batch, Example
 
-Indices = tuple[int, ...]
 PREFIX_STEP = 32  # tokens: how finely the shared prefix follows the shortest prompt
-Lengths = Sequence[int] | np.ndarray
-
-
-class Epoch(NamedTuple):
-    """The windows of one pass, each a tuple of batches, each a tuple of example indices."""
-
-    windows: tuple[tuple[Indices, ...], ...]
 
 
 def bucket(length: int) -> int:
@@ -36,37 +23,6 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def row_length(example: Example) -> int:
-    """Tokens of the longer of an example's two rows."""
-    return len(example.prompt) + max(len(example.chosen), len(example.rejected))
-
-
-def row_lengths(examples: Sequence[Example]) -> np.ndarray:
-    """`row_length` of each, (N,) int32; of stored `Examples` without touching a token."""
-    return Examples.of(examples).row_lengths
-
-
-def plan_epoch(lengths: Lengths, batch_size: int, accumulate: int, seed: int, epoch: int) -> Epoch:
-    """All pairs once, shuffled by (seed, epoch) alone, cut into windows and those into batches.
-
-    `lengths` are row lengths in tokens, one per pair.
-    """
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(lengths))
-    window = np.arange(len(order)) // (batch_size * accumulate)
-    batches = _cut(order[np.lexsort((order, np.asarray(lengths)[order], window))], batch_size)
-    return Epoch(tuple(tuple(batches[i : i + accumulate]) for i in range(0, len(batches), accumulate)))
-
-
-def plan_straight(lengths: Lengths, batch_size: int) -> list[Indices]:
-    """All pairs once, longest first, so that a run that will not fit in memory fails at its first batch."""
-    return _cut(np.lexsort((np.arange(len(lengths)), np.asarray(lengths))), batch_size)[::-1]
-
-
-def _cut(ranked: np.ndarray, batch_size: int) -> list[Indices]:
-    indices = ranked.tolist()
-    return [tuple(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
-
-
 def shared_prefix(shortest: int) -> int:
     """P for a batch whose shortest prompt has `shortest` tokens: the multiple of 32 below it, less one.
 
@@ -76,18 +32,19 @@ def shared_prefix(shortest: int) -> int:
 
 
 def collate(examples: Sequence[Example], indices: Indices, batch_size: int, ref: np.ndarray | None = None) -> Batch:
-    """Lay the pairs `indices` out as a batch of `batch_size` pairs over distinct rows.
+    """Lay the pairs `indices` out as a batch over distinct rows.
 
     A completion that stands in several pairs of a prompt is one row. `ref` is (N, 2): the reference's summed log-probs
     of each example's chosen and rejected completion, nats; without it the batch carries zeros. A short batch is filled
-    with pairs of weight 0 that repeat the first one, which costs no row.
+    up to `batch_size` pairs, one of more pairs to a bucket, with pairs of weight 0 that repeat the first one, which
+    costs no row.
     """
     pairs = [examples[i] for i in indices]
     rows, place = distinct_rows(pairs)
     values = np.zeros(len(rows), np.float32)
     if ref is not None:
         values[place] = ref[list(indices)]
-    filler = batch_size - len(indices)
+    filler = max(batch_size, bucket(len(indices)) if len(indices) > batch_size else 0) - len(indices)
     weight = np.array([1.0] * len(indices) + [0.0] * filler, np.float32)
     chosen, rejected = np.concatenate([place, np.repeat(place[:1], filler, axis=0)]).T.astype(np.int32)
     tail = (values, chosen, rejected, weight)

@@ -29,7 +29,7 @@ LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy")
 
 
 def source_key(data: DataConfig, seed: int) -> str | None:
-    """A name for the rows that `data` gives: contents of its sources, all its settings, and the code that reads.
+    """A name for the rows that `data` gives: contents of its sources, all settings that change a token, and the code that reads.
 
     None where a source's content cannot be named before it is read (a pipe; the Hub when it does not answer): such
     a data set is read again at every start. The seed counts only where it draws the held-out prompts.
@@ -40,7 +40,7 @@ def source_key(data: DataConfig, seed: int) -> str | None:
         return None
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     drawn = named is None and data.eval_fraction > 0
-    settings = data.model_dump(mode="json", exclude={"path", "eval"})
+    settings = data.model_dump(mode="json", exclude={"path", "eval", "group"})
     return _name([sources, settings, seed if drawn else None, _code(), libraries])
 
 

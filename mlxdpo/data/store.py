@@ -6,6 +6,7 @@ A folder holds, N pairs long and little-endian:
     spans   (N, 4) int32  the lengths of these three, tokens, and of `where`, bytes
     where   UTF-8         where the rows stand, one after the other
     rows    (N, 2, 16)    `row_digest` of each pair's chosen and rejected row
+    prompts (N, 16)       `prompt_digest` of each pair
     digest  SHA-256       over all token ids, hexadecimal
 """
 
@@ -39,6 +40,7 @@ class Examples(Sequence[Example]):
     spans: np.ndarray
     where: np.ndarray
     rows: np.ndarray
+    prompts: np.ndarray
     digest: str
 
     @classmethod
@@ -59,6 +61,16 @@ class Examples(Sequence[Example]):
     def row_lengths(self) -> np.ndarray:
         """(N,) int32: tokens of the longer of each pair's two rows."""
         return self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1, initial=0)
+
+    @functools.cached_property
+    def row_numbers(self) -> np.ndarray:
+        """(N, 2) int64: the same number for the same completion of the same prompt."""
+        return _numbered(self.rows)
+
+    @functools.cached_property
+    def prompt_numbers(self) -> np.ndarray:
+        """(N,) int64: the same number for the same prompt."""
+        return _numbered(self.prompts)
 
     @functools.cached_property
     def _starts(self) -> np.ndarray:
@@ -84,6 +96,20 @@ class Examples(Sequence[Example]):
         ids = self.tokens[at:end]
         where = self.where[name:name_end].tobytes().decode("utf-8", "surrogatepass")
         return Example(ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :], where)
+
+
+def _numbered(digests: np.ndarray) -> np.ndarray:
+    """(..., 16) uint8 -> (...): equal digests have equal numbers, counted from 0 in the order they appear."""
+    keys = np.ascontiguousarray(digests).view("S16")[..., 0]
+    _, first, number = np.unique(keys, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[number].reshape(keys.shape)
+
+
+def prompt_digest(prompt: np.ndarray) -> bytes:
+    """16 bytes for a prompt's token ids."""
+    return hashlib.blake2b(prompt.astype("<i4").tobytes(), digest_size=16).digest()
 
 
 def row_digest(prompt: np.ndarray, completion: np.ndarray) -> bytes:
@@ -117,7 +143,8 @@ def open_examples(folder: Path) -> Examples:
     arrays = {name: _typed(_mapped(folder / name), name) for name in _LAYOUT}
     pairs = Examples(**arrays, digest=(folder / "digest").read_text())
     tokens, names = pairs._starts[-1]
-    if (len(pairs.tokens), len(pairs.where), len(pairs.rows)) != (tokens, names, len(pairs)):
+    sizes = (len(pairs.tokens), len(pairs.where), len(pairs.rows), len(pairs.prompts))
+    if sizes != (tokens, names, len(pairs), len(pairs)):
         raise UserError(f"{folder}: these kept tokens are damaged (a file has another size); delete the folder")
     return pairs
 
@@ -127,6 +154,7 @@ _LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {
     "spans": ("<i4", (-1, 4)),
     "where": ("u1", (-1,)),
     "rows": ("u1", (-1, 2, 16)),
+    "prompts": ("u1", (-1, 16)),
 }
 
 
@@ -158,5 +186,6 @@ def _pack(examples: Sequence[Example]) -> tuple[dict[str, bytes], bytes]:
         "spans": np.array(spans, "<i4").tobytes(),
         "where": b"".join(where),
         "rows": b"".join(row_digest(prompt, completion) for prompt, *both in parts for completion in both),
+        "prompts": b"".join(prompt_digest(prompt) for prompt, *_ in parts),
     }
     return files, b"".join((len(raw) // 4).to_bytes(4, "little") + raw for part in ids for raw in part)

@@ -10,8 +10,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlxdpo.config import Config
-from mlxdpo.data.batching import collate, plan_straight, row_length
+from mlxdpo.data.batching import collate
 from mlxdpo.data.encode import encode_all, encode_prompt
+from mlxdpo.data.planning import outline, plan_straight
 from mlxdpo.data.read import heldout_source, read_pairs
 from mlxdpo.demo.rewards import REWARDS
 from mlxdpo.generate import Completion, generate
@@ -100,7 +101,7 @@ def heldout_margins(policy: Policy, config: Config) -> tuple[list[float], list[s
     rows, _ = read_pairs(config.data, *(source or ()))
     examples, _ = encode_all(rows, policy.tokenizer, config.data, eos_ids=policy.eos_ids)
     margins, ways = np.zeros(len(examples)), ways_for(policy.model)
-    for indices in plan_straight([row_length(e) for e in examples], PAIRS):
+    for indices in plan_straight(outline(examples, config.data.group), PAIRS):
         batch = collate(examples, indices, PAIRS)
         tuned = score_pairs(policy.model, batch, ways.score)
         with adapters_off(policy.model):

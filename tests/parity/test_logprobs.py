@@ -14,8 +14,10 @@ from torch_side import completion_logps as torch_logps
 from torch_side import load_torch
 
 from mlxdpo.config import DataConfig, ModelConfig
-from mlxdpo.data.batching import collate, plan_straight, row_length
+from mlxdpo.data.batching import collate
 from mlxdpo.data.encode import encode_all
+from mlxdpo.data.planning import outline, plan_straight
+from mlxdpo.data.store import Examples
 from mlxdpo.model.policy import load_policy
 from mlxdpo.scoring import score_pairs, token_logps
 from mlxdpo.types import Preference
@@ -56,7 +58,7 @@ def scored(request, tmp_path, cache):
     examples, report = encode_all(PAIRS, policy.tokenizer, DataConfig(template="plain"), eos_ids=policy.eos_ids)
     assert report.kept == len(PAIRS)
     ours = {}
-    for indices in plan_straight([row_length(e) for e in examples], 2):
+    for indices in plan_straight(outline(examples, "prompt"), 2):
         summed = score_pairs(policy.model, collate(examples, indices, 2))
         for slot, i in enumerate(indices):
             for name in ("chosen", "rejected"):
@@ -78,13 +80,13 @@ def test_per_token_and_summed(scored):
     assert len(ours) == 2 * len(PAIRS) and np.std(spread) > 0.3  # not a uniform model, whose log-probs say nothing
     assert worst <= PER_TOKEN and worst_sum <= SUMMED
     if name == "gemma3_text":
-        assert max(row_length(e) for e in examples) > 4 * model.config.sliding_window
+        assert Examples.of(examples).row_lengths.max() > 4 * model.config.sliding_window
 
 
 @pytest.mark.parametrize("scored", TRAITS, indirect=True)
 def test_the_comparison_sees_every_trait(scored):
     name, folder, examples, ours = scored
-    longest = max(range(len(examples)), key=lambda i: row_length(examples[i]))
+    longest = int(Examples.of(examples).row_lengths.argmax())
     for change in TRAITS[name]:
         theirs = torch_logps(load_torch(folder, **change), examples[longest].prompt, examples[longest].chosen)
         assert abs(ours[longest, "chosen"][0] - theirs).max() > 100 * PER_TOKEN, change

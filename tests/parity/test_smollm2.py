@@ -15,8 +15,9 @@ from torch_side import completion_logps as torch_logps
 from torch_side import load_torch
 
 from mlxdpo.config import DataConfig, ModelConfig
-from mlxdpo.data.batching import collate, plan_straight, row_length
+from mlxdpo.data.batching import collate
 from mlxdpo.data.encode import encode_all
+from mlxdpo.data.planning import outline, plan_straight
 from mlxdpo.data.read import read_preferences
 from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.model.policy import load_policy
@@ -42,7 +43,7 @@ def test_summed_logps_of_the_first_pairs():
     examples = examples[:COUNT]
     assert len(examples) == COUNT
     scorer, ours, started = make_scorer(policy.model), np.zeros((COUNT, 2)), time.perf_counter()
-    for indices in plan_straight([row_length(e) for e in examples], 4):
+    for indices in plan_straight(outline(examples, "prompt"), 4):
         pairs = scorer(collate(examples, indices, 4))
         ours[list(indices)] = np.array([pairs.chosen, pairs.rejected]).T[: len(indices)]
     middle, model = time.perf_counter(), load_torch(folder)

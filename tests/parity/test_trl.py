@@ -26,8 +26,8 @@ from trl import DPOConfig, DPOTrainer
 
 from mlxdpo.checkpoint import Progress
 from mlxdpo.config import Config
-from mlxdpo.data.batching import plan_epoch, row_length
 from mlxdpo.data.encode import encode_all
+from mlxdpo.data.planning import outline, plan_epoch
 from mlxdpo.loop import Job, Part, run_loop
 from mlxdpo.losses import resolve
 from mlxdpo.model.adapters import attach_lora
@@ -70,7 +70,7 @@ def recipe(folder, loss="sigmoid", method="lora", optimizer="adamw", batch=WINDO
     return Config.model_validate(
         {
             "model": {"path": str(folder), "dtype": "float32"},
-            "data": {"template": "plain"},
+            "data": {"template": "plain", "group": "none"},
             "loss": {"name": loss, "beta": 0.2},
             "lora": {"method": method, "rank": 4, "alpha": 6.0},
             "optim": {
@@ -91,7 +91,7 @@ def run_ours(config, examples, checkpoints):
     """Metrics of every step, and the fresh adapter matrices by name (empty for full fine-tuning)."""
     policy = load_policy(config.model)
     train = config.train
-    plan = plan_epoch([row_length(e) for e in examples], train.batch_size, train.accumulate, train.seed, 0)
+    plan = plan_epoch(outline(examples, config.data.group), train.batch_size, train.accumulate, train.seed, 0)
     batches = [batch for window in plan.windows for batch in window]
     *_, (_, ref) = with_reference(examples, make_scorer(policy.model), policy.identity, batches, train.batch_size)
     attach_lora(policy.model, config.lora, seed=1)
@@ -105,7 +105,7 @@ def run_ours(config, examples, checkpoints):
 
 def our_order(config, examples):
     """Indices in the order in which our loop takes the pairs."""
-    plan = plan_epoch([row_length(e) for e in examples], config.train.batch_size, config.train.accumulate, 0, 0)
+    plan = plan_epoch(outline(examples, config.data.group), config.train.batch_size, config.train.accumulate, 0, 0)
     return [i for window in plan.windows for batch in window for i in batch]
 
 
