@@ -29,7 +29,7 @@ LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy")
 
 
 def source_key(data: DataConfig, seed: int) -> str | None:
-    """A name for the rows that `data` gives: contents of its sources, all settings that change a token, and the code that reads.
+    """A name for the rows that `data` gives: its sources' contents, all settings that change a token, the code.
 
     None where a source's content cannot be named before it is read (a pipe; the Hub when it does not answer): such
     a data set is read again at every start. The seed counts only where it draws the held-out prompts.
