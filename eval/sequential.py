@@ -1,0 +1,123 @@
+"""Votes that are looked at while they come in: evidence that stays valid, and how many votes a claim needs.
+
+A z test repeated after each of 200 votes calls a difference in 35 % of the cases in which there is none. The
+e-process may be looked at after every vote: it exceeds 1 / alpha with probability at most alpha, ever.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from scipy import optimize, special
+
+TINY, EPS = 1e-300, 2**-53  # next to 0, and 1 less this is next to 1
+
+
+class Votes(NamedTuple):
+    """The state of a running vote: e-value against "no difference", interval at any time, votes still needed.
+
+    `decided` once the e-value has reached 1 / alpha; `needed` is 0 then, and None when, at the rate seen so
+    far, more than the limit of votes would be needed.
+    """
+
+    wins: float
+    losses: float
+    e_value: float
+    decided: bool
+    low: float
+    high: float
+    needed: int | None
+
+
+def running_vote(wins: float, losses: float, alpha: float = 0.05, limit: int = 100_000) -> Votes:
+    """The report after `wins` and `losses` votes; a tie may enter as half of each, or be left out and counted.
+
+    For the guarantee at any time the decision is `decided` at *some* look: stop then, or keep the flag.
+    """
+    log_e = log_e_value(wins, losses)
+    low, high = anytime_interval(wins, losses, alpha)
+    decided = log_e >= -np.log(alpha)
+    return Votes(
+        wins,
+        losses,
+        float(np.exp(min(log_e, 700.0))),
+        bool(decided),
+        low,
+        high,
+        0 if decided else votes_needed(wins, losses, alpha, limit),
+    )
+
+
+def log_e_value(wins: float | np.ndarray, losses: float | np.ndarray, null: float = 0.5):
+    """log of the e-process against "the win rate is `null`": ln B(w + 1, l + 1) - w ln null - l ln(1 - null).
+
+    The likelihood ratio of a win rate drawn evenly from (0, 1) against `null`: for null 1/2, E = 2^n B(w + 1,
+    l + 1). A martingale that starts at 1 when votes are independent with that rate, hence P(E ever >= 1 /
+    alpha) <= alpha (Ville 1939; arXiv 2210.01948, section 5). Halves for ties keep that: each factor (p /
+    null)^y ((1 - p) / (1 - null))^(1 - y) is convex in y, so E grows no faster than with y rounded at random.
+    """
+    if np.min(wins) < 0 or np.min(losses) < 0:
+        raise ValueError(f"{wins} wins and {losses} losses; expected counts of at least 0")
+    likelihood = special.xlogy(wins, null) + special.xlog1py(losses, -null)  # 0 log 0 is 0
+    return special.betaln(np.add(wins, 1), np.add(losses, 1)) - likelihood
+
+
+def anytime_interval(wins: float, losses: float, alpha: float = 0.05) -> tuple[float, float]:
+    """Win rates that the e-process has not refuted, E(rate) < 1 / alpha: valid at all looks, (0, 1) at first."""
+    _check_alpha(alpha)
+    limit, n = -np.log(alpha), wins + losses
+    rate = wins / n if n else 0.5
+
+    def excess(null: float) -> float:
+        return float(log_e_value(wins, losses, null)) - limit
+
+    # log E is convex in the rate with its minimum at the share of wins, so each side holds one root.
+    low = float(optimize.brentq(excess, TINY, rate)) if wins and excess(TINY) > 0 else 0.0
+    high = float(optimize.brentq(excess, rate, 1 - EPS)) if losses and excess(1 - EPS) > 0 else 1.0
+    return low, high
+
+
+def votes_needed(wins: float, losses: float, alpha: float = 0.05, limit: int = 100_000) -> int | None:
+    """Further votes until the e-process decides, if they come in at the rate (wins + 1) / (votes + 2).
+
+    None when more than `limit` would be needed: there is no difference to be shown that way.
+    """
+    _check_alpha(alpha)
+    rate = (wins + 1) / (wins + losses + 2)
+    more = np.arange(limit + 1, dtype=np.float64)
+    reached = log_e_value(wins + more * rate, losses + more * (1 - rate)) >= -np.log(alpha)
+    return int(reached.argmax()) if reached.any() else None
+
+
+def sample_size(rate: float, alpha: float = 0.05, power: float = 0.8) -> int:
+    """Independent votes for a two-sided z test against 1/2 to see a true win rate of `rate`.
+
+    n = ((z_{1 - alpha/2} / 2 + z_power sqrt(p (1 - p))) / (p - 1/2))², rounded up: .55 783, .60 194, .65 85.
+    Rows that share a prompt count for fewer. Raises `ValueError` for a rate of 1/2 or outside [0, 1].
+    """
+    if not 0 <= rate <= 1 or rate == 0.5:
+        raise ValueError(f"rate is {rate}; expected one between 0 and 1 other than 1/2, which no number of votes shows")
+    return int(np.ceil(_votes_for(rate, alpha, power) - 1e-9))
+
+
+def _votes_for(rate: float, alpha: float, power: float) -> float:
+    _check_alpha(alpha)
+    z, z_power = NormalDist().inv_cdf(1 - alpha / 2), NormalDist().inv_cdf(power)
+    return ((z / 2 + z_power * np.sqrt(rate * (1 - rate))) / (rate - 0.5)) ** 2
+
+
+def minimum_detectable(n: float, alpha: float = 0.05, power: float = 0.8) -> float | None:
+    """The win rate above 1/2 that `n` independent votes show with that power; None when even 1 needs more.
+
+    The inverse of `sample_size`; 1 less it is the rate below 1/2.
+    """
+    if n < _votes_for(1.0, alpha, power):
+        return None
+    return float(optimize.brentq(lambda p: _votes_for(p, alpha, power) - n, 0.5 + 1e-9, 1.0))
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha is {alpha}; expected a probability between 0 and 1, such as 0.05")
