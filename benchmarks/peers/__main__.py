@@ -1,0 +1,163 @@
+"""The command: `python -m benchmarks.peers --help`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import adapter, report, workloads
+from benchmarks.peers.environments import FOLDER, MODULES, python_of, switches_of
+from benchmarks.peers.measure import Entrant, measure
+from benchmarks.peers.worker import Worker
+
+DESCRIPTION = "Measure mlxdpo against mlx-lm-lora and TRL, step by step in turn. See benchmarks/peers/__init__.py."
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    known = [*workloads.WORKLOADS, workloads.EPOCH.name]
+    parser = argparse.ArgumentParser("python -m benchmarks.peers", description=DESCRIPTION)
+    add = parser.add_argument
+    add("--workloads", nargs="+", choices=known, help="default: all shapes, and `epoch` when --data is given")
+    add("--sides", nargs="+", metavar="SIDE[:SWITCH+SWITCH]", help="default: those of each workload")
+    add("--repeats", type=int, default=5, help="timed steps of each side, after one warm-up (default 5)")
+    add("--data", type=Path, help="preference file for the `epoch` workload")
+    add("--epoch-share", type=float, default=1.0, help="the first share of our epoch's steps; all sides see its pairs")
+    add("--max-length", type=int, default=1024, help="tokens of a row of --data (default 1024)")
+    add("--scale", type=float, default=1.0, help="multiply the lengths of all shapes, to try things out")
+    add("--model", default="smollm2", help="a llama-like folder, or smollm2 (default)")
+    add("--threads", type=int, default=os.cpu_count() or 1, help="of each side (default: all cores)")
+    add("--timeout", type=float, default=3600, help="seconds a step may take (default 3600)")
+    add("--python", nargs="+", default=[], metavar="SIDE=PATH", help="use this interpreter instead of installing")
+    add("--json", type=Path, help="keep the results here; other workloads in the file stay")
+    add("--from", dest="source", type=Path, help="measure nothing, show this file")
+    add("--docs", action="store_true", help="write docs/benchmarks.md and its plot")
+    asked = parser.parse_args(words)
+    if asked.workloads is None:
+        asked.workloads = known if asked.data else list(workloads.WORKLOADS)
+    if workloads.EPOCH.name in asked.workloads and not asked.data and not asked.source:
+        parser.error("the workload `epoch` needs --data FILE")
+    for word in asked.python:
+        if word.partition("=")[0] not in MODULES or "=" not in word:
+            parser.error(f"--python {word}: expected SIDE=PATH with one of {', '.join(MODULES)}")
+    for side in asked.sides or ():
+        try:
+            switches_of(side)
+        except ValueError as error:
+            parser.error(f"--sides {error}")
+    return asked
+
+
+def main() -> None:
+    """Measure or read, print, and write what was asked for."""
+    asked = parse()
+    if asked.source:
+        results = json.loads(asked.source.read_text("utf-8"))
+    else:
+        results = json.loads(asked.json.read_text("utf-8")) if asked.json and asked.json.exists() else {"workloads": {}}
+        run(asked, results)
+    print(report.table(results))
+    if asked.docs:
+        report.write_page(results)
+        report.write_plot(results)
+
+
+def run(asked: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Measure each workload asked for; `results`, and the file if any, hold it as soon as it is done."""
+    from mlxdpo.model.policy import find_model, load_tokenizer
+
+    model = find_model(asked.model)
+    text = workloads.real_text(load_tokenizer(model, asked.model))
+    for name in asked.workloads:
+        if name == workloads.EPOCH.name:
+            shape = workloads.EPOCH
+            plan = workloads.epoch_plan(asked.data, model, asked.epoch_share, asked.max_length)
+            seen = sum(map(len, plan.steps["mlxdpo"]))
+            what = f"{asked.data.name}, {seen} of {len(plan.pairs)} pairs, reference scoring included"
+        else:
+            shape = workloads.WORKLOADS[name]
+            plan = workloads.shape_plan(shape, text, asked.scale, asked.repeats + 1)
+            what = workloads.describe(shape, asked.scale)
+        print(f"{name}: {shape.what}, {what}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            entrants = enter(asked, plan, asked.sides or list(shape.sides), model, Path(folder), name)
+            records = measure(entrants, lambda line: print(f"  {line}", flush=True))
+        results["workloads"][name] = {
+            "what": shape.what,
+            "shape": what,
+            "same": plan.same,
+            "machine": machine(asked.threads),
+            "date": time.strftime("%Y-%m-%d"),
+            "sides": {side: record.as_dict() for side, record in records.items()},
+        }
+        if asked.json:
+            asked.json.write_text(json.dumps(results, indent=1), "utf-8")
+
+
+def enter(
+    asked: argparse.Namespace, plan: workloads.Plan, sides: list[str], model: Path, folder: Path, workload: str
+) -> dict[str, Entrant]:
+    """What each side is started with. Shared files go to `folder`, each side's own below it."""
+    from mlxdpo.platform import preload_blas
+
+    given = dict(word.split("=", 1) for word in asked.python)
+    blas = preload_blas()
+    adapter.write_adapter(model, folder / "adapter.safetensors")
+    (folder / "pairs.json").write_text(json.dumps(plan.pairs), "utf-8")
+    entrants = {}
+    for side in sides:
+        trainer, switches = switches_of(side)
+        own = folder / side.replace(":", "-").replace("+", "-")
+        own.mkdir()
+        job = {
+            "model": str(model),
+            "adapter": str(folder / "adapter.safetensors"),
+            "pairs": str(folder / "pairs.json"),
+            "batches": plan.steps[trainer],
+            "batch_size": plan.batch_size,
+            "switches": switches,
+            "threads": asked.threads,
+            "blas": blas.note if blas.fast and blas.note else None,
+            "folder": str(own),
+            "rank": adapter.RANK,
+            "scale": adapter.SCALE,
+            "keys": list(adapter.KEYS),
+            "lr": 1e-4,
+            "beta": 0.1,
+        }
+        command = [python_of(trainer, given), "-m", MODULES[trainer]]
+        log = FOLDER / "logs" / f"{workload}-{own.name}.log"
+        entrants[side] = Entrant(
+            lambda c=command, f=log: Worker(c, f, asked.threads, asked.timeout), job, [len(b) for b in job["batches"]]
+        )
+    return entrants
+
+
+def machine(threads: int) -> str:
+    """What computes here, in one line."""
+    import platform
+
+    from mlxdpo.platform import this_machine
+
+    here = this_machine()
+    name = _processor() if here.kind == "cpu" else here.name
+    return f"{name}, {here.kind}, {threads} threads, {here.memory / 1e9:.0f} GB, {platform.system()}"
+
+
+def _processor() -> str:
+    """The processor's name; Linux tells it only in a file."""
+    import platform
+
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

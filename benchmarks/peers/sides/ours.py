@@ -1,0 +1,135 @@
+"""Our side: the product's own loop over the job's pairs, its parts switched off one by one on request.
+
+Switches: `checkpoint` as a run has it; the others each undo one part of the step, for the ablation.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import mlxdpo  # noqa: F401  first: it loads the fast BLAS
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+from benchmarks.peers.sides.protocol import Channel, Job, serve
+from mlxdpo import loop, scoring
+from mlxdpo.checkpoint import Progress
+from mlxdpo.config import Config
+from mlxdpo.data import batching
+from mlxdpo.data.planning import Indices, outline, plan_epoch
+from mlxdpo.losses import resolve
+from mlxdpo.model import attention, head
+from mlxdpo.model.adapters import attach_lora
+from mlxdpo.model.policy import load_policy
+from mlxdpo.platform import preload_blas, wire_memory
+from mlxdpo.reference import with_reference
+from mlxdpo.step import make_optimizer, make_scorer
+from mlxdpo.types import Event, Example
+
+NEVER = 10**9
+
+
+def _no_packing() -> None:
+    scoring.pays = lambda prompts, rows, rest: False
+
+
+def _chunked_head() -> None:
+    head.is_frozen = lambda head: False
+
+
+def _ungrouped() -> None:
+    batching.distinct_rows = _rows_of_each_pair
+
+
+def _mlx_attention() -> None:
+    attention.pays = lambda kind, tokens, masked: False
+
+
+SWITCHES: dict[str, Callable[[], None]] = {
+    "no-packing": _no_packing,
+    "chunked-head": _chunked_head,
+    "ungrouped": _ungrouped,
+    "mlx-attention": _mlx_attention,
+}
+
+
+def _rows_of_each_pair(pairs: list[Example]) -> tuple[list[batching.Row], np.ndarray]:
+    """Two rows for each pair, whatever it shares with others: stands in for `batching.distinct_rows`."""
+    rows = [batching.Row(p.prompt, c, i) for i, p in enumerate(pairs) for c in (p.chosen, p.rejected)]
+    return rows, np.arange(len(rows), dtype=np.int32).reshape(-1, 2)
+
+
+def configure(job: Job) -> Config:
+    """The job as a recipe."""
+    return Config.model_validate(
+        {
+            "model": {"path": job.model, "dtype": "float32"},
+            "data": {"max_length": NEVER},
+            "loss": {"name": "sigmoid", "beta": job.beta},
+            "lora": {"rank": job.rank, "scale": job.scale, "keys": job.keys},
+            "optim": {"name": "adamw", "lr": job.lr, "schedule": "constant", "warmup": 0, "clip": 0},
+            "train": {
+                "batch_size": job.batch_size,
+                "accumulate": 1,
+                "epochs": len(job.batches) + 2,  # more than will be asked for: the last step would save a checkpoint
+                "save_every": NEVER,
+                "checkpoint": "checkpoint" in job.switches,
+            },
+        }
+    )
+
+
+def run(job: Job, channel: Channel) -> None:
+    """Load as `mlxdpo train` does, score the reference, then a step for each command."""
+    os.environ["MLXDPO_CACHE"] = job.folder  # an empty one: the reference is really scored
+    for switch in set(job.switches) & SWITCHES.keys():
+        SWITCHES[switch]()
+    config = configure(job)
+    wire_memory()
+    policy = load_policy(config.model)
+    ways = scoring.ways_for(policy.model, config.train.checkpoint)
+    if "plain" in job.switches:
+        ways = scoring.PLAIN
+    arrays = ([np.array(p[k], np.int32) for k in ("prompt", "chosen", "rejected")] for p in job.read_pairs())
+    examples = [Example(*ids, where=f"pair {i}") for i, ids in enumerate(arrays)]
+    with ExitStack() as stack:
+        if "mlx-attention" not in job.switches:
+            stack.enter_context(attention.light_attention(policy.model, job.longest()))
+        started = time.perf_counter()
+        ref = _reference(examples, make_scorer(policy.model, ways.score), config, len(job.batches))
+        seconds = time.perf_counter() - started
+        attach_lora(policy.model, config.lora)
+        policy.model.load_weights(job.adapter, strict=False)
+        parts = loop.Part(examples, ref), loop.Part([], np.zeros((0, 2), np.float32))
+        made = make_optimizer(config.optim), *resolve(config.loss)
+        prepared = loop.Job(config, policy.model, *made, *parts, Path(job.folder), ways)
+        _step(loop.run_loop(prepared, Progress(), lambda: False), channel, seconds)
+
+
+def _reference(examples: list[Example], scorer: Callable, config: Config, steps: int) -> np.ndarray:
+    """(N, 2) log-probs of the pairs that `steps` steps will visit, NaN for the rest."""
+    plan = plan_epoch(outline(examples, config.data.group), config.train.batch_size, 1, config.train.seed, 0)
+    batches: list[Indices] = [batch for window in plan.windows[:steps] for batch in window]
+    *_, (_, ref) = with_reference(examples, scorer, {"made": "for a benchmark"}, batches, config.train.batch_size)
+    return ref
+
+
+def _step(events: Iterator[Event], channel: Channel, reference_seconds: float) -> None:
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    blas = preload_blas()
+    channel.loaded(["mlx", "mlx-lm"], [] if blas.fast else [blas.note], reference_seconds)
+    while True:
+        channel.go()
+        event = next(event for event in events if event.kind == "step")
+        channel.done(event.values["loss"], mx.get_peak_memory(), mx.clear_cache)
+
+
+if __name__ == "__main__":
+    serve(run)
