@@ -36,10 +36,6 @@ check: $(VENV)/.dev
 bench-peers: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.peers --json .bench/results.json --docs $(BENCH)
 
-# Against mlx-lm-lora and TRL, each in its own environment below .bench/: an hour or more. More: docs/benchmarks.md.
-bench-peers: $(VENV)/.demo
-	$(BIN)/python -m benchmarks.peers --json .bench/results.json --docs $(BENCH)
-
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mlxdpo needs Python 3.11 or newer; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
