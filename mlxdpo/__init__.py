@@ -33,6 +33,25 @@ _DOOR = {
     "with_reference": "mlxdpo.reference",
     "train": "mlxdpo.train",
     "generate": "mlxdpo.generate",
+    # what the evaluation (eval/) needs besides
+    "Example": "mlxdpo.types",
+    "Opened": "mlxdpo.reopen",
+    "PairLogps": "mlxdpo.reopen",
+    "reopen": "mlxdpo.reopen",
+    "heldout_pairs": "mlxdpo.reopen",
+    "encode_pairs": "mlxdpo.reopen",
+    "pair_logps": "mlxdpo.reopen",
+    "distinct_prompts": "mlxdpo.reopen",
+    "prompt_name": "mlxdpo.reopen",
+    "prompt_text": "mlxdpo.reopen",
+    "encode_prompt": "mlxdpo.data.encode",
+    "next_logits": "mlxdpo.next_token",
+    "cache_folder": "mlxdpo.platform",
+    "versions": "mlxdpo.platform",
+    "append_line": "mlxdpo.runs",
+    "read_lines": "mlxdpo.runs",
+    "write_json": "mlxdpo.runs",
+    "write_text": "mlxdpo.runs",
 }
 __all__ = sorted(_DOOR)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -1,0 +1,49 @@
+"""Judges: who says which of two answers is better. One file per kind; a new one is a function in `JUDGES`.
+
+A judge is named by a specification, `kind` or `kind:rest`:
+
+    local:MODEL                  a language model on this machine, asked for one token
+    endpoint:MODEL@URL           an OpenAI-compatible server, e.g. endpoint:qwen3@http://localhost:8080/v1
+    votes:FILE                   human votes
+    longest, shortest, NAME      a programmed reward (the names given by the caller)
+    FILE.py:FUNCTION             your own reward: function(prompt, answer) -> number
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from mlxdpo import UserError
+
+from .both import Both, Trio, ask_both
+from .endpoint import endpoint_judge
+from .local import local_judge
+from .program import OWN, Reward, file_judge, reward_judge
+from .protocol import Judge, Question, Scalar, Verdict
+from .votes import votes_judge
+
+__all__ = ["JUDGES", "Both", "Judge", "Question", "Scalar", "Trio", "Verdict", "ask_both", "open_judge"]
+
+JUDGES: dict[str, Callable[[str], Judge]] = {
+    "local": local_judge,
+    "endpoint": endpoint_judge,
+    "votes": votes_judge,
+}
+"""Kind -> what opens a judge from the rest of its specification."""
+
+
+def open_judge(spec: str, rewards: Mapping[str, Reward] | None = None) -> Judge:
+    """The judge that `spec` names; `rewards` are programmed rewards the caller knows besides this package's own.
+
+    Raises `UserError` for an unknown name, listing the known ones, and for what the judge cannot use.
+    """
+    named = OWN | dict(rewards or {})
+    if spec in named:
+        return reward_judge(spec, named[spec])
+    kind, _, rest = spec.partition(":")
+    if kind in JUDGES and rest:
+        return JUDGES[kind](rest)
+    if kind.endswith(".py") and rest:
+        return file_judge(kind, rest)
+    known = ", ".join([*(f"{name}:..." for name in JUDGES), *named, "FILE.py:FUNCTION"])
+    raise UserError(f"--judge {spec}: no such judge; known: {known}")

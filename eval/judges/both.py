@@ -1,0 +1,93 @@
+"""Ask in both orders and average the logits; verdicts are kept on disk by what was asked.
+
+    s1 = logit p(after is better | after shown first),  s2 = the same with after shown second,  s = (s1 + s2) / 2
+
+An additive preference for a place drops out of s exactly; averaging probabilities leaves some of it. Invalid in one
+order is invalid: never a tie, never a loss. Equal answers are a tie that nobody is asked about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mlxdpo import append_line, cache_folder, read_lines
+
+from .protocol import Judge, Question, Verdict
+
+CHUNK = 64  # questions between two writes to the cache: what an interruption may lose
+
+
+class Trio(NamedTuple):
+    """A prompt with the answers before and after tuning."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+class Both(NamedTuple):
+    """Logits that `after` is better, shown first and shown second; None with the reason. `same`: equal answers."""
+
+    first: float | None
+    second: float | None
+    reason: str = ""
+    absent: bool = False
+    same: bool = False
+
+    @property
+    def logit(self) -> float | None:
+        """The average of both orders, from which a place has dropped out."""
+        return None if self.first is None or self.second is None else (self.first + self.second) / 2
+
+
+def ask_both(judge: Judge, trios: Sequence[Trio]) -> list[Both]:
+    """The verdict on each trio, in order; each distinct question is asked once, known ones not at all."""
+    orders = [(Question(t.prompt, t.after, t.before), Question(t.prompt, t.before, t.after)) for t in trios]
+    asked = dict.fromkeys(q for pair in orders for q in pair if q.first != q.second)
+    verdicts = _answers(judge, list(asked))
+    return [_both(*(verdicts.get(q) for q in pair)) for pair in orders]
+
+
+def _both(shown_first: Verdict | None, shown_second: Verdict | None) -> Both:
+    if shown_first is None or shown_second is None:
+        return Both(0.0, 0.0, same=True)
+    for verdict in (shown_first, shown_second):
+        if verdict.logit is None:
+            return Both(None, None, verdict.reason, verdict.absent)
+    assert shown_first.logit is not None and shown_second.logit is not None
+    return Both(shown_first.logit, -shown_second.logit)
+
+
+def _answers(judge: Judge, questions: list[Question]) -> dict[Question, Verdict]:
+    if not judge.cached:
+        return dict(zip(questions, judge.ask(questions), strict=True))
+    file = cache_file(judge)
+    known = {line["question"]: line["logit"] for line in read_lines(file)}
+    keys = {question: question_key(question) for question in questions}
+    found = {q: Verdict(known[key]) for q, key in keys.items() if key in known}
+    left = [q for q in questions if q not in found]
+    for at in range(0, len(left), CHUNK):
+        part = left[at : at + CHUNK]
+        for question, verdict in zip(part, judge.ask(part), strict=True):
+            found[question] = verdict
+            if verdict.logit is not None:  # a failure may not be one the next time
+                append_line(file, {"question": keys[question], "logit": verdict.logit})
+    return found
+
+
+def cache_file(judge: Judge) -> Path:
+    """Where a judge's verdicts are kept: named by its whole identity."""
+    return cache_folder() / "verdicts" / f"{_digest([json.dumps(judge.identity, sort_keys=True)])}.jsonl"
+
+
+def question_key(question: Question) -> str:
+    """The name of a question: prompt, both answers and their order."""
+    return _digest(question)
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:32]

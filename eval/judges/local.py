@@ -1,0 +1,59 @@
+"""A language model on this machine as judge: one forward pass per question, no answer to parse.
+
+The verdict is the difference of the logits of the two labels as the next token, so it is always there. What matters
+is whether the model knows anything: a model of 135 million parameters does not. See the judge's report card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlxdpo import UserError, encode_prompt, load_config, load_policy, next_logits
+
+from .protocol import Judge, Question, Verdict
+from .wording import LABELS, WORDING, worded
+
+
+@dataclass(frozen=True)
+class LocalJudge:
+    """An MLX model asked for one token. `labels` holds the token ids that count for the first and second label."""
+
+    name: str
+    identity: Mapping[str, Any]
+    policy: Any
+    labels: tuple[tuple[int, ...], tuple[int, ...]]
+    cached: bool = True
+
+    def ask(self, questions: Sequence[Question]) -> list[Verdict]:
+        """Log-odds of the first label against the second, each label in all its spellings."""
+        data = load_config().data
+        rows = [encode_prompt(worded(q), self.policy.tokenizer, data).tolist() for q in questions]
+        first, second = self.labels
+        logits = next_logits(self.policy.model, rows, [*first, *second]).astype(np.float64)
+        odds = _logsumexp(logits[:, : len(first)]) - _logsumexp(logits[:, len(first) :])
+        return [Verdict(float(value)) for value in odds]
+
+
+def local_judge(model: str) -> Judge:
+    """Open `local:MODEL`. Raises `UserError` when the tokenizer has no single token for a label."""
+    policy = load_policy(load_config(None, {"model": {"path": model}}).model)
+    labels = tuple(_spellings(policy.tokenizer, label) for label in LABELS)
+    if not all(labels):
+        raise UserError(f"--judge local:{model}: its tokenizer has no single token for {' and '.join(LABELS)}")
+    identity = {"kind": "local", **{k: policy.identity[k] for k in ("digest", "dtype", "quantization")}}
+    return LocalJudge(f"local:{model}", identity | {"wording": WORDING, "labels": labels}, policy, labels)  # type: ignore[arg-type]
+
+
+def _spellings(tokenizer: Any, label: str) -> tuple[int, ...]:
+    """Single tokens that read as the label: with and without the space some templates leave to the model."""
+    found = [tokenizer.encode(text, add_special_tokens=False) for text in (label, f" {label}")]
+    return tuple(dict.fromkeys(ids[0] for ids in found if len(ids) == 1))
+
+
+def _logsumexp(logits: np.ndarray) -> np.ndarray:
+    top = logits.max(axis=1)
+    return top + np.log(np.exp(logits - top[:, None]).sum(axis=1))

@@ -1,0 +1,67 @@
+"""What a judge is: questions in, verdicts out. A verdict is a probability, or invalid with a reason, or absent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+SURE = 10.0  # logits of a judge that only says which: a probability of 0.99995
+
+
+class Question(NamedTuple):
+    """Which answer to the prompt is better? The order of the answers is part of the question."""
+
+    prompt: str
+    first: str
+    second: str
+
+
+class Verdict(NamedTuple):
+    """`logit` of the probability that the first answer is better; None when there is none, for the reason given.
+
+    `absent` says that nobody was asked (a pair without a human vote): that is no failure of the judge.
+    """
+
+    logit: float | None
+    reason: str = ""
+    absent: bool = False
+
+    @property
+    def probability(self) -> float | None:
+        """That the first answer is better."""
+        return None if self.logit is None else 1 / (1 + math.exp(-self.logit))
+
+
+def sure(sign: float) -> Verdict:
+    """The verdict of a judge that knows no degrees: the first is better (above 0), worse (below 0), or neither."""
+    return Verdict(SURE * ((sign > 0) - (sign < 0)))
+
+
+def invalid(reason: str) -> Verdict:
+    """No verdict: neither a tie nor a loss."""
+    return Verdict(None, reason)
+
+
+class Judge(Protocol):
+    """`identity` holds everything that can change a verdict (model digest, wording, ...): the cache is keyed by it.
+
+    `cached` says whether verdicts are worth keeping on disk.
+    """
+
+    name: str
+    identity: Mapping[str, Any]
+    cached: bool
+
+    def ask(self, questions: Sequence[Question]) -> list[Verdict]:
+        """One verdict per question, in order."""
+        ...
+
+
+@runtime_checkable
+class Scalar(Protocol):
+    """A judge that scores each answer by itself: a programmed reward, a reward model. Only differences matter."""
+
+    def scores(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """One number per answer, higher is better."""
+        ...

@@ -1,0 +1,145 @@
+"""The model's own answers before and after tuning: the same prompts, the same noise, one loaded model, in batches.
+
+A third set, drawn from the untuned model with other noise, is the control: a judge and its interval that see a
+difference between it and the first one see things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlxdpo import Example, Opened, Preference, UserError, encode_prompt, generate, prompt_name, prompt_text
+
+from .drift import sequence_kl
+
+NUMBERS = 1 << 28  # logits of policy and reference together that a forward pass may hold: 1 GB in float32
+ROWS = 32
+LONGEST = 256  # tokens of an answer when the data decides
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. `max_tokens` 0: as long as 95 % of the held-out answers, at most `LONGEST`."""
+
+    prompts: int = 100
+    samples: int = 2
+    max_tokens: int = 0
+    temperature: float = 1.0
+    seed: int = 0
+    batch_size: int = 64
+
+
+class Answers(NamedTuple):
+    """Answers to prompts, one entry each: the prompt's name, its text and ids, the answer's text and ids, its end."""
+
+    names: list[str]
+    prompts: list[str]
+    ids: list[list[int]]
+    texts: list[str]
+    tokens: list[list[int]]
+    stopped: list[bool]
+
+
+def usual_length(examples: Sequence[Example]) -> int:
+    """Tokens that hold 95 % of the held-out completions, at most `LONGEST`."""
+    lengths = [len(tokens) for e in examples for tokens in (e.chosen, e.rejected)]
+    return min(LONGEST, int(np.ceil(np.quantile(lengths, 0.95))))
+
+
+def draw(opened: Opened, rows: Sequence[Preference], sampling: Sampling) -> tuple[Answers, Answers, Answers]:
+    """(before, after, control): `samples` answers a prompt before and after, one more from before as control.
+
+    The k-th answer to a prompt meets the same noise before and after. Raises `UserError` for a prompt that the
+    template refuses.
+    """
+    data, tokenizer = opened.config.data, opened.policy.tokenizer
+    ids = [encode_prompt(row.prompt, tokenizer, data, row.tools).tolist() for row in rows]
+    k = sampling.samples
+    with opened.start() as model:
+        drawn = _draw(opened, model, rows, ids, k + 1, sampling)
+    after = _draw(opened, opened.policy.model, rows, ids, k, sampling)
+    last = [i % (k + 1) == k for i in range(len(drawn.names))]
+    return _where(drawn, [not x for x in last]), after, _where(drawn, last)
+
+
+def _draw(opened: Opened, model: Any, rows: Any, ids: list[list[int]], count: int, sampling: Sampling) -> Answers:
+    repeated = [(row, one) for row, one in zip(rows, ids, strict=True) for _ in range(count)]
+    done = generate(
+        model,
+        [one for _, one in repeated],
+        max_tokens=sampling.max_tokens,
+        eos_ids=opened.policy.eos_ids,
+        temperature=sampling.temperature,
+        seed=sampling.seed,
+        batch_size=sampling.batch_size,
+    )
+    return Answers(
+        [prompt_name(row.prompt) for row, _ in repeated],
+        [prompt_text(row.prompt) for row, _ in repeated],
+        [one for _, one in repeated],
+        [opened.policy.tokenizer.decode(c.tokens) for c in done],
+        [list(c.tokens) for c in done],
+        [c.finish == "stop" for c in done],
+    )
+
+
+def _where(answers: Answers, kept: Sequence[bool]) -> Answers:
+    return Answers(*([x for x, keep in zip(field, kept, strict=True) if keep] for field in answers))
+
+
+def first_of_each(answers: Answers) -> Answers:
+    """The first answer to each prompt."""
+    seen: set[str] = set()
+    return _where(answers, [not (name in seen or seen.add(name)) for name in answers.names])
+
+
+def on_policy_kl(opened: Opened, answers: Answers, temperature: float) -> list[float]:
+    """KL(policy || reference) along each of the tuned policy's own answers: nats per sequence, exact per step.
+
+    `temperature` is the one the answers were drawn at: both distributions are taken at it, so that they are the
+    ones compared. Raises `UserError` at 0, where the policy is no distribution.
+    """
+    if temperature <= 0:
+        raise UserError("the KL of greedy answers is no divergence of the policy; sample at --temperature 1")
+    result = [0.0] * len(answers.ids)
+    vocabulary = int(opened.policy.model(mx.array([[0]])).shape[-1])
+    order = sorted(range(len(answers.ids)), key=lambda i: -_length(answers, i))
+    while order:
+        rows = max(1, min(ROWS, NUMBERS // (2 * vocabulary * _length(answers, order[0]))))
+        here, order = order[:rows], order[rows:]
+        for i, nats in zip(here, _kl_of(opened, answers, here, temperature), strict=True):
+            result[i] = nats
+    return result
+
+
+def _length(answers: Answers, i: int) -> int:
+    return len(answers.ids[i]) + len(answers.tokens[i])
+
+
+def _kl_of(opened: Opened, answers: Answers, here: list[int], temperature: float) -> list[float]:
+    tokens, mask = _padded(answers, here)
+    first = min(len(answers.ids[i]) for i in here) - 1  # before it there is only prompt
+    opened.policy.model.eval()  # dropout on the adapters would make it another policy
+    tuned = opened.policy.model(tokens)[:, first:] / temperature
+    mx.eval(tuned)
+    with opened.reference() as model:
+        base = model(tokens)[:, first:] / temperature
+        mx.eval(base)
+    opened.policy.model.train()
+    return sequence_kl(lambda at: tuned[:, at], lambda at: base[:, at], mask[:, first:]).tolist()
+
+
+def _padded(answers: Answers, here: list[int]) -> tuple[mx.array, mx.array]:
+    """(R, T) rows and masks, 1 where the position's next token was drawn (the one that ends the answer included)."""
+    rows = [answers.ids[i] + answers.tokens[i] for i in here]
+    tokens, mask = (np.zeros((len(rows), max(map(len, rows))), kind) for kind in (np.int32, np.float32))
+    for row, (i, ids) in enumerate(zip(here, rows, strict=True)):
+        tokens[row, : len(ids)] = ids
+        start = len(answers.ids[i]) - 1
+        mask[row, start : start + len(answers.tokens[i]) + answers.stopped[i]] = 1
+    return mx.array(tokens), mx.array(mask)

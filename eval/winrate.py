@@ -1,0 +1,158 @@
+"""How often are the tuned model's answers preferred, and how sure is that? Invalid, tie and loss are three things.
+
+An item is a win where the averaged logit of both orders is above 0, a loss below, a tie at 0 (a judge that only
+repeats a place, equal answers). The rate is wins + ties / 2 over valid verdicts. Answers to one prompt are not
+independent, so intervals are clustered by prompt.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import special
+
+from .clustered import clustered_mean, clustered_share
+from .judges import Both, Judge, Scalar, Trio, ask_both
+from .length import Controlled, length_controlled
+from .ppi import Debiased, debiased
+from .report_card import Agreement, Longer, Position, agreement, position, preference_for_longer
+from .sampling import Answers
+from .sequential import minimum_detectable
+from .stats import Interval, cluster_bootstrap, paired_difference
+
+
+class Rewards(NamedTuple):
+    """Mean scores of a judge that scores answers one by one; `change` is paired by answer. All clustered by prompt."""
+
+    before: Interval | None
+    after: Interval | None
+    change: Interval | None
+    left_out: int
+
+
+class Humans(NamedTuple):
+    """What human votes say about the judge: agreement, and the rate with its bias taken out (PPI++)."""
+
+    agreement: Agreement
+    debiased: Debiased | None
+
+
+class WinRate(NamedTuple):
+    """One judge's verdict on `n` pairs of answers to `prompts` prompts; `interval` is Wilson's with a clustered error.
+
+    `same` pairs are equal word for word: ties. `invalid` verdicts are counted by reason and left out; `worst`
+    and `best` are the rate were they all losses or all wins. `absent` were not voted on. `soft` is the mean
+    probability of a win. `detectable` is the win rate that this many prompts show with power 0.8.
+    """
+
+    judge: str
+    n: int
+    prompts: int
+    wins: int
+    ties: int
+    losses: int
+    same: int
+    invalid: dict[str, int]
+    absent: int
+    rate: float | None
+    interval: Interval | None
+    bootstrap: Interval | None
+    worst: float | None
+    best: float | None
+    soft: float | None
+    detectable: float | None
+    controlled: Controlled | None
+    position: Position | None
+    longer: Longer | None
+    rewards: Rewards | None
+    humans: Humans | None
+
+    @property
+    def invalid_share(self) -> float:
+        """Of the verdicts that were asked for."""
+        failed, asked = sum(self.invalid.values()), self.n - self.absent
+        return failed / asked if asked else 0.0
+
+
+def judge_answers(judge: Judge, before: Answers, after: Answers) -> list[Both]:
+    """The judge's verdicts on each pair of answers, both orders."""
+    pairs = zip(before.prompts, before.texts, after.texts, strict=True)
+    return ask_both(judge, [Trio(*pair) for pair in pairs])
+
+
+def win_rate(
+    judge: Judge, found: Sequence[Both], before: Answers, after: Answers, human: Sequence[Both] | None = None
+) -> WinRate:
+    """Everything that verdicts in both orders (one per pair of answers) say. `human`: votes on the same pairs."""
+    valid = np.array([both.logit is not None for both in found], bool)
+    logits = np.array([both.logit if both.logit is not None else 0.0 for both in found])
+    signs, names = np.sign(logits[valid]).astype(int), np.array(before.names)[valid]
+    won = (signs + 1) / 2
+    longer = np.array([len(a) - len(b) for a, b in zip(after.texts, before.texts, strict=True)], float)
+    reasons = Counter(b.reason for b in found if b.logit is None and not b.absent)
+    prompts, some = len(set(names.tolist())), bool(valid.any())
+    low, high = _bounds(won, reasons.total())
+    return WinRate(
+        judge=judge.name,
+        n=len(found),
+        prompts=prompts,
+        wins=int((signs > 0).sum()),
+        ties=int((signs == 0).sum()),
+        losses=int((signs < 0).sum()),
+        same=sum(both.same for both in found),
+        invalid=dict(sorted(reasons.items())),
+        absent=sum(both.absent for both in found),
+        rate=float(won.mean()) if some else None,
+        interval=clustered_share(won, names) if some else None,
+        bootstrap=cluster_bootstrap(won.tolist(), names.tolist()) if some else None,
+        worst=low,
+        best=high,
+        soft=float(special.expit(logits[valid]).mean()) if some else None,
+        detectable=minimum_detectable(prompts),
+        controlled=length_controlled(won, longer[valid], names) if some else None,
+        position=_position(found, before.names),
+        longer=preference_for_longer(signs, longer[valid], names) if some else None,
+        rewards=_rewards(judge, before, after) if isinstance(judge, Scalar) else None,
+        humans=None if human is None else _humans(found, human, before.names, longer),
+    )
+
+
+def _bounds(won: np.ndarray, failed: int) -> tuple[float | None, float | None]:
+    total = len(won) + failed
+    return (float(won.sum() / total), float((won.sum() + failed) / total)) if total else (None, None)
+
+
+def _position(found: Sequence[Both], names: Sequence[str]) -> Position | None:
+    asked = [
+        (b.first, b.second, name) for b, name in zip(found, names, strict=True) if b.logit is not None and not b.same
+    ]
+    if not asked:
+        return None
+    first, second, prompts = zip(*asked, strict=True)
+    return position(first, second, prompts)
+
+
+def _rewards(judge: Scalar, before: Answers, after: Answers) -> Rewards:
+    old, new = (np.array(judge.scores(a.prompts, a.texts)) for a in (before, after))
+    kept = np.isfinite(old) & np.isfinite(new)
+    old, new, names = old[kept], new[kept], np.array(before.names)[kept].tolist()
+    change = paired_difference(old.tolist(), new.tolist(), names)
+    return Rewards(clustered_mean(old, names), clustered_mean(new, names), change, int((~kept).sum()))
+
+
+def _humans(found: Sequence[Both], human: Sequence[Both], names: Sequence[str], longer: np.ndarray) -> Humans | None:
+    """Agreement where both have spoken; PPI++ with the judge alone on the prompts that nobody voted on."""
+    usable = [(i, b.logit, h.logit) for i, (b, h) in enumerate(zip(found, human, strict=True)) if b.logit is not None]
+    voted = [(i, b, h) for i, b, h in usable if h is not None]
+    if not voted:
+        return None
+    at = [i for i, _, _ in voted]
+    judged, truth = (np.sign(column).astype(int) for column in list(zip(*voted, strict=True))[1:])
+    prompts = [names[i] for i in at]
+    alone = [(names[i], (np.sign(b) + 1) / 2) for i, b, h in usable if h is None and names[i] not in set(prompts)]
+    rest, only = [name for name, _ in alone], [value for _, value in alone]
+    corrected = debiased((truth + 1) / 2, (judged + 1) / 2, only, prompts, rest) if only else None
+    return Humans(agreement(judged, truth, prompts, longer[at]), corrected)
