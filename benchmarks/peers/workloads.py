@@ -85,8 +85,8 @@ def real_text(tokenizer: Any) -> list[int]:
     folder = Path(__file__).parents[2] / "mlxdpo" / "demo"
     with (folder / "pairs.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    text = "\n\n".join(row["prompt"] + row[name] for row in rows for name in ("chosen", "rejected"))
-    return tokenizer.encode(text, add_special_tokens=False)
+    texts = (f"{row['prompt']}{row[name]}\n\n" for row in rows for name in ("chosen", "rejected"))
+    return [token for text in texts for token in tokenizer.encode(text, add_special_tokens=False)]
 
 
 def shape_plan(workload: Workload, text: list[int], scale: float, steps: int) -> Plan:
