@@ -14,8 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxdpo.model import head as heads
+from mlxdpo.model.packed import Layout, packed_states, packs, pays
 from mlxdpo.model.prefix import checkpointed, hidden_states, spreader
-from mlxdpo.model.trunk import split
+from mlxdpo.model.trunk import Trunk, split
 from mlxdpo.types import Batch, Pairs
 
 Forward = Callable[[nn.Module, Batch], mx.array]
@@ -42,7 +43,7 @@ def plain_forward(model: nn.Module, batch: Batch) -> mx.array:
     shared = batch.prefix.shape[1]
     rows = mx.concatenate([batch.prefix[batch.group], batch.suffix], axis=1) if shared else batch.suffix
     logits = model(rows)[:, shared:]
-    scored = logits.reshape(-1, logits.shape[-1])[batch.positions].astype(mx.float32)
+    scored = logits.reshape(-1, logits.shape[-1])[batch.home[batch.positions]].astype(mx.float32)
     return _by_row(heads.target_logps(scored, batch.targets), batch)
 
 
@@ -56,12 +57,23 @@ def fast_forward(checkpoint: Callable[..., Any] | None = None, *, head: Any = he
     def forward(model: nn.Module, batch: Batch) -> mx.array:
         trunk = split(model)
         assert trunk is not None  # whoever chose this path asked first
-        spread = spreader(batch.group, batch.per_prompt or None)
-        states = hidden_states(trunk, batch.prefix, batch.suffix, spread, checkpoint)
-        scored = trunk.norm(states.reshape(-1, states.shape[-1])[batch.positions])
+        states = rest_states(trunk, batch, checkpoint)
+        scored = trunk.norm(states[batch.positions])
         return _by_row(head(trunk.head, scored, batch.targets), batch)
 
     return forward
+
+
+def rest_states(trunk: Trunk, batch: Batch, checkpoint: Callable[..., Any] | None = None) -> mx.array:
+    """(M, D) states of the batch's `rest`, before the last norm: packed where that pays, else as padded rows."""
+    spread = spreader(batch.group, batch.per_prompt or None)
+    prompts, rows = batch.prefix.shape, batch.rows.shape
+    if packs(trunk) and pays(prompts, rows, len(batch.rest)):
+        layout = Layout(prompts, batch.rows, batch.home, batch.place, spread)
+        tokens = mx.concatenate([batch.prefix.reshape(-1), batch.rest])
+        return packed_states(trunk, tokens, layout, checkpoint)
+    states = hidden_states(trunk, batch.prefix, batch.suffix, spread, checkpoint)
+    return states.reshape(-1, states.shape[-1])[batch.home]
 
 
 def _by_row(logps: mx.array, batch: Batch) -> mx.array:

@@ -21,7 +21,7 @@ from mlxdpo.loop import Job, Part, run_loop, total_steps
 from mlxdpo.losses import resolve
 from mlxdpo.manifest import check_same, describe_run
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter
-from mlxdpo.model.attention import light_attention
+from mlxdpo.model.light import light_attention
 from mlxdpo.model.policy import load_policy
 from mlxdpo.platform import wire_memory
 from mlxdpo.reference import Scorer, with_reference

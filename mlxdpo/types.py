@@ -84,16 +84,21 @@ class Example:
 
 
 class Batch(NamedTuple):
-    """Distinct rows, and the pairs that index them. The shapes are the same within a bucket: a step is traced once.
+    """Distinct tokens, the rows that index them, and the pairs that index those.
 
-    Every row's first P tokens stand once per prompt in `prefix`, the rest in `suffix`; N is the number of scored
-    tokens in all rows, rounded up.
+    Every row's first P tokens stand once per prompt in `prefix`. Behind it comes the row's *suffix*: the rest of its
+    prompt and its completion without the last token. `rest` holds each distinct token of all suffixes once, M of
+    them, without padding; `rows` lays them out. N is the number of scored tokens. M, S and N are rounded up, so that
+    few shapes occur: a step is traced once for each.
 
     prefix     (G, P) int32, the beginning of each prompt; P may be 0
-    suffix     (R, S) int32, the rest of prompt and completion without its last token, padded on the right
+    rest       (M,) int32, the other distinct tokens
+    place      (M,) int32, how many tokens stand before each in its row
+    rows       (R, S) int32, which of `rest` each row's suffix consists of, padded on the right
+    home       (M,) int32, where in the flattened (R, S) rows each of `rest` stands (the first of its places)
     group      (R,) int32, the prompt of each row; the rows of a prompt are adjacent
     targets    (N,) int32, the scored tokens
-    positions  (N,) int32, where in the flattened suffix the state stands that predicts each target
+    positions  (N,) int32, which of `rest` predicts each target
     owner      (N,) int32, the row of each target
     scored     (N,) float32, 1, or 0 for a target that only fills the shape
     length     (R,) float32, completion tokens
@@ -104,7 +109,10 @@ class Batch(NamedTuple):
     """
 
     prefix: mx.array
-    suffix: mx.array
+    rest: mx.array
+    place: mx.array
+    rows: mx.array
+    home: mx.array
     group: mx.array
     targets: mx.array
     positions: mx.array
@@ -116,6 +124,11 @@ class Batch(NamedTuple):
     rejected: mx.array
     weight: mx.array
     per_prompt: int
+
+    @property
+    def suffix(self) -> mx.array:
+        """(R, S) int32: the token ids of each row behind the shared prefix, padded with some token."""
+        return self.rest[self.rows]
 
 
 class Pairs(NamedTuple):

@@ -26,15 +26,14 @@ def test_few_shapes_occur():
 
 def rows_of(batch):
     """Every row's full tokens and its scored targets, read back from a batch."""
-    shared, width = batch.prefix.shape[1], batch.suffix.shape[1]
+    shared = batch.prefix.shape[1]
     full = np.concatenate([np.array(batch.prefix)[np.array(batch.group)], np.array(batch.suffix)], axis=1)
     scored = [[] for _ in full]
     targets, positions, owner = (np.array(a) for a in (batch.targets, batch.positions, batch.owner))
     for target, position, row in zip(
         *(a[np.array(batch.scored) == 1] for a in (targets, positions, owner)), strict=True
     ):
-        assert position // width == row
-        scored[row].append((shared + int(position) % width, int(target)))
+        scored[row].append((shared + batch.rows[row].tolist().index(position), int(target)))
     return full, scored
 
 
@@ -52,6 +51,23 @@ def test_collate_scores_exactly_the_completions(examples, spare):
             # position t predicts token t+1, from the prompt's last token on
             assert scored[row] == [(t - 1, ids[t]) for t in range(len(example.prompt), len(ids))]
             assert batch.length[row].item() == len(completion)
+
+
+@given(EXAMPLES)
+def test_each_distinct_token_stands_once(examples):
+    batch = collate(examples, tuple(range(len(examples))), len(examples))
+    rows, home, place = (np.array(a) for a in (batch.rows, batch.home, batch.place))
+    shared, used = batch.prefix.shape[1], []
+    for pair, example in enumerate(examples):
+        for row, completion in ((batch.chosen[pair], example.chosen), (batch.rejected[pair], example.rejected)):
+            own = rows[row.item(), : len(example.prompt) - shared + len(completion) - 1].tolist()
+            assert place[own].tolist() == list(range(shared, shared + len(own)))
+            used += own
+    prompts = {e.prompt.tobytes(): len(e.prompt) - shared for e in examples}
+    completions = {(e.prompt.tobytes(), c.tobytes()): len(c) - 1 for e in examples for c in (e.chosen, e.rejected)}
+    count = sum(prompts.values()) + sum(completions.values())
+    assert sorted(set(used)) == list(range(count)) and len(batch.rest) == bucket(count)
+    assert rows.ravel()[home[:count]].tolist() == list(range(count))
 
 
 @given(EXAMPLES)

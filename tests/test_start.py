@@ -14,7 +14,7 @@ from tiny_tokenizers import chatml_tokenizer, llama3_tokenizer
 from mlxdpo import scoring, start
 from mlxdpo.data.batching import collate
 from mlxdpo.losses import LOSSES
-from mlxdpo.model import adapters, attention
+from mlxdpo.model import adapters, light
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 
@@ -228,8 +228,8 @@ def test_gemma2_rows_beyond_its_window_are_refused_before_anything_is_written(tm
 
 def test_long_rows_train_through_the_light_attention_to_the_same_losses(tmp_path, monkeypatch):
     wanted = [e.values["loss"] for e in finish(recipe(tmp_path, "own")) if e.kind == "step"]
-    monkeypatch.setattr("mlxdpo.model.attention.PAYS_FROM", 8)
-    calls, chunked = [], attention.chunked_attention
-    monkeypatch.setattr(attention, "chunked_attention", lambda *a, **k: calls.append(1) or chunked(*a, **k))
+    monkeypatch.setattr("mlxdpo.model.light.PAYS_FROM", 8)
+    calls, chunked = [], light.chunked_attention
+    monkeypatch.setattr(light, "chunked_attention", lambda *a, **k: calls.append(1) or chunked(*a, **k))
     losses = [e.values["loss"] for e in finish(recipe(tmp_path, "light")) if e.kind == "step"]
     assert calls and losses == pytest.approx(wanted, rel=1e-5)

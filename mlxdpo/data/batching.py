@@ -79,19 +79,49 @@ def distinct_rows(pairs: Sequence[Example]) -> tuple[list[Row], np.ndarray]:
 def _layout(rows: Sequence[Row]) -> tuple[np.ndarray, ...]:
     """The arrays of a `Batch` from `prefix` to `length`."""
     shared = shared_prefix(min(len(row.prompt) for row in rows))
-    width = bucket(max(len(row.prompt) + len(row.completion) for row in rows) - 1 - shared)
-    count = sum(len(row.completion) for row in rows)
-    prefix = np.stack([next(r.prompt for r in rows if r.group == g)[:shared] for g in range(rows[-1].group + 1)])
-    suffix = np.zeros((len(rows), width), np.int32)
+    firsts = [next(row for row in rows if row.group == g) for g in range(rows[-1].group + 1)]
+    prefix = np.stack([row.prompt[:shared] for row in firsts])
+    lefts = [row.prompt[shared:] for row in firsts]  # what a prompt has behind the shared prefix
+    pieces = _pieces(rows, lefts)
+    width = bucket(max(len(lefts[row.group]) + len(row.completion) - 1 for row in rows))
+    total, count = sum(len(piece.ids) for piece in pieces), sum(len(row.completion) for row in rows)
+    rest, place, home = (np.zeros(bucket(total), np.int32) for _ in range(3))
+    for piece in pieces:
+        here = slice(piece.start, piece.start + len(piece.ids))
+        rest[here], place[here] = piece.ids, shared + piece.column + np.arange(len(piece.ids))
+        home[here] = piece.row * width + piece.column + np.arange(len(piece.ids))
+    index = np.zeros((len(rows), width), np.int32)
     targets, positions, owner, scored = (np.zeros(bucket(count), np.int32) for _ in range(4))
     at = 0
     for i, row in enumerate(rows):
-        ids = np.concatenate([row.prompt[shared:], row.completion])
-        suffix[i, : len(ids) - 1] = ids[:-1]
-        here, start = slice(at, at + len(row.completion)), len(row.prompt) - shared - 1
+        prompt, own = pieces[row.group], pieces[len(lefts) + i]
+        suffix = np.concatenate([prompt.start + np.arange(len(prompt.ids)), own.start + np.arange(len(own.ids))])
+        index[i, : len(suffix)] = suffix
+        here = slice(at, at + len(row.completion))
         targets[here], owner[here], scored[here] = row.completion, i, 1
-        positions[here] = i * width + start + np.arange(len(row.completion))  # position t predicts token t+1
+        positions[here] = suffix[len(prompt.ids) - 1 :]  # position t predicts token t+1
         at = here.stop
     group = np.array([row.group for row in rows], np.int32)
     length = np.array([len(row.completion) for row in rows], np.float32)
-    return prefix, suffix, group, targets, positions, owner, scored.astype(np.float32), length
+    return prefix, rest, place, index, home, group, targets, positions, owner, scored.astype(np.float32), length
+
+
+class Piece(NamedTuple):
+    """Tokens that stand side by side in `rest` from `start` on, and in row `row` from column `column` on."""
+
+    ids: np.ndarray
+    start: int
+    row: int
+    column: int
+
+
+def _pieces(rows: Sequence[Row], lefts: Sequence[np.ndarray]) -> list[Piece]:
+    """What `rest` consists of: first the rest of each prompt, then each row's completion without its last token."""
+    first = [next(i for i, row in enumerate(rows) if row.group == g) for g in range(len(lefts))]
+    prompts = [(ids, first[g], 0) for g, ids in enumerate(lefts)]
+    completions = [(row.completion[:-1], i, len(lefts[row.group])) for i, row in enumerate(rows)]
+    result, at = [], 0
+    for ids, row, column in prompts + completions:
+        result.append(Piece(ids, at, row, column))
+        at += len(ids)
+    return result

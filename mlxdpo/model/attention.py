@@ -12,37 +12,15 @@ Query i is token T-L+i: the last L of T tokens, which is what a prefix cache lea
 from __future__ import annotations
 
 import functools
-import math
-import sys
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.models import base
 
-from mlxdpo.platform import this_machine
+from mlxdpo.model.exponential import LOG2E, exp2
 
 SCORE_BYTES = 32 << 20
 SMALLEST_CHUNK, LARGEST_CHUNK = 64, 128
-PAYS_FROM = 1024  # tokens; measured on a CPU
-
-NAME = "scaled_dot_product_attention"
-LOG2E = math.log2(math.e)
-
-
-def pays(kind: str, length: int, masked: bool) -> bool:
-    """Whether chunks beat MLX's own attention: the one place of that rule.
-
-    `kind` is `Machine.kind`, `length` the number of keys in tokens, `masked` whether the call carries what MLX's
-    fused kernels do not take (an array mask such as a sliding window, a soft cap). Metal and CUDA have fused causal
-    kernels, forward and backward, from mlx 0.32.4; a CPU has none.
-    """
-    return length >= PAYS_FROM and (masked or kind == "cpu")
 
 
 def chunked_attention(
@@ -83,16 +61,6 @@ def _chunk(heads: int, keys: int) -> int:
     return min(LARGEST_CHUNK, max(SMALLEST_CHUNK, 1 << max(fits, 1).bit_length() - 1))
 
 
-def _exp2(x: mx.array) -> mx.array:
-    """2 ** x, and 2 ** -100 for anything below: nothing beside the 1 of a row's largest weight.
-
-    On a Linux CPU MLX's exp takes three times as long as its pow, and longer than all the matmuls here; but pow takes
-    five times as long where its result underflows, which sharp attention does for most keys.
-    """
-    x = mx.maximum(x, -100.0)
-    return mx.power(2.0, x) if this_machine().kind == "cpu" else mx.exp(x * (1 / LOG2E))
-
-
 class Rule(NamedTuple):
     """What a score is: its scale, the window in tokens or None, the soft cap or None."""
 
@@ -125,7 +93,7 @@ def _visible(at: Chunk, window: int | None) -> mx.array:
 
 
 def _scores(rule: Rule, q: mx.array, k: mx.array) -> tuple[mx.array, mx.array | None]:
-    """In units of log 2, so that `_exp2` needs no factor; and the tanh of a soft cap, for its derivative."""
+    """In units of log 2, so that `exp2` needs no factor; and the tanh of a soft cap, for its derivative."""
     if rule.softcap is None:
         return (q * (rule.scale * LOG2E)) @ k.swapaxes(-1, -2), None
     tanh = mx.tanh((q * (rule.scale / rule.softcap)) @ k.swapaxes(-1, -2))
@@ -137,7 +105,7 @@ def _forward(rule: Rule, at: Chunk, q: mx.array, k: mx.array, v: mx.array) -> tu
     rows, k, v = _rows(q, at), k[:, :, at.low : at.high], v[:, :, at.low : at.high]
     s = mx.where(_visible(at, rule.window), _heads(_scores(rule, rows, k)[0], q, at), -mx.inf)
     top = s.max(axis=-1, keepdims=True)
-    p = _exp2(s - top)
+    p = exp2(s - top)
     total = p.sum(axis=-1, keepdims=True)
     return _heads(p.reshape(*rows.shape[:3], -1) @ v, q, at) / total, top + mx.log2(total)
 
@@ -151,7 +119,7 @@ def _backward(
     """
     rows, cts, k, v = _rows(q, at), _rows(ct, at), k[:, :, at.low : at.high], v[:, :, at.low : at.high]
     s, tanh = _scores(rule, rows, k)
-    p = _heads(_exp2(s - _rows(lse, at)), q, at)
+    p = _heads(exp2(s - _rows(lse, at)), q, at)
     p = mx.where(_visible(at, rule.window), p, 0.0).reshape(s.shape)
     ds = p * (cts @ v.swapaxes(-1, -2) - _rows(delta, at))
     if tanh is not None:
@@ -211,84 +179,3 @@ def _rows(a: mx.array, at: Chunk) -> mx.array:
 def _heads(a: mx.array, q: mx.array, at: Chunk) -> mx.array:
     """The inverse: (B, K, G * queries, N) -> (B, K, G, queries, N)."""
     return a.reshape(*q.shape[:3], at.last - at.first, a.shape[-1])
-
-
-def causal_window(mask: mx.array, queries: int, keys: int) -> int | None:
-    """The window, in tokens, of a bool mask that is a causal sliding window of `queries` x `keys`; else None.
-
-    Proved by value, not guessed: mlx-lm hands its layers a bare array. No tracing stands in the way, because such a
-    mask is made of constants. Only where it is an argument of a function under `mx.checkpoint` inside `mx.compile`
-    can it not be read, which gives None; a layer under a checkpoint must close over its mask. A full causal mask has
-    window `keys`.
-    """
-    if mask.dtype != mx.bool_ or mask.size != queries * keys or keys < queries:
-        return None
-    mask = mask.reshape(queries, keys)
-    try:
-        window = int(mask[-1].sum().item())
-    except ValueError:  # MLX's word for an array that is being traced
-        return None
-    expected = base.create_causal_mask(queries, keys - queries, window_size=window)
-    return window if window and mx.array_equal(mask, expected).item() else None
-
-
-def light_or_own(
-    queries: mx.array,
-    keys: Any,
-    values: Any,
-    cache: Any,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """mlx-lm's `scaled_dot_product_attention`, in chunks for the calls where that is the same thing and pays."""
-    own = functools.partial(base.scaled_dot_product_attention, queries, keys, values, cache, scale, mask, sinks)
-    if hasattr(cache, "bits") or sinks is not None or mask is None:
-        return own()
-    masked, L, T = isinstance(mask, mx.array), queries.shape[2], keys.shape[2]
-    if T < L or not pays(this_machine().kind, T, masked):
-        return own()
-    window = causal_window(mask, L, T) if masked else T
-    if window is None or not (masked or mask == "causal"):
-        return own()
-    return chunked_attention(queries, keys, values, scale=scale, window=window if window < T else None)
-
-
-_users: Counter[ModuleType] = Counter()
-_lock = threading.Lock()
-
-
-def attention_files(model: nn.Module) -> list[ModuleType]:
-    """The mlx-lm model files whose layers `model` is made of and that call `scaled_dot_product_attention` by name.
-
-    A file with a function of its own under that name is none of them, nor one that writes its attention out
-    (gemma2): their attention stays what it is.
-    """
-    names = {parent.__module__ for layer in model.modules() for parent in type(layer).__mro__}
-    ours = (base.scaled_dot_product_attention, light_or_own)
-    files = [sys.modules[name] for name in sorted(names)]
-    return [file for file in files if file is not base and vars(file).get(NAME) in ours]
-
-
-@contextmanager
-def light_attention(model: nn.Module, longest: int) -> Iterator[bool]:
-    """While it lasts, `model` attends in chunks wherever `pays` says so; `longest` is its longest row in tokens.
-
-    Yields whether anything was switched. It replaces one name in the model's own file and puts it back, also after
-    an exception; it can be nested, and left in any order from several threads. Another model of the same file is
-    switched with it (same values, other order of sums); one of another file is not touched. A function compiled
-    inside keeps what it was traced with, so trace inside.
-    """
-    files = attention_files(model) if pays(this_machine().kind, longest, masked=True) else []
-    with _lock:
-        for file in files:
-            _users[file] += 1
-            setattr(file, NAME, light_or_own)
-    try:
-        yield bool(files)
-    finally:
-        with _lock:
-            for file in files:
-                _users[file] -= 1
-                if not _users[file]:
-                    setattr(file, NAME, base.scaled_dot_product_attention)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxdpo.model.exponential import exp
 from mlxdpo.platform import this_machine
 
 CHUNK = 512  # positions whose (chunk, V) logits are held at once
@@ -82,7 +83,7 @@ def _softmax(z: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     Training and scoring share it to the operation: a policy that has not moved differs from its reference by nothing.
     """
     top = mx.stop_gradient(mx.max(z, axis=-1, keepdims=True))
-    e = mx.exp(z - top)
+    e = exp(z - top)
     total = in_blocks(e).sum(axis=-1).sum(axis=-1, keepdims=True)
     return (mx.take_along_axis(z, y[:, None], axis=-1) - top - mx.log(total))[:, 0], e, total
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ class Policy:
     identity: Mapping[str, Any]
 
 
-def find_model(path: str, revision: str | None = None) -> Path:
-    """The folder of a model: a local one, the built-in `smollm2`, or a Hub id, downloaded once.
+def find_model(path: str, revision: str | None = None, patterns: Sequence[str] = DOWNLOAD) -> Path:
+    """The folder of a model: a local one, the built-in `smollm2`, or a Hub id, of which `patterns` are downloaded once.
 
     Raises `UserError` when there is none.
     """
@@ -53,7 +53,7 @@ def find_model(path: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=DOWNLOAD))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns)))
     except LocalEntryNotFoundError:
         raise UserError(f"{path}: not in the local cache and the Hub cannot be reached; download it first") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -96,7 +96,7 @@ def load_policy(config: ModelConfig) -> Policy:
             raise UserError(f"{config.path} is already quantised ({quantisation['bits']} bits); drop model.quantize")
         model, changed = quantize_model(model, dict(raw), group_size=64, bits=config.quantize)
         quantisation = changed["quantization"]
-    _cast(model, dtype)
+    cast(model, dtype)
     model.freeze()
     model.train()  # gated-delta layers have a gradient only in this mode, and both modes must agree
     mx.eval(model.parameters())
@@ -110,7 +110,7 @@ def load_policy(config: ModelConfig) -> Policy:
     return Policy(model, tokenizer, raw, folder, frozenset(tokenizer.eos_token_ids), identity)
 
 
-def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+def cast(model: nn.Module, dtype: mx.Dtype) -> None:
     """Bring every floating array to `dtype`; the packed codes of quantised layers are integers and stay."""
     floating = {name: a for name, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)}
     model.load_weights([(name, a.astype(dtype)) for name, a in floating.items()], strict=False)

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxdpo.model.light import attention_files, switched
 from mlxdpo.model.trunk import Trunk
 
 
@@ -73,17 +74,26 @@ def hidden_states(
     for layer, window in zip(trunk.layers, trunk.windows, strict=True):
         if hp is None:
             mask = trunk.mask(suffix.shape[1], 0, window)
-            hs = run(layer, lambda h, m=mask, one=layer: one(h, m, None))(hs)
+            hs = run(layer, _single(layer, mask))(hs)
         else:
             hp, hs = run(layer, _joint(trunk, layer, window, spread))(hp, hs)
     return hs
 
 
+def _single(layer: Any, mask: Any) -> Callable[[mx.array], mx.array]:
+    def alone(hs: mx.array) -> mx.array:
+        with switched(attention_files(layer)):
+            return layer(hs, mask, None)
+
+    return alone
+
+
 def _joint(trunk: Trunk, layer: Any, window: int | None, spread: Callable[[mx.array], mx.array]) -> Callable[..., Any]:
     def both(hp: mx.array, hs: mx.array) -> tuple[mx.array, mx.array]:
         captured, before = Capture(), hp.shape[1]
-        hp = layer(hp, trunk.mask(before, 0, window), captured)
-        return hp, layer(hs, trunk.mask(hs.shape[1], before, window), Prefixed(captured, spread))
+        with switched(attention_files(layer)):  # in here: a checkpoint calls this again in the backward pass
+            hp = layer(hp, trunk.mask(before, 0, window), captured)
+            return hp, layer(hs, trunk.mask(hs.shape[1], before, window), Prefixed(captured, spread))
 
     return both
 

@@ -24,7 +24,7 @@ from mlxdpo.config import Config
 from mlxdpo.data import batching
 from mlxdpo.data.planning import Indices, outline, plan_epoch
 from mlxdpo.losses import resolve
-from mlxdpo.model import attention, head
+from mlxdpo.model import head, light
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
 from mlxdpo.platform import preload_blas, wire_memory
@@ -48,7 +48,7 @@ def _ungrouped() -> None:
 
 
 def _mlx_attention() -> None:
-    attention.pays = lambda kind, tokens, masked: False
+    light.pays = lambda kind, tokens, masked: False
 
 
 SWITCHES: dict[str, Callable[[], None]] = {
@@ -100,7 +100,7 @@ def run(job: Job, channel: Channel) -> None:
     examples = [Example(*ids, where=f"pair {i}") for i, ids in enumerate(arrays)]
     with ExitStack() as stack:
         if "mlx-attention" not in job.switches:
-            stack.enter_context(attention.light_attention(policy.model, job.longest()))
+            stack.enter_context(light.light_attention(policy.model, job.longest()))
         started = time.perf_counter()
         ref = _reference(examples, make_scorer(policy.model, ways.score), config, len(job.batches))
         seconds = time.perf_counter() - started

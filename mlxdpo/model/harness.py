@@ -1,0 +1,54 @@
+"""Capability checks by lm-evaluation-harness, through mlx-lm's own wrapper around a model that is already loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxdpo.model.adapters import dropout_off
+from mlxdpo.types import UserError
+
+
+def check_installed() -> None:
+    """Raise `UserError` when lm-evaluation-harness is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "--tasks needs lm-evaluation-harness, which is not installed; run `pip install 'mlxdpo[tasks]'`"
+        )
+
+
+def run_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 123,
+) -> dict[str, dict[str, Any]]:
+    """Task -> measure -> value, as the harness reports them; `limit` questions of each task, greedy answers."""
+    check_installed()
+    import lm_eval
+    from mlx_lm.evaluate import MLXLM
+
+    # Its constructor loads a model from a folder; everything else works on the two attributes that it sets.
+    wrapper = MLXLM.__new__(MLXLM)
+    super(MLXLM, wrapper).__init__()
+    wrapper._model, wrapper.tokenizer = model, tokenizer
+    wrapper._max_tokens, wrapper._batch_size, wrapper._sampler = None, batch_size, None
+    wrapper.use_chat_template = tokenizer.chat_template is not None
+    mx.random.seed(seed)
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
+    with dropout_off(model):
+        found = lm_eval.simple_evaluate(
+            model=wrapper, tasks=list(tasks), limit=limit, apply_chat_template=wrapper.use_chat_template, **seeds
+        )
+    assert found is not None  # it is None on other ranks of a distributed job only
+    return {task: _numbers(measures) for task, measures in found["results"].items()}
+
+
+def _numbers(measures: dict[str, Any]) -> dict[str, Any]:
+    return {name: float(v) if isinstance(v, int | float) else str(v) for name, v in measures.items()}
