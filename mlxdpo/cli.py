@@ -33,7 +33,11 @@ def build_app() -> Any:
 COMMANDS = {
     "demo": "Tune a real model in minutes, offline, and show what changed.",
     "train": "Tune a model on preference pairs.",
+    "plan": "What a run will need, before any weight is loaded: memory by part, steps, padding.",
+    "bench": "Speed of training on this machine, beside its own matmul rate.",
     "score": "Log-probs, implicit rewards and margins of every row.",
+    "eval": "Say whether a run's model is better than it was, with intervals, and write a report.",
+    "compare": "Hold one evaluated run against another; exit 1 when something got worse.",
     "generate": "Answer a prompt with a run's model, tuned or as it was before.",
     "data check": "Say what is in a preference file, what is wrong with it, and show a pair as the model sees it.",
     "data formats": "List the row shapes that are understood.",

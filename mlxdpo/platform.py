@@ -156,11 +156,11 @@ def compiled(function: Any, **options: Any) -> Any:
     return function if this_machine().kind == "cpu" else mx.compile(function, **options)
 
 
-def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
-    """Float32 matmul rate of this machine in FLOP/s: the best of a few runs."""
+def matmul_rate(size: int = 1024, repeats: int = 5, dtype: str = "float32") -> float:
+    """Matmul rate of this machine in FLOP/s: the best of a few runs."""
     import mlx.core as mx
 
-    a = mx.random.normal((size, size))
+    a = mx.random.normal((size, size), dtype=getattr(mx, dtype))
     mx.eval(a, a @ a)
     best = float("inf")
     for _ in range(repeats):
