@@ -1,0 +1,289 @@
+"""A report as blocks, the same for HTML and Markdown: built from the result files alone, so it can be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from .plots import Figure, figures
+from .sentences import share
+
+Result = Mapping[str, Any]
+SHOWN = 8  # samples: the first ones, not the best ones
+
+
+class Table(NamedTuple):
+    """Rows of text under a header; `note` says what is read how. Numbers stand in all columns but the first."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+
+class Sample(NamedTuple):
+    """One prompt with its first answer before and after, and what the judges said of them."""
+
+    prompt: str
+    before: str
+    after: str
+    note: str
+
+
+class Section(NamedTuple):
+    """A heading with what stands under it."""
+
+    title: str
+    blocks: list[str | Table | Figure | Sample]
+
+
+class Document(NamedTuple):
+    """`tiles` are the few numbers that matter: name, value, its interval."""
+
+    title: str
+    verdict: str
+    sentence: str
+    subtitle: str
+    tiles: list[tuple[str, str, str]]
+    sections: list[Section]
+
+
+def build(results: Result, pairs: Sequence[Result], samples: Sequence[Result]) -> Document:
+    """The report on one evaluation."""
+    plots, run, head = figures(results, pairs), results["run"], results["headline"]
+    sections = [
+        Section("Answers before and after", [*_answers(results), *plots.get("winrates", [])]),
+        Section("Held-out pairs", [*_pairs(results), *plots.get("pairs", [])]),
+        Section("Drift", _drift(results)),
+        Section("Samples", _samples(samples)),
+        Section("Can the judges be trusted?", _cards(results)),
+        Section("How this was measured", _settings(results)),
+    ]
+    model, when = run["model"]["source"], results["when"]["created"].replace("T", " ").removesuffix("+00:00")
+    subtitle = (
+        f"{model}, {run['loss']['name']} with beta {run['loss']['beta']:g}, {run['training_pairs']} training pairs; "
+        f"evaluated {when} UTC"
+    )
+    return Document(run["name"], head["verdict"], head["sentence"], subtitle, _tiles(results), sections)
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """Three significant places, or a dash."""
+    return "–" if value is None else f"{value:{sign}.3f}"
+
+
+def within(interval: Result | None, sign: str = "") -> str:
+    """The bounds of an interval, or why there are none."""
+    return "no interval" if interval is None else f"[{interval['low']:{sign}.3f}, {interval['high']:{sign}.3f}]"
+
+
+def both(value: float | None, interval: Result | None, sign: str = "") -> str:
+    """A number with its interval."""
+    return number(value, sign) + (f" {within(interval, sign)}" if value is not None and interval is not None else "")
+
+
+def percent(interval: Result | None) -> str:
+    """The bounds of an interval of shares."""
+    return "no interval" if interval is None else f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f} %"
+
+
+def _tiles(results: Result) -> list[tuple[str, str, str]]:
+    pairs, drift = results["pairs"]["rewards"], results["drift"]
+    tiles = [(f"win rate, {w['judge']}", share(w["rate"]), percent(w["interval"])) for w in results["winrates"][:2]]
+    ratio = drift["length_ratio"]
+    return [
+        *tiles,
+        ("held-out accuracy", share(pairs["accuracy"]), percent(pairs["accuracy_interval"])),
+        ("KL to the reference", f"{drift['kl']:.2f} nats", within(drift["kl_interval"])),
+        (
+            "length, after / before",
+            "–" if ratio["value"] is None else f"{ratio['value']:.2f}",
+            within(ratio["interval"]),
+        ),
+    ]
+
+
+def _answers(results: Result) -> list[Any]:
+    judged, controls = results["winrates"], results["controls"]
+    rows = [_row(w["judge"], w) for w in judged]
+    rows.append(_row("control: always the longest", controls["longest"]))
+    rows += [_row(f"control: reference against itself, {w['judge']}", w) for w in controls["reference_vs_reference"]]
+    first = controls["longest"]
+    note = (
+        f"{first['n']} pairs of answers to {first['prompts']} prompts. Win rate = wins + ties / 2 of valid verdicts, "
+        "both orders asked, 95 % interval clustered by prompt. This many prompts show win rates from "
+        f"{number(first['detectable'])} up (power 0.8). Answers equal word for word ({first['same']} pairs) are ties."
+    )
+    blocks: list[Any] = [Table(("judge", "win / tie / loss", "win rate", "at equal length", "n"), rows, note)]
+    scored = [w for w in judged if w["rewards"]]
+    if scored:
+        blocks.append(
+            Table(
+                ("mean score", "before", "after", "change"), [_reward(w) for w in scored], "Paired by prompt and noise."
+            )
+        )
+    if not judged:
+        blocks.insert(0, "No judge was named, so whether the answers are better was not measured: add --judge.")
+    return blocks
+
+
+def _row(name: str, w: Result) -> tuple[str, ...]:
+    controlled = w["controlled"]
+    equal = "–" if controlled is None else both(controlled["rate"], controlled["interval"])
+    counts = f"{w['wins']} / {w['ties']} / {w['losses']}"
+    return name, counts, both(w["rate"], w["interval"]), equal, str(w["wins"] + w["ties"] + w["losses"])
+
+
+def _reward(w: Result) -> tuple[str, ...]:
+    r, means = w["rewards"], []
+    for name, sign in (("before", ""), ("after", ""), ("change", "+")):
+        means.append("–" if r[name] is None else both(r[name]["estimate"], r[name], sign))
+    return w["judge"], *means
+
+
+def _pairs(results: Result) -> list[Any]:
+    r, length, calibrated = (results["pairs"][name] for name in ("rewards", "length", "calibration"))
+    ranks, moved = r["rankings"], r["displacement"]
+    median, fell = number(r["margin"]["median"], "+"), share(r["fell"])
+    rows = [
+        ("reward accuracy (tie = 1/2)", both(r["accuracy"], r["accuracy_interval"]), "0.500 for the reference itself"),
+        ("accuracy at equal length", both(length["controlled"]["rate"], length["controlled"]["interval"]), ""),
+        ("control: always the longer", both(length["longer_baseline"], length["longer_interval"]), "knows nothing"),
+        ("reward margin", both(r["margin"]["mean"], r["margin"]["interval"], "+"), f"median {median}"),
+        ("margin per token", both(r["token_margin"]["mean"], r["token_margin"]["interval"], "+"), ""),
+        ("ranking accuracy, before to after", f"{number(ranks['reference'])} to {number(ranks['policy'])}",
+         f"{ranks['gained']} gained, {ranks['lost']} lost, McNemar p = {ranks['p']:.3g}"),
+        ("log-prob of the chosen, nats", both(moved["mean"], moved["interval"], "+"), f"fell in {fell} of pairs"),
+        ("calibration error (ECE)", both(calibrated["ece"], calibrated["ece_interval"]),
+         f"a perfect model: {number(calibrated['floor']['mean'])}, to {number(calibrated['floor']['high'])}"),
+    ]  # fmt: skip
+    note = (
+        f"{r['n']} pairs of {results['pairs']['prompts']} prompts from {results['data']['source']}; "
+        "95 % intervals clustered by prompt."
+    )
+    groups = [(g["name"], both(g["accuracy"], g["interval"]), str(g["n"])) for g in length["groups"] if g["n"]]
+    blocks = [
+        Table(("held-out pairs", "value", "beside it"), rows, note),
+        Table(("accuracy by length", "accuracy", "pairs"), groups),
+    ]
+    return blocks + [_slices(name, found) for name, found in results["pairs"]["slices"].items() if found["shown"]]
+
+
+def _slices(name: str, found: Result) -> Table:
+    rows = [(s["name"], both(s["share"], s["interval"]), str(s["n"]), number(s["q"])) for s in found["shown"]]
+    note = (
+        "Intervals hold for all slices at once; q is corrected for looking at all. "
+        f"{found['hidden']} slices with {found['hidden_rows']} pairs are too small to show."
+    )
+    return Table((f"accuracy by {name}", "accuracy", "pairs", "q against the rest"), rows, note)
+
+
+def _drift(results: Result) -> list[Any]:
+    drift, (before, after) = results["drift"], (results["drift"][name] for name in ("before", "after"))
+    names = {
+        "length": "tokens per answer", "stopped": "ended by itself (EOS)",
+        "repetition": "repeated 3-grams", "distinct_2": "distinct bigrams",
+    }  # fmt: skip
+    rows = [
+        (text, *(both(side[name]["value"], side[name]["interval"]) for side in (before, after)))
+        for name, text in names.items()
+    ]
+    rows.append(("KL to the reference, nats per answer", "0.000", both(drift["kl"], drift["kl_interval"])))
+    rows.append(("KL per token, nats", "0.000", f"{drift['kl_per_token']:.4f}"))
+    note = (
+        f"KL is summed over the vocabulary at each step of {drift['answers']} of the tuned model's own answers, "
+        "the first to each prompt. "
+        "Drift is no judgement: a model that moves without getting better drifts too."
+    )
+    return [
+        Table(("answers", "before", "after"), rows, note),
+        f"{share(drift['same'])} of the answers are the same word for word.",
+    ]
+
+
+def _samples(samples: Sequence[Result]) -> list[Any]:
+    first = [line for line in samples if line["sample"] == 0][:SHOWN]
+    said = [", ".join(f"{name}: {_said(v)}" for name, v in line["verdicts"].items()) for line in first]
+    shown = [
+        Sample(line["prompt"], line["before"], line["after"], note) for line, note in zip(first, said, strict=True)
+    ]
+    return [
+        f"The first {len(first)} prompts in the order of the data, not a selection; the same noise before and after.",
+        *shown,
+    ]
+
+
+def _said(verdict: Result) -> str:
+    if verdict["logit"] is None:
+        return f"no verdict ({verdict['reason']})"
+    return (
+        "same" if verdict["same"] else "after" if verdict["logit"] > 0 else "before" if verdict["logit"] < 0 else "tie"
+    )
+
+
+def _cards(results: Result) -> list[Any]:
+    rows = [_card(w) for w in results["winrates"]]
+    if not rows:
+        return ["No judge was named."]
+    note = (
+        "Consistent: the same answer wins in both orders. Shown first: how often that place wins, 50 % without bias. "
+        "A judge that always prefers the longer answer measures length. Invalid verdicts are left out of every rate; "
+        "worst and best are the rate were they all losses or all wins."
+    )
+    header = (
+        "judge",
+        "consistent",
+        "shown first wins",
+        "prefers longer",
+        "invalid",
+        "worst to best",
+        "agrees with humans",
+    )
+    blocks: list[Any] = [Table(header, rows, note)]
+    corrected = [w for w in results["winrates"] if w["humans"] and w["humans"]["debiased"]]
+    if corrected:
+        lines = [(w["judge"], *_debiased(w["humans"]["debiased"])) for w in corrected]
+        blocks.append(Table(("win rate, corrected by human votes (PPI++)", "win rate", "votes saved"), lines))
+    return blocks
+
+
+def _debiased(found: Result) -> tuple[str, str]:
+    return both(found["estimate"]["estimate"], found["estimate"]), share(found["saving"])
+
+
+def _card(w: Result) -> tuple[str, ...]:
+    place, longer, humans = w["position"], w["longer"], w["humans"]
+    invalid = ", ".join(f"{count} {reason}" for reason, count in w["invalid"].items()) or "0"
+    agreed = (
+        "no votes"
+        if not humans
+        else f"{share(humans['agreement']['raw'])}, kappa {number(humans['agreement']['kappa'])}"
+    )
+    return (
+        w["judge"],
+        "–" if place is None else share(place["consistent"]),
+        "–" if place is None or place["first"] is None else share(place["first"]),
+        "–" if longer is None or longer["prefers_longer"] is None else share(longer["prefers_longer"]),
+        invalid,
+        f"{number(w['worst'])} to {number(w['best'])}",
+        agreed,
+    )
+
+
+def _settings(results: Result) -> list[Any]:
+    run, settings = results["run"], results["settings"]
+    reference = run["reference"]
+    rows = [
+        ("base model", f"{run['model']['source']}, {run['model']['dtype']}, weights {run['model']['digest'][:16]}"),
+        (
+            "reference, locked",
+            f"{results['run']['reference_source']['model']}, {reference['dtype']}, weights {reference['digest'][:16]}",
+        ),
+        ("adapter", run["adapter_sha256"][:16]),
+        ("objective", ", ".join(f"{k} {v}" for k, v in run["loss"].items())),
+        ("answers", ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items() if k != "judges")),
+        ("judges", "; ".join(settings["judges"]) or "none"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in results["versions"].items())),
+        ("took", f"{results['when']['seconds']:.0f} s"),
+    ]
+    files = "Every number can be computed again from eval_pairs.jsonl and eval_samples.jsonl beside the results file."
+    return [Table(("setting", "value"), rows), *results["data"]["left_out"], files]

@@ -1,0 +1,132 @@
+"""Plots as inline SVG that take the page's own colours, so that they follow light, dark and print."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+# Stand-ins drawn by matplotlib and replaced by the page's variables.
+INK, ACCENT, MUTED, LINE = "#010101", "#020202", "#030303", "#040404"
+COLOURS = {INK: "currentColor", ACCENT: "var(--accent)", MUTED: "var(--muted)", LINE: "var(--line)"}
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mlxdpo",
+    "text.parse_math": False,  # a judge may be called $5
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    "axes.edgecolor": LINE,
+}
+
+
+class Figure(NamedTuple):
+    """A plot: its SVG element, and the same in words for who cannot see it."""
+
+    svg: str
+    caption: str
+
+
+def figures(results: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> dict[str, list[Figure]]:
+    """The plots of an evaluation by the section they belong to."""
+    found: dict[str, list[Figure]] = {"winrates": [], "pairs": []}
+    if results["winrates"]:
+        found["winrates"].append(win_rates(results))
+    margins = [line["margin"] for line in pairs]
+    if any(margins):
+        found["pairs"] += [margin_histogram(margins), reliability(results["pairs"]["calibration"]["bins"])]
+    return found
+
+
+def win_rates(results: Mapping[str, Any]) -> Figure:
+    """Each judge's win rate with its interval, and the controls, against one half."""
+    controls = results["controls"]
+    rows = [(w["judge"], w, ACCENT) for w in results["winrates"]]
+    rows.append(("always the longest", controls["longest"], MUTED))
+    rows += [(f"reference against itself, {w['judge']}", w, MUTED) for w in controls["reference_vs_reference"]]
+    rows = [row for row in rows if row[1]["rate"] is not None]
+    figure, axes = _figure(0.6 + 0.42 * len(rows))
+    axes.axvline(0.5, color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    for y, (_, w, colour) in enumerate(rows):
+        low, high = (w["interval"]["low"], w["interval"]["high"]) if w["interval"] else (w["rate"], w["rate"])
+        axes.plot([low, high], [y, y], color=colour, linewidth=2.5, solid_capstyle="round")
+        axes.plot([w["rate"]], [y], "o", color=colour, markersize=7)
+    axes.set_yticks(range(len(rows)), [_short(name) for name, _, _ in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.tick_params(length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("win rate of the tuned answers, 95 % interval")
+    words = "; ".join(f"{name} {w['rate']:.3f}" for name, w, _ in rows)
+    return Figure(
+        _svg(figure, "winrates"), f"Win rates with intervals; the dotted line is one half, grey are controls: {words}."
+    )
+
+
+def margin_histogram(margins: Sequence[float]) -> Figure:
+    """Reward margins of the held-out pairs; right of 0 the chosen answer has the higher reward."""
+    figure, axes = _figure(2.6, 4.6)
+    _, _, bars = axes.hist(margins, bins=min(30, max(8, len(margins) // 8)), color=ACCENT)
+    for bar in bars:
+        if bar.get_x() + bar.get_width() / 2 < 0:
+            bar.set_color(MUTED)
+    axes.axvline(0, color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    axes.set_xlabel("reward margin")
+    axes.set_ylabel("held-out pairs")
+    return Figure(
+        _svg(figure, "margins"), "Reward margins of held-out pairs; right of 0 the chosen answer has the higher reward."
+    )
+
+
+def reliability(bins: Sequence[Mapping[str, Any]]) -> Figure:
+    """Share right against confidence, in bins of equal size; the diagonal is perfect."""
+    figure, axes = _figure(2.6, 4.6)
+    axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    for b in bins:
+        if b["interval"]:
+            axes.plot([b["confidence"]] * 2, [b["interval"]["low"], b["interval"]["high"]], color=ACCENT, alpha=0.4)
+    axes.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o", color=ACCENT, markersize=5)
+    axes.set_xlim(0.49, 1.01)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("confidence, sigmoid |margin|")
+    axes.set_ylabel("share right")
+    return Figure(
+        _svg(figure, "reliability"),
+        "Calibration: share of pairs ranked rightly against confidence; the dotted line is perfect.",
+    )
+
+
+def _short(name: str, most: int = 34) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _figure(height: float, width: float = 8.0) -> tuple[Any, Any]:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Canvas
+
+    with rc_context(STYLE):
+        canvas = Canvas(figsize=(width, height), layout="constrained")
+        axes = canvas.add_subplot()
+        canvas.patch.set_visible(False)
+        axes.patch.set_visible(False)
+    return canvas, axes
+
+
+def _svg(figure: Any, name: str) -> str:
+    """The `<svg>` element alone: no outside reference, no fixed size, ids that no other plot has."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' (xmlns(:\w+)?|version|width|height)="[^"]*"', "", text, count=5)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    for stand_in, colour in COLOURS.items():
+        text = text.replace(stand_in, colour)
+    return text.replace("<svg", f'<svg class="{name}" aria-hidden="true"', 1)

@@ -1,0 +1,22 @@
+"""Writes `report.html` and `report.md` into a run directory from its result files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlxdpo import Run, read_lines, write_text
+
+from .compare import latest_results
+from .document import build
+from .markdown import markdown
+from .page import page
+
+
+def write_report(run: Run) -> Path:
+    """The report on the run's newest evaluation; returns the HTML file. Raises `UserError` without an evaluation."""
+    results = latest_results(run)
+    pairs, samples = (list(read_lines(run.path / "eval" / f"eval_{name}.jsonl")) for name in ("pairs", "samples"))
+    document = build(results, pairs, samples)
+    write_text(run.path / "report.md", markdown(document))
+    write_text(run.path / "report.html", page(document))
+    return run.path / "report.html"

@@ -1,0 +1,68 @@
+"""Numbers in words: better, worse, or cannot tell yet, and what would have been seen. Nothing is called a trend."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from .heldout import Heldout
+from .winrate import WinRate
+
+Verdict = Literal["better", "worse", "cannot tell yet", "no difference shown"]
+
+
+class Headline(NamedTuple):
+    """The verdict, and the sentence that carries its numbers."""
+
+    verdict: Verdict
+    sentence: str
+
+
+def share(value: float | None) -> str:
+    """A share as a percentage with one decimal."""
+    return "n/a" if value is None else f"{100 * value:.1f} %"
+
+
+def span(interval: Any) -> str:
+    """The bounds of an interval of shares."""
+    return "no interval" if interval is None else f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %"
+
+
+def of_answers(result: WinRate) -> Headline:
+    """What one judge's win rate says."""
+    judged = result.n - result.absent - sum(result.invalid.values())
+    if result.rate is None:
+        return Headline("cannot tell yet", f"{result.judge} gave no valid verdict on {result.n} pairs of answers.")
+    if result.same == judged:
+        text = f"No difference shown: all {judged} pairs of answers are the same before and after."
+        return Headline("no difference shown", text)
+    facts = (
+        f"{result.judge} prefers the tuned answers in {share(result.rate)} of {judged} pairs ({span(result.interval)})"
+    )
+    if result.interval is None or result.interval.low <= 0.5 <= result.interval.high:
+        return Headline("cannot tell yet", f"Cannot tell yet: {facts}; {smallest(result.prompts, result.detectable)}.")
+    verdict: Verdict = "better" if result.rate > 0.5 else "worse"
+    return Headline(verdict, f"{verdict.capitalize()}: {facts}; n = {result.prompts} prompts.")
+
+
+def of_pairs(result: Heldout) -> Headline:
+    """What the implicit rewards of held-out pairs say: about ranking given answers, not about writing them."""
+    rewards = result.rewards
+    if rewards.ties == rewards.n:
+        text = f"No difference shown: on all {rewards.n} held-out pairs the model is its reference (accuracy 0.5)."
+        return Headline("no difference shown", text)
+    interval = rewards.accuracy_interval
+    facts = f"the tuned model ranks {share(rewards.accuracy)} of {rewards.n} held-out pairs rightly ({span(interval)})"
+    if interval is None or interval.low <= 0.5 <= interval.high:
+        return Headline("cannot tell yet", f"Cannot tell yet: {facts}; {smallest(result.prompts, result.detectable)}.")
+    verdict: Verdict = "better" if rewards.accuracy > 0.5 else "worse"
+    than = "more often than chance" if verdict == "better" else "less often than chance"
+    return Headline(
+        verdict, f"{verdict.capitalize()} on held-out pairs: {facts}, {than}; n = {result.prompts} prompts."
+    )
+
+
+def smallest(n: int, detectable: float | None) -> str:
+    """The effect that this many prompts would have shown."""
+    if detectable is None:
+        return f"n = {n} prompts are too few to show any effect"
+    return f"n = {n} prompts, the smallest effect this n can show is {share(detectable)} (power 0.8)"

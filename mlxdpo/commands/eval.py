@@ -1,0 +1,155 @@
+"""`mlxdpo eval RUN [--judge NAME ...]`"""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter, validators
+
+from mlxdpo.runs import Run
+
+Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+Tokens = Annotated[int, Parameter(validator=validators.Number(gte=0))]
+Seed = Annotated[int, Parameter(validator=validators.Number(gte=0))]
+Temperature = Annotated[float, Parameter(validator=validators.Number(gt=0))]
+Share = Annotated[float, Parameter(validator=validators.Number(gte=0, lte=1))]
+# The command line writes --data out as --data.path, as recipes have it.
+Data = Annotated[str | None, Parameter(name=["--data", "--data.path"])]
+
+
+def run(
+    path: Path,
+    /,
+    *,
+    data: Data = None,
+    judge: list[str] | None = None,
+    votes: Path | None = None,
+    prompts: Count = 100,
+    samples: Count = 2,
+    max_tokens: Tokens = 0,
+    temperature: Temperature = 1.0,
+    seed: Seed = 0,
+    batch_size: Count = 64,
+    max_invalid: Share = 0.1,
+    tasks: str | None = None,
+    limit: Count | None = None,
+    json: bool = False,
+) -> int:
+    """Say whether a run's model is better than it was: held-out pairs, judged answers, drift; with intervals.
+
+    Writes RUN/eval/ and RUN/report.html. Exit status 1: a judge failed too often.
+
+    Parameters
+    ----------
+    path
+        Run directory.
+    data
+        Held-out pairs; those of the run's recipe when not given.
+    judge
+        Who compares answers before and after, the first one for the headline; repeat it for several: vader, textblob,
+        longest, local:MODEL, endpoint:MODEL@URL (key in $MLXDPO_JUDGE_KEY), votes:FILE, FILE.py:FUNCTION.
+    votes
+        Human votes that check and correct the judges; RUN/votes.jsonl when there is one.
+    prompts
+        Held-out prompts to answer.
+    samples
+        Answers to each prompt.
+    max_tokens
+        Longest answer, in tokens; 0 takes the length that 95 % of the held-out answers have.
+    temperature
+        Of sampling; 1 is the model itself.
+    seed
+        Noise of sampling, the same before and after.
+    batch_size
+        Answers sampled at once.
+    max_invalid
+        Largest share of invalid verdicts of a judge that is no failure.
+    tasks
+        Capability checks instead, before and after: tasks of lm-evaluation-harness, such as arc_easy,hellaswag.
+    limit
+        Questions of each task.
+    json
+        Print the results as JSON.
+    """
+    from mlxdpo.commands.screen import console, warn
+
+    source = Run.open(path)
+    say: Callable[[str], None] = warn if json else (lambda text: console.print(text, style="dim", markup=False))
+    if tasks:
+        return _capability(source, tasks.split(","), limit, say, json)
+    from mlxdpo_eval.judges import open_judge
+    from mlxdpo_eval.report import write_report
+    from mlxdpo_eval.run import evaluate
+    from mlxdpo_eval.sampling import Sampling
+
+    judges = [open_judge(name, _rewards(source)) for name in judge or []]
+    file = votes or next((f for f in (path / "votes.jsonl",) if f.exists()), None)
+    found = evaluate(
+        source,
+        judges,
+        Sampling(prompts, samples, max_tokens, temperature, seed, batch_size),
+        data=data,
+        votes=None if file is None else open_judge(f"votes:{file}"),
+        say=say,
+    )
+    page = write_report(source)
+    if json:
+        print(jsonlib.dumps(found.results, ensure_ascii=False))
+    else:
+        console.print()
+        for sentence in found.results["sentences"]:
+            console.print(sentence, style="bold", markup=False)
+        console.print(f"report: {page}  numbers: {found.file}", markup=False)
+    share, name = found.worst_judge
+    if share > max_invalid:
+        warn(f"error: {share:.0%} of {name}'s verdicts are invalid, more than --max-invalid {max_invalid:g}")
+        return 1
+    return 0
+
+
+def _rewards(run: Run) -> dict[str, Callable[[str, str], float]]:
+    """The named text rewards; a continuation is read with its opening, an answer without its question."""
+    from mlxdpo.demo.rewards import REWARDS
+
+    continued = run.config().data.template == "plain"
+
+    def judged(reward: Callable[[str], float]) -> Callable[[str, str], float]:
+        return lambda prompt, answer: reward(prompt + answer if continued else answer)
+
+    return {name: judged(reward) for name, reward in REWARDS.items()}
+
+
+def _capability(run: Run, tasks: list[str], limit: int | None, say: Callable[[str], None], json: bool) -> int:
+    from mlxdpo.model.harness import check_installed, run_tasks
+    from mlxdpo.reopen import reopen
+    from mlxdpo.runs import write_json
+
+    check_installed()
+    opened = reopen(run)
+    say(f"after: {', '.join(tasks)}")
+    after = run_tasks(opened.policy.model, opened.policy.tokenizer, tasks, limit)
+    say("before")
+    with opened.start() as model:
+        before = run_tasks(model, opened.policy.tokenizer, tasks, limit)
+    results = {"tasks": tasks, "limit": limit, "before": before, "after": after}
+    write_json(run.path / "eval" / "capability.json", results)
+    print(jsonlib.dumps(results, ensure_ascii=False)) if json else _show(before, after)
+    return 0
+
+
+def _show(before: dict[str, Any], after: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from mlxdpo.commands.screen import console
+
+    sheet = Table("task", "measure", "before", "after", title="capabilities (standard errors by lm-evaluation-harness)")
+    for task, measures in before.items():
+        for name, value in measures.items():
+            if isinstance(value, float) and "stderr" not in name:
+                error = after[task].get(name.replace(",", "_stderr,", 1))
+                shown = f" ± {error:.3f}" if isinstance(error, float) else ""
+                sheet.add_row(task, name, f"{value:.3f}", f"{after[task][name]:.3f}{shown}")
+    console.print(sheet)
