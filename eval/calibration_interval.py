@@ -13,6 +13,7 @@ from .stats import Interval
 
 DRAWS = 1000
 GRID = 101
+LUCK = 0.2  # quantile of a calibrated model's ECE below which a smaller one is luck
 TAILS = (0.6, 0.4)  # of 1 - level: below and above. A truth of 0 has no tail above, so it is held in 97 %.
 
 
@@ -53,12 +54,13 @@ def ece_interval(
 ) -> Interval | None:
     """Interval of sum_b n_b / n |E[right - confidence | bin b]|, the calibration error of these bins.
 
-    Inverts a parametric bootstrap test (Carpenter 1999; Davison and Hinkley 1997, section 5.8.1): the gaps are
-    taken as normal around true ones, with the covariance clustered by prompt; true gaps for a candidate error
-    e are the observed ones scaled to it; e is in the interval unless the observed ECE lies in the lowest
-    2 % or highest 3 % of what e would give (at `level` .95). It starts at 0 when a calibrated model would do.
-    An ECE below what luck gives a calibrated model counts as that luck's median: it is no proof of being
-    better. Errors *within* bins are not seen, as in any binned ECE. None below two clusters or for fewer than
+    Inverts a parametric bootstrap test (Carpenter 1999; Davison and Hinkley 1997, section 5.8): gaps are taken
+    as normal around true ones, with the covariance clustered by prompt; the true gaps of a candidate error e
+    are the likeliest that make it up; e is in the interval unless the observed ECE lies in the lowest 2 % or
+    highest 3 % of what e would give (at `level` .95). It starts at 0 when a calibrated model would do. An ECE
+    below what luck gives a calibrated model counts as the edge of that luck (`LUCK`): it proves nothing.
+    Where the true error is about the size of the noise the interval is careful: it holds it in up to 98 %.
+    Errors *within* bins are not seen, as in any binned ECE. None below two clusters or for fewer than
     ten pairs a bin, where gaps are far from normal.
     """
     _, labels = np.unique(clusters, return_inverse=True)
@@ -67,11 +69,9 @@ def ece_interval(
         return None
     share = sizes / len(codes)
     gaps = np.bincount(codes, right - confidence) / sizes
-    noise = np.random.default_rng(seed).normal(size=(DRAWS, len(sizes)))
-    noise = noise @ _root(_gap_covariance(confidence, right, codes, labels)).T * share
-    observed = float(np.abs(gaps) @ share)
-    low, high = _invert(gaps * share, noise, observed, level)
-    return Interval(observed, low, high, int(labels.max()) + 1)
+    covariance = _gap_covariance(confidence, right, codes, labels)
+    low, high = _invert(gaps, share, covariance, level, seed)
+    return Interval(float(np.abs(gaps) @ share), low, high, int(labels.max()) + 1)
 
 
 def _gap_covariance(confidence: np.ndarray, right: np.ndarray, codes: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -100,13 +100,33 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     return vectors * np.sqrt(np.maximum(values, 0))
 
 
-def _invert(gaps: np.ndarray, noise: np.ndarray, observed: float, level: float) -> tuple[float, float]:
-    """Lowest and highest error that make `observed` ordinary; `gaps` and `noise` (draws, bins), weighted by share."""
+def _invert(
+    gaps: np.ndarray, share: np.ndarray, covariance: np.ndarray, level: float, seed: int
+) -> tuple[float, float]:
+    """Lowest and highest error that make the observed one ordinary."""
+    observed = float(np.abs(gaps) @ share)
+    noise = np.random.default_rng(seed).normal(size=(DRAWS, len(gaps))) @ _root(covariance).T
+    floor = np.abs(noise) @ share
+    errors = np.linspace(0, observed + float(floor.mean()) + 4 * float(floor.std()), GRID)
+    likeliest = _likeliest(errors, gaps, share, np.diag(covariance)) * np.where(gaps < 0, -1, 1)
+    given = np.abs(likeliest[:, None] + noise) @ share  # (GRID, DRAWS)
     below, above = (part * (1 - level) for part in TAILS)
-    floor = np.abs(noise).sum(1)
-    grid = np.linspace(0, observed + 4 * float(floor.std()) + float(floor.mean()), GRID)
-    direction = gaps / observed if observed > 0 else np.full(len(gaps), 1 / len(gaps))
-    given = np.abs(grid[:, None, None] * direction + noise).sum(-1)  # (grid, draws)
     reachable = (given >= observed).mean(1) > below
-    likely = (given <= max(observed, float(np.median(floor)))).mean(1) > above
-    return float(grid[int(reachable.argmax())]), float(grid[np.flatnonzero(likely)[-1]])
+    likely = (given <= max(observed, float(np.quantile(floor, LUCK)))).mean(1) > above
+    return float(errors[int(reachable.argmax())]), float(errors[np.flatnonzero(likely)[-1]])
+
+
+def _likeliest(errors: np.ndarray, gaps: np.ndarray, share: np.ndarray, variances: np.ndarray) -> np.ndarray:
+    """(errors, bins) sizes of true gaps for each candidate error: sum of share * size = error, nearest to the gaps.
+
+    Minimising sum (|gap| - size)² / variance under that constraint moves every bin by lambda share variance,
+    none below 0. From each squared gap its variance is taken first: noise alone makes gaps too large, and
+    bins without a true one have to count as such, or the lower end lies too high.
+    """
+    sizes, step = np.sqrt(np.maximum(gaps**2 - variances, 0)), share * variances
+    # The error falls along straight lines in lambda, with a knot wherever a bin arrives at 0.
+    far = (errors[-1] - float(sizes @ share)) / float(step @ share)
+    knots = np.unique(np.concatenate([[-max(far, 1.0)], [0.0], sizes / step]))[::-1]
+    reached = np.maximum(sizes - knots[:, None] * step, 0) @ share
+    at = np.interp(errors, reached, knots)
+    return np.maximum(sizes - at[:, None] * step, 0)

@@ -91,7 +91,10 @@ def write(path: Path, text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m mlxdpo_eval.coverage", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m mlxdpo_eval.coverage",
+        description="Simulated evaluations whose truth is known: how often do the intervals hold it?",
+    )
     parser.add_argument("--runs", type=int, default=2000, help="simulated evaluations per study")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="studies whose name contains this")

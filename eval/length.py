@@ -16,7 +16,7 @@ from scipy import special, stats
 from .clustered import clustered_share, share_of
 from .stats import Interval, checked, tails
 
-RIDGE = 0.1  # on phi alone, in units of one vote's information times 4; keeps phi finite where length decides all
+RIDGE = 0.1  # on phi alone, beside at most 1/4 from each vote; keeps phi finite where length decides everything
 LIMIT = 20.0  # logits; sigmoid(20) is 1 within 2e-9
 CELLS = 1 << 20  # numbers of a block of resamples held at once
 NEAR = 0.1
@@ -70,6 +70,7 @@ def length_report(
 ) -> LengthReport:
     """(B,) each: reward margins, lengths in any one unit, cluster names. Raises `ValueError` for no pairs."""
     chosen_len, rejected_len = np.asarray(chosen_len, np.float64), np.asarray(rejected_len, np.float64)
+    margins, prompts = np.asarray(margins, np.float64), np.asarray(prompts)
     won, longer = (np.sign(margins) + 1) / 2, (np.sign(chosen_len - rejected_len) + 1) / 2
     controlled = length_controlled(won, chosen_len - rejected_len, prompts, level=level, seed=seed)
     return LengthReport(

@@ -1,11 +1,12 @@
 """Votes that are looked at while they come in: evidence that stays valid, and how many votes a claim needs.
 
-A z test repeated after each of 200 votes calls a difference in 35 % of the cases in which there is none. The
+A z test repeated after each of 200 votes calls a difference in four of ten cases in which there is none. The
 e-process may be looked at after every vote: it exceeds 1 / alpha with probability at most alpha, ever.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -74,9 +75,14 @@ def anytime_interval(wins: float, losses: float, alpha: float = 0.05) -> tuple[f
         return float(log_e_value(wins, losses, null)) - limit
 
     # log E is convex in the rate with its minimum at the share of wins, so each side holds one root.
-    low = float(optimize.brentq(excess, TINY, rate)) if wins and excess(TINY) > 0 else 0.0
-    high = float(optimize.brentq(excess, rate, 1 - EPS)) if losses and excess(1 - EPS) > 0 else 1.0
+    low = _zero(excess, TINY, rate) if wins and excess(TINY) > 0 else 0.0
+    high = _zero(excess, rate, 1 - EPS) if losses and excess(1 - EPS) > 0 else 1.0
     return low, high
+
+
+def _zero(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where the function changes sign between the two."""
+    return optimize.root_scalar(function, bracket=(low, high), method="brentq").root
 
 
 def votes_needed(wins: float, losses: float, alpha: float = 0.05, limit: int = 100_000) -> int | None:
@@ -115,7 +121,7 @@ def minimum_detectable(n: float, alpha: float = 0.05, power: float = 0.8) -> flo
     """
     if n < _votes_for(1.0, alpha, power):
         return None
-    return float(optimize.brentq(lambda p: _votes_for(p, alpha, power) - n, 0.5 + 1e-9, 1.0))
+    return _zero(lambda p: _votes_for(p, alpha, power) - n, 0.5 + 1e-9, 1.0)
 
 
 def _check_alpha(alpha: float) -> None:

@@ -33,7 +33,7 @@ def test_the_others_fall_short_where_it_is_said_that_they_do(rows):
     for method in (
         "row bootstrap",
         "Wald: p ± 1.96 sem",
-        "|z| > 1.96 at any look",
+        "z beyond ±1.96 at any look",
         "row bootstrap of ECE",
         "judge alone, Wald",
     ):
@@ -47,15 +47,15 @@ def test_a_run_without_an_interval_is_not_held():
 
 def test_command(capsys, tmp_path):
     file = tmp_path / "page.md"
-    file.write_text(f"before\n{coverage.BEGIN}\nold\n{coverage.END}\nafter\n")
-    arguments = ["--runs", "40", "--only", "peeking", "--write", str(file)]
+    file.write_text(f"before\n{coverage.BEGIN}\nstale\n{coverage.END}\nafter\n")
+    arguments = ["--runs", "200", "--only", "peeking", "--write", str(file)]
     assert coverage.main(arguments) == 0
     assert "**e-process, E ≥ 20**" in capsys.readouterr().out
     text = file.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert coverage.main(["--runs", "40", "--only", "peeking", "--json"]) == 0
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
+    assert coverage.main(["--runs", "200", "--only", "peeking", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [row["method"] for row in found] == ["e-process, E ≥ 20", "|z| > 1.96 at any look"]
+    assert [row["method"] for row in found] == ["e-process, E ≥ 20", "z beyond ±1.96 at any look"]
     file.write_text("no markers")
     with pytest.raises(ValueError, match="add both"):
         coverage.main(arguments)
