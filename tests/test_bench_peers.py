@@ -96,6 +96,17 @@ def test_a_process_takes_one_job_after_the_other(fake):
         worker.ask(do="step")
 
 
+def test_a_warm_up_counts_for_nothing(fake, tmp_path):
+    entrant = fake("a")
+    entrant.warm = entrant.job | {"model": "w"}
+    record = measure({"a": entrant}, lambda line: None)["a"]
+    assert (tmp_path / "turns.txt").read_text() == "waaa" and record.losses == [1, 1 / 2, 1 / 3]
+    assert record.peak_bytes == 300
+    broken = fake("b", ["broken"])
+    broken.warm = broken.job
+    assert measure({"b": broken}, lambda line: None)["b"].error == "ended with 1: ValueError: no such thing"
+
+
 def test_a_process_that_cannot_start_says_why(tmp_path):
     worker = Worker([sys.executable, "-c", "raise SystemExit('no torch here')"], tmp_path / "log", 1, 60)
     with pytest.raises(Gone, match="ended with 1: no torch here"):
@@ -226,6 +237,7 @@ def test_the_plot_has_a_bar_for_each_trainer(tmp_path):
     pytest.importorskip("matplotlib")
     assert [row.side for row in report.bars(MIXED["workloads"]["hh"])] == ["mlxdpo", "mlx-lm-lora", "trl"]
     report.write_plot(MIXED, tmp_path / "plot.svg")
+    assert report.memory(results.rows(MIXED["workloads"]["hh"])[0]) == 2  # peak 2 GB, no figure of the process
     assert "<svg" in (tmp_path / "plot.svg").read_text()
 
 
@@ -282,7 +294,7 @@ def test_a_peer_gets_each_step_as_a_data_set(tmp_path, monkeypatch):
     assert log == ["go", 0.5, "go"]
 
 
-ALL_SWITCHES = ["no-packing", "chunked-head", "ungrouped", "mlx-attention", "checkpoint"]
+ALL_SWITCHES = ["no-packing", "chunked-head", "ungrouped", "mlx-attention", "mlx-swiglu", "checkpoint"]
 
 
 def test_our_side_computes_the_same_whatever_is_switched_off(tmp_path):

@@ -132,9 +132,12 @@ def enter(
         }
         command = [python_of(trainer, given), "-m", MODULES[trainer]]
         log = FOLDER / "logs" / f"{workload}-{own.name}.log"
-        entrants[side] = Entrant(
-            lambda c=command, f=log: Worker(c, f, asked.threads, asked.timeout), job, [len(b) for b in job["batches"]]
-        )
+        start = lambda c=command, f=log: Worker(c, f, asked.threads, asked.timeout)  # noqa: E731
+        # A folder of its own: what is scored for the warm-up must not be there already when it counts.
+        warm = None if plan.same else job | {"batches": job["batches"][:1], "folder": str(own / "warm")}
+        if warm:
+            (own / "warm").mkdir()
+        entrants[side] = Entrant(start, job, [len(b) for b in job["batches"]], warm)
     return entrants
 
 

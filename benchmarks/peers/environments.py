@@ -23,7 +23,7 @@ MODULES = {
 }
 # What can be switched for a side: each trainer's own checkpointing, and parts of our step.
 SWITCHES = {
-    "mlxdpo": {"checkpoint", "plain", "no-packing", "chunked-head", "ungrouped", "mlx-attention"},
+    "mlxdpo": {"checkpoint", "plain", "no-packing", "chunked-head", "ungrouped", "mlx-attention", "mlx-swiglu"},
     "mlx-lm-lora": {"checkpoint"},
     "trl": {"checkpoint"},
 }

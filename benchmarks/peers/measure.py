@@ -42,18 +42,21 @@ class Record:
 
 @dataclass
 class Entrant:
-    """A side about to be measured: how to start it, its job, and the pairs of each of its steps."""
+    """A side about to be measured: how to start it, its job, and the pairs of each of its steps.
+
+    `warm` is another job, one step of which comes before: MLX's first step on a processor calls a compiler.
+    """
 
     start: Callable[[], Worker]
     job: dict[str, Any]
     sizes: list[int]
+    warm: dict[str, Any] | None = None
 
 
 def measure(entrants: dict[str, Entrant], say: Say) -> dict[str, Record]:
     """Load every side, then give the turn to the one that has done the fewest pairs, until all are through.
 
-    A side that fails keeps what it had; the others go on. The first step of each side is a warm-up for steady
-    figures and a step like any other for an epoch.
+    A side that fails keeps what it had; the others go on.
     """
     records = {name: Record() for name in entrants}
     with ExitStack() as stack:
@@ -61,7 +64,7 @@ def measure(entrants: dict[str, Entrant], say: Say) -> dict[str, Record]:
         for name, entrant in entrants.items():
             worker = entrant.start()
             stack.callback(worker.close)
-            if _ask(worker, records[name], say, name, do="load", job=entrant.job):
+            if _warmed(worker, entrant, records[name], say, name):
                 workers[name] = worker
         while turn := next_turn(records, {name: entrants[name].sizes for name in workers}):
             if not _ask(workers[turn], records[turn], say, turn, do="step"):
@@ -82,6 +85,18 @@ def next_turn(records: dict[str, Record], sizes: dict[str, list[int]]) -> str | 
         return sum(record.pairs), (names.index(name) - len(record.pairs)) % len(names)
 
     return min((n for n in sizes if len(records[n].pairs) < len(sizes[n])), key=key, default=None)
+
+
+def _warmed(worker: Worker, entrant: Entrant, record: Record, say: Say, name: str) -> bool:
+    """Load a side, after a step of its warm-up job if it has one; False when it is gone."""
+    if entrant.warm:
+        trial = Record()  # its figures do not count
+        asked = ({"do": "load", "job": entrant.warm}, {"do": "step"})
+        if not all(_ask(worker, trial, lambda line: None, name, **command) for command in asked):
+            record.error = trial.error
+            say(f"{name}: {trial.error}")
+            return False
+    return _ask(worker, record, say, name, do="load", job=entrant.job)
 
 
 def _ask(worker: Worker, record: Record, say: Say, name: str, **command: Any) -> bool:

@@ -43,14 +43,14 @@ class Plan(NamedTuple):
 
 PEERS = ("mlxdpo", "mlx-lm-lora", "trl")
 CHECKPOINTED = tuple(f"{side}:checkpoint" for side in PEERS)
-HEAD = ("mlxdpo:plain", "mlxdpo:chunked-head")
+PARTS = tuple(f"mlxdpo:{part}" for part in ("plain", "chunked-head", "mlx-attention", "mlx-swiglu"))
 
 WORKLOADS = {
     w.name: w
     for w in (
-        Workload("hh", "HH-RLHF-shaped", 2, 2, 256, 128, PEERS + CHECKPOINTED + HEAD),
-        Workload("tldr", "TL;DR-shaped", 2, 2, 384, 48, PEERS + CHECKPOINTED + HEAD),
-        Workload("ultrafeedback", "UltraFeedback-shaped", 2, 2, 192, 320, PEERS + CHECKPOINTED + HEAD),
+        Workload("hh", "HH-RLHF-shaped", 2, 2, 256, 128, PEERS + CHECKPOINTED + PARTS),
+        Workload("tldr", "TL;DR-shaped", 2, 2, 384, 48, PEERS + CHECKPOINTED + PARTS),
+        Workload("ultrafeedback", "UltraFeedback-shaped", 2, 2, 192, 320, PEERS + CHECKPOINTED + PARTS),
         Workload(
             "ranked",
             "UltraFeedback, four ranked completions",
@@ -58,7 +58,7 @@ WORKLOADS = {
             4,
             192,
             320,
-            (*PEERS, *CHECKPOINTED, *HEAD, "mlxdpo:ungrouped"),
+            (*PEERS, *CHECKPOINTED, *PARTS, "mlxdpo:ungrouped"),
         ),
         # Without checkpointing mlx-lm-lora keeps every attention square: tens of gigabytes.
         Workload("long", "one long pair", 1, 2, 1024, 3072, (*CHECKPOINTED, "mlxdpo:checkpoint+mlx-attention")),
@@ -72,7 +72,8 @@ def describe(workload: Workload, scale: float) -> str:
     """The shape in one line."""
     pairs = workload.prompts * workload.completions * (workload.completions - 1) // 2
     prompt, completion = scaled(workload, scale)
-    return f"{pairs} pairs of {workload.prompts} prompt{'s' * (workload.prompts > 1)}, {prompt} + {completion} tokens"
+    count = f"{pairs} pair{'s' * (pairs > 1)} of {workload.prompts} prompt{'s' * (workload.prompts > 1)}"
+    return f"{count}, {prompt} + {completion} tokens"
 
 
 def scaled(workload: Workload, scale: float) -> tuple[int, int]:

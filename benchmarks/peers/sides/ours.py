@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import mlxdpo  # noqa: F401  first: it loads the fast BLAS
 
@@ -27,7 +28,7 @@ from mlxdpo.losses import resolve
 from mlxdpo.model import head, light
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
-from mlxdpo.platform import preload_blas, wire_memory
+from mlxdpo.platform import preload_blas, this_machine, wire_memory
 from mlxdpo.reference import with_reference
 from mlxdpo.step import make_optimizer, make_scorer
 from mlxdpo.types import Event, Example
@@ -35,34 +36,44 @@ from mlxdpo.types import Event, Example
 NEVER = 10**9
 
 
-def _no_packing() -> None:
-    scoring.pays = lambda prompts, rows, rest: False
+class Switch:
+    """A part of the step exchanged for `stand_in`, wherever `module` looks for it under `name`."""
+
+    def __init__(self, module: ModuleType, name: str, stand_in: Callable[..., Any]):
+        self.module, self.name, self.stand_in, self.calls = module, name, stand_in, 0
+
+    def turn(self) -> None:
+        """Exchange it, for the rest of this process. Raises `AttributeError` for a name that is not there."""
+        getattr(self.module, self.name)
+        setattr(self.module, self.name, self)
+
+    def __call__(self, *args: Any) -> Any:
+        """What is called instead; counted, because a part that has moved elsewhere would be measured as it is."""
+        self.calls += 1
+        return self.stand_in(*args)
 
 
-def _chunked_head() -> None:
-    head.is_frozen = lambda head: False
+class Swiglu(Switch):
+    """MLX's SwiGLU: it is exchanged in a pair of names."""
 
-
-def _ungrouped() -> None:
-    batching.distinct_rows = _rows_of_each_pair
-
-
-def _mlx_attention() -> None:
-    light.pays = lambda kind, tokens, masked: False
-
-
-SWITCHES: dict[str, Callable[[], None]] = {
-    "no-packing": _no_packing,
-    "chunked-head": _chunked_head,
-    "ungrouped": _ungrouped,
-    "mlx-attention": _mlx_attention,
-}
+    def turn(self) -> None:
+        """Exchange it, for the rest of this process."""
+        light.LIGHT = (light.LIGHT[0], self)
 
 
 def _rows_of_each_pair(pairs: list[Example]) -> tuple[list[batching.Row], np.ndarray]:
     """Two rows for each pair, whatever it shares with others: stands in for `batching.distinct_rows`."""
     rows = [batching.Row(p.prompt, c, i) for i, p in enumerate(pairs) for c in (p.chosen, p.rejected)]
     return rows, np.arange(len(rows), dtype=np.int32).reshape(-1, 2)
+
+
+SWITCHES: dict[str, Switch] = {
+    "no-packing": Switch(scoring, "pays", lambda prompts, rows, rest: False),
+    "chunked-head": Switch(head, "is_frozen", lambda head: False),
+    "ungrouped": Switch(batching, "distinct_rows", _rows_of_each_pair),
+    "mlx-attention": Switch(light, "pays", lambda kind, tokens, masked: False),
+    "mlx-swiglu": Swiglu(light, "LIGHT", light.OWN[1]),
+}
 
 
 def configure(job: Job) -> Config:
@@ -88,8 +99,8 @@ def configure(job: Job) -> Config:
 def run(job: Job, channel: Channel) -> None:
     """Load as `mlxdpo train` does, score the reference, then a step for each command."""
     os.environ["MLXDPO_CACHE"] = job.folder  # an empty one: the reference is really scored
-    for switch in set(job.switches) & SWITCHES.keys():
-        SWITCHES[switch]()
+    for name in SWITCHES.keys() & set(job.switches):
+        SWITCHES[name].turn()
     config = configure(job)
     wire_memory()
     policy = load_policy(config.model)
@@ -98,9 +109,9 @@ def run(job: Job, channel: Channel) -> None:
         ways = scoring.PLAIN
     arrays = ([np.array(p[k], np.int32) for k in ("prompt", "chosen", "rejected")] for p in job.read_pairs())
     examples = [Example(*ids, where=f"pair {i}") for i, ids in enumerate(arrays)]
-    with ExitStack() as stack:
-        if "mlx-attention" not in job.switches:
-            stack.enter_context(light.light_attention(policy.model, job.longest()))
+    # What `light_attention` does; asked for MLX's attention, it must still exchange the other part.
+    lighter = "mlx-attention" in job.switches or light.pays(this_machine().kind, job.longest(), True)
+    with light.switched(light.attention_files(policy.model) if lighter else []):
         started = time.perf_counter()
         ref = _reference(examples, make_scorer(policy.model, ways.score), config, len(job.batches))
         seconds = time.perf_counter() - started
@@ -109,7 +120,7 @@ def run(job: Job, channel: Channel) -> None:
         parts = loop.Part(examples, ref), loop.Part([], np.zeros((0, 2), np.float32))
         made = make_optimizer(config.optim), *resolve(config.loss)
         prepared = loop.Job(config, policy.model, *made, *parts, Path(job.folder), ways)
-        _step(loop.run_loop(prepared, Progress(), lambda: False), channel, seconds)
+        _step(loop.run_loop(prepared, Progress(), lambda: False), channel, seconds, job.switches)
 
 
 def _reference(examples: list[Example], scorer: Callable, config: Config, steps: int) -> np.ndarray:
@@ -120,7 +131,7 @@ def _reference(examples: list[Example], scorer: Callable, config: Config, steps:
     return ref
 
 
-def _step(events: Iterator[Event], channel: Channel, reference_seconds: float) -> None:
+def _step(events: Iterator[Event], channel: Channel, reference_seconds: float, switches: list[str]) -> None:
     mx.clear_cache()
     mx.reset_peak_memory()
     blas = preload_blas()
@@ -128,6 +139,8 @@ def _step(events: Iterator[Event], channel: Channel, reference_seconds: float) -
     while True:
         channel.go()
         event = next(event for event in events if event.kind == "step")
+        if idle := [name for name in SWITCHES.keys() & set(switches) if not SWITCHES[name].calls]:
+            raise RuntimeError(f"{idle[0]}: nothing asked {SWITCHES[idle[0]].name}, so nothing was switched")
         channel.done(event.values["loss"], mx.get_peak_memory(), mx.clear_cache)
 
 

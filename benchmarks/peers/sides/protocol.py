@@ -10,6 +10,7 @@ next step command. Any other command leaves the trainer by way of `Finished`.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import os
@@ -118,5 +119,6 @@ def serve(run: Callable[[Job, Channel], None]) -> None:
             run(Job(**command["job"]), channel)
         except Finished as end:
             command = end.command
+            gc.collect()  # a trainer's models hang in circles
         else:
             raise RuntimeError("the trainer ended before it was told to")
