@@ -54,7 +54,7 @@ def ece_interval(
 ) -> Interval | None:
     """Interval of sum_b n_b / n |E[right - confidence | bin b]|, the calibration error of these bins.
 
-    Inverts a parametric bootstrap test (Carpenter 1999; Davison and Hinkley 1997, section 5.8): gaps are taken
+    Inverts a parametric bootstrap test (Carpenter 1999; Davison and Hinkley 1997, section 5.5): gaps are taken
     as normal around true ones, with the covariance clustered by prompt; the true gaps of a candidate error e
     are the likeliest that make it up; e is in the interval unless the observed ECE lies in the lowest 2 % or
     highest 3 % of what e would give (at `level` .95). It starts at 0 when a calibrated model would do. An ECE

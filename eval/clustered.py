@@ -1,6 +1,6 @@
 """Closed-form intervals for means and shares of rows that come in clusters (several rows of one prompt).
 
-Student's t on the clustered standard error (arXiv 2411.00640, appendix A) for means. For shares, where a
+Student's t on the clustered standard error (arXiv 2411.00640) for means. For shares, where a
 symmetric interval leaves [0, 1] and covers too little near its ends, Wilson's with the sample size that the
 clustered standard error implies (Korn and Graubard 1998; Dean and Pagano 2015). No resampling, so no seed.
 """

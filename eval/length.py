@@ -114,7 +114,7 @@ def length_controlled(
     level: float = 0.95,
     seed: int = 0,
 ) -> Controlled:
-    """Win rate at equal length: P(win) = sigmoid(theta + phi tanh(dlen / std(dlen))), arXiv 2404.04475 equation 2.
+    """Win rate at equal length: P(win) = sigmoid(theta + phi tanh(dlen / std(dlen))), arXiv 2404.04475.
 
     `wins` (rows,) in [0, 1], soft or halves for ties; `length_difference` (rows,), the model's length less the
     baseline's, any unit; std with one degree of freedom less, as in alpaca_eval 0.6.6 `glm_winrate.py`, once

@@ -43,7 +43,7 @@ def debiased(
         lambda = cov(h, f_n) / ((1 + n / N) var(f)),  theta = lambda mean(f_N) + mean(h - lambda f_n)
         se² = lambda² var(f_N) / N + var(h - lambda f_n) / n
 
-    (arXiv 2311.01453, equation 6 and section 6, for a mean.) With `prompts` (of the n) and `prompts_only` (of
+    (arXiv 2311.01453, for a mean.) With `prompts` (of the n) and `prompts_only` (of
     the N) each var / n is the clustered variance of that mean instead; no prompt may be in both parts.
     Student's t with one degree of freedom less than there are clusters with human votes. None below two of
     them in either part, or when every human vote and judgement agrees with itself, so that no spread is seen.

@@ -56,7 +56,7 @@ def log_e_value(wins: float | np.ndarray, losses: float | np.ndarray, null: floa
 
     The likelihood ratio of a win rate drawn evenly from (0, 1) against `null`: for null 1/2, E = 2^n B(w + 1,
     l + 1). A martingale that starts at 1 when votes are independent with that rate, hence P(E ever >= 1 /
-    alpha) <= alpha (Ville 1939; arXiv 2210.01948, section 5). Halves for ties keep that: each factor (p /
+    alpha) <= alpha (Ville 1939; arXiv 2210.01948). Halves for ties keep that: each factor (p /
     null)^y ((1 - p) / (1 - null))^(1 - y) is convex in y, so E grows no faster than with y rounded at random.
     """
     if np.min(wins) < 0 or np.min(losses) < 0:
