@@ -135,8 +135,11 @@ def attention_kept(shape: Shape, at: Layout, light: float) -> int:
     keys = queries + (0 if at.plain else at.rows * at.shared)  # each row has its prompt's keys before its own
     kept = (shape.heads * queries + 2 * shape.kv_heads * keys) * shape.head_dim * shape.item
     kept += shape.normed_heads * shape.head_dim * at.tokens * shape.item
-    if at.packed:  # a position of its own for each token: cosines and sines for queries and keys
+    if at.packed:
+        # A position of its own for each token, so cosines and sines for queries and keys; and the prefix's queries,
+        # keys and values are views, which keep those of all tokens alive.
         kept += 2 * shape.head_dim * at.tokens * FLOAT
+        kept += at.rest * (shape.heads + 2 * shape.kv_heads) * shape.head_dim * shape.item
     if _keys(at) >= light:
         return kept + shape.heads * queries * (shape.head_dim * shape.item + FLOAT)
     return kept + shape.heads * pairs * shape.item
