@@ -26,7 +26,7 @@ def noise_floor(
     it is never 0: (1 + count) / (1 + n).
     """
     rng, pairs = np.random.default_rng(seed), len(confidence)
-    order = np.argsort(codes, kind="stable")
+    order = np.argsort(confidence, kind="stable")  # bins too: they are cut along it
     p, starts = confidence[order], np.flatnonzero(np.diff(codes[order], prepend=-1))
     errors = np.concatenate(
         [_mean_gap((rng.random((size, pairs)) < p) - p, starts) for size in _blocks(n, max(1, (1 << 20) // pairs))]

@@ -80,8 +80,9 @@ def tails(level: float, clusters: int) -> tuple[float, float]:
 def checked(
     values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The values, and each one's cluster as a number counted from 0 in order of first appearance.
+    """The values, and each one's cluster as a number counted from 0 in alphabetical order of the names.
 
+    So a resample with a given seed holds the same clusters whatever the order of the rows.
     Raises `ValueError` for lengths that differ and for values that are not finite.
     """
     data = np.asarray(values, np.float64)
@@ -90,8 +91,8 @@ def checked(
     if not np.isfinite(data).all():
         first = int(np.argmin(np.isfinite(data)))
         raise ValueError(f"value {first} is {data[first]}; leave invalid results out and count them")
-    numbers: dict[Hashable, int] = {}
-    return data, np.array([numbers.setdefault(c, len(numbers)) for c in clusters], np.int64)
+    numbers = {name: i for i, name in enumerate(sorted(dict.fromkeys(clusters), key=str))}
+    return data, np.array([numbers[name] for name in clusters], np.int64)
 
 
 def _means(groups: list[np.ndarray], n: int, rng: np.random.Generator) -> np.ndarray:

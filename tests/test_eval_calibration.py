@@ -91,6 +91,16 @@ def test_a_known_temperature_comes_back_and_helps_the_other_half():
     assert split_temperature(d[order], np.array(names)[order]).temperature == pytest.approx(found.temperature)
 
 
+def test_order_of_rows_does_not_matter():
+    rng = np.random.default_rng(5)
+    d, prompts = rng.normal(1, 2, 300), np.array([f"prompt {i // 2}" for i in range(300)])
+    found, order = calibration(d, prompts), rng.permutation(300)
+    again = calibration(d[order], prompts[order])
+    assert again.ece_interval == pytest.approx(found.ece_interval, abs=1e-9)
+    assert again.floor == pytest.approx(found.floor, abs=1e-9)
+    assert again.temperature[:3] == pytest.approx(found.temperature[:3], abs=1e-9)
+
+
 def test_halves_share_no_prompt():
     found = split_temperature(np.array([1.0, -0.5, 2.0]), np.array(["a", "a", "a"]))
     assert (found.fitted, found.tested) in ((0, 3), (3, 0)) and found.nll is None

@@ -64,9 +64,11 @@ def test_swapping_sides_mirrors_and_unit_does_not_matter(rows):
     a = length_controlled(y, difference, prompts, n=60)
     b = length_controlled(1 - y, -difference, prompts, n=60)
     c = length_controlled(y, 4 * difference, prompts, n=60)
+    d = length_controlled(y[::-1], difference[::-1], prompts[::-1], n=60)
     assert a.rate + b.rate == pytest.approx(1, abs=1e-7)
     assert c.rate == pytest.approx(a.rate, abs=1e-9)
     if a.interval is not None:
+        assert d.interval == pytest.approx(a.interval, abs=1e-6)
         assert b.interval[1:3] == pytest.approx((1 - a.interval.high, 1 - a.interval.low), abs=1e-6)
         assert a.interval.low <= a.interval.high
 

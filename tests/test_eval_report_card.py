@@ -38,12 +38,16 @@ def test_kappa_is_symmetric_bounded_and_blind_to_order_and_names(rows, random):
     found = agreement(judge, human, prompts, n=50)
     swapped = agreement(human, judge, prompts, n=50)
     flipped = agreement([-v for v in judge], [-v for v in human], prompts, n=50)
-    random.shuffle(rows)
-    shuffled = agreement(*zip(*rows, strict=True), prompts, n=50)
+    order = list(range(len(rows)))
+    random.shuffle(order)
+    shuffled = agreement(*([c[i] for i in order] for c in (judge, human, prompts)), n=50)
     if found.kappa is None:
         assert swapped.kappa is None and len(set(judge) | set(human)) == 1
     else:
         assert -1 <= found.kappa <= 1
+        assert (shuffled.kappa_interval is None) == (found.kappa_interval is None)
+        if found.kappa_interval is not None:
+            assert shuffled.kappa_interval == pytest.approx(found.kappa_interval, abs=1e-9)
         for other in (swapped, flipped, shuffled):
             assert other.kappa == pytest.approx(found.kappa, abs=1e-9)
 
