@@ -57,6 +57,8 @@ def compare(first: Run, second: Run) -> Comparison:
     pair_keys, sample_keys = (sorted(a.keys() & b.keys()) for a, b in (pairs, samples))
     if not pair_keys and not sample_keys:
         raise UserError(f"{first.path} and {second.path} were evaluated on different data; give both the same --data")
+    if sample_keys:
+        check_settings(first, second)
     changes, flips = [], []
     if pair_keys:
         outcomes = [[_sign(side[key]["margin"]) for key in pair_keys] for side in pairs]
@@ -74,6 +76,15 @@ def compare(first: Run, second: Run) -> Comparison:
     }
     starts = [run.manifest()["reference"]["digest"] for run in (first, second)]
     return Comparison(changes, flips, only, starts[0] == starts[1])
+
+
+def check_settings(first: Run, second: Run) -> None:
+    """Raise `UserError` when the two runs' answers were drawn differently: they would differ by that alone."""
+    settings = [latest_results(run)["settings"] for run in (first, second)]
+    for name in ("max_tokens", "temperature", "seed"):
+        a, b = (s[name] for s in settings)
+        if a != b:
+            raise UserError(f"{first.path} and {second.path} answered with {name} {a} and {b}; evaluate both alike")
 
 
 def _keyed(run: Run, name: str, fields: Sequence[str]) -> dict[tuple, dict[str, Any]]:
