@@ -51,7 +51,8 @@ def markdown(results: dict[str, Any]) -> str:
     parts = [f"![pairs per second and memory]({PLOT.name})"] if any_figure(results) else []
     for name, workload in results["workloads"].items():
         lines = [HEAD, ("---",) * len(HEAD), *map(cells, rows(workload))]
-        parts.append(f"### {name}\n\n{title(name, workload)}.\n\n" + "\n".join(f"| {' | '.join(x)} |" for x in lines))
+        text = "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+        parts.append(f"### {name}\n\n{title(name, workload).partition(': ')[2]}.\n\n{text}")
         parts.append(_circumstances(workload))
     return "\n\n".join(parts)
 

@@ -87,14 +87,14 @@ def _row(workload: dict[str, Any], name: str, base: str | None) -> Row:
     side = workload["sides"][name]
     void, timed = disagreement(workload), _timed(workload, side)
     trouble = side["error"] or (f"void: {void}" if void else "" if timed else "no step after the warm-up")
-    memory = [side[k] / 1e9 or None for k in ("peak_bytes", "peak_rss_bytes")]
+    peak, rss = (side[k] / 1e9 or None for k in ("peak_bytes", "peak_rss_bytes"))
     if not timed or void:
-        return Row(name, None, None, None, None, None, None, None, *memory, trouble)
+        return Row(name, None, None, None, None, None, None, None, peak, rss, trouble)
     seconds, epoch = median(timed), not workload["same"]
     ratios = _ratios(timed, _timed(workload, workload["sides"][base])) if base else (None, None, None)
     pairs = sum(side["pairs"]) if epoch else side["pairs"][-1]
-    spread = (None, None) if epoch else (min(timed), max(timed))
-    return Row(name, seconds, *spread, *ratios, pairs / seconds, *memory, trouble)
+    low, high = (None, None) if epoch else (min(timed), max(timed))
+    return Row(name, seconds, low, high, *ratios, pairs / seconds, peak, rss, trouble)
 
 
 def _ratios(timed: list[float], ours: list[float]) -> tuple[float, float | None, float | None]:

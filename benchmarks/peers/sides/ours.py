@@ -128,6 +128,7 @@ def _reference(examples: list[Example], scorer: Callable, config: Config, steps:
     plan = plan_epoch(outline(examples, config.data.group), config.train.batch_size, 1, config.train.seed, 0)
     batches: list[Indices] = [batch for window in plan.windows[:steps] for batch in window]
     *_, (_, ref) = with_reference(examples, scorer, {"made": "for a benchmark"}, batches, config.train.batch_size)
+    assert ref is not None  # the last thing it yields
     return ref
 
 
