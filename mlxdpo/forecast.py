@@ -115,7 +115,7 @@ def _light(model: Any) -> float:
 
 def shape_of(skeleton: Skeleton, config: ModelConfig) -> Shape:
     """The dimensions in config.json. Raises `UserError` when one is missing."""
-    raw: Mapping[str, Any] = skeleton.config | (skeleton.config.get("text_config") or {})
+    raw: Mapping[str, Any] = {**skeleton.config, **(skeleton.config.get("text_config") or {})}
 
     def number(name: str) -> int:
         value = getattr(skeleton.model.args, name, None) or raw.get(name)
@@ -206,7 +206,7 @@ def shortened(layouts: Layouts, longest: int) -> Layouts:
 
     def scaled(at: Layout) -> Layout:
         share = min(1.0, longest / (at.shared + at.width))
-        sizes = (round(size * share) for size in (at.shared, at.width, at.rest, at.scored))
-        return Layout(at.prompts, next(sizes), at.rows, *sizes, at.packed, at.plain)
+        shared, width, rest, scored = (round(size * share) for size in (at.shared, at.width, at.rest, at.scored))
+        return at._replace(shared=shared, width=width, rest=rest, scored=scored)
 
     return Layouts(tuple(map(scaled, layouts.training)), tuple(map(scaled, layouts.scoring)), scaled(layouts.first))
