@@ -3,8 +3,8 @@
     python benchmarks/plan_accuracy.py            every configuration
     python benchmarks/plan_accuracy.py qwen3      those whose name contains the word
 
-On a CPU smollm2 qlora takes minutes: quantised matmuls do not use the BLAS. Small batches, so that weights do not hide activations. Prints predicted and measured GB, their ratio and the phase
-that the forecast blames.
+Small batches, so that weights do not hide activations. Prints predicted and measured GB, their ratio, the forecast of
+each phase and the peak before each event. On a CPU smollm2 qlora takes minutes: quantised matmuls bypass the BLAS.
 """
 
 import json
