@@ -165,7 +165,9 @@ def _pairs(results: Result) -> list[Any]:
         Table(("held-out pairs", "value", "beside it"), rows, note),
         Table(("accuracy by length", "accuracy", "pairs"), groups),
     ]
-    return blocks + [_slices(name, found) for name, found in results["pairs"]["slices"].items() if found["shown"]]
+    return blocks + [
+        _slices(name, found) for name, found in results["pairs"]["slices"].items() if len(found["shown"]) > 1
+    ]
 
 
 def _slices(name: str, found: Result) -> Table:

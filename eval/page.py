@@ -17,12 +17,18 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 TONES = {"better": "good", "worse": "bad"}
 
 
+def text(words: str) -> str:
+    """Escaped, with no line break between a number and its per cent sign."""
+    return escape(words).replace(" %", "&nbsp;%")
+
+
 def page(document: Document) -> str:
     """The whole page."""
+    lead = document.sentence.removeprefix(f"{document.verdict.capitalize()}: ")  # the heading says it already
     style = resources.files("mlxdpo_eval").joinpath("page.css").read_text("utf-8")
     tone = TONES.get(document.verdict, "open")
     tiles = "".join(
-        f"<div><dt>{escape(n)}</dt><dd>{escape(v)}<small>{escape(i)}</small></dd></div>" for n, v, i in document.tiles
+        f"<div><dt>{escape(n)}</dt><dd>{text(v)}<small>{text(i)}</small></dd></div>" for n, v, i in document.tiles
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -39,7 +45,7 @@ def page(document: Document) -> str:
 <header class="{tone}">
 <p class="name">{escape(document.title)}</p>
 <h1>{escape(document.verdict.capitalize())}</h1>
-<p class="lead">{escape(document.sentence)}</p>
+<p class="lead">{text(lead)}</p>
 <p class="meta">{escape(document.subtitle)}</p>
 <dl>{tiles}</dl>
 </header>
@@ -58,7 +64,7 @@ def _plots_together(section: Section) -> str:
     """Blocks in order; plots that follow one another share a row where there is room."""
     plots = [block for block in section.blocks if isinstance(block, Figure)]
     rest = "".join(_block(block) for block in section.blocks if not isinstance(block, Figure))
-    shown = "".join(f"<figure>{p.svg}<figcaption>{escape(p.caption)}</figcaption></figure>" for p in plots)
+    shown = "".join(f"<figure>{p.svg}<figcaption>{text(p.caption)}</figcaption></figure>" for p in plots)
     return rest + (f'<div class="plots">{shown}</div>\n' if shown else "")
 
 
@@ -67,7 +73,7 @@ def _block(block: Any) -> str:
         return _table(block)
     if isinstance(block, Sample):
         return _sample(block)
-    return f"<p>{escape(block)}</p>\n"
+    return f"<p>{text(block)}</p>\n"
 
 
 def _table(table: Table) -> str:
@@ -75,20 +81,21 @@ def _table(table: Table) -> str:
     rows = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
         + "".join(
-            f'<td data-name="{escape(name)}">{escape(cell)}</td>'
+            f'<td data-name="{escape(name)}">{text(cell)}</td>'
             for name, cell in zip(table.header[1:], row[1:], strict=True)
         )
         + "</tr>\n"
         for row in table.rows
     )
-    note = f'<p class="note">{escape(table.note)}</p>\n' if table.note else ""
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n{note}"
+    note = f'<p class="note">{text(table.note)}</p>\n' if table.note else ""
+    caption = f"<caption>{escape(table.header[0])}</caption>"
+    return f"<table>\n{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n{note}"
 
 
 def _sample(sample: Sample) -> str:
     sides = "".join(
-        f"<div><h4>{name}</h4><p>{escape(text) or '<em>empty</em>'}</p></div>"
-        for name, text in (("before", sample.before), ("after", sample.after))
+        f"<div><h4>{name}</h4><p>{escape(answer.strip()) or '<em>empty</em>'}</p></div>"
+        for name, answer in (("before", sample.before), ("after", sample.after))
     )
     note = f'<p class="note">{escape(sample.note)}</p>' if sample.note else ""
     return f'<article><h3>{escape(sample.prompt)}</h3><div class="sides">{sides}</div>{note}</article>\n'

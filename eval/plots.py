@@ -102,7 +102,7 @@ def _short(name: str, most: int = 34) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def _figure(height: float, width: float = 8.0) -> tuple[Any, Any]:
+def _figure(height: float, width: float = 6.6) -> tuple[Any, Any]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 

@@ -6,6 +6,7 @@ difference between it and the first one see things.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -89,7 +90,8 @@ def _draw(opened: Opened, model: Any, rows: Any, ids: list[list[int]], count: in
 
 
 def _where(answers: Answers, kept: Sequence[bool]) -> Answers:
-    return Answers(*([x for x, keep in zip(field, kept, strict=True) if keep] for field in answers))
+    fields: list[Any] = [list(itertools.compress(field, kept)) for field in answers]
+    return Answers(*fields)
 
 
 def first_of_each(answers: Answers) -> Answers:

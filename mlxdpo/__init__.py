@@ -10,11 +10,47 @@ The front door. Each name is imported when it is first asked for, so that `impor
 import importlib
 import sys
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxdpo.platform import preload_blas
 
 preload_blas()
+
+if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it is asked for
+    from mlxdpo.config import Config as Config
+    from mlxdpo.config import load_config as load_config
+    from mlxdpo.data.encode import encode as encode
+    from mlxdpo.data.encode import encode_prompt as encode_prompt
+    from mlxdpo.generate import generate as generate
+    from mlxdpo.losses import LOSSES as LOSSES
+    from mlxdpo.model.adapters import attach_lora as attach_lora
+    from mlxdpo.model.policy import load_policy as load_policy
+    from mlxdpo.next_token import next_logits as next_logits
+    from mlxdpo.platform import cache_folder as cache_folder
+    from mlxdpo.platform import versions as versions
+    from mlxdpo.reference import with_reference as with_reference
+    from mlxdpo.reopen import Opened as Opened
+    from mlxdpo.reopen import PairLogps as PairLogps
+    from mlxdpo.reopen import distinct_prompts as distinct_prompts
+    from mlxdpo.reopen import encode_pairs as encode_pairs
+    from mlxdpo.reopen import heldout_pairs as heldout_pairs
+    from mlxdpo.reopen import pair_logps as pair_logps
+    from mlxdpo.reopen import prompt_name as prompt_name
+    from mlxdpo.reopen import prompt_text as prompt_text
+    from mlxdpo.reopen import reopen as reopen
+    from mlxdpo.runs import Run as Run
+    from mlxdpo.runs import append_line as append_line
+    from mlxdpo.runs import read_lines as read_lines
+    from mlxdpo.runs import write_json as write_json
+    from mlxdpo.runs import write_text as write_text
+    from mlxdpo.scoring import completion_logps as completion_logps
+    from mlxdpo.train import train as train
+    from mlxdpo.types import Example as Example
+    from mlxdpo.types import Message as Message
+    from mlxdpo.types import Pairs as Pairs
+    from mlxdpo.types import Preference as Preference
+    from mlxdpo.types import Unpaired as Unpaired
+    from mlxdpo.types import UserError as UserError
 
 _DOOR = {
     "Config": "mlxdpo.config",

@@ -100,15 +100,20 @@ def heldout_pairs(run: Run, data: str | None = None) -> tuple[list[Preference], 
     config = run.config()
     if data is not None:
         rows, report = read_pairs(config.data, data)
-        return rows, report, data
+        return rows, report, _called(data)
     if (source := heldout_source(config.data)) is not None:
         rows, report = read_pairs(config.data, *source)
-        return rows, report, source[0]
+        return rows, report, _called(source[0])
     rows, report = read_pairs(config.data)
     rows = split_heldout(rows, config.data.eval_fraction, config.train.seed)[1]
     if not rows:
         raise UserError(f"{run.path}: its recipe held out no pairs; name some with --data")
-    return rows, report, f"the {config.data.eval_fraction:.0%} of {config.data.path} that training held out"
+    return rows, report, f"the {config.data.eval_fraction:.0%} of {_called(config.data.path)} that training held out"
+
+
+def _called(source: str) -> str:
+    """A file by its name alone: reports are handed on, folders of this machine are nobody's business."""
+    return Path(source).name if Path(source).exists() else source
 
 
 def encode_pairs(opened: Opened, rows: Sequence[Preference]) -> tuple[list[Preference], list[Example], Report]:

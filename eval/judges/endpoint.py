@@ -32,7 +32,8 @@ BELOW = 2.0  # a label missing from the top list is at least this unlikely again
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any) -> None:
+    def redirect_request(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Follow none: the redirect itself becomes the error."""
         return None
 
 

@@ -49,9 +49,20 @@ class Judge(Protocol):
     `cached` says whether verdicts are worth keeping on disk.
     """
 
-    name: str
-    identity: Mapping[str, Any]
-    cached: bool
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Everything that can change a verdict."""
+        ...
+
+    @property
+    def cached(self) -> bool:
+        """Whether verdicts are kept."""
+        ...
 
     def ask(self, questions: Sequence[Question]) -> list[Verdict]:
         """One verdict per question, in order."""

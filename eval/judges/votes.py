@@ -35,7 +35,7 @@ class VotesJudge:
         return [self._verdict(question) for question in questions]
 
     def _verdict(self, question: Question) -> Verdict:
-        found = self.votes.get(tuple(question))
+        found = self.votes.get((question.prompt, question.first, question.second))
         return sure(sum(found)) if found else Verdict(None, "no vote", absent=True)
 
 
@@ -57,7 +57,7 @@ def read_votes(path: Path) -> Votes:
             raise UserError(
                 f"{path}:{number}: expected text under prompt, a and b, and winner among {', '.join(OUTCOMES)}"
             )
-        prompt, a, b = texts
+        prompt, a, b = (str(text) for text in texts)
         value = OUTCOMES[line["winner"]]
         votes.setdefault((prompt, a, b), []).append(value)
         votes.setdefault((prompt, b, a), []).append(-value)

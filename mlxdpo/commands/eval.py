@@ -8,16 +8,35 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter, validators
+from pydantic import Field
 
+from mlxdpo.config import Section
 from mlxdpo.runs import Run
 
 Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
-Tokens = Annotated[int, Parameter(validator=validators.Number(gte=0))]
-Seed = Annotated[int, Parameter(validator=validators.Number(gte=0))]
-Temperature = Annotated[float, Parameter(validator=validators.Number(gt=0))]
 Share = Annotated[float, Parameter(validator=validators.Number(gte=0, lte=1))]
 # The command line writes --data out as --data.path, as recipes have it.
 Data = Annotated[str | None, Parameter(name=["--data", "--data.path"])]
+
+
+class Answering(Section):
+    """How answers are drawn, the same way before and after."""
+
+    prompts: int = Field(default=100, ge=1)
+    """Held-out prompts to answer."""
+    samples: int = Field(default=2, ge=1)
+    """Answers to each prompt."""
+    max_tokens: int = Field(default=0, ge=0)
+    """Longest answer, in tokens; 0 takes the length that 95 % of the held-out answers have."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of sampling; 1 is the model itself."""
+    seed: int = Field(default=0, ge=0)
+    """Noise of sampling."""
+    batch_size: int = Field(default=64, ge=1)
+    """Answers sampled at once."""
+
+
+AS_IT_IS = Answering()
 
 
 def run(
@@ -27,12 +46,7 @@ def run(
     data: Data = None,
     judge: list[str] | None = None,
     votes: Path | None = None,
-    prompts: Count = 100,
-    samples: Count = 2,
-    max_tokens: Tokens = 0,
-    temperature: Temperature = 1.0,
-    seed: Seed = 0,
-    batch_size: Count = 64,
+    answering: Annotated[Answering, Parameter(name="*")] = AS_IT_IS,
     max_invalid: Share = 0.1,
     tasks: str | None = None,
     limit: Count | None = None,
@@ -53,18 +67,6 @@ def run(
         longest, local:MODEL, endpoint:MODEL@URL (key in $MLXDPO_JUDGE_KEY), votes:FILE, FILE.py:FUNCTION.
     votes
         Human votes that check and correct the judges; RUN/votes.jsonl when there is one.
-    prompts
-        Held-out prompts to answer.
-    samples
-        Answers to each prompt.
-    max_tokens
-        Longest answer, in tokens; 0 takes the length that 95 % of the held-out answers have.
-    temperature
-        Of sampling; 1 is the model itself.
-    seed
-        Noise of sampling, the same before and after.
-    batch_size
-        Answers sampled at once.
     max_invalid
         Largest share of invalid verdicts of a judge that is no failure.
     tasks
@@ -80,34 +82,34 @@ def run(
     say: Callable[[str], None] = warn if json else (lambda text: console.print(text, style="dim", markup=False))
     if tasks:
         return _capability(source, tasks.split(","), limit, say, json)
-    from mlxdpo_eval.judges import open_judge
-    from mlxdpo_eval.report import write_report
-    from mlxdpo_eval.run import evaluate
-    from mlxdpo_eval.sampling import Sampling
-
-    judges = [open_judge(name, _rewards(source)) for name in judge or []]
     file = votes or next((f for f in (path / "votes.jsonl",) if f.exists()), None)
-    found = evaluate(
-        source,
-        judges,
-        Sampling(prompts, samples, max_tokens, temperature, seed, batch_size),
-        data=data,
-        votes=None if file is None else open_judge(f"votes:{file}"),
-        say=say,
-    )
-    page = write_report(source)
+    found = _evaluate(source, data, judge or [], file, answering, say)
     if json:
         print(jsonlib.dumps(found.results, ensure_ascii=False))
     else:
         console.print()
         for sentence in found.results["sentences"]:
             console.print(sentence, style="bold", markup=False)
-        console.print(f"report: {page}  numbers: {found.file}", markup=False)
+        console.print(f"report: {path / 'report.html'}  numbers: {found.file}", markup=False)
     share, name = found.worst_judge
     if share > max_invalid:
         warn(f"error: {share:.0%} of {name}'s verdicts are invalid, more than --max-invalid {max_invalid:g}")
-        return 1
-    return 0
+    return 1 if share > max_invalid else 0
+
+
+def _evaluate(
+    run: Run, data: str | None, judges: list[str], votes: Path | None, answering: Answering, say: Callable[[str], None]
+) -> Any:
+    from mlxdpo_eval.judges import open_judge
+    from mlxdpo_eval.report import write_report
+    from mlxdpo_eval.run import evaluate
+    from mlxdpo_eval.sampling import Sampling
+
+    opened = [open_judge(name, _rewards(run)) for name in judges]
+    human = None if votes is None else open_judge(f"votes:{votes}")
+    found = evaluate(run, opened, Sampling(**answering.model_dump()), data, human, say)
+    write_report(run)
+    return found
 
 
 def _rewards(run: Run) -> dict[str, Callable[[str, str], float]]:
