@@ -18,8 +18,8 @@ TONES = {"better": "good", "worse": "bad"}
 
 
 def text(words: str) -> str:
-    """Escaped, with no line break between a number and its per cent sign."""
-    return escape(words).replace(" %", "&nbsp;%")
+    """Escaped, with no line break inside `70.0 %` and `n = 100`."""
+    return escape(words).replace(" %", "&nbsp;%").replace("n = ", "n&nbsp;=&nbsp;")
 
 
 def page(document: Document) -> str:

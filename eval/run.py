@@ -145,7 +145,7 @@ def _headline(judged: Sequence[Judged], pairs: Heldout) -> Headline:
 def drift(before: Answers, after: Answers, kl_of: Answers, kl: Sequence[float]) -> dict[str, Any]:
     """KL along the policy's own answers (the first to each prompt), and the form of the texts."""
     tokens = [len(t) + s for t, s in zip(kl_of.tokens, kl_of.stopped, strict=True)]
-    lengths = [[float(len(t)) for t in side.tokens] for side in (before, after)]
+    old, new = ([float(len(t)) for t in side.tokens] for side in (before, after))
     return {
         "kl": float(np.mean(kl)),
         "kl_interval": clustered_mean(kl, kl_of.names),
@@ -153,7 +153,7 @@ def drift(before: Answers, after: Answers, kl_of: Answers, kl: Sequence[float]) 
         "answers": len(kl),
         "before": text_report(before.tokens, before.stopped, before.names),
         "after": text_report(after.tokens, after.stopped, after.names),
-        "length_ratio": length_ratio(*lengths, before.names),
+        "length_ratio": length_ratio(old, new, before.names),
         "same": sum(a == b for a, b in zip(before.texts, after.texts, strict=True)) / len(after.texts),
     }
 

@@ -82,11 +82,12 @@ def file_judge(file: str, function: str) -> Judge:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found: Any = getattr(module, function, None)
-    if not callable(found):
+    if not isinstance(found, Callable):
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise UserError(
             f"--judge {file}:{function}: the file has no such function; it has {', '.join(names) or 'none'}"
         )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     name = f"{path.name}:{function}"
-    return RewardJudge(name, {"kind": "program", "name": name, "digest": digest}, found)
+    reward: Reward = found
+    return RewardJudge(name, {"kind": "program", "name": name, "digest": digest}, reward)
