@@ -16,12 +16,14 @@ from mlxdpo.losses import resolve
 from mlxdpo.memory import Frozen, Layout, Layouts, Memory, Setting, Shape, Trained, predict
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.head import is_frozen
+from mlxdpo.model.light import SHORT
 from mlxdpo.model.packed import packs
 from mlxdpo.model.policy import load_tokenizer
 from mlxdpo.model.skeleton import Skeleton, dora_extra, make_trainable, read_skeleton
 from mlxdpo.model.trunk import FAMILIES, Trunk, split
 from mlxdpo.outlook import Outlook, drawn, heldout_batches, look_ahead, training_batches
 from mlxdpo.platform import default_dtype, this_machine
+from mlxdpo.start import CHECKED
 from mlxdpo.step import make_optimizer
 from mlxdpo.types import UserError
 
@@ -97,7 +99,8 @@ def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, Ou
     heldout = drawn(data.heldout, heldout_batches(config, data.heldout), packed, trunk is None)
     outlook = look_ahead(config, data.train, found)
     training = tuple({one.layout: None for one in found})
-    layouts = Layouts(training, (*training, *{one.layout: None for one in heldout}), found[0].layout)
+    checked = drawn(data.train, [training_batches(config, data.train)[0][:CHECKED]], packed, trunk is None)
+    layouts = Layouts(training, (*training, *{one.layout: None for one in heldout}), checked[0].layout)
     train = config.train
     setting = Setting(train.checkpoint, STATES[config.optim.name], train.accumulate, _light(model))
     trained = trained_of(model, lora, trunk)
@@ -110,7 +113,7 @@ def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, Ou
 def _light(model: Any) -> float:
     if FAMILIES.get(type(model).__module__.rsplit(".", 1)[-1], FAMILIES["llama"]).array:
         return math.inf
-    return 0  # MLX's fused kernels on a GPU, chunks elsewhere
+    return SHORT + 1 if this_machine().kind == "cpu" else 0
 
 
 def shape_of(skeleton: Skeleton, config: ModelConfig) -> Shape:

@@ -140,9 +140,10 @@ def attention_kept(shape: Shape, at: Layout, light: float) -> int:
         # keys and values are views, which keep those of all tokens alive.
         kept += 2 * shape.head_dim * at.tokens * FLOAT
         kept += at.rest * (shape.heads + 2 * shape.kv_heads) * shape.head_dim * shape.item
-    if _keys(at) >= light:
-        return kept + shape.heads * queries * (shape.head_dim * shape.item + FLOAT)
-    return kept + shape.heads * pairs * shape.item
+    if light == math.inf:
+        return kept + shape.heads * pairs * shape.item
+    kept += shape.heads * queries * (shape.head_dim * shape.item + FLOAT)
+    return kept if _keys(at) >= light else kept + shape.heads * pairs * FLOAT
 
 
 def _keys(at: Layout) -> int:
@@ -243,10 +244,9 @@ def plain_logits(shape: Shape, at: Layout) -> int:
 
 
 def plain_check(shape: Shape, at: Layout, light: float) -> int:
-    """Bytes of the plain way, which the start compares the fast one with on its first batch, before it attends in
-    chunks of its own; MLX computes both at once."""
-    plain = forward(shape, at._replace(plain=True, packed=False), 0 if light == 0 else math.inf)
-    return plain + (0 if at.plain else head_forward(shape, at))
+    """Bytes of the plain way, which the start compares the fast one with on its first pairs, before it attends in
+    chunks of its own."""
+    return forward(shape, at._replace(plain=True, packed=False), 0 if light == 0 else math.inf)
 
 
 def forward(shape: Shape, at: Layout, light: float) -> int:

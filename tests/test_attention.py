@@ -21,6 +21,7 @@ from tiny_models import tiny_model
 from mlxdpo.model import light
 from mlxdpo.model.attention import chunked_attention
 from mlxdpo.model.light import causal_window, light_attention, pays
+from mlxdpo.model.short_attention import short_attention
 
 assert mlxdpo
 
@@ -103,6 +104,15 @@ def test_same_as_mlx_own_attention(L, T, window):
     )
     got = with_gradients(lambda q, k, v: chunked_attention(q, k, v, scale=0.2, window=window), q, k, v, ct)
     assert_close(got, want, 3e-6)
+
+
+@given(cases(), st.sampled_from([3, 128]))
+def test_short_rows_keep_their_softmax_and_give_the_same(case, queries):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlxdpo.model.short_attention.QUERIES", queries)
+        q, k, v, ct = map(mx.array, arrays(**case | {"V": case["D"]}, dtype=np.float32))
+        want = with_gradients(lambda *a: chunked_attention(*a, scale=0.2), q, k, v, ct)
+        assert_close(with_gradients(lambda *a: short_attention(*a, scale=0.2), q, k, v, ct), want, 3e-6)
 
 
 def test_soft_cap_is_that_of_gemma2():
@@ -237,6 +247,7 @@ def pays_at_once(monkeypatch):
         return chunked_attention(*args, **options, chunk=16)
 
     monkeypatch.setattr(light, "PAYS_FROM", 2)
+    monkeypatch.setattr(light, "SHORT", 0)
     monkeypatch.setattr(light, "chunked_attention", counted)
     return calls
 

@@ -105,7 +105,7 @@ def test_bucketed_equals_unpadded(always, monkeypatch):
 
 
 def test_long_rows_attend_in_chunks(always, monkeypatch):
-    monkeypatch.setattr(light, "PAYS_FROM", 64)
+    monkeypatch.setattr(light, "SHORT", 8)
     model, batch = moved(tiny_model("llama"), LoraConfig(rank=4)), ragged()
     value, wanted = gradients(model, weighted(plain_forward, batch))
     used, chunked = [], light.chunked_attention

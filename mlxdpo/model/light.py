@@ -21,9 +21,11 @@ from mlx_lm.models import activations, base
 
 from mlxdpo.model.activation import swiglu
 from mlxdpo.model.attention import chunked_attention
+from mlxdpo.model.short_attention import short_attention
 from mlxdpo.platform import this_machine
 
 PAYS_FROM = 1024  # tokens
+SHORT = 512  # tokens: up to here a CPU had better keep the softmax
 NAME = "scaled_dot_product_attention"
 
 
@@ -81,6 +83,8 @@ def light_or_own(
     window = causal_window(mask, L, T) if masked else T
     if window is None or not (masked or mask == "causal"):
         return own()
+    if window >= T and T <= SHORT and this_machine().kind == "cpu":
+        return short_attention(queries, keys, values, scale=scale)
     return chunked_attention(queries, keys, values, scale=scale, window=window if window < T else None)
 
 
