@@ -52,12 +52,12 @@ class Packed:
         layout, mask = self.layout, self.trunk.mask
         count, shared = layout.prompts
         q, k, v = (a[:, :, 0] for a in (queries, keys, values))
-        rows, done = [_rows(a[count * shared :][layout.rows]) for a in (q, k, v)], []
+        (rq, rk, rv), done = (_rows(a[count * shared :][layout.rows]) for a in (q, k, v)), []
         if shared:
-            own = [_rows(a[: count * shared].reshape(count, shared, *a.shape[1:])) for a in (q, k, v)]
-            done.append(light_or_own(*own, None, scale, mask(shared, 0, self.window)))
-            rows[1:] = [mx.concatenate([layout.spread(a), b], axis=2) for a, b in zip(own[1:], rows[1:], strict=True)]
-        done.append(light_or_own(*rows, None, scale, mask(layout.rows.shape[1], shared, self.window)))
+            pq, pk, pv = (_rows(a[: count * shared].reshape(count, shared, *a.shape[1:])) for a in (q, k, v))
+            done.append(light_or_own(pq, pk, pv, None, scale, mask(shared, 0, self.window)))
+            rk, rv = (mx.concatenate([layout.spread(a), b], axis=2) for a, b in ((pk, rk), (pv, rv)))
+        done.append(light_or_own(rq, rk, rv, None, scale, mask(layout.rows.shape[1], shared, self.window)))
         flat = [a.swapaxes(1, 2).reshape(-1, a.shape[1], a.shape[3]) for a in done]
         flat[-1] = flat[-1][layout.home]
         return mx.concatenate(flat)[:, :, None]
