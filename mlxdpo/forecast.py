@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import Config, LoraConfig, ModelConfig
+from mlxdpo.data.frames import frames_for
 from mlxdpo.data.load import Dataset, encode_split, read_split
 from mlxdpo.losses import resolve
 from mlxdpo.memory import Frozen, Layout, Layouts, Memory, Setting, Shape, Trained, predict
@@ -95,11 +96,16 @@ def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, Ou
     trunk = split(model)
     packed = trunk is not None and packs(trunk)
     make_trainable(model, lora)
-    found = drawn(data.train, training_batches(config, data.train), packed, trunk is None)
-    heldout = drawn(data.heldout, heldout_batches(config, data.heldout), packed, trunk is None)
+    size, first, straight = (
+        config.train.batch_size,
+        training_batches(config, data.train),
+        heldout_batches(config, data.heldout),
+    )
+    found = drawn(data.train, first, packed, trunk is None, frames_for(data.train, first, size))
+    heldout = drawn(data.heldout, straight, packed, trunk is None, frames_for(data.heldout, straight, size))
     outlook = look_ahead(config, data.train, found)
     training = tuple({one.layout: None for one in found})
-    checked = drawn(data.train, [training_batches(config, data.train)[0][:CHECKED]], packed, trunk is None)
+    checked = drawn(data.train, [first[0][:CHECKED]], packed, trunk is None)
     layouts = Layouts(training, (*training, *{one.layout: None for one in heldout}), checked[0].layout)
     train = config.train
     setting = Setting(train.checkpoint, STATES[config.optim.name], train.accumulate, _light(model))

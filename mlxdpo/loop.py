@@ -19,6 +19,7 @@ from mlxdpo import checkpoint
 from mlxdpo.checkpoint import Progress
 from mlxdpo.config import Config, OptimConfig
 from mlxdpo.data.batching import collate
+from mlxdpo.data.frames import Frame
 from mlxdpo.data.planning import Epoch, Indices, Outline, outline, plan_epoch, plan_straight, steps_per_epoch
 from mlxdpo.losses import Objective
 from mlxdpo.metrics import Scored, join, pair_metrics
@@ -34,10 +35,15 @@ class NonFiniteError(UserError):
 
 @dataclass(frozen=True)
 class Part:
-    """Pairs with the reference's log-probs of their completions, (N, 2) float32, nats."""
+    """Pairs with the reference's log-probs of their completions, (N, 2) float32, nats, and the shapes of batches."""
 
     examples: Sequence[Example]
     ref: np.ndarray
+    frames: tuple[Frame, ...] = ()
+
+    def batch(self, indices: Indices, batch_size: int) -> Batch:
+        """The pairs `indices`, laid out."""
+        return collate(self.examples, indices, batch_size, self.ref, self.frames)
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ def evaluate(job: Job, scorer: Callable[..., Pairs]) -> dict[str, float]:
     with dropout_off(job.model):
         batches = plan_straight(outline(job.heldout.examples, job.config.data.group), size)
         for indices in batches:
-            pairs = scorer(collate(job.heldout.examples, indices, size, job.heldout.ref))
+            pairs = scorer(job.heldout.batch(indices, size))
             parts.append(scored(job.objective(pairs, **job.knobs), pairs, len(indices)))
     _check_finite(job.heldout, batches, join(parts))
     return {f"eval_{name}": value for name, value in pair_metrics(join(parts), job.config.loss.beta).items()}
@@ -173,7 +179,7 @@ def _window(
             return None
         # Dropout is a function of seed, step and batch alone: nothing random needs saving.
         mx.random.seed(int(np.random.SeedSequence([settings.seed, step, number]).generate_state(1)[0]))
-        result = gradient(collate(job.train.examples, indices, settings.batch_size, job.train.ref), share)
+        result = gradient(job.train.batch(indices, settings.batch_size), share)
         total = add(total, result.gradients)
         mx.eval(total, result.losses, result.pairs)
         parts.append(scored(result.losses, result.pairs, len(indices)))

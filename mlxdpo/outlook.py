@@ -6,14 +6,12 @@ seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from mlxdpo.config import Config
-from mlxdpo.data.batching import bucket, shared_prefix
-from mlxdpo.data.planning import Indices, outline, plan_epoch, plan_straight
+from mlxdpo.data.frames import Frame, choose_frame, need_of
+from mlxdpo.data.planning import Indices, first_epoch, outline, plan_straight
 from mlxdpo.data.store import Examples
 from mlxdpo.loop import total_steps
 from mlxdpo.memory import Layout
@@ -25,6 +23,7 @@ class Drawn(NamedTuple):
 
     layout: Layout
     pairs: int
+    rows: int
     tokens: int
 
 
@@ -48,32 +47,27 @@ class Outlook(NamedTuple):
     longest: int
 
 
-def layout_of(examples: Examples, indices: Indices, packs: bool) -> Drawn:
+def layout_of(examples: Examples, indices: Indices, packs: bool, frames: Sequence[Frame] = ()) -> Drawn:
     """The shape that `data.batching.collate` gives these pairs; `packs` says whether the model can run them packed."""
-    index = np.array(indices)
-    _, first = np.unique(examples.row_numbers[index].ravel(), return_index=True)
-    completion = examples.lengths[index, 1:].ravel()[first]
-    prompt = np.repeat(examples.lengths[index, 0], 2)[first]
-    prompts, of = np.unique(np.repeat(examples.prompt_numbers[index], 2)[first], return_index=True)
-    shared = shared_prefix(int(prompt.min()))
-    behind = int((prompt[of] - shared).sum() + (completion - 1).sum())
-    width = bucket(int((prompt - shared + completion).max()) - 1)
-    count, rows, rest = len(prompts), len(first), bucket(behind)
-    packed = packs and pays((count, shared), (rows, width), rest)
-    layout = Layout(count, shared, rows, width, rest, bucket(int(completion.sum())), packed)
-    return Drawn(layout, len(indices), count * shared + behind)
+    need = need_of(examples, indices)
+    frame = choose_frame(need, frames, len(indices))
+    packed = packs and pays((frame.prompts, frame.shared), (frame.rows, frame.width), frame.rest)
+    layout = Layout(frame.prompts, frame.shared, frame.rows, frame.width, frame.rest, frame.scored, packed)
+    return Drawn(layout, len(indices), need.rows, need.distinct)
 
 
-def drawn(examples: Examples, batches: Iterable[Indices], packs: bool, plain: bool) -> list[Drawn]:
+def drawn(
+    examples: Examples, batches: Sequence[Indices], packs: bool, plain: bool, frames: Sequence[Frame] = ()
+) -> list[Drawn]:
     """`layout_of` each batch; `plain` for a model whose parts are not known."""
-    found = [layout_of(examples, indices, packs) for indices in batches]
+    found = [layout_of(examples, indices, packs, frames) for indices in batches]
     return [one._replace(layout=one.layout._replace(plain=True)) for one in found] if plain else found
 
 
 def training_batches(config: Config, examples: Examples) -> list[Indices]:
-    """The batches of the first pass, or of as much of it as the run takes."""
+    """The batches of the first pass, or of as much of it as the run takes: a short run needs no more."""
     pairs, train = outline(examples, config.data.group), config.train
-    plan = plan_epoch(pairs, train.batch_size, train.accumulate, train.seed, 0)
+    plan = first_epoch(examples, config.data.group, train.batch_size, train.accumulate, train.seed)
     return [batch for window in plan.windows[: total_steps(config, pairs)] for batch in window]
 
 
@@ -82,13 +76,22 @@ def heldout_batches(config: Config, examples: Examples) -> list[Indices]:
     return plan_straight(outline(examples, config.data.group), config.train.batch_size)
 
 
+def sentence(outlook: Outlook) -> str:
+    """What a person wants to know of a plan before it is carried out."""
+    return (
+        f"a pass: {outlook.pairs} pairs as {outlook.rows} distinct rows of at most {2 * outlook.pairs}, "
+        f"{outlook.tokens} distinct tokens; {outlook.waste:.1%} of what is computed is padding or repeated; "
+        f"{outlook.shapes} batch shapes"
+    )
+
+
 def look_ahead(config: Config, examples: Examples, found: Sequence[Drawn]) -> Outlook:
     """The numbers of a plan whose batches were `drawn`."""
     tokens, computed = sum(one.tokens for one in found), sum(one.layout.tokens for one in found)
     return Outlook(
         steps=total_steps(config, outline(examples, config.data.group)),
         pairs=sum(one.pairs for one in found),
-        rows=sum(one.layout.rows for one in found),
+        rows=sum(one.rows for one in found),
         tokens=tokens,
         waste=1 - tokens / computed,
         shapes=len({one.layout for one in found}),

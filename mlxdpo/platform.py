@@ -26,6 +26,9 @@ BLAS_NAMES = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")  # all that libmlx as
 WIRED_SHARE = 0.9
 
 
+TRACES = 24
+
+
 class Blas(NamedTuple):
     """Whether the fast BLAS is in front, and one line that says why not."""
 
@@ -154,6 +157,11 @@ def compiled(function: Any, **options: Any) -> Any:
     import mlx.core as mx
 
     return function if this_machine().kind == "cpu" else mx.compile(function, **options)
+
+
+def most_traces() -> int | None:
+    """How many shapes a compiled step may have, as MLX keeps each trace for good; None where nothing is compiled."""
+    return None if this_machine().kind == "cpu" else TRACES
 
 
 def matmul_rate(size: int = 1024, repeats: int = 5, dtype: str = "float32") -> float:

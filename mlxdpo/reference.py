@@ -18,7 +18,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxdpo.data.batching import Indices, collate
+from mlxdpo.data.batching import collate
+from mlxdpo.data.frames import Frame
+from mlxdpo.data.planning import Indices
 from mlxdpo.data.store import Examples, row_digest
 from mlxdpo.platform import cache_folder, this_machine, versions
 from mlxdpo.runs import write_atomic, write_json
@@ -93,13 +95,14 @@ def with_reference(
     identity: Mapping[str, Any],
     batches: Sequence[Indices],
     batch_size: int,
+    frames: Sequence[Frame] = (),
 ) -> Generator[tuple[int, np.ndarray | None], None, None]:
     """Score what the table lacks, batch by batch, saving as it goes.
 
     Yields (pairs done, None) and at last (N, logps) with logps (N, 2) float32: chosen, rejected, nats; NaN for pairs
     that are in no batch. Of the batches that the table holds already, about a thousand are reported.
-    `batches` are the ones training will see first: the same shapes give the same rounding, so a policy that has not
-    moved differs from its reference by exactly nothing.
+    `batches` and `frames` are the ones training will see first: the same shapes give the same rounding, so a policy
+    that has not moved differs from its reference by exactly nothing.
     """
     file = cache_folder() / "reference" / f"{digest_of(identity)}.safetensors"
     # Every distinct row once: a completion in ten pairs has one place in `logps` and `known`.
@@ -114,7 +117,7 @@ def with_reference(
             score = not all(map(held.__getitem__, indices)) and not known[place[list(indices)]].all()
             if score:
                 at = place[list(indices)]
-                pairs = scorer(collate(examples, indices, batch_size))
+                pairs = scorer(collate(examples, indices, batch_size, frames=frames))
                 both = np.stack([np.array(pairs.chosen), np.array(pairs.rejected)], axis=1)[: len(indices)]
                 logps[at], known[at] = both, True
                 fresh.update(zip(_bytes_of(keys[at]), both.reshape(-1).tolist(), strict=True))

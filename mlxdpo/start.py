@@ -10,13 +10,17 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import Config, LoraConfig, ModelConfig
-from mlxdpo.data.batching import collate
 from mlxdpo.data.encode import template_digest
+from mlxdpo.data.frames import SAMPLE, frames_for
 from mlxdpo.data.load import Dataset
-from mlxdpo.data.planning import outline, plan_epoch
+from mlxdpo.data.planning import first_epoch
+from mlxdpo.data.store import Examples
 from mlxdpo.loop import Job, Part
 from mlxdpo.model.adapters import adapters_off, check_trainable, dropout_off, load_adapter, read_settings
+from mlxdpo.model.packed import packs
 from mlxdpo.model.policy import Policy, load_policy
+from mlxdpo.model.trunk import split
+from mlxdpo.outlook import Outlook, drawn, look_ahead, training_batches
 from mlxdpo.scoring import PLAIN, Ways, plain_forward, score_pairs, ways_for
 from mlxdpo.types import Batch, Pairs, UserError
 
@@ -115,12 +119,20 @@ def choose_ways(model: nn.Module, data: Dataset, config: Config) -> tuple[Ways, 
     return PLAIN, note
 
 
+def preview(model: nn.Module, data: Dataset, config: Config, ways: Ways) -> Outlook:
+    """What the first pass amounts to; of a long one, its first `SAMPLE` batches."""
+    batches = training_batches(config, data.train)[:SAMPLE]
+    frames, trunk = frames_for(data.train, batches, config.train.batch_size), split(model)
+    packed = ways is not PLAIN and trunk is not None and packs(trunk)
+    return look_ahead(config, data.train, drawn(data.train, batches, packed, ways is PLAIN, frames))
+
+
 def _first_batch(part: Part, config: Config, most: int | None = None) -> Batch:
     """The first batch of a run, or `most` pairs of it: a short run's reference holds only the pairs it visits."""
     train = config.train
-    pairs = outline(part.examples, config.data.group)
-    plan = plan_epoch(pairs, train.batch_size, train.accumulate, train.seed, 0)
-    return collate(part.examples, plan.windows[0][0][:most], most or train.batch_size, part.ref)
+    examples, group = Examples.of(part.examples), config.data.group
+    plan = first_epoch(examples, group, train.batch_size, train.accumulate, train.seed)
+    return part.batch(plan.windows[0][0][:most], most or train.batch_size)
 
 
 def check(job: Job) -> None:

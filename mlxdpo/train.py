@@ -14,15 +14,17 @@ import mlx.core as mx
 from mlxdpo import checkpoint, start
 from mlxdpo.checkpoint import Progress
 from mlxdpo.config import Config
+from mlxdpo.data.frames import frames_for
 from mlxdpo.data.load import Dataset, encode_split, read_split
-from mlxdpo.data.planning import Indices, outline, plan_epoch, plan_straight
+from mlxdpo.data.planning import Indices
 from mlxdpo.data.store import Examples
-from mlxdpo.loop import Job, Part, run_loop, total_steps
+from mlxdpo.loop import Job, Part, run_loop
 from mlxdpo.losses import resolve
 from mlxdpo.manifest import check_same, describe_run
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter
 from mlxdpo.model.light import light_attention
 from mlxdpo.model.policy import load_policy
+from mlxdpo.outlook import heldout_batches, training_batches
 from mlxdpo.platform import wire_memory
 from mlxdpo.reference import Scorer, with_reference
 from mlxdpo.runs import Run
@@ -53,8 +55,8 @@ def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lamb
     ways, note = start.choose_ways(policy.model, data, config)
     manifest = describe_run(config, policy, reference, adapter, data)
     run = resume or Run.create(config)
-    steps = total_steps(config, outline(data.train, config.data.group))
-    yield Event("start", 0, {"run": run, "config": config, "data": data, "policy": policy, "steps": steps})
+    outlook = start.preview(policy.model, data, config, ways)
+    yield Event("start", 0, {"run": run, "config": config, "data": data, "policy": policy, "outlook": outlook})
     if resume and (run.path / "manifest.json").exists():
         check_same(run.manifest(), manifest, run.path)
     if note:
@@ -105,15 +107,13 @@ def _score_reference(
 ) -> Generator[Event, None, tuple[Part, Part] | None]:
     """The reference's log-probs of training and held-out pairs, or None when asked to stop."""
     train, parts = config.train, []
-    pairs, heldout = (outline(part, config.data.group) for part in (data.train, data.heldout))
-    first = plan_epoch(pairs, train.batch_size, train.accumulate, train.seed, 0)
-    seen = first.windows[: total_steps(config, pairs)]  # a short run needs no more than it visits
     plans: list[tuple[str, Examples, list[Indices]]] = [
-        ("training", data.train, [batch for window in seen for batch in window]),
-        ("held-out", data.heldout, plan_straight(heldout, train.batch_size)),
+        ("training", data.train, training_batches(config, data.train)),
+        ("held-out", data.heldout, heldout_batches(config, data.heldout)),
     ]
     for name, examples, batches in plans:
-        scoring, logps = with_reference(examples, scorer, identity, batches, train.batch_size), None
+        frames = frames_for(examples, batches, train.batch_size)
+        scoring, logps = with_reference(examples, scorer, identity, batches, train.batch_size, frames), None
         while logps is None:
             done, logps = next(scoring)
             yield Event("reference", 0, {"part": name, "done": done, "total": len(examples)})
@@ -121,7 +121,7 @@ def _score_reference(
                 scoring.close()  # saves what was scored
                 yield Event("interrupted", 0, {})
                 return None
-        parts.append(Part(examples, logps))
+        parts.append(Part(examples, logps, frames))
         yield Event("referenced", 0, {"part": name, "total": len(examples)})
     return parts[0], parts[1]
 

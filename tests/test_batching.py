@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxdpo.data.batching import bucket, collate, shared_prefix
+from mlxdpo.data.batching import collate
+from mlxdpo.data.frames import bucket, shared_prefix
 from mlxdpo.types import Example
 
 IDS = st.lists(st.integers(1, 99), min_size=1, max_size=70).map(lambda ids: np.array(ids, np.int32))

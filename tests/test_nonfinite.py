@@ -11,6 +11,7 @@ from tiny_runs import adapter_bytes, finish, recipe
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo import checkpoint, start, step
+from mlxdpo.data.planning import first_epoch
 from mlxdpo.loop import NonFiniteError
 from mlxdpo.runs import Run, read_lines
 from mlxdpo.types import UserError
@@ -46,7 +47,7 @@ def poisoned_step(config):
     """The step (from 0) whose window holds the poisoned pair, and whether it opens the run's first batch."""
     events = story.train(config.model_copy(update={"out": f"{config.out}-look"}))
     data = next(events).values["data"]
-    plan = story.plan_epoch(story.outline(data.train, "prompt"), 2, 2, config.train.seed, 0)
+    plan = first_epoch(data.train, "prompt", 2, 2, config.train.seed)
     index = next(i for i, e in enumerate(data.train) if e.where.endswith(f":{LINE}"))
     return next(n for n, window in enumerate(plan.windows) if any(index in batch for batch in window))
 
@@ -104,7 +105,7 @@ def _seeded(config, seed):
 
 def _first(config):
     data = next(story.train(config.model_copy(update={"out": f"{config.out}-peek"}))).values["data"]
-    batch = story.plan_epoch(story.outline(data.train, "prompt"), 2, 2, config.train.seed, 0).windows[0][0]
+    batch = first_epoch(data.train, "prompt", 2, 2, config.train.seed).windows[0][0]
     return any(data.train[i].where.endswith(f":{LINE}") for i in batch)
 
 

@@ -97,7 +97,7 @@ def test_padded_rows_give_the_same(monkeypatch):
 def test_bucketed_equals_unpadded(always, monkeypatch):
     model, batch = moved(tiny_model("llama"), LoraConfig(rank=4)), ragged()
     value, wanted = gradients(model, weighted(fast_forward(), batch))
-    monkeypatch.setattr("mlxdpo.data.batching.bucket", lambda n: n)
+    monkeypatch.setattr("mlxdpo.data.frames.bucket", lambda n: n)
     exact = ragged()
     assert len(exact.rest) < len(batch.rest) and exact.rows.shape[1] < batch.rows.shape[1]
     fast, got = gradients(model, weighted(fast_forward(), exact))

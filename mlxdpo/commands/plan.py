@@ -71,6 +71,7 @@ def show(found: Forecast) -> None:
     from rich.table import Table
 
     from mlxdpo.commands.screen import console
+    from mlxdpo.outlook import sentence
 
     memory, outlook = found.memory, found.outlook
     table = Table("memory", "GB")
@@ -80,11 +81,7 @@ def show(found: Forecast) -> None:
     table.add_row("this machine", _gb(found.machine))
     console.print(table)
     console.print(f"{outlook.steps} optimizer steps; longest row {outlook.longest} tokens")
-    console.print(
-        f"a pass: {outlook.pairs} pairs as {outlook.rows} distinct rows of at most {2 * outlook.pairs}, "
-        f"{outlook.tokens} distinct tokens; {outlook.waste:.1%} of what is computed is padding or repeated; "
-        f"{outlook.shapes} batch shapes"
-    )
+    console.print(sentence(outlook))
     if found.fits:
         console.print("it fits")
         return

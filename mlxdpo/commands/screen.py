@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mlxdpo.config import Config
 from mlxdpo.data.encode import Shown, describe
+from mlxdpo.outlook import sentence
 from mlxdpo.types import Event
 
 console = Console(soft_wrap=True, highlight=False)
@@ -43,7 +44,7 @@ def follow(events: Iterable[Event]) -> Iterator[Event]:
         for event in events:
             values = event.values
             if event.kind == "start":
-                config, steps = values["config"], values["steps"]
+                config, steps = values["config"], values["outlook"].steps
             if event.kind == "reference":
                 bar.update(task, description="reference", completed=values["done"], total=values["total"])
             if event.kind == "step":
@@ -95,6 +96,7 @@ def _introduce(values: dict[str, Any]) -> None:
     bits = f", {identity['quantization']['bits']} bits" if identity["quantization"] else ""
     console.print(f"{config.model.path} ({identity['dtype']}{bits}) -> {values['run'].path}")
     console.print(f"{len(data.train)} training pairs, {len(data.heldout)} held out")
+    console.print(sentence(values["outlook"]))
     for name, report in data.reports.items():
         for line in report.lines():
             console.print(f"{name}: {line}", style="yellow")

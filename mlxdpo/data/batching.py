@@ -1,4 +1,4 @@
-"""Pairs laid out as a batch of fixed shape over distinct rows; `planning` says which pairs."""
+"""Pairs laid out as a batch over distinct rows; `planning` says which pairs, `frames` in which shape."""
 
 from __future__ import annotations
 
@@ -8,49 +8,52 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlxdpo.data.frames import Frame, Need, choose_frame
 from mlxdpo.data.planning import Indices
 from mlxdpo.types import Batch, Example
 
-PREFIX_STEP = 32  # tokens: how finely the shared prefix follows the shortest prompt
 
-
-def bucket(length: int) -> int:
-    """Round a number of tokens up so that few shapes occur: to 8s up to 64, then to eighths of a power of two.
-
-    MLX keeps every trace of a compiled step, so each distinct shape costs memory for the whole run.
-    """
-    step = max(8, 2 ** (max(length - 1, 1).bit_length() - 3))
-    return -(-length // step) * step
-
-
-def shared_prefix(shortest: int) -> int:
-    """P for a batch whose shortest prompt has `shortest` tokens: the multiple of 32 below it, less one.
-
-    Less one, because a row's suffix needs a token of the prompt to predict its first completion token from.
-    """
-    return max(shortest // PREFIX_STEP * PREFIX_STEP - 1, 0)
-
-
-def collate(examples: Sequence[Example], indices: Indices, batch_size: int, ref: np.ndarray | None = None) -> Batch:
-    """Lay the pairs `indices` out as a batch over distinct rows.
+def collate(
+    examples: Sequence[Example],
+    indices: Indices,
+    batch_size: int,
+    ref: np.ndarray | None = None,
+    frames: Sequence[Frame] = (),
+) -> Batch:
+    """Lay the pairs `indices` out as a batch over distinct rows, in the cheapest of `frames` or in one of its own.
 
     A completion that stands in several pairs of a prompt is one row. `ref` is (N, 2): the reference's summed log-probs
-    of each example's chosen and rejected completion, nats; without it the batch carries zeros. A short batch is filled
-    up to `batch_size` pairs, one of more pairs to a bucket, with pairs of weight 0 that repeat the first one, which
-    costs no row.
+    of each example's chosen and rejected completion, nats; without it the batch carries zeros. What fills the frame
+    weighs nothing: pairs of weight 0 that repeat the first one, rows and tokens that no pair looks at.
     """
     pairs = [examples[i] for i in indices]
     rows, place = distinct_rows(pairs)
-    values = np.zeros(len(rows), np.float32)
+    firsts = [next(row for row in rows if row.group == g) for g in range(rows[-1].group + 1)]
+    frame = choose_frame(_need(rows, firsts, len(pairs)), frames, batch_size)
+    values, length = np.zeros(frame.rows, np.float32), np.ones(frame.rows, np.float32)
     if ref is not None:
         values[place] = ref[list(indices)]
-    filler = max(batch_size, bucket(len(indices)) if len(indices) > batch_size else 0) - len(indices)
+    length[: len(rows)] = [len(row.completion) for row in rows]
+    filler = frame.pairs - len(indices)
     weight = np.array([1.0] * len(indices) + [0.0] * filler, np.float32)
     chosen, rejected = np.concatenate([place, np.repeat(place[:1], filler, axis=0)]).T.astype(np.int32)
-    tail = (values, chosen, rejected, weight)
-    arrays = [mx.array(np.ascontiguousarray(a)) for a in (*_layout(rows), *tail)]
-    counts = {sum(row.group == g for row in rows) for g in range(rows[-1].group + 1)}
-    return Batch(*arrays, per_prompt=counts.pop() if len(counts) == 1 else 0)
+    arrays = (*_layout(rows, firsts, frame), length, values, chosen, rejected, weight)
+    counts = set(np.bincount([row.group for row in rows]).tolist())
+    whole = len(counts) == 1 and (len(firsts), len(rows)) == (frame.prompts, frame.rows)
+    return Batch(*(mx.array(np.ascontiguousarray(a)) for a in arrays), per_prompt=counts.pop() if whole else 0)
+
+
+def _need(rows: Sequence[Row], firsts: Sequence[Row], pairs: int) -> Need:
+    distinct = sum(len(row.prompt) for row in firsts) + sum(len(row.completion) - 1 for row in rows)
+    return Need(
+        len(firsts),
+        len(rows),
+        pairs,
+        shortest=min(len(row.prompt) for row in firsts),
+        longest=max(len(row.prompt) + len(row.completion) for row in rows) - 1,
+        distinct=distinct,
+        scored=sum(len(row.completion) for row in rows),
+    )
 
 
 class Row(NamedTuple):
@@ -76,34 +79,29 @@ def distinct_rows(pairs: Sequence[Example]) -> tuple[list[Row], np.ndarray]:
     return rows, np.array(place, np.int32)
 
 
-def _layout(rows: Sequence[Row]) -> tuple[np.ndarray, ...]:
-    """The arrays of a `Batch` from `prefix` to `length`."""
-    shared = shared_prefix(min(len(row.prompt) for row in rows))
-    firsts = [next(row for row in rows if row.group == g) for g in range(rows[-1].group + 1)]
-    prefix = np.stack([row.prompt[:shared] for row in firsts])
-    lefts = [row.prompt[shared:] for row in firsts]  # what a prompt has behind the shared prefix
+def _layout(rows: Sequence[Row], firsts: Sequence[Row], frame: Frame) -> tuple[np.ndarray, ...]:
+    """The arrays of a `Batch` from `prefix` to `scored`; `firsts` are the first rows of the prompts."""
+    prefix = np.zeros((frame.prompts, frame.shared), np.int32)
+    prefix[: len(firsts)] = [row.prompt[: frame.shared] for row in firsts]
+    lefts = [row.prompt[frame.shared :] for row in firsts]  # what a prompt has behind the shared prefix
     pieces = _pieces(rows, lefts)
-    width = bucket(max(len(lefts[row.group]) + len(row.completion) - 1 for row in rows))
-    total, count = sum(len(piece.ids) for piece in pieces), sum(len(row.completion) for row in rows)
-    rest, place, home = (np.zeros(bucket(total), np.int32) for _ in range(3))
+    rest, place, home = (np.zeros(frame.rest, np.int32) for _ in range(3))
     for piece in pieces:
         here = slice(piece.start, piece.start + len(piece.ids))
-        rest[here], place[here] = piece.ids, shared + piece.column + np.arange(len(piece.ids))
-        home[here] = piece.row * width + piece.column + np.arange(len(piece.ids))
-    index = np.zeros((len(rows), width), np.int32)
-    targets, positions, owner, scored = (np.zeros(bucket(count), np.int32) for _ in range(4))
+        rest[here], place[here] = piece.ids, frame.shared + piece.column + np.arange(len(piece.ids))
+        home[here] = piece.row * frame.width + piece.column + np.arange(len(piece.ids))
+    index, group = np.zeros((frame.rows, frame.width), np.int32), np.zeros(frame.rows, np.int32)
+    targets, positions, owner, scored = (np.zeros(frame.scored, np.int32) for _ in range(4))
     at = 0
     for i, row in enumerate(rows):
         prompt, own = pieces[row.group], pieces[len(lefts) + i]
         suffix = np.concatenate([prompt.start + np.arange(len(prompt.ids)), own.start + np.arange(len(own.ids))])
-        index[i, : len(suffix)] = suffix
+        index[i, : len(suffix)], group[i] = suffix, row.group
         here = slice(at, at + len(row.completion))
         targets[here], owner[here], scored[here] = row.completion, i, 1
         positions[here] = suffix[len(prompt.ids) - 1 :]  # position t predicts token t+1
         at = here.stop
-    group = np.array([row.group for row in rows], np.int32)
-    length = np.array([len(row.completion) for row in rows], np.float32)
-    return prefix, rest, place, index, home, group, targets, positions, owner, scored.astype(np.float32), length
+    return prefix, rest, place, index, home, group, targets, positions, owner, scored.astype(np.float32)
 
 
 class Piece(NamedTuple):
