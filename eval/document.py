@@ -2,58 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-from .plots import Figure, figures
+from .blocks import Document, Result, Sample, Section, Table, both, number, percent, within
+from .frontier import read_points
+from .plain import plain
+from .plots import figures, reward_over_drift
 from .sentences import share
 
-Result = Mapping[str, Any]
 SHOWN = 8  # samples: the first ones, not the best ones
 
 
-class Table(NamedTuple):
-    """Rows of text under a header; `note` says what is read how. Numbers stand in all columns but the first."""
-
-    header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    note: str = ""
-
-
-class Sample(NamedTuple):
-    """One prompt with its first answer before and after, and what the judges said of them."""
-
-    prompt: str
-    before: str
-    after: str
-    note: str
-
-
-class Section(NamedTuple):
-    """A heading with what stands under it."""
-
-    title: str
-    blocks: list[str | Table | Figure | Sample]
-
-
-class Document(NamedTuple):
-    """`tiles` are the few numbers that matter: name, value, its interval."""
-
-    title: str
-    verdict: str
-    sentence: str
-    subtitle: str
-    tiles: list[tuple[str, str, str]]
-    sections: list[Section]
-
-
-def build(results: Result, pairs: Sequence[Result], samples: Sequence[Result]) -> Document:
-    """The report on one evaluation."""
+def build(
+    results: Result, pairs: Sequence[Result], samples: Sequence[Result], frontier: Result | None = None
+) -> Document:
+    """The report on one evaluation, with the frontier where one was measured."""
     plots, run, head = figures(results, pairs), results["run"], results["headline"]
     sections = [
         Section("Answers before and after", [*_answers(results), *plots.get("winrates", [])]),
         Section("Held-out pairs", [*_pairs(results), *plots.get("pairs", [])]),
-        Section("Drift", _drift(results)),
+        Section("Drift", _drift(results) + ([] if frontier is None else _frontier(frontier))),
         Section("Samples", _samples(samples)),
         Section("Can the judges be trusted?", _cards(results)),
         Section("How this was measured", _settings(results)),
@@ -64,26 +33,6 @@ def build(results: Result, pairs: Sequence[Result], samples: Sequence[Result]) -
         f"evaluated {when} UTC"
     )
     return Document(run["name"], head["verdict"], head["sentence"], subtitle, _tiles(results), sections)
-
-
-def number(value: float | None, sign: str = "") -> str:
-    """Three significant places, or a dash."""
-    return "–" if value is None else f"{value:{sign}.3f}"
-
-
-def within(interval: Result | None, sign: str = "") -> str:
-    """The bounds of an interval, or why there are none."""
-    return "no interval" if interval is None else f"[{interval['low']:{sign}.3f}, {interval['high']:{sign}.3f}]"
-
-
-def both(value: float | None, interval: Result | None, sign: str = "") -> str:
-    """A number with its interval."""
-    return number(value, sign) + (f" {within(interval, sign)}" if value is not None and interval is not None else "")
-
-
-def percent(interval: Result | None) -> str:
-    """The bounds of an interval of shares."""
-    return "no interval" if interval is None else f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f} %"
 
 
 def _tiles(results: Result) -> list[tuple[str, str, str]]:
@@ -200,6 +149,17 @@ def _drift(results: Result) -> list[Any]:
         Table(("answers", "before", "after"), rows, note),
         f"{share(drift['same'])} of the answers are the same word for word.",
     ]
+
+
+def _frontier(found: Result) -> list[Any]:
+    points, best = read_points(found)
+    rows = [
+        (p.name, both(p.kl, plain(p.kl_interval)), both(p.reward, plain(p.reward_interval)), "yes" if p in best else "")
+        for p in points
+    ]
+    note = f"{found['prompts']} prompts, {found['samples']} answers each, the same noise at every point."
+    header = ("checkpoint", "KL, nats", f"win rate, {found['judge']}", "no other beats it")
+    return [Table(header, rows, note), reward_over_drift(points, best, found["judge"])]
 
 
 def _samples(samples: Sequence[Result]) -> list[Any]:

@@ -6,8 +6,8 @@ nats, y a win rate or another reward. A run is better than another when it wins 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from .stats import Interval
 
@@ -52,3 +52,16 @@ def _below(left: Point, middle: Point, right: Point) -> bool:
     """Whether the middle point lies on or under the line from left to right."""
     rise = (right.reward - left.reward) * (middle.kl - left.kl)
     return (middle.reward - left.reward) * (right.kl - left.kl) <= rise
+
+
+def read_points(found: Mapping[str, Any]) -> tuple[list[Point], list[Point]]:
+    """All points of a frontier.json, and those that no other beats."""
+    points = [
+        Point(p["name"], p["kl"], p["reward"], _interval(p["kl_interval"]), _interval(p["reward_interval"]))
+        for p in found["points"]
+    ]
+    return points, pareto(points)
+
+
+def _interval(found: Mapping[str, Any] | None) -> Interval | None:
+    return None if found is None else Interval(**found)

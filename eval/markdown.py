@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .document import Document, Sample, Section, Table
+from .blocks import Document, Sample, Section, Table
 from .plots import Figure
 
 

@@ -10,7 +10,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from .document import Document, Sample, Section, Table
+from .blocks import Document, Sample, Section, Table
 from .plots import Figure
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

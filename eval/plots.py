@@ -98,6 +98,26 @@ def reliability(bins: Sequence[Mapping[str, Any]]) -> Figure:
     )
 
 
+def reward_over_drift(points: Sequence[Any], best: Sequence[Any], judge: str) -> Figure:
+    """Points of a frontier with their intervals; the line joins those that no other beats."""
+    figure, axes = _figure(3.6)
+    axes.axhline(0.5, color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    for p in points:
+        colour = ACCENT if p in best else MUTED
+        x, y = p.kl_interval or (p.kl, p.kl, p.kl), p.reward_interval or (p.reward, p.reward, p.reward)
+        axes.plot([x[1], x[2]], [p.reward] * 2, color=colour, linewidth=1)
+        axes.plot([p.kl] * 2, [y[1], y[2]], color=colour, linewidth=1)
+        axes.plot([p.kl], [p.reward], "o", color=colour, markersize=6)
+        axes.annotate(_short(p.name), (p.kl, p.reward), (5, 5), textcoords="offset points", fontsize=9, color=INK)
+    axes.plot([p.kl for p in best], [p.reward for p in best], color=ACCENT, linewidth=1.5)
+    axes.set_xlabel("sequence KL to the reference, nats")
+    axes.set_ylabel(f"win rate, {_short(judge)}")
+    words = "; ".join(f"{p.name} {p.kl:.2f} nats, {p.reward:.3f}" for p in points)
+    return Figure(
+        _svg(figure, "frontier"), f"Reward against drift; the line joins points that no other beats: {words}."
+    )
+
+
 def _short(name: str, most: int = 34) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 

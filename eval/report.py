@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from mlxdpo import Run, read_lines, write_text
@@ -16,7 +17,8 @@ def write_report(run: Run) -> Path:
     """The report on the run's newest evaluation; returns the HTML file. Raises `UserError` without an evaluation."""
     results = latest_results(run)
     pairs, samples = (list(read_lines(run.path / "eval" / f"eval_{name}.jsonl")) for name in ("pairs", "samples"))
-    document = build(results, pairs, samples)
+    frontier = run.path / "eval" / "frontier.json"
+    document = build(results, pairs, samples, json.loads(frontier.read_text("utf-8")) if frontier.exists() else None)
     write_text(run.path / "report.md", markdown(document))
     write_text(run.path / "report.html", page(document))
     return run.path / "report.html"

@@ -58,17 +58,27 @@ def draw(opened: Opened, rows: Sequence[Preference], sampling: Sampling) -> tupl
     The k-th answer to a prompt meets the same noise before and after. Raises `UserError` for a prompt that the
     template refuses.
     """
-    data, tokenizer = opened.config.data, opened.policy.tokenizer
-    ids = [encode_prompt(row.prompt, tokenizer, data, row.tools).tolist() for row in rows]
+    before, control = draw_start(opened, rows, sampling)
+    return before, draw_tuned(opened, rows, sampling), control
+
+
+def draw_start(opened: Opened, rows: Sequence[Preference], sampling: Sampling) -> tuple[Answers, Answers]:
+    """Before and control of `draw`."""
     k = sampling.samples
     with opened.start() as model:
-        drawn = _draw(opened, model, rows, ids, k + 1, sampling)
-    after = _draw(opened, opened.policy.model, rows, ids, k, sampling)
+        drawn = _draw(opened, model, rows, k + 1, sampling)
     last = [i % (k + 1) == k for i in range(len(drawn.names))]
-    return _where(drawn, [not x for x in last]), after, _where(drawn, last)
+    return _where(drawn, [not x for x in last]), _where(drawn, last)
 
 
-def _draw(opened: Opened, model: Any, rows: Any, ids: list[list[int]], count: int, sampling: Sampling) -> Answers:
+def draw_tuned(opened: Opened, rows: Sequence[Preference], sampling: Sampling) -> Answers:
+    """After of `draw`: answers of the weights that are in `opened.policy` now."""
+    return _draw(opened, opened.policy.model, rows, sampling.samples, sampling)
+
+
+def _draw(opened: Opened, model: Any, rows: Sequence[Preference], count: int, sampling: Sampling) -> Answers:
+    data, tokenizer = opened.config.data, opened.policy.tokenizer
+    ids = [encode_prompt(row.prompt, tokenizer, data, row.tools).tolist() for row in rows]
     repeated = [(row, one) for row, one in zip(rows, ids, strict=True) for _ in range(count)]
     done = generate(
         model,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it
     from mlxdpo.reference import with_reference as with_reference
     from mlxdpo.reopen import Opened as Opened
     from mlxdpo.reopen import PairLogps as PairLogps
+    from mlxdpo.reopen import at_checkpoints as at_checkpoints
     from mlxdpo.reopen import distinct_prompts as distinct_prompts
     from mlxdpo.reopen import encode_pairs as encode_pairs
     from mlxdpo.reopen import heldout_pairs as heldout_pairs
@@ -74,6 +75,7 @@ _DOOR = {
     "Opened": "mlxdpo.reopen",
     "PairLogps": "mlxdpo.reopen",
     "reopen": "mlxdpo.reopen",
+    "at_checkpoints": "mlxdpo.reopen",
     "heldout_pairs": "mlxdpo.reopen",
     "encode_pairs": "mlxdpo.reopen",
     "pair_logps": "mlxdpo.reopen",

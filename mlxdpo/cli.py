@@ -38,6 +38,7 @@ COMMANDS = {
     "score": "Log-probs, implicit rewards and margins of every row.",
     "eval": "Say whether a run's model is better than it was, with intervals, and write a report.",
     "compare": "Hold one evaluated run against another; exit 1 when something got worse.",
+    "frontier": "What reward each checkpoint of one or several runs bought with how much drift.",
     "generate": "Answer a prompt with a run's model, tuned or as it was before.",
     "data check": "Say what is in a preference file, what is wrong with it, and show a pair as the model sees it.",
     "data formats": "List the row shapes that are understood.",

@@ -22,8 +22,9 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mlxdpo.model.head import CHUNK
+from mlxdpo.model.head import chunk_of
 
+AHEAD = 3  # chunks whose arrays exist at once, where there are several: MLX allocates before it computes
 LOGITS = 2  # float32 arrays of a chunk's logits that exist at once: themselves and their exponentials
 UPDATE = 1  # times the trained arrays: what an optimizer holds beside its states while it writes new ones
 FLOAT = 4  # adapters, logits, optimizer states and log-probs are float32
@@ -225,14 +226,15 @@ def head_forward(shape: Shape, at: Layout) -> int:
     if at.plain:
         return plain_logits(shape, at)
     raw = shape.item if shape.item != FLOAT else 0
-    return min(at.scored, CHUNK) * shape.vocabulary * (LOGITS * FLOAT + raw)
+    chunk = min(at.scored, chunk_of(shape.vocabulary) * AHEAD)
+    return chunk * shape.vocabulary * (LOGITS * FLOAT + raw)
 
 
 def head_backward(shape: Shape, trained: Trained, at: Layout) -> int:
     """Bytes for a trained head: its chunk again with the logits' cotangent, and the gradient of its weights."""
     if not trained.head:
         return 0
-    chunk = min(at.scored, CHUNK) * shape.vocabulary * 3 * FLOAT
+    chunk = min(at.scored, chunk_of(shape.vocabulary)) * shape.vocabulary * 3 * FLOAT
     return chunk + (1 + trained.tied) * trained.full * shape.vocabulary * shape.hidden * FLOAT
 
 

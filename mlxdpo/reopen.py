@@ -7,7 +7,7 @@ got wrong ones), so it is compared with the manifest and nothing is scored when 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlxdpo import checkpoint
 from mlxdpo.config import Config
 from mlxdpo.data.batching import collate
 from mlxdpo.data.encode import encode, encode_all
@@ -23,7 +24,7 @@ from mlxdpo.data.planning import outline, plan_straight
 from mlxdpo.data.read import heldout_source, prompt_key, read_pairs, split_heldout
 from mlxdpo.data.report import Report
 from mlxdpo.data.turns import as_turns
-from mlxdpo.model.adapters import adapters_off, dropout_off, load_run, load_start, read_settings
+from mlxdpo.model.adapters import adapters_off, dropout_off, load_arrays, load_run, load_start, read_settings
 from mlxdpo.model.identity import folder_digest
 from mlxdpo.model.policy import Policy
 from mlxdpo.runs import Run
@@ -73,6 +74,19 @@ def reopen(run: Run) -> Opened:
     other, adapter = find_reference(config, policy)
     check_reference(run, other, adapter)
     return Opened(run, config, policy, start, partial(contextlib.nullcontext, other.model))
+
+
+def at_checkpoints(opened: Opened) -> Iterator[str]:
+    """Put the weights of each kept checkpoint into `opened.policy`, oldest first, and yield its name meanwhile.
+
+    Afterwards the run's own adapter is back, also when the caller stops half-way.
+    """
+    try:
+        for folder in checkpoint.steps(opened.run.checkpoints):
+            load_arrays(opened.policy.model, folder)
+            yield folder.name
+    finally:
+        load_arrays(opened.policy.model, opened.run.adapter)
 
 
 def check_reference(run: Run, reference: Policy, adapter: str | None) -> None:

@@ -41,7 +41,7 @@ def run(job, channel):
             raise ValueError("no such thing")
         if "slow" in job.switches:
             time.sleep(60)
-        channel.done(1 / step, 100 * step, lambda: None)
+        channel.done(1 / step, 100 * step)
 
 serve(run)
 """
@@ -284,7 +284,7 @@ def test_a_peer_gets_each_step_as_a_data_set(tmp_path, monkeypatch):
     log = []
     monkeypatch.setattr(Channel, "__init__", lambda self: None)
     monkeypatch.setattr(Channel, "go", lambda self: log.append("go"))
-    monkeypatch.setattr(Channel, "done", lambda self, loss, peak, release: log.append(loss))
+    monkeypatch.setattr(Channel, "done", lambda self, loss, peak: log.append(loss))
     turns = Turns(job, Channel())
     turns.args = type("Args", (), {"batch_size": 2})()
     assert (len(turns), len(turns), turns[0]["chosen"], turns[1]["rejected"]) == (2, 2, [1, 2, 2], [1, 2, 7, 0])

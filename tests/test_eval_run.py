@@ -6,16 +6,18 @@ from html.parser import HTMLParser
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from planted_judges import Planted, coin
 from tiny_runs import finish, recipe
 
-from mlxdpo import Run, UserError, reopen
+from mlxdpo import Run, UserError, at_checkpoints, reopen
 from mlxdpo.cli import run as cli
 from mlxdpo.runs import write_json
 from mlxdpo_eval.compare import compare, latest_results, sentence
 from mlxdpo_eval.report import write_report
 from mlxdpo_eval.run import evaluate
 from mlxdpo_eval.sampling import Sampling
+from mlxdpo_eval.sweep import sweep
 
 SMALL = Sampling(prompts=6, samples=2, max_tokens=5)
 
@@ -219,3 +221,24 @@ def test_a_local_judge_reads_its_verdict_from_one_position(tmp_path, cache):
     verdicts = judge.ask(questions)
     assert all(v.logit is not None and 0 < v.probability < 1 for v in verdicts)
     assert [v.logit for v in judge.ask(questions[::-1])][::-1] == pytest.approx([v.logit for v in verdicts], abs=1e-4)
+
+
+def test_a_sweep_has_a_point_for_each_checkpoint_and_the_adapter_stays(tmp_path, cache):
+    run = trained(tmp_path, train={"steps": 4, "save_every": 2, "keep": 9})
+    opened = reopen(run)
+    final = {k: v.tolist() for k, v in tree_flatten(opened.policy.model.trainable_parameters())}
+    names = list(at_checkpoints(opened))
+    assert names == [path.name for path in sorted(run.checkpoints.glob("step-*"))] and len(names) >= 2
+    assert {k: v.tolist() for k, v in tree_flatten(opened.policy.model.trainable_parameters())} == final
+    points = sweep(run, Planted(coin), SMALL)
+    assert [p.name for p in points] == [*names, "adapter"]
+    assert points[-1][1:] == points[-2][1:]  # the last checkpoint is the adapter
+    assert points[-1].kl == pytest.approx(evaluate(run, [], SMALL).results["drift"]["kl"])
+    write_report(run)
+    assert "no other beats it" in (run.path / "report.html").read_text()
+    assert cli(["frontier", str(run.path), "--judge", "longest", "--prompts", "3", "--max-tokens", "4"]) == 0
+
+
+def test_an_untrained_run_is_a_point_without_drift(run):
+    (*_, last) = sweep(untrain(run), Planted(coin), SMALL)
+    assert (last.kl, last.reward) == (0.0, 0.5)

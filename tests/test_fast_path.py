@@ -11,9 +11,10 @@ from mlx.utils import tree_flatten
 from tiny_models import SHAPES, tiny_model
 
 from mlxdpo.config import LoraConfig
+from mlxdpo.model import head as head_module
 from mlxdpo.model import prefix as prefix_module
 from mlxdpo.model.adapters import attach_lora
-from mlxdpo.model.head import score_logps, token_logps
+from mlxdpo.model.head import chunk_of, score_logps, token_logps
 from mlxdpo.model.prefix import checkpointed, hidden_states, spreader
 from mlxdpo.model.trunk import FAMILIES, split
 
@@ -106,6 +107,22 @@ def test_quantised_head(tied):
     rows = Rows()
     (value, wanted), (fast, got) = (gradients(model, f) for f in (rows.plain, rows.fast))
     assert fast == pytest.approx(value, rel=1e-4) and apart(got, wanted) < 1e-4
+
+
+def test_a_chunk_of_logits_is_as_large_whatever_the_vocabulary():
+    sizes = [chunk_of(v) * v * 4 for v in (32_000, 49_152, 151_936, 262_144)]
+    assert all(0.9 * head_module.LOGITS < size <= head_module.LOGITS for size in sizes)
+    assert chunk_of(10**8) == 32
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_chunks_change_nothing(method, monkeypatch):
+    model, rows = moved(tiny_model("llama"), LoraConfig(method=method, rank=4)), Rows()
+    value, wanted = gradients(model, rows.fast)
+    monkeypatch.setattr(head_module, "LOGITS", 32 * V * 4)
+    assert chunk_of(V) == 32 < len(rows.targets)
+    chunked, got = gradients(model, rows.fast)
+    assert chunked == pytest.approx(value, rel=1e-5) and apart(got, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere"])

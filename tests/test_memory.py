@@ -71,7 +71,7 @@ def test_a_checkpoint_keeps_the_input_of_each_block():
 
 def test_no_more_of_the_head_than_a_chunk():
     assert memory.head_forward(TINY, ROWS) == memory.LOGITS * 6 * 50 * 4
-    assert memory.head_forward(TINY, ROWS._replace(scored=10_000)) == memory.LOGITS * memory.CHUNK * 50 * 4
+    assert memory.head_forward(TINY, ROWS._replace(scored=10_000)) == memory.LOGITS * 10_000 * 50 * 4
 
 
 def test_parts_by_hand():

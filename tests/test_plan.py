@@ -20,7 +20,7 @@ from mlxdpo.forecast import forecast, shape_of, shortened
 from mlxdpo.memory import Layout, Layouts
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
-from mlxdpo.model.skeleton import dora_extra, make_trainable, read_header, read_skeleton
+from mlxdpo.model.skeleton import _weight_files, dora_extra, make_trainable, read_header, read_skeleton
 from mlxdpo.outlook import layout_of
 from mlxdpo.types import Example, UserError
 
@@ -187,3 +187,13 @@ def test_a_dimension_that_is_not_there_is_named(tmp_path, cache):
     without = {k: v for k, v in skeleton.config.items() if k != "intermediate_size"}
     with pytest.raises(UserError, match="has no intermediate_size"):
         shape_of(skeleton._replace(config=without), ModelConfig(path="model"))
+
+
+def test_a_snapshot_that_lacks_a_shard_counts_as_one_without_weights(tmp_path):
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
+    assert len(_weight_files(tmp_path)) == 1
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert _weight_files(tmp_path) == []
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"")
+    assert len(_weight_files(tmp_path)) == 2

@@ -105,14 +105,14 @@ def _evaluate(
     from mlxdpo_eval.run import evaluate
     from mlxdpo_eval.sampling import Sampling
 
-    opened = [open_judge(name, _rewards(run)) for name in judges]
+    opened = [open_judge(name, rewards_of(run)) for name in judges]
     human = None if votes is None else open_judge(f"votes:{votes}")
     found = evaluate(run, opened, Sampling(**answering.model_dump()), data, human, say)
     write_report(run)
     return found
 
 
-def _rewards(run: Run) -> dict[str, Callable[[str, str], float]]:
+def rewards_of(run: Run) -> dict[str, Callable[[str, str], float]]:
     """The named text rewards; a continuation is read with its opening, an answer without its question."""
     from mlxdpo.demo.rewards import REWARDS
 

@@ -18,6 +18,6 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 @swiglu.vjp
 def _backward(primals: Any, cotangent: Any, _: Any) -> tuple[mx.array, mx.array]:
     gate, x = primals
-    s = sigmoid(gate)
-    silu = gate * s
-    return cotangent * x * (s + silu * (1 - s)), cotangent * silu
+    s = sigmoid(gate)  # again: keeping it costs a tenth more memory and gains a hundredth of a step
+    slope = cotangent * s
+    return slope * x * (1 + gate * (1 - s)), slope * gate

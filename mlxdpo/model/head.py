@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlxdpo.model.exponential import exp
 from mlxdpo.platform import this_machine
 
-CHUNK = 512  # positions whose (chunk, V) logits are held at once
+LOGITS = 64 << 20  # bytes of float32 logits that are made at a time, whatever the vocabulary
 
 
 class Head(NamedTuple):
@@ -53,23 +53,33 @@ def is_frozen(head: Head) -> bool:
     return isinstance(module, known) and not module.trainable_parameters()
 
 
+def chunk_of(vocabulary: int) -> int:
+    """Positions whose logits are held at once: a multiple of 8, as many as fill `LOGITS`, 32 at least."""
+    return max(LOGITS // (4 * vocabulary) // 8 * 8, 32)
+
+
+def _chunks(head: Head, h: mx.array) -> list[slice]:
+    step = chunk_of(head.module().weight.shape[0])
+    return [slice(i, i + step) for i in range(0, h.shape[0], step)]
+
+
 def token_logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
     """(N, D) states and (N,) tokens -> (N,) log p(y), float32 nats."""
     if is_frozen(head):
         return _fused(head)(h, y)[0]
     module = head.module()
-    chunk = nn.utils.checkpoint(module, lambda hh, yy: _logps(head, hh, yy))
-    return mx.concatenate([chunk(h[i : i + CHUNK], y[i : i + CHUNK]) for i in range(0, h.shape[0], CHUNK)])
+    logps = nn.utils.checkpoint(module, lambda hh, yy: _logps(head, hh, yy))
+    return mx.concatenate([logps(h[at], y[at]) for at in _chunks(head, h)])
 
 
 def score_logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
     """`token_logps` for who needs no gradient: one chunk after the other, nothing kept."""
     parts: list[mx.array] = []
-    for i in range(0, h.shape[0], CHUNK):
-        states = h[i : i + CHUNK]
+    for at in _chunks(head, h):
+        states = h[at]
         if parts:  # one chunk after the other, or the scheduler holds the logits of many at once
             (states,) = mx.depends([states], [parts[-1]])
-        parts.append(_logps(head, states, y[i : i + CHUNK]))
+        parts.append(_logps(head, states, y[at]))
     return mx.concatenate(parts)
 
 
@@ -114,11 +124,12 @@ def _fused(head: Head) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.arra
     @mx.custom_function
     def run(h: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
         logps, rows = [], []
-        for i in range(0, h.shape[0], CHUNK):
-            states = h[i : i + CHUNK]
+        for at in _chunks(head, h):
+            states = h[at]
             if rows:
-                (states,) = mx.depends([states], [rows[-1]])
-            logp, row = _with_row(head, states, y[i : i + CHUNK])
+                # Both, or each chunk's logits wait for their look-up until the end.
+                (states,) = mx.depends([states], [rows[-1], logps[-1]])
+            logp, row = _with_row(head, states, y[at])
             logps.append(logp)
             rows.append(row)
         return mx.concatenate(logps), mx.concatenate(rows)

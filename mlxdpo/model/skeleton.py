@@ -85,13 +85,23 @@ def dora_extra(model: nn.Module) -> int:
 
 def _look(config: ModelConfig) -> tuple[Path, dict[str, Stored]]:
     """The model's folder, with or without weights in it, and what the headers of its weight files say."""
-    if config.path in BUILTIN or Path(config.path).is_dir() or config.path.count("/") != 1:
-        folder = find_model(config.path, config.revision)
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise UserError(f"{config.path}: cannot be loaded (no model*.safetensors there)")
+    on_hub = not (config.path in BUILTIN or Path(config.path).is_dir() or config.path.count("/") != 1)
+    folder = find_model(config.path, config.revision, *([LIGHT] if on_hub else []))
+    files = _weight_files(folder)
+    if files:
         return folder, {name: one for file in files for name, one in read_header(file).items()}
-    return find_model(config.path, config.revision, LIGHT), _hub_headers(config)
+    if on_hub:
+        return folder, _hub_headers(config)
+    raise UserError(f"{config.path}: cannot be loaded (no model*.safetensors there)")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files of a folder; none when some of them are missing, as in a Hub snapshot without weights."""
+    files, index = sorted(folder.glob("model*.safetensors")), folder / "model.safetensors.index.json"
+    if index.exists():
+        wanted = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        return files if wanted <= {file.name for file in files} else []
+    return files
 
 
 def _hub_headers(config: ModelConfig) -> dict[str, Stored]:

@@ -42,7 +42,7 @@ class Turns:
         if self._next < len(self._batches):
             # A data set smaller than its batch size would make it wait for ever.
             self.args.batch_size = len(self._batches[self._next])
-        self._channel.done(report["train_loss"], mx.get_peak_memory(), mx.clear_cache)
+        self._channel.done(report["train_loss"], mx.get_peak_memory())
 
     def on_val_loss_report(self, report: dict[str, Any]) -> None:
         """It validates nothing here."""

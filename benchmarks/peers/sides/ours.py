@@ -142,7 +142,7 @@ def _step(events: Iterator[Event], channel: Channel, reference_seconds: float, s
         event = next(event for event in events if event.kind == "step")
         if idle := [name for name in SWITCHES.keys() & set(switches) if not SWITCHES[name].calls]:
             raise RuntimeError(f"{idle[0]}: nothing asked {SWITCHES[idle[0]].name}, so nothing was switched")
-        channel.done(event.values["loss"], mx.get_peak_memory(), mx.clear_cache)
+        channel.done(event.values["loss"], mx.get_peak_memory())
 
 
 if __name__ == "__main__":

@@ -94,10 +94,9 @@ class Channel:
             raise Finished(command)
         self._started = time.perf_counter()
 
-    def done(self, loss: float, peak_bytes: int | None, release: Callable[[], Any]) -> None:
-        """Stop the clock, hand unused memory back with `release` (untimed), and answer `step`."""
+    def done(self, loss: float, peak_bytes: int | None) -> None:
+        """Stop the clock and answer `step`."""
         seconds = time.perf_counter() - self._started
-        release()
         self._answer(ok="step", seconds=seconds, loss=loss, peak_bytes=peak_bytes, peak_rss_bytes=peak_rss())
 
     def _answer(self, **values: Any) -> None:

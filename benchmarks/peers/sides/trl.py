@@ -6,9 +6,6 @@ loss (with its own fused head) and its reference (the adapter switched off, comp
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
 from typing import Any
 
 from benchmarks.peers.sides.protocol import Channel, Job, peak_rss, serve
@@ -52,7 +49,7 @@ def _callback(channel: Channel) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             """Its word that the weights are updated."""
-            channel.done(self.trainer.last_loss, peak_rss(), _release)
+            channel.done(self.trainer.last_loss, peak_rss())
 
     return Held()
 
@@ -114,13 +111,6 @@ def _copy_adapter(model: Any, file: str) -> None:
     count = sum(parameter.requires_grad for parameter in model.parameters())
     if count != len(arrays):
         raise RuntimeError(f"the model trains {count} matrices, the adapter has {len(arrays)}")
-
-
-def _release() -> None:
-    """Give freed memory back to the system, so that the sides fit beside each other."""
-    gc.collect()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 if __name__ == "__main__":

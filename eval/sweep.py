@@ -1,0 +1,63 @@
+"""What each checkpoint of a run is worth: its drift and its win rate against the untuned model, on the same prompts.
+
+The points of the reward-KL frontier (arXiv 2305.18290, section 6.1): one for each kept checkpoint and one for the run's
+adapter. Several runs that differ in beta give the frontier of the objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from mlxdpo import Opened, Run, at_checkpoints, distinct_prompts, encode_pairs, heldout_pairs, reopen, write_json
+
+from .clustered import clustered_mean
+from .frontier import Point
+from .judges import Judge
+from .plain import plain
+from .sampling import Answers, Sampling, draw_start, draw_tuned, first_of_each, on_policy_kl, usual_length
+from .winrate import judge_answers, win_rate
+
+Say = Callable[[str], None]
+FINAL = "adapter"
+
+
+def sweep(run: Run, judge: Judge, sampling: Sampling, say: Say = lambda text: None) -> list[Point]:
+    """The points of a run, oldest checkpoint first; writes RUN/eval/frontier.json, which the report shows.
+
+    A checkpoint on whose answers the judge gives no valid verdict has no point. Raises `UserError` where the run's
+    model or reference is another one, or there are no held-out pairs.
+    """
+    opened = reopen(run)
+    rows, examples, _ = encode_pairs(opened, heldout_pairs(run)[0])
+    sampling = sampling if sampling.max_tokens else replace(sampling, max_tokens=usual_length(examples))
+    prompts = distinct_prompts(rows, sampling.prompts)
+    before, _ = draw_start(opened, prompts, sampling)
+
+    def point(name: str) -> Point | None:
+        say(f"{run.path.name}: {name}")
+        return _point(opened, judge, name, before, draw_tuned(opened, prompts, sampling), sampling)
+
+    found = [point(name) for name in at_checkpoints(opened)]
+    points = [p for p in [*found, point(FINAL)] if p is not None]
+    told = {"judge": judge.name, "prompts": len(prompts), "samples": sampling.samples, "seed": sampling.seed}
+    write_json(run.path / "eval" / "frontier.json", plain(told | {"points": points}))
+    return points
+
+
+def _point(
+    opened: Opened, judge: Judge, name: str, before: Answers, after: Answers, sampling: Sampling
+) -> Point | None:
+    first = first_of_each(after)
+    kl = on_policy_kl(opened, first, sampling.temperature)
+    won = win_rate(judge, judge_answers(judge, before, after), before, after)
+    if won.rate is None:
+        return None
+    return Point(name, float(np.mean(kl)), won.rate, clustered_mean(kl, first.names), won.interval)
+
+
+def named(points: Sequence[Point], run: Run) -> list[Point]:
+    """The same points with the run's name and beta in front, to stand beside those of others."""
+    return [p._replace(name=f"{run.path.name} (beta {run.config().loss.beta:g}) {p.name}") for p in points]

@@ -1,0 +1,56 @@
+"""`mlxdpo frontier RUN [RUN ...] --judge NAME`"""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from mlxdpo.commands.eval import AS_IT_IS, Answering, rewards_of
+from mlxdpo.runs import Run
+from mlxdpo.types import UserError
+
+
+def run(
+    *paths: Path,
+    judge: str,
+    answering: Annotated[Answering, Parameter(name="*")] = AS_IT_IS,
+    json: bool = False,
+) -> None:
+    """Measure drift and win rate at every kept checkpoint, and say which of them no other beats.
+
+    Writes RUN/eval/frontier.json, which the run's next report shows. Give runs with several beta to see the objective's
+    own frontier; `train.keep` says how many checkpoints a run keeps.
+
+    Parameters
+    ----------
+    paths
+        Run directories.
+    judge
+        Who compares answers before and after: as for `mlxdpo eval`.
+    json
+        Print the points as JSON.
+    """
+    from mlxdpo.commands.screen import console, warn
+    from mlxdpo_eval.frontier import pareto
+    from mlxdpo_eval.judges import open_judge
+    from mlxdpo_eval.plain import plain
+    from mlxdpo_eval.sampling import Sampling
+    from mlxdpo_eval.sweep import named, sweep
+
+    if not paths:
+        raise UserError("no run given; name one or more run directories")
+    points, sampling = [], Sampling(**answering.model_dump())
+    for source in map(Run.open, paths):
+        points += named(sweep(source, open_judge(judge, rewards_of(source)), sampling, warn), source)
+    best = pareto(points)
+    if json:
+        print(jsonlib.dumps(plain([p._asdict() | {"best": p in best} for p in points]), ensure_ascii=False))
+        return
+    for p in sorted(points, key=lambda p: p.kl):
+        bounds = "" if p.reward_interval is None else f" [{p.reward_interval.low:.3f}, {p.reward_interval.high:.3f}]"
+        mark = "*" if p in best else " "
+        console.print(f"{mark} KL {p.kl:8.3f} nats  win rate {p.reward:.3f}{bounds}  {p.name}", markup=False)
+    console.print("* no other point has as little KL and as high a win rate")
