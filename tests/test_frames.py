@@ -98,6 +98,16 @@ def test_many_sizes_are_cut_at_evenly_spread_places():
     assert len(ends) == 8 and ends[-1] == 5000
 
 
+def test_pairs_that_contradict_each_other_fit_too():
+    """Every ordered pair of a prompt's answers: more pairs than two of its rows are chosen in."""
+    prompt, answers = np.arange(1, 9, dtype=np.int32), [np.full(n, n, np.int32) for n in (3, 4, 5, 6, 7, 8)]
+    examples = Examples.of([Example(prompt, a, b, "") for a, b in itertools.permutations(answers, 2)])
+    (batches,) = epochs(examples, 3, 1)
+    assert batches == [tuple(range(30))]
+    alone = plan_frames(examples, [(0,)], 3, 2)  # as if the first epoch had held only small batches
+    assert choose_frame(need_of(examples, batches[0]), alone, 3).pairs >= 30
+
+
 def test_a_few_frames_waste_little():
     examples = real_lengths(600, 3)
     (batches,) = epochs(examples, 4, 1)

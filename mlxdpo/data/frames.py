@@ -154,5 +154,5 @@ def cut_points(sizes: np.ndarray, count: int) -> list[int]:
 def _anything(examples: Examples, batch_size: int) -> Frame:
     rows, lengths = 2 * batch_size, examples.lengths
     longest, completion = int(examples.row_lengths.max()) - 1, int(lengths[:, 1:].max())
-    pairs = bucket(max(rows * (rows - 1) // 2, batch_size))
+    pairs = bucket(max(rows * (rows - 1), batch_size))  # contradicting pairs are two
     return Frame(batch_size, 0, rows, bucket(longest), bucket(rows * longest), bucket(rows * completion), pairs)

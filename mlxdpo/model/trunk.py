@@ -1,7 +1,7 @@
 """A model taken apart into embedding, layers, norm and head, where that is known to be exact.
 
 White-listed by mlx-lm's module name; everything else takes the plain path `model(x)`. At the start of a run
-`scoring.choose_forward` still compares both paths on real rows: a list is knowledge about one version of mlx-lm.
+`start.choose_ways` still compares both paths on real rows: a list is knowledge about one version of mlx-lm.
 """
 
 from __future__ import annotations
