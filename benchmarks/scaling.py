@@ -79,6 +79,7 @@ def main() -> None:
     gradient = make_gradient(policy.model, objective, knobs)
 
     def step(batch: Batch) -> None:
+        """Gradient of one batch, evaluated."""
         mx.eval(gradient(batch, mx.array(1.0)))
 
     by_completion = seconds(step, {n: pair(64, n) for n in COMPLETIONS}, repeats)

@@ -37,6 +37,7 @@ def sweep(run: Run, judge: Judge, sampling: Sampling, say: Say = lambda text: No
     before, _ = draw_start(opened, prompts, sampling)
 
     def point(name: str) -> Point | None:
+        """The point of the weights that are in the model now."""
         say(f"{run.path.name}: {name}")
         return _point(opened, judge, name, before, draw_tuned(opened, prompts, sampling), sampling)
 

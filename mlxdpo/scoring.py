@@ -55,6 +55,7 @@ def fast_forward(checkpoint: Callable[..., Any] | None = None, *, head: Any = he
     """
 
     def forward(model: nn.Module, batch: Batch) -> mx.array:
+        """(R,) log-probs of the batch's rows."""
         trunk = split(model)
         assert trunk is not None  # whoever chose this path asked first
         states = rest_states(trunk, batch, checkpoint)

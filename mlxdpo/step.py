@@ -66,6 +66,7 @@ def make_scorer(model: nn.Module, forward: Forward | None = None) -> Callable[[B
     score = compiled(lambda batch: score_pairs(model, batch, way), inputs=[model.state])
 
     def scorer(batch: Batch) -> Pairs:
+        """The pairs of a batch, evaluated."""
         pairs = score(batch)
         mx.eval(pairs)
         return pairs
@@ -83,6 +84,7 @@ def make_gradient(
     """
 
     def weighted(batch: Batch, share: mx.array) -> tuple[mx.array, mx.array, Pairs]:
+        """The batch's share of the loss, and what it is made of."""
         pairs = score_pairs(model, batch, forward)
         losses = objective(pairs, **knobs)
         return (losses * batch.weight).sum() * share, losses, pairs
@@ -91,6 +93,7 @@ def make_gradient(
     state = [model.state, mx.random.state]
 
     def gradient(batch: Batch, share: mx.array) -> tuple[mx.array, Pairs, Gradients]:
+        """What is compiled: losses, pairs, gradients."""
         (_, losses, pairs), gradients = value_and_grad(batch, share)
         return losses, pairs, gradients
 
@@ -115,11 +118,13 @@ def make_update(model: nn.Module, optimizer: optim.Optimizer) -> Callable[[Gradi
     state = [model.state, optimizer.state]
 
     def apply(gradients: Gradients, factor: mx.array) -> None:
+        """What is compiled: one step of the optimizer on scaled gradients."""
         optimizer.update(model, tree_map(lambda g: g * factor.astype(g.dtype), gradients))
 
     traced = compiled(apply, inputs=state, outputs=state)
 
     def update(gradients: Gradients, factor: float, lr: float) -> None:
+        """Scale, step, evaluate."""
         optimizer.learning_rate = lr  # type: ignore[assignment]
         traced(gradients, mx.array(factor))
         mx.eval(state)

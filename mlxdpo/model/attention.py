@@ -133,6 +133,7 @@ def _attention(rule: Rule, chunk: int) -> Callable[..., Any]:
 
     @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Forward, one chunk of queries after the other."""
         shape, dtype = (*q.shape[:3], v.shape[3]), q.dtype
         q, k, v = _grouped(q, k), k.astype(mx.float32), v.astype(mx.float32)
         outs, lses = [], []
@@ -146,6 +147,7 @@ def _attention(rule: Rule, chunk: int) -> Callable[..., Any]:
 
     @attend.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+        """Gradients of q, k and v, in the same chunks."""
         q, k, v, out, ct = (a.astype(mx.float32) for a in (*primals, outputs[0], cotangents[0]))
         delta = _grouped((ct * out).sum(axis=-1, keepdims=True), k)
         q, ct = _grouped(q, k), _grouped(ct, k)

@@ -123,6 +123,7 @@ def _fused(head: Head) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.arra
 
     @mx.custom_function
     def run(h: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
+        """Log-probs and gradient rows, one chunk of logits after the other."""
         logps, rows = [], []
         for at in _chunks(head, h):
             states = h[at]
@@ -136,6 +137,7 @@ def _fused(head: Head) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.arra
 
     @run.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
+        """The rows times the cotangents of the log-probs."""
         h, y = primals
         return (outputs[1] * cotangents[0][:, None]).astype(h.dtype), mx.zeros_like(y)
 

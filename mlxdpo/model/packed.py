@@ -98,6 +98,7 @@ def packed_states(
 
 def _alone(trunk: Trunk, layer: nn.Module, window: int | None, layout: Layout) -> Callable[[mx.array], mx.array]:
     def one(h: mx.array) -> mx.array:
+        """The layer on all tokens at once."""
         with switched(attention_files(layer)):  # in here, because a checkpoint calls it again in the backward pass
             return layer(h, None, Packed(layout, trunk, window))
 

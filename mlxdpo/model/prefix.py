@@ -51,6 +51,7 @@ def spreader(group: mx.array, rows_per_prompt: int | None) -> Callable[[mx.array
         return lambda a: a[group]
 
     def repeat(a: mx.array) -> mx.array:
+        """A broadcast, whose gradient is a plain sum."""
         wide = mx.broadcast_to(a[:, None], (a.shape[0], rows_per_prompt, *a.shape[1:]))
         return wide.reshape(-1, *a.shape[1:])
 
@@ -82,6 +83,7 @@ def hidden_states(
 
 def _single(layer: Any, mask: Any) -> Callable[[mx.array], mx.array]:
     def alone(hs: mx.array) -> mx.array:
+        """The layer on full rows, nothing shared."""
         with switched(attention_files(layer)):
             return layer(hs, mask, None)
 
@@ -90,6 +92,7 @@ def _single(layer: Any, mask: Any) -> Callable[[mx.array], mx.array]:
 
 def _joint(trunk: Trunk, layer: Any, window: int | None, spread: Callable[[mx.array], mx.array]) -> Callable[..., Any]:
     def both(hp: mx.array, hs: mx.array) -> tuple[mx.array, mx.array]:
+        """The layer on prefixes, then on the suffixes that look back at them."""
         captured, before = Capture(), hp.shape[1]
         with switched(attention_files(layer)):  # in here: a checkpoint calls this again in the backward pass
             hp = layer(hp, trunk.mask(before, 0, window), captured)

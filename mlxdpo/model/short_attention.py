@@ -34,6 +34,7 @@ def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
 
     @mx.custom_function
     def forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Output, softmax without its denominators, and one over these."""
         s = ((q * (scale * LOG2E)) @ k.swapaxes(-1, -2)).reshape(B, K, H // K, L, T)
         s = mx.where(hidden, -mx.inf, s).reshape(B, K, -1, T)
         p = exp2(s - s.max(axis=-1, keepdims=True))
@@ -42,6 +43,7 @@ def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
 
     @forward.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+        """Gradients of queries, keys and values."""
         (q, k, v), (out, p, share) = primals, outputs
         ct = cotangents[0] * share  # p is not normalised
         ds = p * (ct @ v.swapaxes(-1, -2) - (ct * out).sum(axis=-1, keepdims=True))
