@@ -1,0 +1,119 @@
+"""Requests that do not come from the page itself are refused: a web page in another tab must not press our buttons.
+
+The threat is a browser that visits a hostile page while the app runs on 127.0.0.1. Three checks, each with its test:
+the Host header must be one the app answers to (DNS rebinding), the Origin of whatever changes something must be the
+page's own, and the request must carry the cookie of this process, which other sites' requests leave at home.
+`api_visibility="private"` is no boundary in Gradio, so handlers that write or start something ask the guard again.
+"""
+
+import hmac
+import secrets
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+
+COOKIE = "mlxdpo_page"
+LARGEST_BODY = 2_000_000  # bytes; a chat's text is a few kilobytes, and nothing is uploaded
+SAFE = ("GET", "HEAD", "OPTIONS")
+
+Guard = Callable[[Any], None]
+"""(gr.Request) -> None; raises `gr.Error` for a request that does not come from the page itself."""
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def new_nonce() -> str:
+    """A secret of this process, 256 bits."""
+    return secrets.token_urlsafe(32)
+
+
+def refusal(headers: Mapping[str, str], nonce: str) -> str | None:
+    """Why a request that changes something is refused, or None. `headers` have lower-case names."""
+    origin, host = headers.get("origin", ""), headers.get("host", "")
+    if not host or origin.partition("://")[2] != host:
+        return f"it comes from {origin or 'no page'}, not from this app's own page; open the app and use its buttons"
+    try:
+        cookies = SimpleCookie(headers.get("cookie", ""))
+    except CookieError:
+        return "its cookies cannot be read; reload the page"
+    mine = [morsel.value for name, morsel in cookies.items() if name.startswith(COOKIE)]
+    if not any(hmac.compare_digest(value.encode(), nonce.encode()) for value in mine):
+        return "the page is older than this app; reload it"
+    return None
+
+
+def page_guard(nonce: str) -> Guard:
+    """The check that handlers make."""
+    import gradio as gr
+
+    def guard(request: gr.Request) -> None:
+        reason = refusal({name.lower(): value for name, value in request.headers.items()}, nonce)
+        if reason:
+            raise gr.Error(f"This request was refused: {reason}.")
+
+    return guard
+
+
+class Gate:
+    """ASGI middleware: answers only to known host names, hands out the cookie, bounds bodies, applies `refusal`."""
+
+    def __init__(self, app: Application, *, nonce: str, hosts: Sequence[str]) -> None:
+        self.app, self.nonce, self.hosts = app, nonce, tuple(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 400 (host), 403 (origin, cookie) or 413 (size)."""
+        if scope["type"] not in ("http", "websocket"):
+            return await self.app(scope, receive, send)
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if not known_host(headers.get("host", ""), self.hosts):
+            return await _answer(send, 400, "unknown host; open the address that mlxdpo app printed")
+        if scope.get("method", "GET") not in SAFE or scope["type"] == "websocket":
+            if reason := refusal(headers, self.nonce):
+                return await _answer(send, 403, f"refused: {reason}")
+            if int(headers.get("content-length", "0") or 0) > LARGEST_BODY:
+                return await _answer(send, 413, f"too large; at most {LARGEST_BODY:,} bytes")
+        await self.app(scope, _bounded(receive), self._with_cookie(scope, send))
+
+    def _with_cookie(self, scope: Scope, send: Send) -> Send:
+        # Cookies know no ports: two apps on one machine need two names.
+        port = (scope.get("server") or ("", 0))[1]
+        cookie = f"{COOKIE}_{port}={self.nonce}; Path=/; HttpOnly; SameSite=Strict"
+
+        async def sent(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start" and scope["path"] == "/":
+                message["headers"] = [*message.get("headers", []), (b"set-cookie", cookie.encode())]
+            await send(message)
+
+        return sent
+
+
+def known_host(host: str, known: Sequence[str]) -> bool:
+    """Whether a Host header names one of `known`: names without port, `*.name` for any name below it, `*` for all."""
+    name = host.rsplit("]", 1)[0] + "]" if host.startswith("[") else host.split(":")[0]
+    name = name.lower().rstrip(".")
+    below = [pattern[1:] for pattern in known if pattern.startswith("*.")]
+    return bool(name) and ("*" in known or name in known or any(name.endswith(end) for end in below))
+
+
+def _bounded(receive: Receive) -> Receive:
+    """A body without content-length is counted while it comes in."""
+    seen = 0
+
+    async def received() -> MutableMapping[str, Any]:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > LARGEST_BODY:
+            return {"type": "http.disconnect"}
+        return message
+
+    return received
+
+
+async def _answer(send: Send, status: int, text: str) -> None:
+    head = [(b"content-type", b"text/plain; charset=utf-8")]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": text.encode()})
