@@ -1,0 +1,114 @@
+"""The model card: what was done to which model with what data, and numbers with their intervals.
+
+README.md      Hub metadata (with a model-index) and text; a part between marks is the user's and survives
+training.png   the training curve
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxdpo.config import Config
+from mlxdpo.export import sections
+from mlxdpo.export.client import redact
+from mlxdpo.export.curve import draw_curve
+from mlxdpo.export.findings import Findings, read_findings
+from mlxdpo.export.licences import Licences, known
+from mlxdpo.export.outgoing import CARD, CURVE
+from mlxdpo.export.published import is_hub_id
+from mlxdpo.export.record import Exported, read_record
+from mlxdpo.runs import Run, write_text
+from mlxdpo.types import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+BEGIN = "<!-- yours: begin (what stands between these two marks survives the next export) -->"
+END = "<!-- yours: end -->"
+OFFER = "*Write here what this model is for, and what you saw it do well and badly.*"
+LIBRARIES = {"hf": "transformers", "peft": "peft", "mlx": "mlx"}
+TAGS = ["dpo", "preference-optimization", "mlx", "mlxdpo"]
+
+
+def write_card(run: Run, out: Path, licences: Licences | None = None) -> Path:
+    """Write the card of an export (`out`/README.md, with its picture) and return its path.
+
+    Raises `UserError` when `out` holds no export, or a README that is not a card of ours: it would be lost.
+    """
+    record, config, manifest, metrics = read_record(out), run.config(), run.manifest(), run.metrics()
+    findings, named = read_findings(run), known(config, licences or Licences())
+    yours = own_part(out / CARD)
+    draw_curve(metrics, out / CURVE)
+    parts = [
+        sections.opening(record, config, findings),
+        f"{BEGIN}\n\n{yours}\n\n{END}",
+        sections.contents(record),
+        sections.evaluation(findings),
+        sections.fidelity(record),
+        sections.training(config, manifest, metrics),
+        sections.data(config, manifest, named),
+        sections.base(record, manifest, named),
+        sections.limits(config, findings),
+    ]
+    head = metadata(record, config, findings, named).to_yaml()
+    write_text(out / CARD, redact(f"---\n{head}\n---\n\n" + "\n\n".join(parts) + "\n"))
+    return out / CARD
+
+
+def own_part(file: Path) -> str:
+    """What the user wrote between the marks of an earlier card. Raises `UserError` where marks are missing."""
+    if not file.exists():
+        return OFFER
+    text = file.read_text("utf-8")
+    found = re.search(re.escape(BEGIN) + r"(.*)" + re.escape(END), text, re.DOTALL)
+    if not found:
+        raise UserError(
+            f"{file} is no card of ours, or lacks its marks `{BEGIN}` and `{END}`; put them back or move it"
+        )
+    return found[1].strip()
+
+
+def metadata(record: Exported, config: Config, findings: Findings | None, licences: Licences) -> ModelCardData:
+    """What the Hub reads: base model and relation, library, data, licence, and the evaluation as a model-index."""
+    from huggingface_hub import ModelCardData
+
+    fields: dict[str, Any] = {"tags": TAGS, "pipeline_tag": "text-generation", "model_name": record.run}
+    if is_hub_id(record.base_model):
+        fields |= {"base_model": record.base_model, "base_model_relation": record.relation}
+    if (library := _library(record)) is not None:
+        fields["library_name"] = library
+    if is_hub_id(config.data.path):
+        fields["datasets"] = [config.data.path]
+    if licences.model is not None:
+        fields["license"] = licences.model
+    if results := _results(config, findings):
+        fields["eval_results"] = results
+    return ModelCardData(**fields)
+
+
+def _library(record: Exported) -> str | None:
+    """That of the target in the root of the repository, which the Hub's button loads; else of the first one known."""
+    ordered = sorted(record.targets.items(), key=lambda item: item[1].folder != ".")
+    return next((LIBRARIES[name] for name, _ in ordered if name in LIBRARIES), None)
+
+
+def _results(config: Config, findings: Findings | None) -> list[Any]:
+    from huggingface_hub import EvalResult
+
+    subject = findings.data if findings else ""
+    source = config.data.path if is_hub_id(config.data.path) else "preference-pairs"
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=source,
+            dataset_name=subject,
+            metric_type=f.metric,
+            metric_name=f.name,
+            metric_value=f.value,
+            metric_args={"low": f.low, "high": f.high, "n": f.n, "interval": "95 %, clustered by prompt"},
+        )
+        for f in (findings.findings if findings else ())
+        if f.metric
+    ]
