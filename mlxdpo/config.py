@@ -7,7 +7,6 @@ are short for `model: {path: M}` and `data: {path: D}`.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from mlxdpo.recipe import read_recipe
 from mlxdpo.types import UserError
 
 
@@ -145,7 +145,7 @@ class OptimConfig(Section):
     name: str = "adamw"
     """Optimizer: adamw, adam, sgd, rmsprop, lion, adafactor or muon."""
     lr: float = Field(default=5e-6, gt=0)
-    """Peak learning rate (5e-6 suits LoRA, a tenth of it full fine-tuning)."""
+    """Peak learning rate (5e-6 suits LoRA, a tenth of it full fine-tuning); stages sft and reward start from 1e-4."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup: float = Field(default=0.1, ge=0)
@@ -194,12 +194,28 @@ class LogConfig(Section):
     """Trackers to send metrics to, through their own libraries."""
 
 
+class RewardConfig(Section):
+    """The objective of `stage: reward`."""
+
+    margin: float = Field(default=0.0, ge=0)
+    """By how much the reward of the better completion should lead (Llama 2's margin)."""
+    center: float = Field(default=0.0, ge=0)
+    """Weight of the squared sum of a pair's rewards, which keeps them around 0; 0.01 is usual."""
+
+
+STAGE_LR = {"sft": 1e-4, "reward": 1e-4}
+"""Peak learning rates where a recipe gives none: both stages are taught new outputs, and need more than DPO's nudge."""
+
+
 class Config(Section):
     """One run."""
 
+    stage: Literal["dpo", "sft", "reward"] = "dpo"
+    """dpo: tune on preferences; sft: imitate the chosen completions; reward: train a reward model on the pairs."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
+    reward: RewardConfig = RewardConfig()
     lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -219,39 +235,24 @@ def _spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: {"path": v} if k in ("model", "data") and isinstance(v, str) else v for k, v in values.items()}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number (YAML 1.1 asks for 1.0e-5 and makes the rest text)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
-
 def load_config(recipe: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read a YAML recipe and lay `overrides` (nested, as the command line gives them) over it.
 
     Raises `UserError` naming the file and the key for anything the schema refuses.
     """
-    base: Any = {}
-    if recipe is not None:
-        try:
-            base = yaml.load(Path(recipe).read_text("utf-8"), Loader=_Loader) or {}
-        except FileNotFoundError:
-            raise UserError(f"{recipe}: no such recipe; give a YAML file or --model and --data") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{recipe}: cannot be read as text ({error}); expected a YAML recipe") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"{recipe}: not valid YAML ({' '.join(str(error).split())})") from None
-        if not isinstance(base, Mapping):
-            raise UserError(f"{recipe}: expected `key: value` lines, found {type(base).__name__}")
+    base = {} if recipe is None else read_recipe(Path(recipe))
     merged = _merge(_spelled_out(base), _spelled_out(overrides or {}))
     try:
-        return Config.model_validate(merged)
+        return Config.model_validate(_with_stage_defaults(merged))
     except ValidationError as error:
         raise UserError(explain(error, str(recipe) if recipe else "configuration")) from None
+
+
+def _with_stage_defaults(values: Any) -> Any:
+    """What a stage assumes where nothing is given; here and not in the schema, whose defaults fill a command line too,
+    and would then win over the recipe."""
+    rate = next((rate for stage, rate in STAGE_LR.items() if stage == values.get("stage")), None)
+    return values if rate is None else _merge({"optim": {"lr": rate}}, values)
 
 
 def _merge(base: Any, over: Any) -> Any:

@@ -1,0 +1,38 @@
+"""A recipe file as it stands: YAML in which 1e-5 is a number. What its keys mean is `config`'s business."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlxdpo.types import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number (YAML 1.1 asks for 1.0e-5 and makes the rest text)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def read_recipe(file: Path) -> Mapping[str, Any]:
+    """The keys and values of a recipe. Raises `UserError` naming the file when it holds something else."""
+    try:
+        found = yaml.load(file.read_text("utf-8"), Loader=_Loader) or {}
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such recipe; give a YAML file or --model and --data") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as text ({error}); expected a YAML recipe") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(found, Mapping):
+        raise UserError(f"{file}: expected `key: value` lines, found {type(found).__name__}")
+    return found

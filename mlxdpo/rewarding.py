@@ -1,0 +1,63 @@
+"""A reward model meets a batch: one number per row, from the state of its last token. Nothing of width V is computed.
+
+A batch lays out a completion without its last token, because nothing is predicted from it; here the last token is
+what is read. So rows are encoded with one token more (`with_end`), which is never computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxdpo.model.prefix import checkpointed
+from mlxdpo.model.reward_head import normed_states, rewards
+from mlxdpo.model.trunk import split
+from mlxdpo.scoring import Forward, Ways, rest_states
+from mlxdpo.types import Batch, Example
+
+END = np.zeros(1, np.int32)  # any token: it stands for "what comes next"
+
+
+def with_end(examples: Iterable[Example]) -> Iterator[Example]:
+    """The same pairs, each completion one token longer, so that a batch computes its real last token."""
+    for e in examples:
+        chosen, rejected = (np.concatenate([completion, END]) for completion in (e.chosen, e.rejected))
+        yield Example(e.prompt, chosen, rejected, e.where)
+
+
+def last_places(batch: Batch) -> mx.array:
+    """(R,) int32: where in `batch.rest` each row's last token stands."""
+    order = mx.arange(batch.owner.shape[0]) * batch.scored.astype(mx.int32)
+    return batch.positions[mx.zeros(batch.length.shape, mx.int32).at[batch.owner].maximum(order)]
+
+
+def fast_rewards(checkpoint: Callable[..., Any] | None = None) -> Forward:
+    """Shared prefix once, distinct rows once, and only the last token of each row meets norm and head."""
+
+    def forward(model: nn.Module, batch: Batch) -> mx.array:
+        """(R,) rewards of the batch's rows."""
+        trunk = split(model)
+        assert trunk is not None  # whoever chose this path asked first
+        states = rest_states(trunk, batch, checkpoint)
+        return rewards(model, trunk.norm(states[last_places(batch)]))
+
+    return forward
+
+
+def plain_rewards(model: nn.Module, batch: Batch) -> mx.array:
+    """(R,) rewards from full rows through the model's own trunk."""
+    shared = batch.prefix.shape[1]
+    rows = mx.concatenate([batch.prefix[batch.group], batch.suffix], axis=1) if shared else batch.suffix
+    states = normed_states(model, rows)[:, shared:]
+    return rewards(model, states.reshape(-1, states.shape[-1])[batch.home[last_places(batch)]])
+
+
+def reward_ways(fast: bool, checkpoint: bool = False) -> Ways:
+    """How rewards are computed where log-probs take the `fast` way, and where they do not."""
+    if not fast:
+        return Ways(plain_rewards, plain_rewards)
+    return Ways(fast_rewards(checkpointed if checkpoint else None), fast_rewards())
