@@ -10,10 +10,11 @@ import fcntl
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mlxdpo.config import Config, dump_config, load_config
 from mlxdpo.types import UserError
@@ -92,6 +93,19 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
+def _locked(file: BinaryIO, patience: float) -> bool:
+    """Whether the lock on an open file could be taken within `patience` seconds; it is gone when the file is closed."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.02)
+
+
 @dataclass(frozen=True)
 class Run:
     """A run directory. Paths only; reading and writing go through its methods."""
@@ -133,11 +147,14 @@ class Run:
         Raises `UserError` when another process holds it.
         """
         with (self.path / "config.yaml").open("rb") as lock:  # never rewritten, so every process locks the same file
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.path}: another process is training this run; stop it first, or wait") from None
+            if not _locked(lock, patience=1.0):  # `held` takes it for an instant
+                raise UserError(f"{self.path}: another process is training this run; stop it first, or wait")
             yield
+
+    def held(self) -> bool:
+        """Whether a process holds the run directory for writing now."""
+        with (self.path / "config.yaml").open("rb") as lock:
+            return not _locked(lock, patience=0.0)
 
     def config(self) -> Config:
         """The run's resolved configuration."""
