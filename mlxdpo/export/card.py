@@ -14,10 +14,10 @@ from mlxdpo.config import Config
 from mlxdpo.export import sections
 from mlxdpo.export.client import redact
 from mlxdpo.export.curve import draw_curve
-from mlxdpo.export.findings import Findings, read_findings
+from mlxdpo.export.findings import Finding, Findings, read_findings
 from mlxdpo.export.licences import Licences, known
 from mlxdpo.export.outgoing import CARD, CURVE
-from mlxdpo.export.published import is_hub_id
+from mlxdpo.export.published import is_hub_id, pack_run
 from mlxdpo.export.record import Exported, read_record
 from mlxdpo.runs import Run, write_text
 from mlxdpo.types import UserError
@@ -32,19 +32,21 @@ LIBRARIES = {"hf": "transformers", "peft": "peft", "mlx": "mlx"}
 TAGS = ["dpo", "preference-optimization", "mlx", "mlxdpo"]
 
 
-def write_card(run: Run, out: Path, licences: Licences | None = None) -> Path:
-    """Write the card of an export (`out`/README.md, with its picture) and return its path.
+def write_card(run: Run, out: Path, licences: Licences | None = None, repo: str = sections.REPO) -> Path:
+    """Write the card of an export (`out`/README.md), its picture, and the run it tells of (`out`/run); the card's path.
 
+    `repo` is the repository that its commands name. What `licences` leaves open is looked up in the base's own card.
     Raises `UserError` when `out` holds no export, or a README that is not a card of ours: it would be lost.
     """
     record, config, manifest, metrics = read_record(out), run.config(), run.manifest(), run.metrics()
     findings, named = read_findings(run), known(config, licences or Licences())
     yours = own_part(out / CARD)
     draw_curve(metrics, out / CURVE)
+    pack_run(run, out)
     parts = [
         sections.opening(record, config, findings),
         f"{BEGIN}\n\n{yours}\n\n{END}",
-        sections.contents(record),
+        sections.contents(record, repo),
         sections.evaluation(findings),
         sections.fidelity(record),
         sections.training(config, manifest, metrics),
@@ -107,8 +109,16 @@ def _results(config: Config, findings: Findings | None) -> list[Any]:
             metric_type=f.metric,
             metric_name=f.name,
             metric_value=f.value,
-            metric_args={"low": f.low, "high": f.high, "n": f.n, "interval": "95 %, clustered by prompt"},
+            metric_args=_arguments(f),
         )
         for f in (findings.findings if findings else ())
         if f.metric
     ]
+
+
+def _arguments(finding: Finding) -> dict[str, Any] | None:
+    """The interval and n beside the number: the Hub's format has no other place for them."""
+    known = {"low": finding.low, "high": finding.high, "n": finding.n or None}
+    if finding.low is not None:
+        known["interval"] = "95 %, clustered by prompt"
+    return {name: value for name, value in known.items() if value is not None} or None

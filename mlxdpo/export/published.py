@@ -29,7 +29,12 @@ START, REFERENCE = "start", "reference"
 
 def is_hub_id(name: str) -> bool:
     """Whether a model or data source is an id on the Hub rather than a file or folder here."""
-    return bool(HUB_ID.fullmatch(name)) and Path(name).suffix not in DATA_FILES and not Path(name).exists()
+    return looks_like_hub_id(name) and not Path(name).exists()
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name is spelled like an id on the Hub, owner/name, whatever there is here."""
+    return bool(HUB_ID.fullmatch(name)) and not name.startswith(".") and Path(name).suffix not in DATA_FILES
 
 
 def public_name(name: str) -> str:
@@ -104,7 +109,7 @@ def command(config: Config) -> str:
 def _options(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for name, value in values.items():
         key, default = f"{prefix}{name}", defaults.get(name)
-        if value == default:
+        if value == default and key != "optim.lr":  # its default depends on the stage
             continue
         if isinstance(value, Mapping):
             yield from _options(value, default or {}, f"{key}.")

@@ -13,6 +13,8 @@ from mlxdpo.export.published import command, is_hub_id, public_name, without_pat
 from mlxdpo.export.record import Exported, Target
 from mlxdpo.losses import LOSSES
 
+REPO = "USER/REPO"  # in the commands of a card that is not meant for a known repository
+
 
 def cell(text: Any) -> str:
     """Text that cannot break out of a table's cell, nor carry markup of its own."""
@@ -31,23 +33,34 @@ def linked(name: str) -> str:
     return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{cell(name)}`"
 
 
+def objective(config: Config) -> str:
+    """What was minimised, with its paper."""
+    if config.stage == "sft":
+        return "supervised fine-tuning on the chosen completions (cross entropy)"
+    if config.stage == "reward":
+        return "a reward model (Bradley-Terry, arXiv 2203.02155)"
+    chosen = LOSSES[config.loss.name]
+    return f"{config.loss.name}: {chosen.title} (arXiv {chosen.paper}), beta {config.loss.beta:g}"
+
+
 def opening(record: Exported, config: Config, findings: Findings | None) -> str:
     """What this is, and the verdict of its evaluation."""
-    title, objective = cell(record.run), LOSSES[config.loss.name].title
+    title = cell(record.run)
     verdict = findings.headline if findings and findings.headline else ""
     missing = "" if findings else " **It has not been evaluated**: nothing here says that it got better."
     return (
-        f"# {title}\n\n{linked(record.base_model)}, tuned on preference pairs with {objective} "
-        f"(beta {config.loss.beta:g}) by mlxdpo.{missing}" + (f"\n\n> {cell(verdict)}" if verdict else "")
+        f"# {title}\n\n{linked(record.base_model)}, tuned on preference pairs by mlxdpo. "
+        f"Objective: {cell(objective(config))}.{missing}" + (f"\n\n> {cell(verdict)}" if verdict else "")
     )
 
 
-def contents(record: Exported) -> str:
+def contents(record: Exported, repo: str) -> str:
     """What the repository holds and how each part is loaded."""
     rows = [(_where(target), name, target.relation, target.note or "") for name, target in record.targets.items()]
     rows.append((f"{RUN}/", "run", "", "recipe, manifest and adapter: `mlxdpo pull` makes a run directory of it"))
     snippets = [USAGE[name](record, target) for name, target in record.targets.items() if name in USAGE]
-    pull = "mlxdpo pull USER/REPO --out runs/pulled\nmlxdpo generate runs/pulled --prompt '...'"
+    snippets = [snippet.replace(REPO, repo) for snippet in snippets]
+    pull = f"mlxdpo pull {repo} --out runs/pulled\nmlxdpo generate runs/pulled --prompt '...'"
     parts = [table(("folder", "target", "relation to the base", "note"), rows), *snippets, _code("sh", pull)]
     return "## What is here\n\n" + "\n\n".join(parts)
 
@@ -66,10 +79,9 @@ def _below(target: Target) -> str:
 
 def _mlx(record: Exported, target: Target) -> str:
     at = "." if target.folder == "." else target.folder
-    lines = f"hf download USER/REPO --local-dir here\nmlx_lm.generate --model {record.base_model} "
-    if "adapters.safetensors" in target.files:
-        return _code("sh", lines + f"--adapter-path here/{at} --prompt '...'")
-    return _code("sh", f"hf download USER/REPO --local-dir here\nmlx_lm.generate --model here/{at} --prompt '...'")
+    adapter = "adapters.safetensors" in target.files
+    model = f"{record.base_model} --adapter-path here/{at}" if adapter else f"here/{at}"
+    return _code("sh", f"hf download {REPO} --local-dir here\nmlx_lm.generate --model {model} --prompt '...'")
 
 
 def _peft(record: Exported, target: Target) -> str:
@@ -77,12 +89,12 @@ def _peft(record: Exported, target: Target) -> str:
         "python",
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f'base = AutoModelForCausalLM.from_pretrained("{record.base_model}")\n'
-        f'model = PeftModel.from_pretrained(base, "USER/REPO"{_below(target)})',
+        f'model = PeftModel.from_pretrained(base, "{REPO}"{_below(target)})',
     )
 
 
 def _hf(record: Exported, target: Target) -> str:
-    load = f'"USER/REPO"{_below(target)}'
+    load = f'"{REPO}"{_below(target)}'
     return _code(
         "python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -91,7 +103,7 @@ def _hf(record: Exported, target: Target) -> str:
 
 
 def _gguf(record: Exported, target: Target) -> str:
-    return _code("sh", "llama-cli -hf USER/REPO")
+    return _code("sh", f"llama-cli -hf {REPO}")
 
 
 USAGE = {"mlx": _mlx, "peft": _peft, "hf": _hf, "gguf": _gguf}
@@ -144,13 +156,12 @@ def _left_out(reports: Mapping[str, Any]) -> Iterable[str]:
 
 def training(config: Config, manifest: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
     """Objective, adapters, steps, the exact command, hardware, and the curve."""
-    objective, lora, steps = LOSSES[config.loss.name], config.lora, [m for m in metrics if "loss" in m]
+    lora, steps = config.lora, [m for m in metrics if "loss" in m]
     shape = "every weight" if lora.method == "full" else f"{lora.method}, rank {lora.rank}, scale {lora.multiplier:g}"
     machine, versions = manifest["machine"], manifest["versions"]
     done = max((m["step"] for m in steps), default=0)
     rows = [
-        ("objective", f"{config.loss.name}: {objective.title} (arXiv {objective.paper})"),
-        ("beta", f"{config.loss.beta:g}"),
+        ("objective", objective(config)),
         ("trained", f"{shape}; layers: {', '.join(lora.keys) if lora.keys else 'all linear ones in the blocks'}"),
         ("steps", f"{done}, {config.train.batch_size} x {config.train.accumulate} pairs each"),
         ("learning rate", f"{config.optim.lr:g}, {config.optim.schedule}, {config.optim.name}"),
@@ -182,7 +193,7 @@ def evaluation(findings: Findings | None) -> str:
     rows = [(f.name, f"{f.value:.4g}", interval(f), f.n or "not recorded", f.beside) for f in findings.findings]
     note = (
         f"Held-out pairs: {cell(without_paths(findings.data))}. Intervals are 95 %, clustered by prompt; "
-        "`none` means that the data could not carry one. Source: `mlxdpo eval`."
+        f"`none` means that the data could not carry one. Source: eval/{cell(findings.file)} of the run."
     )
     parts = ["## Evaluation", table(("number", "value", "95 % interval", "n", "beside it"), rows), note]
     parts += [f"### Judge: {cell(c.judge)}\n\n{table(('', ''), without_paths(c.rows))}" for c in findings.cards]
