@@ -80,7 +80,7 @@ def learning_rate(optim: OptimConfig, step: int, total: int) -> float:
 
 def scored(losses: mx.array, pairs: Pairs, count: int) -> Scored:
     """The first `count` pairs of a batch (the rest is filler) in float64 on the host."""
-    return Scored(*(np.array(a, np.float64)[:count] for a in (losses, *pairs)))
+    return Scored(*(np.array(a, np.float64)[:count] for a in (losses, *pairs[:6])))
 
 
 def evaluate(job: Job, scorer: Callable[..., Pairs]) -> dict[str, float]:

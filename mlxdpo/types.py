@@ -41,6 +41,24 @@ Text = str | tuple[Message, ...]
 """Plain text, or the turns of a conversation."""
 
 
+class Extras(NamedTuple):
+    """What a row says besides its texts: numbers of one row, or (B,) vectors of a batch. The defaults say nothing.
+
+    label      the probability that `chosen` is the better completion (a soft label)
+    weight     what the pair's loss is multiplied by
+    margin     by how much reward the chosen completion should win (reward units: beta * nats)
+    desirable  1 for a thumb up, 0 for a thumb down; of unpaired rows only
+    """
+
+    label: Any = 1.0
+    weight: Any = 1.0
+    margin: Any = 0.0
+    desirable: Any = 1.0
+
+
+NOTHING_SAID = Extras()
+
+
 @dataclass(frozen=True, slots=True)
 class Preference:
     """One prompt with a better and a worse completion.
@@ -56,6 +74,7 @@ class Preference:
     where: str
     tools: tuple[Mapping[str, Any], ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
+    extras: Extras = NOTHING_SAID
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +94,17 @@ class Example:
     """A `Preference` as token ids (int32 vectors). The prompt is the same for both completions, token by token.
 
     Scored tokens are exactly `chosen` and `rejected`: the completion through its end-of-turn token.
+
+    An unpaired row (KTO) is laid out as a pair: `chosen` is its completion, `extras.desirable` its thumb, `rejected`
+    the completion of another prompt from which the KL term is estimated (arXiv 2402.01306 section 4.1), or `chosen`
+    again for an objective without that term: the same row, computed once.
     """
 
     prompt: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray
     where: str
+    extras: Extras = NOTHING_SAID
 
 
 class Batch(NamedTuple):
@@ -106,6 +130,9 @@ class Batch(NamedTuple):
     chosen     (B,) int32, row index of each pair's chosen completion; rejected likewise
     weight     (B,) float32, 1, or 0 for a pair that only fills the batch
     per_prompt how many rows each prompt has, 0 when they differ; static
+    extras     what the pairs' rows say besides their texts, each field (B,) float32
+    ref_shared (2, B) float32, the reference's log-probs of the first min(|chosen|, |rejected|) tokens of each pair's
+               two completions, nats; None unless the objective asks (LD-DPO)
     """
 
     prefix: mx.array
@@ -124,6 +151,8 @@ class Batch(NamedTuple):
     rejected: mx.array
     weight: mx.array
     per_prompt: int
+    extras: Extras | None = None
+    ref_shared: mx.array | None = None
 
     @property
     def suffix(self) -> mx.array:
@@ -132,7 +161,14 @@ class Batch(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """What a paired objective sees: each (B,), log-probs in nats summed over the completion, lengths in tokens."""
+    """What a paired objective sees: each (B,), log-probs in nats summed over the completion, lengths in tokens.
+
+    The first six are always there; the others where data or a modifier brings them, else None:
+
+    label, weight, margin, desirable  see `Extras`
+    shared    (2, B) log-probs of the first min(|chosen|, |rejected|) tokens of both completions; ref_shared likewise
+    squares   (2, B) sum over each completion's tokens of log sum_v p_v^2: how concentrated the policy is (WPO)
+    """
 
     chosen: mx.array
     rejected: mx.array
@@ -140,10 +176,18 @@ class Pairs(NamedTuple):
     ref_rejected: mx.array
     chosen_len: mx.array
     rejected_len: mx.array
+    label: mx.array | None = None
+    weight: mx.array | None = None
+    margin: mx.array | None = None
+    desirable: mx.array | None = None
+    shared: mx.array | None = None
+    ref_shared: mx.array | None = None
+    squares: mx.array | None = None
 
 
 class Unpaired(NamedTuple):
-    """What an unpaired objective sees: each (B,). `desirable` is 1 or 0, `kl` the mismatched log-ratio (nats)."""
+    """What an unpaired objective sees: each (B,). `desirable` is 1 or 0, `kl` the log-ratio of a completion of
+    another prompt (nats), of which the KL term is the mean."""
 
     logps: mx.array
     ref_logps: mx.array

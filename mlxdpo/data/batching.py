@@ -10,7 +10,7 @@ import numpy as np
 
 from mlxdpo.data.frames import Frame, Need, choose_frame
 from mlxdpo.data.planning import Indices
-from mlxdpo.types import Batch, Example
+from mlxdpo.types import Batch, Example, Extras
 
 
 def collate(
@@ -23,7 +23,8 @@ def collate(
     """Lay the pairs `indices` out as a batch over distinct rows, in the cheapest of `frames` or in one of its own.
 
     A completion that stands in several pairs of a prompt is one row. `ref` is (N, 2): the reference's summed log-probs
-    of each example's chosen and rejected completion, nats; without it the batch carries zeros. What fills the frame
+    of each example's chosen and rejected completion, nats; without it the batch carries zeros. With (N, 4), the last
+    two columns are those of the first min(|chosen|, |rejected|) tokens (`Batch.ref_shared`). What fills the frame
     weighs nothing: pairs of weight 0 that repeat the first one, rows and tokens that no pair looks at.
     """
     pairs = [examples[i] for i in indices]
@@ -32,7 +33,7 @@ def collate(
     frame = choose_frame(_need(rows, firsts, len(pairs)), frames, batch_size)
     values, length = np.zeros(frame.rows, np.float32), np.ones(frame.rows, np.float32)
     if ref is not None:
-        values[place] = ref[list(indices)]
+        values[place] = ref[list(indices), :2]
     length[: len(rows)] = [len(row.completion) for row in rows]
     filler = frame.pairs - len(indices)
     weight = np.array([1.0] * len(indices) + [0.0] * filler, np.float32)
@@ -40,7 +41,13 @@ def collate(
     arrays = (*_layout(rows, firsts, frame), length, values, chosen, rejected, weight)
     counts = set(np.bincount([row.group for row in rows]).tolist())
     whole = len(counts) == 1 and (len(firsts), len(rows)) == (frame.prompts, frame.rows)
-    return Batch(*(mx.array(np.ascontiguousarray(a)) for a in arrays), per_prompt=counts.pop() if whole else 0)
+    per_prompt = counts.pop() if whole else 0
+    filled = [*indices, *indices[:1] * filler]
+    shared = mx.array(np.ascontiguousarray(ref[filled, 2:].T)) if ref is not None and ref.shape[1] == 4 else None
+    extras = np.array([pair.extras for pair in [*pairs, *pairs[:1] * filler]], np.float32).T
+    return Batch(
+        *(mx.array(np.ascontiguousarray(a)) for a in arrays), per_prompt, Extras(*map(mx.array, extras)), shared
+    )
 
 
 def _need(rows: Sequence[Row], firsts: Sequence[Row], pairs: int) -> Need:

@@ -128,12 +128,12 @@ def _encode_chunk(rows: Sequence[Preference], writer: Writer, data: DataConfig, 
     result: list[Example | None] = []
     for row, r, noted in zip(rows, rendered, changes, strict=True):
         ids = [next(texts) for _ in range(1 + len(r.fulls))] if r else []
-        result.append(_example(row.where, ids, r, writer, data, noted, report) if r else None)
+        result.append(_example(row, ids, r, writer, data, noted, report) if r else None)
     return result
 
 
 def _example(
-    where: str,
+    row: Preference,
     ids: list[list[int]],
     rendered: Rendered,
     writer: Writer,
@@ -144,16 +144,16 @@ def _example(
     try:
         prompt, completions = split(ids, rendered, writer, changes)
         _differ(completions)
-        prompt, completions = fit(where, prompt, completions, writer.bos, data, changes)
+        prompt, completions = fit(row.where, prompt, completions, writer.bos, data, changes)
         _differ(completions)  # truncation may have cut off where they differ
     except BadRow as bad:
-        report.refuse(where, bad, "skip" if isinstance(bad, DroppedRow) else data.on_bad_row)
+        report.refuse(row.where, bad, "skip" if isinstance(bad, DroppedRow) else data.on_bad_row)
         return None
     report.kept += 1
     for change in changes:
-        report.change(where, change)
+        report.change(row.where, change)
     chosen, rejected = completions
-    return Example(prompt, chosen, rejected, where)
+    return Example(prompt, chosen, rejected, row.where, row.extras)
 
 
 def _differ(completions: list[np.ndarray]) -> None:

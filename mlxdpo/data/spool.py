@@ -28,7 +28,7 @@ class Spool:
         for row in rows:
             key = prompt_key(row.prompt)
             self.prompts.add(key)
-            fields = row.prompt, row.chosen, row.rejected, row.where, row.tools
+            fields = row.prompt, row.chosen, row.rejected, row.where, row.tools, row.extras
             pickle.dump((key, fields), self._file, pickle.HIGHEST_PROTOCOL)
 
     def rows(self, wanted: Callable[[bytes], bool] = lambda key: True) -> Iterator[Preference]:
@@ -40,4 +40,5 @@ class Spool:
             except EOFError:
                 return
             if wanted(key):
-                yield Preference(*fields)
+                *said, extras = fields
+                yield Preference(*said, extras=extras)

@@ -7,7 +7,8 @@ A folder holds, N pairs long and little-endian:
     where   UTF-8         where the rows stand, one after the other
     rows    (N, 2, 16)    `row_digest` of each pair's chosen and rejected row
     prompts (N, 16)       `prompt_digest` of each pair
-    digest  SHA-256       over all token ids, hexadecimal
+    extras  (N, 4) float32  what each row says besides its texts (`types.Extras`)
+    digest  SHA-256       over all token ids, and the extras of rows that say something, hexadecimal
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import overload
 
 import numpy as np
 
-from mlxdpo.types import Example, UserError
+from mlxdpo.types import NOTHING_SAID, Example, Extras, UserError
 
 FLUSH = 1000  # pairs in memory while writing
 
@@ -41,6 +42,7 @@ class Examples(Sequence[Example]):
     where: np.ndarray
     rows: np.ndarray
     prompts: np.ndarray
+    extras: np.ndarray
     digest: str
 
     @classmethod
@@ -95,7 +97,8 @@ class Examples(Sequence[Example]):
         prompt, chosen, _ = self.spans[index, :3].tolist()
         ids = self.tokens[at:end]
         where = self.where[name:name_end].tobytes().decode("utf-8", "surrogatepass")
-        return Example(ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :], where)
+        extras = Extras(*self.extras[index].tolist())
+        return Example(ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :], where, extras)
 
 
 def _numbered(digests: np.ndarray) -> np.ndarray:
@@ -143,8 +146,8 @@ def open_examples(folder: Path) -> Examples:
     arrays = {name: _typed(_mapped(folder / name), name) for name in _LAYOUT}
     pairs = Examples(**arrays, digest=(folder / "digest").read_text())
     tokens, names = pairs._starts[-1]
-    sizes = (len(pairs.tokens), len(pairs.where), len(pairs.rows), len(pairs.prompts))
-    if sizes != (tokens, names, len(pairs), len(pairs)):
+    sizes = (len(pairs.tokens), len(pairs.where), len(pairs.rows), len(pairs.prompts), len(pairs.extras))
+    if sizes != (tokens, names, len(pairs), len(pairs), len(pairs)):
         raise UserError(f"{folder}: these kept tokens are damaged (a file has another size); delete the folder")
     return pairs
 
@@ -155,6 +158,7 @@ _LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {
     "where": ("u1", (-1,)),
     "rows": ("u1", (-1, 2, 16)),
     "prompts": ("u1", (-1, 16)),
+    "extras": ("<f4", (-1, 4)),
 }
 
 
@@ -187,5 +191,8 @@ def _pack(examples: Sequence[Example]) -> tuple[dict[str, bytes], bytes]:
         "where": b"".join(where),
         "rows": b"".join(row_digest(prompt, completion) for prompt, *both in parts for completion in both),
         "prompts": b"".join(prompt_digest(prompt) for prompt, *_ in parts),
+        "extras": np.array([e.extras for e in examples], "<f4").tobytes(),
     }
-    return files, b"".join((len(raw) // 4).to_bytes(4, "little") + raw for part in ids for raw in part)
+    said = [b"" if e.extras == NOTHING_SAID else np.array(e.extras, "<f4").tobytes() for e in examples]
+    counted = (part + ([extras] if extras else []) for part, extras in zip(ids, said, strict=True))
+    return files, b"".join((len(raw) // 4).to_bytes(4, "little") + raw for part in counted for raw in part)
