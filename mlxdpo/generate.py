@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlxdpo.platform import wire_memory
 from mlxdpo.types import UserError
 
 # Prompt tokens of one prefill pass over the whole batch: bounds its memory whatever the prompts' lengths.
 PREFILL_TOKENS = 16_384
+# Of a continuation that takes turns with others: the longest that the others wait.
+STEP_TOKENS = 512
 
 Sampler = Callable[[mx.array], mx.array]
 """(1, V) log-probabilities -> (1,) token id."""
@@ -102,6 +106,48 @@ def finished(
     finally:
         generator.close()
         model.train(was_training)
+
+
+def stepwise(
+    enter: Callable[[], AbstractContextManager[Any]],
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    eos_ids: Collection[int],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    occurrence: int = 0,
+) -> Generator[int | None, None, Literal["stop", "length"]]:
+    """`generate` of one prompt, a token a step; what it returns at the end is the finish.
+
+    Yields None while the prompt is read. `enter` gives the model for the duration of a step only, so that several
+    continuations by the same weights with other adapters take turns. `occurrence` says which sample of the prompt
+    this is: `generate` counts them from 0. The model must be in evaluation mode.
+    """
+    _check([prompt], max_tokens, temperature, top_p, 1)
+    stream = (seed, occurrence, *streams([prompt], seed)[0][2:])
+    sample = greedy if temperature == 0 else seeded_sampler(stream, temperature, top_p)
+    with enter() as model:
+        cache = make_prompt_cache(model)
+    feed = list(prompt)
+    for count in range(max_tokens):
+        while len(feed) > STEP_TOKENS:
+            with enter() as model:
+                model(mx.array([feed[:STEP_TOKENS]]), cache=cache)
+                mx.eval([layer.state for layer in cache])
+            feed = feed[STEP_TOKENS:]
+            yield None
+        with enter() as model:
+            logits = model(mx.array([feed]), cache=cache)[:, -1]
+            token = int(sample(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).item())
+        if token in eos_ids:
+            return "stop"
+        feed = [token]
+        yield token
+        if count % 256 == 255:
+            mx.clear_cache()  # the growing caches leave buffers of every size behind
+    return "length"
 
 
 def _check(prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, top_p: float, size: int) -> None:
