@@ -42,6 +42,7 @@ COMMANDS = {
     "generate": "Answer a prompt with a run's model, tuned or as it was before.",
     "data check": "Say what is in a preference file, what is wrong with it, and show a pair as the model sees it.",
     "data formats": "List the row shapes that are understood.",
+    "pull": "Bring a run or an adapter back from the Hub, as a run directory.",
     "objectives": "List the objectives with their papers and knobs.",
     "doctor": "What this machine and installation can do.",
 }

@@ -1,0 +1,31 @@
+"""`mlxdpo pull USER/REPO [--revision R] [--out DIR] [--base MODEL]`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def run(repo: str, /, *, revision: str | None = None, out: Path | None = None, base: str | None = None) -> None:
+    """Bring a run or an adapter back from the Hub, as a run directory.
+
+    Parameters
+    ----------
+    repo
+        Repository on the Hub: owner/name.
+    revision
+        Branch, tag, commit, or a pull request (refs/pr/3).
+    out
+        Run directory to make; unset means runs/<name>. It must not exist.
+    base
+        Base model (folder, Hub id or `smollm2`) instead of the one that the repository names.
+    """
+    from mlxdpo.commands.screen import console
+    from mlxdpo.export.pull import pull
+
+    found = pull(repo, revision=revision, out=out, base=base, say=lambda text: console.print(text, markup=False))
+    console.print(f"{repo} at {found.commit[:12]} -> {found.path} ({found.kind})", markup=False)
+    if not found.base_checked:
+        console.print(f"{found.base} is not on this machine: it is downloaded, and checked, when first used")
+    if found.kind == "adapter":
+        console.print("its objective and data are not known: beta is assumed to be the default, name pairs with --data")
+    console.print(f"try it: mlxdpo generate {found.path} --prompt '...'", markup=False)

@@ -1,0 +1,117 @@
+"""A bare adapter from the Hub, mlx-lm's or PEFT's, as the makings of a run: base model, settings, and a manifest of it.
+
+What an adapter alone does not say (objective, data, seed) is said to be not known; its reference is its base model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mlxdpo.config import Config, ModelConfig
+from mlxdpo.data.template import template_digest
+from mlxdpo.export.client import Say
+from mlxdpo.export.incoming import Listing, download
+from mlxdpo.export.published import looks_like_hub_id
+from mlxdpo.model.adapters import SETTINGS, WEIGHTS, load_adapter, read_settings
+from mlxdpo.model.policy import BUILTIN, Policy, load_policy
+from mlxdpo.platform import this_machine, versions
+from mlxdpo.reference import identity_of
+from mlxdpo.types import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+FOLDERS = ("", "mlx/", "adapter/")  # where an mlx-lm adapter may lie, in this order
+CARD = "README.md"
+
+
+class Bare(NamedTuple):
+    """A run made of an adapter."""
+
+    config: Config
+    manifest: dict[str, Any]
+
+
+def find_adapter(names: Collection[str]) -> str | None:
+    """The folder ("" or "mlx/") of a repository's mlx-lm adapter, or None."""
+    return next((f for f in FOLDERS if f + WEIGHTS in names and f + SETTINGS in names), None)
+
+
+def describe_adapter(api: HfApi, listing: Listing, at: str, folder: Path, base: str | None, say: Say) -> Bare:
+    """Bring the adapter that lies `at` into `folder`/adapter and describe the run that it makes.
+
+    Raises `UserError` when no base model is known, or the adapter does not fit it.
+    """
+    wanted = [at + WEIGHTS, at + SETTINGS, *([CARD] if CARD in listing.entries else [])]
+    say(f"{len(wanted)} files, {sum(listing.entries[name].size for name in wanted) / 1e6:,.1f} MB")
+    download(api, listing, wanted, folder / "pulled", say)
+    pulled = folder / "pulled"
+    (folder / "adapter").mkdir()
+    for name in (WEIGHTS, SETTINGS):
+        (pulled / (at + name)).rename(folder / "adapter" / name)
+    named = base or _base_of_settings(folder / "adapter" / SETTINGS) or _base_of_card(pulled / CARD)
+    shutil.rmtree(pulled)
+    if named is None:
+        raise UserError(f"{listing.repo} does not name its base model; name it with --base")
+    if base is None and named not in BUILTIN and not looks_like_hub_id(named):
+        raise UserError(f"{listing.repo} was trained from a local folder called {named!r}; name that model with --base")
+    say(f"loading the base model {named}, to see that the adapter fits it")
+    lora = _settings(folder / "adapter", listing.repo)
+    policy = load_policy(ModelConfig(path=named))
+    load_adapter(policy.model, folder / "adapter", lora)
+    model = ModelConfig(path=named, dtype=policy.identity["dtype"])
+    config = Config(model=model, lora=lora)
+    return Bare(config, manifest_of(policy, config, listing))
+
+
+def _settings(folder: Path, repo: str) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return read_settings(folder)
+    except (ValueError, ValidationError, AttributeError, TypeError) as error:
+        detail = str(error).split("\n")[0]
+        raise UserError(f"{repo}: its {SETTINGS} is not mlx-lm's ({detail})") from None
+
+
+def manifest_of(policy: Policy, config: Config, listing: Listing) -> dict[str, Any]:
+    """The manifest of a run whose training nobody recorded here: identities are real, the rest is not known."""
+    return {
+        "versions": versions(),
+        "machine": this_machine()._asdict(),
+        "seed": config.train.seed,
+        "model": dict(policy.identity) | {"adapter": None},
+        "reference": identity_of(policy.identity, None),
+        "reference_source": {"model": policy.identity["source"], "adapter": None},
+        "template": template_digest(policy.tokenizer, config.data),
+        "data": {"source": "not known", "digest": None, "pairs": 0, "heldout": 0, "reports": {}},
+        "pulled": {"repository": listing.repo, "commit": listing.commit},
+    }
+
+
+def _base_of_settings(file: Path) -> str | None:
+    """PEFT's adapters name their base, and so do some of mlx-lm's."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError:
+        return None
+    names = [found.get(key) for key in ("base_model_name_or_path", "model")] if isinstance(found, Mapping) else []
+    return next((name for name in names if isinstance(name, str) and name), None)
+
+
+def _base_of_card(file: Path) -> str | None:
+    """What the card's metadata calls `base_model`; of several (a merge) none is the base of an adapter."""
+    from huggingface_hub import ModelCard
+
+    if not file.exists():
+        return None
+    try:
+        found = ModelCard(file.read_text("utf-8", "replace"), ignore_metadata_errors=True).data.get("base_model")
+    except ValueError:
+        return None
+    found = found[0] if isinstance(found, list) and len(found) == 1 else found
+    return found if isinstance(found, str) else None
