@@ -10,8 +10,10 @@ from .frontier import read_points
 from .plain import plain
 from .plots import figures, reward_over_drift
 from .sentences import share
+from .trust import cards, votes
 
 SHOWN = 8  # samples: the first ones, not the best ones
+OF_JUDGING = ("judges", "slices", "retest")  # settings that the answers do not depend on
 
 
 def build(
@@ -21,10 +23,12 @@ def build(
     plots, run, head = figures(results, pairs), results["run"], results["headline"]
     sections = [
         Section("Answers before and after", [*_answers(results), *plots.get("winrates", [])]),
+        *([] if results["votes"] is None else [Section("Human votes", [*votes(results["votes"]), *plots["votes"]])]),
+        *([] if results["best_of"] is None else [Section("Best of several", _best_of(results["best_of"], results))]),
         Section("Held-out pairs", [*_pairs(results), *plots.get("pairs", [])]),
         Section("Drift", _drift(results) + ([] if frontier is None else _frontier(frontier))),
         Section("Samples", _samples(samples)),
-        Section("Can the judges be trusted?", _cards(results)),
+        Section("Can the judges be trusted?", cards(results)),
         Section("How this was measured", _settings(results)),
     ]
     model, when = run["model"]["source"], results["when"]["created"].replace("T", " ").removesuffix("+00:00")
@@ -70,6 +74,8 @@ def _answers(results: Result) -> list[Any]:
                 ("mean score", "before", "after", "change"), [_reward(w) for w in scored], "Paired by prompt and noise."
             )
         )
+    for w in judged:
+        blocks += _sliced("win rate by {}, " + w["judge"], w["slices"], results)
     if not judged:
         blocks.insert(0, "No judge was named, so whether the answers are better was not measured: add --judge.")
     return blocks
@@ -114,18 +120,47 @@ def _pairs(results: Result) -> list[Any]:
         Table(("held-out pairs", "value", "beside it"), rows, note),
         Table(("accuracy by length", "accuracy", "pairs"), groups),
     ]
-    return blocks + [
-        _slices(name, found) for name, found in results["pairs"]["slices"].items() if len(found["shown"]) > 1
+    return blocks + _sliced("accuracy by {}", results["pairs"]["slices"], results)
+
+
+def _best_of(found: Result, results: Result) -> list[Any]:
+    best, longest = found["best"], found["longest"]
+    sizes = ", ".join(f"{count} of {k}" for k, count in found["sizes"].items())
+    rows = [
+        ("a right completion first", both(best["accuracy"], best["interval"]), str(best["n"])),
+        ("control: chance", number(best["chance"]), str(best["n"])),
+        ("control: always the longest", both(longest["accuracy"], longest["interval"]), str(longest["n"])),
     ]
-
-
-def _slices(name: str, found: Result) -> Table:
-    rows = [(s["name"], both(s["share"], s["interval"]), str(s["n"]), number(s["q"])) for s in found["shown"]]
+    if (ties := found["ties"]) is not None:
+        rows.append(("RewardBench 2's ties score", number(ties["score"]), str(ties["n"])))
     note = (
-        "Intervals hold for all slices at once; q is corrected for looking at all. "
-        f"{found['hidden']} slices with {found['hidden_rows']} pairs are too small to show."
+        f"Records with one prompt and several completions ({sizes}), scored by log pi - log ref. Equal scores at the "
+        f"top share the record; in {found['tied']} records all are equal. {found['left_out']} records were left out "
+        "because a completion could not be scored. The pairs below are each right completion against each wrong one."
     )
-    return Table((f"accuracy by {name}", "accuracy", "pairs", "q against the rest"), rows, note)
+    title = "a right completion first, by {}"
+    table = Table(("best of several", "accuracy", "records"), rows, note)
+    return [table, *_sliced(title, found["slices"], results, "records")]
+
+
+def _sliced(title: str, slices: Result, results: Result, items: str = "pairs") -> list[Table]:
+    """A table for each column asked for, and for others that have two slices to compare."""
+    asked = results["settings"]["slices"]
+    shown = [(name, s) for name, s in slices.items() if name in asked or len(s["shown"]) > 1]
+    return [_slices(title.replace("{}", name), s, items) for name, s in shown]
+
+
+def _slices(title: str, found: Result, items: str) -> Table:
+    rows = [(s["name"], both(s["share"], s["interval"]), str(s["n"]), number(s["q"])) for s in found["shown"]]
+    worst = found["worst"]
+    said = (
+        "No slice is large enough to show. " if worst is None else f"Worst: {worst['name']}, {number(worst['share'])}. "
+    )
+    note = (
+        f"{said}Intervals hold for all slices at once; q is corrected for looking at all. "
+        f"{found['hidden']} slices with {found['hidden_rows']} {items} are too small to show."
+    )
+    return Table((title, "share", items, "q against the rest"), rows, note)
 
 
 def _drift(results: Result) -> list[Any]:
@@ -182,55 +217,6 @@ def _said(verdict: Result) -> str:
     )
 
 
-def _cards(results: Result) -> list[Any]:
-    rows = [_card(w) for w in results["winrates"]]
-    if not rows:
-        return ["No judge was named."]
-    note = (
-        "Consistent: the same answer wins in both orders. Shown first: how often that place wins, 50 % without bias. "
-        "A judge that always prefers the longer answer measures length. Invalid verdicts are left out of every rate; "
-        "worst and best are the rate were they all losses or all wins."
-    )
-    header = (
-        "judge",
-        "consistent",
-        "shown first wins",
-        "prefers longer",
-        "invalid",
-        "worst to best",
-        "agrees with humans",
-    )
-    blocks: list[Any] = [Table(header, rows, note)]
-    corrected = [w for w in results["winrates"] if w["humans"] and w["humans"]["debiased"]]
-    if corrected:
-        lines = [(w["judge"], *_debiased(w["humans"]["debiased"])) for w in corrected]
-        blocks.append(Table(("win rate, corrected by human votes (PPI++)", "win rate", "votes saved"), lines))
-    return blocks
-
-
-def _debiased(found: Result) -> tuple[str, str]:
-    return both(found["estimate"]["estimate"], found["estimate"]), share(found["saving"])
-
-
-def _card(w: Result) -> tuple[str, ...]:
-    place, longer, humans = w["position"], w["longer"], w["humans"]
-    invalid = ", ".join(f"{count} {reason}" for reason, count in w["invalid"].items()) or "0"
-    agreed = (
-        "no votes"
-        if not humans
-        else f"{share(humans['agreement']['raw'])}, kappa {number(humans['agreement']['kappa'])}"
-    )
-    return (
-        w["judge"],
-        "–" if place is None else share(place["consistent"]),
-        "–" if place is None or place["first"] is None else share(place["first"]),
-        "–" if longer is None or longer["prefers_longer"] is None else share(longer["prefers_longer"]),
-        invalid,
-        f"{number(w['worst'])} to {number(w['best'])}",
-        agreed,
-    )
-
-
 def _settings(results: Result) -> list[Any]:
     run, settings = results["run"], results["settings"]
     reference = run["reference"]
@@ -242,7 +228,7 @@ def _settings(results: Result) -> list[Any]:
         ),
         ("adapter", run["adapter_sha256"][:16]),
         ("objective", ", ".join(f"{k} {v}" for k, v in run["loss"].items())),
-        ("answers", ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items() if k != "judges")),
+        ("answers", ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items() if k not in OF_JUDGING)),
         ("judges", "; ".join(settings["judges"]) or "none"),
         ("versions", ", ".join(f"{k} {v}" for k, v in results["versions"].items())),
         ("took", f"{results['when']['seconds']:.0f} s"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +14,6 @@ from .length import LengthReport, length_report
 from .rewards import PairScores, RewardReport, margins, outcomes, reward_report
 from .sequential import minimum_detectable
 from .slices import Slices, slice_report
-
-MOST_VALUES = 20  # distinct values of a column that is worth slicing by
 
 
 class Heldout(NamedTuple):
@@ -29,8 +27,10 @@ class Heldout(NamedTuple):
     detectable: float | None
 
 
-def heldout(opened: Opened, rows: Sequence[Preference], logps: PairLogps) -> Heldout:
-    """All metrics of scored pairs. Raises `ValueError` for none."""
+def heldout(
+    opened: Opened, rows: Sequence[Preference], logps: PairLogps, columns: Mapping[str, Sequence[Hashable]]
+) -> Heldout:
+    """All metrics of scored pairs, sliced by `columns` (one entry per pair). Raises `ValueError` for none."""
     beta, names = opened.config.loss.beta, np.array([prompt_name(row.prompt) for row in rows])
     scores = PairScores(*logps, names)
     d = margins(scores, beta)
@@ -40,20 +40,9 @@ def heldout(opened: Opened, rows: Sequence[Preference], logps: PairLogps) -> Hel
         reward_report(scores, beta),
         length_report(d, scores.chosen_len, scores.rejected_len, names),
         calibration(d, names),
-        {name: slice_report(outcomes(d), column, names) for name, column in columns(rows).items()},
+        {name: slice_report(outcomes(d), column, names) for name, column in columns.items()},
         minimum_detectable(prompts),
     )
-
-
-def columns(rows: Sequence[Preference]) -> dict[str, list[Any]]:
-    """Metadata columns to slice by: text, whole numbers or yes/no, with 2 to `MOST_VALUES` distinct values."""
-    found: dict[str, list[Any]] = {}
-    for name in sorted({name for row in rows for name in row.columns}):
-        values = [row.columns.get(name) for row in rows]
-        plain = all(value is None or isinstance(value, str | int | bool) for value in values)
-        if plain and 2 <= len(set(values)) <= MOST_VALUES:
-            found[name] = values
-    return found
 
 
 def pair_lines(opened: Opened, rows: Sequence[Preference], logps: PairLogps) -> list[dict[str, Any]]:

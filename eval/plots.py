@@ -31,9 +31,11 @@ class Figure(NamedTuple):
 
 def figures(results: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> dict[str, list[Figure]]:
     """The plots of an evaluation by the section they belong to."""
-    found: dict[str, list[Figure]] = {"winrates": [], "pairs": []}
+    found: dict[str, list[Figure]] = {"winrates": [], "pairs": [], "votes": []}
     if results["winrates"]:
         found["winrates"].append(win_rates(results))
+    if results["votes"] and results["votes"]["n"]:
+        found["votes"].append(running_votes(results["votes"]))
     margins = [line["margin"] for line in pairs]
     if any(margins):
         found["pairs"] += [margin_histogram(margins), reliability(results["pairs"]["calibration"]["bins"])]
@@ -95,6 +97,26 @@ def reliability(bins: Sequence[Mapping[str, Any]]) -> Figure:
     return Figure(
         _svg(figure, "reliability"),
         "Calibration: share of pairs ranked rightly against confidence; the dotted line is perfect.",
+    )
+
+
+def running_votes(votes: Mapping[str, Any]) -> Figure:
+    """The rate after each vote in its always-valid interval."""
+    looks = votes["looks"]
+    n, rate, low, high = ([look[name] for look in looks] for name in ("n", "rate", "low", "high"))
+    figure, axes = _figure(2.6)
+    axes.axhline(0.5, color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    axes.fill_between(n, low, high, color=ACCENT, alpha=0.18, linewidth=0)
+    axes.plot(n, rate, color=ACCENT, linewidth=2, marker="o" if len(n) == 1 else "")
+    if votes["decided_at"] is not None:
+        axes.axvline(votes["decided_at"], color=MUTED, linewidth=1)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("votes")
+    axes.set_ylabel("tuned preferred")
+    last = looks[-1]
+    words = f"after {last['n']} votes {last['rate']:.3f}, {last['low']:.3f} to {last['high']:.3f}"
+    return Figure(
+        _svg(figure, "votes"), f"Share of votes for the tuned answers, with an interval for every look: {words}."
     )
 
 

@@ -8,42 +8,57 @@ RUN/report.html, RUN/report.md
 
 from __future__ import annotations
 
-import datetime
-import hashlib
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from mlxdpo import (
-    Opened,
+    PairLogps,
+    Preference,
     Run,
+    Several,
     distinct_prompts,
     encode_pairs,
     heldout_pairs,
+    heldout_records,
     pair_logps,
+    prompt_name,
     reopen,
     versions,
-    write_json,
-    write_text,
 )
 
-from .clustered import clustered_mean
+from .columns import picked, slicing
 from .heldout import Heldout, heldout, pair_lines
+from .humans import humans
 from .judges import Both, Judge
 from .judges.program import OWN, reward_judge
-from .plain import plain
+from .judges.votes import Ballots, read_ballots
+from .records import Pairing, Records, best_of_records, pairing
+from .retested import retested
 from .sampling import Answers, Sampling, draw, first_of_each, on_policy_kl, usual_length
-from .sentences import Headline, of_answers, of_pairs
-from .texts import length_ratio, text_report
-from .winrate import WinRate, judge_answers, win_rate
+from .sentences import Headline, of_answers, of_best, of_pairs, of_votes
+from .voting import VoteRun, vote_run
+from .winrate import WinRate, judge_answers, trios, win_rate
+from .written import describe, drift, sample_lines, save, write_lines
 
 Say = Callable[[str], None]
-FORMAT = 1
+Columns = Mapping[str, Sequence[Hashable]]
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to look at besides the run itself: `data` of one's own, a file of human `votes`, columns to slice by.
+
+    `retest` comparisons are asked of each judge a second time.
+    """
+
+    data: str | None = None
+    votes: Path | None = None
+    slices: tuple[str, ...] = ()
+    retest: int = 0
 
 
 class Judged(NamedTuple):
@@ -62,23 +77,47 @@ class Evaluation(NamedTuple):
     worst_judge: tuple[float, str]
 
 
+class Material(NamedTuple):
+    """Held-out pairs as read; `records` and `paired` where the data are best-of-k records."""
+
+    rows: list[Preference]
+    left_out: list[str]
+    source: str
+    records: list[Several]
+    paired: Pairing | None
+
+
+class Found(NamedTuple):
+    """The parts of an evaluation that its results are written from."""
+
+    judged: list[Judged]
+    pairs: Heldout
+    best: Records | None
+    votes: VoteRun | None
+
+
+AS_IT_IS = Wanted()
+
+
 def evaluate(
     run: Run,
     judges: Sequence[Judge],
     sampling: Sampling,
-    data: str | None = None,
-    votes: Judge | None = None,
+    wanted: Wanted = AS_IT_IS,
     say: Say = lambda text: None,
 ) -> Evaluation:
-    """Measure a run and write everything. `votes` are human votes on the same answers, if there are any.
+    """Measure a run and write everything.
 
-    Raises `UserError` when the run's model or reference is another one, or there are no held-out pairs.
+    Raises `UserError` when the run's model or reference is another one, there are no held-out pairs, a column to slice
+    by is not there, or the file of votes holds none.
     """
     started = time.monotonic()
-    rows, report, source = heldout_pairs(run, data)
+    material = _material(run, wanted.data)
+    columns = slicing([row.columns for row in material.rows], wanted.slices)
+    ballots = None if wanted.votes is None else read_ballots(wanted.votes)
     opened = reopen(run)
-    rows, examples, encoding = encode_pairs(opened, rows)
-    say(f"scoring {len(rows)} held-out pairs ({source})")
+    rows, examples, encoding = encode_pairs(opened, material.rows)
+    say(f"scoring {len(rows)} held-out pairs ({material.source})")
     logps = pair_logps(opened, examples)
     sampling = sampling if sampling.max_tokens else replace(sampling, max_tokens=usual_length(examples))
     prompts = distinct_prompts(rows, sampling.prompts)
@@ -87,128 +126,105 @@ def evaluate(
     say("measuring drift")
     kl_of = first_of_each(after)
     kl = on_policy_kl(opened, kl_of, sampling.temperature)
-    judged = [_judge(judge, before, after, control, votes, say) for judge in judges]
-    pairs = heldout(opened, rows, logps)
+    by_answer = _per_answer(picked(columns, material.rows, prompts), prompts, before)
+    see = _Seeing(before, after, control, ballots, by_answer, wanted.retest, say)
+    judged = [_judge(judge, see) for judge in judges]
+    found = Found(
+        judged,
+        heldout(opened, rows, logps, picked(columns, material.rows, rows)),
+        _best_of(material, rows, logps, columns),
+        None if ballots is None else vote_run(ballots),
+    )
+    asked = {"judges": {judge.name: dict(judge.identity) for judge in judges}}
     results = {
         "format": FORMAT,
         "run": describe(opened),
-        "settings": asdict(sampling) | {"judges": {judge.name: dict(judge.identity) for judge in judges}},
-        "data": {"source": source, "pairs": len(rows), "left_out": report.lines() + encoding.lines()},
-        **_findings(judged, pairs, before, after),
+        "settings": asdict(sampling) | asked | {"slices": list(wanted.slices), "retest": wanted.retest},
+        "data": {"source": material.source, "pairs": len(rows), "left_out": material.left_out + encoding.lines()},
+        **_findings(found, before, after),
         "drift": drift(before, after, kl_of, kl),
         "versions": versions(),
     }
     write_lines(run.path / "eval" / "eval_pairs.jsonl", pair_lines(opened, rows, logps))
-    lines = sample_lines(before, after, dict(zip(kl_of.names, kl, strict=True)), judged)
+    verdicts = {j.result.judge: j.found for j in judged}
+    lines = sample_lines(before, after, dict(zip(kl_of.names, kl, strict=True)), verdicts)
     write_lines(run.path / "eval" / "eval_samples.jsonl", lines)
-    file, written = _save(run, results, time.monotonic() - started)
+    file, written = save(run, results, time.monotonic() - started)
     worst = max(((j.result.invalid_share, j.result.judge) for j in judged), default=(0.0, ""))
     return Evaluation(written, file, worst)
 
 
-def _findings(judged: Sequence[Judged], pairs: Heldout, before: Answers, after: Answers) -> dict[str, Any]:
+def _material(run: Run, data: str | None) -> Material:
+    if data is not None and (found := heldout_records(run, data)) is not None:
+        records, report, source = found
+        paired = pairing(records)
+        return Material(paired.rows, report.lines(), source, records, paired)
+    rows, report, source = heldout_pairs(run, data)
+    return Material(rows, report.lines(), source, [], None)
+
+
+def _best_of(material: Material, kept: Sequence[Preference], logps: PairLogps, columns: Columns) -> Records | None:
+    if material.paired is None:
+        return None
+    by_record = picked(columns, material.rows, material.paired.first)
+    return best_of_records(material.records, material.paired, kept, logps, by_record)
+
+
+def _per_answer(columns: Columns, prompts: Sequence[Preference], answers: Answers) -> dict[str, list[Hashable]]:
+    """Columns of prompts as columns of the answers to them."""
+    names = [prompt_name(row.prompt) for row in prompts]
+    of = {column: dict(zip(names, values, strict=True)) for column, values in columns.items()}
+    return {column: [values[name] for name in answers.names] for column, values in of.items()}
+
+
+class _Seeing(NamedTuple):
+    """What every judge is shown."""
+
+    before: Answers
+    after: Answers
+    control: Answers
+    ballots: Ballots | None
+    columns: Columns
+    retest: int
+    say: Say
+
+
+def _judge(judge: Judge, see: _Seeing) -> Judged:
+    see.say(f"judging {len(see.before.texts)} pairs of answers: {judge.name}")
+    found, first = judge_answers(judge, see.before, see.after), first_of_each(see.before)
+    result = win_rate(judge, found, see.before, see.after, see.columns)
+    if see.ballots is not None:
+        result = result._replace(humans=humans(judge, found, see.before, see.ballots))
+    if see.retest:
+        see.say(f"asking {judge.name} again")
+        again = retested(judge, trios(see.before, see.after), found, see.before.names, see.retest)
+        result = result._replace(retest=again)
+    against = win_rate(judge, judge_answers(judge, first, see.control), first, see.control)
+    return Judged(result, found, against)
+
+
+def _findings(found: Found, before: Answers, after: Answers) -> dict[str, Any]:
     baseline = reward_judge("longest", OWN["longest"])
+    said = _said(found)
     return {
-        "headline": _headline(judged, pairs),
-        "sentences": [of_answers(j.result).sentence for j in judged] + [of_pairs(pairs).sentence],
-        "pairs": pairs,
-        "winrates": [j.result for j in judged],
+        "headline": said[0],
+        "sentences": [headline.sentence for headline in said],
+        "pairs": found.pairs,
+        "best_of": found.best,
+        "votes": found.votes,
+        "winrates": [j.result for j in found.judged],
         "controls": {
-            "reference_vs_reference": [j.control for j in judged],
+            "reference_vs_reference": [j.control for j in found.judged],
             "longest": win_rate(baseline, judge_answers(baseline, before, after), before, after),
         },
     }
 
 
-def _save(run: Run, results: dict[str, Any], seconds: float) -> tuple[Path, dict[str, Any]]:
-    """The results file; only `when` differs between two runs of the same evaluation."""
-    now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
-    written = plain(results) | {"when": {"created": now.isoformat(), "seconds": round(seconds, 1)}}
-    file = run.path / "eval" / f"results_{now:%Y-%m-%dT%H-%M-%S}.json"
-    write_json(file, written)
-    return file, written
-
-
-def _judge(judge: Judge, before: Answers, after: Answers, control: Answers, votes: Judge | None, say: Say) -> Judged:
-    say(f"judging {len(before.texts)} pairs of answers: {judge.name}")
-    human = None if votes is None else judge_answers(votes, before, after)
-    found, first = judge_answers(judge, before, after), first_of_each(before)
-    against = win_rate(judge, judge_answers(judge, first, control), first, control)
-    return Judged(win_rate(judge, found, before, after, human), found, against)
-
-
-def _headline(judged: Sequence[Judged], pairs: Heldout) -> Headline:
-    """The first judge named speaks; without one the held-out pairs do."""
-    return of_answers(judged[0].result) if judged else of_pairs(pairs)
-
-
-def drift(before: Answers, after: Answers, kl_of: Answers, kl: Sequence[float]) -> dict[str, Any]:
-    """KL along the policy's own answers (the first to each prompt), and the form of the texts."""
-    tokens = [len(t) + s for t, s in zip(kl_of.tokens, kl_of.stopped, strict=True)]
-    old, new = ([float(len(t)) for t in side.tokens] for side in (before, after))
-    return {
-        "kl": float(np.mean(kl)),
-        "kl_interval": clustered_mean(kl, kl_of.names),
-        "kl_per_token": float(np.sum(kl) / max(1, sum(tokens))),
-        "answers": len(kl),
-        "before": text_report(before.tokens, before.stopped, before.names),
-        "after": text_report(after.tokens, after.stopped, after.names),
-        "length_ratio": length_ratio(old, new, before.names),
-        "same": sum(a == b for a, b in zip(before.texts, after.texts, strict=True)) / len(after.texts),
-    }
-
-
-def describe(opened: Opened) -> dict[str, Any]:
-    """Whose numbers these are: model, reference, adapter, objective, data."""
-    config, manifest = opened.config, opened.run.manifest()
-    adapter = opened.run.adapter / "adapters.safetensors"
-    return {
-        "name": opened.run.path.name,
-        "model": manifest["model"],
-        "reference": manifest["reference"],
-        "reference_source": manifest["reference_source"],
-        "adapter_sha256": hashlib.sha256(adapter.read_bytes()).hexdigest(),
-        "template": manifest["template"],
-        "loss": config.loss.model_dump(),
-        "training_pairs": manifest["data"]["pairs"],
-        "seed": manifest["seed"],
-    }
-
-
-def sample_lines(
-    before: Answers, after: Answers, kl: Mapping[str, float], judged: Sequence[Judged]
-) -> list[dict[str, Any]]:
-    """One line per pair of answers; `kl` stands at the first answer of each prompt."""
-    lines, numbers = [], dict[str, int]()
-    for i, name in enumerate(before.names):
-        number = numbers[name] = numbers.get(name, -1) + 1
-        verdicts = {
-            j.result.judge: {
-                "shown_first": b.first,
-                "shown_second": b.second,
-                "logit": b.logit,
-                "reason": b.reason,
-                "same": b.same,
-            }
-            for j in judged
-            for b in (j.found[i],)
-        }
-        lines.append(
-            {
-                "prompt_id": name,
-                "sample": number,
-                "prompt": before.prompts[i],
-                "before": before.texts[i],
-                "after": after.texts[i],
-                "tokens": [len(before.tokens[i]), len(after.tokens[i])],
-                "stopped": [before.stopped[i], after.stopped[i]],
-                "kl": kl[name] if number == 0 else None,
-                "verdicts": verdicts,
-            }
-        )
-    return lines
-
-
-def write_lines(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """JSON lines, whole or absent."""
-    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+def _said(found: Found) -> list[Headline]:
+    """What each part says, the headline first: the first judge named, else people, else the held-out pairs."""
+    said = [of_answers(j.result) for j in found.judged]
+    if found.votes is not None and found.votes.n:
+        said.append(of_votes(found.votes))
+    if found.best is not None:
+        said.append(of_best(found.best))
+    return [*said, of_pairs(found.pairs)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 from .heldout import Heldout
+from .records import Records
+from .voting import VoteRun
 from .winrate import WinRate
 
 Verdict = Literal["better", "worse", "cannot tell yet", "no difference shown"]
@@ -59,6 +61,41 @@ def of_pairs(result: Heldout) -> Headline:
     return Headline(
         verdict, f"{verdict.capitalize()} on held-out pairs: {facts}, {than}; n = {result.prompts} prompts."
     )
+
+
+def of_best(result: Records) -> Headline:
+    """What best-of-k records say: is a right completion put first more often than chance would?"""
+    best = result.best
+    if result.tied == best.n:
+        text = f"No difference shown: in all {best.n} best-of-k records the model is its reference, all score alike."
+        return Headline("no difference shown", text)
+    facts = (
+        f"the tuned model puts a right completion first in {share(best.accuracy)} of {best.n} records "
+        f"({span(best.interval)}; chance {share(best.chance)})"
+    )
+    if best.interval is None or best.interval.low <= best.chance <= best.interval.high:
+        return Headline("cannot tell yet", f"Cannot tell yet on best-of-k records: {facts}.")
+    verdict: Verdict = "better" if best.accuracy > best.chance else "worse"
+    return Headline(verdict, f"{verdict.capitalize()} than chance on best-of-k records: {facts}.")
+
+
+def of_votes(result: VoteRun) -> Headline:
+    """What people's votes say at any time, whoever looked at them how often. Needs a vote."""
+    now = result.looks[-1]
+    facts = (
+        f"people prefer the tuned answers in {share(now.rate)} of {result.n} votes "
+        f"({span(now)} whenever one looks; e-value {evidence(result.e_value)})"
+    )
+    if result.verdict == "cannot tell yet":
+        more = "more votes than anyone has" if result.needed is None else f"about {result.needed} more votes"
+        return Headline("cannot tell yet", f"Cannot tell yet: {facts}; at this rate {more} would tell.")
+    verdict: Verdict = "better" if result.verdict == "better" else "worse"
+    return Headline(verdict, f"{verdict.capitalize()}: {facts}; decided at vote {result.decided_at}.")
+
+
+def evidence(e_value: float) -> str:
+    """An e-value for a reader."""
+    return f"{e_value:.2f}" if e_value < 1000 else f"{e_value:.1e}"
 
 
 def smallest(n: int, detectable: float | None) -> str:

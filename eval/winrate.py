@@ -8,19 +8,21 @@ independent, so intervals are clustered by prompt.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import special
 
 from .clustered import clustered_mean, clustered_share
+from .humans import Humans
 from .judges import Both, Judge, Scalar, Trio, ask_both
 from .length import Controlled, length_controlled
-from .ppi import Debiased, debiased
-from .report_card import Agreement, Longer, Position, agreement, position, preference_for_longer
+from .report_card import Longer, Position, position, preference_for_longer
+from .retested import Retest
 from .sampling import Answers
 from .sequential import minimum_detectable
+from .slices import Slices, slice_report
 from .stats import Interval, cluster_bootstrap, paired_difference
 
 
@@ -33,19 +35,13 @@ class Rewards(NamedTuple):
     left_out: int
 
 
-class Humans(NamedTuple):
-    """What human votes say about the judge: agreement, and the rate with its bias taken out (PPI++)."""
-
-    agreement: Agreement
-    debiased: Debiased | None
-
-
 class WinRate(NamedTuple):
     """One judge's verdict on `n` pairs of answers to `prompts` prompts; `interval` is Wilson's with a clustered error.
 
     `same` pairs are equal word for word: ties. `invalid` verdicts are counted by reason and left out; `worst`
     and `best` are the rate were they all losses or all wins. `absent` were not voted on. `soft` is the mean
-    probability of a win. `detectable` is the win rate that this many prompts show with power 0.8.
+    probability of a win. `detectable` is the win rate that this many prompts show with power 0.8. `slices` are win
+    rates by the values of the prompts' columns.
     """
 
     judge: str
@@ -68,7 +64,9 @@ class WinRate(NamedTuple):
     position: Position | None
     longer: Longer | None
     rewards: Rewards | None
-    humans: Humans | None
+    slices: dict[str, Slices]
+    humans: Humans | None = None
+    retest: Retest | None = None
 
     @property
     def invalid_share(self) -> float:
@@ -79,14 +77,22 @@ class WinRate(NamedTuple):
 
 def judge_answers(judge: Judge, before: Answers, after: Answers) -> list[Both]:
     """The judge's verdicts on each pair of answers, both orders."""
-    pairs = zip(before.prompts, before.texts, after.texts, strict=True)
-    return ask_both(judge, [Trio(*pair) for pair in pairs])
+    return ask_both(judge, trios(before, after))
+
+
+def trios(before: Answers, after: Answers) -> list[Trio]:
+    """The pairs of answers as a judge is asked about them."""
+    return [Trio(*pair) for pair in zip(before.prompts, before.texts, after.texts, strict=True)]
 
 
 def win_rate(
-    judge: Judge, found: Sequence[Both], before: Answers, after: Answers, human: Sequence[Both] | None = None
+    judge: Judge,
+    found: Sequence[Both],
+    before: Answers,
+    after: Answers,
+    columns: Mapping[str, Sequence[Hashable]] | None = None,
 ) -> WinRate:
-    """Everything that verdicts in both orders (one per pair of answers) say. `human`: votes on the same pairs."""
+    """Everything that verdicts in both orders say, one per pair of answers; `columns`: metadata, one entry per pair."""
     valid = np.array([both.logit is not None for both in found], bool)
     logits = np.array([both.logit if both.logit is not None else 0.0 for both in found])
     signs, names = np.sign(logits[valid]).astype(int), np.array(before.names)[valid]
@@ -116,7 +122,10 @@ def win_rate(
         position=_position(found, before.names),
         longer=preference_for_longer(signs, longer[valid], names) if some else None,
         rewards=_rewards(judge, before, after) if isinstance(judge, Scalar) else None,
-        humans=None if human is None else _humans(found, human, before.names, longer),
+        slices={
+            name: slice_report(won, [v for v, kept in zip(column, valid, strict=True) if kept], names)
+            for name, column in (columns or {}).items()
+        },
     )
 
 
@@ -141,18 +150,3 @@ def _rewards(judge: Scalar, before: Answers, after: Answers) -> Rewards:
     old, new, names = old[kept], new[kept], np.array(before.names)[kept].tolist()
     change = paired_difference(old.tolist(), new.tolist(), names)
     return Rewards(clustered_mean(old, names), clustered_mean(new, names), change, int((~kept).sum()))
-
-
-def _humans(found: Sequence[Both], human: Sequence[Both], names: Sequence[str], longer: np.ndarray) -> Humans | None:
-    """Agreement where both have spoken; PPI++ with the judge alone on the prompts that nobody voted on."""
-    usable = [(i, b.logit, h.logit) for i, (b, h) in enumerate(zip(found, human, strict=True)) if b.logit is not None]
-    voted = [(i, b, h) for i, b, h in usable if h is not None]
-    if not voted:
-        return None
-    at = [i for i, _, _ in voted]
-    judged, truth = (np.sign(column).astype(int) for column in list(zip(*voted, strict=True))[1:])
-    prompts = [names[i] for i in at]
-    alone = [(names[i], (np.sign(b) + 1) / 2) for i, b, h in usable if h is None and names[i] not in set(prompts)]
-    rest, only = [name for name, _ in alone], [value for _, value in alone]
-    corrected = debiased((truth + 1) / 2, (judged + 1) / 2, only, prompts, rest) if only else None
-    return Humans(agreement(judged, truth, prompts, longer[at]), corrected)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it
     from mlxdpo.config import load_config as load_config
     from mlxdpo.data.encode import encode as encode
     from mlxdpo.data.encode import encode_prompt as encode_prompt
+    from mlxdpo.data.several import Several as Several
     from mlxdpo.generate import generate as generate
     from mlxdpo.losses import LOSSES as LOSSES
     from mlxdpo.model.adapters import attach_lora as attach_lora
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it
     from mlxdpo.reopen import distinct_prompts as distinct_prompts
     from mlxdpo.reopen import encode_pairs as encode_pairs
     from mlxdpo.reopen import heldout_pairs as heldout_pairs
+    from mlxdpo.reopen import heldout_records as heldout_records
     from mlxdpo.reopen import pair_logps as pair_logps
     from mlxdpo.reopen import prompt_name as prompt_name
     from mlxdpo.reopen import prompt_text as prompt_text
@@ -77,6 +79,8 @@ _DOOR = {
     "reopen": "mlxdpo.reopen",
     "at_checkpoints": "mlxdpo.reopen",
     "heldout_pairs": "mlxdpo.reopen",
+    "heldout_records": "mlxdpo.reopen",
+    "Several": "mlxdpo.data.several",
     "encode_pairs": "mlxdpo.reopen",
     "pair_logps": "mlxdpo.reopen",
     "distinct_prompts": "mlxdpo.reopen",

@@ -23,6 +23,7 @@ from mlxdpo.data.encode import encode, encode_all
 from mlxdpo.data.planning import outline, plan_straight
 from mlxdpo.data.read import heldout_source, prompt_key, read_pairs, split_heldout
 from mlxdpo.data.report import Report
+from mlxdpo.data.several import Several, holds_several, read_several
 from mlxdpo.data.turns import as_turns
 from mlxdpo.model.adapters import adapters_off, dropout_off, load_arrays, load_run, load_start, read_settings
 from mlxdpo.model.identity import folder_digest
@@ -123,6 +124,20 @@ def heldout_pairs(run: Run, data: str | None = None) -> tuple[list[Preference], 
     if not rows:
         raise UserError(f"{run.path}: its recipe held out no pairs; name some with --data")
     return rows, report, f"the {config.data.eval_fraction:.0%} of {_called(config.data.path)} that training held out"
+
+
+def heldout_records(run: Run, data: str) -> tuple[list[Several], Report, str] | None:
+    """Best-of-k records of `data`, what became of the rows, and the source in words; None where it holds pairs.
+
+    Raises `UserError` for a source that cannot be read, and when none of its records can be used.
+    """
+    config = run.config().data
+    if not holds_several(data, config.split):
+        return None
+    records, report = read_several(data, config.split, config.on_bad_row)
+    if not records:
+        raise UserError(f"{data}: none of its {report.read} records can be used; {'; '.join(report.lines())}")
+    return records, report, _called(data)
 
 
 def _called(source: str) -> str:

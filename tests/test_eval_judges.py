@@ -232,16 +232,12 @@ def test_votes_are_found_whichever_side_the_answers_were_on(tmp_path):
     asked = [Question("p", "y", "x"), Question("p", "z", "x"), Question("q", "y", "x"), Question("r", "x", "y")]
     assert judge.ask(asked) == [Verdict(-SURE), Verdict(0.0), Verdict(0.0), Verdict(None, "no vote", absent=True)]
     file.write_text('{"prompt": "p", "a": "x", "b": "y", "winner": "c"}\n')
-    with pytest.raises(UserError, match=r"votes\.jsonl:1: expected .* winner among a, b, tie, both_bad"):
+    with pytest.raises(UserError, match=r"votes\.jsonl:1: .*none of a, b, tie, both_bad; none of the 1 lines"):
         open_judge(f"votes:{file}")
 
 
-def test_pairs_without_a_vote_are_no_failure_and_votes_correct_the_judge():
+def test_pairs_without_a_vote_are_no_failure():
     before, after = good_and_bad(60)
     human = Planted(lambda q: oracle(q) if int(q.prompt[1:]) < 30 else Verdict(None, "no vote", absent=True))
-    votes = judge_answers(human, before, after)
-    alone = win_rate(human, votes, before, after)
+    alone = win_rate(human, judge_answers(human, before, after), before, after)
     assert (alone.absent, alone.invalid_share, alone.rate) == (30, 0.0, 1.0)
-    judge = Planted(coin)
-    found = win_rate(judge, judge_answers(judge, before, after), before, after, votes)
-    assert found.humans.agreement.n == 30 and found.humans.agreement.raw < 0.8

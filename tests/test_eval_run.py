@@ -157,7 +157,9 @@ def test_the_command_writes_everything_and_fails_when_a_judge_does(run, tmp_path
     assert cli(["eval", str(run.path), "--judge", f"{reward}:half", *ARGS]) == 1
     assert "of reward.py:half's verdicts are invalid, more than --max-invalid 0.1" in capsys.readouterr().err
     assert cli(["eval", str(run.path), "--judge", f"{reward}:half", "--max-invalid", "1", *ARGS]) == 0
+    capsys.readouterr()
     assert cli(["eval", str(run.path), "--data", str(tmp_path / "none.jsonl"), *ARGS]) == 2
+    assert "none.jsonl: no such file or folder" in capsys.readouterr().err
 
 
 def test_capability_checks_say_what_to_install(run, capsys, monkeypatch):

@@ -44,11 +44,14 @@ class Both(NamedTuple):
         return None if self.first is None or self.second is None else (self.first + self.second) / 2
 
 
-def ask_both(judge: Judge, trios: Sequence[Trio]) -> list[Both]:
-    """The verdict on each trio, in order; each distinct question is asked once, known ones not at all."""
+def ask_both(judge: Judge, trios: Sequence[Trio], *, cached: bool = True) -> list[Both]:
+    """The verdict on each trio, in order; each distinct question is asked once, known ones not at all.
+
+    With `cached` off all are asked and none is kept: to see whether the judge repeats itself.
+    """
     orders = [(Question(t.prompt, t.after, t.before), Question(t.prompt, t.before, t.after)) for t in trios]
     asked = dict.fromkeys(q for pair in orders for q in pair if q.first != q.second)
-    verdicts = _answers(judge, list(asked))
+    verdicts = _answers(judge, list(asked), cached and judge.cached)
     return [_both(*(verdicts.get(q) for q in pair)) for pair in orders]
 
 
@@ -62,8 +65,8 @@ def _both(shown_first: Verdict | None, shown_second: Verdict | None) -> Both:
     return Both(shown_first.logit, -shown_second.logit)
 
 
-def _answers(judge: Judge, questions: list[Question]) -> dict[Question, Verdict]:
-    if not judge.cached:
+def _answers(judge: Judge, questions: list[Question], cached: bool) -> dict[Question, Verdict]:
+    if not cached:
         return dict(zip(questions, judge.ask(questions), strict=True))
     file = cache_file(judge)
     known = {line["question"]: line["logit"] for line in read_lines(file)}

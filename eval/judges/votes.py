@@ -1,33 +1,71 @@
-"""Human votes as a judge: lines of `votes.jsonl`, found again by what was voted on.
+"""Human votes: lines of `votes.jsonl` as the app writes them, or shorter ones written by hand.
 
-A line is {"prompt", "a", "b", "winner"} with winner "a", "b", "tie" or "both_bad"; other keys are kept out of it.
-A pair without a vote is absent, not invalid. Several votes on one pair are averaged.
+    {"prompt": messages or text, "response_a": text, "response_b": text, "winner": "a" | "b" | "tie" | "both_bad",
+     "tuned": "a" | "b", "blind": true, ...}
+
+`a` and `b` may stand for `response_a` and `response_b`; `tuned` says on which side the tuned model's answer was. A line
+that is no vote is left out and counted under its reason, never dropped in silence. As a judge, the file knows only the
+pairs voted on: a pair without a vote is absent, not invalid; several votes on one pair are averaged.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mlxdpo import UserError, read_lines
+from mlxdpo import Message, UserError, prompt_name, prompt_text
 
 from .protocol import Judge, Question, Verdict, sure
 
-OUTCOMES = {"a": 1.0, "b": -1.0, "tie": 0.0, "both_bad": 0.0}
-Votes = dict[tuple[str, str, str], list[float]]
-"""(prompt, one answer, the other) -> votes for the one: 1, 0, -1; both orders are there."""
+OUTCOMES = {"a": 1, "b": -1, "tie": 0, "both_bad": 0}
+SIDES = ("a", "b")
+
+
+class Vote(NamedTuple):
+    """One vote. `sign` is 1 where answer `a` won, -1 where `b` did, 0 for a tie; `tuned` is the tuned answer's side."""
+
+    prompt_id: str
+    prompt: str
+    a: str
+    b: str
+    winner: str
+    tuned: str | None
+
+    @property
+    def sign(self) -> int:
+        """Whether `a` won."""
+        return OUTCOMES[self.winner]
+
+    @property
+    def for_tuned(self) -> int | None:
+        """1 where the tuned answer won, -1 where it lost, 0 for a tie; None where nothing says which one it was."""
+        return None if self.tuned is None else self.sign * (1 if self.tuned == "a" else -1)
+
+
+class Ballots(NamedTuple):
+    """The votes of a file in order; `left_out` counts the other lines by reason, `first` has an example of each."""
+
+    name: str
+    votes: tuple[Vote, ...]
+    left_out: dict[str, int]
+    first: dict[str, str]
+
+
+class NoVote(Exception):
+    """A line that is no vote, with the reason it is counted under."""
 
 
 @dataclass(frozen=True)
 class VotesJudge:
-    """Answers from a file of votes."""
+    """Answers from a file of votes: `votes` by (prompt, one answer, the other), for the one; both orders are there."""
 
     name: str
     identity: Mapping[str, Any]
-    votes: Votes
+    votes: Mapping[Question, Sequence[int]]
     cached: bool = False
 
     def ask(self, questions: Sequence[Question]) -> list[Verdict]:
@@ -35,30 +73,73 @@ class VotesJudge:
         return [self._verdict(question) for question in questions]
 
     def _verdict(self, question: Question) -> Verdict:
-        found = self.votes.get((question.prompt, question.first, question.second))
+        found = self.votes.get(question)
         return sure(sum(found)) if found else Verdict(None, "no vote", absent=True)
 
 
 def votes_judge(file: str) -> Judge:
-    """Open `votes:FILE`. Raises `UserError` for a missing file or a line that is no vote."""
+    """Open `votes:FILE`. Raises `UserError` as `read_ballots`."""
     path = Path(file)
-    if not path.is_file():
-        raise UserError(f"--judge votes:{file}: no such file; the app writes RUN/votes.jsonl")
+    by_pair: dict[Question, list[int]] = {}
+    for vote in read_ballots(path).votes:
+        by_pair.setdefault(Question(vote.prompt, vote.a, vote.b), []).append(vote.sign)
+        by_pair.setdefault(Question(vote.prompt, vote.b, vote.a), []).append(-vote.sign)
     identity = {"kind": "votes", "digest": hashlib.sha256(path.read_bytes()).hexdigest()}
-    return VotesJudge(f"votes:{path.name}", identity, read_votes(path))
+    return VotesJudge(f"votes:{path.name}", identity, by_pair)
 
 
-def read_votes(path: Path) -> Votes:
-    """The votes of a file under both orders. Raises `UserError` naming the line that is none."""
-    votes: Votes = {}
-    for number, line in enumerate(read_lines(path), 1):
-        texts = [line.get(name) for name in ("prompt", "a", "b")]
-        if not all(isinstance(text, str) for text in texts) or line.get("winner") not in OUTCOMES:
-            raise UserError(
-                f"{path}:{number}: expected text under prompt, a and b, and winner among {', '.join(OUTCOMES)}"
-            )
-        prompt, a, b = (str(text) for text in texts)
-        value = OUTCOMES[line["winner"]]
-        votes.setdefault((prompt, a, b), []).append(value)
-        votes.setdefault((prompt, b, a), []).append(-value)
-    return votes
+def read_ballots(path: Path) -> Ballots:
+    """All votes of a file. Raises `UserError` for a missing file, and for one whose lines are all no votes."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of votes; the app writes RUN/votes.jsonl")
+    votes: list[Vote] = []
+    left_out: dict[str, int] = {}
+    first: dict[str, str] = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            votes.append(_vote(_object(line)))
+        except NoVote as bad:
+            left_out[str(bad)] = left_out.get(str(bad), 0) + 1
+            first.setdefault(str(bad), f"{path.name}:{number}")
+    if left_out and not votes:
+        reason, where = next(iter(first.items()))
+        raise UserError(f"{where}: {reason}; none of the {sum(left_out.values())} lines is a vote that can be used")
+    return Ballots(path.name, tuple(votes), left_out, first)
+
+
+def _object(line: bytes) -> Mapping[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:  # also what is no UTF-8; the last line may be torn by a killed writer
+        raise NoVote("a line that is not JSON") from None
+    if not isinstance(found, Mapping):
+        raise NoVote("a line that is no object")
+    return found
+
+
+def _vote(line: Mapping[str, Any]) -> Vote:
+    if line.get("blind") is False:
+        raise NoVote("a vote that was not blind")
+    a, b = (line.get(f"response_{side}", line.get(side)) for side in ("a", "b"))
+    if not isinstance(a, str) or not isinstance(b, str):
+        raise NoVote('a vote without text under "response_a" and "response_b"')
+    winner, tuned = line.get("winner"), line.get("tuned")
+    if winner not in OUTCOMES:
+        raise NoVote(f'a vote whose "winner" is none of {", ".join(OUTCOMES)}')
+    if tuned not in (None, *SIDES):
+        raise NoVote('a vote whose "tuned" is neither a nor b')
+    prompt = _prompt(line.get("prompt"))
+    return Vote(prompt_name(prompt), prompt_text(prompt), a, b, winner, tuned)
+
+
+def _prompt(value: Any) -> str | tuple[Message, ...]:
+    if isinstance(value, str):
+        return value
+    turns = value if isinstance(value, list) else []
+    if turns and all(
+        isinstance(t, Mapping) and all(isinstance(t.get(k), str) for k in ("role", "content")) for t in turns
+    ):
+        return tuple(Message(turn["role"], turn["content"]) for turn in turns)
+    raise NoVote('a vote whose "prompt" is neither text nor messages')

@@ -15,8 +15,9 @@ from mlxdpo.runs import Run
 
 Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 Share = Annotated[float, Parameter(validator=validators.Number(gte=0, lte=1))]
-# The command line writes --data out as --data.path, as recipes have it.
-Data = Annotated[str | None, Parameter(name=["--data", "--data.path"])]
+# The command line writes --data out as --data.path, as recipes have it. The dotted name has to stand first: behind the
+# other one cyclopts takes it for a key of it, and knows neither.
+Data = Annotated[str | None, Parameter(name=["--data.path", "--data"])]
 
 
 class Answering(Section):
@@ -46,6 +47,8 @@ def run(
     data: Data = None,
     judge: list[str] | None = None,
     votes: Path | None = None,
+    slices: Annotated[list[str] | None, Parameter(name="--slice")] = None,
+    retest: Count | None = None,
     answering: Annotated[Answering, Parameter(name="*")] = AS_IT_IS,
     max_invalid: Share = 0.1,
     tasks: str | None = None,
@@ -61,12 +64,19 @@ def run(
     path
         Run directory.
     data
-        Held-out pairs; those of the run's recipe when not given.
+        Held-out pairs; those of the run's recipe when not given. Also best-of-k records: a prompt, what is right under
+        chosen and a list of wrong completions under rejected, as in RewardBench 2.
     judge
         Who compares answers before and after, the first one for the headline; repeat it for several: vader, textblob,
         longest, local:MODEL, endpoint:MODEL@URL (key in $MLXDPO_JUDGE_KEY), votes:FILE, FILE.py:FUNCTION.
     votes
-        Human votes that check and correct the judges; RUN/votes.jsonl when there is one.
+        Human votes: evidence of their own, valid whenever one looks, and a check on the judges; RUN/votes.jsonl when
+        there is one.
+    slices
+        Column of the held-out rows to break results down by; repeat it for several. Without it, columns that are
+        obviously categories.
+    retest
+        Comparisons to ask each judge a second time, past the cache.
     max_invalid
         Largest share of invalid verdicts of a judge that is no failure.
     tasks
@@ -77,37 +87,42 @@ def run(
         Print the results as JSON.
     """
     from mlxdpo.commands.screen import console, warn
+    from mlxdpo_eval.run import Wanted
 
     source = Run.open(path)
     say: Callable[[str], None] = warn if json else (lambda text: console.print(text, style="dim", markup=False))
     if tasks:
         return _capability(source, tasks.split(","), limit, say, json)
     file = votes or next((f for f in (path / "votes.jsonl",) if f.exists()), None)
-    found = _evaluate(source, data, judge or [], file, answering, say)
-    if json:
-        print(jsonlib.dumps(found.results, ensure_ascii=False))
-    else:
-        console.print()
-        for sentence in found.results["sentences"]:
-            console.print(sentence, style="bold", markup=False)
-        console.print(f"report: {path / 'report.html'}  numbers: {found.file}", markup=False)
+    wanted = Wanted(data, file, tuple(slices or ()), retest or 0)
+    found = _evaluate(source, judge or [], answering, wanted, say)
+    _tell(found, path, json)
     share, name = found.worst_judge
     if share > max_invalid:
         warn(f"error: {share:.0%} of {name}'s verdicts are invalid, more than --max-invalid {max_invalid:g}")
     return 1 if share > max_invalid else 0
 
 
-def _evaluate(
-    run: Run, data: str | None, judges: list[str], votes: Path | None, answering: Answering, say: Callable[[str], None]
-) -> Any:
+def _tell(found: Any, path: Path, json: bool) -> None:
+    from mlxdpo.commands.screen import console
+
+    if json:
+        print(jsonlib.dumps(found.results, ensure_ascii=False))
+        return
+    console.print()
+    for sentence in found.results["sentences"]:
+        console.print(sentence, style="bold", markup=False)
+    console.print(f"report: {path / 'report.html'}  numbers: {found.file}", markup=False)
+
+
+def _evaluate(run: Run, judges: list[str], answering: Answering, wanted: Any, say: Callable[[str], None]) -> Any:
     from mlxdpo_eval.judges import open_judge
     from mlxdpo_eval.report import write_report
     from mlxdpo_eval.run import evaluate
     from mlxdpo_eval.sampling import Sampling
 
     opened = [open_judge(name, rewards_of(run)) for name in judges]
-    human = None if votes is None else open_judge(f"votes:{votes}")
-    found = evaluate(run, opened, Sampling(**answering.model_dump()), data, human, say)
+    found = evaluate(run, opened, Sampling(**answering.model_dump()), wanted, say)
     write_report(run)
     return found
 

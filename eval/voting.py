@@ -1,0 +1,97 @@
+"""Human votes in the order they came: does the tuned model win, for someone who looks after every single vote?
+
+A vote counts for the evidence if it is the first on its prompt: two votes on one prompt share what makes it easy or
+hard, and the e-process needs votes that the earlier ones do not foretell. The others are counted apart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from .judges.votes import Ballots, Vote
+from .sequential import anytime_interval, log_e_value, running_vote
+
+ALPHA = 0.05
+
+
+class Look(NamedTuple):
+    """A look after `n` votes: the rate (ties 1/2), its always-valid interval, the e-value (cut off at e^700)."""
+
+    n: int
+    rate: float
+    low: float
+    high: float
+    e_value: float
+
+
+class VoteRun(NamedTuple):
+    """The votes that count: wins of the tuned model, losses, ties (`both_bad` among them), and every look.
+
+    `decided_at` is the first look at which the e-value had reached 20, and the decision stands from then on, whatever
+    follows; `verdict` is what it said. `needed` more votes would decide at the rate seen so far, None where too many.
+    `uncounted` holds usable votes that are no evidence, by reason; `left_out` lines that are no votes.
+    """
+
+    file: str
+    n: int
+    wins: int
+    losses: int
+    ties: int
+    both_bad: int
+    looks: tuple[Look, ...]
+    e_value: float
+    decided_at: int | None
+    verdict: str
+    needed: int | None
+    uncounted: dict[str, int]
+    left_out: dict[str, int]
+
+
+def vote_run(ballots: Ballots, alpha: float = ALPHA) -> VoteRun:
+    """The running verdict over a file of votes."""
+    counted, uncounted = _evidence(ballots.votes)
+    signs = np.array([vote.for_tuned for vote in counted], float)
+    wins, losses = np.cumsum((1 + signs) / 2), np.cumsum((1 - signs) / 2)
+    looks = tuple(_look(float(w), float(l), alpha) for w, l in zip(wins, losses, strict=True))
+    decided = next((look for look in looks if look.e_value >= 1 / alpha), None)
+    now = running_vote(float(wins[-1]), float(losses[-1]), alpha) if looks else running_vote(0, 0, alpha)
+    verdict = "cannot tell yet" if decided is None else "better" if decided.rate > 0.5 else "worse"
+    return VoteRun(
+        file=ballots.name,
+        n=len(looks),
+        wins=int((signs > 0).sum()),
+        losses=int((signs < 0).sum()),
+        ties=int((signs == 0).sum()),
+        both_bad=sum(vote.winner == "both_bad" for vote in counted),
+        looks=looks,
+        e_value=now.e_value,
+        decided_at=None if decided is None else decided.n,
+        verdict=verdict,
+        needed=0 if decided else now.needed,
+        uncounted=uncounted,
+        left_out=dict(ballots.left_out),
+    )
+
+
+def _look(wins: float, losses: float, alpha: float) -> Look:
+    low, high = anytime_interval(wins, losses, alpha)
+    e_value = float(np.exp(min(log_e_value(wins, losses), 700.0)))
+    return Look(round(wins + losses), wins / (wins + losses), low, high, e_value)
+
+
+def _evidence(votes: tuple[Vote, ...]) -> tuple[list[Vote], dict[str, int]]:
+    seen: set[str] = set()
+    counted: list[Vote] = []
+    uncounted: Counter[str] = Counter()
+    for vote in votes:
+        if vote.tuned is None:
+            uncounted["it is not said which answer is the tuned model's"] += 1
+        elif vote.prompt_id in seen:
+            uncounted["not the first vote on its prompt"] += 1
+        else:
+            seen.add(vote.prompt_id)
+            counted.append(vote)
+    return counted, dict(uncounted)
