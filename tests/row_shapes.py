@@ -35,6 +35,7 @@ FIXTURES: dict[str, list[dict[str, Any]]] = {
     ],
     "ranked": [{"prompt": "Hi?", "completions": ["Bad.", "Good."], "scores": [0.1, 0.9]}],
     "unpaired": [{"prompt": "Hi?", "completion": "Good.", "label": True}],
+    "completion": [{"prompt": "Hi?", "completion": "Good."}],
     "system": [{"system": "Be kind.", "prompt": "Hi?", "chosen": "Good.", "rejected": "Bad."}],
     "text": [{"prompt": "Hi?", "chosen": "Good.", "rejected": "Bad."}],
     "orca": [{"system": "", "question": "Hi?", "chosen": "Good.", "rejected": "Bad."}],
@@ -43,6 +44,7 @@ FIXTURES: dict[str, list[dict[str, Any]]] = {
     ],
     "turns": [{"prompt": "Hi?", "chosen": turns("Hi?", "Good."), "rejected": turns("Hi?", "Bad.")}],
     "implicit": [{"chosen": turns("Hi?", "Good."), "rejected": turns("Hi?", "Bad.")}],
+    "conversation": [{"messages": turns("Hi?", "Good.")}],
 }
 
 _TURNS = {"chosen": turns("Hi?", "Good."), "rejected": turns("Hi?", "Bad.")}

@@ -191,13 +191,13 @@ def test_rows_do_not_pile_up(tmp_path, monkeypatch):
 @pytest.fixture
 def reads(monkeypatch):
     """Paths that were read from here on."""
-    paths, stream = [], load.stream_pairs
+    paths, stream = [], load.stream_rows
 
-    def counted(data, path=None, split=None):
+    def counted(data, take, path=None, split=None):
         paths.append(path or data.path)
-        return stream(data, path, split)
+        return stream(data, take, path, split)
 
-    monkeypatch.setattr(load, "stream_pairs", counted)
+    monkeypatch.setattr(load, "stream_rows", counted)
     return paths
 
 

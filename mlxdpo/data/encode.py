@@ -19,7 +19,7 @@ from mlxdpo.data.fit import DroppedRow, fit
 from mlxdpo.data.render import Rendered, checked_unicode, render
 from mlxdpo.data.report import BadRow, Report
 from mlxdpo.data.template import Writer, probe, template_digest, unwrap
-from mlxdpo.types import Example, Preference, Text, UserError
+from mlxdpo.types import Example, Extras, Opinion, Preference, Text, UserError
 
 __all__ = ["Shown", "describe", "encode", "encode_all", "encode_prompt", "encode_stream", "template_digest"]
 
@@ -34,14 +34,16 @@ class Shown(NamedTuple):
 
 
 def encode(
-    row: Preference,
+    row: Preference | Opinion,
     tokenizer: Any,
     data: DataConfig,
     report: Report,
     *,
     eos_ids: frozenset[int] | None = None,
 ) -> Example | None:
-    """Token ids of one pair, or None for a row that is left out (counted in `report` with its reason).
+    """Token ids of one row, or None for one that is left out (counted in `report` with its reason).
+
+    The example of an `Opinion` has its completion twice, and its thumb in `extras`.
 
     Raises `UserError` for a bad row when `data.on_bad_row` is stop, and for settings the tokenizer cannot
     serve. `encode_all` is the fast way for many.
@@ -50,7 +52,7 @@ def encode(
 
 
 def encode_all(
-    rows: Sequence[Preference],
+    rows: Sequence[Preference | Opinion],
     tokenizer: Any,
     data: DataConfig,
     *,
@@ -67,7 +69,9 @@ def encode_all(
     return examples, report
 
 
-def encode_stream(rows: Iterable[Preference], writer: Writer, data: DataConfig, report: Report) -> Iterator[Example]:
+def encode_stream(
+    rows: Iterable[Preference | Opinion], writer: Writer, data: DataConfig, report: Report
+) -> Iterator[Example]:
     """`encode` for more rows than fit in memory, in order, a chunk at a time; `writer` is what `probe` found."""
     left = iter(rows)
     while chunk := list(itertools.islice(left, CHUNK)):
@@ -109,7 +113,9 @@ def _decode(ids: np.ndarray, tokenizer: Any) -> str:
     return unwrap(tokenizer).decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _encode_chunk(rows: Sequence[Preference], writer: Writer, data: DataConfig, report: Report) -> list[Example | None]:
+def _encode_chunk(
+    rows: Sequence[Preference | Opinion], writer: Writer, data: DataConfig, report: Report
+) -> list[Example | None]:
     """Render every row, tokenise all texts in one call, then cut each row into prompt and completions.
 
     What is changed in a row is noted in `changes` and counted once it is clear that the row is kept.
@@ -119,8 +125,8 @@ def _encode_chunk(rows: Sequence[Preference], writer: Writer, data: DataConfig, 
     for row, noted in zip(rows, changes, strict=True):
         report.read += 1
         try:
-            both = (row.chosen, row.rejected)
-            rendered.append(checked_unicode(render(row.prompt, both, row.tools, writer, data, row.where, noted)))
+            answers = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion,)
+            rendered.append(checked_unicode(render(row.prompt, answers, row.tools, writer, data, row.where, noted)))
         except BadRow as bad:
             report.refuse(row.where, bad, data.on_bad_row)
             rendered.append(None)
@@ -133,7 +139,7 @@ def _encode_chunk(rows: Sequence[Preference], writer: Writer, data: DataConfig, 
 
 
 def _example(
-    row: Preference,
+    row: Preference | Opinion,
     ids: list[list[int]],
     rendered: Rendered,
     writer: Writer,
@@ -152,13 +158,15 @@ def _example(
     report.kept += 1
     for change in changes:
         report.change(row.where, change)
-    chosen, rejected = completions
-    return Example(prompt, chosen, rejected, row.where, row.extras)
+    return Example(prompt, completions[0], completions[-1], row.where, _said_by(row))
+
+
+def _said_by(row: Preference | Opinion) -> Extras:
+    return Extras(desirable=float(row.desirable)) if isinstance(row, Opinion) else row.extras
 
 
 def _differ(completions: list[np.ndarray]) -> None:
-    chosen, rejected = completions
-    if np.array_equal(chosen, rejected):
+    if len(completions) == 2 and np.array_equal(completions[0], completions[1]):
         raise BadRow("identical after tokenisation", "chosen and rejected are the same tokens")
 
 

@@ -104,6 +104,13 @@ _ALL = (  # the order is the order of detection: the more specific shape first
         shapes.opinion,
     ),
     Format(
+        "completion",
+        "a prompt and one completion to imitate (stage: sft)",
+        "trl-lib/Capybara as prompt and completion",
+        {"prompt": values.TEXT_OR_MESSAGES, "completion": values.TEXT_OR_MESSAGES},
+        shapes.demonstration,
+    ),
+    Format(
         "system",
         "a system prompt, a prompt and two texts",
         "jondurbin/truthy-dpo-v0.1",
@@ -139,6 +146,13 @@ _ALL = (  # the order is the order of detection: the more specific shape first
         "argilla/dpo-mix-7k",
         _TURNS,
         shapes.implicit,
+    ),
+    Format(
+        "conversation",
+        "a conversation whose assistant turns are to be imitated (stage: sft)",
+        "HuggingFaceH4/ultrachat_200k",
+        {"messages": values.MESSAGES},
+        shapes.conversation,
     ),
 )
 

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 from mlxdpo.config import DataConfig
 from mlxdpo.data.encode import encode_stream, template_digest
 from mlxdpo.data.kept import draft, encoding_key, pairs_folder, publish, source_key
-from mlxdpo.data.read import heldout_prompts, heldout_source, stream_pairs
+from mlxdpo.data.read import heldout_prompts, heldout_source, stream_rows
 from mlxdpo.data.report import Report
 from mlxdpo.data.spool import Spool
 from mlxdpo.data.store import Examples, open_examples, write_examples
+from mlxdpo.data.takes import PAIRS, Take
 from mlxdpo.data.template import Writer, probe
 from mlxdpo.platform import cache_folder
 from mlxdpo.runs import write_text
@@ -56,6 +57,7 @@ class Split(NamedTuple):
     key: str | None
     seed: int
     clean: Clean | None
+    take: Take
 
 
 def token_counts(examples: Sequence[Example]) -> list[tuple[int, int, int]]:
@@ -63,23 +65,28 @@ def token_counts(examples: Sequence[Example]) -> list[tuple[int, int, int]]:
     return [(len(e.prompt), len(e.chosen), len(e.rejected)) for e in examples]
 
 
-def read_split(data: DataConfig, seed: int) -> Split:
-    """Read and clean training and held-out rows, unless the same rows were encoded before.
+def read_split(data: DataConfig, seed: int, take: Take = PAIRS) -> Split:
+    """Read and clean training and held-out rows and `take` what the stage needs of them, unless it was encoded before.
 
-    Raises `UserError` when there are none or they are not pairs.
+    Raises `UserError` when there are none, or not of the kind that is needed.
     """
     if not data.path:
         raise UserError("no data given; pass --data with a file, a folder, or a Hub dataset id")
-    key = source_key(data, seed)
+    key = _key(data, seed, take)
     known = key is not None and (pairs_folder() / key).exists()
-    return Split(key, seed, None if known else _read(data))
+    return Split(key, seed, None if known else _read(data, take), take)
 
 
-def _read(data: DataConfig) -> Clean:
-    rows, report = stream_pairs(data)
+def _key(data: DataConfig, seed: int, take: Take) -> str | None:
+    source = source_key(data, seed)
+    return source if source is None or take is PAIRS else f"{source}-{take.name}"
+
+
+def _read(data: DataConfig, take: Take) -> Clean:
+    rows, report = stream_rows(data, take.rows)
     clean, reports, heldout = Spool(rows, cache_folder()), {"data": report}, None
     if (source := heldout_source(data)) is not None:
-        rows, reports["held-out data"] = stream_pairs(data, *source)
+        rows, reports["held-out data"] = stream_rows(data, take.rows, *source)
         heldout = Spool(rows, cache_folder())
     return Clean(clean, heldout, reports)
 
@@ -93,24 +100,26 @@ def encode_split(split: Split, data: DataConfig, tokenizer: Any, eos_ids: frozen
     target = None if split.key is None else pairs_folder() / split.key / encoding_key(template, writer)
     if target and target.exists():
         return _open(target, template)
-    clean = split.clean or _read(data)
+    clean = split.clean or _read(data, split.take)
     with draft(pairs_folder()) as folder:
-        _write(folder, clean, split.seed, data, writer)
-        if target is None or source_key(data, split.seed) != split.key:  # a source that changed while it was read
+        _write(folder, clean, split, data, writer)
+        # A source that changed while it was read is not kept under the name it had.
+        if target is None or _key(data, split.seed, split.take) != split.key:
             return _open(folder, template)  # files that are mapped outlive their names
         publish(folder, target)
     return _open(target, template)
 
 
-def _write(folder: Path, clean: Clean, seed: int, data: DataConfig, writer: Writer) -> None:
+def _write(folder: Path, clean: Clean, split: Split, data: DataConfig, writer: Writer) -> None:
     reports = {**clean.reports, "encoding": Report(), "held-out encoding": Report()}
     if clean.heldout is None:
-        held = heldout_prompts(clean.rows.prompts, data.eval_fraction, seed)
+        held = heldout_prompts(clean.rows.prompts, data.eval_fraction, split.seed)
         train, heldout = clean.rows.rows(lambda key: key not in held), clean.rows.rows(held.__contains__)
     else:
         train, heldout = clean.rows.rows(), clean.heldout.rows()
-    write_examples(folder / "train", encode_stream(train, writer, data, reports["encoding"]))
-    write_examples(folder / "heldout", encode_stream(heldout, writer, data, reports["held-out encoding"]))
+    for name, rows, report in (("train", train, "encoding"), ("heldout", heldout, "held-out encoding")):
+        encoded = encode_stream(rows, writer, data, reports[report])
+        write_examples(folder / name, split.take.lay_out(encoded, data, reports[report]))
     if not reports["encoding"].kept:
         why = "; ".join(line for report in reports.values() for line in report.lines()) or "all were held out"
         raise UserError(f"{data.path}: no pair is left to train on ({why}); see `mlxdpo data check {data.path}`")

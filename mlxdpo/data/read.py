@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,16 +29,24 @@ from mlxdpo.data.turns import as_turns
 from mlxdpo.data.values import Row, column_names, describe, parsed
 from mlxdpo.types import Opinion, Preference, Text, UserError
 
-Item = TypeVar("Item", Preference, Opinion)
+Item = Preference | Opinion
+One = TypeVar("One", Preference, Opinion)
+Rows = Callable[[Iterable[Item], Report], Iterator[Item]]
+"""What is made of clean rows: some are taken as they are, some as others, some left out and counted."""
 
 ROWS_TO_DETECT = 100
 """Rows looked at for one that fits a known shape: the first may be a bad one."""
 
 
-def stream_preferences(
-    data: DataConfig, path: str | None = None, split: str | None = None
-) -> tuple[Iterator[Preference | Opinion], Report]:
-    """Read, convert and clean the rows of `path` (default `data.path`), as `data` says, one at a time.
+def as_they_are(items: Iterable[Item], report: Report) -> Iterator[Item]:
+    """Pairs and opinions alike."""
+    return iter(items)
+
+
+def stream_rows(
+    data: DataConfig, take: Rows, path: str | None = None, split: str | None = None
+) -> tuple[Iterator[Item], Report]:
+    """Read, convert and clean the rows of `path` (default `data.path`), as `data` says, one at a time, and `take` them.
 
     The report is filled as the rows are taken. It counts rows read, pairs (or opinions) kept, and every refused row
     under its reason; identical, tied and duplicate rows are left out even where `data.on_bad_row` is stop (see
@@ -50,7 +58,17 @@ def stream_preferences(
     shape, found = _shape_of(found, data.format)
     report = Report(format=shape.name)
     usable = _fitting(shape, found, report, data.on_bad_row)
-    return _kept(_distinct(_converted(shape, usable, report, data.on_bad_row), report), report, source), report
+    clean = distinct(
+        _converted(shape, usable, report, data.on_bad_row), report, "the same pair stands in an earlier row"
+    )
+    return _kept(take(clean, report), report, source), report
+
+
+def stream_preferences(
+    data: DataConfig, path: str | None = None, split: str | None = None
+) -> tuple[Iterator[Item], Report]:
+    """`stream_rows` as they are."""
+    return stream_rows(data, as_they_are, path, split)
 
 
 def _kept(items: Iterable[Any], report: Report, source: str) -> Iterator[Any]:
@@ -74,12 +92,12 @@ def read_preferences(
 def stream_pairs(
     data: DataConfig, path: str | None = None, split: str | None = None
 ) -> tuple[Iterator[Preference], Report]:
-    """`stream_preferences` for whom only pairs will do: `UserError` at the end for answers with a thumb."""
-    items, report = stream_preferences(data, path, split)
-    return _pairs_only(items), report
+    """`stream_rows` for whom only pairs will do."""
+    return stream_rows(data, pairs_only, path, split)  # type: ignore[return-value]
 
 
-def _pairs_only(items: Iterable[Preference | Opinion]) -> Iterator[Preference]:
+def pairs_only(items: Iterable[Item], report: Report) -> Iterator[Preference]:
+    """Pairs; `UserError` at the end for single answers."""
     thumb = None
     for item in items:
         if isinstance(item, Preference):
@@ -87,7 +105,10 @@ def _pairs_only(items: Iterable[Preference | Opinion]) -> Iterator[Preference]:
         elif thumb is None:
             thumb = item.where  # not raised yet: a bad row further down is the better news
     if thumb is not None:
-        raise UserError(f"{thumb}: a single answer with a thumb up or down; pairs of two answers are needed")
+        raise UserError(
+            f"{thumb}: a single answer; pairs of two answers are needed (stage sft takes single ones, "
+            f"loss.name kto those with a thumb up or down)"
+        )
 
 
 def read_pairs(data: DataConfig, path: str | None = None, split: str | None = None) -> tuple[list[Preference], Report]:
@@ -167,7 +188,7 @@ def _fitting(shape: Format, found: Iterable[Found], report: Report, policy: Any)
             yield Row(where, row)
 
 
-def _converted(shape: Format, rows: Iterable[Row], report: Report, policy: Any) -> Iterator[Preference | Opinion]:
+def _converted(shape: Format, rows: Iterable[Row], report: Report, policy: Any) -> Iterator[Item]:
     for group in _groups(shape, rows):
         try:
             yield from convert(shape, group)
@@ -182,13 +203,14 @@ def _groups(shape: Format, rows: Iterable[Row]) -> Iterator[list[Row]]:
     return (list(group) for _, group in itertools.groupby(rows, key=lambda row: row.values["prompt"]))
 
 
-def _distinct(items: Iterable[Preference | Opinion], report: Report) -> Iterator[Preference | Opinion]:
-    """Leave out repetitions; keep and count a row whose label is the reverse of an earlier one's."""
+def distinct(items: Iterable[Item], report: Report, sentence: str) -> Iterator[Item]:
+    """Leave out repetitions, of which `sentence` says what they are; keep and count a row whose label is the reverse
+    of an earlier one's."""
     seen: set[bytes] = set()
     for item in items:
         this, reverse = _keys(item)
         if this in seen:
-            report.refuse(item.where, BadRow(reasons.DUPLICATE, "the same pair stands in an earlier row"), "skip")
+            report.refuse(item.where, BadRow(reasons.DUPLICATE, sentence), "skip")
             continue
         if reverse in seen:
             report.change(item.where, reasons.CONTRADICTION)
@@ -196,7 +218,7 @@ def _distinct(items: Iterable[Preference | Opinion], report: Report) -> Iterator
         yield item
 
 
-def _keys(item: Preference | Opinion) -> tuple[bytes, bytes]:
+def _keys(item: Item) -> tuple[bytes, bytes]:
     if isinstance(item, Opinion):
         labels = item.desirable, not item.desirable
         return tuple(_digest(repr((item.prompt, item.tools, item.completion, label))) for label in labels)  # type: ignore[return-value]
@@ -222,14 +244,14 @@ def prompt_key(prompt: Text) -> bytes:
     return _digest(repr([(turn.role, turn.content.split()) for turn in as_turns(prompt)]))
 
 
-def split_heldout(rows: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
+def split_heldout(rows: Sequence[One], fraction: float, seed: int) -> tuple[list[One], list[One]]:
     """(train, held-out) by prompt: no prompt is in both, and about `fraction` of the prompts are held out.
 
     A prompt's side depends on the prompt and the seed alone, so appending or reordering rows moves none. Only
     where that leaves a side empty does one prompt cross over; a single prompt stays in training.
     """
     heldout = heldout_prompts({prompt_key(row.prompt) for row in rows}, fraction, seed)
-    sides: tuple[list[Item], list[Item]] = [], []
+    sides: tuple[list[One], list[One]] = [], []
     for row in rows:
         sides[prompt_key(row.prompt) in heldout].append(row)
     return sides
@@ -251,6 +273,6 @@ def _draw(key: bytes, seed: int) -> float:
     return int.from_bytes(hashlib.sha256(key + str(seed).encode()).digest()[:8], "big") / 2**64
 
 
-def prompts_in_both(a: Iterable[Preference | Opinion], b: Iterable[Preference | Opinion]) -> int:
+def prompts_in_both(a: Iterable[Item], b: Iterable[Item]) -> int:
     """How many distinct prompts two sets share: held-out numbers on them are too good."""
     return len({prompt_key(row.prompt) for row in a} & {prompt_key(row.prompt) for row in b})

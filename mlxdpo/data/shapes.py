@@ -14,6 +14,7 @@ from mlxdpo.data.turns import (
     answer,
     as_turns,
     extra_id_turns,
+    one_answer,
     prompt_of,
     prompt_turns,
     split_last_turns,
@@ -89,6 +90,23 @@ def opinion(row: Row) -> Items:
     if not isinstance(completion, str):
         prompt = as_turns(prompt)
     return [Opinion(prompt, completion, values.flag(row.values, "label"), row.where)]
+
+
+def demonstration(row: Row) -> Items:
+    """One completion that is worth imitating."""
+    prompt = prompt_of(row.values, "prompt")
+    completion = answer(row.values, "completion", prompt)
+    return [Opinion(prompt if isinstance(completion, str) else as_turns(prompt), completion, True, row.where)]
+
+
+def conversation(row: Row) -> Items:
+    """Each assistant turn behind something a user said is worth imitating; what stands before it is its prompt."""
+    turns = values.messages(row.values, "messages")
+    asked = next((i for i, turn in enumerate(turns) if turn.role == "user"), len(turns))
+    at = [i for i, turn in enumerate(turns) if turn.role == "assistant" and i > asked]
+    if not at:
+        raise BadRow(reasons.NOT_ONE_ANSWER, '"messages" has no assistant turn behind a user turn; expected one')
+    return [Opinion(prompt_turns(turns[:i]), one_answer(turns[i : i + 1], "messages"), True, row.where) for i in at]
 
 
 def signed_strength(row: Row) -> Items:

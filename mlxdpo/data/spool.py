@@ -12,33 +12,38 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from mlxdpo.data.read import prompt_key
-from mlxdpo.types import Preference
+from mlxdpo.types import Opinion, Preference
+
+FIELDS = {
+    Preference: ("prompt", "chosen", "rejected", "where", "tools", "extras"),
+    Opinion: ("prompt", "completion", "desirable", "where", "tools"),
+}
 
 
 class Spool:
-    """Pairs that can be walked through again and again, without their other columns.
+    """Rows that can be walked through again and again, without their other columns.
 
     `prompts` are the distinct `prompt_key`s: 16 bytes each, all that stays in memory.
     """
 
-    def __init__(self, rows: Iterable[Preference], folder: Path):
+    def __init__(self, rows: Iterable[Preference | Opinion], folder: Path):
         folder.mkdir(parents=True, exist_ok=True)  # not the system's /tmp: that may be memory
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as the object lives)
         self.prompts: set[bytes] = set()
         for row in rows:
             key = prompt_key(row.prompt)
             self.prompts.add(key)
-            fields = row.prompt, row.chosen, row.rejected, row.where, row.tools, row.extras
-            pickle.dump((key, fields), self._file, pickle.HIGHEST_PROTOCOL)
+            kind = type(row)
+            fields = {name: getattr(row, name) for name in FIELDS[kind]}
+            pickle.dump((key, kind, fields), self._file, pickle.HIGHEST_PROTOCOL)
 
-    def rows(self, wanted: Callable[[bytes], bool] = lambda key: True) -> Iterator[Preference]:
-        """The pairs whose prompt's key is wanted, in order."""
+    def rows(self, wanted: Callable[[bytes], bool] = lambda key: True) -> Iterator[Preference | Opinion]:
+        """The rows whose prompt's key is wanted, in order."""
         self._file.seek(0)
         while True:
             try:
-                key, fields = pickle.load(self._file)
+                key, kind, fields = pickle.load(self._file)
             except EOFError:
                 return
             if wanted(key):
-                *said, extras = fields
-                yield Preference(*said, extras=extras)
+                yield kind(**fields)
