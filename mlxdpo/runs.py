@@ -93,12 +93,12 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def _locked(file: BinaryIO, patience: float) -> bool:
+def _locked(file: BinaryIO, kind: int, patience: float) -> bool:
     """Whether the lock on an open file could be taken within `patience` seconds; it is gone when the file is closed."""
     until = time.monotonic() + patience
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             if time.monotonic() >= until:
@@ -147,14 +147,14 @@ class Run:
         Raises `UserError` when another process holds it.
         """
         with (self.path / "config.yaml").open("rb") as lock:  # never rewritten, so every process locks the same file
-            if not _locked(lock, patience=1.0):  # `held` takes it for an instant
+            if not _locked(lock, fcntl.LOCK_EX, patience=1.0):  # `held` takes it for an instant
                 raise UserError(f"{self.path}: another process is training this run; stop it first, or wait")
             yield
 
     def held(self) -> bool:
         """Whether a process holds the run directory for writing now."""
         with (self.path / "config.yaml").open("rb") as lock:
-            return not _locked(lock, patience=0.0)
+            return not _locked(lock, fcntl.LOCK_SH, patience=0.0)
 
     def config(self) -> Config:
         """The run's resolved configuration."""

@@ -159,6 +159,6 @@ def evaluation(path: Path) -> dict[str, Any]:
     return json.loads(files[-1].read_text("utf-8")) if files else {}
 
 
-def table(runs: Path) -> list[list[str]]:
+def lines(runs: Path) -> list[list[str]]:
     """All runs as rows of text."""
     return [summary(name, path).cells() for name, path in scan(runs).items()]

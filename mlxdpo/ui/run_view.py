@@ -1,0 +1,122 @@
+"""What is shown of one run: charts, checkpoints, evaluation report, and where two runs' settings differ.
+
+Everything that comes from a file is escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from mlxdpo.ui.chart import STYLE, Series, chart
+from mlxdpo.ui.curves import Line, Tail, points
+from mlxdpo.ui.run_list import evaluation, raw_settings
+
+CHARTS: tuple[tuple[str, tuple[tuple[str, str, int], ...]], ...] = (
+    ("Loss (nats)", (("loss", "loss", 0),)),
+    (
+        "Rewards: β · log π/π_ref (nats)",
+        (("rewards/chosen", "chosen", 0), ("rewards/rejected", "rejected", 1), ("rewards/margins", "margin", 2)),
+    ),
+    ("Accuracy: pairs ranked right", (("rewards/accuracies", "accuracy", 0),)),
+    ("Gradient norm", (("grad_norm", "gradient norm", 0),)),
+    ("KL from the reference (nats)", (("kl", "KL", 0),)),
+    ("Completion log-probs (nats)", (("logps/chosen", "chosen", 0), ("logps/rejected", "rejected", 1))),
+)
+KL_EMPTY = "Not measured while training; mlxdpo eval measures it on the tuned model's own answers."
+CHECKPOINT_HEADERS = ("checkpoint", "step", "loss", "margin", "held-out loss", "held-out accuracy", "note")
+
+
+def charts(tail: Tail, results: Mapping[str, Any]) -> str:
+    """The run's figures. KL is known from `results`, the newest evaluation, alone."""
+    if not tail.steps and not tail.evals:
+        return "<p>No step yet. Curves appear here with the first one and move while the training runs.</p>"
+    kl = results.get("drift", {}).get("kl")
+    last = tail.steps[-1]["step"] if tail.steps else 0
+    figures = []
+    for title, metrics in CHARTS:
+        alone = len(metrics) == 1
+        series = [s for metric in metrics for s in _series(tail, *metric, 1 if alone else metric[2])]
+        if title.startswith("KL") and kl is not None:
+            series.append(Series("evaluated at the end", [(last, kl)], "dots", 1))
+        figures.append(chart(title, series, KL_EMPTY if title.startswith("KL") else "Nothing measured yet."))
+    note = "<p>This file is long: the curves are a sample of its lines.</p>" if tail.sampled else ""
+    return f'{STYLE}{note}<div class="charts">{"".join(figures)}</div>'
+
+
+def _series(tail: Tail, metric: str, name: str, colour: int, held: int) -> list[Series]:
+    """Training as a line in `colour`, held-out values as dots in `held`."""
+    return [
+        Series(name, points(tail.steps, metric), "line", colour),
+        Series(f"{name}, held out", points(tail.evals, f"eval_{metric}"), "dots", held),
+    ]
+
+
+def checkpoints(path: Path, tail: Tail) -> list[list[str]]:
+    """Kept checkpoints, newest first, with the numbers of their step, for the columns of `CHECKPOINT_HEADERS`."""
+    steps = {line["step"]: line for line in tail.steps}
+    evals = {line["step"]: line for line in tail.evals}
+    folders = sorted((path / "checkpoints").glob("step-*"), reverse=True)
+    best = min(evals.values(), key=lambda line: line["eval_loss"], default={}).get("step")
+    rows = []
+    for folder in folders:
+        step = int(folder.name.removeprefix("step-"))
+        line, held = steps.get(step, {}), evals.get(step, {})
+        notes = ["newest"] if folder == folders[0] else []
+        notes += ["lowest held-out loss"] if step == best else []
+        numbers = (
+            _cell(line, "loss"),
+            _cell(line, "rewards/margins"),
+            _cell(held, "eval_loss"),
+            _cell(held, "eval_rewards/accuracies"),
+        )
+        rows.append([folder.name, str(step), *numbers, ", ".join(notes)])
+    return rows
+
+
+def _cell(line: Line, name: str) -> str:
+    value = line.get(name)
+    return "–" if value is None else f"{value:.4f}"
+
+
+def report(path: Path) -> str:
+    """The evaluation report in a frame that runs no script and reaches nothing; or how to get one."""
+    file = path / "report.html"
+    if not file.exists():
+        command = f"mlxdpo eval {path}"
+        return f"<p>Not evaluated yet. In a terminal: <code>{escape(command)}</code></p>"
+    page = escape(file.read_text("utf-8", errors="replace"))
+    return (
+        f'<iframe title="Evaluation report of {escape(path.name)}" sandbox="" referrerpolicy="no-referrer"'
+        ' style="width:100%;height:75vh;border:1px solid var(--border-color-primary);background:#fff"'
+        f' srcdoc="{page}"></iframe>'
+    )
+
+
+def headline(path: Path) -> str:
+    """The newest evaluation's verdict in one sentence, empty without one."""
+    return escape(evaluation(path).get("headline", {}).get("sentence", ""))
+
+
+def difference(a: Path, b: Path) -> list[list[str]]:
+    """Settings that differ between two runs, as (dotted name, value in a, value in b); `out` always does."""
+    left, right = flat(raw_settings(a)), flat(raw_settings(b))
+    names = [name for name in {**left, **right} if left.get(name, ...) != right.get(name, ...) and name != "out"]
+    return [[name, _value(left, name), _value(right, name)] for name in names]
+
+
+def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """{"lora": {"rank": 8}} as {"lora.rank": 8}; an empty section stays a value."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{before}{name}.")
+        else:
+            found[f"{before}{name}"] = value
+    return found
+
+
+def _value(settings: Mapping[str, Any], name: str) -> str:
+    return "(not set)" if name not in settings else str(settings[name])
