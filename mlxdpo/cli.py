@@ -40,6 +40,7 @@ COMMANDS = {
     "compare": "Hold one evaluated run against another; exit 1 when something got worse.",
     "frontier": "What reward each checkpoint of one or several runs bought with how much drift.",
     "generate": "Answer a prompt with a run's model, tuned or as it was before.",
+    "app": "See a model before and after tuning, vote blind, teach the next round.",
     "data check": "Say what is in a preference file, what is wrong with it, and show a pair as the model sees it.",
     "data formats": "List the row shapes that are understood.",
     "pull": "Bring a run or an adapter back from the Hub, as a run directory.",

@@ -7,6 +7,7 @@ page's own, and the request must carry the cookie of this process, which other s
 """
 
 import hmac
+import ipaddress
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from http.cookies import CookieError, SimpleCookie
@@ -91,11 +92,19 @@ class Gate:
 
 
 def known_host(host: str, known: Sequence[str]) -> bool:
-    """Whether a Host header names one of `known`: names without port, `*.name` for any name below it, `*` for all."""
+    """Whether a Host header names one of `known`: names without port, `*.name` for any below it, `ip` for addresses."""
     name = host.rsplit("]", 1)[0] + "]" if host.startswith("[") else host.split(":")[0]
     name = name.lower().rstrip(".")
     below = [pattern[1:] for pattern in known if pattern.startswith("*.")]
-    return bool(name) and ("*" in known or name in known or any(name.endswith(end) for end in below))
+    return name in known or any(name.endswith(end) for end in below) or ("ip" in known and _is_address(name))
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _bounded(receive: Receive) -> Receive:
