@@ -10,3 +10,11 @@ def cache(tmp_path, monkeypatch):
     """A private cache folder."""
     monkeypatch.setenv("MLXDPO_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on this machine that the client is logged in to; no waiting between its attempts."""
+    from fake_hub import connected
+
+    yield from connected(tmp_path, monkeypatch)

@@ -108,13 +108,21 @@ def ask(about: About, call: Callable[[], T], say: Say) -> T:
                 return call()
         except UserError:
             raise
-        except Exception as error:  # the client lets malformed answers through as KeyError, TypeError and others
+        except Exception as raised:  # the client lets malformed answers through as KeyError, TypeError and others
+            error = _root(raised)
             wait = _wait_after(error, attempt)
             if wait is None or attempt == ATTEMPTS:
                 raise explain(error, about) from None
             say(f"{_what(error)} while {about.doing}; trying again in {wait:.0f} s")
             time.sleep(wait)
             attempt += 1
+
+
+def _root(error: BaseException) -> Exception:
+    """What the client's "Error while uploading FILE" was raised from, where it says so."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error if isinstance(error, Exception) else RuntimeError(str(error))
 
 
 def _wait_after(error: Exception, attempt: int) -> float | None:

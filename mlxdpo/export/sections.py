@@ -106,7 +106,7 @@ def _gguf(record: Exported, target: Target) -> str:
     return _code("sh", f"llama-cli -hf {REPO}")
 
 
-USAGE = {"mlx": _mlx, "peft": _peft, "hf": _hf, "gguf": _gguf}
+USAGE = {"mlx": _mlx, "fused": _mlx, "peft": _peft, "hf": _hf, "gguf": _gguf}
 
 
 def base(record: Exported, manifest: Mapping[str, Any], licences: Licences) -> str:
