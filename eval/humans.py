@@ -18,6 +18,7 @@ from .judges.votes import Ballots, Vote
 from .ppi import Debiased, debiased
 from .report_card import Agreement, agreement
 from .sampling import Answers
+from .voting import is_of
 
 
 class Humans(NamedTuple):
@@ -32,8 +33,13 @@ class Humans(NamedTuple):
     corrected: int
 
 
-def humans(judge: Judge, found: Sequence[Both], before: Answers, ballots: Ballots) -> Humans | None:
-    """Judge against people. `found`: the judge's verdicts on the evaluation's pairs; None without a usable vote."""
+def humans(
+    judge: Judge, found: Sequence[Both], before: Answers, ballots: Ballots, adapter: str | None = None
+) -> Humans | None:
+    """Judge against people. `found`: the judge's verdicts on the evaluation's pairs; None without a usable vote.
+
+    Any vote tells whether the judge agrees; the correction takes those on answers of this `adapter` (its digest) alone.
+    """
     votes = [vote for vote in ballots.votes if vote.tuned is not None]
     judged = ask_both(judge, [_trio(vote) for vote in votes])
     both = [(vote, b.logit) for vote, b in zip(votes, judged, strict=True) if b.logit is not None]
@@ -44,7 +50,7 @@ def humans(judge: Judge, found: Sequence[Both], before: Answers, ballots: Ballot
     names = [vote.prompt_id for vote, _ in both]
     longer = [len(trio.after) - len(trio.before) for trio in (_trio(vote) for vote, _ in both)]
     here = set(before.names)
-    on_these = [i for i, name in enumerate(names) if name in here]
+    on_these = [i for i, (vote, _) in enumerate(both) if vote.prompt_id in here and is_of(vote, adapter)]
     return Humans(
         agreement(signs, truth, names, longer),
         len(votes) - len(both),

@@ -21,6 +21,7 @@ from mlxdpo import (
     Several,
     distinct_prompts,
     encode_pairs,
+    folder_digest,
     heldout_pairs,
     heldout_records,
     pair_logps,
@@ -41,11 +42,10 @@ from .sampling import Answers, Sampling, draw, first_of_each, on_policy_kl, usua
 from .sentences import Headline, of_answers, of_best, of_pairs, of_votes
 from .voting import VoteRun, vote_run
 from .winrate import WinRate, judge_answers, trios, win_rate
-from .written import describe, drift, sample_lines, save, write_lines
+from .written import FORMAT, describe, drift, sample_lines, save, write_lines
 
 Say = Callable[[str], None]
 Columns = Mapping[str, Sequence[Hashable]]
-FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,13 @@ def evaluate(
     kl_of = first_of_each(after)
     kl = on_policy_kl(opened, kl_of, sampling.temperature)
     by_answer = _per_answer(picked(columns, material.rows, prompts), prompts, before)
-    see = _Seeing(before, after, control, ballots, by_answer, wanted.retest, say)
+    see = _Seeing(run, before, after, control, ballots, by_answer, wanted.retest, say)
     judged = [_judge(judge, see) for judge in judges]
     found = Found(
         judged,
         heldout(opened, rows, logps, picked(columns, material.rows, rows)),
         _best_of(material, rows, logps, columns),
-        None if ballots is None else vote_run(ballots),
+        None if ballots is None else vote_run(ballots, folder_digest(run.adapter)),
     )
     asked = {"judges": {judge.name: dict(judge.identity) for judge in judges}}
     results = {
@@ -180,6 +180,7 @@ def _per_answer(columns: Columns, prompts: Sequence[Preference], answers: Answer
 class _Seeing(NamedTuple):
     """What every judge is shown."""
 
+    run: Run
     before: Answers
     after: Answers
     control: Answers
@@ -194,7 +195,7 @@ def _judge(judge: Judge, see: _Seeing) -> Judged:
     found, first = judge_answers(judge, see.before, see.after), first_of_each(see.before)
     result = win_rate(judge, found, see.before, see.after, see.columns)
     if see.ballots is not None:
-        result = result._replace(humans=humans(judge, found, see.before, see.ballots))
+        result = result._replace(humans=humans(judge, found, see.before, see.ballots, folder_digest(see.run.adapter)))
     if see.retest:
         see.say(f"asking {judge.name} again")
         again = retested(judge, trios(see.before, see.after), found, see.before.names, see.retest)

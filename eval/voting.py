@@ -50,9 +50,12 @@ class VoteRun(NamedTuple):
     left_out: dict[str, int]
 
 
-def vote_run(ballots: Ballots, alpha: float = ALPHA) -> VoteRun:
-    """The running verdict over a file of votes."""
-    counted, uncounted = _evidence(ballots.votes)
+def vote_run(ballots: Ballots, adapter: str | None = None, alpha: float = ALPHA) -> VoteRun:
+    """The running verdict over a file of votes.
+
+    `adapter` is the digest of the one in question: votes on answers of another are no evidence. None takes them all.
+    """
+    counted, uncounted = _evidence(ballots.votes, adapter)
     signs = np.array([vote.for_tuned for vote in counted], float)
     wins, losses = np.cumsum((1 + signs) / 2), np.cumsum((1 - signs) / 2)
     looks = tuple(_look(float(w), float(l), alpha) for w, l in zip(wins, losses, strict=True))
@@ -82,13 +85,23 @@ def _look(wins: float, losses: float, alpha: float) -> Look:
     return Look(round(wins + losses), wins / (wins + losses), low, high, e_value)
 
 
-def _evidence(votes: tuple[Vote, ...]) -> tuple[list[Vote], dict[str, int]]:
+def is_of(vote: Vote, adapter: str | None) -> bool:
+    """Whether a vote is about answers of this adapter, as far as the two digests are known."""
+    return adapter is None or vote.adapter is None or vote.adapter == adapter
+
+
+def _evidence(votes: tuple[Vote, ...], adapter: str | None) -> tuple[list[Vote], dict[str, int]]:
+    trained = {vote.prompt_id for vote in votes if vote.trained}
     seen: set[str] = set()
     counted: list[Vote] = []
     uncounted: Counter[str] = Counter()
     for vote in votes:
         if vote.tuned is None:
             uncounted["it is not said which answer is the tuned model's"] += 1
+        elif not is_of(vote, adapter):
+            uncounted["the tuned answer is of another adapter or checkpoint"] += 1
+        elif vote.prompt_id in trained:
+            uncounted["on a prompt of the training data"] += 1
         elif vote.prompt_id in seen:
             uncounted["not the first vote on its prompt"] += 1
         else:

@@ -19,6 +19,8 @@ from .plain import plain
 from .sampling import Answers
 from .texts import length_ratio, text_report
 
+FORMAT = 2  # of results files
+
 
 def save(run: Run, results: Mapping[str, Any], seconds: float) -> tuple[Path, dict[str, Any]]:
     """The results file; only `when` differs between two runs of the same evaluation."""

@@ -22,9 +22,11 @@ if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it
     from mlxdpo.data.encode import encode as encode
     from mlxdpo.data.encode import encode_prompt as encode_prompt
     from mlxdpo.data.several import Several as Several
+    from mlxdpo.export import export as export
     from mlxdpo.generate import generate as generate
     from mlxdpo.losses import LOSSES as LOSSES
     from mlxdpo.model.adapters import attach_lora as attach_lora
+    from mlxdpo.model.identity import folder_digest as folder_digest
     from mlxdpo.model.policy import load_policy as load_policy
     from mlxdpo.next_token import next_logits as next_logits
     from mlxdpo.platform import cache_folder as cache_folder
@@ -41,6 +43,7 @@ if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it
     from mlxdpo.reopen import prompt_name as prompt_name
     from mlxdpo.reopen import prompt_text as prompt_text
     from mlxdpo.reopen import reopen as reopen
+    from mlxdpo.reward_model import open_reward_model as open_reward_model
     from mlxdpo.runs import Run as Run
     from mlxdpo.runs import append_line as append_line
     from mlxdpo.runs import read_lines as read_lines
@@ -72,6 +75,8 @@ _DOOR = {
     "with_reference": "mlxdpo.reference",
     "train": "mlxdpo.train",
     "generate": "mlxdpo.generate",
+    "export": "mlxdpo.export",
+    "open_reward_model": "mlxdpo.reward_model",
     # what the evaluation (eval/) needs besides
     "Example": "mlxdpo.types",
     "Opened": "mlxdpo.reopen",
@@ -80,6 +85,7 @@ _DOOR = {
     "at_checkpoints": "mlxdpo.reopen",
     "heldout_pairs": "mlxdpo.reopen",
     "heldout_records": "mlxdpo.reopen",
+    "folder_digest": "mlxdpo.model.identity",
     "Several": "mlxdpo.data.several",
     "encode_pairs": "mlxdpo.reopen",
     "pair_logps": "mlxdpo.reopen",

@@ -1,12 +1,13 @@
 """Human votes: every line is read or counted, the running verdict may be looked at, judges are held against people."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from planted_judges import Planted, coin, good_and_bad, oracle
 
-from mlxdpo import UserError, prompt_name
+from mlxdpo import Message, Run, UserError, prompt_name
 from mlxdpo_eval.humans import humans
 from mlxdpo_eval.judges.votes import read_ballots
 from mlxdpo_eval.sentences import of_votes
@@ -141,3 +142,48 @@ def test_judges_are_asked_about_the_pairs_that_people_voted_on(tmp_path):
     elsewhere = before._replace(names=[f"other {i}" for i in range(60)])
     other = humans(Planted(oracle), judge_answers(Planted(oracle), before, after), elsewhere, ballots)
     assert (other.agreement.n, other.corrected, other.debiased) == (30, 0, None)
+
+
+def test_votes_on_another_adapter_or_on_training_prompts_are_no_evidence(tmp_path):
+    lines = [
+        vote("p", adapter={"before": None, "after": "mine"}),
+        vote("q", adapter={"before": None, "after": "step-000200"}),
+        vote("r", source="train"),
+        vote("r"),  # the same prompt, chosen as one's own
+        vote("s", source="own"),
+    ]
+    ballots = read_ballots(written(tmp_path, lines))
+    found = vote_run(ballots, "mine")
+    assert found.n == 2 and found.uncounted == {
+        "the tuned answer is of another adapter or checkpoint": 1,
+        "on a prompt of the training data": 2,
+    }
+    assert vote_run(ballots).n == 3
+
+
+def test_what_the_app_writes_is_read(tmp_path):
+    """The record of mlxdpo.ui.votes, through its own writer, with every winner and both sides."""
+    votes = pytest.importorskip("mlxdpo.ui.votes", reason="the app's votes are not part of this installation")
+    from mlxdpo.ui.answers import Answer, Settings
+    from mlxdpo.ui.vote import Round
+
+    (tmp_path / "run").mkdir()
+    run = Run(tmp_path / "run")
+    cast = SimpleNamespace(
+        policy=SimpleNamespace(identity={"digest": "base"}),
+        before=SimpleNamespace(digest=None),
+        after=SimpleNamespace(digest="mine"),
+    )
+    turns = (Message("system", "be brief"), Message("user", "why?"))
+    rounds = [("p0", "a", "a"), ("p1", "b", "a"), (turns, "a", "tie"), ("p3", "b", "both_bad")]
+    for i, (prompt, tuned, winner) in enumerate(rounds):
+        before, after = (Answer(name, [1], finish="stop", text=f"{name} {i}") for name in ("before", "after"))
+        game = Round(f"{i}", "run", "heldout", prompt, before, after, tuned, Settings(), 0.0)
+        votes.append_vote(run, votes.record(cast, game, winner, "session"))
+    ballots = read_ballots(run.path / votes.FILE)
+    assert ballots.left_out == {} and [v.for_tuned for v in ballots.votes] == [1, -1, 0, 0]
+    assert [v.a for v in ballots.votes] == ["after 0", "before 1", "after 2", "before 3"]
+    assert ballots.votes[2].prompt_id == prompt_name(turns) and "system: be brief" in ballots.votes[2].prompt
+    found = vote_run(ballots, "mine")
+    assert (found.n, found.wins, found.losses, found.ties, found.both_bad, found.uncounted) == (4, 1, 1, 2, 1, {})
+    assert vote_run(ballots, "other").n == 0

@@ -4,6 +4,7 @@ A judge is named by a specification, `kind` or `kind:rest`:
 
     local:MODEL                  a language model on this machine, asked for one token
     endpoint:MODEL@URL           an OpenAI-compatible server, e.g. endpoint:qwen3@http://localhost:8080/v1
+    reward:RUN                   a reward model that was trained here (stage: reward)
     votes:FILE                   human votes
     longest, shortest, NAME      a programmed reward (the names given by the caller)
     FILE.py:FUNCTION             your own reward: function(prompt, answer) -> number
@@ -20,6 +21,7 @@ from .endpoint import endpoint_judge
 from .local import local_judge
 from .program import OWN, Reward, file_judge, reward_judge
 from .protocol import Judge, Question, Scalar, Verdict
+from .reward_model import reward_model_judge
 from .votes import votes_judge
 
 __all__ = ["JUDGES", "Both", "Judge", "Question", "Scalar", "Trio", "Verdict", "ask_both", "open_judge"]
@@ -27,6 +29,7 @@ __all__ = ["JUDGES", "Both", "Judge", "Question", "Scalar", "Trio", "Verdict", "
 JUDGES: dict[str, Callable[[str], Judge]] = {
     "local": local_judge,
     "endpoint": endpoint_judge,
+    "reward": reward_model_judge,
     "votes": votes_judge,
 }
 """Kind -> what opens a judge from the rest of its specification."""

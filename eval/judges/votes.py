@@ -1,11 +1,12 @@
 """Human votes: lines of `votes.jsonl` as the app writes them, or shorter ones written by hand.
 
-    {"prompt": messages or text, "response_a": text, "response_b": text, "winner": "a" | "b" | "tie" | "both_bad",
-     "tuned": "a" | "b", "blind": true, ...}
+    {"prompt": text or messages, "a": text, "b": text, "winner": "a" | "b" | "tie" | "both_bad", "tuned": "a" | "b",
+     "blind": true, "source": "heldout" | "train" | "own", "adapter": {"before": digest, "after": digest}, ...}
 
-`a` and `b` may stand for `response_a` and `response_b`; `tuned` says on which side the tuned model's answer was. A line
-that is no vote is left out and counted under its reason, never dropped in silence. As a judge, the file knows only the
-pairs voted on: a pair without a vote is absent, not invalid; several votes on one pair are averaged.
+`response_a` and `response_b` may stand for `a` and `b`; `tuned` says on which side the tuned model's answer was,
+`adapter` whose it was. A line that is no vote is left out and counted under its reason, never dropped in silence. As a
+judge, the file knows only the pairs voted on: a pair without a vote is absent, not invalid; several votes on one pair
+are averaged.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ SIDES = ("a", "b")
 
 
 class Vote(NamedTuple):
-    """One vote. `sign` is 1 where answer `a` won, -1 where `b` did, 0 for a tie; `tuned` is the tuned answer's side."""
+    """One vote. `sign` is 1 where answer `a` won, -1 where `b` did, 0 for a tie; `tuned` is the tuned answer's side.
+
+    `adapter` is the digest of the adapter that gave the tuned answer, `trained` says that its prompt is a training one;
+    None and False where the line does not say.
+    """
 
     prompt_id: str
     prompt: str
@@ -34,6 +39,8 @@ class Vote(NamedTuple):
     b: str
     winner: str
     tuned: str | None
+    adapter: str | None = None
+    trained: bool = False
 
     @property
     def sign(self) -> int:
@@ -124,14 +131,17 @@ def _vote(line: Mapping[str, Any]) -> Vote:
         raise NoVote("a vote that was not blind")
     a, b = (line.get(f"response_{side}", line.get(side)) for side in ("a", "b"))
     if not isinstance(a, str) or not isinstance(b, str):
-        raise NoVote('a vote without text under "response_a" and "response_b"')
+        raise NoVote('a vote without text under "a" and "b"')
     winner, tuned = line.get("winner"), line.get("tuned")
     if winner not in OUTCOMES:
         raise NoVote(f'a vote whose "winner" is none of {", ".join(OUTCOMES)}')
     if tuned not in (None, *SIDES):
         raise NoVote('a vote whose "tuned" is neither a nor b')
     prompt = _prompt(line.get("prompt"))
-    return Vote(prompt_name(prompt), prompt_text(prompt), a, b, winner, tuned)
+    adapter = line.get("adapter")
+    after = adapter.get("after") if isinstance(adapter, Mapping) else None
+    trained = line.get("source") == "train"
+    return Vote(prompt_name(prompt), prompt_text(prompt), a, b, winner, tuned, after, trained)
 
 
 def _prompt(value: Any) -> str | tuple[Message, ...]:

@@ -52,6 +52,7 @@ def run(
     answering: Annotated[Answering, Parameter(name="*")] = AS_IT_IS,
     max_invalid: Share = 0.1,
     tasks: str | None = None,
+    include: Path | None = None,
     limit: Count | None = None,
     json: bool = False,
 ) -> int:
@@ -68,7 +69,7 @@ def run(
         chosen and a list of wrong completions under rejected, as in RewardBench 2.
     judge
         Who compares answers before and after, the first one for the headline; repeat it for several: vader, textblob,
-        longest, local:MODEL, endpoint:MODEL@URL (key in $MLXDPO_JUDGE_KEY), votes:FILE, FILE.py:FUNCTION.
+        longest, local:MODEL, reward:RUN, endpoint:MODEL@URL (key in $MLXDPO_JUDGE_KEY), votes:FILE, FILE.py:FUNCTION.
     votes
         Human votes: evidence of their own, valid whenever one looks, and a check on the judges; RUN/votes.jsonl when
         there is one.
@@ -81,6 +82,8 @@ def run(
         Largest share of invalid verdicts of a judge that is no failure.
     tasks
         Capability checks instead, before and after: tasks of lm-evaluation-harness, such as arc_easy,hellaswag.
+    include
+        Folder with task files of your own.
     limit
         Questions of each task.
     json
@@ -92,7 +95,7 @@ def run(
     source = Run.open(path)
     say: Callable[[str], None] = warn if json else (lambda text: console.print(text, style="dim", markup=False))
     if tasks:
-        return _capability(source, tasks.split(","), limit, say, json)
+        return _capability(source, tasks.split(","), (limit, include), say, json)
     file = votes or next((f for f in (path / "votes.jsonl",) if f.exists()), None)
     wanted = Wanted(data, file, tuple(slices or ()), retest or 0)
     found = _evaluate(source, judge or [], answering, wanted, say)
@@ -139,18 +142,22 @@ def rewards_of(run: Run) -> dict[str, Callable[[str, str], float]]:
     return {name: judged(reward) for name, reward in REWARDS.items()}
 
 
-def _capability(run: Run, tasks: list[str], limit: int | None, say: Callable[[str], None], json: bool) -> int:
-    from mlxdpo.model.harness import check_installed, run_tasks
+def _capability(
+    run: Run, tasks: list[str], how: tuple[int | None, Path | None], say: Callable[[str], None], json: bool
+) -> int:
+    """`how` holds the limit of questions and the folder of own tasks."""
+    from mlxdpo.model.harness import find_tasks, run_tasks
     from mlxdpo.reopen import reopen
     from mlxdpo.runs import write_json
 
-    check_installed()
+    limit, include = how
+    known = find_tasks(tasks, include)
     opened = reopen(run)
     say(f"after: {', '.join(tasks)}")
-    after = run_tasks(opened.policy.model, opened.policy.tokenizer, tasks, limit)
+    after = run_tasks(opened.policy.model, opened.policy.tokenizer, tasks, known, limit)
     say("before")
     with opened.start() as model:
-        before = run_tasks(model, opened.policy.tokenizer, tasks, limit)
+        before = run_tasks(model, opened.policy.tokenizer, tasks, known, limit)
     results = {"tasks": tasks, "limit": limit, "before": before, "after": after}
     write_json(run.path / "eval" / "capability.json", results)
     print(jsonlib.dumps(results, ensure_ascii=False)) if json else _show(before, after)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -21,16 +22,33 @@ def check_installed() -> None:
         )
 
 
+def find_tasks(tasks: Sequence[str], include: Path | None = None) -> Any:
+    """The harness's list of tasks, those of the folder `include` among them.
+
+    Raises `UserError` for a task that is not in it, and when the harness is missing.
+    """
+    check_installed()
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager(include_path=None if include is None else str(include))
+    if unknown := [name for name in tasks if not known.match_tasks([name])]:
+        raise UserError(f"--tasks {unknown[0]}: lm-evaluation-harness has no such task; `lm-eval ls tasks` lists them")
+    return known
+
+
 def run_tasks(
     model: nn.Module,
     tokenizer: Any,
     tasks: Sequence[str],
+    known: Any,
     limit: int | None = None,
     batch_size: int = 8,
     seed: int = 123,
 ) -> dict[str, dict[str, Any]]:
-    """Task -> measure -> value, as the harness reports them; `limit` questions of each task, greedy answers."""
-    check_installed()
+    """Task -> measure -> value, as the harness reports them; `limit` questions of each task, greedy answers.
+
+    `known` is what `find_tasks` returned for these tasks.
+    """
     import lm_eval
     from mlx_lm.evaluate import MLXLM
 
@@ -44,7 +62,12 @@ def run_tasks(
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     with dropout_off(model):
         found = lm_eval.simple_evaluate(
-            model=wrapper, tasks=list(tasks), limit=limit, apply_chat_template=wrapper.use_chat_template, **seeds
+            model=wrapper,
+            tasks=list(tasks),
+            task_manager=known,
+            limit=limit,
+            apply_chat_template=wrapper.use_chat_template,
+            **seeds,
         )
     assert found is not None  # it is None on other ranks of a distributed job only
     return {task: _numbers(measures) for task, measures in found["results"].items()}
