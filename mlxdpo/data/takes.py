@@ -17,7 +17,8 @@ import numpy as np
 from mlxdpo.config import DataConfig
 from mlxdpo.data.read import Item, distinct, pairs_only, unpaired
 from mlxdpo.data.report import BadRow, Report
-from mlxdpo.types import Example, Opinion, Preference, UserError
+from mlxdpo.data.store import Examples
+from mlxdpo.types import Example, Extras, Opinion, Preference, UserError
 
 CHUNK = 1000  # rows among which the completion of another prompt is looked for
 END = np.zeros(1, np.int32)  # any token: it stands for what would come next
@@ -100,8 +101,30 @@ def _of_another_prompt(example: Example, others: Sequence[Example]) -> np.ndarra
             return other.chosen
     raise UserError(
         f"{example.where}: all rows have the same prompt, but the KL term of this objective needs the completion of "
-        f"another one; add rows, or use loss.name apo_zero_unpaired, which has no such term"
+        f"another one; add rows, hold out more or none (data.eval_fraction), or use loss.name apo_zero_unpaired"
     )
+
+
+def thumbs(examples: Examples) -> np.ndarray:
+    """(N,) 1 for a thumb up, 0 for one down."""
+    return examples.extras[:, Extras._fields.index("desirable")]
+
+
+def balance(desirable: np.ndarray, up: float, down: float) -> str:
+    """What the thumbs of a data set, (N,) 1 or 0, weighed by `up` and `down`, come to, and what KTO's authors advise.
+
+    arXiv 2402.01306 section 4.2: weight_D n_D / (weight_U n_U) between 1 and 3/2.
+    """
+    ups, downs = int((desirable > 0.5).sum()), int((desirable <= 0.5).sum())
+    counted = f"{ups} thumbs up and {downs} down"
+    if not (ups and downs and up and down):
+        return f"{counted}: with one kind alone, or one that weighs nothing, there is nothing to tell apart"
+    ratio = up * ups / (down * downs)
+    said = f"{counted}; with loss.desirable_weight {up:g} and undesirable_weight {down:g} they weigh {ratio:.2f} to 1"
+    if 1 <= ratio <= 1.5:
+        return said
+    side, value = ("desirable", downs * down / ups) if ratio < 1 else ("undesirable", ups * up / downs / 1.5)
+    return f"{said}; KTO's authors advise 1 to 1.5, as with loss.{side}_weight {value:.3g}"
 
 
 PAIRS = Take("pairs", pairs_only, as_encoded)
