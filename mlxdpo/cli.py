@@ -26,7 +26,8 @@ def build_app() -> Any:
     for name, help_text in COMMANDS.items():
         target = data if name.startswith("data ") else app
         short = name.removeprefix("data ")
-        target.command(f"mlxdpo.commands.{name.replace(' ', '_')}:run", name=short, help=help_text)
+        file = {"import": "import_"}.get(name, name.replace(" ", "_"))  # a keyword names no module
+        target.command(f"mlxdpo.commands.{file}:run", name=short, help=help_text)
     return app
 
 
@@ -43,6 +44,8 @@ COMMANDS = {
     "app": "See a model before and after tuning, vote blind, teach the next round.",
     "data check": "Say what is in a preference file, what is wrong with it, and show a pair as the model sees it.",
     "data formats": "List the row shapes that are understood.",
+    "export": "Write a run as adapter, fused weights or GGUF, prove each one on held-out pairs, push to the Hub.",
+    "import": "Turn a PEFT adapter into one that training starts from.",
     "pull": "Bring a run or an adapter back from the Hub, as a run directory.",
     "objectives": "List the objectives with their papers and knobs.",
     "doctor": "What this machine and installation can do.",

@@ -1,0 +1,198 @@
+"""`mlxdpo export RUN --to mlx,peft,hf --out DIR [--push USER/REPO]`"""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter, validators
+from pydantic import Field
+
+from mlxdpo.config import Section
+from mlxdpo.runs import Run
+from mlxdpo.types import UserError
+
+if TYPE_CHECKING:
+    from mlxdpo.export import Exported
+
+Pairs = Annotated[int, Parameter(validator=validators.Number(gte=0))]
+Data = Annotated[str | None, Parameter(name=["--data", "--data.path"])]
+
+
+class Making(Section):
+    """What the artefacts are made of."""
+
+    base: str | None = None
+    """Full-precision model (folder or Hub id) that a run on quantised weights is put onto; targets hf, peft, gguf."""
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    """Bits of the target `quantized`."""
+    group_size: Literal[32, 64, 128] = 64
+    """Weights that share a scale in the target `quantized`."""
+    gguf_type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
+    """Number type of the target `gguf`; auto is that of the weights."""
+
+
+class Publishing(Section):
+    """Where it goes, and what the card says of licences."""
+
+    push: str | None = Field(default=None, pattern=r"^[^/\s]+/[^/\s]+$")
+    """Upload to this repository, USER/REPO, when every target passed."""
+    public: bool = False
+    """Make the repository public; without it a new one is private."""
+    dry_run: bool = False
+    """With --push: list what would be uploaded, with sizes, and upload nothing."""
+    revision: str | None = None
+    """Branch to upload to, or a pull request of yours to go on with (refs/pr/3)."""
+    tag: str | None = None
+    """Tag for the uploaded commit."""
+    pull_request: bool = False
+    """Propose the upload as a pull request."""
+    license: str | None = None
+    """Licence of the base model, as the Hub spells it; looked up in its card when not given."""
+    data_license: str | None = None
+    """Licence of the preference data."""
+
+
+AS_TRAINED, HERE = Making(), Publishing()
+
+
+def run(
+    path: Path,
+    /,
+    *,
+    to: str,
+    out: Path,
+    data: Data = None,
+    pairs: Pairs = 32,
+    making: Annotated[Making, Parameter(name="*")] = AS_TRAINED,
+    publishing: Annotated[Publishing, Parameter(name="*")] = HERE,
+    force: bool = False,
+    json: bool = False,
+) -> int:
+    """Write a run in forms that others load, and show on held-out pairs that each one behaves like the run.
+
+    Targets: mlx (adapter for mlx_lm), peft (adapter for torch), hf (fused Hugging Face weights), fused (fused MLX
+    weights), quantized (fused, then packed again), gguf (llama.cpp). Exit status 1: a target lost the tune.
+
+    Parameters
+    ----------
+    path
+        Run directory.
+    to
+        Targets, separated by commas.
+    out
+        Folder to make; an earlier export there is replaced.
+    data
+        Held-out pairs to measure on; those of the run's recipe when not given.
+    pairs
+        How many of them; 0 takes all.
+    force
+        Keep targets that failed, too. They are never pushed.
+    json
+        Print the record as JSON.
+    """
+    from mlxdpo.commands.screen import console, warn
+    from mlxdpo.export import export
+    from mlxdpo.export.licences import Licences
+    from mlxdpo.export.source import Choices
+
+    check_publishing(publishing)
+    exported = export(
+        Run.open(path),
+        [name for name in to.replace(" ", "").split(",") if name],
+        out,
+        data=data,
+        pairs=pairs,
+        choices=Choices(**making.model_dump()),
+        licences=Licences(publishing.license, publishing.data_license),
+        repo=publishing.push,
+        force=force,
+        say=warn if json else (lambda text: console.print(text, style="dim", markup=False)),
+    )
+    if json:
+        print((out / "export.json").read_text("utf-8"), end="")
+    else:
+        console.print(table(exported))
+        tell(exported, console)
+    for name, target in exported.targets.items():
+        if target.fidelity.reason:
+            kept = "kept by --force" if target.kept else "its files are not kept"
+            warn(f"{name}: {target.fidelity.reason}; {kept}")
+    if not exported.passed:
+        return 1
+    if publishing.push:
+        publish(out, publishing, json)
+    return 0
+
+
+def check_publishing(publishing: Publishing) -> None:
+    """Raise `UserError` for a switch that has nothing to act on, before the work begins."""
+    asked = publishing.model_dump(include={"public", "dry_run", "revision", "tag", "pull_request"})
+    if not publishing.push and (idle := [name for name, value in asked.items() if value]):
+        raise UserError(f"--{idle[0].replace('_', '-')} needs --push USER/REPO; add it or drop the switch")
+    if publishing.pull_request and (publishing.revision or publishing.tag):
+        raise UserError("--pull-request makes its own branch; drop --revision and --tag")
+
+
+def table(exported: Exported) -> Any:
+    """What the gate measured, one row a target."""
+    from rich.table import Table
+
+    sheet = Table("target", "folder", "size", "token KL", "of what was learned", "slope", "correlation", "accuracy", "")
+    for name, target in exported.targets.items():
+        verdict = "ok" if target.fidelity.passed else "forced" if target.kept else "FAILED"
+        size = f"{sum(target.files.values()) / 1e6:.1f} MB" if target.kept else "-"
+        sheet.add_row(name, target.folder, size, *figures(target.fidelity), verdict)
+    return sheet
+
+
+def figures(fidelity: Any) -> list[str]:
+    """The numbers of one target: KL in nats a token, its share of what was learned, slope, correlation, accuracy."""
+    kl, learned = fidelity.token_kl, fidelity.policy_reference_kl
+    number = lambda value: "-" if value is None else f"{value:.4f}"  # noqa: E731
+    change = fidelity.accuracy_artefact - fidelity.accuracy_run
+    return [
+        f"{kl:.2e}",
+        f"{kl / learned:.2%}" if learned else "-",
+        number(fidelity.slope),
+        number(fidelity.correlation),
+        f"{fidelity.accuracy_artefact:.3f} ({change:+.3f})",
+    ]
+
+
+def tell(exported: Exported, console: Any) -> None:
+    """What stands where, with the remarks of the exporters."""
+    first = next(iter(exported.targets.values())).fidelity
+    console.print(f"{first.pairs} pairs, {first.tokens} tokens of {exported.data}", markup=False)
+    for name, target in exported.targets.items():
+        if target.note:
+            console.print(f"{name}: {target.note}", markup=False)
+    console.print(f"-> {exported.out} (card in README.md, figures in export.json)", markup=False)
+
+
+def publish(out: Path, publishing: Publishing, json: bool) -> None:
+    """Upload, propose or list, as asked."""
+    from mlxdpo.commands.screen import console, warn
+    from mlxdpo.export.hub import dry_run, propose, push
+
+    say = warn if json else (lambda text: console.print(text, markup=False))
+    assert publishing.push is not None
+    visibility = "public" if publishing.public else "private"
+    if publishing.dry_run:
+        files, left = dry_run(out)
+        for file in files:
+            say(f"{file.size:>14,}  {file.name}")
+        for file in left:
+            say(f"     stays here  {file.name}: {file.reason}")
+        say(f"dry run: {len(files)} files, {sum(f.size for f in files):,} bytes for {publishing.push} ({visibility})")
+        return
+    if publishing.pull_request:
+        done = propose(out, publishing.push, visibility=visibility, say=say)
+    else:
+        done = push(
+            out, publishing.push, visibility=visibility, revision=publishing.revision, tag=publishing.tag, say=say
+        )
+    say(f"pushed {len(done.files)} files: {done.pull_request or done.url}")
+    if json:
+        warn(jsonlib.dumps({"commit": done.commit, "revision": done.revision, "tag": done.tag}))
