@@ -157,8 +157,8 @@ class Run:
             return not _locked(lock, fcntl.LOCK_SH, patience=0.0)
 
     def config(self) -> Config:
-        """The run's resolved configuration."""
-        return load_config(self.path / "config.yaml")
+        """The run's resolved configuration; what lay inside a run that was moved since is looked for where it is now."""
+        return _found_again(load_config(self.path / "config.yaml"), self.path)
 
     def manifest(self) -> dict[str, Any]:
         """What the run was made of: versions, machine, base model, reference, template, data, seed."""
@@ -195,3 +195,17 @@ class Run:
             else:
                 kept.append(line)
         return kept
+
+
+def _found_again(config: Config, path: Path) -> Config:
+    """`config` with its files below the place where the run was made named below `path`, where they are."""
+
+    def here(name: str | None) -> str | None:
+        if name is None or config.out is None or not Path(name).is_relative_to(config.out) or Path(name).exists():
+            return name
+        moved = path / Path(name).relative_to(config.out)
+        return str(moved) if moved.exists() else name
+
+    model = config.model.model_copy(update={"adapter": here(config.model.adapter)})
+    data = config.data.model_copy(update={"path": here(config.data.path), "eval": here(config.data.eval)})
+    return config.model_copy(update={"model": model, "data": data})
