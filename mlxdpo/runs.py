@@ -157,7 +157,7 @@ class Run:
             return not _locked(lock, fcntl.LOCK_SH, patience=0.0)
 
     def config(self) -> Config:
-        """The run's resolved configuration; what lay inside a run that was moved since is looked for where it is now."""
+        """The resolved configuration; what lay inside a run that was moved since is looked for where it is now."""
         return _found_again(load_config(self.path / "config.yaml"), self.path)
 
     def manifest(self) -> dict[str, Any]:
