@@ -13,7 +13,6 @@ from mlx.utils import tree_flatten
 from mlxdpo.config import Config, LoraConfig, ModelConfig
 from mlxdpo.data.frames import frames_for
 from mlxdpo.data.load import Dataset, encode_split, read_split
-from mlxdpo.losses import resolve
 from mlxdpo.memory import Frozen, Layout, Layouts, Memory, Setting, Shape, Trained, predict
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.head import is_frozen
@@ -24,6 +23,7 @@ from mlxdpo.model.skeleton import Skeleton, dora_extra, make_trainable, read_ske
 from mlxdpo.model.trunk import FAMILIES, Trunk, split
 from mlxdpo.outlook import Outlook, drawn, heldout_batches, look_ahead, training_batches
 from mlxdpo.platform import default_dtype, this_machine
+from mlxdpo.stages import stage_of
 from mlxdpo.start import CHECKED
 from mlxdpo.step import make_optimizer
 from mlxdpo.types import UserError
@@ -77,9 +77,10 @@ def forecast(config: Config, machine: int | None = None) -> Forecast:
 
     Reads the data, the tokenizer and the shapes of the weights, never the weights. Raises the `UserError`s of a run.
     """
-    resolve(config.loss)
+    stage = stage_of(config)
+    loss = stage.loss(config)
     make_optimizer(config.optim)
-    rows = read_split(config.data, config.train.seed)
+    rows = read_split(config.data, config.train.seed, stage.take(config, loss))
     skeleton = read_skeleton(config.model)
     tokenizer = load_tokenizer(skeleton.folder, config.model.path)
     data = encode_split(rows, config.data, tokenizer, frozenset(tokenizer.eos_token_ids))

@@ -1,32 +1,22 @@
 """A reward model meets a batch: one number per row, from the state of its last token. Nothing of width V is computed.
 
 A batch lays out a completion without its last token, because nothing is predicted from it; here the last token is
-what is read. So rows are encoded with one token more (`with_end`), which is never computed.
+what is read. So rows are laid out with one token more (`data.takes.with_end`), which is never computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlxdpo.model.prefix import checkpointed
 from mlxdpo.model.reward_head import normed_states, rewards
 from mlxdpo.model.trunk import split
 from mlxdpo.scoring import Forward, Ways, rest_states
-from mlxdpo.types import Batch, Example
-
-END = np.zeros(1, np.int32)  # any token: it stands for "what comes next"
-
-
-def with_end(examples: Iterable[Example]) -> Iterator[Example]:
-    """The same pairs, each completion one token longer, so that a batch computes its real last token."""
-    for e in examples:
-        chosen, rejected = (np.concatenate([completion, END]) for completion in (e.chosen, e.rejected))
-        yield Example(e.prompt, chosen, rejected, e.where)
+from mlxdpo.types import Batch
 
 
 def last_places(batch: Batch) -> mx.array:

@@ -10,6 +10,7 @@ import gc
 from collections.abc import Callable, Generator, Iterator
 
 import mlx.core as mx
+import numpy as np
 
 from mlxdpo import checkpoint, start
 from mlxdpo.checkpoint import Progress
@@ -19,15 +20,17 @@ from mlxdpo.data.load import Dataset, encode_split, read_split
 from mlxdpo.data.planning import Indices
 from mlxdpo.data.store import Examples
 from mlxdpo.loop import Job, Part, run_loop
-from mlxdpo.losses import resolve
+from mlxdpo.losses import Loss
 from mlxdpo.manifest import check_same, describe_run
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter
 from mlxdpo.model.light import light_attention
 from mlxdpo.model.policy import load_policy
+from mlxdpo.moving import check_moving
 from mlxdpo.outlook import heldout_batches, training_batches
 from mlxdpo.platform import wire_memory
-from mlxdpo.reference import Scorer, with_reference
+from mlxdpo.reference import Scorer, shared_rows, with_reference
 from mlxdpo.runs import Run
+from mlxdpo.stages import Stage, stage_of
 from mlxdpo.step import make_optimizer, make_scorer
 from mlxdpo.types import Event
 
@@ -40,9 +43,12 @@ def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lamb
     Raises `UserError` when the recipe, the data or a changed input stops it; nothing is written before the model
     and the data are read.
     """
-    objective, knobs = resolve(config.loss)
+    stage = stage_of(config)
+    loss = stage.loss(config)
+    check_moving(config, loss)
     optimizer = make_optimizer(config.optim)
-    rows = read_split(config.data, config.train.seed)  # before the model: a typing error should not cost a download
+    # Before the model: a typing error should not cost a download.
+    rows = read_split(config.data, config.train.seed, stage.take(config, loss))
     wire_memory()
     policy = load_policy(config.model)
     config = start.with_adapter(config, policy.model)
@@ -56,31 +62,38 @@ def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lamb
     manifest = describe_run(config, policy, reference, adapter, data)
     run = resume or Run.create(config)
     outlook = start.preview(policy.model, data, config, ways)
-    yield Event("start", 0, {"run": run, "config": config, "data": data, "policy": policy, "outlook": outlook})
+    begun = {"run": run, "config": config, "data": data, "policy": policy, "outlook": outlook}
+    yield Event("start", 0, begun | {"shown": stage.shown(data.train[0], loss)})
     if resume and (run.path / "manifest.json").exists():
         check_same(run.manifest(), manifest, run.path)
-    if note:
-        yield Event("note", 0, {"text": note})
+    for text in filter(None, (note, stage.remark(data, config, loss))):
+        yield Event("note", 0, {"text": text})
     # Entered before anything is traced: a trace keeps the attention it was made with.
     with run.exclusive(), light_attention(policy.model, longest), light_attention(reference.model, longest):
         run.write_manifest(manifest)
-        score = (ways if reference is policy else start.choose_ways(reference.model, data, config)[0]).score
+        own = ways if reference is policy else start.choose_ways(reference.model, data, config)[0]
+        score = start.with_details(own, loss, config).score
         scorer = make_scorer(reference.model, score)
-        with dropout_off(reference.model):
-            parts = yield from _score_reference(config, scorer, manifest["reference"], data, should_stop)
-        if parts is None:
-            return
+        if "reference" in loss.needs:
+            with dropout_off(reference.model):
+                parts = yield from _score_reference(config, loss, scorer, manifest["reference"], data, should_stop)
+            if parts is None:
+                return
+        else:
+            parts = _without_reference(config, data)
         if reference is not policy:
             del reference
             gc.collect()
             mx.clear_cache()
         if config.model.adapter is None:
             attach_lora(policy.model, config.lora, config.train.seed)
-        job = Job(config, policy.model, optimizer, objective, knobs, *parts, run.checkpoints, ways)
-        yield from _train(job, run, resume is not None, should_stop)
+        stage.attach(policy.model)
+        ways = stage.ways(start.with_details(ways, loss, config), config)
+        job = Job(config, policy.model, optimizer, loss, *parts, run.checkpoints, ways)
+        yield from _train(job, stage, run, resume is not None, should_stop)
 
 
-def _train(job: Job, run: Run, resumed: bool, should_stop: Stop) -> Iterator[Event]:
+def _train(job: Job, stage: Stage, run: Run, resumed: bool, should_stop: Stop) -> Iterator[Event]:
     """From the start or the last checkpoint to the final adapter."""
     progress = Progress()
     checkpoint.sweep(run.path)
@@ -94,16 +107,29 @@ def _train(job: Job, run: Run, resumed: bool, should_stop: Stop) -> Iterator[Eve
     step = progress.step
     for event in run_loop(job, progress, should_stop):
         if event.kind in ("step", "eval"):
+            event = event._replace(values=stage.report(event.values, job.config))
             run.log({"step": event.step, **event.values})
         yield event
         if event.kind == "interrupted":
             return
         step = event.step
-    yield _keep(job, run, step)
+    yield _keep(job, stage, run, step)
+
+
+def _without_reference(config: Config, data: Dataset) -> tuple[Part, Part]:
+    """Training and held-out pairs where no reference is asked."""
+
+    def part(examples: Examples, batches: list[Indices]) -> Part:
+        """Zeros in the place of log-probs."""
+        frames = frames_for(examples, batches, config.train.batch_size)
+        return Part(examples, np.zeros((len(examples), 2), np.float32), frames)
+
+    train, heldout = data.train, data.heldout
+    return part(train, training_batches(config, train)), part(heldout, heldout_batches(config, heldout))
 
 
 def _score_reference(
-    config: Config, scorer: Scorer, identity: dict, data: Dataset, should_stop: Stop
+    config: Config, loss: Loss, scorer: Scorer, identity: dict, data: Dataset, should_stop: Stop
 ) -> Generator[Event, None, tuple[Part, Part] | None]:
     """The reference's log-probs of training and held-out pairs, or None when asked to stop."""
     train, parts = config.train, []
@@ -113,7 +139,8 @@ def _score_reference(
     ]
     for name, examples, batches in plans:
         frames = frames_for(examples, batches, train.batch_size)
-        scoring, logps = with_reference(examples, scorer, identity, batches, train.batch_size, frames), None
+        rows = shared_rows(examples) if "shared" in loss.needs else None
+        scoring, logps = with_reference(examples, scorer, identity, batches, train.batch_size, frames, rows), None
         while logps is None:
             done, logps = next(scoring)
             yield Event("reference", 0, {"part": name, "done": done, "total": len(examples)})
@@ -126,12 +153,13 @@ def _score_reference(
     return parts[0], parts[1]
 
 
-def _keep(job: Job, run: Run, step: int) -> Event:
-    """Fill adapter/ with the last step or the best one, as the recipe asks."""
+def _keep(job: Job, stage: Stage, run: Run, step: int) -> Event:
+    """Fill adapter/ (and what else the stage keeps) with the last step or the best one, as the recipe asks."""
     source = checkpoint.folder_of(run.checkpoints, step)
     best = checkpoint.read_progress(source).best_step
     if job.config.train.final == "best" and best is not None:
         source = checkpoint.folder_of(run.checkpoints, best)
         load_arrays(job.model, source)
+    stage.keep(job.model, run)
     save_adapter(job.model, job.config.lora, run.adapter)
     return Event("done", step, {"run": run, "adapter": run.adapter, "from": source.name, "best": best})

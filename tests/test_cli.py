@@ -133,6 +133,9 @@ def test_data_check_counts_tokens_and_shows_what_is_scored(place, capsys):
     (place / "thumbs.jsonl").write_text('{"prompt": "Hi", "completion": "Hello", "label": true}\n')
     assert run(["data", "check", "thumbs.jsonl"]) == 0
     assert "1 opinions from 1 rows" in capsys.readouterr().out
+    assert run(["data", "check", "thumbs.jsonl", "--model", "model"]) == 0
+    shown = capsys.readouterr().out
+    assert "completion: " in shown and "[[Hello<|im_end|>]]" in shown and "rejected" not in shown
 
 
 def test_doctor_reports_the_fast_blas(capsys):

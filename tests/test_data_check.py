@@ -82,7 +82,19 @@ def test_opinions_have_a_desirable_share_and_no_length_bias():
     found = examine(rows, Report(read=3, kept=3, format="unpaired"), "x.jsonl", tokens=[(1, 2)] * 3, limit=2)
     assert (found.kind, found.longer, found.always_longer, found.over_limit) == ("opinions", None, None, 3)
     assert found.desirable == 2 / 3
-    assert lines(found)[-1] == "67% of the completions are desirable."
+    assert lines(found)[-1] == (
+        "67% of the completions are desirable: 2 thumbs up and 1 down; with loss.desirable_weight 1 and "
+        "undesirable_weight 1 they weigh 2.00 to 1; "
+        "KTO's authors advise 1 to 1.5, as with loss.undesirable_weight 1.33."
+    )
+
+
+def test_demonstrations_have_no_thumbs_to_speak_of():
+    found = examine([Opinion("a", "xx", True, "x:1")], Report(read=1, kept=1, format="completion"), "x.jsonl")
+    assert (found.kind, found.desirable) == ("demonstrations", None)
+    assert lines(found)[0].startswith("x.jsonl: 1 demonstrations from 1 rows") and "desirable" not in " ".join(
+        lines(found)
+    )
 
 
 def test_no_rows_are_refused():

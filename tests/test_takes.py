@@ -125,9 +125,9 @@ def test_the_other_completion_is_always_of_another_prompt(prompts, seed):
     examples, data = examples_of(prompts), DataConfig()
     if len(set(prompts)) == 1:
         with pytest.raises(UserError, match="row 0: all rows have the same prompt"):
-            list(mismatched(examples, data, Report(), seed))
+            list(mismatched(examples, data, Report(), seed=seed))
         return
-    made, again = (list(mismatched(examples, data, Report(), seed)) for _ in range(2))
+    made, again = (list(mismatched(examples, data, Report(), seed=seed)) for _ in range(2))
     for example, laid, same in zip(examples, made, again, strict=True):
         at = int(laid.rejected[0]) - 10
         assert not np.array_equal(examples[at].prompt, laid.prompt)
@@ -135,9 +135,15 @@ def test_the_other_completion_is_always_of_another_prompt(prompts, seed):
         assert np.array_equal(laid.rejected, same.rejected)
 
 
+def test_a_lone_held_out_prompt_borrows_from_training():
+    examples, others = examples_of([0, 0]), examples_of([0, 3])
+    made = list(mismatched(examples, DataConfig(), Report(), others, seed=0))
+    assert [int(e.rejected[0]) for e in made] == [11, 11]
+
+
 def test_where_prompts_differ_every_completion_serves_once():
     """A rotation of a shuffled order, as TRL rotates a batch: the KL term sees each completion exactly once."""
-    made = list(mismatched(examples_of(range(30)), DataConfig(), Report(), 0))
+    made = list(mismatched(examples_of(range(30)), DataConfig(), Report(), seed=0))
     assert sorted(int(e.rejected[0]) for e in made) == list(range(10, 40))
 
 
@@ -145,7 +151,7 @@ def test_a_completion_too_long_behind_its_new_prompt_is_cut_and_counted():
     ids = lambda n: np.arange(1, n + 1, dtype=np.int32)  # noqa: E731
     examples = [Example(ids(6), ids(1), ids(1), "a"), Example(ids(2), ids(6), ids(6), "b")]
     report = Report()
-    made = list(mismatched(examples, DataConfig(max_length=8), report, 0))
+    made = list(mismatched(examples, DataConfig(max_length=8), report, seed=0))
     assert [len(e.rejected) for e in made] == [2, 1]
     assert report.changed == {"completion of another prompt (for the KL term) cut to fit": 1}
 

@@ -33,7 +33,7 @@ def write_pairs(file: Path, count: int = 18, seed: int = 0) -> Path:
     return file
 
 
-def recipe(folder: Path, out: str = "run", kind: str = "llama", **sections) -> Config:
+def recipe(folder: Path, out: str = "run", kind: str = "llama", stage: str = "dpo", **sections) -> Config:
     """A recipe over `folder`'s model and pairs, both written on first use; `sections` are laid over the defaults."""
     if not (folder / kind).exists():
         write_model(folder / kind, chatml_tokenizer(), kind)
@@ -47,7 +47,7 @@ def recipe(folder: Path, out: str = "run", kind: str = "llama", **sections) -> C
     parts = {name: DEFAULTS.get(name, {}) | base.get(name, {}) for name in ("model", "data", "lora", "optim", "train")}
     for name, values in sections.items():
         parts[name] = parts.get(name, {}) | values
-    return load_config(None, parts | {"out": base["out"]})
+    return load_config(None, parts | {"out": base["out"], "stage": stage})
 
 
 def finish(config: Config, resume: Run | None = None, stop=lambda: False) -> list[Event]:

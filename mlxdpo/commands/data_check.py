@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from cyclopts import Parameter
 
 from mlxdpo.config import DataConfig, ModelConfig, Section
-from mlxdpo.types import Preference, UserError
+from mlxdpo.types import Opinion, Preference, UserError
 
 if TYPE_CHECKING:
     from mlxdpo.data.encode import Shown
@@ -48,8 +49,7 @@ def run(path: str, /, *, config: Annotated[CheckConfig, Parameter(name="*")] = N
     rows, report = read_preferences(data)
     source = heldout_source(data)
     heldout = None if source is None else read_preferences(data, *source)[0]
-    pairs = [row for row in rows if isinstance(row, Preference)]
-    seen = _as_seen(pairs, data, config.model) if pairs and config.model.path else None
+    seen = _as_seen(rows, data, config.model) if config.model.path else None
     found = examine(rows, report, path, heldout, seen and seen.counts, data.max_length if seen else None)
     bad = sum(n for reason, n in found.refused.items() if reason not in NO_PREFERENCE)
     if json:
@@ -61,25 +61,28 @@ def run(path: str, /, *, config: Annotated[CheckConfig, Parameter(name="*")] = N
 
 
 class Seen(NamedTuple):
-    """Pairs as the model sees them: (prompt, chosen, rejected) lengths before any limit, the first pair, remarks."""
+    """Rows as the model sees them: lengths of prompt and completions before any limit, the first row, remarks."""
 
-    counts: list[tuple[int, int, int]]
+    counts: list[tuple[int, ...]]
     first: Shown
     remarks: list[str]
+    names: tuple[str, ...]
 
 
-def _as_seen(pairs: list[Preference], data: DataConfig, model: ModelConfig) -> Seen:
+def _as_seen(rows: Sequence[Preference | Opinion], data: DataConfig, model: ModelConfig) -> Seen:
     from mlxdpo.data.encode import describe, encode_all
     from mlxdpo.data.load import token_counts
     from mlxdpo.model.policy import find_model, load_tokenizer
 
     tokenizer = load_tokenizer(find_model(model.path, model.revision), model.path)
     # The tokens as they are before any limit, so that rows over it can be counted.
-    unlimited, _ = encode_all(pairs, tokenizer, data.model_copy(update={"max_length": NO_LIMIT}))
-    limited, report = encode_all(pairs, tokenizer, data)
+    unlimited, _ = encode_all(rows, tokenizer, data.model_copy(update={"max_length": NO_LIMIT}))
+    limited, report = encode_all(rows, tokenizer, data)
     if not limited:
-        raise UserError(f"{data.path}: no pair is left after encoding ({'; '.join(report.lines())})")
-    return Seen(token_counts(unlimited), describe(limited[0], tokenizer), report.lines())
+        raise UserError(f"{data.path}: no row is left after encoding ({'; '.join(report.lines())})")
+    names = ("chosen", "rejected") if isinstance(rows[0], Preference) else ("completion",)
+    counts = [lengths[: 1 + len(names)] for lengths in token_counts(unlimited)]
+    return Seen(counts, describe(limited[0], tokenizer), report.lines(), names)
 
 
 def _show(sentences: list[str], seen: Seen | None, bad: int) -> None:
@@ -88,11 +91,11 @@ def _show(sentences: list[str], seen: Seen | None, bad: int) -> None:
     for sentence in sentences:
         console.print(sentence)
     if seen is None:
-        console.print("Pass --model to see lengths in tokens and the first pair as the model sees it.")
+        console.print("Pass --model to see lengths in tokens and the first row as the model sees it.")
     else:
         for line in seen.remarks:
             console.print(f"encoding: {line}", style="yellow")
-        console.print("The first pair, as the model sees it (scored tokens underlined, or between [[ ]]):")
-        show_pair(seen.first)
+        console.print("The first row, as the model sees it (scored tokens underlined, or between [[ ]]):")
+        show_pair(seen.first, seen.names)
     if bad:
         console.print(f"{bad} bad rows: mend them, or train with --data.on-bad-row skip", style="yellow")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +18,8 @@ from mlxdpo.types import Event
 console = Console(soft_wrap=True, highlight=False)
 SHOWN = {
     "loss": "loss {:.4f}",
+    "accuracy": "accuracy {:.2f}",
+    "margin": "margin {:+.4f}",
     "rewards/accuracies": "accuracy {:.2f}",
     "rewards/margins": "margin {:+.4f}",
     "rewards/chosen": "chosen {:+.3f}",
@@ -102,13 +104,14 @@ def _introduce(values: dict[str, Any]) -> None:
             console.print(f"{name}: {line}", style="yellow")
     if data.overlap:
         console.print(f"{data.overlap} prompts are in both training and held-out pairs", style="yellow")
-    console.print("the first pair, as the model sees it (scored tokens underlined, or between [[ ]]):")
-    show_pair(describe(data.train[0], policy.tokenizer))
+    example, names = values["shown"]
+    console.print("the first row, as the model sees it (scored tokens underlined, or between [[ ]]):")
+    show_pair(describe(example, policy.tokenizer), names)
 
 
-def show_pair(shown: Shown) -> None:
-    """Print a pair with its scored part marked."""
-    for name, segments in zip(("chosen", "rejected"), shown, strict=True):
+def show_pair(shown: Shown, names: Sequence[str] = ("chosen", "rejected")) -> None:
+    """Print a pair, or the first completion of it, with its scored part marked."""
+    for name, segments in zip(names, shown, strict=False):
         line = Text(f"{name}: ", style="bold")
         for text, scored in segments:
             marked = f"[[{text}]]" if scored and not console.is_terminal else text

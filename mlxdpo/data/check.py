@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mlxdpo.data import reasons
 from mlxdpo.data.formats import FORMATS
 from mlxdpo.data.read import prompt_key, prompts_in_both
 from mlxdpo.data.report import Report
+from mlxdpo.data.takes import balance
 from mlxdpo.types import Opinion, Preference, Text
 
 Rows = Sequence[Preference] | Sequence[Opinion]
@@ -85,14 +88,14 @@ def examine(
     if not rows:
         raise ValueError("no rows to examine")
     characters = [_characters(row) for row in rows]
-    pairs = isinstance(rows[0], Preference)
+    pairs, kind = isinstance(rows[0], Preference), _kind(rows[0], report)
     per_prompt = Counter(prompt_key(row.prompt) for row in rows)
     measured = tokens or characters
     over = None if tokens is None or limit is None else sum(n[0] + max(n[1:]) > limit for n in tokens)
     return Findings(
         source=source,
         format=report.format,
-        kind="pairs" if pairs else "opinions",
+        kind=kind,
         read=report.read,
         kept=len(rows),
         refused=dict(report.refused),
@@ -107,12 +110,20 @@ def examine(
         unit="tokens" if tokens else "characters",
         longer=_share([chosen > rejected for _, chosen, rejected in measured]) if pairs else None,
         always_longer=_share([_longer_wins(a, b) for _, a, b in measured]) if pairs else None,
-        desirable=None if pairs else _share([row.desirable for row in rows]),  # type: ignore[union-attr]
+        desirable=_share([row.desirable for row in rows]) if kind == "opinions" else None,  # type: ignore[union-attr]
         limit=limit,
         over_limit=over,
         heldout=None if heldout is None else len(heldout),
         overlap=None if heldout is None else prompts_in_both(rows, heldout),
     )
+
+
+def _kind(row: Preference | Opinion, report: Report) -> str:
+    """pairs; opinions where rows say whether they are liked; else demonstrations, which are to be imitated."""
+    if isinstance(row, Preference):
+        return "pairs"
+    silent = report.format in FORMATS and "label" not in FORMATS[report.format].columns
+    return "demonstrations" if silent else "opinions"
 
 
 def _characters(row: Preference | Opinion) -> tuple[int, ...]:
@@ -183,7 +194,11 @@ def _limits(found: Findings) -> list[str]:
 
 def _bias(found: Findings) -> list[str]:
     if found.desirable is not None:
-        return [f"{found.desirable:.0%} of the completions are desirable."]
+        ups = round(found.desirable * found.kept)
+        weighed = balance(np.repeat([1.0, 0.0], [ups, found.kept - ups]), 1, 1)
+        return [f"{found.desirable:.0%} of the completions are desirable: {weighed}."]
+    if found.longer is None:
+        return []
     return [
         f"The chosen completion is the longer one in {found.longer:.0%} of the pairs ({found.unit}); always choosing "
         f"the longer one is right in {found.always_longer:.0%}, so an accuracy near that may be length alone."

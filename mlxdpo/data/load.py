@@ -26,6 +26,8 @@ from mlxdpo.platform import cache_folder
 from mlxdpo.runs import write_text
 from mlxdpo.types import Example, UserError
 
+ELSEWHERE = 100  # training rows at hand while held-out ones are laid out
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -119,7 +121,8 @@ def _write(folder: Path, clean: Clean, split: Split, data: DataConfig, writer: W
         train, heldout = clean.rows.rows(), clean.heldout.rows()
     for name, rows, report in (("train", train, "encoding"), ("heldout", heldout, "held-out encoding")):
         encoded = encode_stream(rows, writer, data, reports[report])
-        write_examples(folder / name, split.take.lay_out(encoded, data, reports[report]))
+        others = open_examples(folder / "train")[:ELSEWHERE] if name == "heldout" else []
+        write_examples(folder / name, split.take.lay_out(encoded, data, reports[report], others))
     if not reports["encoding"].kept:
         why = "; ".join(line for report in reports.values() for line in report.lines()) or "all were held out"
         raise UserError(f"{data.path}: no pair is left to train on ({why}); see `mlxdpo data check {data.path}`")

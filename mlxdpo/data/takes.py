@@ -25,19 +25,26 @@ END = np.zeros(1, np.int32)  # any token: it stands for what would come next
 
 
 class Take(NamedTuple):
-    """Which rows are taken, and how their examples are laid out. `name` is part of what encoded data are kept under."""
+    """Which rows are taken, and how their examples are laid out; `name` is part of what encoded data are kept under.
+
+    The last argument of `lay_out` are examples of another part of the data (training, for held-out ones).
+    """
 
     name: str
     rows: Callable[[Iterable[Item], Report], Iterator[Item]]
-    lay_out: Callable[[Iterable[Example], DataConfig, Report], Iterable[Example]]
+    lay_out: Callable[[Iterable[Example], DataConfig, Report, Sequence[Example]], Iterable[Example]]
 
 
-def as_encoded(examples: Iterable[Example], data: DataConfig, report: Report) -> Iterable[Example]:
+def as_encoded(
+    examples: Iterable[Example], data: DataConfig, report: Report, others: Sequence[Example] = ()
+) -> Iterable[Example]:
     """No change."""
     return examples
 
 
-def with_end(examples: Iterable[Example], data: DataConfig, report: Report) -> Iterator[Example]:
+def with_end(
+    examples: Iterable[Example], data: DataConfig, report: Report, others: Sequence[Example] = ()
+) -> Iterator[Example]:
     """Each completion one token longer: a batch computes all tokens of a completion but its last, from which nothing
     is predicted, and the state of the last real token is what a reward model reads."""
     for e in examples:
@@ -71,14 +78,16 @@ def _kept_once(items: Iterable[Opinion], report: Report) -> Iterator[Opinion]:
     return distinct(items, report, "the same completion stands in an earlier pair")  # type: ignore[return-value]
 
 
-def mismatched(examples: Iterable[Example], data: DataConfig, report: Report, seed: int) -> Iterator[Example]:
+def mismatched(
+    examples: Iterable[Example], data: DataConfig, report: Report, others: Sequence[Example] = (), *, seed: int
+) -> Iterator[Example]:
     """Put the completion of another prompt in the place of `rejected`: KTO's KL term is estimated from it (arXiv
     2402.01306 section 4.1; TRL rotates each batch by one, here it is a function of data and seed alone).
 
-    It is one of the same thousand rows, cut where it would exceed `data.max_length` behind its new prompt (counted).
-    Raises `UserError` when there is no other prompt.
+    It is one of the same thousand rows, or of `others` where those have one prompt alone; it is cut where it would
+    exceed `data.max_length` behind its new prompt (counted). Raises `UserError` when there is no other prompt.
     """
-    left, before = iter(examples), []
+    left, before = iter(examples), list(others)
     for number in itertools.count():
         chunk = list(itertools.islice(left, CHUNK))
         if not chunk:
@@ -92,7 +101,7 @@ def mismatched(examples: Iterable[Example], data: DataConfig, report: Report, se
             if len(other) > room:
                 report.change(example.where, "completion of another prompt (for the KL term) cut to fit")
             yield replace(example, rejected=other[:room])
-        before = chunk[-1:]
+        before = [*chunk[-1:], *others]
 
 
 def _of_another_prompt(example: Example, others: Sequence[Example]) -> np.ndarray:
@@ -101,7 +110,7 @@ def _of_another_prompt(example: Example, others: Sequence[Example]) -> np.ndarra
             return other.chosen
     raise UserError(
         f"{example.where}: all rows have the same prompt, but the KL term of this objective needs the completion of "
-        f"another one; add rows, hold out more or none (data.eval_fraction), or use loss.name apo_zero_unpaired"
+        f"another one; add rows, or use loss.name apo_zero_unpaired, which has no such term"
     )
 
 

@@ -127,9 +127,13 @@ def load_arrays(model: nn.Module, folder: Path) -> None:
 def load_run(run: Run, *, checkpoint: Path | None = None) -> Policy:
     """A run's tuned model: its base with `adapter/`, or with the adapter of one of its checkpoints.
 
-    Raises `UserError` when the base model is not the one the run was trained on.
+    Raises `UserError` when the base model is not the one the run was trained on, and for a reward model.
     """
     config, folder = run.config(), checkpoint or run.adapter
+    if config.stage == "reward":
+        raise UserError(
+            f"{run.path}: a reward model writes no text; judge with it (mlxdpo eval RUN --judge reward:{run.path})"
+        )
     lora = read_settings(folder)
     policy = load_policy(config.model)
     trained_on = run.manifest()["model"]

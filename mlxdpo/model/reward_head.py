@@ -31,6 +31,11 @@ def attach_head(model: nn.Module) -> nn.Module:
     return model
 
 
+def detach_head(model: nn.Module) -> nn.Module:
+    """Take the head off again and return it."""
+    return model.pop(NAME)
+
+
 def normed_states(model: Any, tokens: mx.array) -> mx.array:
     """(R, T) token ids -> (R, T, D) states behind the last norm, by the model's own code.
 
