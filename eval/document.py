@@ -217,6 +217,12 @@ def _said(verdict: Result) -> str:
     )
 
 
+def _objective(loss: Result, chosen: Result) -> str:
+    """Name, beta, and what differs from the defaults: most parameters are those of other objectives."""
+    shown = {name: loss[name] for name in ("name", "beta")} | dict(chosen)
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
+
+
 def _settings(results: Result) -> list[Any]:
     run, settings = results["run"], results["settings"]
     reference = run["reference"]
@@ -227,7 +233,7 @@ def _settings(results: Result) -> list[Any]:
             f"{results['run']['reference_source']['model']}, {reference['dtype']}, weights {reference['digest'][:16]}",
         ),
         ("adapter", run["adapter_sha256"][:16]),
-        ("objective", ", ".join(f"{k} {v}" for k, v in run["loss"].items())),
+        ("objective", _objective(run["loss"], run["loss_set"])),
         ("answers", ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items() if k not in OF_JUDGING)),
         ("judges", "; ".join(settings["judges"]) or "none"),
         ("versions", ", ".join(f"{k} {v}" for k, v in results["versions"].items())),

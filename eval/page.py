@@ -6,6 +6,7 @@ stands in the page's own head, for whatever an escape might miss.
 
 from __future__ import annotations
 
+import re
 from html import escape
 from importlib import resources
 from typing import Any
@@ -18,8 +19,9 @@ TONES = {"better": "good", "worse": "bad"}
 
 
 def text(words: str) -> str:
-    """Escaped, with no line break inside `70.0 %` and `n = 100`."""
-    return escape(words).replace(" %", "&nbsp;%").replace("n = ", "n&nbsp;=&nbsp;")
+    """Escaped, with no line break inside `70.0 %`, `n = 100` and `[0.5, 0.7]`."""
+    whole = re.sub(r"(\[[-+.\d]+,) (?=[-+.\d]+\])", r"\1&nbsp;", escape(words))
+    return whole.replace(" %", "&nbsp;%").replace("n = ", "n&nbsp;=&nbsp;")
 
 
 def page(document: Document) -> str:

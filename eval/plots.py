@@ -47,7 +47,7 @@ def win_rates(results: Mapping[str, Any]) -> Figure:
     controls = results["controls"]
     rows = [(w["judge"], w, ACCENT) for w in results["winrates"]]
     rows.append(("always the longest", controls["longest"], MUTED))
-    rows += [(f"reference against itself, {w['judge']}", w, MUTED) for w in controls["reference_vs_reference"]]
+    rows += [(f"untuned vs itself, {w['judge']}", w, MUTED) for w in controls["reference_vs_reference"]]
     rows = [row for row in rows if row[1]["rate"] is not None]
     figure, axes = _figure(0.6 + 0.42 * len(rows))
     axes.axvline(0.5, color=INK, linewidth=1, linestyle=(0, (2, 3)))
@@ -60,7 +60,7 @@ def win_rates(results: Mapping[str, Any]) -> Figure:
     axes.set_xlim(0, 1)
     axes.tick_params(length=0)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel("win rate of the tuned answers, 95 % interval")
+    axes.set_xlabel("win rate, 95 % interval")
     words = "; ".join(f"{name} {w['rate']:.3f}" for name, w, _ in rows)
     return Figure(
         _svg(figure, "winrates"), f"Win rates with intervals; the dotted line is one half, grey are controls: {words}."
@@ -140,11 +140,11 @@ def reward_over_drift(points: Sequence[Any], best: Sequence[Any], judge: str) ->
     )
 
 
-def _short(name: str, most: int = 34) -> str:
+def _short(name: str, most: int = 26) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def _figure(height: float, width: float = 6.6) -> tuple[Any, Any]:
+def _figure(height: float, width: float = 4.8) -> tuple[Any, Any]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 

@@ -87,7 +87,7 @@ def of_votes(result: VoteRun) -> Headline:
         f"({span(now)} whenever one looks; e-value {evidence(result.e_value)})"
     )
     if result.verdict == "cannot tell yet":
-        more = "more votes than anyone has" if result.needed is None else f"about {result.needed} more votes"
+        more = "more votes than anyone has" if result.needed is None else f"about {roughly(result.needed)} more votes"
         return Headline("cannot tell yet", f"Cannot tell yet: {facts}; at this rate {more} would tell.")
     verdict: Verdict = "better" if result.verdict == "better" else "worse"
     return Headline(verdict, f"{verdict.capitalize()}: {facts}; decided at vote {result.decided_at}.")
@@ -96,6 +96,11 @@ def of_votes(result: VoteRun) -> Headline:
 def evidence(e_value: float) -> str:
     """An e-value for a reader."""
     return f"{e_value:.2f}" if e_value < 1000 else f"{e_value:.1e}"
+
+
+def roughly(count: int) -> str:
+    """A forecast of votes: no more than two digits of it are worth anything."""
+    return f"{int(float(f'{count:.2g}')):,}"
 
 
 def smallest(n: int, detectable: float | None) -> str:

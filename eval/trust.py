@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .blocks import Result, Table, both, number, percent
-from .sentences import evidence, share
+from .sentences import evidence, roughly, share
 
 COLUMNS = (
     "judge", "consistent", "shown first wins", "prefers longer", "same when asked again", "invalid", "worst to best",
@@ -75,7 +75,7 @@ def votes(found: Result) -> list[Any]:
     if not found["n"]:
         return [f"No vote of {found['file']} counts as evidence. {said}"]
     now = found["looks"][-1]
-    told = "–" if found["needed"] is None else str(found["needed"])
+    told = "–" if found["needed"] is None else roughly(found["needed"])
     rows = [
         ("tuned answers preferred", both(now["rate"], now)),
         ("win / tie / loss", f"{found['wins']} / {found['ties']} / {found['losses']}"),

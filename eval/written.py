@@ -59,6 +59,7 @@ def describe(opened: Opened) -> dict[str, Any]:
         "adapter_sha256": hashlib.sha256(adapter.read_bytes()).hexdigest(),
         "template": manifest["template"],
         "loss": config.loss.model_dump(),
+        "loss_set": config.loss.model_dump(exclude_defaults=True),
         "training_pairs": manifest["data"]["pairs"],
         "seed": manifest["seed"],
     }

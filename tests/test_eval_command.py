@@ -12,6 +12,7 @@ from mlxdpo.cli import run as cli
 from mlxdpo_eval.compare import latest_results
 from mlxdpo_eval.judges import Both, Trio, Verdict, ask_both
 from mlxdpo_eval.retested import retested
+from mlxdpo_eval.sentences import roughly
 
 ARGS = ["--prompts", "6", "--samples", "1", "--max-tokens", "4"]
 
@@ -180,7 +181,7 @@ def test_votes_say_cannot_tell_yet_or_better_and_stand_in_every_report(run):
     assert (votes["n"], votes["wins"], votes["decided_at"]) == (3, 3, None) and votes["needed"] > 0
     assert sum(votes["left_out"].values()) == 1
     (said,) = [text for text in results["sentences"] if "people prefer" in text]
-    assert said.startswith("Cannot tell yet") and f"about {votes['needed']} more votes" in said
+    assert said.startswith("Cannot tell yet") and f"about {roughly(votes['needed'])} more votes" in said
     for text in (page, markdown):
         assert "Human votes" in text and "e-value against no difference" in text and "Not counted: 1 x " in text
     humans = results["winrates"][0]["humans"]

@@ -10,7 +10,7 @@ from planted_judges import Planted, coin, good_and_bad, oracle
 from mlxdpo import Message, Run, UserError, prompt_name
 from mlxdpo_eval.humans import humans
 from mlxdpo_eval.judges.votes import read_ballots
-from mlxdpo_eval.sentences import of_votes
+from mlxdpo_eval.sentences import of_votes, roughly
 from mlxdpo_eval.sequential import running_vote
 from mlxdpo_eval.voting import vote_run
 from mlxdpo_eval.winrate import judge_answers
@@ -88,7 +88,8 @@ def test_the_side_does_not_matter_and_every_look_is_the_running_vote(tmp_path):
         one = running_vote(sum(won[:n]), n - sum(won[:n]))
         assert (look.n, look.low, look.high) == (n, one.low, one.high) and look.e_value == pytest.approx(one.e_value)
     assert found.decided_at is None and found.needed == running_vote(6, 2).needed > 0
-    assert f"at this rate about {found.needed} more votes would tell" in of_votes(found).sentence
+    assert f"at this rate about {roughly(found.needed)} more votes would tell" in of_votes(found).sentence
+    assert [roughly(n) for n in (7, 84, 19976)] == ["7", "84", "20,000"]
 
 
 def test_a_decision_stands_whatever_follows(tmp_path):
