@@ -1,6 +1,7 @@
 """Checkpoints: a folder that appears whole or not at all, from which a run goes on to the bit.
 
 step-000200/ adapters.safetensors  adapter_config.json  optimizer.safetensors  state.json
+             reference.safetensors, where the reference moves
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,8 +37,18 @@ class Progress:
     waited: int = 0
 
 
-def save(folder: Path, model: nn.Module, lora: LoraConfig, optimizer: optim.Optimizer, progress: Progress) -> Path:
-    """Write step-N below `folder`; readers see it complete or not at all. Returns its path."""
+def save(
+    folder: Path,
+    model: nn.Module,
+    lora: LoraConfig,
+    optimizer: optim.Optimizer,
+    progress: Progress,
+    more: Callable[[Path], None] = lambda draft: None,
+) -> Path:
+    """Write step-N below `folder`; readers see it complete or not at all. Returns its path.
+
+    `more` writes what else belongs to the run's state at this step (a moving reference) into the draft.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder_of(folder, progress.step)
     if target.exists():  # reached again after a resume: the same numbers, to the bit
@@ -46,6 +58,7 @@ def save(folder: Path, model: nn.Module, lora: LoraConfig, optimizer: optim.Opti
         save_adapter(model, lora, draft)
         arrays = dict(tree_flatten(optimizer.state))
         write_atomic(draft / "optimizer.safetensors", lambda file: mx.save_safetensors(str(file), arrays))
+        more(draft)
         write_json(draft / "state.json", asdict(progress))
         draft.chmod(0o755)
         os.replace(draft, target)

@@ -12,16 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from mlxdpo.knobs import LossConfig as LossConfig
+from mlxdpo.knobs import Section
 from mlxdpo.recipe import read_recipe
 from mlxdpo.types import UserError
-
-
-class Section(BaseModel):
-    """A frozen group of knobs that refuses unknown names."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -52,6 +48,16 @@ class ReferenceConfig(Section):
     """Hugging Face folder or Hub id of the reference; empty means the starting weights."""
     adapter: str | None = None
     """Adapter folder on top of the reference model."""
+    sync_every: int | None = Field(default=None, ge=1)
+    """TR-DPO: steps after which the reference takes over part of the policy; unset leaves it where training starts."""
+    sync_mix: float = Field(default=0.6, gt=0, le=1)
+    """TR-DPO: the policy's share in the reference's new weights; 1 replaces them."""
+
+    @model_validator(mode="after")
+    def _mix_needs_sync(self) -> ReferenceConfig:
+        if self.sync_mix != 0.6 and self.sync_every is None:
+            raise ValueError(f"reference.sync_mix {self.sync_mix:g} has no effect without reference.sync_every")
+        return self
 
 
 class DataConfig(Section):
@@ -67,8 +73,9 @@ class DataConfig(Section):
     """Share of the prompts held out when `eval` is not given; 0 holds out none."""
     format: str = "auto"
     """Row shape; auto detects it from columns and types. `mlxdpo data formats` lists them."""
-    columns: dict[str, str] = {}
-    """Rename columns before detection, e.g. {prompt: question, chosen: good}."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Rename columns before detection, e.g. {prompt: question, chosen: good}. Three more names say of a
+    pair: probability (that chosen is better), weight (of its loss), margin (of reward that chosen should lead by)."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """Stop at the first bad row, or skip bad rows and report how many for which reason."""
     template: Literal["auto", "chat", "plain"] = "auto"
@@ -92,17 +99,6 @@ class DataConfig(Section):
         if len(set(value.values())) != len(value):
             raise ValueError("two names read the same column")
         return value
-
-
-class LossConfig(Section):
-    """The objective."""
-
-    name: str = "sigmoid"
-    """Objective; `mlxdpo objectives` lists them."""
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull towards the reference."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Assumed share of flipped labels (sigmoid only: conservative DPO)."""
 
 
 class LoraConfig(Section):
@@ -190,7 +186,7 @@ class LogConfig(Section):
 
     every: int = Field(default=1, ge=1)
     """Steps between lines on the terminal."""
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Trackers to send metrics to, through their own libraries."""
 
 

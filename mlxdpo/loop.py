@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,12 +20,15 @@ from mlxdpo.config import Config, OptimConfig
 from mlxdpo.data.batching import collate
 from mlxdpo.data.frames import Frame
 from mlxdpo.data.planning import Epoch, Indices, Outline, outline, plan_epoch, plan_straight, steps_per_epoch
-from mlxdpo.losses import Objective
-from mlxdpo.metrics import Scored, join, pair_metrics
+from mlxdpo.losses import Loss
+from mlxdpo.metrics import Scored, join, pair_metrics, thumb_metrics, token_means
 from mlxdpo.model.adapters import dropout_off
+from mlxdpo.moving import Moving
 from mlxdpo.scoring import Ways
-from mlxdpo.step import Gradient, Gradients, add, gradient_norm, make_gradient, make_scorer, make_update
+from mlxdpo.step import Gradients, add, gradient_norm, make_gradient, make_scorer, make_update
 from mlxdpo.types import Batch, Event, Example, Pairs, UserError
+from mlxdpo.watch import Watch
+from mlxdpo.windows import filled, first, look_over, together
 
 
 class NonFiniteError(UserError):
@@ -35,7 +37,10 @@ class NonFiniteError(UserError):
 
 @dataclass(frozen=True)
 class Part:
-    """Pairs with the reference's log-probs of their completions, (N, 2) float32, nats, and the shapes of batches."""
+    """Pairs with the reference's log-probs of their completions, (N, 2) float32, nats, and the shapes of batches.
+
+    (N, 4) for LD-DPO, zeros where the loss asks no reference.
+    """
 
     examples: Sequence[Example]
     ref: np.ndarray
@@ -53,8 +58,7 @@ class Job:
     config: Config
     model: nn.Module
     optimizer: optim.Optimizer
-    objective: Objective
-    knobs: dict[str, Any]
+    loss: Loss
     train: Part
     heldout: Part
     checkpoints: Path
@@ -80,19 +84,34 @@ def learning_rate(optim: OptimConfig, step: int, total: int) -> float:
 
 def scored(losses: mx.array, pairs: Pairs, count: int) -> Scored:
     """The first `count` pairs of a batch (the rest is filler) in float64 on the host."""
-    return Scored(*(np.array(a, np.float64)[:count] for a in (losses, *pairs[:6])))
+    desirable = [] if pairs.desirable is None else [pairs.desirable]
+    return Scored(*(np.array(a, np.float64)[:count] for a in (losses, *pairs[:6], *desirable)))
 
 
-def evaluate(job: Job, scorer: Callable[..., Pairs]) -> dict[str, float]:
-    """TRL's metrics over the held-out pairs, prefixed `eval_`; averaged over pairs."""
+def evaluate(job: Job, scorer: Callable[[Batch], Pairs], moving: Moving) -> Scored:
+    """The held-out pairs; an objective that looks at all pairs of a step looks at all of these."""
     size, parts = job.config.train.batch_size, []
-    with dropout_off(job.model):
-        batches = plan_straight(outline(job.heldout.examples, job.config.data.group), size)
-        for indices in batches:
-            pairs = scorer(job.heldout.batch(indices, size))
-            parts.append(scored(job.objective(pairs, **job.knobs), pairs, len(indices)))
-    _check_finite(job.heldout, batches, join(parts))
-    return {f"eval_{name}": value for name, value in pair_metrics(join(parts), job.config.loss.beta).items()}
+    batches = plan_straight(outline(job.heldout.examples, job.config.data.group), size)
+    for indices in batches:
+        batch = moving.refreshed(job.heldout.batch(indices, size))
+        with dropout_off(job.model):
+            parts.append(first(scorer(batch), len(indices)))
+    pairs = together(parts)
+    found = scored(job.loss(pairs), pairs, len(job.heldout.examples))
+    _check_finite(job.heldout, batches, found)
+    return found
+
+
+def metrics(job: Job, found: Scored, prefix: str = "") -> dict[str, float]:
+    """TRL's metrics of what was scored."""
+    beta = job.config.loss.beta
+    if not job.loss.paired:
+        values = thumb_metrics(found, beta)
+    else:
+        means = job.loss.per_token and "reference" not in job.loss.needs
+        rewards = pair_metrics(token_means(found) if means else found, beta)
+        values = rewards | {f"logps/{side}": float(getattr(found, side).mean()) for side in ("chosen", "rejected")}
+    return {f"{prefix}{name}": value for name, value in values.items()}
 
 
 def run_loop(job: Job, progress: Progress, should_stop: Callable[[], bool]) -> Iterator[Event]:
@@ -103,15 +122,18 @@ def run_loop(job: Job, progress: Progress, should_stop: Callable[[], bool]) -> I
     bad gradient reaches the weights.
     """
     plan = Plan(job.config, outline(job.train.examples, job.config.data.group))
-    gradient = make_gradient(job.model, job.objective, job.knobs, job.ways.train)
-    update, scorer = make_update(job.model, job.optimizer), make_scorer(job.model, job.ways.score)
-    if job.heldout.examples and progress.step == 0:
-        yield Event("eval", 0, evaluate(job, scorer))
+    tools = Tools(job)
+    update, watch = make_update(job.model, job.optimizer), Watch(job.loss, bool(job.heldout.examples))
+    moving, scorer = tools.moving, tools.scorer
+    if progress.step:
+        moving.restore(checkpoint.folder_of(job.checkpoints, progress.step))
+    elif job.heldout.examples:
+        yield Event("eval", 0, metrics(job, evaluate(job, scorer, moving), "eval_"))
     while progress.step < plan.total and not _patience_over(job, progress):
         started, batches = time.perf_counter(), plan.window(progress.step)
-        computed = _window(job, batches, progress.step, gradient, should_stop)
+        computed = _window(job, tools, batches, progress.step, should_stop)
         if computed is None:
-            path = checkpoint.save(job.checkpoints, job.model, job.config.lora, job.optimizer, progress)
+            path = _save(job, moving, progress)
             yield Event("interrupted", progress.step, {"path": str(path)})
             return
         pairs, gradients = computed
@@ -120,20 +142,36 @@ def run_loop(job: Job, progress: Progress, should_stop: Callable[[], bool]) -> I
         lr, clip = learning_rate(job.config.optim, progress.step, plan.total), job.config.optim.clip
         update(gradients, min(1.0, clip / (norm + 1e-6)) if clip else 1.0, lr)
         progress = _advance(job, progress, batches, time.perf_counter() - started)
-        values = {**pair_metrics(pairs, job.config.loss.beta), "learning_rate": lr, "grad_norm": norm}
+        values = {**metrics(job, pairs), "learning_rate": lr, "grad_norm": norm}
         yield Event("step", progress.step, values | plan.pace(progress))
+        warning = watch.step(pairs)
+        if moving.due(progress.step):
+            moving.move()
         if job.heldout.examples and _due(progress.step, job.config.train.eval_every, plan.total):
-            values = evaluate(job, scorer)
+            found = evaluate(job, scorer, moving)
+            warning = watch.evaluation(found)
+            values = metrics(job, found, "eval_")
             progress = _compare(progress, values["eval_loss"])
             yield Event("eval", progress.step, values)
+        if warning:
+            yield Event("note", progress.step, {"text": warning})
         last = progress.step == plan.total or _patience_over(job, progress)
         if last or progress.step % job.config.train.save_every == 0 or progress.best_step == progress.step:
-            path = checkpoint.save(job.checkpoints, job.model, job.config.lora, job.optimizer, progress)
+            path = _save(job, moving, progress)
             checkpoint.prune(job.checkpoints, job.config.train.keep, progress.best_step)
             yield Event("checkpoint", progress.step, {"path": str(path)})
     if progress.step < plan.total:
         text = f"stopped early at step {progress.step}: held-out loss was lowest at step {progress.best_step}"
         yield Event("note", progress.step, {"text": text})
+
+
+class Tools:
+    """What computes the steps of a job: compiled functions over its model, and the reference, which may move."""
+
+    def __init__(self, job: Job):
+        self.gradient = make_gradient(job.model, job.loss, job.ways.train)
+        self.scorer = make_scorer(job.model, job.ways.score)
+        self.moving = Moving(job.model, job.config, job.ways.score)
 
 
 class Plan:
@@ -165,21 +203,26 @@ class Plan:
 
 
 def _window(
-    job: Job,
-    batches: Sequence[Indices],
-    step: int,
-    gradient: Callable[[Batch, mx.array], Gradient],
-    should_stop: Callable[[], bool],
+    job: Job, tools: Tools, batches: Sequence[Indices], step: int, should_stop: Callable[[], bool]
 ) -> tuple[Scored, Gradients] | None:
     """Pairs and summed gradient of one window, or None when asked to stop in the middle."""
     settings, parts, total = job.config.train, [], None
     share = mx.array(1 / sum(len(indices) for indices in batches))
+
+    def laid_out(indices: Indices) -> Batch:
+        """A batch against the reference as it is now."""
+        return tools.moving.refreshed(job.train.batch(indices, settings.batch_size))
+
+    examples = [[job.train.examples[i] for i in indices] for indices in batches] if job.loss.looks else batches
+    with dropout_off(job.model):  # what couples the pairs is taken without noise
+        seen = look_over(job.loss, examples, lambda: map(laid_out, batches), tools.scorer)  # type: ignore[arg-type]
     for number, indices in enumerate(batches):
         if should_stop():
             return None
+        batch = laid_out(indices)
         # Dropout is a function of seed, step and batch alone: nothing random needs saving.
         mx.random.seed(int(np.random.SeedSequence([settings.seed, step, number]).generate_state(1)[0]))
-        result = gradient(job.train.batch(indices, settings.batch_size), share)
+        result = tools.gradient(batch, share, filled(seen[number], batch.chosen.shape[0]))
         total = add(total, result.gradients)
         mx.eval(total, result.losses, result.pairs)
         parts.append(scored(result.losses, result.pairs, len(indices)))
@@ -197,6 +240,10 @@ def _check_finite(part: Part, batches: Sequence[Indices], pairs: Scored, norm: f
         f"the {what} at {', '.join(names[:8])}; the weights were not changed by it: look at these pairs, "
         f"lower optim.lr, or set model.dtype float32"
     )
+
+
+def _save(job: Job, moving: Moving, progress: Progress) -> Path:
+    return checkpoint.save(job.checkpoints, job.model, job.config.lora, job.optimizer, progress, moving.save)
 
 
 def _advance(job: Job, progress: Progress, batches: Sequence[Indices], seconds: float) -> Progress:

@@ -13,7 +13,10 @@ import numpy as np
 
 
 class Scored(NamedTuple):
-    """Pairs that were computed: each field (B,), float64. Log-probs in nats, lengths in tokens."""
+    """Pairs that were computed: each field (B,), float64. Log-probs in nats, lengths in tokens.
+
+    Of unpaired rows `chosen` is the completion, `desirable` its thumb and `rejected` the completion of another prompt.
+    """
 
     losses: np.ndarray
     chosen: np.ndarray
@@ -22,11 +25,13 @@ class Scored(NamedTuple):
     ref_rejected: np.ndarray
     chosen_len: np.ndarray
     rejected_len: np.ndarray
+    desirable: np.ndarray | None = None
 
 
 def join(parts: Iterable[Scored]) -> Scored:
     """All pairs of several batches."""
-    return Scored(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    columns = zip(*parts, strict=True)
+    return Scored(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]
 
 
 def accuracy(scored: Scored) -> float:
@@ -35,10 +40,16 @@ def accuracy(scored: Scored) -> float:
     return float(((chosen > rejected) + 0.5 * (chosen == rejected)).mean())
 
 
+def token_means(scored: Scored) -> Scored:
+    """Log-probs per token instead of summed ones: the rewards of objectives that compare those without a reference."""
+    return scored._replace(chosen=scored.chosen / scored.chosen_len, rejected=scored.rejected / scored.rejected_len)
+
+
 def pair_metrics(scored: Scored, beta: float) -> dict[str, float]:
     """TRL's metrics of a set of pairs.
 
-    Rewards are beta * (log pi - log ref), arXiv 2305.18290 section 5, whatever the objective.
+    Rewards are beta * (log pi - log ref), arXiv 2305.18290 section 5, whatever the objective. Where there is no
+    reference, `scored` holds zeros for it, and rewards are beta * log pi, as TRL's CPO has them.
     """
     chosen = beta * (scored.chosen - scored.ref_chosen)
     rejected = beta * (scored.rejected - scored.ref_rejected)
@@ -51,3 +62,30 @@ def pair_metrics(scored: Scored, beta: float) -> dict[str, float]:
         "logps/chosen": float(scored.chosen.mean()),
         "logps/rejected": float(scored.rejected.mean()),
     }
+
+
+def thumb_metrics(scored: Scored, beta: float) -> dict[str, float]:
+    """TRL's metrics of unpaired rows (KTOTrainer): chosen are the thumbs up, rejected the thumbs down.
+
+    `rewards/accuracies` is the share of (up, down) couples of which the thumb up has the larger reward, a tie 1/2: what
+    it is for pairs, over all couples. What has no row of one kind is left out. `kl` is the estimate of KTO's z, nats.
+    """
+    assert scored.desirable is not None
+    up = scored.desirable > 0.5
+    rewards, found = beta * (scored.chosen - scored.ref_chosen), {"loss": float(scored.losses.mean())}
+    for name, kind in (("chosen", up), ("rejected", ~up)):
+        if kind.any():
+            found[f"rewards/{name}"] = float(rewards[kind].mean())
+            found[f"logps/{name}"] = float(scored.chosen[kind].mean())
+    if up.any() and not up.all():
+        below, ties = _below(rewards[up], np.sort(rewards[~up]))
+        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        found["rewards/accuracies"] = float((below + ties / 2).mean() / (~up).sum())
+    found["kl"] = max(0.0, float((scored.rejected - scored.ref_rejected).mean()))
+    return found
+
+
+def _below(values: np.ndarray, ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many of `ordered` are below each value, and how many equal to it."""
+    left = np.searchsorted(ordered, values, "left")
+    return left, np.searchsorted(ordered, values, "right") - left

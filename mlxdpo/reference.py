@@ -96,18 +96,21 @@ def with_reference(
     batches: Sequence[Indices],
     batch_size: int,
     frames: Sequence[Frame] = (),
+    rows: np.ndarray | None = None,
 ) -> Generator[tuple[int, np.ndarray | None], None, None]:
     """Score what the table lacks, batch by batch, saving as it goes.
 
     Yields (pairs done, None) and at last (N, logps) with logps (N, 2) float32: chosen, rejected, nats; NaN for pairs
-    that are in no batch. Of the batches that the table holds already, about a thousand are reported.
+    that are in no batch. With `rows` of `shared_rows` (LD-DPO), logps (N, 4), and the scorer gives `Pairs.shared`.
+    Of the batches that the table holds already, about a thousand are reported.
     `batches` and `frames` are the ones training will see first: the same shapes give the same rounding, so a policy
     that has not moved differs from its reference by exactly nothing.
     """
     file = cache_folder() / "reference" / f"{digest_of(identity)}.safetensors"
     # Every distinct row once: a completion in ten pairs has one place in `logps` and `known`.
-    keys, place = np.unique(_keys(Examples.of(examples).rows), return_inverse=True)
-    place = place.reshape(-1, 2)
+    rows = Examples.of(examples).rows if rows is None else rows
+    keys, place = np.unique(_keys(rows), return_inverse=True)
+    place = place.reshape(rows.shape[:2])
     logps, known = _look_up(keys, file)
     held: list[bool] = np.all(known[place], axis=1).tolist()
     done, saved, tick = 0, time.monotonic(), -(-len(batches) // TICKS)
@@ -118,7 +121,7 @@ def with_reference(
             if score:
                 at = place[list(indices)]
                 pairs = scorer(collate(examples, indices, batch_size, frames=frames))
-                both = np.stack([np.array(pairs.chosen), np.array(pairs.rejected)], axis=1)[: len(indices)]
+                both = np.stack(_columns(pairs)[: rows.shape[1]], axis=1)[: len(indices)]
                 logps[at], known[at] = both, True
                 fresh.update(zip(_bytes_of(keys[at]), both.reshape(-1).tolist(), strict=True))
             done += len(indices)
@@ -131,6 +134,25 @@ def with_reference(
         if fresh:
             write_table(file, fresh, identity)
     yield done, logps[place]
+
+
+def _columns(pairs: Pairs) -> list[np.ndarray]:
+    return [np.array(a) for a in (pairs.chosen, pairs.rejected, *(() if pairs.shared is None else pairs.shared))]
+
+
+def shared_rows(examples: Sequence[Example]) -> np.ndarray:
+    """(N, 4, 16) digests of each pair's two rows, and of the same cut to the first min(|chosen|, |rejected|) tokens.
+
+    The log-prob of a completion's beginning is that of the row that ends there: it is kept as such.
+    """
+    pairs = Examples.of(examples)
+    shorter = pairs.lengths[:, 1:].min(axis=1).tolist()
+    cut = [
+        row_digest(pair.prompt, completion[:most])
+        for pair, most in zip(pairs, shorter, strict=True)
+        for completion in (pair.chosen, pair.rejected)
+    ]
+    return np.concatenate([pairs.rows, np.frombuffer(b"".join(cut), np.uint8).reshape(-1, 2, 16)], axis=1)
 
 
 def _look_up(keys: np.ndarray, file: Path) -> tuple[np.ndarray, np.ndarray]:

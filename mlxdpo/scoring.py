@@ -19,8 +19,8 @@ from mlxdpo.model.prefix import checkpointed, hidden_states, spreader
 from mlxdpo.model.trunk import Trunk, split
 from mlxdpo.types import Batch, Pairs
 
-Forward = Callable[[nn.Module, Batch], mx.array]
-"""(model, batch) -> (R,) summed completion log-probs, nats."""
+Forward = Callable[[nn.Module, Batch], Any]
+"""(model, batch) -> (R,) summed completion log-probs, nats; or `Rows`, where a modifier asks for more."""
 
 
 def token_logps(model: nn.Module, tokens: mx.array) -> mx.array:
@@ -40,11 +40,21 @@ def completion_logps(model: nn.Module, tokens: mx.array, mask: mx.array) -> mx.a
 
 def plain_forward(model: nn.Module, batch: Batch) -> mx.array:
     """Full rows and full logits: for any model that mlx-lm can run."""
+    return _by_row(heads.target_logps(plain_logits(model, batch), batch.targets), batch)
+
+
+def plain_logits(model: nn.Module, batch: Batch) -> mx.array:
+    """(N, V) float32 logits of the scored positions, out of full rows."""
     shared = batch.prefix.shape[1]
     rows = mx.concatenate([batch.prefix[batch.group], batch.suffix], axis=1) if shared else batch.suffix
     logits = model(rows)[:, shared:]
-    scored = logits.reshape(-1, logits.shape[-1])[batch.home[batch.positions]].astype(mx.float32)
-    return _by_row(heads.target_logps(scored, batch.targets), batch)
+    return logits.reshape(-1, logits.shape[-1])[batch.home[batch.positions]].astype(mx.float32)
+
+
+def plain_details(model: nn.Module, batch: Batch) -> Rows:
+    """`plain_forward` with all that a modifier may ask."""
+    logits = plain_logits(model, batch)
+    return _details(heads.target_logps(logits, batch.targets), heads.target_squares(logits), batch)
 
 
 def fast_forward(checkpoint: Callable[..., Any] | None = None, *, head: Any = heads.token_logps) -> Forward:
@@ -56,13 +66,31 @@ def fast_forward(checkpoint: Callable[..., Any] | None = None, *, head: Any = he
 
     def forward(model: nn.Module, batch: Batch) -> mx.array:
         """(R,) log-probs of the batch's rows."""
-        trunk = split(model)
-        assert trunk is not None  # whoever chose this path asked first
-        states = rest_states(trunk, batch, checkpoint)
-        scored = trunk.norm(states[batch.positions])
+        trunk, scored = _scored_states(model, batch, checkpoint)
         return _by_row(head(trunk.head, scored, batch.targets), batch)
 
     return forward
+
+
+def fast_details(
+    checkpoint: Callable[..., Any] | None = None, *, head: Any = heads.token_logps_and_squares
+) -> Callable[[nn.Module, Batch], Rows]:
+    """`fast_forward` with all that a modifier may ask."""
+
+    def forward(model: nn.Module, batch: Batch) -> Rows:
+        """Log-probs of the batch's rows, of parts of them, and how concentrated the policy is."""
+        trunk, scored = _scored_states(model, batch, checkpoint)
+        return _details(*head(trunk.head, scored, batch.targets), batch)
+
+    return forward
+
+
+def _scored_states(model: nn.Module, batch: Batch, checkpoint: Callable[..., Any] | None) -> tuple[Trunk, mx.array]:
+    """The model's parts and the (N, D) normed states of the scored positions."""
+    trunk = split(model)
+    assert trunk is not None  # whoever chose this path asked first
+    states = rest_states(trunk, batch, checkpoint)
+    return trunk, trunk.norm(states[batch.positions])
 
 
 def rest_states(trunk: Trunk, batch: Batch, checkpoint: Callable[..., Any] | None = None) -> mx.array:
@@ -82,6 +110,39 @@ def _by_row(logps: mx.array, batch: Batch) -> mx.array:
     return mx.zeros(batch.length.shape).at[batch.owner].add(logps * batch.scored)
 
 
+class Rows(NamedTuple):
+    """What modifiers ask of a batch besides summed log-probs.
+
+    logps    (R,) summed completion log-probs, nats
+    shared   (2, B) those of the first min(|chosen|, |rejected|) tokens of each pair's two completions
+    squares  (R,) sum over a completion's tokens of log sum_v p_v^2, without gradient
+    """
+
+    logps: mx.array
+    shared: mx.array
+    squares: mx.array
+
+
+def _details(logps: mx.array, squares: mx.array, batch: Batch) -> Rows:
+    return Rows(_by_row(logps, batch), _shared(logps, batch), _by_row(squares, batch))
+
+
+def _shared(logps: mx.array, batch: Batch) -> mx.array:
+    """(N,) log-probs of tokens -> (2, B) sums over the first min(|chosen|, |rejected|) tokens of each completion.
+
+    Counted from where each completion starts. A mask and not a running sum: that would lose digits over a batch.
+    """
+    # A batch lays the targets of its rows out one row after the other; what only fills it weighs nothing.
+    begins = mx.cumsum(batch.length) - batch.length
+    rank = mx.arange(batch.owner.shape[0]) - begins[batch.owner]
+    shorter = mx.minimum(batch.length[batch.chosen], batch.length[batch.rejected])
+    rows = mx.stack([batch.chosen, batch.rejected])
+    counts = (batch.owner == rows[..., None]) & (rank < shorter[None, :, None])
+    part = (counts * (logps * batch.scored)).sum(axis=-1)
+    # The shorter one is there whole: the same number as its row's, to the bit.
+    return mx.where(batch.length[rows] == shorter, _by_row(logps, batch)[rows], part)
+
+
 class Ways(NamedTuple):
     """How a model is run: `train` under differentiation, `score` without. Both give the same numbers, to the bit."""
 
@@ -90,6 +151,7 @@ class Ways(NamedTuple):
 
 
 PLAIN = Ways(plain_forward, plain_forward)
+PLAIN_DETAILS = Ways(plain_details, plain_details)  # type: ignore[arg-type]
 
 
 def ways_for(model: nn.Module, checkpoint: bool = False) -> Ways:
@@ -99,10 +161,22 @@ def ways_for(model: nn.Module, checkpoint: bool = False) -> Ways:
     return Ways(fast_forward(checkpointed if checkpoint else None), fast_forward(head=heads.score_logps))
 
 
+def detailed(ways: Ways, checkpoint: bool = False) -> Ways:
+    """The same way through the model, giving `Rows`: for modifiers that ask more than summed log-probs."""
+    if ways is PLAIN:
+        return PLAIN_DETAILS
+    train, score = fast_details(checkpointed if checkpoint else None), fast_details(head=heads.score_logps_and_squares)
+    return Ways(train, score)  # type: ignore[arg-type]
+
+
 def score_pairs(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Pairs:
     """Everything an objective needs of a batch; each field (B,)."""
-    logps = (forward or ways_for(model).train)(model, batch)
-    chosen, rejected, length = batch.chosen, batch.rejected, batch.length
-    return Pairs(
-        logps[chosen], logps[rejected], batch.ref[chosen], batch.ref[rejected], length[chosen], length[rejected]
-    )
+    found = (forward or ways_for(model).train)(model, batch)
+    rows = found if isinstance(found, Rows) else None
+    logps: mx.array = rows.logps if rows else found
+    chosen, rejected, length, extras = batch.chosen, batch.rejected, batch.length, batch.extras
+    both = logps[chosen], logps[rejected], batch.ref[chosen], batch.ref[rejected], length[chosen], length[rejected]
+    if rows is None:
+        return Pairs(*both, *(extras or ()))
+    squares = mx.stack([rows.squares[chosen], rows.squares[rejected]])
+    return Pairs(*both, *(extras or ()), shared=rows.shared, ref_shared=batch.ref_shared, squares=squares)

@@ -16,13 +16,15 @@ from mlxdpo.data.load import Dataset
 from mlxdpo.data.planning import first_epoch
 from mlxdpo.data.store import Examples
 from mlxdpo.loop import Job, Part
+from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import adapters_off, check_trainable, dropout_off, load_adapter, read_settings
 from mlxdpo.model.packed import packs
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.model.trunk import split
 from mlxdpo.outlook import Outlook, drawn, look_ahead, training_batches
-from mlxdpo.scoring import PLAIN, Ways, plain_forward, score_pairs, ways_for
+from mlxdpo.scoring import PLAIN, Ways, detailed, plain_forward, score_pairs, ways_for
 from mlxdpo.types import Batch, Pairs, UserError
+from mlxdpo.windows import first
 
 CHECKED = 2  # pairs that the fast way has to get right
 # How far one summed log-prob may be from the reference's at the start, nats: rounding differs with the batch's shape.
@@ -138,25 +140,68 @@ def _first_batch(part: Part, config: Config, most: int | None = None) -> Batch:
 def check(job: Job) -> None:
     """Before the first step policy and reference agree, so the objective has a known value (sigmoid: ln 2).
 
-    Raises `UserError` naming the cause when it has not. Dropout is off here: it may differ by design.
+    Raises `UserError` naming the cause when it has not. Dropout is off here: it may differ by design. Where no
+    reference is asked there is nothing to agree with, but a reward model's rewards are all 0.
     """
-    batch = _first_batch(job.train, job.config)
+    if "reference" not in job.loss.needs:
+        _check_alone(job)
+        return
+    batch, wanted = _first_batch(job.train, job.config), job.loss.start()
+    count = int(batch.weight.sum().item())
     with dropout_off(job.model):
-        pairs = score_pairs(job.model, batch, job.ways.score)
+        pairs = first(score_pairs(job.model, batch, job.ways.score), count)
         if _gap(pairs) <= _tolerance(job.model):
+            _check_value(job, pairs, wanted)
             return
         cause = _cause(job, batch)
-    losses = job.objective(pairs, **job.knobs)
-    value = float((losses * batch.weight).sum() / batch.weight.sum())
+    instead = "" if wanted is None else f" instead of {wanted:.6f}"
     raise UserError(
-        f"before the first step the loss is {value:.6f} instead of {job.objective.start(job.config.loss.beta):.6f} "
+        f"before the first step the loss is {_value(job, pairs):.6f}{instead} "
         f"and a log-prob is {_gap(pairs):.4f} nats from its reference: {cause}"
     )
 
 
+def _check_alone(job: Job) -> None:
+    """A loss that asks no reference and still has a known first value."""
+    if (wanted := job.loss.start()) is None:
+        return
+    batch = _first_batch(job.train, job.config)
+    with dropout_off(job.model):
+        pairs = first(score_pairs(job.model, batch, job.ways.score), int(batch.weight.sum().item()))
+    if abs((value := _value(job, pairs)) - wanted) > 1e-4 * max(1.0, wanted):
+        raise UserError(
+            f"before the first step the loss is {value:.6f} instead of {wanted:.6f}: the head does not start at zero; "
+            f"please report this with the recipe"
+        )
+
+
+def _check_value(job: Job, pairs: Pairs, wanted: float | None) -> None:
+    """The loss of a policy that is its reference, to the bit: rounding in 16 bits is not asked about here."""
+    ref = {"chosen": pairs.ref_chosen, "rejected": pairs.ref_rejected, "shared": pairs.ref_shared}
+    value = _value(job, pairs._replace(**ref))
+    if wanted is not None and abs(value - wanted) > 1e-4 * max(1.0, abs(wanted)):
+        raise UserError(
+            f"where policy and reference agree the loss is {value:.6f} instead of {wanted:.6f}: "
+            f"{job.config.loss.name} is computed wrongly here; please report this with the recipe"
+        )
+
+
+def _value(job: Job, pairs: Pairs) -> float:
+    """Mean loss, before weights of pairs."""
+    losses = job.loss(pairs._replace(weight=mx.ones_like(pairs.chosen)))
+    return float(losses.mean())
+
+
+def with_details(ways: Ways, loss: Loss, config: Config) -> Ways:
+    """The ways of a model, giving more than summed log-probs where a modifier of the loss asks for it."""
+    return detailed(ways, config.train.checkpoint) if loss.needs & {"shared", "squares"} else ways
+
+
 def _gap(pairs: Pairs) -> float:
     """Largest distance between a policy's and a reference's log-prob, nats; NaN counts as infinite."""
-    gaps = np.abs(np.array([pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected]))
+    both = [pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected]
+    shared = [] if pairs.shared is None or pairs.ref_shared is None else list(pairs.shared - pairs.ref_shared)
+    gaps = np.abs(np.array([*both, *shared]))
     return float(np.nan_to_num(gaps, nan=np.inf, posinf=np.inf).max())
 
 

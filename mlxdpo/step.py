@@ -14,7 +14,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 from mlxdpo.config import OptimConfig
-from mlxdpo.losses import Objective
+from mlxdpo.losses import Loss
 from mlxdpo.platform import compiled
 from mlxdpo.scoring import Forward, score_pairs, ways_for
 from mlxdpo.types import Batch, Pairs, UserError
@@ -75,31 +75,32 @@ def make_scorer(model: nn.Module, forward: Forward | None = None) -> Callable[[B
 
 
 def make_gradient(
-    model: nn.Module, objective: Objective, knobs: dict[str, Any], forward: Forward | None = None
-) -> Callable[[Batch, mx.array], Gradient]:
+    model: nn.Module, loss: Loss, forward: Forward | None = None
+) -> Callable[[Batch, mx.array, mx.array | None], Gradient]:
     """Compiled gradient of share * sum_i weight_i * loss_i over a batch's pairs.
 
     With share = 1 / (pairs in the window), summing the gradients of a window's batches gives exactly the gradient of
-    the mean over its pairs, however they are cut into batches.
+    the mean over its pairs, however they are cut into batches. An objective that looks at all pairs of the window gets
+    what it saw there (`windows.look_over`), so that the same holds for it.
     """
 
-    def weighted(batch: Batch, share: mx.array) -> tuple[mx.array, mx.array, Pairs]:
+    def weighted(batch: Batch, share: mx.array, seen: mx.array | None) -> tuple[mx.array, mx.array, Pairs]:
         """The batch's share of the loss, and what it is made of."""
         pairs = score_pairs(model, batch, forward)
-        losses = objective(pairs, **knobs)
+        losses = loss(pairs, seen)
         return (losses * batch.weight).sum() * share, losses, pairs
 
     value_and_grad = nn.value_and_grad(model, weighted)
     state = [model.state, mx.random.state]
 
-    def gradient(batch: Batch, share: mx.array) -> tuple[mx.array, Pairs, Gradients]:
+    def gradient(batch: Batch, share: mx.array, seen: mx.array | None) -> tuple[mx.array, Pairs, Gradients]:
         """What is compiled: losses, pairs, gradients."""
-        (_, losses, pairs), gradients = value_and_grad(batch, share)
+        (_, losses, pairs), gradients = value_and_grad(batch, share, seen)
         return losses, pairs, gradients
 
     # The model is an output too: tracing leaves tracers in its parameters, and outputs put arrays back.
     traced = compiled(gradient, inputs=state, outputs=state)
-    return lambda batch, share: Gradient(*traced(batch, share))
+    return lambda batch, share, seen=None: Gradient(*traced(batch, share, seen))
 
 
 def add(left: Gradients | None, right: Gradients) -> Gradients:

@@ -12,16 +12,16 @@ from tiny_models import tiny_model
 from tiny_runs import finish, losses, recipe
 
 from mlxdpo import loop, step
-from mlxdpo.config import LoraConfig, OptimConfig
+from mlxdpo.config import LoraConfig, LossConfig, OptimConfig
 from mlxdpo.data.batching import collate
-from mlxdpo.losses import LOSSES
+from mlxdpo.losses import LOSSES, resolve
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.scoring import score_pairs
 from mlxdpo.step import OPTIMIZERS, TAKES, make_gradient, make_optimizer, make_update
-from mlxdpo.types import Example, UserError
+from mlxdpo.types import Example, Extras, UserError
+from mlxdpo.windows import filled, look_over
 
 COUNT = 7
-KNOBS = {"beta": 0.2}
 
 
 @pytest.fixture
@@ -37,31 +37,40 @@ def model():
 def data():
     draw = np.random.default_rng(2)
     ids = lambda: draw.integers(1, 300, draw.integers(2, 14)).astype(np.int32)  # noqa: E731
-    examples = [Example(ids(), ids(), ids(), f"row {i}") for i in range(COUNT)]
+    thumb = lambda i: Extras(desirable=float(i % 3 > 0))  # noqa: E731
+    examples = [Example(ids(), ids(), ids(), f"row {i}", thumb(i)) for i in range(COUNT)]
     return examples, draw.normal(-60, 3, (COUNT, 2)).astype(np.float32)
 
 
 def mean_loss(model, data, name="sigmoid"):
     """The mean over all pairs, in one batch, without weights or shares."""
     examples, ref = data
-    return LOSSES[name](score_pairs(model, collate(examples, tuple(range(COUNT)), COUNT, ref)), **KNOBS).mean()
+    return resolve(LossConfig(name=name, beta=0.2))(
+        score_pairs(model, collate(examples, range(COUNT), COUNT, ref))
+    ).mean()
 
 
 def window_gradient(model, data, size, name="sigmoid"):
     examples, ref = data
-    gradient, total, seen = make_gradient(model, LOSSES[name], KNOBS), None, []
-    for at in range(0, COUNT, size):
-        indices = tuple(range(at, min(at + size, COUNT)))
-        result = gradient(collate(examples, indices, size, ref), mx.array(1 / COUNT))
+    loss, total, losses = resolve(LossConfig(name=name, beta=0.2)), None, []
+    gradient = make_gradient(model, loss)
+    cuts = [tuple(range(at, min(at + size, COUNT))) for at in range(0, COUNT, size)]
+    batches = [collate(examples, indices, size, ref) for indices in cuts]
+    rows = [[examples[i] for i in indices] for indices in cuts]
+    seen = look_over(loss, rows, lambda: batches, step.make_scorer(model))
+    for indices, batch, row in zip(cuts, batches, seen, strict=True):
+        result = gradient(batch, mx.array(1 / COUNT), filled(row, size))
         total = step.add(total, result.gradients)
-        seen += result.losses[: len(indices)].tolist()
-    return dict(tree_flatten(total)), sum(seen) / COUNT
+        losses += result.losses[: len(indices)].tolist()
+    return dict(tree_flatten(total)), sum(losses) / COUNT
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 10])
-def test_windows_gradient_is_that_of_the_mean_loss(model, data, size):
-    value, plain = nn.value_and_grad(model, lambda m: mean_loss(m, data))(model)
-    got, loss = window_gradient(model, data, size)
+@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("size", [1, 3, 7, 10])
+def test_windows_gradient_is_that_of_the_mean_loss(model, data, size, name):
+    """Also of objectives that sort, or take means, over all pairs of a step: cutting it changes nothing."""
+    value, plain = nn.value_and_grad(model, lambda m: mean_loss(m, data, name))(model)
+    got, loss = window_gradient(model, data, size, name)
     assert loss == pytest.approx(value.item(), rel=1e-5)
     for name, want in tree_flatten(plain):
         scale = mx.abs(want).max().item()
@@ -127,12 +136,12 @@ def test_an_epoch_and_a_half_goes_on_in_the_next_order(tmp_path, cache):
 
 def test_filler_changes_neither_gradient_nor_metrics(model, data):
     examples, ref = data
-    gradient = make_gradient(model, LOSSES["sigmoid"], KNOBS)
-    full, filled = (gradient(collate(examples, (3, 1), size, ref), mx.array(0.5)) for size in (2, 5))
-    for (name, a), (_, b) in zip(tree_flatten(full.gradients), tree_flatten(filled.gradients), strict=True):
+    gradient = make_gradient(model, resolve(LossConfig(beta=0.2)))
+    full, wide = (gradient(collate(examples, (3, 1), size, ref), mx.array(0.5)) for size in (2, 5))
+    for (name, a), (_, b) in zip(tree_flatten(full.gradients), tree_flatten(wide.gradients), strict=True):
         assert mx.abs(a - b).max().item() < 1e-4 * mx.abs(a).max().item(), name
-    assert loop.scored(filled.losses, filled.pairs, 2).losses == pytest.approx(full.losses.tolist(), rel=1e-5)
-    assert len(loop.scored(filled.losses, filled.pairs, 2).chosen) == 2
+    assert loop.scored(wide.losses, wide.pairs, 2).losses == pytest.approx(full.losses.tolist(), rel=1e-5)
+    assert len(loop.scored(wide.losses, wide.pairs, 2).chosen) == 2
 
 
 @needs_compiler

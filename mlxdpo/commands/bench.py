@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from cyclopts import Parameter, validators
 
-from mlxdpo.config import LoraConfig, ModelConfig, OptimConfig, Section
+from mlxdpo.config import LoraConfig, LossConfig, ModelConfig, OptimConfig, Section
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
@@ -150,12 +150,12 @@ def _passes(model: Any, batch: Batch, size: Size) -> dict[str, Callable[[], None
     """
     import mlx.core as mx
 
-    from mlxdpo.losses import LOSSES
+    from mlxdpo.losses import resolve
     from mlxdpo.scoring import ways_for
     from mlxdpo.step import gradient_norm, make_gradient, make_optimizer, make_scorer, make_update
 
     ways = ways_for(model, size.checkpoint)
-    gradient = make_gradient(model, LOSSES["sigmoid"], {"beta": 0.1}, ways.train)
+    gradient = make_gradient(model, resolve(LossConfig()), ways.train)
     update, scorer = make_update(model, make_optimizer(OptimConfig())), make_scorer(model, ways.score)
 
     def step() -> None:

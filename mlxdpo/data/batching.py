@@ -42,7 +42,7 @@ def collate(
     counts = set(np.bincount([row.group for row in rows]).tolist())
     whole = len(counts) == 1 and (len(firsts), len(rows)) == (frame.prompts, frame.rows)
     per_prompt = counts.pop() if whole else 0
-    filled = [*indices, *indices[:1] * filler]
+    filled = [*indices, *[indices[0]] * filler]
     shared = mx.array(np.ascontiguousarray(ref[filled, 2:].T)) if ref is not None and ref.shape[1] == 4 else None
     extras = np.array([pair.extras for pair in [*pairs, *pairs[:1] * filler]], np.float32).T
     return Batch(

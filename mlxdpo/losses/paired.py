@@ -1,7 +1,6 @@
-"""Objectives on pairs: pure functions of `(B,)` vectors, one loss per pair.
+"""Objectives of the difference d between a pair's two log-ratios: pure functions of `(B,)` vectors, one loss per pair.
 
-Notation: a = log pi(y_w|x) - log ref(y_w|x), b the same for the rejected y_l, d = a - b. No reduction here: the step
-takes the weighted mean. Everything float32: a 16-bit log-sigmoid overflows.
+No reduction here: the step takes the weighted mean. Notation: see `ratios`.
 """
 
 from __future__ import annotations
@@ -11,23 +10,17 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxdpo.losses.ratios import Number, demanded, lead, log_ratios, smoothed
 from mlxdpo.types import Pairs
 
 
-def log_ratios(pairs: Pairs) -> tuple[mx.array, mx.array]:
-    """(a, b): how much likelier the policy finds the chosen and the rejected completion than the reference, nats."""
-    return pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected
-
-
-def sigmoid(pairs: Pairs, *, beta: float | mx.array, label_smoothing: float = 0.0) -> mx.array:
+def sigmoid(pairs: Pairs, *, beta: Number, label_smoothing: Number = 0.0) -> mx.array:
     """-(1-e) log s(beta d) - e log s(-beta d): DPO, arXiv 2305.18290 eq. 7; with e > 0 conservative DPO (E. Mitchell,
     "A note on DPO with noisy preferences", 2023, eq. 3), whose labels are wrong with probability e."""
-    a, b = log_ratios(pairs)
-    logit = beta * (a - b)
-    return -(1 - label_smoothing) * nn.log_sigmoid(logit) - label_smoothing * nn.log_sigmoid(-logit)
+    return smoothed(lead(pairs, beta), label_smoothing)
 
 
-def ipo(pairs: Pairs, *, beta: float | mx.array) -> mx.array:
+def ipo(pairs: Pairs, *, beta: Number) -> mx.array:
     """(a/|y_w| - b/|y_l| - 1/(2 beta))^2: IPO, arXiv 2310.12036 eq. 17, with beta the paper's tau.
 
     Departs from the paper's sums: log-ratios are averaged over tokens, which its authors advise (trl#1265).
@@ -36,23 +29,55 @@ def ipo(pairs: Pairs, *, beta: float | mx.array) -> mx.array:
     return (a / pairs.chosen_len - b / pairs.rejected_len - 1 / (2 * beta)) ** 2
 
 
-def hinge(pairs: Pairs, *, beta: float | mx.array) -> mx.array:
+def hinge(pairs: Pairs, *, beta: Number) -> mx.array:
     """max(0, 1 - beta d): SLiC-HF's margin loss (arXiv 2305.10425 eq. 1) on implicit rewards, as in RSO, arXiv
     2309.06657 eq. 10."""
+    return mx.maximum(0, 1 - lead(pairs, beta))
+
+
+def sigmoid_norm(pairs: Pairs, *, beta: Number = 5.0) -> mx.array:
+    """-log s(beta (a/|y_w| - b/|y_l|)): length-normalised DPO, arXiv 2411.15124 (Tulu 3) eq. 6, with its beta 5."""
     a, b = log_ratios(pairs)
-    return mx.maximum(0, 1 - beta * (a - b))
+    return -nn.log_sigmoid(demanded(beta * (a / pairs.chosen_len - b / pairs.rejected_len), pairs))
 
 
-def start_ln2(beta: float) -> float:
-    """Value where policy and reference agree: a logit of 0."""
-    return math.log(2)
+def exo_pair(pairs: Pairs, *, beta: Number, label_smoothing: Number = 1e-3) -> mx.array:
+    """KL(q || p) of q = (s(beta d), s(-beta d)) from the label's distribution p = (1-e, e): EXO, arXiv 2402.00856
+    eq. 16. The reverse of DPO's direction, so it seeks the label's mode; e > 0, or the divergence is infinite."""
+    logit = lead(pairs, beta)
+    won, lost = nn.log_sigmoid(logit), nn.log_sigmoid(-logit)
+    return mx.exp(won) * (won - math.log(1 - label_smoothing)) + mx.exp(lost) * (lost - math.log(label_smoothing))
 
 
-def start_ipo(beta: float) -> float:
-    """Value where policy and reference agree: the squared target."""
-    return 1 / (4 * beta**2)
+def robust(pairs: Pairs, *, beta: Number, label_smoothing: Number = 0.1) -> mx.array:
+    """(-(1-e) log s(beta d) + e log s(-beta d)) / (1 - 2e): rDPO, arXiv 2403.00409 eq. 12. Its expectation over labels
+    flipped with probability e is DPO's loss on the true ones; a single value may be negative."""
+    logit, e = lead(pairs, beta), label_smoothing
+    return (e * nn.log_sigmoid(-logit) - (1 - e) * nn.log_sigmoid(logit)) / (1 - 2 * e)
 
 
-def start_hinge(beta: float) -> float:
-    """Value where policy and reference agree: the whole margin is missing."""
-    return 1.0
+def discopop(pairs: Pairs, *, beta: Number, discopop_tau: Number = 0.05) -> mx.array:
+    """-(1-m) log s(beta d) + m e^(-beta d) with m = s(beta d / tau): log-ratio modulated loss, arXiv 2406.08414 eq. 5.
+
+    Written with m e^(-beta d) = e^(log m - beta d), whose exponent never exceeds about 0 for tau < 1: the factors alone
+    are infinity times zero once beta d < -88. For tau > 1 the bound of the sum is kept by hand.
+    """
+    logit = lead(pairs, beta)
+    exponential = mx.exp(mx.minimum(nn.log_sigmoid(logit / discopop_tau) - logit, 40.0))
+    return exponential - mx.sigmoid(-logit / discopop_tau) * nn.log_sigmoid(logit)
+
+
+def dpop(pairs: Pairs, *, beta: Number = 0.3, dpop_lambda: Number = 50.0) -> mx.array:
+    """-log s(beta (d - lambda max(0, -a))): DPO-Positive (Smaug), arXiv 2402.13228 eq. 3. The penalty stands inside the
+    sigmoid and times beta; it acts as soon as the chosen completion is less likely than under the reference."""
+    a, _ = log_ratios(pairs)
+    return -nn.log_sigmoid(lead(pairs, beta) - beta * dpop_lambda * mx.maximum(0, -a))
+
+
+def r_dpo(pairs: Pairs, *, beta: Number, length_alpha: Number = 0.01) -> mx.array:
+    """-log s(beta d + alpha (|y_w| - |y_l|)): length-regularised DPO, arXiv 2403.19159 eq. 9.
+
+    The sign from its derivation: the optimum of E[r - alpha |y|] - beta KL has r = beta a + alpha |y| + const, so the
+    Bradley-Terry logit is beta d + alpha (|y_w| - |y_l|), and a pair won by length alone asks nothing of the policy.
+    """
+    return -nn.log_sigmoid(lead(pairs, beta) + length_alpha * (pairs.chosen_len - pairs.rejected_len))

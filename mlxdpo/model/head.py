@@ -66,10 +66,37 @@ def _chunks(head: Head, h: mx.array) -> list[slice]:
 def token_logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
     """(N, D) states and (N,) tokens -> (N,) log p(y), float32 nats."""
     if is_frozen(head):
-        return _fused(head)(h, y)[0]
+        return _fused(head, _with_row)(h, y)[0]
     module = head.module()
     logps = nn.utils.checkpoint(module, lambda hh, yy: _logps(head, hh, yy))
     return mx.concatenate([logps(h[at], y[at]) for at in _chunks(head, h)])
+
+
+def token_logps_and_squares(head: Head, h: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
+    """`token_logps`, and (N,) log sum_v p_v^2 of the same positions, which has no gradient (WPO, arXiv 2406.11827)."""
+    if is_frozen(head):
+        logps, _, squares = _fused(head, _with_row_and_square)(h, y)
+        return logps, mx.stop_gradient(squares)
+    states = mx.stop_gradient(h)
+    return token_logps(head, h, y), mx.stop_gradient(score_logps_and_squares(head, states, y)[1])
+
+
+def score_logps_and_squares(head: Head, h: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
+    """`token_logps_and_squares` for who needs no gradient: one chunk after the other, nothing kept."""
+    parts: list[tuple[mx.array, mx.array]] = []
+    for at in _chunks(head, h):
+        states = h[at]
+        if parts:
+            (states,) = mx.depends([states], list(parts[-1]))
+        logps, e, total = _softmax(logits(head, states), y[at])
+        parts.append((logps, _log_square(e, total)))
+    logps, squares = (mx.concatenate(column) for column in zip(*parts, strict=True))
+    return logps, squares
+
+
+def _log_square(e: mx.array, total: mx.array) -> mx.array:
+    """log sum_v p_v^2, (N,), of p = e / total: between -log V (uniform) and 0 (certain)."""
+    return mx.log(in_blocks(e * e).sum(axis=-1).sum(axis=-1)) - 2 * mx.log(total[:, 0])
 
 
 def score_logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
@@ -98,6 +125,14 @@ def _softmax(z: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     return (mx.take_along_axis(z, y[:, None], axis=-1) - top - mx.log(total))[:, 0], e, total
 
 
+def target_squares(z: mx.array) -> mx.array:
+    """(..., V) float32 logits -> (...) log sum_v p_v^2, without gradient."""
+    z = mx.stop_gradient(z)
+    return mx.logsumexp(mx.logsumexp(in_blocks(2 * z), axis=-1), axis=-1) - 2 * mx.logsumexp(
+        mx.logsumexp(in_blocks(z), axis=-1), axis=-1
+    )
+
+
 def target_logps(z: mx.array, y: mx.array) -> mx.array:
     """(..., V) float32 logits and (...) tokens -> (...) log p(y), nats: the platform's fused kernel, or two sweeps."""
     if this_machine().kind != "cpu":
@@ -118,22 +153,21 @@ def in_blocks(z: mx.array) -> mx.array:
     return z.reshape(*z.shape[:-1], blocks, -1)
 
 
-def _fused(head: Head) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
-    """(h, y) -> log-probs (N,) and their gradient rows (N, D), with that gradient as its own."""
+def _fused(head: Head, measure: Callable[..., tuple[mx.array, ...]]) -> Callable[..., tuple[mx.array, ...]]:
+    """(h, y) -> log-probs (N,), their gradient rows (N, D), and what else `measure` gives of a chunk, without gradient;
+    the rows are the log-probs' gradient."""
 
     @mx.custom_function
-    def run(h: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
-        """Log-probs and gradient rows, one chunk of logits after the other."""
-        logps, rows = [], []
+    def run(h: mx.array, y: mx.array) -> tuple[mx.array, ...]:
+        """One chunk of logits after the other."""
+        parts: list[tuple[mx.array, ...]] = []
         for at in _chunks(head, h):
             states = h[at]
-            if rows:
-                # Both, or each chunk's logits wait for their look-up until the end.
-                (states,) = mx.depends([states], [rows[-1], logps[-1]])
-            logp, row = _with_row(head, states, y[at])
-            logps.append(logp)
-            rows.append(row)
-        return mx.concatenate(logps), mx.concatenate(rows)
+            if parts:
+                # All of them, or each chunk's logits wait for their look-up until the end.
+                (states,) = mx.depends([states], list(parts[-1]))
+            parts.append(measure(head, states, y[at]))
+        return tuple(mx.concatenate(list(column)) for column in zip(*parts, strict=True))
 
     @run.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
@@ -145,16 +179,25 @@ def _fused(head: Head) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.arra
 
 
 def _with_row(head: Head, h: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
-    z = logits(head, h)
+    return _rows(head, logits(head, h), y)[:2]
+
+
+def _with_row_and_square(head: Head, h: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    logp, row, e, total = _rows(head, logits(head, h), y)
+    return logp, row, _log_square(e, total)
+
+
+def _rows(head: Head, z: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Log-probs, their gradient rows, and the softmax (`_softmax`) of (N, V) logits."""
     logp, e, total = _softmax(z, y)
     if head.softcap is None:
         # W[y] - (e W) / total: the one-hot part is a look-up, not a matmul.
         row = _rows_of(head, y) - _times_weight(head, e) / total
-        return logp, row * head.factor
+        return logp, row * head.factor, e, total
     slope = 1 - (z / head.softcap) ** 2
     at = mx.take_along_axis(slope, y[:, None], axis=-1)
     row = _rows_of(head, y) * at - _times_weight(head, e * slope) / total
-    return logp, row * head.factor
+    return logp, row * head.factor, e, total
 
 
 def _times_weight(head: Head, p: mx.array) -> mx.array:

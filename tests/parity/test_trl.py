@@ -97,7 +97,7 @@ def run_ours(config, examples, checkpoints):
     attach_lora(policy.model, config.lora, seed=1)
     fresh = {n: np.array(a) for n, a in tree_flatten(policy.model.trainable_parameters()) if ".lora_" in n}
     parts = Part(examples, ref), Part([], np.zeros((0, 2), np.float32))
-    made = make_optimizer(config.optim), *resolve(config.loss)
+    made = make_optimizer(config.optim), resolve(config.loss)
     job = Job(config, policy.model, *made, *parts, checkpoints, ways_for(policy.model))
     events = run_loop(job, Progress(), lambda: False)
     return [event.values for event in events if event.kind == "step"], fresh

@@ -118,7 +118,7 @@ def run(job: Job, channel: Channel) -> None:
         attach_lora(policy.model, config.lora)
         policy.model.load_weights(job.adapter, strict=False)
         parts = loop.Part(examples, ref), loop.Part([], np.zeros((0, 2), np.float32))
-        made = make_optimizer(config.optim), *resolve(config.loss)
+        made = make_optimizer(config.optim), resolve(config.loss)
         prepared = loop.Job(config, policy.model, *made, *parts, Path(job.folder), ways)
         _step(loop.run_loop(prepared, Progress(), lambda: False), channel, seconds, job.switches)
 

@@ -1,0 +1,194 @@
+"""The loss a recipe names: one objective or a weighted sum of several, under the modifiers it asks for.
+
+What is put together here is resolved before training: what has no effect is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlxdpo.knobs import LossConfig, names_of
+from mlxdpo.losses.modifiers import likeness, scored_by, shortened, singles, swapped, without_reference
+from mlxdpo.losses.objective import Objective
+from mlxdpo.losses.registry import LOSSES
+from mlxdpo.types import Pairs, UserError
+
+SAID = ("probability", "weight", "margin")
+"""Columns that `data.columns` may name beside those of a row shape: what a row says of its pair (`types.Extras`)."""
+SWITCHES = {"f_divergence": "reverse_kl", "ld_alpha": None, "wpo": False, "reference_free": False}
+"""Modifiers that a recipe switches on, with the value that is off."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One objective of a sum."""
+
+    name: str
+    objective: Objective
+    share: float
+    knobs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a step minimises: `loss(pairs)` gives one number per pair, (B,); the step takes their mean."""
+
+    terms: tuple[Term, ...]
+    config: LossConfig
+    said: frozenset[str] = frozenset()
+
+    def __call__(self, pairs: Pairs, window: mx.array | None = None) -> mx.array:
+        """One loss per pair. `window` is what `look` took from all pairs of the step, (K, B); without it these pairs
+        are all there are."""
+        rows = iter(window) if window is not None else None
+        total = sum(term.share * self._value(term, pairs, rows) for term in self.terms)
+        return total * pairs.weight if "weight" in self.said else total  # type: ignore[operator]
+
+    def _value(self, term: Term, pairs: Pairs, rows: Any) -> mx.array:
+        """One term's loss per pair, under the modifiers that it takes."""
+        seen, objective = self._view(term, pairs), term.objective
+        if objective.looks:
+            window = None if rows is None else tuple(next(rows) for _ in range(objective.entries))
+            return self._weighed(term, objective(seen, **term.knobs, window=window), pairs)
+        value = objective(seen, **term.knobs)
+        if "probability" in self.said and objective.paired:
+            value = pairs.label * value + (1 - pairs.label) * objective(swapped(seen), **term.knobs)  # type: ignore[operator]
+        return self._weighed(term, value, pairs)
+
+    def _weighed(self, term: Term, value: mx.array, pairs: Pairs) -> mx.array:
+        return value * likeness(pairs) if self.config.wpo and term.name != "sft" else value
+
+    def _view(self, term: Term, pairs: Pairs) -> Any:
+        """The pairs as the term sees them; imitation sees them whole."""
+        if term.name == "sft":
+            return pairs
+        if not term.objective.paired:
+            return singles(pairs)
+        if self.config.ld_alpha is not None:
+            pairs = shortened(pairs, self.config.ld_alpha)
+        if self.config.reference_free:
+            pairs = without_reference(pairs)
+        if self.config.f_divergence != "reverse_kl":
+            pairs = scored_by(pairs, self.config.f_divergence, self.config.f_alpha)
+        return pairs
+
+    def look(self, pairs: Pairs) -> mx.array | None:
+        """(K, B) what the objectives take from all pairs of a step, or None where each pair stands for itself."""
+        found = [row for t in self.terms if t.objective.looks for row in t.objective.looks(self._view(t, pairs))]
+        return mx.stop_gradient(mx.stack(found)) if found else None
+
+    @property
+    def looks(self) -> bool:
+        """Whether it takes something from all pairs of a step."""
+        return any(term.objective.looks for term in self.terms)
+
+    @property
+    def looks_at_logps(self) -> bool:
+        """Whether that asks for their log-probs, so that a step scores its pairs before it differentiates."""
+        return any(term.objective.over == "log-probs" for term in self.terms)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it reads besides summed log-probs of the policy: "reference", "shared" (LD-DPO), "squares" (WPO)."""
+        reference = any(t.objective.reference for t in self.terms) and not self.config.reference_free
+        wanted = {
+            "reference": reference,
+            "shared": self.config.ld_alpha is not None,
+            "squares": self.config.wpo,
+        }
+        return frozenset(name for name, needed in wanted.items() if needed)
+
+    @property
+    def paired(self) -> bool:
+        """Whether it reads pairs; else single completions with a thumb."""
+        return self.terms[0].objective.paired
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether unpaired rows need a completion of another prompt beside their own."""
+        return any(term.objective.mismatched for term in self.terms)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether its rewards are means over tokens, where it has no reference."""
+        return self.terms[0].objective.per_token
+
+    @property
+    def lifts(self) -> bool:
+        """Whether it holds the chosen completions' likelihood up."""
+        return any(term.objective.lifts for term in self.terms)
+
+    def start(self) -> float | None:
+        """Its value while policy and reference agree, before weights of pairs; None where that is no constant."""
+        if self.config.wpo or self.config.reference_free or "margin" in self.said:
+            return None
+        values = [t.objective.start(**t.knobs) if t.objective.start else None for t in self.terms]
+        known = [t.share * v for t, v in zip(self.terms, values, strict=True) if v is not None]
+        return sum(known) if len(known) == len(values) else None
+
+
+def resolve(config: LossConfig, columns: Collection[str] = ()) -> Loss:
+    """The loss a recipe names; `columns` are those that `data.columns` names.
+
+    Raises `UserError` for an unknown objective, a knob or modifier that has no effect or makes no sense, and a sum
+    that mixes pairs with single completions.
+    """
+    names = names_of(config.name)
+    for name in names:
+        if name not in LOSSES:
+            raise UserError(f"loss.name `{name}` is unknown; known: {', '.join(LOSSES)}")
+    objectives = [LOSSES[name] for name in names]
+    if len({objective.paired for objective in objectives}) > 1:
+        raise UserError(f"loss.name {config.name} mixes pairs with single completions; {_kinds(names)}")
+    shares = config.weights or [1.0] * len(names)
+    if len(shares) != len(names):
+        raise UserError(f"loss.weights has {len(shares)} numbers for the {len(names)} objectives of {config.name}")
+    _check_knobs(config, names)
+    said = frozenset(columns) & frozenset(SAID)
+    _check_modifiers(config, names, said)
+    terms = [
+        Term(name, objective, share, {knob: getattr(config, knob) for knob in objective.knobs})
+        for name, objective, share in zip(names, objectives, shares, strict=True)
+    ]
+    return Loss(tuple(terms), config, said)
+
+
+def _kinds(names: Iterable[str]) -> str:
+    single = [name for name in names if not LOSSES[name].paired]
+    return f"of these {', '.join(single)} reads single completions"
+
+
+def _check_knobs(config: LossConfig, names: list[str]) -> None:
+    """Refuse a knob that is not at its default and that no named objective takes."""
+    taken = list(dict.fromkeys(knob for name in names for knob in LOSSES[name].knobs))
+    for knob, field in LossConfig.model_fields.items():
+        value = getattr(config, knob)
+        if knob in {"name", "weights", *SWITCHES, *taken} or value == field.default:
+            continue
+        if knob == "f_alpha":
+            if config.f_divergence != "alpha_divergence":
+                raise UserError(f"loss.f_alpha {value} has no effect without loss.f_divergence alpha_divergence")
+            continue
+        raise UserError(f"loss.{knob} {value} has no effect on `{config.name}`, which takes: {', '.join(taken)}")
+    if "exo_pair" in names and config.label_smoothing == 0:
+        raise UserError("exo_pair needs loss.label_smoothing above 0 (its paper: 1e-3): at 0 its loss is infinite")
+
+
+def _check_modifiers(config: LossConfig, names: list[str], said: frozenset[str]) -> None:
+    """Refuse what makes no sense for one of the objectives; imitation beside another objective is left as it is."""
+    given: dict[str, str] = {
+        name: f"loss.{name} {getattr(config, name)}" for name, off in SWITCHES.items() if getattr(config, name) != off
+    }
+    given |= {name: f"data.columns {name}" for name in said}
+    for modifier, shown in given.items():
+        for name in names:
+            if name == "sft" and len(names) > 1:
+                continue
+            if reason := LOSSES[name].refuses.get(modifier):
+                raise UserError(f"{shown} makes no sense for {name}: {reason}; drop one of them")
+    if config.reference_free and config.f_divergence != "reverse_kl":
+        raise UserError("loss.f_divergence scores log-ratios to a reference; drop it or loss.reference_free")

@@ -1,0 +1,66 @@
+"""What the registry knows of an objective besides its function."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import mlx.core as mx
+
+Window = tuple[mx.array, ...]
+"""What an objective must know of all pairs of an optimizer step at once: vectors (B,), one entry for each pair."""
+
+Family = Literal["difference", "separate", "ranked", "reference-free", "unpaired"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective: its function, its paper, and everything that tests, tables and the start of a run ask of it.
+
+    start      its value while policy and reference agree, as a function of its knobs; None where lengths or the
+               policy's own log-probs decide
+    looks      what it takes from all pairs of a step; `over` says from what: their lengths, or log-probs, for which
+               the step scores all its pairs once before it differentiates; `entries`: how many vectors it takes
+    opposite   its slopes by the two log-probs are opposite: it depends on their difference alone
+    lifts      it pulls the chosen completion's likelihood up, or holds it: it counters falling chosen log-probs
+    per_token  it compares means over tokens
+    mismatched it needs completions of other prompts (the KL term of KTO)
+    refuses    modifiers that make no sense for it, with the reason
+    """
+
+    function: Callable[..., mx.array]
+    title: str
+    paper: str
+    family: Family
+    start: Callable[..., float] | None
+    use: str
+    looks: Callable[[Any], Window] | None = None
+    entries: int = 1
+    over: Literal["", "lengths", "log-probs"] = ""
+    opposite: bool = False
+    lifts: bool = False
+    per_token: bool = False
+    mismatched: bool = False
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, pairs: Any, **knobs: Any) -> mx.array:
+        """One loss per pair, (B,)."""
+        return self.function(pairs, **knobs)
+
+    @property
+    def knobs(self) -> tuple[str, ...]:
+        """Names of the knobs it takes."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "window")
+
+    @property
+    def paired(self) -> bool:
+        """Whether it reads pairs; else single completions with a thumb."""
+        return self.family != "unpaired"
+
+    @property
+    def reference(self) -> bool:
+        """Whether it reads the reference's log-probs."""
+        return self.family != "reference-free"

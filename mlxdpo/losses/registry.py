@@ -1,0 +1,300 @@
+"""Every objective by name. Adding one: a function in its family's file, an entry here, and in the tests a golden row
+(`tests/goldens.py`) and a formula (`tests/formulas.py`); `mlxdpo objectives`, the tables and the checks follow.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mlxdpo.losses import paired, ranked, reference_free, separate, unpaired
+from mlxdpo.losses.objective import Objective
+
+LN2 = math.log(2)
+
+
+def _fixed(value: float) -> Any:
+    return lambda **knobs: value
+
+
+def _exo(*, label_smoothing: float, **knobs: Any) -> float:
+    return -LN2 - 0.5 * math.log(label_smoothing * (1 - label_smoothing))
+
+
+def _mean_weight(*, desirable_weight: float, undesirable_weight: float, **knobs: Any) -> float | None:
+    """Half the weight of every row; with two different weights it depends on how many thumbs are up."""
+    return desirable_weight / 2 if desirable_weight == undesirable_weight else None
+
+
+TOKEN_MEANS = "it compares means over tokens, which the longer completion's tail does not inflate"
+ALONE = "it weighs each log-ratio by itself, and without a reference those have no zero"
+IMITATES = "it holds an imitation term, which is no comparison"
+SORTED = "it sorts the pairs of a step, which belong to no pair any more"
+SINGLE = "it reads single completions"
+NO_REFERENCE = "it has no log-ratio to a reference"
+
+_DIFFERENCE_OF_TOKENS = {"ld_alpha": TOKEN_MEANS}
+_SEPARATE = {
+    "f_divergence": "its targets are stated for log-ratios, not for scores of them",
+    "reference_free": ALONE,
+    "margin": "it has no difference of rewards that a margin could raise",
+}
+_RANKED = {
+    "f_divergence": "it compares distributions of log-ratios, not scores",
+    **dict.fromkeys(("wpo", "probability", "weight", "margin"), SORTED),
+}
+_REFERENCE_FREE = {
+    "f_divergence": NO_REFERENCE,
+    "reference_free": "it needs no reference anyway",
+    "ld_alpha": TOKEN_MEANS,
+}
+_IMITATING = _REFERENCE_FREE | dict.fromkeys(("ld_alpha", "wpo", "probability"), IMITATES)
+_UNPAIRED = {
+    "f_divergence": "its targets are stated for log-ratios, not for scores of them",
+    "reference_free": ALONE,
+    **dict.fromkeys(("ld_alpha", "wpo", "probability", "margin"), SINGLE),
+}
+
+LOSSES: dict[str, Objective] = {
+    "sigmoid": Objective(
+        paired.sigmoid,
+        "DPO; conservative DPO with label_smoothing",
+        "2305.18290",
+        "difference",
+        _fixed(LN2),
+        "the default; label_smoothing where labels are noisy",
+        opposite=True,
+    ),
+    "ipo": Objective(
+        paired.ipo,
+        "IPO, length-averaged",
+        "2310.12036",
+        "difference",
+        lambda *, beta: 1 / (4 * beta**2),
+        "little or clean data: it stops at a margin of 1/(2 beta) nats a token instead of growing it for ever",
+        per_token=True,
+        refuses=_DIFFERENCE_OF_TOKENS | {"margin": "its target 1/(2 beta) is the margin"},
+    ),
+    "hinge": Objective(
+        paired.hinge,
+        "hinge on implicit rewards (SLiC, RSO)",
+        "2305.10425",
+        "difference",
+        _fixed(1.0),
+        "pairs that are won by enough are left alone",
+        opposite=True,
+    ),
+    "sigmoid_norm": Objective(
+        paired.sigmoid_norm,
+        "DPO on token means (Tulu 3, OLMo 2)",
+        "2411.15124",
+        "difference",
+        _fixed(LN2),
+        "answers of very different length; beta is larger than DPO's, as token means are smaller than sums",
+        per_token=True,
+        refuses=_DIFFERENCE_OF_TOKENS,
+    ),
+    "exo_pair": Objective(
+        paired.exo_pair,
+        "EXO: reverse KL to the label's distribution",
+        "2402.00856",
+        "difference",
+        _exo,
+        "to sit on one good answer rather than to cover all",
+        opposite=True,
+        refuses={"probability": "label_smoothing is the label's distribution in it"},
+    ),
+    "robust": Objective(
+        paired.robust,
+        "rDPO: unbiased under flipped labels",
+        "2403.00409",
+        "difference",
+        _fixed(LN2),
+        "labels of which a known share is flipped",
+        opposite=True,
+    ),
+    "discopop": Objective(
+        paired.discopop,
+        "DiscoPOP: log-ratio modulated loss",
+        "2406.08414",
+        "difference",
+        _fixed(0.5 * LN2 + 0.5),
+        "an objective found by search; stronger than DPO on pairs that are nearly even",
+        opposite=True,
+    ),
+    "dpop": Objective(
+        paired.dpop,
+        "DPO-Positive (Smaug)",
+        "2402.13228",
+        "difference",
+        _fixed(LN2),
+        "chosen and rejected differ by a few tokens, where DPO lowers both",
+        lifts=True,
+        refuses={
+            "f_divergence": "its penalty is stated for the log-ratio, not for a score of it",
+            "reference_free": ALONE,
+        },
+    ),
+    "r_dpo": Objective(
+        paired.r_dpo,
+        "length-regularised DPO",
+        "2403.19159",
+        "difference",
+        None,
+        "the policy grows longer than the answers are better",
+        opposite=True,
+    ),
+    "nca_pair": Objective(
+        separate.nca_pair,
+        "NCA on pairs",
+        "2402.05369",
+        "separate",
+        _fixed(2 * LN2),
+        "the chosen answers' likelihood must not fall",
+        lifts=True,
+        refuses=_SEPARATE,
+    ),
+    "bco_pair": Objective(
+        separate.bco_pair,
+        "BCO on pairs, without reward shift",
+        "2404.04656",
+        "separate",
+        _fixed(2 * LN2),
+        "chosen answers are good and rejected ones bad by themselves, not only against each other",
+        lifts=True,
+        refuses=_SEPARATE,
+    ),
+    "sppo_hard": Objective(
+        separate.sppo_hard,
+        "SPPO with win probabilities 1 and 0",
+        "2405.00675",
+        "separate",
+        lambda *, beta: 1 / (2 * beta**2),
+        "rounds of on-policy pairs; the target log-ratios are +-1/(2 beta)",
+        lifts=True,
+        refuses=_SEPARATE,
+    ),
+    "apo_zero": Objective(
+        separate.apo_zero,
+        "APO-zero",
+        "2408.06266",
+        "separate",
+        _fixed(1.0),
+        "chosen answers are better than the policy's own",
+        lifts=True,
+        refuses=_SEPARATE,
+    ),
+    "apo_down": Objective(
+        separate.apo_down,
+        "APO-down",
+        "2408.06266",
+        "separate",
+        _fixed(1.0),
+        "chosen answers are worse than the policy's own: both likelihoods fall, by design",
+        refuses=_SEPARATE,
+    ),
+    "aot": Objective(
+        ranked.aot,
+        "AOT on pairs",
+        "2406.05882",
+        "ranked",
+        _fixed(LN2),
+        "the preference should hold in distribution; wants many pairs a step",
+        looks=ranked.aot_matches,
+        over="log-probs",
+        opposite=True,
+        refuses=_RANKED,
+    ),
+    "aot_unpaired": Objective(
+        ranked.aot_unpaired,
+        "AOT across pairs",
+        "2406.05882",
+        "ranked",
+        None,
+        "chosen and rejected answers of different prompts; wants many pairs a step",
+        looks=ranked.aot_unpaired_matches,
+        entries=2,
+        over="log-probs",
+        refuses=_RANKED | {"reference_free": ALONE},
+    ),
+    "sft": Objective(
+        reference_free.sft,
+        "imitation of the chosen completions (token mean)",
+        "2404.19733",
+        "reference-free",
+        None,
+        "a term beside another objective (RPO, MPO), which keeps the chosen answers likely",
+        looks=reference_free.mean_length,
+        over="lengths",
+        lifts=True,
+        refuses=_IMITATING | {"margin": IMITATES},
+    ),
+    "cpo": Objective(
+        reference_free.cpo,
+        "CPO",
+        "2401.08417",
+        "reference-free",
+        None,
+        "no reference and no SFT stage before",
+        looks=reference_free.mean_length,
+        over="lengths",
+        lifts=True,
+        refuses=_IMITATING,
+    ),
+    "orpo": Objective(
+        reference_free.orpo,
+        "ORPO",
+        "2403.07691",
+        "reference-free",
+        None,
+        "SFT and preferences in one run from a base model",
+        looks=reference_free.mean_length,
+        over="lengths",
+        lifts=True,
+        per_token=True,
+        refuses=_IMITATING | {"margin": "it compares odds, not rewards"},
+    ),
+    "simpo": Objective(
+        reference_free.simpo,
+        "SimPO",
+        "2405.14734",
+        "reference-free",
+        None,
+        "no reference, answers of different length; sensitive to beta, gamma and the learning rate",
+        per_token=True,
+        refuses=_REFERENCE_FREE,
+    ),
+    "alphapo": Objective(
+        reference_free.alphapo,
+        "AlphaPO: SimPO with a shaped reward",
+        "2501.03884",
+        "reference-free",
+        None,
+        "SimPO with a handle on how far likelihoods fall",
+        per_token=True,
+        refuses=_REFERENCE_FREE,
+    ),
+    "kto": Objective(
+        unpaired.kto,
+        "KTO: thumbs up and down",
+        "2402.01306",
+        "unpaired",
+        _mean_weight,
+        "single answers with a thumb, unbalanced, or pairs with noisy labels",
+        looks=unpaired.kl_estimate,
+        over="log-probs",
+        lifts=True,
+        mismatched=True,
+        refuses=_UNPAIRED,
+    ),
+    "apo_zero_unpaired": Objective(
+        unpaired.apo_zero_unpaired,
+        "APO-zero on thumbs",
+        "2408.06266",
+        "unpaired",
+        _mean_weight,
+        "KTO without its KL term",
+        lifts=True,
+        refuses=_UNPAIRED,
+    ),
+}
