@@ -289,11 +289,14 @@ def connected(tmp_path, monkeypatch):
     """Yield a Hub that huggingface_hub talks to, with an own cache, an own login, and a clock that does not wait."""
     from huggingface_hub.utils import close_session
 
+    from mlxdpo.export import client
+
     clock = Clock()
     with FakeHub(TOKEN) as hub:
         hub.slept = clock.slept
         for name, value in {
             "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_DISABLE_XET": True,
             "HF_HUB_OFFLINE": False,
             "HF_HUB_CACHE": str(tmp_path / "hub_cache"),
@@ -303,6 +306,6 @@ def connected(tmp_path, monkeypatch):
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr("huggingface_hub.utils._http.time", clock)
-        monkeypatch.setattr("mlxdpo.export.client.time", clock)
+        monkeypatch.setattr(client, "time", clock)
         yield hub
         close_session()

@@ -35,6 +35,7 @@ class Handler(BaseHTTPRequestHandler):
     hub = None  # a FakeHub
     routes = ()
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer waits 40 ms for an acknowledgement
     content = None
 
     def log_message(self, *arguments):

@@ -273,7 +273,8 @@ def test_presigned_uploads_carry_no_login(hub, out):
 
 
 def test_no_token_in_anything_written_or_printed(hub, out, tmp_path, capfd, caplog):
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG, "huggingface_hub")
     said = []
     push(out, NAME, tag="v1", say=said.append)
     hub.fail("POST", "/commit/", 400, times=1, message=f"your token {TOKEN} is odd")

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mlxdpo.config import Config, ModelConfig
+from mlxdpo.config import Config, LoraConfig, ModelConfig
 from mlxdpo.data.template import template_digest
+from mlxdpo.export import peft
 from mlxdpo.export.client import Say
 from mlxdpo.export.incoming import Listing, download
 from mlxdpo.export.published import looks_like_hub_id
-from mlxdpo.model.adapters import SETTINGS, WEIGHTS, load_adapter, read_settings
+from mlxdpo.model.adapters import SETTINGS, WEIGHTS, load_adapter, read_settings, save_adapter
 from mlxdpo.model.policy import BUILTIN, Policy, load_policy
 from mlxdpo.platform import this_machine, versions
 from mlxdpo.reference import identity_of
@@ -36,46 +37,69 @@ class Bare(NamedTuple):
     manifest: dict[str, Any]
 
 
-def find_adapter(names: Collection[str]) -> str | None:
-    """The folder ("" or "mlx/") of a repository's mlx-lm adapter, or None."""
-    return next((f for f in FOLDERS if f + WEIGHTS in names and f + SETTINGS in names), None)
+class Place(NamedTuple):
+    """Where an adapter lies in a repository ("" is its root), and the name of its weights, which tells the kind."""
+
+    folder: str
+    weights: str
 
 
-def describe_adapter(api: HfApi, listing: Listing, at: str, folder: Path, base: str | None, say: Say) -> Bare:
-    """Bring the adapter that lies `at` into `folder`/adapter and describe the run that it makes.
+def find_adapter(names: Collection[str]) -> Place | None:
+    """A repository's adapter: mlx-lm's own where there is one, else PEFT's, else None."""
+    places = [Place(folder, weights) for weights in (WEIGHTS, peft.WEIGHTS) for folder in FOLDERS]
+    return next((p for p in places if p.folder + p.weights in names and p.folder + SETTINGS in names), None)
+
+
+def describe_adapter(api: HfApi, listing: Listing, place: Place, folder: Path, base: str | None, say: Say) -> Bare:
+    """Bring an adapter into `folder`/adapter, in mlx-lm's form, and describe the run that it makes.
 
     Raises `UserError` when no base model is known, or the adapter does not fit it.
     """
-    wanted = [at + WEIGHTS, at + SETTINGS, *([CARD] if CARD in listing.entries else [])]
+    at, pulled = place.folder, folder / "pulled"
+    wanted = [at + place.weights, at + SETTINGS, *([CARD] if CARD in listing.entries else [])]
     say(f"{len(wanted)} files, {sum(listing.entries[name].size for name in wanted) / 1e6:,.1f} MB")
-    download(api, listing, wanted, folder / "pulled", say)
-    pulled = folder / "pulled"
-    (folder / "adapter").mkdir()
-    for name in (WEIGHTS, SETTINGS):
-        (pulled / (at + name)).rename(folder / "adapter" / name)
-    named = base or _base_of_settings(folder / "adapter" / SETTINGS) or _base_of_card(pulled / CARD)
-    shutil.rmtree(pulled)
+    download(api, listing, wanted, pulled, say)
+    named = base or _base_of_settings(pulled / (at + SETTINGS)) or _base_of_card(pulled / CARD)
     if named is None:
         raise UserError(f"{listing.repo} does not name its base model; name it with --base")
     if base is None and named not in BUILTIN and not looks_like_hub_id(named):
         raise UserError(f"{listing.repo} was trained from a local folder called {named!r}; name that model with --base")
     say(f"loading the base model {named}, to see that the adapter fits it")
-    lora = _settings(folder / "adapter", listing.repo)
     policy = load_policy(ModelConfig(path=named))
-    load_adapter(policy.model, folder / "adapter", lora)
+    make = _from_mlx if place.weights == WEIGHTS else _from_peft
+    lora = _fitted(lambda: make(policy, pulled / at, folder / "adapter"), pulled / at, listing.repo)
+    shutil.rmtree(pulled)
     model = ModelConfig(path=named, dtype=policy.identity["dtype"])
     config = Config(model=model, lora=lora)
     return Bare(config, manifest_of(policy, config, listing))
 
 
-def _settings(folder: Path, repo: str) -> Any:
-    from pydantic import ValidationError
+def _from_mlx(policy: Policy, source: Path, target: Path) -> LoraConfig:
+    """mlx-lm's adapter as it stands, byte for byte."""
+    lora = read_settings(source)
+    load_adapter(policy.model, source, lora)
+    target.mkdir()
+    for name in (WEIGHTS, SETTINGS):
+        (source / name).rename(target / name)
+    return lora
 
+
+def _from_peft(policy: Policy, source: Path, target: Path) -> LoraConfig:
+    """PEFT's adapter, rewritten."""
+    lora = peft.attach(policy, peft.read(source))
+    save_adapter(policy.model, lora, target)
+    return lora
+
+
+def _fitted(make: Callable[[], LoraConfig], source: Path, repo: str) -> LoraConfig:
+    """What `make` reads from `source`, a stranger's files: anything may be wrong with them."""
     try:
-        return read_settings(folder)
-    except (ValueError, ValidationError, AttributeError, TypeError) as error:
-        detail = str(error).split("\n")[0]
-        raise UserError(f"{repo}: its {SETTINGS} is not mlx-lm's ({detail})") from None
+        return make()
+    except UserError as error:
+        raise UserError(f"{repo}: {str(error).replace(str(source), 'its adapter')}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        detail = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(f"{repo}: its adapter cannot be read ({type(error).__name__}: {detail})") from None
 
 
 def manifest_of(policy: Policy, config: Config, listing: Listing) -> dict[str, Any]:

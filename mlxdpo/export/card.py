@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BEGIN = "<!-- yours: begin (what stands between these two marks survives the next export) -->"
 END = "<!-- yours: end -->"
 OFFER = "*Write here what this model is for, and what you saw it do well and badly.*"
-LIBRARIES = {"hf": "transformers", "peft": "peft", "mlx": "mlx", "fused": "mlx"}
+LIBRARIES = {"hf": "transformers", "peft": "peft", "mlx": "mlx", "fused": "mlx", "quantized": "mlx"}
 TAGS = ["dpo", "preference-optimization", "mlx", "mlxdpo"]
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 
-FORMAT = 1  # of results_*.json
+FORMATS = (1, 2)  # of results_*.json; in both the numbers of the card have the same places
 Json = Mapping[str, Any]
 
 
@@ -78,10 +78,8 @@ def _finding(name: str, metric: str, value: Any, interval: Any, n: Any, beside: 
 
 
 def _of_results(file: Path, results: Json) -> Findings:
-    if results.get("format") != FORMAT:
-        raise UserError(
-            f"{file}: its format is {results.get('format')!r}, expected {FORMAT}; run `mlxdpo eval` again for the card"
-        )
+    if (form := results.get("format")) not in FORMATS:
+        raise UserError(f"{file}: its format is {form!r}, expected {FORMATS[-1]}; run `mlxdpo eval` again for the card")
     found = [*_answers(results), *_pairs(results), *_drift(results)]
     cards = tuple(_judge(w, at(results, "settings.judges") or {}) for w in results.get("winrates") or [])
     data = str(at(results, "data.source") or "held-out pairs")
@@ -143,6 +141,7 @@ def _judge(w: Json, identities: Json) -> Card:
         ("answer shown first wins (no bias: 50 %)", _share(at(w, "position.first"))),
         ("prefers the longer answer", _share(at(w, "longer.prefers_longer"))),
         ("invalid verdicts", ", ".join(f"{count} {reason}" for reason, count in invalid.items()) or "0"),
+        ("same verdict when asked again", _again(w.get("retest"))),
         ("agreement with human votes", _agreement(at(w, "humans.agreement"))),
     ]
     return Card(judge, tuple(rows))
@@ -150,6 +149,10 @@ def _judge(w: Json, identities: Json) -> Card:
 
 def _share(value: float | None) -> str:
     return "not known" if value is None else f"{100 * value:.1f} %"
+
+
+def _again(found: Any) -> str:
+    return f"{_share(found.get('same'))} of {found.get('n')}" if found else "not asked again"
 
 
 def _agreement(found: Any) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxdpo.config import Config, dump_config
+from mlxdpo.config import Config, dump_config, load_config
 from mlxdpo.export.outgoing import RUN
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, read_settings
 from mlxdpo.runs import Run, write_atomic, write_json, write_text
@@ -101,21 +101,26 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def command(config: Config) -> str:
-    """The `mlxdpo train` command line that gives this recipe: every setting that is not the default."""
-    words = list(_options(public_config(config).model_dump(mode="json"), Config().model_dump(mode="json"), ""))
-    return shlex.join(["mlxdpo", "train", *words])
+    """The `mlxdpo train` command line that gives this recipe: every setting that is not its stage's default."""
+    stage = [] if config.stage == Config().stage else ["--stage", config.stage]
+    defaults = load_config(None, {"stage": config.stage})
+    return shlex.join(
+        ["mlxdpo", "train", *stage, *_options(public_config(config).model_dump(), defaults.model_dump(), "")]
+    )
 
 
 def _options(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for name, value in values.items():
         key, default = f"{prefix}{name}", defaults.get(name)
-        if value == default and key != "optim.lr":  # its default depends on the stage
+        if value == default:
             continue
         if isinstance(value, Mapping):
             yield from _options(value, default or {}, f"{key}.")
         elif isinstance(value, bool):
             yield f"--{key}" if value else f"--no-{key}"
         elif isinstance(value, list):
+            yield from (word for item in value for word in (f"--{key}", str(item)))
+        elif isinstance(value, tuple):
             yield from (f"--{key}", *map(str, value))
         else:
             yield from (f"--{key}", str(value))

@@ -11,6 +11,7 @@ from mlxdpo.export.licences import Licences
 from mlxdpo.export.outgoing import CURVE, RUN
 from mlxdpo.export.published import command, is_hub_id, public_name, without_paths
 from mlxdpo.export.record import Exported, Target
+from mlxdpo.knobs import names_of
 from mlxdpo.losses import LOSSES
 
 REPO = "USER/REPO"  # in the commands of a card that is not meant for a known repository
@@ -39,8 +40,9 @@ def objective(config: Config) -> str:
         return "supervised fine-tuning on the chosen completions (cross entropy)"
     if config.stage == "reward":
         return "a reward model (Bradley-Terry, arXiv 2203.02155)"
-    chosen = LOSSES[config.loss.name]
-    return f"{config.loss.name}: {chosen.title} (arXiv {chosen.paper}), beta {config.loss.beta:g}"
+    terms = [f"{name}: {LOSSES[name].title} (arXiv {LOSSES[name].paper})" for name in names_of(config.loss.name)]
+    said = config.loss.model_dump(exclude_defaults=True, exclude={"name"}) | {"beta": config.loss.beta}
+    return ", ".join([" + ".join(terms), *(f"{name} {value}" for name, value in sorted(said.items()))])
 
 
 def opening(record: Exported, config: Config, findings: Findings | None) -> str:
@@ -106,7 +108,7 @@ def _gguf(record: Exported, target: Target) -> str:
     return _code("sh", f"llama-cli -hf {REPO}")
 
 
-USAGE = {"mlx": _mlx, "fused": _mlx, "peft": _peft, "hf": _hf, "gguf": _gguf}
+USAGE = {"mlx": _mlx, "fused": _mlx, "quantized": _mlx, "peft": _peft, "hf": _hf, "gguf": _gguf}
 
 
 def base(record: Exported, manifest: Mapping[str, Any], licences: Licences) -> str:
