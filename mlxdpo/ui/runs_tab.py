@@ -68,9 +68,8 @@ def _watched(gr: Any, runs: Path, name: str | None, before: Tail | None) -> Any:
         return (gr.skip(),) * 4
     path = choose(runs, name)
     file = path / "metrics.jsonl"
-    fresh = before is None or before.file != file
-    tail = Tail(file) if fresh else before
-    moved = follow(tail) or fresh
+    tail = before if before is not None and before.file == file else Tail(file)
+    moved = follow(tail) or tail is not before
     words = f"<p><strong>{escape(name)}: {escape(state(path))}.</strong> {headline(path)}</p>"
     if not moved:
         return gr.skip(), words, gr.skip(), gr.skip()
