@@ -197,6 +197,20 @@ def test_opened_again_it_gives_the_rewards_it_was_trained_to(trained):
     assert np.mean([chosen, rejected]) == pytest.approx(last["eval_mean_reward"], abs=1e-4)
 
 
+@pytest.mark.parametrize("method", ["dora", "full"])
+def test_whatever_is_trained_comes_back(tmp_path, cache, method):
+    """DoRA and every weight: the mean of the held-out rewards, out of the files."""
+    lora = {"method": method} | ({} if method == "full" else {"rank": 2})
+    sections = {"data": {"eval_fraction": 0.3}, "optim": {"lr": 1e-3}, "train": {"steps": 2}, "lora": lora}
+    events = finish(recipe(tmp_path, stage="reward", **sections))
+    run, last = Run(tmp_path / "run"), [event.values for event in events if event.kind == "eval"][-1]
+    data = next(event.values["data"] for event in events if event.kind == "start")
+    rows = [rows_of(run)[int(example.where.rpartition(":")[2]) - 1] for example in data.heldout]
+    model = open_reward_model(run)
+    found = [model([row["prompt"] for row in rows], [row[side] for row in rows]) for side in ("chosen", "rejected")]
+    assert np.mean(found) == pytest.approx(last["eval_mean_reward"], abs=1e-5) and np.abs(found).max() > 1e-4
+
+
 def test_rewards_do_not_depend_on_company_and_an_empty_answer_has_none(trained):
     run, _ = trained
     texts = [row["chosen"] for row in rows_of(run)[:5]]

@@ -470,6 +470,7 @@ def test_log_probs_that_are_kept_are_found_by_row(cache):
 class _Pairs:
     chosen: np.ndarray
     rejected: np.ndarray
+    shared: None = None
 
 
 def _scored_as(calls, batch):
