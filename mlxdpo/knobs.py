@@ -82,5 +82,5 @@ class LossConfig(Section):
         for name in reversed(names_of(self.name)):
             for knob, value in OWN.get(name, {}).items():
                 if knob not in self.model_fields_set:
-                    self.__dict__[knob] = value
+                    object.__setattr__(self, knob, value)  # the section is frozen for everybody else
         return self

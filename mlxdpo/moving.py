@@ -57,8 +57,9 @@ class Moving:
     def __init__(self, model: nn.Module, config: Config, score: Forward):
         self.model, self.score = model, score
         self.every, self.mix, self.method = config.reference.sync_every, config.reference.sync_mix, config.lora.method
+        # A fresh adapter's product is zero: nothing to mix. A reference that stays needs no second set of weights.
         fresh = self.method != "full" and config.model.adapter is None
-        self.arrays: Arrays = {} if fresh else trained(model)  # a fresh adapter's product is zero: nothing to mix
+        self.arrays: Arrays = {} if fresh or self.every is None else trained(model)
         self.moved = False
 
     def due(self, step: int) -> bool:

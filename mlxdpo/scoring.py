@@ -80,7 +80,8 @@ def fast_details(
     def forward(model: nn.Module, batch: Batch) -> Rows:
         """Log-probs of the batch's rows, of parts of them, and how concentrated the policy is."""
         trunk, scored = _scored_states(model, batch, checkpoint)
-        return _details(*head(trunk.head, scored, batch.targets), batch)
+        logps, squares = head(trunk.head, scored, batch.targets)
+        return _details(logps, squares, batch)
 
     return forward
 

@@ -87,6 +87,7 @@ class Opinion:
     where: str
     tools: tuple[Mapping[str, Any], ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
+    extras: Extras = NOTHING_SAID
 
 
 @dataclass(frozen=True, slots=True)

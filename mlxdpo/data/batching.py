@@ -45,9 +45,8 @@ def collate(
     filled = [*indices, *[indices[0]] * filler]
     shared = mx.array(np.ascontiguousarray(ref[filled, 2:].T)) if ref is not None and ref.shape[1] == 4 else None
     extras = np.array([pair.extras for pair in [*pairs, *pairs[:1] * filler]], np.float32).T
-    return Batch(
-        *(mx.array(np.ascontiguousarray(a)) for a in arrays), per_prompt, Extras(*map(mx.array, extras)), shared
-    )
+    laid_out = (mx.array(np.ascontiguousarray(a)) for a in arrays)
+    return Batch(*laid_out, per_prompt=per_prompt, extras=Extras(*map(mx.array, extras)), ref_shared=shared)
 
 
 def _need(rows: Sequence[Row], firsts: Sequence[Row], pairs: int) -> Need:

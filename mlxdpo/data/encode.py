@@ -162,7 +162,7 @@ def _example(
 
 
 def _said_by(row: Preference | Opinion) -> Extras:
-    return Extras(desirable=float(row.desirable)) if isinstance(row, Opinion) else row.extras
+    return row.extras._replace(desirable=float(row.desirable)) if isinstance(row, Opinion) else row.extras
 
 
 def _differ(completions: list[np.ndarray]) -> None:

@@ -24,6 +24,7 @@ from mlxdpo.data.formats import (
     named_format,
 )
 from mlxdpo.data.report import BadRow, Report
+from mlxdpo.data.said import with_extras
 from mlxdpo.data.sources import READERS, Found, is_hub_id, read_rows
 from mlxdpo.data.turns import as_turns
 from mlxdpo.data.values import Row, column_names, describe, parsed
@@ -58,9 +59,7 @@ def stream_rows(
     shape, found = _shape_of(found, data.format)
     report = Report(format=shape.name)
     usable = _fitting(shape, found, report, data.on_bad_row)
-    clean = distinct(
-        _converted(shape, usable, report, data.on_bad_row), report, "the same pair stands in an earlier row"
-    )
+    clean = distinct(_converted(shape, usable, report, data), report, "the same pair stands in an earlier row")
     return _kept(take(clean, report), report, source), report
 
 
@@ -188,13 +187,13 @@ def _fitting(shape: Format, found: Iterable[Found], report: Report, policy: Any)
             yield Row(where, row)
 
 
-def _converted(shape: Format, rows: Iterable[Row], report: Report, policy: Any) -> Iterator[Item]:
+def _converted(shape: Format, rows: Iterable[Row], report: Report, data: DataConfig) -> Iterator[Item]:
     for group in _groups(shape, rows):
         try:
-            yield from convert(shape, group)
+            yield from list(with_extras(convert(shape, group), group, data.columns))
         except BadRow as bad:
             for row in group:
-                report.refuse(row.where, bad, "skip" if bad.reason in reasons.NO_PREFERENCE else policy)
+                report.refuse(row.where, bad, "skip" if bad.reason in reasons.NO_PREFERENCE else data.on_bad_row)
 
 
 def _groups(shape: Format, rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -233,7 +232,7 @@ def _digest(text: str) -> bytes:
 def unpaired(pairs: Iterable[Preference]) -> list[Opinion]:
     """Each pair as two opinions, for unpaired objectives: the chosen desirable, the rejected not."""
     return [
-        Opinion(pair.prompt, completion, desirable, pair.where, pair.tools, pair.columns)
+        Opinion(pair.prompt, completion, desirable, pair.where, pair.tools, pair.columns, pair.extras)
         for pair in pairs
         for completion, desirable in ((pair.chosen, True), (pair.rejected, False))
     ]

@@ -16,7 +16,7 @@ from mlxdpo.types import Opinion, Preference
 
 FIELDS = {
     Preference: ("prompt", "chosen", "rejected", "where", "tools", "extras"),
-    Opinion: ("prompt", "completion", "desirable", "where", "tools"),
+    Opinion: ("prompt", "completion", "desirable", "where", "tools", "extras"),
 }
 
 

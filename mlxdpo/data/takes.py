@@ -60,7 +60,7 @@ def demonstrations(items: Iterable[Item], report: Report) -> Iterator[Opinion]:
 def _worth_imitating(items: Iterable[Item], report: Report) -> Iterator[Opinion]:
     for item in items:
         if isinstance(item, Preference):
-            yield Opinion(item.prompt, item.chosen, True, item.where, item.tools, item.columns)
+            yield Opinion(item.prompt, item.chosen, True, item.where, item.tools, item.columns, item.extras)
         elif item.desirable:
             yield item
         else:

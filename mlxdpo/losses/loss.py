@@ -64,14 +64,16 @@ class Loss:
 
     def _view(self, term: Term, pairs: Pairs) -> Any:
         """The pairs as the term sees them; imitation sees them whole."""
+        if "margin" not in self.said:
+            pairs = pairs._replace(margin=None)
         if term.name == "sft":
             return pairs
         if not term.objective.paired:
             return singles(pairs)
-        if self.config.ld_alpha is not None:
-            pairs = shortened(pairs, self.config.ld_alpha)
         if self.config.reference_free:
             pairs = without_reference(pairs)
+        if self.config.ld_alpha is not None:
+            pairs = shortened(pairs, self.config.ld_alpha)
         if self.config.f_divergence != "reverse_kl":
             pairs = scored_by(pairs, self.config.f_divergence, self.config.f_alpha)
         return pairs
@@ -173,7 +175,8 @@ def _check_knobs(config: LossConfig, names: list[str]) -> None:
             if config.f_divergence != "alpha_divergence":
                 raise UserError(f"loss.f_alpha {value} has no effect without loss.f_divergence alpha_divergence")
             continue
-        raise UserError(f"loss.{knob} {value} has no effect on `{config.name}`, which takes: {', '.join(taken)}")
+        takes = ", ".join(taken) or "nothing"
+        raise UserError(f"loss.{knob} {value} has no effect on `{config.name}`, which takes: {takes}")
     if "exo_pair" in names and config.label_smoothing == 0:
         raise UserError("exo_pair needs loss.label_smoothing above 0 (its paper: 1e-3): at 0 its loss is infinite")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxdpo.losses.ratios import EXPONENT, bounded_exp, log_ratios
+from mlxdpo.losses.ratios import bounded_exp, bounded_expm1, log_ratios
 from mlxdpo.types import Pairs, Unpaired
 
 MODIFIERS: dict[str, str] = {
@@ -27,7 +27,7 @@ MODIFIERS: dict[str, str] = {
 
 
 def shortened(pairs: Pairs, ld_alpha: float) -> Pairs:
-    """LD-DPO, arXiv 2409.06411 eq. 11: of each completion the first min(|y_w|, |y_l|) tokens count fully and the rest
+    """LD-DPO, arXiv 2409.06411: of each completion the first min(|y_w|, |y_l|) tokens count fully and the rest
     ld_alpha, under policy and reference alike. Needs `Pairs.shared` and `ref_shared`."""
     assert pairs.shared is not None and pairs.ref_shared is not None  # whoever asks for it had them scored
     policy = pairs.shared + ld_alpha * (mx.stack([pairs.chosen, pairs.rejected]) - pairs.shared)
@@ -38,11 +38,12 @@ def shortened(pairs: Pairs, ld_alpha: float) -> Pairs:
 def without_reference(pairs: Pairs) -> Pairs:
     """A uniform reference, whose log-probs cancel: arXiv 2305.18290's code calls it reference_free."""
     nothing = mx.zeros_like(pairs.ref_chosen)
-    return pairs._replace(ref_chosen=nothing, ref_rejected=nothing)
+    shared = None if pairs.shared is None else mx.zeros_like(pairs.shared)
+    return pairs._replace(ref_chosen=nothing, ref_rejected=nothing, ref_shared=shared)
 
 
 def scored_by(pairs: Pairs, divergence: str, alpha: float) -> Pairs:
-    """f-DPO, arXiv 2309.16240 table 2: each log-ratio x becomes f'(e^x), up to a constant that cancels."""
+    """f-DPO, arXiv 2309.16240: each log-ratio x becomes f'(e^x), up to a constant that cancels."""
     score = divergence_score(divergence, alpha)
     a, b = log_ratios(pairs)
     return without_reference(pairs)._replace(chosen=score(a), rejected=score(b))
@@ -56,7 +57,7 @@ def divergence_score(divergence: str, alpha: float) -> Callable[[mx.array], mx.a
     if divergence == "js_divergence":
         return lambda x: math.log(2) + nn.log_sigmoid(x)
     if divergence == "alpha_divergence" and alpha != 1:
-        return lambda x: mx.expm1(mx.minimum((alpha - 1) * x, EXPONENT)) / (alpha - 1)
+        return lambda x: bounded_expm1((alpha - 1) * x) / (alpha - 1)
     return lambda x: x
 
 

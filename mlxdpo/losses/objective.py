@@ -34,7 +34,7 @@ class Objective:
     title: str
     paper: str
     family: Family
-    start: Callable[..., float] | None
+    start: Callable[..., float | None] | None
     use: str
     looks: Callable[[Any], Window] | None = None
     entries: int = 1

@@ -10,7 +10,7 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxdpo.losses.ratios import Number, demanded, lead, log_ratios, smoothed
+from mlxdpo.losses.ratios import Number, bounded_exp, demanded, lead, log_ratios, smoothed
 from mlxdpo.types import Pairs
 
 
@@ -36,7 +36,7 @@ def hinge(pairs: Pairs, *, beta: Number) -> mx.array:
 
 
 def sigmoid_norm(pairs: Pairs, *, beta: Number = 5.0) -> mx.array:
-    """-log s(beta (a/|y_w| - b/|y_l|)): length-normalised DPO, arXiv 2411.15124 (Tulu 3) eq. 6, with its beta 5."""
+    """-log s(beta (a/|y_w| - b/|y_l|)): length-normalised DPO, arXiv 2411.15124 (Tulu 3), with its beta 5."""
     a, b = log_ratios(pairs)
     return -nn.log_sigmoid(demanded(beta * (a / pairs.chosen_len - b / pairs.rejected_len), pairs))
 
@@ -50,7 +50,7 @@ def exo_pair(pairs: Pairs, *, beta: Number, label_smoothing: Number = 1e-3) -> m
 
 
 def robust(pairs: Pairs, *, beta: Number, label_smoothing: Number = 0.1) -> mx.array:
-    """(-(1-e) log s(beta d) + e log s(-beta d)) / (1 - 2e): rDPO, arXiv 2403.00409 eq. 12. Its expectation over labels
+    """(-(1-e) log s(beta d) + e log s(-beta d)) / (1 - 2e): rDPO, arXiv 2403.00409. Its expectation over labels
     flipped with probability e is DPO's loss on the true ones; a single value may be negative."""
     logit, e = lead(pairs, beta), label_smoothing
     return (e * nn.log_sigmoid(-logit) - (1 - e) * nn.log_sigmoid(logit)) / (1 - 2 * e)
@@ -59,23 +59,22 @@ def robust(pairs: Pairs, *, beta: Number, label_smoothing: Number = 0.1) -> mx.a
 def discopop(pairs: Pairs, *, beta: Number, discopop_tau: Number = 0.05) -> mx.array:
     """-(1-m) log s(beta d) + m e^(-beta d) with m = s(beta d / tau): log-ratio modulated loss, arXiv 2406.08414 eq. 5.
 
-    Written with m e^(-beta d) = e^(log m - beta d), whose exponent never exceeds about 0 for tau < 1: the factors alone
-    are infinity times zero once beta d < -88. For tau > 1 the bound of the sum is kept by hand.
+    The exponential is bounded: where it overflows m is zero, and infinity times zero is no number.
     """
     logit = lead(pairs, beta)
-    exponential = mx.exp(mx.minimum(nn.log_sigmoid(logit / discopop_tau) - logit, 40.0))
-    return exponential - mx.sigmoid(-logit / discopop_tau) * nn.log_sigmoid(logit)
+    logistic = -nn.log_sigmoid(logit)
+    return logistic + mx.sigmoid(logit / discopop_tau) * (bounded_exp(-logit) - logistic)
 
 
 def dpop(pairs: Pairs, *, beta: Number = 0.3, dpop_lambda: Number = 50.0) -> mx.array:
-    """-log s(beta (d - lambda max(0, -a))): DPO-Positive (Smaug), arXiv 2402.13228 eq. 3. The penalty stands inside the
+    """-log s(beta (d - lambda max(0, -a))): DPO-Positive (Smaug), arXiv 2402.13228. The penalty stands inside the
     sigmoid and times beta; it acts as soon as the chosen completion is less likely than under the reference."""
     a, _ = log_ratios(pairs)
     return -nn.log_sigmoid(lead(pairs, beta) - beta * dpop_lambda * mx.maximum(0, -a))
 
 
 def r_dpo(pairs: Pairs, *, beta: Number, length_alpha: Number = 0.01) -> mx.array:
-    """-log s(beta d + alpha (|y_w| - |y_l|)): length-regularised DPO, arXiv 2403.19159 eq. 9.
+    """-log s(beta d + alpha (|y_w| - |y_l|)): length-regularised DPO, arXiv 2403.19159.
 
     The sign from its derivation: the optimum of E[r - alpha |y|] - beta KL has r = beta a + alpha |y| + const, so the
     Bradley-Terry logit is beta d + alpha (|y_w| - |y_l|), and a pair won by length alone asks nothing of the policy.

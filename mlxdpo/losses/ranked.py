@@ -17,7 +17,7 @@ Window = tuple[mx.array, ...]
 
 def aot(pairs: Pairs, *, beta: Number, label_smoothing: Number = 0.0, window: Window | None = None) -> mx.array:
     """-(1-e) log s(beta u) - e log s(-beta u), u = sort(pi_w - pi_l) - sort(ref_w - ref_l): AOT on pairs, arXiv
-    2406.05882 eq. 9 (logistic loss). `window`: `aot_matches`; without it these pairs are all there are."""
+    2406.05882 (logistic loss). `window`: `aot_matches`; without it these pairs are all there are."""
     (matched,) = window or aot_matches(pairs)
     return smoothed(beta * (pairs.chosen - pairs.rejected - matched), label_smoothing)
 
@@ -31,7 +31,7 @@ def aot_matches(pairs: Pairs) -> Window:
 def aot_unpaired(
     pairs: Pairs, *, beta: Number, label_smoothing: Number = 0.0, window: Window | None = None
 ) -> mx.array:
-    """The same with u = sort(a) - sort(b): unpaired AOT, arXiv 2406.05882 eq. 7. Chosen and rejected completions of
+    """The same with u = sort(a) - sort(b): unpaired AOT, arXiv 2406.05882. Chosen and rejected completions of
     different prompts meet; both sides of each match get their slope, through one pair's loss each."""
     a, b = log_ratios(pairs)
     b_of_a, a_of_b = window or aot_unpaired_matches(pairs)

@@ -23,7 +23,7 @@ def log_ratios(pairs: Pairs) -> tuple[mx.array, mx.array]:
 
 
 def lead(pairs: Pairs, beta: Number) -> mx.array:
-    """beta d, less the margin that a row may demand (ODPO, arXiv 2402.10571 eq. 5); reward units."""
+    """beta d, less the margin that a row may demand (ODPO, arXiv 2402.10571); reward units."""
     a, b = log_ratios(pairs)
     return demanded(beta * (a - b), pairs)
 
@@ -46,6 +46,12 @@ def smoothed(logit: mx.array, label_smoothing: Number) -> mx.array:
 def bounded_exp(x: mx.array) -> mx.array:
     """e^x, at most e^40: a bound far beyond any log-ratio of a sound run, so that squares and slopes stay finite."""
     return mx.exp(mx.minimum(x, EXPONENT))
+
+
+def bounded_expm1(x: mx.array) -> mx.array:
+    """e^x - 1, accurate near 0, at most e^40. MLX differentiates expm1 by expm1 + 1, which loses the slope far below
+    0; there plain e^x is accurate enough."""
+    return mx.where(mx.abs(x) < 0.5, mx.expm1(mx.clip(x, -0.5, 0.5)), bounded_exp(x) - 1)
 
 
 def log1mexp(x: mx.array) -> mx.array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxdpo.losses.ratios import EXPONENT, Number, demanded, log1mexp, smoothed, token_means
+from mlxdpo.losses.ratios import Number, bounded_expm1, demanded, log1mexp, smoothed, token_means
 from mlxdpo.types import Pairs
 
 Window = tuple[mx.array, ...]
@@ -17,7 +17,7 @@ Window = tuple[mx.array, ...]
 
 def sft(pairs: Pairs, *, window: Window | None = None) -> mx.array:
     """-log pi(y_w|x) / mean |y_w|: imitation of the chosen completions. Over the pairs of a step its mean is minus the
-    mean log-prob of all their chosen tokens, the SFT term of RPO (arXiv 2404.19733 eq. 4, there with weight alpha).
+    mean log-prob of all their chosen tokens, the SFT term of RPO (arXiv 2404.19733, there with a weight).
     `window`: `mean_length`; without it these pairs are all there are."""
     (mean,) = window or mean_length(pairs)
     return -pairs.chosen / mean
@@ -36,7 +36,8 @@ def cpo(
     cpo_alpha: Number = 1.0,
     window: Window | None = None,
 ) -> mx.array:
-    """-log s(beta (pi_w - pi_l)) + alpha NLL(y_w): CPO, arXiv 2401.08417 eq. 7, smoothed as in conservative DPO."""
+    """-log s(beta (pi_w - pi_l)) + alpha NLL(y_w): CPO, arXiv 2401.08417 eq. 3 with its likelihood term;
+    label_smoothing as in conservative DPO."""
     logit = demanded(beta * (pairs.chosen - pairs.rejected), pairs)
     return smoothed(logit, label_smoothing) + cpo_alpha * sft(pairs, window=window)
 
@@ -64,7 +65,7 @@ def alphapo(
     alphapo_alpha: Number = 0.25,
     label_smoothing: Number = 0.0,
 ) -> mx.array:
-    """SimPO with the reward beta (1 - p^-alpha)/alpha of the mean token probability p: AlphaPO, arXiv 2501.03884 eq. 7.
+    """SimPO with the reward beta (1 - p^-alpha)/alpha of the mean token probability p: AlphaPO, arXiv 2501.03884.
     alpha = 0 is SimPO. Written -expm1(-alpha log p)/alpha, with the exponent bounded."""
     w, low = token_means(pairs)
     lead = shaped(w, alphapo_alpha) - shaped(low, alphapo_alpha)
@@ -73,4 +74,4 @@ def alphapo(
 
 def shaped(logp: mx.array, alpha: Number) -> mx.array:
     """(1 - p^-alpha)/alpha of a log-prob, nats; log p itself at alpha = 0."""
-    return logp if alpha == 0 else -mx.expm1(mx.minimum(-alpha * logp, EXPONENT)) / alpha
+    return logp if alpha == 0 else -bounded_expm1(-alpha * logp) / alpha

@@ -210,7 +210,7 @@ LOSSES: dict[str, Objective] = {
         "AOT across pairs",
         "2406.05882",
         "ranked",
-        None,
+        _fixed(LN2),
         "chosen and rejected answers of different prompts; wants many pairs a step",
         looks=ranked.aot_unpaired_matches,
         entries=2,

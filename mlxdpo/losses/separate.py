@@ -13,14 +13,14 @@ from mlxdpo.types import Pairs
 
 
 def nca_pair(pairs: Pairs, *, beta: Number) -> mx.array:
-    """-log s(beta a) - 1/2 log s(-beta a) - 1/2 log s(-beta b): NCA for pairs, arXiv 2402.05369 eq. 12 with K = 2 and
+    """-log s(beta a) - 1/2 log s(-beta a) - 1/2 log s(-beta b): NCA for pairs, arXiv 2402.05369 with K = 2 and
     all of the label on the chosen completion."""
     a, b = log_ratios(pairs)
     return -nn.log_sigmoid(beta * a) - 0.5 * nn.log_sigmoid(-beta * a) - 0.5 * nn.log_sigmoid(-beta * b)
 
 
 def bco_pair(pairs: Pairs, *, beta: Number) -> mx.array:
-    """-log s(beta a) - log s(-beta b): BCO on pairs, arXiv 2404.04656 eq. 8 without the reward shift delta, as TRL has
+    """-log s(beta a) - log s(-beta b): BCO on pairs, arXiv 2404.04656 without the reward shift delta, as TRL has
     it since 1.0 (0.24 subtracted a running mean of rewards)."""
     a, b = log_ratios(pairs)
     return -nn.log_sigmoid(beta * a) - nn.log_sigmoid(-beta * b)

@@ -18,7 +18,7 @@ def kto(
     undesirable_weight: Number = 1.0,
     window: Window | None = None,
 ) -> mx.array:
-    """D (1 - s(beta (r - z))) for a thumb up, U (1 - s(beta (z - r))) for a thumb down: KTO, arXiv 2402.01306 eq. 8.
+    """D (1 - s(beta (r - z))) for a thumb up, U (1 - s(beta (z - r))) for a thumb down: KTO, arXiv 2402.01306 eq. 7.
 
     r is the log-ratio of the completion, z the KL of policy and reference, estimated without a gradient from
     completions of other prompts (`kl_estimate`), over all rows of the optimizer step. Guidance of section 4.2: choose
