@@ -59,7 +59,8 @@ def ece_interval(
     are the likeliest that make it up; e is in the interval unless the observed ECE lies in the lowest 2 % or
     highest 3 % of what e would give (at `level` .95). It starts at 0 when a calibrated model would do. An ECE
     below what luck gives a calibrated model counts as the edge of that luck (`LUCK`): it proves nothing.
-    Where the true error is about the size of the noise the interval is careful: it holds it in up to 98 %.
+    Where the true error is about the size of the noise the interval is careful: it holds it in 98 to 99 %. The true
+    gaps nearest to the ones seen point the way the noise pointed, so such an error seems to give larger ECEs than it does.
     Errors *within* bins are not seen, as in any binned ECE. None below two clusters or for fewer than
     ten pairs a bin, where gaps are far from normal.
     """

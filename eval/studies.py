@@ -207,7 +207,7 @@ STUDIES = (
     Study(
         "ECE, calibrated", ("test inversion",), BAND,
         "The same with a perfectly calibrated model: the truth 0 is at the edge of what is possible, which a plain "
-        "bootstrap never reaches. In between, where the true error is about the noise, ours is careful: 98 %.",
+        "bootstrap never reaches. In between, where the true error is about the noise, ours is careful: 98 to 99 %.",
         _calibration(1.0),
     ),
     Study(
