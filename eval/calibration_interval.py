@@ -60,7 +60,8 @@ def ece_interval(
     highest 3 % of what e would give (at `level` .95). It starts at 0 when a calibrated model would do. An ECE
     below what luck gives a calibrated model counts as the edge of that luck (`LUCK`): it proves nothing.
     Where the true error is about the size of the noise the interval is careful: it holds it in 98 to 99 %. The true
-    gaps nearest to the ones seen point the way the noise pointed, so such an error seems to give larger ECEs than it does.
+    gaps nearest to those seen point the way the noise pointed, so that such an error seems to give larger ECEs than
+    it does.
     Errors *within* bins are not seen, as in any binned ECE. None below two clusters or for fewer than
     ten pairs a bin, where gaps are far from normal.
     """
