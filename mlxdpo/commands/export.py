@@ -14,7 +14,7 @@ from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
-    from mlxdpo.export import Exported
+    from mlxdpo.export import Exported, Fidelity
 
 Pairs = Annotated[int, Parameter(validator=validators.Number(gte=0))]
 Data = Annotated[str | None, Parameter(name=["--data", "--data.path"])]
@@ -137,17 +137,18 @@ def check_publishing(publishing: Publishing) -> None:
 
 def table(exported: Exported) -> Any:
     """What the gate measured, one row a target."""
+    from rich import box
     from rich.table import Table
 
-    sheet = Table("target", "folder", "size", "token KL", "of what was learned", "slope", "correlation", "accuracy", "")
+    sheet = Table("target", "MB", "token KL", "lost", "slope", "corr.", "accuracy", "gate", box=box.SIMPLE)
     for name, target in exported.targets.items():
-        verdict = "ok" if target.fidelity.passed else "forced" if target.kept else "FAILED"
-        size = f"{sum(target.files.values()) / 1e6:.1f} MB" if target.kept else "-"
-        sheet.add_row(name, target.folder, size, *figures(target.fidelity), verdict)
+        verdict = "passed" if target.fidelity.passed else "forced" if target.kept else "FAILED"
+        size = f"{sum(target.files.values()) / 1e6:.1f}" if target.kept else "-"
+        sheet.add_row(name, size, *figures(target.fidelity), verdict)
     return sheet
 
 
-def figures(fidelity: Any) -> list[str]:
+def figures(fidelity: Fidelity) -> list[str]:
     """The numbers of one target: KL in nats a token, its share of what was learned, slope, correlation, accuracy."""
     kl, learned = fidelity.token_kl, fidelity.policy_reference_kl
     number = lambda value: "-" if value is None else f"{value:.4f}"  # noqa: E731
@@ -157,18 +158,23 @@ def figures(fidelity: Any) -> list[str]:
         f"{kl / learned:.2%}" if learned else "-",
         number(fidelity.slope),
         number(fidelity.correlation),
-        f"{fidelity.accuracy_artefact:.3f} ({change:+.3f})",
+        f"{fidelity.accuracy_artefact:.3f} {change:+.3f}",
     ]
 
 
 def tell(exported: Exported, console: Any) -> None:
-    """What stands where, with the remarks of the exporters."""
+    """What was measured on what, and what stands where, with the remarks of the exporters."""
     first = next(iter(exported.targets.values())).fidelity
-    console.print(f"{first.pairs} pairs, {first.tokens} tokens of {exported.data}", markup=False)
+    console.print(
+        f"on {first.pairs} pairs, {first.tokens} tokens of {exported.data}; lost: token KL to the run as a share of "
+        f"{first.policy_reference_kl:.3g} nats, which training moved the model by",
+        markup=False,
+    )
     for name, target in exported.targets.items():
-        if target.note:
-            console.print(f"{name}: {target.note}", markup=False)
-    console.print(f"-> {exported.out} (card in README.md, figures in export.json)", markup=False)
+        if target.kept:
+            note = f": {target.note}" if target.note else ""
+            console.print(f"{name} -> {exported.out / target.folder}{note}", markup=False)
+    console.print(f"model card -> {exported.out / 'README.md'}", markup=False)
 
 
 def publish(out: Path, publishing: Publishing, json: bool) -> None:

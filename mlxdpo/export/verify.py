@@ -17,9 +17,10 @@ import numpy as np
 from mlxdpo.export.record import Fidelity
 from mlxdpo.model import head as heads
 from mlxdpo.model.adapters import dropout_off
+from mlxdpo.model.exponential import exp
 from mlxdpo.model.policy import cast
 from mlxdpo.model.prefix import hidden_states
-from mlxdpo.model.trunk import split
+from mlxdpo.model.trunk import Trunk, split
 from mlxdpo.reopen import Opened
 from mlxdpo.types import Example, UserError
 
@@ -154,19 +155,24 @@ def _rows(which: tuple[int, ...], pairs: list[tuple[np.ndarray, np.ndarray]], lo
 
 
 def _asked(model: nn.Module, rows: Rows) -> Logits:
-    """The model itself, on full rows, each time it is asked."""
+    """The model on full rows, each time it is asked; where its parts are known, only scored positions meet the head."""
     i, j = (mx.array(index) for index in rows.at)
-    return lambda: model(rows.inputs)[i, j].astype(mx.float32)
+    if (trunk := split(model)) is None:
+        return lambda: model(rows.inputs)[i, j].astype(mx.float32)
+    return lambda: heads.logits(trunk.head, _states(trunk, rows, i, j))
 
 
 def _kept(model: nn.Module, rows: Rows) -> Logits:
-    """The model's last states at the scored positions, kept; only the head is asked again."""
+    """The same with the last states at the scored positions kept, so that only the head is asked again."""
     if (trunk := split(model)) is None:
         return _asked(model, rows)
-    i, j = (mx.array(index) for index in rows.at)
-    states = trunk.norm(hidden_states(trunk, rows.inputs[:, :0], rows.inputs, lambda h: h)[i, j])
+    states = _states(trunk, rows, *(mx.array(index) for index in rows.at))
     mx.eval(states)
     return lambda: heads.logits(trunk.head, states)
+
+
+def _states(trunk: Trunk, rows: Rows, i: mx.array, j: mx.array) -> mx.array:
+    return trunk.norm(hidden_states(trunk, rows.inputs[:, :0], rows.inputs, lambda h: h)[i, j])
 
 
 def _sums(batches: list[Rows], logits: list[Logits], pairs: int) -> np.ndarray:
@@ -187,8 +193,7 @@ def _held_against(batches: list[Rows], own: list[Logits], other: list[Logits], p
         mine, theirs = p(), q()
         if theirs.shape != mine.shape:
             raise UserError(f"the artefact has {theirs.shape[-1]} words, the run {mine.shape[-1]}; another model?")
-        divergence = token_kl(mine, theirs)
-        logps = heads.target_logps(theirs, rows.targets)
+        divergence, logps = token_kl(mine, theirs, rows.targets)
         mx.eval(divergence, logps)
         _add(sums, rows, logps)
         total += float(np.array(divergence, np.float64).sum())
@@ -196,19 +201,20 @@ def _held_against(batches: list[Rows], own: list[Logits], other: list[Logits], p
     return sums, total / count
 
 
-def token_kl(own: mx.array, other: mx.array) -> mx.array:
-    """(n, V), (n, V) float32 logits -> (n,) nats: KL(softmax(own) || softmax(other)), at least 0.
+def token_kl(own: mx.array, other: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """(n, V), (n, V) float32 logits, (n,) tokens -> KL(softmax(own) || softmax(other)) (n,), log other(targets) (n,).
 
-    sum_v p log(p / q) with sum_v (q - p) = 0 added: no term is negative then, and a rounding of the normalisers, as
-    large as the divergence of a faithful artefact, cancels.
+    Nats, the divergence at least 0. sum_v p log(p / q) with sum_v (q - p) = 0 added: what the normalisers are rounded
+    by, as much as a faithful artefact diverges, then enters squared.
     """
-    p_log, q_log = (z - _normaliser(z) for z in (own, other))
-    p, q, gap = mx.exp(p_log), mx.exp(q_log), p_log - q_log
-    near = p * (mx.expm1(-gap) + gap)
-    far = q - p + mx.where(p > 0, p * gap, 0.0)  # there expm1 would overflow
-    return mx.maximum(mx.where(gap > -1, near, far).sum(axis=-1), 0.0)
+    (p_log, p), (q_log, q) = _softmax(own), _softmax(other)
+    divergence = (p * (p_log - q_log) + q - p).sum(axis=-1)
+    return mx.maximum(divergence, 0.0), mx.take_along_axis(q_log, targets[:, None], axis=-1)[:, 0]
 
 
-def _normaliser(z: mx.array) -> mx.array:
-    """(n, V) -> (n, 1) log-sum-exp, in two sweeps: in one, MLX's CPU is off by more than what is measured here."""
-    return mx.logsumexp(mx.logsumexp(heads.in_blocks(z), axis=-1), axis=-1, keepdims=True)
+def _softmax(z: mx.array) -> tuple[mx.array, mx.array]:
+    """(n, V) -> log-softmax and softmax, with one exponential; summed in two sweeps, as `heads` does."""
+    shifted = z - mx.max(z, axis=-1, keepdims=True)
+    e = exp(shifted)
+    total = heads.in_blocks(e).sum(axis=-1).sum(axis=-1, keepdims=True)
+    return shifted - mx.log(total), e / total

@@ -1,0 +1,45 @@
+"""The other side of the comparison for GGUF: llama.cpp's own server, inside this process, from the xllamacpp wheel."""
+
+import json
+import urllib.request
+
+import xllamacpp
+
+
+class LlamaCpp:
+    """A GGUF file behind llama.cpp's HTTP server on a free port of this machine; a context manager."""
+
+    def __init__(self, file):
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(file)
+        parameters.n_ctx, parameters.n_parallel, parameters.warmup = 512, 1, False
+        parameters.cpuparams.n_threads = 1
+        parameters.port = 0
+        self.server = xllamacpp.Server(parameters)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *problem):
+        del self.server
+
+    def ask(self, path, **body):
+        request = urllib.request.Request(
+            f"{self.server.listening_address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def tokens(self, text):
+        """The ids of `text`; special tokens in it are themselves."""
+        return self.ask("tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+
+    def greedy(self, prompts, count):
+        """The likeliest `count` tokens after each row of ids; ends of turns do not stop it."""
+        settings = {"n_predict": count, "temperature": 0, "return_tokens": True, "ignore_eos": False, "stop": []}
+        return [self.ask("completion", prompt=ids, samplers=["temperature"], **settings)["tokens"] for ids in prompts]
+
+    def likeliest(self, ids, count):
+        """{id: log-prob} of the `count` likeliest tokens after a row of ids."""
+        answer = self.ask("completion", prompt=ids, n_predict=1, temperature=0, n_probs=count)
+        return {entry["id"]: entry["logprob"] for entry in answer["completion_probabilities"][0]["top_logprobs"]}
