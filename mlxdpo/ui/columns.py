@@ -34,6 +34,9 @@ class Column(NamedTuple):
     exchanges: tuple[Exchange, ...] = ()
 
 
+TUNED = "After tuning"
+
+
 def columns_html(columns: Sequence[Column], note: str = "") -> str:
     """All columns side by side, below each other where there is no room; the colours share one scale."""
     scores = [e.score for column in columns for e in column.exchanges if e.score]
@@ -41,13 +44,14 @@ def columns_html(columns: Sequence[Column], note: str = "") -> str:
     busy = any(not e.answer.finish for column in columns for e in column.exchanges)
     body = "".join(_column(column, scale) for column in columns)
     foot = (legend(scale) if scores else "") + (f'<p class="note" role="status">{plain(note)}</p>' if note else "")
-    return f'<div class="columns" aria-busy="{str(busy).lower()}">{body}</div>{foot}'
+    return f'<div class="voices" aria-busy="{str(busy).lower()}">{body}</div>{foot}'
 
 
 def _column(column: Column, scale: float) -> str:
     turns = "".join(_exchange(e, scale) for e in column.exchanges)
+    kind = " tuned" if column.title.startswith(TUNED) else ""
     return (
-        f'<section class="column" aria-label="{plain(column.title)}"><h3>{plain(column.title)}</h3>'
+        f'<section class="voice{kind}" aria-label="{plain(column.title)}"><h3>{plain(column.title)}</h3>'
         f'<p class="sub">{plain(column.subtitle)}</p>{turns}</section>'
     )
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mlxdpo.types import Text
 from mlxdpo.ui.answers import Answer, Settings, answer_together, prompt_of
-from mlxdpo.ui.columns import Column, Exchange, columns_html
+from mlxdpo.ui.columns import TUNED, Column, Exchange, columns_html
 from mlxdpo.ui.desk import NOBODY, Desk
 from mlxdpo.ui.scores import score
 from mlxdpo.ui.voices import Cast, Voice
@@ -47,9 +47,9 @@ def empty_columns(sitting: Seats) -> tuple[Column, ...]:
     """Columns in which nothing has been said."""
     base, run = sitting.cast.config.model, sitting.cast.run.path.name
     subtitles = [base.path + (f" with {base.adapter}" if base.adapter else ""), run]
-    titles = ["Before tuning", "After tuning"]
+    titles = ["Before tuning", TUNED]
     for voice in sitting.voices[2:]:
-        titles.append(f"After tuning: {voice.name}" if not voice.name.startswith("step-") else f"At {voice.name}")
+        titles.append(f"{TUNED}: {voice.name}" if not voice.name.startswith("step-") else f"At {voice.name}")
         subtitles.append(run if voice.name.startswith("step-") else "another run")
     return tuple(Column(title, subtitle) for title, subtitle in zip(titles, subtitles, strict=True))
 

@@ -17,7 +17,7 @@ from mlxdpo.ui.handlers import said, saying, session_of
 from mlxdpo.ui.heat import plain
 
 WELCOME = (
-    "Write a prompt and press Enter, or pick one that training never saw: the model before and after tuning answers "
+    "Write a prompt and press Enter, or take one that training never saw: the model before and after tuning answers "
     "at the same time, with the same seed and settings."
 )
 NO_RUNS = (
@@ -48,10 +48,11 @@ def picked(desk: Desk, name: str | None, index: int | None) -> tuple[str, str]:
     row = rows[int(index)]
     pair = [("Chosen in the data", row.chosen), ("Rejected in the data", row.rejected)]
     cards = "".join(
-        f'<section class="column"><h3>{name}</h3><div class="answer">{plain(text_of(text))}</div></section>'
+        f'<section class="voice"><h3>{name}</h3><div class="answer">{plain(text_of(text))}</div></section>'
         for name, text in pair
     )
-    return prompt_text(row.prompt), f'<div class="columns small">{cards}</div>'
+    heading = '<p class="quiet">What the data have for the prompt picked above:</p>'
+    return prompt_text(row.prompt), f'{heading}<div class="voices small">{cards}</div>'
 
 
 def random_index(desk: Desk, name: str | None) -> int:
@@ -81,6 +82,12 @@ def build(desk: Desk, guard: Guard, page: Any) -> Any:
     with gr.Row():
         run = gr.Dropdown(names, value=first, label="Run", elem_id="compare-run")
         third = gr.Dropdown(desk.thirds(first), value=NOBODY, label="Third column", elem_id="compare-third")
+    choices, note = prompt_choices(desk, first)
+    with gr.Row(equal_height=True, elem_classes="buttons"):
+        pick = gr.Dropdown(
+            choices, value=None, label="A prompt that training never saw", info=note, elem_id="compare-pick", scale=5
+        )
+        chance = gr.Button("Random one", elem_id="compare-random", min_width=110)
     text = gr.Textbox(
         label="Prompt", placeholder="Enter sends, Shift+Enter starts a new line", lines=1, max_lines=8,
         max_length=LONGEST_PROMPT, elem_id="compare-prompt", autofocus=True,
@@ -88,25 +95,20 @@ def build(desk: Desk, guard: Guard, page: Any) -> Any:
     with gr.Row(elem_classes="buttons"):
         send = gr.Button("Send", variant="primary", elem_id="compare-send", min_width=90)
         stop = gr.Button("Stop", elem_id="compare-stop", min_width=90)
-        again = gr.Button("Again, next seed", elem_id="compare-again", min_width=90)
+        again = gr.Button("Next seed", elem_id="compare-again", min_width=90)
         new = gr.Button("New chat", elem_id="compare-new", min_width=90)
-    with gr.Accordion("Held-out prompts of this run", open=False):
-        with gr.Row():
-            choices, note = prompt_choices(desk, first)
-            pick = gr.Dropdown(choices, value=None, label="Pick one", info=note, elem_id="compare-pick", scale=4)
-            chance = gr.Button("Random", elem_id="compare-random", min_width=90)
-        pair = gr.HTML(elem_id="compare-pair")
     with gr.Accordion("Settings", open=False):
         system = gr.Textbox(label="System prompt (chat models)", max_length=LONGEST_PROMPT, elem_id="compare-system")
         knobs = knobs_of(gr, "compare", Settings(max_tokens=_tokens(desk, first)))
     board = gr.HTML(welcome(desk), elem_id="columns", elem_classes="board")
+    pair = gr.HTML(elem_id="compare-pair")
 
     def answer(history: Chat, name: str, guest: str, prompt: str, system: str, *values: Any) -> Iterator[Any]:
         request, values = values[-1], values[:-1]
         settings = settings_from(**dict(zip(knobs, values, strict=True)))
         with desk.stoppable(session_of(request)) as halt:
             yield history, gr.skip(), '<p class="empty" role="status">Loading the model …</p>' + chat_html(history)
-            for grown in converse(desk, history, name, guest, prompt, system, settings, halt.is_set):
+            for grown in converse(desk, history, name, guest, prompt or "", system or "", settings, halt.is_set):
                 yield grown, "", chat_html(grown)
 
     def on_send(history, name, guest, prompt, system, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
@@ -119,8 +121,9 @@ def build(desk: Desk, guard: Guard, page: Any) -> Any:
         guard(request)
         with said():
             shorter, prompt = _without_last(history)
-            for grown, _, html in answer(shorter, name, guest, prompt, system, t, p, n, seed + 1, request):
-                yield grown, gr.skip(), html, seed + 1
+            following = (seed or 0) + 1
+            for grown, _, html in answer(shorter, name, guest, prompt, system, t, p, n, following, request):
+                yield grown, gr.skip(), html, following
 
     def on_stop(request: gr.Request) -> None:
         desk.stop(session_of(request))

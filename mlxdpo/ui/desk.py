@@ -13,7 +13,7 @@ from mlxdpo.ui.folder import run_named, tuned_runs_in
 from mlxdpo.ui.gallery import Gallery, gallery
 from mlxdpo.ui.voices import Cast, Company, Voice
 
-NOBODY, CHECKPOINT, OTHER = "nobody", "checkpoint: ", "run: "
+NOBODY, CHECKPOINT, OTHER = "none", "checkpoint: ", "run: "
 
 
 @dataclass
@@ -31,6 +31,12 @@ class Desk:
         """The voices of a run, loaded when first asked for. Raises `UserError` for one that cannot answer."""
         run = run_named(self.runs, name)
         return self.engine.call(lambda: self.company.cast(run))
+
+    def warm(self) -> None:
+        """Load the run the page opens with, before anybody asks; what goes wrong is said to whoever asks."""
+        for name in self.names()[:1]:
+            run = run_named(self.runs, name)
+            self.engine.begin(lambda: iter((self.company.cast(run),)))
 
     def third(self, cast: Cast, choice: str) -> Voice | None:
         """The voice of the third column, chosen from `thirds`."""

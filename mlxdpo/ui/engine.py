@@ -64,6 +64,10 @@ class Engine:
 
         return next(iter(list(self.stream(task))))
 
+    def begin(self, task: Task) -> None:
+        """Start a task whose values nobody reads."""
+        self._inbox.put(_Job(task))
+
     def _work(self) -> None:
         jobs: list[_Job] = []
         while True:

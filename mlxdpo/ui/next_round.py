@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from mlxdpo.config import Config, dump_config, load_config
 from mlxdpo.data.read import prompt_key
+from mlxdpo.model.adapters import read_settings
 from mlxdpo.reopen import heldout_pairs
 from mlxdpo.runs import Run, write_text
 from mlxdpo.types import Message, Text, UserError
@@ -124,6 +125,8 @@ def next_recipe(run: Run, folder: Path) -> Config:
     for name in ("model", "data", "train"):
         values.setdefault(name, {})
     values["model"]["adapter"] = str(run.adapter)
+    own = read_settings(run.adapter).model_dump(exclude_none=True)
+    values["lora"] = own | {"dropout": config.lora.dropout}  # another shape than the adapter's would be refused
     values["reference"] = {}  # the start is the reference
     kept = {k: v for k, v in values["data"].items() if k not in ("path", "split", "eval", "format", "columns")}
     values["data"] = kept | {"path": str(folder / "pairs.jsonl")} | _heldout(run, config, folder)

@@ -13,6 +13,9 @@ FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "monospace")
 
 
+HEADING = '<h1 class="heading">mlxdpo <span class="quiet">the same model before and after preference tuning</span></h1>'
+
+
 def css() -> str:
     """The page's style sheet."""
     return files("mlxdpo.ui").joinpath("page.css").read_text("utf-8")
@@ -38,7 +41,9 @@ def build_page(runs: Path, guard: Guard, first: str | None = None) -> Any:
     from mlxdpo.ui.desk import Desk
 
     desk = Desk(runs, first)
+    desk.warm()
     with gr.Blocks(title="mlxdpo", analytics_enabled=False) as page:
+        gr.HTML(HEADING)
         with gr.Tab("Compare", id="compare"):
             compared = compare_tab.build(desk, guard, page)
         with gr.Tab("Blind vote", id="vote"):

@@ -143,12 +143,12 @@ def writing(share: float) -> str:
 
 def _table(prompt: str, cards: str) -> str:
     said = f'<div class="said"><span class="sr">Prompt: </span>{plain(prompt)}</div>'
-    return f'{said}<div class="columns">{cards}</div>'
+    return f'{said}<div class="voices">{cards}</div>'
 
 
 def _card(title: str, note: str, body: str, kind: str = "") -> str:
     heading = f'<h3>{plain(title)}<span class="quiet">{plain(note)}</span></h3>'
-    return f'<section class="column {kind}" aria-label="{plain(title)}">{heading}{body}</section>'
+    return f'<section class="voice {kind}" aria-label="{plain(title)}">{heading}{body}</section>'
 
 
 def _text(text: str) -> str:

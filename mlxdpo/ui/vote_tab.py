@@ -63,8 +63,8 @@ def build(desk: Desk, guard: Guard, page: Any) -> Any:
     first = names[0] if names else None
     game = gr.State(None)
     with gr.Row():
-        run = gr.Dropdown(names, value=first, label="Run", elem_id="vote-run")
-        source = gr.Radio(SOURCES, value="heldout", label="Vote on", elem_id="vote-source")
+        run = gr.Dropdown(names, value=first, label="Run", elem_id="vote-run", min_width=240)
+        source = gr.Radio(SOURCES, value="heldout", label="Vote on", elem_id="vote-source", min_width=300, scale=2)
     own = gr.Textbox(
         label="Your prompt", lines=1, max_lines=8, visible=False, max_length=LONGEST_PROMPT, elem_id="vote-own"
     )
@@ -145,4 +145,5 @@ def build(desk: Desk, guard: Guard, page: Any) -> Any:
     source.change(lambda kind: gr.Textbox(visible=kind == "own"), source, own, **many)
     reset = [game, board, result, written, command, knobs["max_tokens"], *voting]
     run.change(saying(on_run), run, reset, **many)
+    page.load(lambda name: tally(desk, name) if name else "", run, result, **many)
     return run

@@ -29,6 +29,7 @@ from mlxdpo_eval.voting import VoteRun, vote_run
 SCHEMA = 1
 WINNERS = {"a": "A is better", "b": "B is better", "tie": "Equally good", "both_bad": "Both bad"}
 FILE = "votes.jsonl"
+FEW = 20  # votes below which nothing is said about how many more it takes
 _here = threading.Lock()
 
 
@@ -99,26 +100,31 @@ def standing_html(file: Path) -> str:
     found, trained = standing(file)
     if found is None or found.n + trained == 0:
         return '<p class="standing">No votes yet. The win rate appears here after the first one.</p>'
-    extra = f" {trained} on prompts of the training data teach, but are no evidence." if trained else ""
+    extra = f" {_votes(trained)} on training prompts: they teach, but are no evidence." if trained else ""
     if found.n == 0:
         return f'<p class="standing">{plain(extra.strip())}</p>'
     last = found.looks[-1]
-    more = "" if found.needed is None else f", about {found.needed} more votes at this rate"
+    more = "" if found.needed is None or found.n < 3 else f", about {found.needed} more votes at this rate"
     verdict = {
         "cannot tell yet": f"Cannot tell yet{more}.",
         "better": f"The tuned model is better (decided after {found.decided_at} votes).",
         "worse": f"The tuned model is worse (decided after {found.decided_at} votes).",
     }[found.verdict]
     if found.verdict == "cannot tell yet" and found.needed is None:
-        verdict = "Cannot tell yet, and at this rate no reasonable number of votes will: there may be no difference."
+        hopeless = "Cannot tell yet, and at this rate no number of votes will: there may be no difference."
+        verdict = "Cannot tell yet." if found.n < FEW else hopeless
     repeated = sum(found.uncounted.values())
-    extra += f" {repeated} further votes on prompts voted on before do not count twice." if repeated else ""
+    extra += f" {_votes(repeated)} on prompts voted on before: they do not count twice." if repeated else ""
     return (
         f'<div class="standing" role="status"><strong>{plain(verdict)}</strong>{_bar(last.low, last.rate, last.high)}'
-        f"<span>Tuned preferred in {last.rate:.0%} of {found.n} votes ({found.wins} won, {found.losses} lost, "
-        f"{found.ties} equal); 95 % interval {last.low:.0%} to {last.high:.0%}, valid however often you look."
+        f"<span>Tuned preferred in {last.rate:.0%} of {_votes(found.n)} ({found.wins} won, {found.losses} lost, "
+        f"{found.ties} equal, half each); 95 % interval {last.low:.0%} to {last.high:.0%}, valid however often you look."
         f"{plain(extra)}</span></div>"
     )
+
+
+def _votes(count: int) -> str:
+    return f"{count} vote{'' if count == 1 else 's'}"
 
 
 def _bar(low: float, rate: float, high: float) -> str:
