@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from mlxdpo.knobs import LossConfig as LossConfig
 from mlxdpo.knobs import Section
 from mlxdpo.recipe import read_recipe
+from mlxdpo.rollout_knobs import RolloutConfig
 from mlxdpo.types import UserError
 
 
@@ -206,12 +207,14 @@ STAGE_LR = {"sft": 1e-4, "reward": 1e-4}
 class Config(Section):
     """One run."""
 
-    stage: Literal["dpo", "sft", "reward"] = "dpo"
-    """dpo: tune on preferences; sft: imitate the chosen completions; reward: train a reward model on the pairs."""
+    stage: Literal["dpo", "sft", "reward", "ppo", "rloo"] = "dpo"
+    """dpo: tune on preferences; sft: imitate the chosen completions; reward: train a reward model on the pairs; ppo,
+    rloo: tune on own samples against a reward (from Python: `mlxdpo.baselines`)."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
     lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()

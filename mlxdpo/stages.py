@@ -54,6 +54,10 @@ class Stage(NamedTuple):
 
 def stage_of(config: Config) -> Stage:
     """The stage a recipe names. Raises `UserError` for a setting that has no meaning in it."""
+    if config.stage not in STAGES:
+        raise UserError(
+            f"stage {config.stage} needs a reward function, which only Python can give: see mlxdpo.baselines"
+        )
     stage, given, plain = STAGES[config.stage], config.model_dump(), Config().model_dump()
     for name in stage.idle:
         section, _, knob = name.partition(".")
@@ -126,7 +130,7 @@ def _without_end(example: Example, loss: Loss) -> Shown:
 
 STAGES: dict[str, Stage] = {
     "dpo": Stage(
-        idle=("reward",),
+        idle=("reward", "rollout"),
         loss=lambda config: resolve(config.loss, config.data.columns),
         take=_preferences,
         ways=lambda ways, config: ways,
@@ -137,7 +141,7 @@ STAGES: dict[str, Stage] = {
         remark=_thumbs,
     ),
     "sft": Stage(
-        idle=("loss", "reference", "reward"),
+        idle=("loss", "reference", "reward", "rollout"),
         loss=lambda config: resolve(LossConfig(name="sft"), config.data.columns),
         take=lambda config, loss: DEMONSTRATIONS,
         ways=lambda ways, config: ways,
@@ -148,7 +152,7 @@ STAGES: dict[str, Stage] = {
         remark=lambda data, config, loss: "",
     ),
     "reward": Stage(
-        idle=("loss", "reference"),
+        idle=("loss", "reference", "rollout"),
         loss=lambda config: reward_loss(config.reward.margin, config.reward.center, config.data.columns),
         take=lambda config, loss: REWARDED,
         ways=lambda ways, config: reward_ways(ways is not PLAIN, config.train.checkpoint),
