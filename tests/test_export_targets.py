@@ -1,6 +1,6 @@
 """Every target of every kind of run behaves like the run, and says so; what cannot be right is refused.
 
-Tolerances: float32 weights are equal to rounding, so logits agree within 1e-4 and token KL within 1e-9 nats.
+Tolerances: float32 weights are equal to rounding, so logits agree within 1e-4 and token KL within 1e-6 nats.
 """
 
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load, load_model
-from tiny_exports import greedy_of, ids_of, logits_of, split_in_shards, trained_run
+from tiny_exports import greedy_of, ids_of, logits_of, other_adapter, split_in_shards, trained_run
 from tiny_models import CONFIGS, SHAPE, tiny_model, write_model
 from tiny_tokenizers import chatml_tokenizer
 
@@ -24,12 +24,12 @@ EXACT = ["mlx", "peft", "hf", "fused"]
 WIDE = {"hidden_size": 64, "head_dim": 16}  # packing takes groups of 64
 
 
-def check(exported, kl=1e-9):
+def check(exported, kl=1e-6, slope=1e-3):
     """All kept, and as close as number types allow."""
     for name, target in exported.targets.items():
         assert target.kept and target.fidelity.passed, (name, target.fidelity)
         assert target.fidelity.token_kl < kl and target.fidelity.policy_reference_kl > 1e-3, (name, target.fidelity)
-        assert target.fidelity.slope == pytest.approx(1, abs=1e-3), name
+        assert target.fidelity.slope == pytest.approx(1, abs=slope), name
         assert target.fidelity.accuracy_artefact == target.fidelity.accuracy_run
         folder = exported.out / target.folder
         assert target.files == {file: (folder / file).stat().st_size for file in target.files}
@@ -68,7 +68,7 @@ def test_every_exact_target_is_the_run(kind, tmp_path, cache):
     ids=["dora", "two layers", "head"],
 )
 def test_other_adapters(lora, tmp_path, cache):
-    run = trained_run(tmp_path, "qwen3", lora={"rank": 4, "scale": 4.0, **lora})
+    run = other_adapter(trained_run(tmp_path, "qwen3"), **lora)
     exported = export(run, EXACT, tmp_path / "out")
     check(exported)
     settings = json.loads((tmp_path / "out/peft/adapter_config.json").read_text())
@@ -91,7 +91,7 @@ def test_a_tied_embedding_is_fused_in_both_places_and_refused_by_peft(tmp_path, 
     arrays = mx.load(str(folder / "model.safetensors"))
     arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]  # stored twice, as some checkpoints do
     mx.save_safetensors(str(folder / "model.safetensors"), dict(arrays), {"format": "pt"})
-    run = trained_run(tmp_path, lora={"rank": 4, "scale": 4.0, "keys": ["model.embed_tokens", "mlp.up_proj"]})
+    run = other_adapter(trained_run(tmp_path), keys=["model.embed_tokens", "mlp.up_proj"])
     check(export(run, ["mlx", "hf", "fused"], tmp_path / "out"))
     after = mx.load(str(tmp_path / "out/model.safetensors"))
     assert not mx.array_equal(after["lm_head.weight"], arrays["lm_head.weight"])
@@ -125,7 +125,7 @@ def test_bfloat16_weights_are_rounded_once(tmp_path, cache):
     arrays = {n: a.astype(mx.bfloat16) for n, a in mx.load(str(folder / "model.safetensors")).items()}
     mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
     run = trained_run(tmp_path)
-    check(export(run, ["mlx", "hf", "fused"], tmp_path / "out"), kl=1e-3)
+    check(export(run, ["mlx", "hf", "fused"], tmp_path / "out"), kl=1e-3, slope=2e-2)
     name = "model.layers.0.mlp.up_proj"
     adapter = mx.load(str(run.adapter / "adapters.safetensors"))
     delta = 4.0 * (adapter[f"{name}.lora_a"] @ adapter[f"{name}.lora_b"]).T

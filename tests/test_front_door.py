@@ -11,7 +11,7 @@ from tiny_runs import recipe
 import mlxdpo
 
 PROMISED = ["Pairs", "Unpaired", "LOSSES", "load_policy", "attach_lora", "encode", "completion_logps"]
-PROMISED += ["with_reference", "train", "Config", "load_config", "Run", "generate"]
+PROMISED += ["with_reference", "train", "Config", "load_config", "Run", "generate", "export"]
 
 
 def test_every_promised_name_is_there_and_is_no_module():

@@ -4,13 +4,17 @@ import json
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from tiny_models import write_model
 from tiny_runs import finish, recipe, write_pairs
 from tiny_tokenizers import CHATML, _merges, chatml_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mlxdpo.config import LoraConfig
 from mlxdpo.export.gguf_tokens import RULES
+from mlxdpo.model.adapters import attach_lora, save_adapter
+from mlxdpo.model.policy import load_policy
 from mlxdpo.runs import Run
 
 TRAINED = {"lora": {"rank": 4, "scale": 4.0}, "optim": {"lr": 2e-2, "warmup": 0.0}}
@@ -26,6 +30,18 @@ def trained_run(folder, kind="llama", out="run", **sections) -> Run:
     parts["data"] = {"eval": str(folder / "heldout.jsonl")} | sections.get("data", {})
     finish(recipe(folder, out, kind, **parts))
     return Run.open(folder / out)
+
+
+def other_adapter(run, size=0.05, **lora) -> Run:
+    """The run with another adapter than it trained: random arrays under the settings `lora`."""
+    settings = LoraConfig(**{"rank": 4, "scale": 4.0, **lora})
+    model = load_policy(run.config().model).model
+    attach_lora(model, settings)
+    draw = np.random.default_rng(0)
+    arrays = {n: a + mx.array(draw.normal(0, size, a.shape)) for n, a in tree_flatten(model.trainable_parameters())}
+    model.load_weights([(n, a.astype(mx.float32)) for n, a in arrays.items()], strict=False)
+    save_adapter(model, settings, run.adapter)
+    return run
 
 
 def known_tokenizer(rule="smollm"):
@@ -80,6 +96,3 @@ def greedy_of(model, ids, count=12):
     for _ in range(count):
         rows = np.concatenate([rows, logits_of(model, rows)[:, -1:].argmax(-1)], axis=1)
     return rows[:, ids.shape[1] :]
-
-
-__all__ = ["greedy_of", "ids_of", "known_tokenizer", "logits_of", "split_in_shards", "trained_run", "write_model"]

@@ -6,6 +6,7 @@ metadata, weights from its tensors.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import tempfile
@@ -41,9 +42,15 @@ PARTS = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+OUR_TOP, OUR_PARTS = ({own: stored for stored, own in names.items()} for names in (TOP, PARTS))
 ROPE_FACTORS = "rope_freqs.weight"
 KINDS = {mx.float32: "f32", mx.float16: "f16", mx.bfloat16: "bf16"}
 Q8_BLOCK = 32
+
+
+def library() -> Any:
+    """The gguf package, which is optional; this file has its name, which only type checkers mistake for it."""
+    return importlib.import_module("gguf")
 
 
 def refuse(source: Source) -> None:
@@ -57,9 +64,8 @@ def refuse(source: Source) -> None:
             f"gguf: {source.base_name} is a {family} model, and this converter knows {', '.join(FAMILIES)}; export "
             f"--to hf and convert that folder with llama.cpp's convert_hf_to_gguf.py"
         )
-    if config.get("use_sliding_window") or (
-        family == "llama" and (config.get("attention_bias", config.get("mlp_bias")))
-    ):
+    biased = family == "llama" and (config.get("attention_bias") or config.get("mlp_bias"))
+    if config.get("use_sliding_window") or biased:
         raise UserError(
             f"gguf: {source.base_name} uses sliding windows or biases that a {family} GGUF has no place for"
         )
@@ -82,8 +88,7 @@ def convert(source: Path, target: Path, kind: str, name: str) -> str:
     Vectors are float32 in every GGUF, and so are matrices whose width does not divide into q8_0's blocks of 32.
     Returns the type written.
     """
-    import gguf
-
+    gguf = library()
     config = json.loads((source / "config.json").read_text("utf-8"))
     if kind == "auto":
         kind = next(KINDS[a.dtype] for _, a in _tensors(source) if a.ndim == 2)
@@ -136,11 +141,10 @@ def gguf_name(stored: str) -> str | None:
 def hf_name(own: str) -> str:
     """The Hugging Face name of a GGUF tensor: the inverse of `gguf_name`."""
     path, _, end = own.rpartition(".")
-    top = {value: key for key, value in TOP.items()}
-    if path in top:
-        return f"{top[path]}.{end}"
+    if path in OUR_TOP:
+        return f"{OUR_TOP[path]}.{end}"
     _, layer, part = path.split(".")
-    return f"model.layers.{layer}.{ {value: key for key, value in PARTS.items()}[part] }.{end}".replace(" ", "")
+    return f"model.layers.{layer}.{OUR_PARTS[part]}.{end}"
 
 
 def permute(rows: mx.array, heads: int) -> mx.array:
@@ -173,9 +177,7 @@ def _write_shape(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_rope_dimension_count(width)
     writer.add_rope_freq_base(rope.base)
     if rope.kind == "linear":
-        import gguf
-
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_type(library().RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope.factor)
 
 
@@ -189,9 +191,9 @@ def read(file: Path, original: Mapping[str, Any]) -> nn.Module:
 
     `original` lends what the file holds in another form only: Llama 3's rope scaling, there a table of factors.
     """
-    import gguf
     from mlx_lm.utils import _get_classes
 
+    gguf = library()
     reader = gguf.GGUFReader(file)
     config = read_shape(reader)
     arrays: dict[str, mx.array] = {}

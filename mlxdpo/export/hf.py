@@ -68,7 +68,7 @@ def stored_changes(source: Source) -> dict[str, Change]:
     """
     wanted = dict(source.changes)
     if source.quantised and not source.choices.base:
-        wanted = dequantised(source.model) | {n: c for n, c in wanted.items() if n not in dequantised(source.model)}
+        wanted |= dequantised(source.model)
     found: dict[str, Change] = {}
     for parameter, change in wanted.items():
         names = source.origins.of(parameter)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxdpo.export.deltas import plain_weight, tuned
+from mlxdpo.export.deltas import base_of, plain_weight, tuned
 from mlxdpo.export.source import Source, hub_name, side_files
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS
 from mlxdpo.runs import write_json
@@ -50,10 +50,12 @@ def write_fused(source: Source, folder: Path) -> str | None:
 
 def refuse_quantized(source: Source) -> None:
     """Raise `UserError` for a model with nothing to pack at the chosen group size."""
-    weights = [m.weight for m in source.model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
-    if not any(weight.shape[-1] % source.choices.group_size == 0 for weight in weights):
+    group = source.choices.group_size
+    trained = [plain_weight(base_of(module)) for module in source.adapted.values()]
+    plain = [module.weight for module in source.model.modules() if type(module) in (nn.Linear, nn.Embedding)]
+    if not any(weight.shape[-1] % group == 0 for weight in trained + plain):
         raise UserError(
-            f"quantized: no layer of {source.base_name} has a width that groups of {source.choices.group_size} divide; "
+            f"quantized: no layer of {source.base_name} has a width that groups of {group} divide; "
             f"choose another --group-size, or export --to fused"
         )
 

@@ -66,4 +66,4 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _digest(array: mx.array) -> bytes:
-    return hashlib.sha256(np.array(array.view(mx.uint8))).digest()
+    return hashlib.sha256(np.array(array.view(mx.uint8)).tobytes()).digest()

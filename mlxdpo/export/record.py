@@ -9,12 +9,13 @@
                                      "passed": true, "forced": false, "reason": null or a sentence}}}}
 
 A target that failed the gate stays in the record with `kept` false and no files; numbers that cannot be computed (one
-pair has no slope) are null.
+pair has no slope, a broken artefact no divergence) are null.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,12 +78,16 @@ class Exported(NamedTuple):
 
 def write_record(exported: Exported, folder: Path) -> None:
     """Write `export.json` into `folder`."""
-    targets = {
-        name: target._asdict() | {"fidelity": target.fidelity._asdict()} for name, target in exported.targets.items()
-    }
+    targets = {name: t._asdict() | {"fidelity": _finite(t.fidelity)} for name, t in exported.targets.items()}
     fields: dict[str, Any] = exported._asdict() | {"targets": targets}
     del fields["out"]  # where it stands today is nobody's business
     write_json(folder / RECORD, fields)
+
+
+def _finite(fidelity: Fidelity) -> dict[str, Any]:
+    """The figures with null for what is no number: a broken artefact may compute none."""
+    fields = fidelity._asdict()
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
 
 
 def read_record(out: Path) -> Exported:

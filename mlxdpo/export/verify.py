@@ -64,12 +64,9 @@ def yardstick(opened: Opened, examples: Sequence[Example]) -> Yardstick:
     dtype = getattr(mx, opened.policy.identity["dtype"])
     vocabulary = opened.policy.config.get("vocab_size") or len(opened.policy.tokenizer)
     batches = list(_batches(examples, vocabulary))
-    with dropout_off(model):
-        logits = [_kept(model, rows) for rows in batches]
-        logps = _sums(batches, logits, len(examples))
-        with opened.reference() as other, dropout_off(other):
-            base = [_asked(other, rows) for rows in batches]
-            reference, kl = _held_against(batches, logits, base, len(examples))
+    logits = [_kept(model, rows) for rows in batches]
+    logps = _sums(batches, logits, len(examples))
+    reference, kl = _held_against(batches, logits, lambda rows: _of_reference(opened, rows), len(examples))
     tokens = sum(rows.at.shape[1] for rows in batches)
     return Yardstick(batches, logits, logps, reference, kl, tokens, opened.config.loss.beta, dtype)
 
@@ -78,9 +75,7 @@ def measure(yard: Yardstick, artefact: nn.Module, force: bool = False) -> Fideli
     """How an artefact behaves; it is run in the run's number type, so that only what was written differs."""
     cast(artefact, yard.dtype)
     artefact.train()  # as the run was scored; only dropout would differ, and it is off
-    with dropout_off(artefact):
-        asked = [_asked(artefact, rows) for rows in yard.batches]
-        logps, kl = _held_against(yard.batches, yard.logits, asked, len(yard.logps) // 2)
+    logps, kl = _held_against(yard.batches, yard.logits, lambda rows: _ask(artefact, rows), len(yard.logps) // 2)
     own, other = (_margins(values, yard.reference, yard.beta) for values in (yard.logps, logps))
     slope, correlation = line(own, other)
     reason = verdict(kl, yard.kl, slope)
@@ -154,20 +149,30 @@ def _rows(which: tuple[int, ...], pairs: list[tuple[np.ndarray, np.ndarray]], lo
     return Rows(which, mx.array(inputs), np.array(at).T, mx.array(np.concatenate(targets)))
 
 
-def _asked(model: nn.Module, rows: Rows) -> Logits:
-    """The model on full rows, each time it is asked; where its parts are known, only scored positions meet the head."""
+def _ask(model: nn.Module, rows: Rows) -> mx.array:
+    """(n, V) float32 logits, computed; where the model's parts are known, only scored positions meet the head."""
     i, j = (mx.array(index) for index in rows.at)
-    if (trunk := split(model)) is None:
-        return lambda: model(rows.inputs)[i, j].astype(mx.float32)
-    return lambda: heads.logits(trunk.head, _states(trunk, rows, i, j))
+    with dropout_off(model):
+        if (trunk := split(model)) is None:
+            logits = model(rows.inputs)[i, j].astype(mx.float32)
+        else:
+            logits = heads.logits(trunk.head, _states(trunk, rows, i, j))
+        mx.eval(logits)  # here, while dropout is off, and adapters are on or off as they are
+    return logits
+
+
+def _of_reference(opened: Opened, rows: Rows) -> mx.array:
+    with opened.reference() as model:
+        return _ask(model, rows)
 
 
 def _kept(model: nn.Module, rows: Rows) -> Logits:
-    """The same with the last states at the scored positions kept, so that only the head is asked again."""
+    """The same to be asked again, with the last states at the scored positions kept where the parts are known."""
     if (trunk := split(model)) is None:
-        return _asked(model, rows)
-    states = _states(trunk, rows, *(mx.array(index) for index in rows.at))
-    mx.eval(states)
+        return lambda: _ask(model, rows)
+    with dropout_off(model):
+        states = _states(trunk, rows, *(mx.array(index) for index in rows.at))
+        mx.eval(states)
     return lambda: heads.logits(trunk.head, states)
 
 
@@ -189,8 +194,10 @@ def _add(sums: np.ndarray, rows: Rows, logps: mx.array) -> None:
 def _held_against(batches: list[Rows], own: list[Logits], other: list[Logits], pairs: int) -> tuple[np.ndarray, float]:
     """(2B,) summed log-probs under `other`, and the mean token KL(own || other), nats."""
     sums, total, count = np.zeros(2 * pairs), 0.0, 0
-    for rows, p, q in zip(batches, own, other, strict=True):
-        mine, theirs = p(), q()
+    for rows, ask in zip(batches, own, strict=True):
+        mine = ask()
+        mx.eval(mine)  # before the reference, which may be the same model with its adapters off
+        theirs = other(rows)
         if theirs.shape != mine.shape:
             raise UserError(f"the artefact has {theirs.shape[-1]} words, the run {mine.shape[-1]}; another model?")
         divergence, logps = token_kl(mine, theirs, rows.targets)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tiny_exports import greedy_of, ids_of, logits_of, split_in_shards, trained_run
+from tiny_exports import greedy_of, ids_of, logits_of, other_adapter, split_in_shards, trained_run
 from tiny_models import CONFIGS, write_model
 from tiny_tokenizers import chatml_tokenizer
 from torch_side import load_torch
@@ -75,7 +75,7 @@ def test_torch_clients(kind, method, tmp_path, cache):
 )
 def test_some_layers_on_shards(lora, tmp_path, cache):
     split_in_shards(write_model(tmp_path / "qwen3", chatml_tokenizer(), "qwen3"))
-    run = trained_run(tmp_path, "qwen3", lora={"rank": 4, "scale": 4.0, **lora})
+    run = other_adapter(trained_run(tmp_path, "qwen3"), **lora)
     out = export(run, ["hf", "peft"], tmp_path / "out").out
     tuned, ids = load_run(run), ids_of()
     want, words = logits_of(tuned.model, ids), greedy_of(tuned.model, ids, 8)
