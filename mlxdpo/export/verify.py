@@ -191,7 +191,9 @@ def _add(sums: np.ndarray, rows: Rows, logps: mx.array) -> None:
     np.add.at(sums, np.array(rows.which)[rows.at[0]], np.array(logps, np.float64))
 
 
-def _held_against(batches: list[Rows], own: list[Logits], other: list[Logits], pairs: int) -> tuple[np.ndarray, float]:
+def _held_against(
+    batches: list[Rows], own: list[Logits], other: Callable[[Rows], mx.array], pairs: int
+) -> tuple[np.ndarray, float]:
     """(2B,) summed log-probs under `other`, and the mean token KL(own || other), nats."""
     sums, total, count = np.zeros(2 * pairs), 0.0, 0
     for rows, ask in zip(batches, own, strict=True):
