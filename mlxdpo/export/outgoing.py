@@ -24,7 +24,7 @@ TOKENIZER = (
 LICENCE = r"(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.txt|\.md)?"
 OF_TARGETS = re.compile(f"({ADAPTER}|{MODEL}|{TOKENIZER}|{LICENCE})")
 OF_THE_EXPORT = re.compile(re.escape(f"{CARD}|{CURVE}|{RECORD}").replace(r"\|", "|"))
-OF_THE_RUN = re.compile(rf"{RUN}/(config\.yaml|manifest\.json|(adapter|start|reference)/({ADAPTER}))")
+OF_THE_RUN = re.compile(rf"{RUN}/(config\.yaml|manifest\.json|head\.safetensors|(adapter|start|reference)/({ADAPTER}))")
 BINARY = (".safetensors", ".gguf", ".png", ".model")
 
 

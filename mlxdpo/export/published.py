@@ -18,6 +18,7 @@ from typing import Any
 from mlxdpo.config import Config, dump_config, load_config
 from mlxdpo.export.outgoing import RUN
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, read_settings
+from mlxdpo.model.reward_head import FILE as HEAD
 from mlxdpo.runs import Run, write_atomic, write_json, write_text
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -91,6 +92,8 @@ def pack_run(run: Run, out: Path) -> Path:
         read_settings(Path(source))
         for file in (WEIGHTS, SETTINGS):
             write_atomic(folder / name / file, lambda copy, origin=Path(source) / file: _copy(origin, copy))
+    if (run.path / HEAD).exists():  # a reward model's
+        write_atomic(folder / HEAD, lambda copy: _copy(run.path / HEAD, copy))
     write_text(folder / "config.yaml", dump_config(public_config(config)))
     write_json(folder / "manifest.json", public_manifest(run.manifest()))
     return folder
