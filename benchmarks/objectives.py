@@ -34,7 +34,7 @@ SETTINGS: dict[str, list[str]] = {name: ["--loss.name", name] for name in LOSSES
         *("--loss.weights", "0.8", "--loss.weights", "0.2", "--loss.weights", "1"),
     ],
     "sigmoid, ld_alpha 0.5": ["--loss.ld-alpha", "0.5"],
-    "sigmoid, wpo": ["--loss.wpo", "true"],
+    "sigmoid, wpo": ["--loss.wpo"],
     "sigmoid, js_divergence": ["--loss.f-divergence", "js_divergence"],
     "sigmoid, sync_every 10": ["--reference.sync-every", "10"],
 }

@@ -23,7 +23,7 @@ from mlxdpo.types import Pairs, UserError
 NAMES = sorted(LOSSES)
 PAIRED = [name for name in NAMES if LOSSES[name].paired]
 PAIR = Pairs(*(mx.array([v]) for v in (-10.0, -12.0, -11.0, -11.0, 4.0, 5.0)), desirable=mx.array([1.0]))
-TOLERANCE, FLOOR = 1e-5, 2e-3  # of float32, relative; below FLOOR 2e-8 absolute: slopes near 0.1 that cross zero
+TOLERANCE, FLOOR = 1e-5, 2e-3  # of float32, relative; of numbers near zero absolute, see `worst`
 
 
 def call(name, pairs, **knobs):
@@ -67,8 +67,10 @@ def on_device(pairs):
 
 
 def worst(got, want):
-    """Largest error relative to the wanted number, or to `FLOOR` where that is smaller."""
-    return max(float((abs(g - w) / np.maximum(abs(w), FLOOR)).max()) for g, w in zip(got, want, strict=True))
+    """Largest error relative to the wanted number, or, where slopes and values cross zero, to `FLOOR` or a twentieth of
+    the typical number, whichever is largest."""
+    error = lambda g, w: (abs(g - w) / np.maximum(abs(w), max(FLOOR, np.median(abs(w)) / 20))).max()  # noqa: E731
+    return max(float(error(g, w)) for g, w in zip(got, want, strict=True))
 
 
 def compare(config, said=(), seed=1):
@@ -116,8 +118,8 @@ def test_every_knob_moves_the_loss_as_its_formula_says(name):
     for knob in LOSSES[name].knobs:
         config = LossConfig(name=name, **{knob: OTHER[knob]})
         assert compare(config) <= TOLERANCE, knob
-        gap = mx.abs(resolve(config)(pairs).sum() - plain(pairs).sum()).item()
-        assert gap > 1e-3 * abs(plain(pairs).sum().item()), knob
+        gap = mx.abs(resolve(config)(pairs) - plain(pairs)).max().item()
+        assert gap > 1e-2, knob
 
 
 def test_every_knob_belongs_to_an_objective_or_a_modifier():

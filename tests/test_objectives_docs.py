@@ -55,7 +55,7 @@ def test_the_command_lists_papers_knobs_and_start_values(capsys):
 def test_the_command_shows_one_objective_with_its_formula(name, capsys):
     assert run(["objectives", name]) == 0
     shown = capsys.readouterr().out
-    assert all(f"--loss.{knob}" in shown for knob in LOSSES[name].knobs)
+    assert all(f"--loss.{knob.replace('_', '-')} " in shown for knob in LOSSES[name].knobs)
     assert all(reason in shown for reason in LOSSES[name].refuses.values())
     assert LOSSES[name].paper in shown or name == "aot_unpaired"
     assert facts(name)["formula"]
@@ -86,9 +86,10 @@ def from_command_line(monkeypatch, *words):
 def test_every_knob_is_reachable_from_yaml_and_from_the_command_line(knob, tmp_path, monkeypatch):
     (tmp_path / "recipe.yaml").write_text(f"loss: {{{knob}: {OTHER[knob]}}}\n")
     written = load_config(tmp_path / "recipe.yaml").loss
-    typed = from_command_line(monkeypatch, f"--loss.{knob.replace('_', '-')}", OTHER[knob])
+    word = f"--loss.{knob.replace('_', '-')}"
+    typed = from_command_line(monkeypatch, *([word] if OTHER[knob] == "true" else [word, OTHER[knob]]))
     assert written == typed and getattr(typed, knob) != getattr(LossConfig(), knob)
-    assert from_command_line(monkeypatch, f"--loss.{knob}={OTHER[knob]}") == typed
+    assert from_command_line(monkeypatch, f"{word}={OTHER[knob]}") == typed
 
 
 def test_no_knob_is_forgotten_above(tmp_path, monkeypatch):

@@ -62,6 +62,6 @@ def _show(row: dict[str, Any], formula: str) -> None:
     console.print(formula)
     console.print(f"when: {row['use']}")
     for knob, value in row["knobs"].items():
-        console.print(f"--loss.{knob} {value:g}: {LossConfig.model_fields[knob].description}")
+        console.print(f"--loss.{knob.replace('_', '-')} {value:g}: {LossConfig.model_fields[knob].description}")
     for modifier, reason in row["refuses"].items():
         console.print(f"not with {modifier}: {reason}")

@@ -12,7 +12,15 @@ from typing import Any
 import mlx.core as mx
 
 from mlxdpo.knobs import LossConfig, names_of
-from mlxdpo.losses.modifiers import likeness, scored_by, shortened, singles, swapped, without_reference
+from mlxdpo.losses.modifiers import (
+    likeness,
+    scored_by,
+    shortened,
+    shortened_ratios,
+    singles,
+    swapped,
+    without_reference,
+)
 from mlxdpo.losses.objective import Objective
 from mlxdpo.losses.registry import LOSSES
 from mlxdpo.types import Pairs, UserError
@@ -73,7 +81,8 @@ class Loss:
         if self.config.reference_free:
             pairs = without_reference(pairs)
         if self.config.ld_alpha is not None:
-            pairs = shortened(pairs, self.config.ld_alpha)
+            cut = shortened if term.objective.family == "ranked" else shortened_ratios
+            pairs = cut(pairs, self.config.ld_alpha)
         if self.config.f_divergence != "reverse_kl":
             pairs = scored_by(pairs, self.config.f_divergence, self.config.f_alpha)
         return pairs

@@ -35,6 +35,14 @@ def shortened(pairs: Pairs, ld_alpha: float) -> Pairs:
     return pairs._replace(chosen=policy[0], rejected=policy[1], ref_chosen=ref[0], ref_rejected=ref[1])
 
 
+def shortened_ratios(pairs: Pairs, ld_alpha: float) -> Pairs:
+    """The same for objectives of log-ratios: those are formed first, or sums ten times as large lose a digit."""
+    assert pairs.shared is not None and pairs.ref_shared is not None
+    beginnings, nothing = pairs.shared - pairs.ref_shared, mx.zeros_like(pairs.chosen)
+    ratios = beginnings + ld_alpha * (mx.stack(log_ratios(pairs)) - beginnings)
+    return pairs._replace(chosen=ratios[0], rejected=ratios[1], ref_chosen=nothing, ref_rejected=nothing)
+
+
 def without_reference(pairs: Pairs) -> Pairs:
     """A uniform reference, whose log-probs cancel: arXiv 2305.18290's code calls it reference_free."""
     nothing = mx.zeros_like(pairs.ref_chosen)
