@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter, validators
-from pydantic import Field
+from pydantic import field_validator
 
 from mlxdpo.config import Section
 from mlxdpo.runs import Run
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from mlxdpo.export import Exported, Fidelity
 
 Pairs = Annotated[int, Parameter(validator=validators.Number(gte=0))]
-Data = Annotated[str | None, Parameter(name=["--data", "--data.path"])]
+# The command line writes --data out as --data.path, which has to stand first.
+Data = Annotated[str | None, Parameter(name=["--data.path", "--data"])]
 
 
 class Making(Section):
@@ -32,11 +33,17 @@ class Making(Section):
     gguf_type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
     """Number type of the target `gguf`; auto is that of the weights."""
 
+    @field_validator("bits", "group_size", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        # The command line brings text, and a Literal, unlike an int, takes none.
+        return int(value) if isinstance(value, str) and value.isdigit() else value
+
 
 class Publishing(Section):
     """Where it goes, and what the card says of licences."""
 
-    push: str | None = Field(default=None, pattern=r"^[^/\s]+/[^/\s]+$")
+    push: str | None = None
     """Upload to this repository, USER/REPO, when every target passed."""
     public: bool = False
     """Make the repository public; without it a new one is private."""
@@ -128,6 +135,10 @@ def run(
 
 def check_publishing(publishing: Publishing) -> None:
     """Raise `UserError` for a switch that has nothing to act on, before the work begins."""
+    from mlxdpo.export.client import check_repo_id
+
+    if publishing.push:
+        check_repo_id(publishing.push)
     asked = publishing.model_dump(include={"public", "dry_run", "revision", "tag", "pull_request"})
     if not publishing.push and (idle := [name for name, value in asked.items() if value]):
         raise UserError(f"--{idle[0].replace('_', '-')} needs --push USER/REPO; add it or drop the switch")
