@@ -103,14 +103,14 @@ def _columns(gr: Any, runs: Path, name: str | None) -> Any:
 
 def _listed(runs: Path, move: int, now: tuple[Any, ...]) -> tuple[str, int]:
     """The page of rows, `move` pages on, and its number; `now` is what the form holds."""
-    name, text, column, least, most, page, number = now
+    name, text, column, least, most, page, number = now  # a number field that is left empty arrives as 0
     if not name:
         return "<p>Choose a file.</p>", 0
     try:
         book = data_view.open_book(_path(runs, name))
     except UserError as error:
         return f"<p role='alert'>{escape(str(error))}</p>", 0
-    found = data_view.matching(book, Wanted(text or "", column or ANY, least, most))
+    found = data_view.matching(book, Wanted(text or "", column or ANY, least or None, most or None))
     page = max(0, min(page + move, (len(found) - 1) // PAGE))
     return data_view.page_html(book, found, page, number), page
 
@@ -118,7 +118,7 @@ def _listed(runs: Path, move: int, now: tuple[Any, ...]) -> tuple[str, int]:
 def _opened(gr: Any, runs: Path, name: str | None, number: int | None) -> Any:
     """The row to remember, where an edit goes, the button, and the fields."""
     none = [gr.update(visible=False)] * FIELDS
-    if not name or number is None:
+    if not name or not number:
         return None, "<p>Open a row by its number above.</p>", gr.update(visible=False), *none
     try:
         book = data_view.open_book(_path(runs, name))
@@ -149,7 +149,7 @@ def _save(runs: Path, name: str, shown: Any, texts: tuple[str, ...]) -> Path:
 
 def _seen(runs: Path, name: str | None, number: int | None, seer: str | None) -> str:
     """The opened pair as the chosen model or run sees it."""
-    if not name or number is None or not seer:
+    if not name or not number or not seer:
         return "<p>Open a row by its number above.</p>"
     try:
         book = data_view.open_book(_path(runs, name))

@@ -98,6 +98,9 @@ def shown(knob: Knob, value: Any) -> Any:
         return list(value)
     if knob.kind in ("words", "pair"):
         return ", ".join(map(str, value or ()))
+    if knob.kind in ("whole", "number") and knob.empty:
+        # Asked for as text: a number field that is left empty arrives as 0.
+        return "" if value is None else str(value)
     if knob.kind == "mapping":
         return ", ".join(f"{name}: {column}" for name, column in value.items())
     return value
@@ -142,6 +145,7 @@ def to_config(values: Mapping[str, Any]) -> Config:
 def flags(config: Config) -> list[str]:
     """The options of `mlxdpo train` that give this recipe: all in which it differs from the defaults of its stage."""
     plain = flat(load_config(None, {"stage": config.stage}).model_dump(mode="json"))
+    plain["stage"] = Config().stage
     words: list[str] = []
     for name, value in flat(config.model_dump(mode="json")).items():
         if name not in plain or value != plain[name]:

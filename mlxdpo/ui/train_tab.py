@@ -160,9 +160,9 @@ def _field(gr: Any, knob: Knob) -> Any:
         return gr.CheckboxGroup(list(knob.choices), **about)
     if knob.kind == "flag":
         return gr.Checkbox(**about)
-    if knob.kind in ("whole", "number"):
+    if knob.kind in ("whole", "number") and not knob.empty:
         return gr.Number(precision=0 if knob.kind == "whole" else None, **about)
-    return gr.Textbox(**about)
+    return gr.Textbox(placeholder="not set" if knob.empty else "", **about)
 
 
 def _config(runs: Path, knobs: list[Knob], values: tuple[Any, ...]) -> Config:
