@@ -42,11 +42,11 @@ def run(name: str | None = None, /, *, json: bool = False, markdown: bool = Fals
 
 
 def _list(rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from mlxdpo.commands.screen import console
 
-    table = Table("loss.name", "what", "arXiv", "knobs", "at the start")
+    table = Table(Column("loss.name", no_wrap=True), "what", "arXiv", "knobs", "at the start")
     for row in rows:
         knobs = ", ".join(f"{knob} {value:g}" for knob, value in row["knobs"].items())
         start = "" if row["start"] is None else f"{row['start']:.6g}"
