@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_exports import greedy_of, ids_of, known_tokenizer, logits_of, trained_run
-from tiny_models import tiny_model, write_model
+from tiny_models import CONFIGS, SHAPES, tiny_model, write_model
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.export import export
@@ -20,7 +20,16 @@ from mlxdpo.model.builtin import unpermute
 from mlxdpo.types import UserError
 
 gguf = pytest.importorskip("gguf", reason="the optional gguf package is not installed")
-FAMILIES = {"llama": ("llama", "smollm"), "qwen3": ("qwen3", "qwen2")}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 64
+FAMILIES = {
+    "llama": ("llama", "smollm", {}),
+    "llama 3": ("llama", "llama-bpe", {"rope_scaling": LLAMA3, "tie_word_embeddings": False}),
+    "qwen2": ("qwen2", "qwen2", {}),
+    "qwen3": ("qwen3", "qwen2", {}),
+    "gpt-2 rule": ("llama", "gpt-2", {}),
+}
+QWEN2 = SHAPES["qwen2"] | {"architectures": ["Qwen2ForCausalLM"]}  # with biases, and heads of hidden / heads
 # llama.cpp's own runtime, where a wheel of it is installed.
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp (llama.cpp) is not installed"
@@ -28,10 +37,11 @@ needs_llama_cpp = pytest.mark.skipif(
 
 
 @pytest.fixture(params=sorted(FAMILIES))
-def exported(request, tmp_path, cache):
+def exported(request, tmp_path, cache, monkeypatch):
     """A run of the family, exported as GGUF."""
-    kind, rule = FAMILIES[request.param]
-    write_model(tmp_path / kind, known_tokenizer(rule), kind, vocab_size=320)
+    kind, rule, changes = FAMILIES[request.param]
+    monkeypatch.setitem(CONFIGS, "qwen2", QWEN2)
+    write_model(tmp_path / kind, known_tokenizer(rule), kind, vocab_size=320, **changes)
     run = trained_run(tmp_path, kind)
     return run, export(run, ["gguf"], tmp_path / "out")
 
@@ -58,7 +68,7 @@ def test_the_tokenizer_is_the_run_s(exported):
     assert kinds[tokenizer.convert_tokens_to_ids("<|im_end|>")] == 3
     assert kinds[tokenizer.convert_tokens_to_ids("<think>")] == 4 and kinds[len(tokenizer)] == 5
     assert len(tokens) == load_run(run).config["vocab_size"]
-    assert value("ggml.eos_token_id") == tokenizer.eos_token_id and value("ggml.pre") in ("smollm", "qwen2")
+    assert value("ggml.eos_token_id") == tokenizer.eos_token_id and value("ggml.pre") in RULES
     assert value("chat_template") == tokenizer.chat_template and not value("ggml.add_bos_token")
     assert " ".join(json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"][0]) == value("ggml.merges")[0]
 
@@ -113,8 +123,7 @@ def test_rows_are_reordered_and_back():
 
 
 def test_llama_3_factors_are_mlx_lm_s():
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaling["original_max_position_embeddings"] = 8192
+    scaling = LLAMA3 | {"original_max_position_embeddings": 8192}
     model = tiny_model("llama", head_dim=64, hidden_size=64, rope_theta=500000.0, rope_scaling=scaling)
     config = {"head_dim": 64, "rope_theta": 500000.0, "rope_scaling": scaling}
     plain = 500000.0 ** (np.arange(0, 64, 2) / 64)

@@ -31,7 +31,7 @@ def write_adapter(source: Source, folder: Path) -> str | None:
     if source.quantised and not source.stored_quantised:
         bits = source.opened.policy.identity["quantization"]["bits"]
         return f"trained on weights packed to {bits} bits when loading; here measured on the unpacked ones"
-    return None
+    return source.remark_on_base
 
 
 def reload_adapter(source: Source, folder: Path) -> nn.Module:

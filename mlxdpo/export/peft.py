@@ -72,7 +72,7 @@ def write(source: Source, folder: Path) -> str | None:
     write_json(folder / SETTINGS, settings(source))
     if source.quantised:
         return f"trained on packed weights; here measured on those of {source.base_name}"
-    return None
+    return source.remark_on_base
 
 
 def settings(source: Source) -> dict[str, Any]:

@@ -97,6 +97,14 @@ class Source:
         """What cards and adapters call the base: a Hub id where there is one, never a path of this machine."""
         return hub_name(self.choices.base or self.opened.config.model.path, self.base)
 
+    @property
+    def remark_on_base(self) -> str | None:
+        """What an adapter's user has to know when the base goes by a Hub id that is not where its weights came from."""
+        path = self.choices.base or self.opened.config.model.path
+        if is_hub_id(path) or self.base_name == Path(path).resolve().name:
+            return None
+        return f"made for, and measured on, {Path(path).name}, a version of {self.base_name} by its card"
+
 
 def hub_name(path: str, folder: Path) -> str:
     """The Hub id behind a model: itself, or the `base_model` of a local folder's card, else the folder's name."""
