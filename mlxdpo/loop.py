@@ -111,6 +111,8 @@ def metrics(job: Job, found: Scored, prefix: str = "") -> dict[str, float]:
         means = job.loss.per_token and "reference" not in job.loss.needs
         rewards = pair_metrics(token_means(found) if means else found, beta)
         values = rewards | {f"logps/{side}": float(getattr(found, side).mean()) for side in ("chosen", "rejected")}
+    for term in job.loss.terms:
+        values |= term.objective.reports(found) if term.objective.reports else {}
     return {f"{prefix}{name}": value for name, value in values.items()}
 
 

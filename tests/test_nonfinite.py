@@ -116,9 +116,9 @@ def test_a_gradient_that_is_not_finite_names_the_windows_pairs(tmp_path, monkeyp
     def broken(*arguments):
         gradient = make(*arguments)
 
-        def damaged(batch, share):
+        def damaged(batch, share, seen):
             calls.append(1)
-            result = gradient(batch, share)
+            result = gradient(batch, share, seen)
             if len(calls) < 4:  # the second window's second batch
                 return result
             return result._replace(gradients=tree_map(lambda g: g * math.inf, result.gradients))

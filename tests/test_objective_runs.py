@@ -244,6 +244,24 @@ def test_a_run_whose_chosen_answers_sink_says_so_once(tmp_path):
     assert len(notes) == 1 and "dpop" in notes[0]
 
 
+def test_imitation_and_odds_are_reported():
+    """Token means -2 and -3; odds e^-2/(1 - e^-2) and e^-3/(1 - e^-3)."""
+    column = lambda *values: np.array(values, float)  # noqa: E731
+    rows = Scored(column(1), column(-8), column(-9), column(0), column(0), column(4), column(3))
+    found = LOSSES["orpo"].reports(rows)
+    odds = lambda mean: math.log(math.exp(mean) / (1 - math.exp(mean)))  # noqa: E731
+    assert found["nll_loss"] == 2 and found["log_odds_chosen"] == pytest.approx(odds(-2) - odds(-3))
+    assert found["log_odds_ratio"] == pytest.approx(-math.log(1 + math.exp(odds(-3) - odds(-2))))
+    assert LOSSES["cpo"].reports(rows) == {"nll_loss": 2.0}
+
+
+def test_a_run_reports_what_its_objectives_do(tmp_path):
+    events = finish(recipe(tmp_path, loss={"name": "sigmoid+sft"}, data=HELDOUT, train={"steps": 1}))
+    step, start = steps_of(events)[0], next(e.values for e in events if e.kind == "eval")
+    assert step["nll_loss"] > 0 and start["eval_nll_loss"] > 0
+    assert start["eval_loss"] == pytest.approx(math.log(2) + start["eval_nll_loss"], rel=1e-5)
+
+
 def test_metrics_of_thumbs():
     """Rewards of ups 1 and 3, of downs 1 and 0: of four couples three are won and one is a tie; kl mean of -1 and 3."""
     column = lambda *values: np.array(values, float)  # noqa: E731

@@ -7,8 +7,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mlxdpo.losses import paired, ranked, reference_free, separate, unpaired
+from mlxdpo.losses import paired, ranked, reference_free, reports, separate, unpaired
 from mlxdpo.losses.objective import Objective
+from mlxdpo.losses.refusals import (
+    ALONE,
+    DIFFERENCE_OF_TOKENS,
+    IMITATES,
+    IMITATING,
+    RANKED,
+    REFERENCE_FREE,
+    SEPARATE,
+    UNPAIRED,
+)
 
 LN2 = math.log(2)
 
@@ -25,35 +35,6 @@ def _mean_weight(*, desirable_weight: float, undesirable_weight: float, **knobs:
     """Half the weight of every row; with two different weights it depends on how many thumbs are up."""
     return desirable_weight / 2 if desirable_weight == undesirable_weight else None
 
-
-TOKEN_MEANS = "it compares means over tokens, which the longer completion's tail does not inflate"
-ALONE = "it weighs each log-ratio by itself, and without a reference those have no zero"
-IMITATES = "it holds an imitation term, which is no comparison"
-SORTED = "it sorts the pairs of a step, which belong to no pair any more"
-SINGLE = "it reads single completions"
-NO_REFERENCE = "it has no log-ratio to a reference"
-
-_DIFFERENCE_OF_TOKENS = {"ld_alpha": TOKEN_MEANS}
-_SEPARATE = {
-    "f_divergence": "its targets are stated for log-ratios, not for scores of them",
-    "reference_free": ALONE,
-    "margin": "it has no difference of rewards that a margin could raise",
-}
-_RANKED = {
-    "f_divergence": "it compares distributions of log-ratios, not scores",
-    **dict.fromkeys(("wpo", "probability", "weight", "margin"), SORTED),
-}
-_REFERENCE_FREE = {
-    "f_divergence": NO_REFERENCE,
-    "reference_free": "it needs no reference anyway",
-    "ld_alpha": TOKEN_MEANS,
-}
-_IMITATING = _REFERENCE_FREE | dict.fromkeys(("ld_alpha", "wpo", "probability"), IMITATES)
-_UNPAIRED = {
-    "f_divergence": "its targets are stated for log-ratios, not for scores of them",
-    "reference_free": ALONE,
-    **dict.fromkeys(("ld_alpha", "wpo", "probability", "margin"), SINGLE),
-}
 
 LOSSES: dict[str, Objective] = {
     "sigmoid": Objective(
@@ -73,7 +54,7 @@ LOSSES: dict[str, Objective] = {
         lambda *, beta: 1 / (4 * beta**2),
         "little or clean data: it stops at a margin of 1/(2 beta) nats a token instead of growing it for ever",
         per_token=True,
-        refuses=_DIFFERENCE_OF_TOKENS | {"margin": "its target 1/(2 beta) is the margin"},
+        refuses=DIFFERENCE_OF_TOKENS | {"margin": "its target 1/(2 beta) is the margin"},
     ),
     "hinge": Objective(
         paired.hinge,
@@ -92,7 +73,7 @@ LOSSES: dict[str, Objective] = {
         _fixed(LN2),
         "answers of very different length; beta is larger than DPO's, as token means are smaller than sums",
         per_token=True,
-        refuses=_DIFFERENCE_OF_TOKENS,
+        refuses=DIFFERENCE_OF_TOKENS,
     ),
     "exo_pair": Objective(
         paired.exo_pair,
@@ -152,7 +133,7 @@ LOSSES: dict[str, Objective] = {
         _fixed(2 * LN2),
         "the chosen answers' likelihood must not fall",
         lifts=True,
-        refuses=_SEPARATE,
+        refuses=SEPARATE,
     ),
     "bco_pair": Objective(
         separate.bco_pair,
@@ -162,7 +143,7 @@ LOSSES: dict[str, Objective] = {
         _fixed(2 * LN2),
         "chosen answers are good and rejected ones bad by themselves, not only against each other",
         lifts=True,
-        refuses=_SEPARATE,
+        refuses=SEPARATE,
     ),
     "sppo_hard": Objective(
         separate.sppo_hard,
@@ -172,7 +153,7 @@ LOSSES: dict[str, Objective] = {
         lambda *, beta: 1 / (2 * beta**2),
         "rounds of on-policy pairs; the target log-ratios are +-1/(2 beta)",
         lifts=True,
-        refuses=_SEPARATE,
+        refuses=SEPARATE,
     ),
     "apo_zero": Objective(
         separate.apo_zero,
@@ -182,7 +163,7 @@ LOSSES: dict[str, Objective] = {
         _fixed(1.0),
         "chosen answers are better than the policy's own",
         lifts=True,
-        refuses=_SEPARATE,
+        refuses=SEPARATE,
     ),
     "apo_down": Objective(
         separate.apo_down,
@@ -191,7 +172,7 @@ LOSSES: dict[str, Objective] = {
         "separate",
         _fixed(1.0),
         "chosen answers are worse than the policy's own: both likelihoods fall, by design",
-        refuses=_SEPARATE,
+        refuses=SEPARATE,
     ),
     "aot": Objective(
         ranked.aot,
@@ -203,7 +184,7 @@ LOSSES: dict[str, Objective] = {
         looks=ranked.aot_matches,
         over="log-probs",
         opposite=True,
-        refuses=_RANKED,
+        refuses=RANKED,
     ),
     "aot_unpaired": Objective(
         ranked.aot_unpaired,
@@ -215,7 +196,7 @@ LOSSES: dict[str, Objective] = {
         looks=ranked.aot_unpaired_matches,
         entries=2,
         over="log-probs",
-        refuses=_RANKED | {"reference_free": ALONE},
+        refuses=RANKED | {"reference_free": ALONE},
     ),
     "sft": Objective(
         reference_free.sft,
@@ -226,8 +207,9 @@ LOSSES: dict[str, Objective] = {
         "a term beside another objective (RPO, MPO), which keeps the chosen answers likely",
         looks=reference_free.mean_length,
         over="lengths",
+        reports=reports.imitation,
         lifts=True,
-        refuses=_IMITATING | {"margin": IMITATES},
+        refuses=IMITATING | {"margin": IMITATES},
     ),
     "cpo": Objective(
         reference_free.cpo,
@@ -238,8 +220,9 @@ LOSSES: dict[str, Objective] = {
         "no reference and no SFT stage before",
         looks=reference_free.mean_length,
         over="lengths",
+        reports=reports.imitation,
         lifts=True,
-        refuses=_IMITATING,
+        refuses=IMITATING,
     ),
     "orpo": Objective(
         reference_free.orpo,
@@ -250,9 +233,10 @@ LOSSES: dict[str, Objective] = {
         "SFT and preferences in one run from a base model",
         looks=reference_free.mean_length,
         over="lengths",
+        reports=reports.odds,
         lifts=True,
         per_token=True,
-        refuses=_IMITATING | {"margin": "it compares odds, not rewards"},
+        refuses=IMITATING | {"margin": "it compares odds, not rewards"},
     ),
     "simpo": Objective(
         reference_free.simpo,
@@ -262,7 +246,7 @@ LOSSES: dict[str, Objective] = {
         None,
         "no reference, answers of different length; sensitive to beta, gamma and the learning rate",
         per_token=True,
-        refuses=_REFERENCE_FREE,
+        refuses=REFERENCE_FREE,
     ),
     "alphapo": Objective(
         reference_free.alphapo,
@@ -272,7 +256,7 @@ LOSSES: dict[str, Objective] = {
         None,
         "SimPO with a handle on how far likelihoods fall",
         per_token=True,
-        refuses=_REFERENCE_FREE,
+        refuses=REFERENCE_FREE,
     ),
     "kto": Objective(
         unpaired.kto,
@@ -285,7 +269,7 @@ LOSSES: dict[str, Objective] = {
         over="log-probs",
         lifts=True,
         mismatched=True,
-        refuses=_UNPAIRED,
+        refuses=UNPAIRED,
     ),
     "apo_zero_unpaired": Objective(
         unpaired.apo_zero_unpaired,
@@ -295,6 +279,6 @@ LOSSES: dict[str, Objective] = {
         _mean_weight,
         "KTO without its KL term",
         lifts=True,
-        refuses=_UNPAIRED,
+        refuses=UNPAIRED,
     ),
 }
