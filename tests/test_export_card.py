@@ -17,6 +17,7 @@ from mlxdpo import Run, UserError
 from mlxdpo.config import Config, load_config
 from mlxdpo.export.card import BEGIN, END, OFFER, write_card
 from mlxdpo.export.findings import read_findings
+from mlxdpo.export.hub import push
 from mlxdpo.export.licences import Licences
 from mlxdpo.export.outgoing import outgoing
 from mlxdpo.export.published import command, public_config, public_name, without_paths
@@ -123,7 +124,10 @@ def test_metadata_is_what_the_hub_takes(evaluated, out, hub):
     assert check_metadata(found) == []
     assert found["base_model"] == "org/base" and found["base_model_relation"] == "adapter"
     assert (found["license"], found["library_name"], found["pipeline_tag"]) == ("apache-2.0", "mlx", "text-generation")
-    ModelCard(card.read_text()).validate()
+    push(out, "jane/tiny")  # the client asks the Hub to validate the card before it sends anything
+    assert [r.status for r in hub.asked("POST", "validate-yaml")] and all(
+        r.status == 200 for r in hub.asked("POST", "validate-yaml")
+    )
     again = ModelCard(card.read_text()).data
     assert again.model_name == "tiny" and {r.metric_type for r in again.eval_results} >= {"accuracy", "win_rate", "kl"}
     assert "cc-by-4.0" in card.read_text()

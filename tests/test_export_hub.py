@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_export import CARD, PASSED, record, safetensors, small_export
 
+from mlxdpo.export.card import BEGIN, END, OFFER
 from mlxdpo.export.client import check_endpoint, check_repo_id, redact, retry_after
 from mlxdpo.export.hub import dry_run, propose, push
 from mlxdpo.types import UserError
@@ -140,6 +141,23 @@ def test_another_exports_weights_are_not_mixed_with(hub, out):
     hub.repos[NAME].files().pop("model.safetensors")
     hub.repos[NAME].files()["photo.png"] = b"the user's own"
     push(out, NAME)
+
+
+def test_words_written_on_the_hub_are_not_lost(hub, out):
+    """An untouched card does not replace one that was edited there; a card with words of its own does."""
+    mine = f"{BEGIN}\n\nfor limericks\n\n{END}\n"
+    untouched = CARD + f"{BEGIN}\n\n{OFFER}\n\n{END}\n"
+    (out / "README.md").write_text(untouched)
+    push(out, NAME)
+    push(out, NAME)
+    repo = hub.repos[NAME]
+    before = repo.refs["main"] = repo.add(repo.files() | {"README.md": (CARD + mine).encode()}, "edited on the Hub")
+    refused("has words of yours between its marks", push, out, NAME)
+    refused("has words of yours between its marks", propose, out, NAME)
+    assert hub.repos[NAME].refs["main"] == before and hub.repos[NAME].pulls == {}
+    (out / "README.md").write_text(CARD + mine.replace("limericks", "odes"))
+    push(out, NAME)
+    assert b"odes" in hub.repos[NAME].files()["README.md"]
 
 
 def test_someone_else_pushed_meanwhile(hub, out):

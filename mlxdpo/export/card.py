@@ -63,13 +63,17 @@ def own_part(file: Path) -> str:
     """What the user wrote between the marks of an earlier card. Raises `UserError` where marks are missing."""
     if not file.exists():
         return OFFER
-    text = file.read_text("utf-8")
-    found = re.search(re.escape(BEGIN) + r"(.*)" + re.escape(END), text, re.DOTALL)
-    if not found:
+    if (found := between_marks(file.read_text("utf-8"))) is None:
         raise UserError(
             f"{file} is no card of ours, or lacks its marks `{BEGIN}` and `{END}`; put them back or move it"
         )
-    return found[1].strip()
+    return found
+
+
+def between_marks(text: str) -> str | None:
+    """The user's part of a card, or None where the marks are not both there."""
+    found = re.search(re.escape(BEGIN) + r"(.*)" + re.escape(END), text, re.DOTALL)
+    return found[1].strip() if found else None
 
 
 def metadata(record: Exported, config: Config, findings: Findings | None, licences: Licences) -> ModelCardData:

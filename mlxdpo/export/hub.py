@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from mlxdpo.export.card import OFFER, between_marks
 from mlxdpo.export.client import About, Say, ask, check_repo_id, connect
-from mlxdpo.export.outgoing import LeftOut, Outgoing, belongs_to_an_export, outgoing
+from mlxdpo.export.outgoing import CARD, LeftOut, Outgoing, belongs_to_an_export, outgoing
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def push(
     branch = revision or "main"
     if branch != "main" and not branch.startswith("refs/"):
         session.ask("making the branch", lambda: session.api.create_branch(repo_id, branch=branch, exist_ok=True))
-    _check_mixing(session, files, branch)
+    _check_what_is_there(session, out, files, branch)
     commit = _upload(session, out, files, branch)
     if tag is not None:
         _tag(session, tag, commit)
@@ -89,7 +90,7 @@ def propose(out: Path, repo_id: str, *, visibility: Visibility = "private", say:
     session = _open(repo_id, say)
     _announce(files, left, say)
     _check_visibility(session, visibility)
-    _check_mixing(session, files, "main")
+    _check_what_is_there(session, out, files, "main")
     opened = session.ask(
         "opening a pull request", lambda: session.api.create_pull_request(repo_id, title=MESSAGE, description=MESSAGE)
     )
@@ -136,11 +137,34 @@ def _known(value: Any, kind: type) -> Any:
     return value
 
 
-def _check_mixing(session: _Session, files: Sequence[Outgoing], revision: str) -> None:
-    """Refuse to lay an export beside another one's weights or adapter: a loader would take some of each."""
+def _check_what_is_there(session: _Session, out: Path, files: Sequence[Outgoing], revision: str) -> None:
+    """Refuse to spoil what the repository holds already: weights of another export, words of the user's own."""
     there = session.ask(
         "listing its files", lambda: session.api.list_repo_files(session.repo, revision=revision), revision
     )
+    _check_mixing(session, files, there)
+    if CARD in there:
+        _check_users_words(session, out, revision)
+
+
+def _check_users_words(session: _Session, out: Path, revision: str) -> None:
+    """Refuse to replace what the user wrote into the card on the Hub by an untouched card."""
+    from huggingface_hub import hf_hub_download
+
+    def request() -> str:
+        file = hf_hub_download(session.repo, CARD, revision=revision, endpoint=session.api.endpoint)
+        return Path(file).read_text("utf-8", "replace")
+
+    theirs = between_marks(session.ask("reading its card", request, revision))
+    if theirs not in (None, OFFER) and between_marks((out / CARD).read_text("utf-8")) in (None, OFFER):
+        raise UserError(
+            f"the card of {session.repo} has words of yours between its marks that {out / CARD} has not; "
+            "copy them there first, and push again"
+        )
+
+
+def _check_mixing(session: _Session, files: Sequence[Outgoing], there: Sequence[str]) -> None:
+    """Refuse to lay an export beside another one's weights or adapter: a loader would take some of each."""
     stale = sorted(set(there) - {file.name for file in files})
     if mixed := [name for name in stale if belongs_to_an_export(name)]:
         raise UserError(
