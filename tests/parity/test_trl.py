@@ -207,7 +207,7 @@ def test_twenty_steps(ready, tmp_path, loss, optimizer, method):
         ("aot", {}),
         ("apo_zero", {}),
         ("sigmoid+sft", {"weights": [1.0, 0.5]}),
-        ("sigmoid", {"wpo": True}),
+        ("sigmoid", {"wpo": True, "weights": [1000.0]}),  # a random model's weights are near 1e-3
         ("sigmoid", {"f_divergence": "js_divergence"}),
         ("sigmoid", {"ld_alpha": 0.4}),
     ],
