@@ -248,9 +248,7 @@ def test_a_bad_gradient_does_not_reach_the_weights():
     model = attach_lora(tiny_model(), LoraConfig(rank=2))
     actor, before = Actor(model), {n: np.array(a) for n, a in tree_flatten(model.trainable_parameters())}
     drawn = Drawn(PROMPTS + PROMPTS[:1], [*COMPLETIONS, [9]], np.zeros(4, bool))
-    batch = look(
-        actor, Reference(lambda: adapters_off(model), shares=True), drawn, np.array([1.0, 2.0, np.inf, 0.0]), 2
-    )
+    batch = look(actor, Reference(lambda: adapters_off(model), shares=True), drawn, np.array([1.0, 2.0, 3e38, 0.0]), 2)
     mover = Mover(make_update(actor, make_optimizer(OptimConfig())), 1.0, 2)
     with pytest.raises(NonFiniteError):
         rloo_update(actor, mover, batch, RolloutConfig(samples=2), np.random.default_rng(0), 1e-2)

@@ -165,7 +165,7 @@ def test_every_arm_is_a_recipe(tmp_path, arm):
     assert recipe(arm, FULL, "a")["train"] is not recipe(arm, FULL, "a")["train"]  # nothing shared is written to
 
 
-TINY = SMALL._replace(openings=4, steps=2, every=1, methods={"dpo": (0.1,), "rloo": (0.05,)})
+TINY = SMALL._replace(openings=4, steps=5, every=2, methods={"dpo": (0.1,), "rloo": (0.05,)})
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_what_is_stopped_goes_on_and_gives_the_same_points(tmp_path, cache, mode
     without = lambda lines: [{k: v for k, v in line.items() if k != "seconds"} for line in lines]  # noqa: E731
     assert calls > 3 and without(found) == without(wanted)
     assert [(line.get("name"), line.get("step")) for line in found[2:]] == [
-        ("dpo-0.1-seed0", 1), ("dpo-0.1-seed0", 2), ("rloo-0.05-seed0", 1),
+        ("dpo-0.1-seed0", 2), ("dpo-0.1-seed0", 4), ("dpo-0.1-seed0", 5), ("rloo-0.05-seed0", 1),
     ]  # fmt: skip
     assert all(min(line["kl"][0]) >= 0 for line in found[2:]) and max(found[3]["kl"][0]) > 1e-4
 

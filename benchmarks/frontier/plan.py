@@ -76,6 +76,11 @@ class Budget(NamedTuple):
             for strength in strengths
         ]
 
+    def checkpoints(self, arm: Arm) -> list[int]:
+        """The steps at which an arm is measured. Where it was stopped it has other checkpoints too."""
+        steps, every = (self.rounds, self.each) if METHODS[arm.method].online else (self.steps, self.every)
+        return sorted({*range(every, steps + 1, every), steps})
+
 
 FULL = Budget({name: method.strengths for name, method in METHODS.items()})
 SMALL = Budget(

@@ -116,12 +116,12 @@ def measure_untuned(bench: Bench, budget: Budget, out: Path, should_stop: Stop) 
 def measure(bench: Bench, arm: Arm, budget: Budget, out: Path, should_stop: Stop) -> Iterator[Line]:
     """The points of an arm's checkpoints that are not measured yet, as they are written; ends early when asked."""
     known = {(line["name"], line["step"]) for line in measured(out) if line["method"] != UNTUNED}
-    for folder in checkpoint.steps(folder_of(out, arm) / "checkpoints"):
-        step = checkpoint.read_progress(folder).step
+    for step in budget.checkpoints(arm):
         if (arm.name, step) in known:
             continue
         if should_stop():
             return
+        folder = checkpoint.folder_of(folder_of(out, arm) / "checkpoints", step)
         load_arrays(bench.policy.model, folder)
         several = [sampled(bench, number, kl=True) for number in range(budget.samples)]
         line = {"name": arm.name, **arm._asdict(), "step": step, "seconds": checkpoint.read_progress(folder).seconds}
