@@ -117,8 +117,18 @@ def run(
         force=force,
         say=warn if json else (lambda text: console.print(text, style="dim", markup=False)),
     )
+    report(exported, json)
+    if exported.passed and publishing.push:
+        publish(out, publishing, json)
+    return 0 if exported.passed else 1
+
+
+def report(exported: Exported, json: bool) -> None:
+    """The figures on standard output, failures on standard error."""
+    from mlxdpo.commands.screen import console, warn
+
     if json:
-        print((out / "export.json").read_text("utf-8"), end="")
+        print((exported.out / "export.json").read_text("utf-8"), end="")
     else:
         console.print(table(exported))
         tell(exported, console)
@@ -126,11 +136,6 @@ def run(
         if target.fidelity.reason:
             kept = "kept by --force" if target.kept else "its files are not kept"
             warn(f"{name}: {target.fidelity.reason}; {kept}")
-    if not exported.passed:
-        return 1
-    if publishing.push:
-        publish(out, publishing, json)
-    return 0
 
 
 def check_publishing(publishing: Publishing) -> None:

@@ -21,6 +21,7 @@ from mlxdpo.model.exponential import exp
 from mlxdpo.model.policy import cast
 from mlxdpo.model.prefix import hidden_states
 from mlxdpo.model.trunk import Trunk, split
+from mlxdpo.platform import this_machine
 from mlxdpo.reopen import Opened
 from mlxdpo.types import Example, UserError
 
@@ -74,6 +75,8 @@ def yardstick(opened: Opened, examples: Sequence[Example]) -> Yardstick:
 def measure(yard: Yardstick, artefact: nn.Module, force: bool = False) -> Fidelity:
     """How an artefact behaves; it is run in the run's number type, so that only what was written differs."""
     cast(artefact, yard.dtype)
+    if this_machine().kind == "cpu":  # its packed matmuls are fifty times slower, and give the same numbers
+        artefact = _unpacked(artefact)
     artefact.train()  # as the run was scored; only dropout would differ, and it is off
     logps, kl = _held_against(yard.batches, yard.logits, lambda rows: _ask(artefact, rows), len(yard.logps) // 2)
     own, other = (_margins(values, yard.reference, yard.beta) for values in (yard.logps, logps))
@@ -92,6 +95,12 @@ def measure(yard: Yardstick, artefact: nn.Module, force: bool = False) -> Fideli
         reason=reason,
         forced=force and reason is not None,
     )
+
+
+def _unpacked(model: nn.Module) -> nn.Module:
+    from mlx_lm.utils import dequantize_model
+
+    return dequantize_model(model)
 
 
 def verdict(kl: float, reference_kl: float, slope: float | None) -> str | None:
