@@ -63,6 +63,8 @@ def train(case: str, seed: int, steps: int, out: Path, files: dict[str, Path]) -
     run = out / "runs" / f"{''.join(c if c.isalnum() else '-' for c in case)}-{seed}"
     settings = [word for word in SETTINGS[case] if word != "THUMBS"]
     kind = "thumbs-" if "THUMBS" in SETTINGS[case] else ""
+    if held := heldout(run, steps):
+        return {"case": case, "seed": seed, "steps": steps, **held}
     shutil.rmtree(run, ignore_errors=True)  # an unfinished one
     with resources.as_file(HERE / "recipe.yaml") as recipe:
         command = [
@@ -72,14 +74,17 @@ def train(case: str, seed: int, steps: int, out: Path, files: dict[str, Path]) -
             *("--train.seed", str(seed), "--out", str(run), *settings),
         ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    evals = [line for line in read_lines(run / "metrics.jsonl") if "eval_loss" in line]
-    first, last = evals[0], evals[-1]
-    assert (first["step"], last["step"]) == (0, steps)
-    numbers = {
-        name: (first.get(f"eval_{name}"), last.get(f"eval_{name}"))
-        for name in ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-    }
-    return {"case": case, "seed": seed, "steps": steps, **numbers}
+    return {"case": case, "seed": seed, "steps": steps, **(heldout(run, steps) or {})}
+
+
+def heldout(run: Path, steps: int) -> dict[str, Any] | None:
+    """(before, after) of each held-out number of a finished run, or None."""
+    file = run / "metrics.jsonl"
+    evals = [line for line in read_lines(file) if "eval_loss" in line] if file.exists() else []
+    if not evals or evals[-1]["step"] != steps:
+        return None
+    names = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+    return {name: (evals[0].get(f"eval_{name}"), evals[-1].get(f"eval_{name}")) for name in names}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
