@@ -206,6 +206,21 @@ def test_a_label_that_is_no_probability_is_a_bad_row(tmp_path, value, sentence):
     assert sentence in str(error.value)
 
 
+def test_a_row_of_several_pairs_cannot_say_whose_number_it_is(tmp_path):
+    row = {"prompt": "p", "completions": ["a", "b", "c"], "scores": [1, 2, 3], "w": 2.0}
+    (tmp_path / "ranked.jsonl").write_text(json.dumps(row) + "\n")
+    data = {"path": str(tmp_path / "ranked.jsonl"), "columns": {"weight": "w"}}
+    with pytest.raises(UserError, match=r'ranked.jsonl:1: the row makes several pairs, so "w" belongs to none'):
+        finish(recipe(tmp_path, data=data))
+
+
+def test_thumbs_carry_weights(tmp_path):
+    """Every row weighs 3: the loss before the first update is 3/2 instead of 1/2."""
+    path = speaking(tmp_path / "heavy.jsonl", w=lambda i: 3.0)
+    config = recipe(tmp_path, loss={"name": "kto"}, data={"path": path, "columns": {"weight": "w"}})
+    assert losses(finish(config))[0] == pytest.approx(1.5, abs=1e-5)
+
+
 def test_a_named_column_that_an_objective_cannot_use_is_refused(tmp_path):
     path = speaking(tmp_path / "said.jsonl", p=lambda i: 0.9)
     with pytest.raises(UserError, match=r"^data.columns probability makes no sense for aot: it sorts the pairs"):

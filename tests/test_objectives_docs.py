@@ -74,12 +74,16 @@ OTHER = {
 }  # fmt: skip
 
 
-def from_command_line(monkeypatch, *words):
-    """What `mlxdpo train` makes of the words."""
+def config_of(monkeypatch, *words):
     seen = []
     monkeypatch.setattr("mlxdpo.commands.train.follow_training", lambda config, resume: seen.append(config) or 0)
     assert run(["train", *words]) == 0
-    return seen[0].loss
+    return seen[0]
+
+
+def from_command_line(monkeypatch, *words):
+    """What `mlxdpo train` makes of the words."""
+    return config_of(monkeypatch, *words).loss
 
 
 @pytest.mark.parametrize("knob", sorted(OTHER))
@@ -101,6 +105,13 @@ def test_no_knob_is_forgotten_above(tmp_path, monkeypatch):
     (tmp_path / "recipe.yaml").write_text("loss: {name: [sigmoid, sft], weights: [1, 0.1]}\n")
     found = load_config(tmp_path / "recipe.yaml").loss
     assert (found.name, found.weights) == ("sigmoid+sft", [1.0, 0.1])
+
+
+def test_columns_and_a_moving_reference_are_reachable_from_the_command_line(monkeypatch):
+    found = config_of(monkeypatch, "--data.columns.probability", "p", "--data.columns.weight", "w")
+    assert found.data.columns == {"probability": "p", "weight": "w"}
+    found = config_of(monkeypatch, "--reference.sync-every", "512", "--reference.sync-mix", "0.7")
+    assert (found.reference.sync_every, found.reference.sync_mix) == (512, 0.7)
 
 
 def test_naming_an_objective_on_the_command_line_keeps_the_recipes_knobs(tmp_path, monkeypatch):

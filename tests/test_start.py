@@ -236,3 +236,39 @@ def test_long_rows_train_through_the_light_attention_to_the_same_losses(tmp_path
     monkeypatch.setattr(light, "chunked_attention", lambda *a, **k: calls.append(1) or chunked(*a, **k))
     losses = [e.values["loss"] for e in finish(recipe(tmp_path, "light")) if e.kind == "step"]
     assert calls and losses == pytest.approx(wanted, rel=1e-5)
+
+
+def test_an_objective_that_is_computed_wrongly_stops_the_run(tmp_path, monkeypatch):
+    """Policy and reference agree, and the loss still has not its known value: no reference is to blame."""
+    monkeypatch.setattr("mlxdpo.losses.loss.Loss.start", lambda self: 0.5)
+    sentence = refusal(recipe(tmp_path))
+    assert sentence.startswith("where policy and reference agree the loss is 0.693147 instead of 0.500000: sigmoid is")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"ld_alpha": 0.3},
+        {"f_divergence": "alpha_divergence", "f_alpha": 0.7},
+        {"name": "sigmoid+bco_pair", "weights": [0.8, 0.2], "ld_alpha": 0.5},
+        {"wpo": True},
+        {"name": "sigmoid+sft"},
+    ],
+    ids=str,
+)
+def test_step_zero_under_modifiers_and_sums(tmp_path, loss):
+    """A modifier that moves no log-ratio from zero moves no start value; where none is known the gap is still asked."""
+    config = recipe(tmp_path, loss=loss, train={"steps": 1})
+    values, known = first_step(config), resolve(config.loss).start()
+    assert (known is None) == ("wpo" in loss or "sft" in loss.get("name", ""))
+    assert known is None or values["loss"] == pytest.approx(known, rel=1e-5)
+    assert abs(values["rewards/margins"]) < 1e-12
+
+
+def test_a_tampered_reference_of_beginnings_is_noticed(tmp_path, monkeypatch):
+    def damage(job):
+        job.train.ref[:, 2:] += 0.5
+
+    broken(monkeypatch, damage)
+    sentence = refusal(recipe(tmp_path, loss={"ld_alpha": 0.3}))
+    assert "a log-prob is 0.5000 nats from its reference: the reference was scored with other weights" in sentence
