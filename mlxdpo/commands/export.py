@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as jsonlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -105,18 +107,20 @@ def run(
     from mlxdpo.export.source import Choices
 
     check_publishing(publishing)
-    exported = export(
-        Run.open(path),
-        [name for name in to.replace(" ", "").split(",") if name],
-        out,
-        data=data,
-        pairs=pairs,
-        choices=Choices(**making.model_dump()),
-        licences=Licences(publishing.license, publishing.data_license),
-        repo=publishing.push,
-        force=force,
-        say=warn if json else (lambda text: console.print(text, style="dim", markup=False)),
-    )
+    # mlx-lm prints a line when it packs weights, where a machine reads JSON.
+    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        exported = export(
+            Run.open(path),
+            [name for name in to.replace(" ", "").split(",") if name],
+            out,
+            data=data,
+            pairs=pairs,
+            choices=Choices(**making.model_dump()),
+            licences=Licences(publishing.license, publishing.data_license),
+            repo=publishing.push,
+            force=force,
+            say=warn if json else (lambda text: console.print(text, style="dim", markup=False)),
+        )
     report(exported, json)
     if exported.passed and publishing.push:
         publish(out, publishing, json)

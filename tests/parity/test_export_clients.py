@@ -55,6 +55,8 @@ def hold_against(model, want, words, ids, name):
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_torch_clients(kind, method, tmp_path, cache):
+    if kind == "gemma3_text":  # mlx-lm rounds the root of its width to bfloat16, transformers does not: 8 is 8 in both
+        write_model(tmp_path / kind, chatml_tokenizer(), kind, hidden_size=64, head_dim=16)
     lora = {"method": method} if method == "full" else {"method": method, "rank": 4, "scale": 4.0}
     optim = {"lr": 3e-3 if method == "full" else 2e-2, "warmup": 0.0}
     run = trained_run(tmp_path, kind, lora=lora, optim=optim)
