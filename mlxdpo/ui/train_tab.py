@@ -41,25 +41,46 @@ def build(runs: Path, guard: Guard) -> None:
     gr.Markdown("### 3. Train")
     command = gr.Textbox(label="The same in a terminal", lines=2, interactive=False, buttons=["copy"])
     begin = gr.Button("Start training", variant="primary", elem_id="train-start")
-    chosen = gr.Dropdown([], label="Training", info="Runs and their state.", elem_id="train-chosen")
-    with gr.Row():
-        halt = gr.Button("Stop and save", variant="stop", elem_id="train-stop", interactive=False)
-        again = gr.Button("Resume", elem_id="train-resume", interactive=False)
-    note = gr.HTML(elem_id="train-note")
-    view = gr.HTML(elem_id="train-view")
-
-    def config_of(values: tuple[Any, ...]) -> Config:
-        return _config(runs, knobs, values)
-
-    def fill(which: str | None) -> list[Any]:
-        return [gr.skip()] * len(form) if not which else _fill(gr, runs, knobs, which)
+    chosen, note = _desk(runs, guard)
 
     def started(request: gr.Request, title: str, *values: Any) -> Any:
         guard(request)
         with said():
-            config = config_of(values)
+            config = _config(runs, knobs, values)
             path = training.start(runs, title.strip() or _free_name(runs, config), config)
         return gr.update(choices=_trainings(runs), value=path.name), f"<p>{escape(path.name)} has begun.</p>"
+
+    def planned(request: gr.Request, *values: Any) -> str:
+        guard(request)  # it may fetch a tokenizer
+        with said():
+            return as_html(estimate(_config(runs, knobs, values)))
+
+    page = gr.context.Context.root_block
+    page.load(lambda: _choices(gr, runs), None, [recipe, *paths.values()], **QUIET)
+    recipe.change(
+        lambda which: _fill(gr, runs, knobs, which) if which else [gr.skip()] * len(form), recipe, form, **QUIET
+    )
+    ask.click(planned, form, needs, **SHOWN)
+    begin.click(started, [name, *form], [chosen, note], concurrency_limit=1, **SHOWN)
+    gr.on(
+        [page.load, *(one.change for one in (name, *form))],
+        lambda title, *values: _command(runs, knobs, title, values),
+        [name, *form],
+        command,
+        trigger_mode="always_last",
+        **QUIET,
+    )
+
+
+def _desk(runs: Path, guard: Guard) -> tuple[Any, Any]:
+    """Where a training is watched, stopped and resumed; gives the drop-down of trainings and the line of news."""
+    import gradio as gr
+
+    chosen = gr.Dropdown([], label="Training", info="Runs and their state.", elem_id="train-chosen")
+    with gr.Row():
+        halt = gr.Button("Stop and save", variant="stop", elem_id="train-stop", interactive=False)
+        again = gr.Button("Resume", elem_id="train-resume", interactive=False)
+    note, view = gr.HTML(elem_id="train-note"), gr.HTML(elem_id="train-view")
 
     def stopped(request: gr.Request, which: str | None) -> str:
         guard(request)
@@ -72,30 +93,14 @@ def build(runs: Path, guard: Guard) -> None:
             training.resume(choose(runs, which))
         return f"<p>{escape(str(which))} goes on from its last checkpoint.</p>"
 
-    def planned(request: gr.Request, *values: Any) -> str:
-        guard(request)  # it may fetch a tokenizer
-        with said():
-            return as_html(estimate(config_of(values)))
-
     page, timer = gr.context.Context.root_block, gr.Timer(EVERY)
-    page.load(lambda: _choices(gr, runs), None, [recipe, *paths.values()], **QUIET)
     for happening in (page.load, timer.tick):
         happening(lambda now: _current(gr, runs, now), chosen, chosen, **QUIET)
     for happening in (chosen.change, timer.tick):
         happening(lambda which: _looked(gr, runs, which), chosen, [view, halt, again], **QUIET)
-    recipe.change(fill, recipe, form, **QUIET)
-    ask.click(planned, form, needs, **SHOWN)
-    begin.click(started, [name, *form], [chosen, note], concurrency_limit=1, **SHOWN)
     halt.click(stopped, chosen, note, **SHOWN)
     again.click(resumed, chosen, note, concurrency_limit=1, **SHOWN)
-    gr.on(
-        [page.load, *(one.change for one in (name, *form))],
-        lambda title, *values: _command(runs, knobs, title, values),
-        [name, *form],
-        command,
-        trigger_mode="always_last",
-        **QUIET,
-    )
+    return chosen, note
 
 
 def _path_fields(gr: Any) -> dict[str, Any]:
