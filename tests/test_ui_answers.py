@@ -175,7 +175,7 @@ def test_two_users_at_once_get_what_each_gets_alone(desk):
 REFUSED = {
     "../two": "no run called '../two'",
     "/etc": "no run called '/etc'",
-    "": "no run called ''",
+    "": "no run is chosen; make one with `mlxdpo demo`",
     "three": "there are",
 }
 

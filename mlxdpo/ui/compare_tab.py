@@ -3,7 +3,8 @@
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 from mlxdpo.reopen import prompt_text
 from mlxdpo.types import UserError
@@ -13,7 +14,7 @@ from mlxdpo.ui.compare import Chat, chat_html, converse
 from mlxdpo.ui.desk import NOBODY, Desk
 from mlxdpo.ui.gallery import label, text_of
 from mlxdpo.ui.guard import Guard
-from mlxdpo.ui.handlers import said, saying, session_of
+from mlxdpo.ui.handlers import said, saying, session_of, sorry
 from mlxdpo.ui.heat import plain
 
 WELCOME = (
@@ -23,6 +24,19 @@ WELCOME = (
 NO_RUNS = (
     "No tuned run here yet. Make one with `mlxdpo demo` (minutes, offline) or in the Train tab, then reload this page."
 )
+
+
+LOADING = '<p class="empty" role="status">Loading the model …</p>'
+
+
+class Asked(NamedTuple):
+    """What a press of the button asks for."""
+
+    chat: Chat
+    run: str
+    third: str
+    text: str
+    system: str
 
 
 def welcome(desk: Desk) -> str:
@@ -76,85 +90,112 @@ def build(desk: Desk, guard: Guard, page: Any) -> Any:
     """Make the tab inside the current `gr.Tab`; returns the run's dropdown."""
     import gradio as gr
 
+    see, do = _layout(gr, desk), _handlers(desk, guard)
+    knobs = list(see.knobs.values())
+    outputs = [see.chat, see.text, see.board, see.knobs["seed"]]
+    asked = [see.run, see.third]
+    many: dict[str, Any] = {"concurrency_limit": 8, "api_visibility": "private", "show_progress": "hidden"}
+    gr.on([see.text.submit, see.send.click], do.send, [see.chat, *asked, see.text, see.system, *knobs], outputs, **many)
+    see.again.click(do.again, [see.chat, *asked, see.system, *knobs], outputs, **many)
+    see.stop.click(do.stop, None, None, **many)
+    gr.on([see.new.click, see.third.change], do.clear, None, [see.chat, see.board], **many)
+    changed = [see.chat, see.board, see.third, see.pick, see.pair, see.knobs["max_tokens"]]
+    see.run.change(do.run, see.run, changed, **many)
+    see.pick.change(do.pick, [see.run, see.pick], [see.text, see.pair], **many)
+    see.chance.click(do.chance, see.run, see.pick, **many)
+    page.load(do.load, None, see.run, **many)
+    return see.run
+
+
+def _layout(gr: Any, desk: Desk) -> SimpleNamespace:
+    """The widgets, from top to bottom."""
     names = desk.names()
     first = names[0] if names else None
-    chat = gr.State(Chat())
+    see = SimpleNamespace(chat=gr.State(Chat()))
     with gr.Row():
-        run = gr.Dropdown(names, value=first, label="Run", elem_id="compare-run")
-        third = gr.Dropdown(desk.thirds(first), value=NOBODY, label="Third column", elem_id="compare-third")
+        see.run = gr.Dropdown(names, value=first, label="Run", elem_id="compare-run")
+        see.third = gr.Dropdown(desk.thirds(first), value=NOBODY, label="Third column", elem_id="compare-third")
     choices, note = prompt_choices(desk, first)
     with gr.Row(equal_height=True, elem_classes="buttons"):
-        pick = gr.Dropdown(
-            choices, value=None, label="A prompt that training never saw", info=note, elem_id="compare-pick", scale=5
+        see.pick = gr.Dropdown(
+            choices,
+            value=None,
+            label="A prompt that training never saw",
+            info=note,
+            elem_id="compare-pick",
+            scale=5,
+            min_width=220,
         )
-        chance = gr.Button("Random one", elem_id="compare-random", min_width=110)
-    text = gr.Textbox(
+        see.chance = gr.Button("Random one", elem_id="compare-random", min_width=110)
+    see.text = gr.Textbox(
         label="Prompt", placeholder="Enter sends, Shift+Enter starts a new line", lines=1, max_lines=8,
         max_length=LONGEST_PROMPT, elem_id="compare-prompt", autofocus=True,
     )  # fmt: skip
     with gr.Row(elem_classes="buttons"):
-        send = gr.Button("Send", variant="primary", elem_id="compare-send", min_width=90)
-        stop = gr.Button("Stop", elem_id="compare-stop", min_width=90)
-        again = gr.Button("Next seed", elem_id="compare-again", min_width=90)
-        new = gr.Button("New chat", elem_id="compare-new", min_width=90)
+        see.send = gr.Button("Send", variant="primary", elem_id="compare-send", min_width=90)
+        see.stop = gr.Button("Stop", elem_id="compare-stop", min_width=90)
+        see.again = gr.Button("Next seed", elem_id="compare-again", min_width=90)
+        see.new = gr.Button("New chat", elem_id="compare-new", min_width=90)
     with gr.Accordion("Settings", open=False):
-        system = gr.Textbox(label="System prompt (chat models)", max_length=LONGEST_PROMPT, elem_id="compare-system")
-        knobs = knobs_of(gr, "compare", Settings(max_tokens=_tokens(desk, first)))
-    board = gr.HTML(welcome(desk), elem_id="columns", elem_classes="board")
-    pair = gr.HTML(elem_id="compare-pair")
+        see.system = gr.Textbox(
+            label="System prompt (chat models)", max_length=LONGEST_PROMPT, elem_id="compare-system"
+        )
+        see.knobs = knobs_of(gr, "compare", Settings(max_tokens=usual_tokens(desk, first)))
+    see.board = gr.HTML(welcome(desk), elem_id="columns", elem_classes="board")
+    see.pair = gr.HTML(elem_id="compare-pair")
+    return see
 
-    def answer(history: Chat, name: str, guest: str, prompt: str, system: str, *values: Any) -> Iterator[Any]:
-        request, values = values[-1], values[:-1]
-        settings = settings_from(**dict(zip(knobs, values, strict=True)))
+
+def _handlers(desk: Desk, guard: Guard) -> SimpleNamespace:
+    """What the widgets call."""
+    import gradio as gr
+
+    def answers(request: Any, asked: Asked, knobs: tuple[Any, ...]) -> Iterator[Any]:
+        guard(request)
+        chat, name, third, text, system = asked
         with desk.stoppable(session_of(request)) as halt:
-            yield history, gr.skip(), '<p class="empty" role="status">Loading the model …</p>' + chat_html(history)
-            for grown in converse(desk, history, name, guest, prompt or "", system or "", settings, halt.is_set):
-                yield grown, "", chat_html(grown)
+            yield chat, gr.skip(), LOADING + chat_html(chat), gr.skip()
+            try:
+                settings = settings_from(**dict(zip(Settings.model_fields, knobs, strict=True)))
+                for grown in converse(desk, chat, name, third, text, system, settings, halt.is_set):
+                    yield grown, "", chat_html(grown), settings.seed
+            except UserError as error:
+                yield chat, gr.skip(), sorry(error) + chat_html(chat), gr.skip()
 
-    def on_send(history, name, guest, prompt, system, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
-        guard(request)
+    def send(chat, name, third, text, system, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
+        yield from answers(request, Asked(chat, name, third, text or "", system or ""), (t, p, n, seed))
+
+    def again(chat, name, third, system, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
         with said():
-            for shown in answer(history, name, guest, prompt, system, t, p, n, seed, request):
-                yield *shown, seed
+            shorter, text = _without_last(chat)
+        yield from answers(request, Asked(shorter, name, third, text, system or ""), (t, p, n, (seed or 0) + 1))
 
-    def on_again(history, name, guest, system, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
-        guard(request)
-        with said():
-            shorter, prompt = _without_last(history)
-            following = (seed or 0) + 1
-            for grown, _, html in answer(shorter, name, guest, prompt, system, t, p, n, following, request):
-                yield grown, gr.skip(), html, following
-
-    def on_stop(request: gr.Request) -> None:
+    def stop(request: gr.Request) -> None:
         desk.stop(session_of(request))
 
-    def on_run(name: str):  # type: ignore[no-untyped-def]
+    def chosen(name: str) -> tuple[Any, ...]:
         choices, note = prompt_choices(desk, name)
-        return (
-            Chat(), welcome(desk), gr.Dropdown(desk.thirds(name), value=NOBODY),
-            gr.Dropdown(choices, value=None, info=note), "", _tokens(desk, name),
-        )  # fmt: skip
+        third = gr.Dropdown(desk.thirds(name), value=NOBODY)
+        return Chat(), welcome(desk), third, gr.Dropdown(choices, value=None, info=note), "", usual_tokens(desk, name)
 
-    def on_load():  # type: ignore[no-untyped-def]
+    def load() -> Any:
         names = desk.names()
         return gr.Dropdown(names, value=names[0] if names else None)
 
-    sent = [chat, run, third, text, system, *knobs.values()]
-    outputs = [chat, text, board, knobs["seed"]]
-    many: dict[str, Any] = {"concurrency_limit": 8, "api_visibility": "private", "show_progress": "hidden"}
-    gr.on([text.submit, send.click], on_send, sent, outputs, **many)
-    again.click(on_again, [chat, run, third, system, *knobs.values()], outputs, **many)
-    stop.click(on_stop, None, None, **many)
-    new.click(lambda: (Chat(), welcome(desk)), None, [chat, board], **many)
-    third.change(lambda: (Chat(), welcome(desk)), None, [chat, board], **many)
-    run.change(saying(on_run), run, [chat, board, third, pick, pair, knobs["max_tokens"]], **many)
-    pick.change(saying(lambda name, i: picked(desk, name, i)), [run, pick], [text, pair], **many)
-    chance.click(saying(lambda name: random_index(desk, name)), run, pick, **many)
-    page.load(on_load, None, run, **many)
-    return run
+    return SimpleNamespace(
+        send=send,
+        again=again,
+        stop=stop,
+        run=saying(chosen),
+        load=load,
+        clear=lambda: (Chat(), welcome(desk)),
+        pick=saying(lambda name, index: picked(desk, name, index)),
+        chance=saying(lambda name: random_index(desk, name)),
+    )
 
 
-def _tokens(desk: Desk, name: str | None) -> int:
+def usual_tokens(desk: Desk, name: str | None) -> int:
+    """How long answers usually are in a run's data, in tokens."""
     return desk.gallery(name).tokens if name else 128
 
 

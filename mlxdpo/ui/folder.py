@@ -30,6 +30,8 @@ def tuned_runs_in(folder: Path) -> dict[str, Run]:
 def run_named(folder: Path, name: str | None) -> Run:
     """The run of that name. Raises `UserError` when the scan does not find it."""
     found = runs_in(folder)
-    if not name or name not in found:
+    if not name:
+        raise UserError("no run is chosen; make one with `mlxdpo demo` or in the Train tab, then reload this page")
+    if name not in found:
         raise UserError(f"no run called {name!r} in {folder.name}/; there are {', '.join(found) or 'none'}")
     return found[name]

@@ -45,8 +45,8 @@ def gallery(run: Run) -> Gallery:
     except (UserError, OSError) as error:
         return Gallery((), (), (), 128, str(error))
     note = "" if heldout else "this run held out no prompts"
-    firsts = (tuple(distinct_prompts(rows, MOST)) for rows in (heldout, train))
-    return Gallery(*firsts, tuple(heldout), _usual_tokens(heldout or train), note)
+    unseen, seen = (tuple(distinct_prompts(rows, MOST)) for rows in (heldout, train))
+    return Gallery(unseen, seen, tuple(heldout), _usual_tokens(heldout or train), note)
 
 
 def _rows(run: Run) -> tuple[list[Preference], list[Preference]]:

@@ -15,6 +15,18 @@ from typing import Any
 
 COOKIE = "mlxdpo_page"
 LARGEST_BODY = 2_000_000  # bytes; a chat's text is a few kilobytes, and nothing is uploaded
+# The browser itself refuses requests to other hosts, and to show the page inside another one's. Gradio needs inline
+# scripts and styles. A stricter referrer policy would blank the Origin that `refusal` looks at.
+POLICY = (
+    "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'; base-uri 'self'; "
+    "form-action 'self'; object-src 'none'"
+)
+HEADERS = [
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-frame-options", b"SAMEORIGIN"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"same-origin"),
+]
 SAFE = ("GET", "HEAD", "OPTIONS")
 
 Guard = Callable[[Any], None]
@@ -76,16 +88,17 @@ class Gate:
                 return await _answer(send, 403, f"refused: {reason}")
             if int(headers.get("content-length", "0") or 0) > LARGEST_BODY:
                 return await _answer(send, 413, f"too large; at most {LARGEST_BODY:,} bytes")
-        await self.app(scope, _bounded(receive), self._with_cookie(scope, send))
+        await self.app(scope, _bounded(receive), self._dressed(scope, send))
 
-    def _with_cookie(self, scope: Scope, send: Send) -> Send:
+    def _dressed(self, scope: Scope, send: Send) -> Send:
         # Cookies know no ports: two apps on one machine need two names.
         port = (scope.get("server") or ("", 0))[1]
         cookie = f"{COOKIE}_{port}={self.nonce}; Path=/; HttpOnly; SameSite=Strict"
+        extra = [*HEADERS, (b"set-cookie", cookie.encode())] if scope["path"] == "/" else HEADERS
 
         async def sent(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start" and scope["path"] == "/":
-                message["headers"] = [*message.get("headers", []), (b"set-cookie", cookie.encode())]
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *extra]
             await send(message)
 
         return sent

@@ -17,7 +17,7 @@ def said() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise gr.Error(plain(str(error)), title="This did not work", duration=None, print_exception=False) from None
+        raise gr.Error(plain(str(error)), title="This did not work", duration=8, print_exception=False) from None
 
 
 def saying(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,6 +29,11 @@ def saying(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return handler
+
+
+def sorry(error: UserError) -> str:
+    """An error where the answers would be: it says what to do, and stays until something is done."""
+    return f'<p class="empty" role="alert">{plain(str(error))}</p>'
 
 
 def session_of(request: Any) -> str:

@@ -19,7 +19,7 @@ from mlxdpo.reopen import heldout_pairs
 from mlxdpo.runs import Run, write_text
 from mlxdpo.types import Message, Text, UserError
 from mlxdpo.ui.gallery import as_json, from_json, gallery
-from mlxdpo.ui.votes import votes_of
+from mlxdpo.ui.votes import counted, votes_of
 
 FOLDER = "next-round"
 HELDOUT = "on held-out prompts, which must stay unseen: they measure, they do not teach"
@@ -45,7 +45,7 @@ class Export(NamedTuple):
     def sentence(self) -> str:
         """The counts in words."""
         out = "; ".join(f"{count} {reason}" for reason, count in self.left_out.items())
-        return f"{self.pairs} pairs from {self.votes} votes. " + (f"Left out: {out}." if out else "None left out.")
+        return f"Pairs: {self.pairs}, from {counted(self.votes)}. " + (f"Left out: {out}." if out else "None left out.")
 
 
 def pairs_of(votes: Sequence[Mapping[str, Any]], heldout: frozenset[bytes]) -> tuple[list[Pair], dict[str, int]]:

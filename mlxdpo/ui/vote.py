@@ -86,7 +86,7 @@ def play(
         for step in desk.engine.latest(lambda s=drawn: _counted(cast, prompt, s, stopped), PACE):
             steps, answers = step
             yield min(0.99, steps / settings.max_tokens)
-        if stopped():
+        if stopped() or len(answers) != 2:
             raise UserError("stopped before both answers were there, so there is nothing to vote on")
         before, after = answers
         if before.text.strip() != after.text.strip():

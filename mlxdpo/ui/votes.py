@@ -100,7 +100,7 @@ def standing_html(file: Path) -> str:
     found, trained = standing(file)
     if found is None or found.n + trained == 0:
         return '<p class="standing">No votes yet. The win rate appears here after the first one.</p>'
-    extra = f" {_votes(trained)} on training prompts: they teach, but are no evidence." if trained else ""
+    extra = f" {counted(trained)} on training prompts: they teach, but are no evidence." if trained else ""
     if found.n == 0:
         return f'<p class="standing">{plain(extra.strip())}</p>'
     last = found.looks[-1]
@@ -114,16 +114,17 @@ def standing_html(file: Path) -> str:
         hopeless = "Cannot tell yet, and at this rate no number of votes will: there may be no difference."
         verdict = "Cannot tell yet." if found.n < FEW else hopeless
     repeated = sum(found.uncounted.values())
-    extra += f" {_votes(repeated)} on prompts voted on before: they do not count twice." if repeated else ""
+    extra += f" {counted(repeated)} on prompts voted on before: they do not count twice." if repeated else ""
     return (
         f'<div class="standing" role="status"><strong>{plain(verdict)}</strong>{_bar(last.low, last.rate, last.high)}'
-        f"<span>Tuned preferred in {last.rate:.0%} of {_votes(found.n)} ({found.wins} won, {found.losses} lost, "
-        f"{found.ties} equal, half each); 95 % interval {last.low:.0%} to {last.high:.0%}, valid however often you look."
-        f"{plain(extra)}</span></div>"
+        f"<span>Tuned preferred in {last.rate:.0%} of {counted(found.n)} ({found.wins} won, {found.losses} lost, "
+        f"{found.ties} equal, half each); 95 % interval {last.low:.0%} to {last.high:.0%}, valid however often you "
+        f"look.{plain(extra)}</span></div>"
     )
 
 
-def _votes(count: int) -> str:
+def counted(count: int) -> str:
+    """A number of votes in words."""
     return f"{count} vote{'' if count == 1 else 's'}"
 
 

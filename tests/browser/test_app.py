@@ -195,7 +195,7 @@ def story_of_votes(app, page) -> None:
     page.locator("#vote-teach button").first.click()
     page.locator("#vote-export").click()
     page.wait_for_selector("#vote-written .standing", timeout=60_000)
-    assert "2 pairs from 3 votes" in page.locator("#vote-written").inner_text()
+    assert "Pairs: 2, from 3 votes" in page.locator("#vote-written").inner_text()
     command = page.locator("#vote-command .cm-content").inner_text()
     votes = list(read_lines(app.folder / "runs/demo0/votes.jsonl"))
     assert len({vote["id"] for vote in votes}) == len(votes) == 3
@@ -208,8 +208,8 @@ def story_of_votes(app, page) -> None:
 
 def test_what_data_and_prompts_say_stays_text(visit):
     page = visit()
-    page.locator("#compare-pick input").fill("One day")
-    page.locator("#compare-pick input").press("Enter")
+    page.locator("#compare-pick input").fill("<img src=x")
+    page.get_by_role("option", name="onerror").first.click()
     page.wait_for_selector("#compare-pair .voice")
     assert EVIL in page.locator("#compare-pair").inner_text()
     page.wait_for_function("document.querySelector('#compare-prompt textarea').value.length > 20")
