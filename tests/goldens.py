@@ -46,6 +46,8 @@ GOLDENS = {
         Golden({"beta": 0.5, "dpop_lambda": 3.0}, 0.31326169, -0.13447071, 0.13447071),
         # a = -1, d = 0: logit .5 (0 - 3 * 1) = -1.5; slopes -.5 (1 + 3) s(1.5) and .5 s(1.5), s(1.5) = .8175745
         Golden({"beta": 0.5, "dpop_lambda": 3.0}, 1.70141328, -1.63514895, 0.40878724, {"chosen": -12.0}),
+        # a = 0, where every run starts: logit .5, and no slope of the penalty yet
+        Golden({"beta": 0.5, "dpop_lambda": 3.0}, 0.47407698, -0.18877033, 0.18877033, {"chosen": -11.0}),
     ],
     # logit 1 + .1 (4 - 5) = .9; log(1 + e^-.9); slope -.5 s(-.9), s(-.9) = .2890505
     "r_dpo": [Golden({"beta": 0.5, "length_alpha": 0.1}, 0.34115387, -0.14452525, 0.14452525)],

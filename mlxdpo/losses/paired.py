@@ -70,7 +70,8 @@ def dpop(pairs: Pairs, *, beta: Number = 0.3, dpop_lambda: Number = 50.0) -> mx.
     """-log s(beta (d - lambda max(0, -a))): DPO-Positive (Smaug), arXiv 2402.13228. The penalty stands inside the
     sigmoid and times beta; it acts as soon as the chosen completion is less likely than under the reference."""
     a, _ = log_ratios(pairs)
-    return -nn.log_sigmoid(lead(pairs, beta) - beta * dpop_lambda * mx.maximum(0, -a))
+    fallen = mx.maximum(-a, 0)  # in this order the slope at a = 0 is 0: the first step is DPO's
+    return -nn.log_sigmoid(lead(pairs, beta) - beta * dpop_lambda * fallen)
 
 
 def r_dpo(pairs: Pairs, *, beta: Number, length_alpha: Number = 0.01) -> mx.array:
