@@ -31,8 +31,8 @@ def build(runs: Path, guard: Guard) -> None:
     with gr.Row():
         text = gr.Textbox(label="Search", placeholder="part of a text", elem_id="data-search")
         column = gr.Dropdown([ANY], value=ANY, label="In column")
-        least = gr.Number(None, label="Characters, at least", precision=0)
-        most = gr.Number(None, label="Characters, at most", precision=0)
+        least = gr.Number(0, label="Characters, at least", precision=0)
+        most = gr.Number(0, label="Characters, at most (0: any)", precision=0)
     listing = gr.HTML("<p>Choose a file.</p>", elem_id="data-rows")
     with gr.Row():
         back, forth = gr.Button("Earlier rows", size="sm"), gr.Button("Later rows", size="sm", elem_id="data-later")
