@@ -1,6 +1,9 @@
 """The gate: broken exports are caught, each in its own way; a failed target leaves no files; nothing half-written."""
 
 import json
+import os
+import subprocess
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -101,7 +104,13 @@ def test_nothing_is_left_when_a_writer_fails(tmp_path, cache, monkeypatch):
 
 def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path, cache):
     run = square_run(tmp_path)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = [tmp_path / f".out-{process}-abc_1" for process in (ended.pid, os.getpid())]
+    for folder in left:
+        folder.mkdir()
     export(run, ["hf"], tmp_path / "out")
+    assert [folder.exists() for folder in left] == [False, True]  # what a killed export left is swept, a live one's not
     card = (tmp_path / "out/README.md").read_text()
     assert "0.05" in card or "slope" in card.lower()
     export(run, ["mlx"], tmp_path / "out")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -129,12 +131,31 @@ def _some(opened: Opened, rows: list, pairs: int) -> list[Example]:
 def _aside(out: Path) -> Iterator[Path]:
     """A folder beside `out`, gone afterwards unless it was renamed."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    _sweep(out)
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-{os.getpid()}-"))
     folder.chmod(0o755)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what exports to `out` left that were killed: gigabytes, and hidden. Folders are named by their process."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}-*"):
+        named = re.fullmatch(rf"\.{re.escape(out.name)}-(\d+)-\w+", folder.name)
+        if named and not _alive(int(named[1])):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _make(name: str, source: Source, yard: Yardstick, folder: Path, force: bool) -> Target:
