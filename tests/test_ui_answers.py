@@ -25,7 +25,7 @@ from mlxdpo.ui.scores import Piece, score
 METHODS = {
     "lora": {},
     "dora": {"lora": {"method": "dora"}},
-    "full": {"lora": {"method": "full"}, "optim": {"lr": 1e-3}},
+    "full": {"lora": {"method": "full"}, "optim": {"lr": 1e-2}},
 }
 PROMPT = "q3 red the:"
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)> ${alert(1)} {{7*7}} \"'& [a](javascript:alert(1))"

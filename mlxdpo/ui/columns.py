@@ -85,6 +85,5 @@ def _numbers(answer: Answer, score: Score | None) -> str:
 
 
 def _chip(text: str, meaning: str) -> str:
-    return (
-        f'<span class="chip" title="{plain(meaning)}">{plain(text)}<span class="sr"> ({plain(meaning)})</span></span>'
-    )
+    shown = plain(text.replace("-", "−"))
+    return f'<span class="chip" title="{plain(meaning)}">{shown}<span class="sr"> ({plain(meaning)})</span></span>'

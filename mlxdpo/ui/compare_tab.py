@@ -180,7 +180,7 @@ def _handlers(desk: Desk, guard: Guard) -> SimpleNamespace:
 
     def load() -> Any:
         names = desk.names()
-        return gr.Dropdown(names, value=names[0] if names else None)
+        return gr.Dropdown(names, value=names[0]) if names else gr.skip()
 
     return SimpleNamespace(
         send=send,
@@ -189,7 +189,7 @@ def _handlers(desk: Desk, guard: Guard) -> SimpleNamespace:
         run=saying(chosen),
         load=load,
         clear=lambda: (Chat(), welcome(desk)),
-        pick=saying(lambda name, index: picked(desk, name, index)),
+        pick=saying(lambda name, index: (gr.skip(), "") if index is None else picked(desk, name, index)),
         chance=saying(lambda name: random_index(desk, name)),
     )
 

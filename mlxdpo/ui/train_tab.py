@@ -121,7 +121,7 @@ def _path_fields(gr: Any) -> dict[str, Any]:
             [("none", "")], value="", label="Start from the adapter of", info="The reference then includes it."
         )
         reference = gr.Dropdown(
-            [], value="", label="Reference model", info="Empty: the weights that training starts from."
+            [("none", "")], value="", label="Reference model", info="Empty: the weights that training starts from."
         )
         on_top = gr.Dropdown([("none", "")], value="", label="Adapter on the reference")
     found = {
