@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxdpo.runs import read_lines, write_text
+from mlxdpo.config import dump_config
+from mlxdpo.runs import Run, read_lines, write_text
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'mlxdpo[browser]'")
@@ -42,6 +43,11 @@ def demo_run(folder: Path) -> None:
     run = folder / "runs" / "demo0"
     if given := os.environ.get("MLXDPO_DEMO_RUN"):
         shutil.copytree(given, run)
+        config = Run.open(run).config()  # its paths lead to where the demo was made
+        data = config.data.model_copy(
+            update={"path": "runs/demo0/data/pairs.jsonl", "eval": "runs/demo0/data/heldout.jsonl"}
+        )
+        write_text(run / "config.yaml", dump_config(config.model_copy(update={"data": data})))
     else:
         from mlxdpo.demo.material import as_they_are, prepare
         from mlxdpo.train import train
