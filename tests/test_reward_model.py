@@ -177,7 +177,7 @@ def test_a_run_says_what_trl_says_and_learns(trained):
     _, events = trained
     steps = [event.values for event in events if event.kind == "step"]
     held = [event.values for event in events if event.kind == "eval"]
-    assert {"loss", "accuracy", "margin", "mean_reward", "grad_norm"} <= steps[0].keys()
+    assert {"loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward", "grad_norm"} <= steps[0].keys()
     assert not [name for name in steps[0] if name.startswith(("rewards/", "logps/"))]
     assert held[0]["eval_loss"] == pytest.approx(math.log(2)) and held[0]["eval_accuracy"] == 0.5
     assert steps[-1]["accuracy"] == 1.0 and steps[-1]["loss"] < 0.5 * steps[0]["loss"]
@@ -194,7 +194,9 @@ def test_opened_again_it_gives_the_rewards_it_was_trained_to(trained):
     chosen, rejected = (model([r["prompt"] for r in rows], [r[side] for r in rows]) for side in ("chosen", "rejected"))
     assert np.mean(chosen > rejected) == pytest.approx(last["eval_accuracy"])
     assert np.mean(chosen - rejected) == pytest.approx(last["eval_margin"], abs=1e-4)
-    assert np.mean([chosen, rejected]) == pytest.approx(last["eval_mean_reward"], abs=1e-4)
+    for name in ("min", "mean", "max"):
+        found = getattr(np.concatenate([chosen, rejected]), name)()
+        assert found == pytest.approx(last[f"eval_{name}_reward"], abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["dora", "full"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlxdpo.knobs import LossConfig
 from mlxdpo.losses.loss import Loss, Term
@@ -31,8 +33,20 @@ def start_bradley_terry(*, margin: float, center: float) -> float:
     return math.log1p(math.exp(margin))
 
 
+def spread(scored: Any) -> dict[str, float]:
+    """Smallest, mean and largest reward of the completions in `metrics.Scored`, by TRL's names (RewardTrainer)."""
+    rewards = np.concatenate([scored.chosen, scored.rejected])
+    return {f"{name}_reward": float(getattr(rewards, name)()) for name in ("min", "mean", "max")}
+
+
 OBJECTIVE = Objective(
-    bradley_terry, "Bradley-Terry reward model", "2203.02155", "reference-free", start_bradley_terry, "stage: reward"
+    bradley_terry,
+    "Bradley-Terry reward model",
+    "2203.02155",
+    "reference-free",
+    start_bradley_terry,
+    "stage: reward",
+    reports=spread,
 )
 
 
