@@ -97,9 +97,6 @@ def _reward_report(values: Values, config: Config) -> dict[str, Any]:
             result[f"{prefix}margin"] = value / beta
         elif not bare.startswith(("rewards/", "logps/")):
             result[name] = value
-    for prefix in ("", "eval_"):
-        if (name := f"{prefix}logps/chosen") in values:
-            result[f"{prefix}mean_reward"] = (values[name] + values[f"{prefix}logps/rejected"]) / 2
     return result
 
 
