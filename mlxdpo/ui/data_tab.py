@@ -41,6 +41,7 @@ def build(runs: Path, guard: Guard) -> None:
         boxes = [gr.Textbox(visible=False, lines=4, elem_id=f"data-field-{n}") for n in range(FIELDS)]
         into = gr.HTML("<p>Open a row by its number above.</p>", elem_id="data-into")
         keep = gr.Button("Save", visible=False, elem_id="data-save")
+        news = gr.HTML(elem_id="data-news")  # its own place: choosing the new file closes the row
     with gr.Tab("As the model sees it"):
         model = gr.Dropdown([], label="Seen by", info="A run: with its model and settings.", elem_id="data-model")
         seen = gr.HTML("<p>Open a row by its number above.</p>", elem_id="data-seen")
@@ -73,7 +74,7 @@ def build(runs: Path, guard: Guard) -> None:
         happening(lambda *now: _seen(runs, *now), [file, number, model], seen, **QUIET)
     number.change(lambda *now: _listed(runs, 0, now), **browse, **QUIET)
     check.click(lambda name: _checked(runs, name), file, findings, api_visibility="private")
-    keep.click(saved, [file, shown, *boxes], [file, into], api_visibility="private")
+    keep.click(saved, [file, shown, *boxes], [file, news], api_visibility="private")
 
 
 def _path(runs: Path, name: str | None) -> Path:
