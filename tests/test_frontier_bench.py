@@ -66,7 +66,7 @@ def test_many_noisy_points_are_no_advantage():
         naive.append(float(np.mean(np.interp(grid, *a) - np.interp(grid, *b))))
     error = np.std(crossed_gaps, ddof=1) / np.sqrt(len(crossed_gaps))
     assert abs(np.mean(crossed_gaps)) < 3 * error and error < 0.03
-    assert np.mean(naive) > 0.08
+    assert np.mean(naive) > 0.05
 
 
 def test_crossed_interval_of_equal_seeds_is_that_of_openings():
@@ -165,7 +165,7 @@ def test_every_arm_is_a_recipe(tmp_path, arm):
     assert recipe(arm, FULL, "a")["train"] is not recipe(arm, FULL, "a")["train"]  # nothing shared is written to
 
 
-TINY = SMALL._replace(openings=4, steps=5, every=2, methods={"dpo": (0.1,), "rloo": (0.05,)})
+TINY = SMALL._replace(openings=4, steps=5, points=2, methods={"dpo": (0.1,), "rloo": (0.05,)})
 
 
 @pytest.fixture(scope="module")
@@ -176,17 +176,31 @@ def model(tmp_path_factory):
 
 def test_what_is_stopped_goes_on_and_gives_the_same_points(tmp_path, cache, model):
     assert command.work(tmp_path / "straight", TINY, model, [], lambda: False)
-    wanted, calls = points.measured(tmp_path / "straight"), 0
-    while not command.work(tmp_path / "pieces", TINY, model, [], tiny_runs.stop_after(3 + calls % 3)):
+    wanted, calls, trained = points.measured(tmp_path / "straight"), 0, tmp_path / "pieces/arms/dpo-0.1-seed0/adapter"
+    # Scoring the reference asks seven times; afterwards there is a question before and after each point and step.
+    stop = lambda: tiny_runs.stop_after(3 + calls % 3 if trained.exists() else 12)  # noqa: E731
+    while not command.work(tmp_path / "pieces", TINY, model, [], stop()):
         calls += 1
-        assert calls < 60
+        assert calls < 30
     found = points.measured(tmp_path / "pieces")
     without = lambda lines: [{k: v for k, v in line.items() if k != "seconds"} for line in lines]  # noqa: E731
-    assert calls > 3 and without(found) == without(wanted)
+    assert calls > 4 and without(found) == without(wanted)
     assert [(line.get("name"), line.get("step")) for line in found[2:]] == [
         ("dpo-0.1-seed0", 2), ("dpo-0.1-seed0", 4), ("dpo-0.1-seed0", 5), ("rloo-0.05-seed0", 1),
     ]  # fmt: skip
     assert all(min(line["kl"][0]) >= 0 for line in found[2:]) and max(found[3]["kl"][0]) > 1e-4
+
+
+def test_every_method_runs_and_is_shown(tmp_path, cache, model):
+    budget = FULL._replace(
+        methods={name: method.strengths[:1] for name, method in METHODS.items()},
+        seeds=(0,), openings=4, pool=2, steps=1, rounds=1, points=1,
+    )  # fmt: skip
+    assert command.work(tmp_path, budget, model, [], lambda: False)
+    lines = points.measured(tmp_path)
+    assert {line["method"] for line in lines} == {points.UNTUNED, *METHODS}
+    table = page.markdown(lines, budget)
+    assert all(f"| {method.title} |" in table for method in METHODS.values())
 
 
 def test_another_budget_or_arm_is_refused(tmp_path, cache, model):

@@ -90,7 +90,7 @@ def markdown(lines: Lines, budget: Budget) -> str:
     body += [_best_row(best, start) for best in best_of(lines)]
     amount = (
         f"{len(budget.seeds)} seeds; {budget.openings} held-out openings, {budget.samples} continuation(s) of each at "
-        f"a checkpoint; {budget.steps} steps of 8 pairs, or {budget.rounds} batches of 64 own continuations."
+        f"a checkpoint; {budget.steps} steps of 8 pairs, or {budget.rounds} batches of 32 own continuations."
     )
     return "\n\n".join(
         [
@@ -134,12 +134,11 @@ def _interval(value: Interval) -> str:
 
 def verdict(lines: Lines) -> str:
     """In words: whose frontier lies higher at equal KL, by both judges."""
-    start, sentences = start_of(lines, SECOND), []
-    ours = clouds(lines, "dpo", SECOND)
+    ours, sentences = clouds(lines, "dpo", SECOND), []
     for rival in ("ppo", "rloo"):
         theirs = clouds(lines, rival, SECOND)
         if ours.keys() & theirs.keys():
-            found = [gap(ours, theirs, start, judge) for judge in ("reward", "second")]
+            found = [gap(ours, theirs, start_of(lines, SECOND), judge) for judge in ("reward", "second")]
             sentences.append(_said(METHODS[rival].title, *found))
     return " ".join(sentences) or "Not enough has been measured to compare DPO with PPO."
 
