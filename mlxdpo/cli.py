@@ -9,6 +9,7 @@ from typing import Any
 from mlxdpo.types import UserError
 
 SHORTHAND = {"--model": "--model.path", "--data": "--data.path", "--adapter": "--model.adapter"}
+SHORTHAND |= {"--rounds": "--rounds.count", "--every": "--rounds.every", "--reference": "--rounds.reference"}
 
 
 def build_app() -> Any:
@@ -40,6 +41,9 @@ COMMANDS = {
     "eval": "Say whether a run's model is better than it was, with intervals, and write a report.",
     "compare": "Hold one evaluated run against another; exit 1 when something got worse.",
     "frontier": "What reward each checkpoint of one or several runs bought with how much drift.",
+    "collect": "New pairs from a run's own answers, ranked by a judge, a reward or the app's votes.",
+    "iterate": "Collect, train, evaluate, in rounds; stops by itself when its judge is being gamed.",
+    "constitution": "Let a model revise or compare its own answers by written principles: pairs without a human label.",
     "generate": "Answer a prompt with a run's model, tuned or as it was before.",
     "app": "See a model before and after tuning, vote blind, teach the next round.",
     "data check": "Say what is in a preference file, what is wrong with it, and show a pair as the model sees it.",
