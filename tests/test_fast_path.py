@@ -92,6 +92,16 @@ def test_dora_and_trained_heads(method, checkpoint, tied):
     assert fast == pytest.approx(value, rel=1e-5) and apart(got, wanted) < 1e-5
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("head", ["lm_head", "model.embed_tokens"])
+def test_an_adapter_on_the_head(head, method):
+    plain = tiny_model("llama", tie_word_embeddings=head != "lm_head")
+    model, rows = moved(plain, LoraConfig(method=method, rank=4, keys=[head])), Rows()
+    (value, wanted), (fast, got) = (gradients(model, f) for f in (rows.plain, rows.fast))
+    assert set(dict(tree_flatten(model.trainable_parameters()))) >= {f"{head}.lora_a", f"{head}.lora_b"}
+    assert fast == pytest.approx(value, rel=1e-5) and apart(got, wanted) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_without_a_prefix(kind):
     model, rows = moved(tiny_model(kind), LoraConfig(rank=4)), Rows(shared=0)

@@ -59,7 +59,10 @@ def chunk_of(vocabulary: int) -> int:
 
 
 def _chunks(head: Head, h: mx.array) -> list[slice]:
-    step = chunk_of(head.module().weight.shape[0])
+    module = head.module()
+    # An adapter on the head keeps what it adapts under one of these names.
+    plain = next((module[name] for name in ("linear", "embedding") if name in module), module)
+    step = chunk_of(plain.weight.shape[0])
     return [slice(i, i + step) for i in range(0, h.shape[0], step)]
 
 

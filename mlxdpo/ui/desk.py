@@ -36,7 +36,7 @@ class Desk:
         """Load the run the page opens with, before anybody asks; what goes wrong is said to whoever asks."""
         for name in self.names()[:1]:
             run = run_named(self.runs, name)
-            self.engine.begin(lambda: iter((self.company.cast(run),)))
+            self.engine.begin(lambda run=run: iter((self.company.cast(run),)))
 
     def third(self, cast: Cast, choice: str) -> Voice | None:
         """The voice of the third column, chosen from `thirds`."""
