@@ -8,7 +8,7 @@ from typing import Any
 
 from mlxdpo.ui.guard import Guard
 
-TABS = {"Runs": "runs_tab", "Data": "data_tab", "Train": "train_tab"}
+TABS = {"Runs": "runs_tab", "Data": "data_tab", "Train": "train_tab", "Constitution": "constitution_tab"}
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "monospace")
 

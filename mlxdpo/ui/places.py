@@ -17,7 +17,7 @@ from mlxdpo.ui.run_list import JOB, raw_settings, scan
 DEPTH = 3  # folders below the working folder
 MOST = 2_000  # folders that are looked into
 DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".ndjson.gz", ".csv.gz", ".tsv.gz")
-NOT_DATA = {"metrics.jsonl", "votes.jsonl"}
+NOT_DATA = {"metrics.jsonl", "votes.jsonl", "talks.jsonl"}
 SKIPPED = {"node_modules", "site-packages", "__pycache__", "checkpoints", "adapter", "eval", "samples", JOB}
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 HUB_DATA = re.compile(rf"{HUB_ID.pattern}(:[\w-][\w.-]*)?", re.ASCII)
