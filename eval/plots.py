@@ -140,6 +140,33 @@ def reward_over_drift(points: Sequence[Any], best: Sequence[Any], judge: str) ->
     )
 
 
+def over_rounds(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Each judge's mean score from the start through the rounds, with its interval; the first judge in colour."""
+    figure, axes = _figure(2.6)
+    words = []
+    for place, judge in enumerate(rows[0]["judges"]):
+        colour, line = (ACCENT, "-") if place == 0 else (MUTED, (0, (4, 2)))
+        points = [(row["round"], row["judges"][place]) for row in rows if row["judges"][place]["mean"] is not None]
+        axes.plot([x for x, _ in points], [j["mean"] for _, j in points], "o", color=colour, linestyle=line)
+        for x, one in points:
+            if one["interval"]:
+                axes.plot([x, x], [one["interval"]["low"], one["interval"]["high"]], color=colour, linewidth=1)
+        if points:
+            axes.annotate(
+                _short(judge["name"]),
+                (points[-1][0], points[-1][1]["mean"]),
+                (6, 6),
+                color=INK,
+                fontsize=9,
+                textcoords="offset points",
+            )
+        words.append(f"{judge['name']} " + ", ".join(f"{one['mean']:.3f}" for _, one in points))
+    axes.set_xticks([row["round"] for row in rows])
+    axes.set_xlabel("round (0 is the start)")
+    axes.set_ylabel("mean score")
+    return Figure(_svg(figure, "rounds"), f"Mean held-out score by round, with 95 % intervals: {'; '.join(words)}.")
+
+
 def _short(name: str, most: int = 26) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 

@@ -98,9 +98,14 @@ def sweep(run: Path) -> None:
 def restore(checkpoint: Path, model: nn.Module, optimizer: optim.Optimizer) -> Progress:
     """Bring model and optimizer back to a checkpoint's state, to the bit."""
     load_arrays(model, checkpoint)
+    restore_optimizer(checkpoint, optimizer)
+    return read_progress(checkpoint)
+
+
+def restore_optimizer(checkpoint: Path, optimizer: optim.Optimizer) -> None:
+    """The optimizer alone: its moments, and how many updates they have seen."""
     saved: dict[str, mx.array] = mx.load(str(checkpoint / "optimizer.safetensors"))  # type: ignore[assignment]
     optimizer.state = tree_unflatten(list(saved.items()))
-    return read_progress(checkpoint)
 
 
 def read_progress(checkpoint: Path) -> Progress:

@@ -18,6 +18,7 @@ from mlxdpo.knobs import LossConfig as LossConfig
 from mlxdpo.knobs import Section
 from mlxdpo.recipe import read_recipe
 from mlxdpo.rollout_knobs import RolloutConfig
+from mlxdpo.round_knobs import CollectConfig, RoundsConfig
 from mlxdpo.types import UserError
 
 
@@ -215,6 +216,8 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
+    collect: CollectConfig = CollectConfig()
+    rounds: RoundsConfig = RoundsConfig()
     lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()

@@ -27,6 +27,7 @@ def describe_run(
         "model": dict(policy.identity) | {"adapter": _digest(config.model.adapter)},
         "reference": identity_of(reference.identity, _digest(adapter)),
         "reference_source": {"model": reference.identity["source"], "adapter": adapter},
+        "parent": parent_of(config.model.adapter),
         "template": data.template,
         "data": {
             "source": config.data.path,
@@ -36,6 +37,13 @@ def describe_run(
             "reports": {name: asdict(report) for name, report in data.reports.items()},
         },
     }
+
+
+def parent_of(adapter: str | None) -> dict[str, Any] | None:
+    """The run whose final adapter a run starts from, if it is one's: its directory, and the adapter's digest."""
+    if adapter is None or not (Path(adapter).parent / "config.yaml").exists():
+        return None
+    return {"run": str(Path(adapter).parent), "adapter": _digest(adapter)}
 
 
 def _digest(adapter: str | None) -> str | None:

@@ -23,6 +23,7 @@ from mlxdpo.runs import Run
 from mlxdpo.scoring import PLAIN, Ways
 from mlxdpo.types import Example, UserError
 
+IN_ROUNDS = ("collect", "rounds")  # what only `mlxdpo iterate` reads
 Values = Mapping[str, Any]
 Shown = tuple[Example, tuple[str, ...]]
 
@@ -63,9 +64,8 @@ def stage_of(config: Config) -> Stage:
         section, _, knob = name.partition(".")
         for key in (knob,) if knob else plain[section]:
             if given[section][key] != plain[section][key]:
-                raise UserError(
-                    f"{section}.{key} {given[section][key]} has no meaning in stage {config.stage}; drop it"
-                )
+                hint = "run `mlxdpo iterate`, or drop it" if section in IN_ROUNDS else "drop it"
+                raise UserError(f"{section}.{key} {given[section][key]} has no meaning in stage {config.stage}; {hint}")
     return stage
 
 
@@ -127,7 +127,7 @@ def _without_end(example: Example, loss: Loss) -> Shown:
 
 STAGES: dict[str, Stage] = {
     "dpo": Stage(
-        idle=("reward", "rollout"),
+        idle=("reward", "rollout", *IN_ROUNDS),
         loss=lambda config: resolve(config.loss, config.data.columns),
         take=_preferences,
         ways=lambda ways, config: ways,
@@ -138,7 +138,7 @@ STAGES: dict[str, Stage] = {
         remark=_thumbs,
     ),
     "sft": Stage(
-        idle=("loss", "reference", "reward", "rollout"),
+        idle=("loss", "reference", "reward", "rollout", *IN_ROUNDS),
         loss=lambda config: resolve(LossConfig(name="sft"), config.data.columns),
         take=lambda config, loss: DEMONSTRATIONS,
         ways=lambda ways, config: ways,
@@ -149,7 +149,7 @@ STAGES: dict[str, Stage] = {
         remark=lambda data, config, loss: "",
     ),
     "reward": Stage(
-        idle=("loss", "reference", "rollout"),
+        idle=("loss", "reference", "rollout", *IN_ROUNDS),
         loss=lambda config: reward_loss(config.reward.margin, config.reward.center, config.data.columns),
         take=lambda config, loss: REWARDED,
         ways=lambda ways, config: reward_ways(ways is not PLAIN, config.train.checkpoint),

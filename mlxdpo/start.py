@@ -66,7 +66,9 @@ def find_reference(config: Config, policy: Policy) -> tuple[Policy, str | None]:
                 f"to start from an adapter and keep it as the reference, use model.adapter"
             )
         return policy, config.model.adapter
-    other = load_policy(ModelConfig(path=named.model, dtype=config.model.dtype))
+    # The run's own model under another adapter is the same weights: same revision, quantised the same way.
+    same = config.model.model_copy(update={"adapter": None}) if named.model == config.model.path else None
+    other = load_policy(same or ModelConfig(path=named.model, dtype=config.model.dtype))
     if template_digest(other.tokenizer, config.data) != template_digest(policy.tokenizer, config.data):
         raise UserError(f"reference.model {named.model} has another tokenizer or template than {config.model.path}")
     if named.adapter is not None:

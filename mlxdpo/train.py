@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -37,8 +38,12 @@ from mlxdpo.types import Event
 Stop = Callable[[], bool]
 
 
-def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lambda: False) -> Iterator[Event]:
+def train(
+    config: Config, *, resume: Run | None = None, warm: Path | None = None, should_stop: Stop = lambda: False
+) -> Iterator[Event]:
     """Run a recipe, or go on with `resume`; yields what happens and writes the run directory.
+
+    `warm` is another run's checkpoint whose optimizer state the first step starts from (rounds of one training).
 
     Raises `UserError` when the recipe, the data or a changed input stops it; nothing is written before the model
     and the data are read.
@@ -90,12 +95,14 @@ def train(config: Config, *, resume: Run | None = None, should_stop: Stop = lamb
         stage.attach(policy.model)
         ways = stage.ways(start.with_details(ways, loss, config), config)
         job = Job(config, policy.model, optimizer, loss, *parts, run.checkpoints, ways)
-        yield from _train(job, stage, run, resume is not None, should_stop)
+        yield from _train(job, stage, run, resume is not None, warm, should_stop)
 
 
-def _train(job: Job, stage: Stage, run: Run, resumed: bool, should_stop: Stop) -> Iterator[Event]:
+def _train(job: Job, stage: Stage, run: Run, resumed: bool, warm: Path | None, should_stop: Stop) -> Iterator[Event]:
     """From the start or the last checkpoint to the final adapter."""
     progress = Progress()
+    if warm is not None:
+        checkpoint.restore_optimizer(warm, job.optimizer)
     checkpoint.sweep(run.path)
     if resumed:
         if saved := checkpoint.steps(run.checkpoints):

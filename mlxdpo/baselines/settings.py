@@ -10,6 +10,8 @@ from mlxdpo.types import UserError
 IDLE = (
     "loss",
     "reward",
+    "collect",
+    "rounds",
     "reference.sync_every",
     "lora.dropout",
     "train.checkpoint",

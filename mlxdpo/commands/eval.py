@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter, validators
 from pydantic import Field
 
-from mlxdpo.config import Section
+from mlxdpo.config import DataConfig, Section
 from mlxdpo.runs import Run
 
 Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
@@ -65,17 +65,15 @@ def run(
     path
         Run directory.
     data
-        Held-out pairs; those of the run's recipe when not given. Also best-of-k records: a prompt, what is right under
-        chosen and a list of wrong completions under rejected, as in RewardBench 2.
+        Held-out pairs, or best-of-k records (several completions under rejected, as in RewardBench 2); unset means
+        the pairs of the run's recipe.
     judge
         Who compares answers before and after, the first one for the headline; repeat it for several: vader, textblob,
         longest, local:MODEL, reward:RUN, endpoint:MODEL@URL (key in $MLXDPO_JUDGE_KEY), votes:FILE, FILE.py:FUNCTION.
     votes
-        Human votes: evidence of their own, valid whenever one looks, and a check on the judges; RUN/votes.jsonl when
-        there is one.
+        Human votes: evidence valid whenever one looks, and a check on the judges; unset means RUN/votes.jsonl.
     slices
-        Column of the held-out rows to break results down by; repeat it for several. Without it, columns that are
-        obviously categories.
+        Column of the held-out rows to break results down by, repeatable; unset means all that are categories.
     retest
         Comparisons to ask each judge a second time, past the cache.
     max_invalid
@@ -100,6 +98,12 @@ def run(
     wanted = Wanted(data, file, tuple(slices or ()), retest or 0)
     found = _evaluate(source, judge or [], answering, wanted, say)
     _tell(found, path, json)
+    return _status(found, max_invalid)
+
+
+def _status(found: Any, max_invalid: float) -> int:
+    from mlxdpo.commands.screen import warn
+
     share, name = found.worst_judge
     if share > max_invalid:
         warn(f"error: {share:.0%} of {name}'s verdicts are invalid, more than --max-invalid {max_invalid:g}")
@@ -132,9 +136,14 @@ def _evaluate(run: Run, judges: list[str], answering: Answering, wanted: Any, sa
 
 def rewards_of(run: Run) -> dict[str, Callable[[str, str], float]]:
     """The named text rewards; a continuation is read with its opening, an answer without its question."""
+    return named_rewards(run.config().data)
+
+
+def named_rewards(data: DataConfig) -> dict[str, Callable[[str, str], float]]:
+    """`rewards_of` a run that reads its data so."""
     from mlxdpo.demo.rewards import REWARDS
 
-    continued = run.config().data.template == "plain"
+    continued = data.template == "plain"
 
     def judged(reward: Callable[[str], float]) -> Callable[[str, str], float]:
         return lambda prompt, answer: reward(prompt + answer if continued else answer)

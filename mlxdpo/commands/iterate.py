@@ -1,0 +1,173 @@
+"""`mlxdpo iterate RECIPE.yaml --rounds 3 --collect.judge vader [--reference first|previous] [--every K]`"""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from mlxdpo.commands.train import NOTHING, Overrides
+from mlxdpo.config import Config, load_config
+from mlxdpo.types import Event, UserError
+
+WIDE = 150  # columns in which the rounds fit side by side
+
+
+def run(
+    recipe: Path | None = None,
+    /,
+    *,
+    config: Overrides = NOTHING,
+    resume: Annotated[Path | None, Parameter(name="--resume")] = None,
+    json: bool = False,
+) -> int:
+    """Collect answers, train on their ranking, measure on held-out prompts; again, from what came out.
+
+    The prompts are those of the recipe's data (answers in it are left aside). Each round is a run directory
+    OUT/round-N; OUT/rounds.json and OUT/report.html hold them side by side. Stops by itself when a second judge
+    (--rounds.second) or the KL (--rounds.max-kl) says that the first judge is being gamed; that is no error. Given
+    again, the same command goes on where it was stopped.
+
+    Parameters
+    ----------
+    recipe
+        YAML file with any of the settings below; the command line wins over it.
+    config
+        Settings of the rounds. Short: --rounds N, --reference first|previous, --every K.
+    resume
+        Folder of rounds to go on with; with --rounds N, up to more of them.
+    json
+        Print the rounds as JSON.
+    """
+    from mlxdpo.commands import screen
+    from mlxdpo.commands.interrupt import stop_flag
+    from mlxdpo.commands.track import check_installed
+    from mlxdpo.rounds import iterate
+    from mlxdpo.rounds.plan import check
+
+    asked = _asked(recipe, config, resume)
+    check(asked)
+    check_installed(asked)
+    folder, done = None, None
+    with stop_flag() as should_stop:
+        for event in iterate(asked, _hands(asked, json), should_stop):
+            if event.kind == "begin":
+                folder = event.values["folder"]
+                said = f"{folder}: {event.values['prompts']} prompts to learn from, {event.values['heldout']} held out"
+                (screen.warn if json else screen.console.print)(said)
+            elif event.kind == "round" and not json:
+                _show(event.values["rows"])
+            elif event.kind == "done":
+                done = event.values
+    if done is None:
+        screen.warn(f"stopped; go on with: mlxdpo iterate --resume {folder}")
+        return 130
+    _tell(folder, done, json)
+    return 0
+
+
+def _asked(recipe: Path | None, config: Config, resume: Path | None) -> Config:
+    given = config.model_dump(exclude_unset=True)
+    if resume is None:
+        return load_config(recipe, given)
+    others = {f"{section}.{key}" for section, keys in given.items() if isinstance(keys, dict) for key in keys}
+    if recipe is not None or others - {"rounds.count"} or "out" in given:
+        what = recipe or f"--{next(iter(others - {'rounds.count'}), 'out')}"
+        raise UserError(f"--resume {resume} goes on with its own settings; drop {what} (--rounds alone may change)")
+    file = resume / "rounds.yaml"
+    if not file.exists():
+        raise UserError(f"{resume}: no rounds.yaml there; expected a folder of rounds that mlxdpo iterate made")
+    return load_config(file, given | {"out": str(resume)})
+
+
+def _hands(config: Config, quiet: bool) -> Any:
+    """The stages as this command does them: shown, tracked, and judged by what the recipe names."""
+    from mlxdpo.commands.collect import ranker_of, shown
+    from mlxdpo.commands.eval import named_rewards
+    from mlxdpo.rounds import Hands
+    from mlxdpo_eval.judges import open_judge
+    from mlxdpo_eval.rounds import measure_round, weigh
+    from mlxdpo_eval.sampling import Sampling
+
+    how, rounds = config.collect, config.rounds
+    ranker = None if how.judge.startswith("votes:") else ranker_of(how.judge, config.data)
+    names = [name for name in (how.judge, rounds.second) if name and not name.startswith("votes:")]
+    judges = [open_judge(name, named_rewards(config.data)) for name in names]
+    if not judges:
+        raise UserError("votes rank the pairs, but who measures the rounds? name a judge with --rounds.second")
+    sampling = Sampling(rounds.heldout, rounds.heldout_samples, how.max_tokens, seed=how.seed)
+
+    def gather(source: Any, prompts: Any, drawing: Any, out: Path, stop: Callable[[], bool]) -> Iterator[Event]:
+        """Drawn and ranked, or from votes."""
+        if ranker is None:
+            from mlxdpo.commands.voted import voted_pairs
+
+            return voted_pairs(Path(how.judge.removeprefix("votes:")), out, prompts.heldout, {"run": "start"})
+        from mlxdpo.collect import collect
+
+        return shown(collect(source(), prompts, ranker, drawing, out, stop), quiet)
+
+    def measure(opened: Any, rows: Any, start: Any) -> Any:
+        """Answers of the held-out prompts."""
+        _say(quiet, f"measuring {opened.run.path.name}: {rounds.heldout_samples} answers to {len(rows)} prompts")
+        return measure_round(opened, rows, judges, sampling, start)
+
+    def training(*asked: Any) -> Iterator[Event]:
+        """Shown and tracked."""
+        return _training(*asked, quiet=quiet)
+
+    return Hands(gather, training, measure, lambda found: weigh(found, rounds.max_kl))
+
+
+def _training(config: Config, resume: Any, warm: Path | None, stop: Callable[[], bool], quiet: bool) -> Iterator[Event]:
+    from mlxdpo.commands.screen import follow
+    from mlxdpo.commands.track import tracked
+    from mlxdpo.train import train
+
+    events = train(config, resume=resume, warm=warm, should_stop=stop)
+    return tracked(events if quiet else follow(events), config)
+
+
+def _say(quiet: bool, text: str) -> None:
+    from mlxdpo.commands.screen import console
+
+    if not quiet:
+        console.print(text, style="dim", markup=False)
+
+
+def _show(rows: Any) -> None:
+    """A table where it fits, else a line for the newest round."""
+    from rich.table import Table
+
+    from mlxdpo.commands.screen import console
+    from mlxdpo_eval.rounds_report import cells, header
+
+    if console.is_terminal and console.width >= WIDE:
+        sheet = Table(*header(rows), title="held-out prompts, 95 % intervals clustered by prompt")
+        for line in cells(rows):
+            sheet.add_row(*line)
+        console.print(sheet)
+        return
+    for line in cells(rows)[-2:] if len(rows) == 2 else cells(rows)[-1:]:
+        pairs = zip(header(rows)[1:], line[1:], strict=True)
+        console.print(f"{line[0]}: " + ", ".join(f"{name} {cell}" for name, cell in pairs), markup=False, style="bold")
+
+
+def _tell(folder: Any, done: Any, json: bool) -> None:
+    from mlxdpo.commands.screen import console
+    from mlxdpo_eval.rounds_report import verdict, write_rounds
+
+    report = write_rounds(folder)
+    found = jsonlib.loads((folder / "rounds.json").read_text("utf-8"))
+    if json:
+        print(jsonlib.dumps(found, ensure_ascii=False))
+        return
+    if done["reason"]:
+        console.print(f"stopped by itself: {done['reason']}", style="bold", markup=False)
+    console.print(verdict(found)[1], style="bold", markup=False)
+    if found["kept"]:
+        console.print(f"keep: {folder / found['rounds'][found['kept']]['run']}", markup=False)
+    console.print(f"report: {report}  numbers: {folder / 'rounds.json'}", markup=False)
