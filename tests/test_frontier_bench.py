@@ -115,6 +115,11 @@ def test_the_page_says_in_words_whose_frontier_is_higher(tmp_path, ours, theirs,
 
 def test_one_seed_carries_no_interval_and_no_points_no_verdict(tmp_path):
     assert "one seed carries no interval" in page.verdict(made_up(tmp_path, seeds=(0,)))
+    far = [
+        {**line, "kl": (np.array(line["kl"]) / 1000).tolist()} if line["method"] == "ppo" else line
+        for line in points.measured(tmp_path)
+    ]
+    assert "reach no drift in common" in page.verdict(far)
     assert page.verdict([]) == "Not enough has been measured to compare DPO with PPO."
 
 

@@ -24,6 +24,7 @@ COLOURS = {
     "shuffled": "#888888", "best of n": "#2f4858",
 }  # fmt: skip
 Lines = Sequence[Mapping[str, Any]]
+LEAST = 0.05  # nats: below it there is no common drift worth a comparison
 HEAD = ("method", "beta or KL cost", "runs", "KL, nats", "VADER", "change", "TextBlob, change", "tokens", "repeats")
 
 
@@ -89,8 +90,8 @@ def markdown(lines: Lines, budget: Budget) -> str:
     body += [_untuned(start)] + [_row(row) for row in table]
     body += [_best_row(best, start) for best in best_of(lines)]
     amount = (
-        f"{len(budget.seeds)} seeds; {budget.openings} held-out openings, {budget.samples} continuation(s) of each at "
-        f"a checkpoint; {budget.steps} steps of 8 pairs, or {budget.rounds} batches of 32 own continuations."
+        f"Seeds: {len(budget.seeds)}. Held-out openings: {budget.openings}, continuations of each at a checkpoint: "
+        f"{budget.samples}. Steps of 8 pairs: {budget.steps}; batches of 32 own continuations: {budget.rounds}."
     )
     return "\n\n".join(
         [
@@ -144,6 +145,8 @@ def verdict(lines: Lines) -> str:
 
 
 def _said(rival: str, first: Gap, second: Gap) -> str:
+    if first.reach < LEAST:
+        return f"The frontiers of DPO and {rival} reach no drift in common, so nothing can be compared."
     if first.interval is None:
         tail = "one seed carries no interval"
     elif first.interval.low > 0:
@@ -153,8 +156,8 @@ def _said(rival: str, first: Gap, second: Gap) -> str:
     else:
         tail = f"**no difference between DPO's frontier and {rival}'s can be seen**"
     return (
-        f"At equal KL (0 to {first.reach:.1f} nats) DPO's mean reward is {_bounded(first)} higher than {rival}'s by "
-        f"VADER, and {_bounded(second)} by TextBlob, which nothing was tuned on: {tail}."
+        f"At equal KL (0 to {first.reach:.1f} nats) DPO's mean reward minus {rival}'s is {_bounded(first)} by VADER "
+        f"and {_bounded(second)} by TextBlob, on which nothing was tuned: {tail}."
     )
 
 
