@@ -60,5 +60,7 @@ def _point(
 
 
 def named(points: Sequence[Point], run: Run) -> list[Point]:
-    """The same points with the run's name and beta in front, to stand beside those of others."""
-    return [p._replace(name=f"{run.path.name} (beta {run.config().loss.beta:g}) {p.name}") for p in points]
+    """The same points with the run's name and what holds it to its reference in front, to stand beside others."""
+    config = run.config()
+    pull = f"KL cost {config.rollout.kl:g}" if config.stage in ("ppo", "rloo") else f"beta {config.loss.beta:g}"
+    return [p._replace(name=f"{run.path.name} ({pull}) {p.name}") for p in points]

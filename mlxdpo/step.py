@@ -76,8 +76,8 @@ def make_scorer(model: nn.Module, forward: Forward | None = None) -> Callable[[B
 
 def make_gradient(
     model: nn.Module, loss: Loss, forward: Forward | None = None
-) -> Callable[[Batch, mx.array, mx.array | None], Gradient]:
-    """Compiled gradient of share * sum_i weight_i * loss_i over a batch's pairs.
+) -> Callable[..., Gradient]:
+    """Compiled (batch, share, seen=None) -> gradient of share * sum_i weight_i * loss_i over a batch's pairs.
 
     With share = 1 / (pairs in the window), summing the gradients of a window's batches gives exactly the gradient of
     the mean over its pairs, however they are cut into batches. An objective that looks at all pairs of the window gets

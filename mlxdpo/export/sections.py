@@ -34,12 +34,17 @@ def linked(name: str) -> str:
     return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{cell(name)}`"
 
 
+ONLINE = {"ppo": "PPO (arXiv 1707.06347)", "rloo": "RLOO (arXiv 2402.14740)"}
+
+
 def objective(config: Config) -> str:
     """What was minimised, with its paper."""
     if config.stage == "sft":
         return "supervised fine-tuning on the chosen completions (cross entropy)"
     if config.stage == "reward":
         return "a reward model (Bradley-Terry, arXiv 2203.02155)"
+    if config.stage in ONLINE:
+        return f"reward of the model's own samples: {ONLINE[config.stage]}, KL cost {config.rollout.kl:g}"
     terms = [f"{name}: {LOSSES[name].title} (arXiv {LOSSES[name].paper})" for name in names_of(config.loss.name)]
     said = config.loss.model_dump(exclude_defaults=True, exclude={"name"}) | {"beta": config.loss.beta}
     return ", ".join([" + ".join(terms), *(f"{name} {value}" for name, value in sorted(said.items()))])
