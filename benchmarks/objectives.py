@@ -37,6 +37,8 @@ SETTINGS: dict[str, list[str]] = {name: ["--loss.name", name] for name in LOSSES
     "sigmoid, wpo": ["--loss.wpo"],
     "sigmoid, js_divergence": ["--loss.f-divergence", "js_divergence"],
     "sigmoid, sync_every 10": ["--reference.sync-every", "10"],
+    "stage: sft": ["--stage", "sft"],
+    "sigmoid after stage: sft": ["AFTER SFT"],
 }
 MARK = ("<!-- measured -->\n", "<!-- /measured -->")
 
@@ -58,13 +60,21 @@ def material(out: Path) -> dict[str, Path]:
     return files
 
 
+def folder(out: Path, case: str, seed: int) -> Path:
+    """The run directory of a case."""
+    return out / "runs" / f"{''.join(c if c.isalnum() else '-' for c in case)}-{seed}"
+
+
 def train(case: str, seed: int, steps: int, out: Path, files: dict[str, Path]) -> dict[str, Any]:
     """One run through the command line, and what it says of the held-out rows at its start and its end."""
-    run = out / "runs" / f"{''.join(c if c.isalnum() else '-' for c in case)}-{seed}"
-    settings = [word for word in SETTINGS[case] if word != "THUMBS"]
+    run = folder(out, case, seed)
+    settings = [word for word in SETTINGS[case] if word not in ("THUMBS", "AFTER SFT")]
     kind = "thumbs-" if "THUMBS" in SETTINGS[case] else ""
     if held := heldout(run, steps):
         return {"case": case, "seed": seed, "steps": steps, **held}
+    if "AFTER SFT" in SETTINGS[case]:
+        train("stage: sft", seed, steps, out, files)
+        settings += ["--model.adapter", str(folder(out, "stage: sft", seed) / "adapter")]
     shutil.rmtree(run, ignore_errors=True)  # an unfinished one
     with resources.as_file(HERE / "recipe.yaml") as recipe:
         command = [
@@ -96,9 +106,17 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, float(student.ppf(0.975, len(values) - 1)) * (variance / len(values)) ** 0.5
 
 
-def shown(values: Sequence[float], form: str = "{:+.3f}") -> str:
-    """A mean with its interval."""
-    mean, half = interval(values)
+def apart(before: float | None, after: float | None) -> float | None:
+    """The change of a number, where there is one."""
+    return None if before is None or after is None else after - before
+
+
+def shown(values: Sequence[float | None], form: str = "{:+.3f}") -> str:
+    """A mean with its interval; a dash for a number that the stage does not report."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "–"
+    mean, half = interval(known)
     return form.format(mean) + ("" if half is None else f" ± {half:.3f}")
 
 
@@ -121,7 +139,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 shown(change, "{:+.4g}"),
                 verdict,
                 shown([r["rewards/accuracies"][1] for r in runs], "{:.3f}"),
-                shown([r["logps/chosen"][1] - r["logps/chosen"][0] for r in runs], "{:+.2f}"),
+                shown([apart(*r["logps/chosen"]) for r in runs], "{:+.2f}"),
             )
         )
     seeds, steps = len({r["seed"] for r in results}), sorted({r["steps"] for r in results})
