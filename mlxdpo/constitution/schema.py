@@ -99,7 +99,8 @@ def dump_constitution(constitution: Constitution) -> str:
 
 def _explained(error: ValidationError, source: str) -> str:
     """The first thing wrong in one sentence; places in lists are counted from 1."""
-    first = error.errors(include_url=False)[0]
+    # A key that is spelled wrong is missing too, and its spelling is the better news.
+    first = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
     loc = first["loc"]
     where = ".".join(f"{part + 1}" if isinstance(part, int) else str(part) for part in loc)
     if first["type"] == "extra_forbidden":
@@ -110,7 +111,7 @@ def _explained(error: ValidationError, source: str) -> str:
     if first["type"] == "missing":
         return f"{source}: `{where}` is missing; a constitution needs it"
     said = str(first["msg"]).removeprefix("Value error, ")
-    return f"{source}: `{where}` is {str(first['input'])[:60]!r}: {said}" if where else f"{source}: {said}"
+    return f"{source}: `{where}` is {repr(first['input'])[:60]}: {said}" if where else f"{source}: {said}"
 
 
 def _keys(loc: tuple[Any, ...]) -> list[str]:
