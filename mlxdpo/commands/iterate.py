@@ -60,7 +60,7 @@ def run(
                 (screen.warn if json else screen.console.print)(said)
             elif event.kind == "round" and not json:
                 _show(event.values["rows"])
-            elif event.kind == "done":
+            elif event.kind == "over":
                 done = event.values
     if done is None:
         screen.warn(f"stopped; go on with: mlxdpo iterate --resume {folder}")

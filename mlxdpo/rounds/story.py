@@ -49,7 +49,7 @@ class Hands(NamedTuple):
 
 
 def iterate(config: Config, hands: Hands, should_stop: Stop = lambda: False) -> Iterator[Event]:
-    """Run rounds; yields "begin", whatever the stages yield, "round" after each, then "done" or "interrupted".
+    """Run rounds; yields "begin", whatever the stages yield, "round" after each, then "over" or "interrupted".
 
     Raises `UserError` as `plan.check`, `plan.begin`, `plan.split_prompts` and the stages do.
     """
@@ -83,7 +83,7 @@ def iterate(config: Config, hands: Hands, should_stop: Stop = lambda: False) -> 
             parent = run
             if reason:
                 break
-    yield Event("done", len(rows) - 1, {"folder": folder, "rows": rows, "reason": reason})
+    yield Event("over", len(rows) - 1, {"folder": folder, "rows": rows, "reason": reason})
 
 
 class _Round:

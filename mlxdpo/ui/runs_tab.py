@@ -7,6 +7,7 @@ from typing import Any
 from mlxdpo.types import UserError
 from mlxdpo.ui.curves import Tail, follow
 from mlxdpo.ui.guard import Guard
+from mlxdpo.ui.rounds_view import rounds
 from mlxdpo.ui.run_list import HEADERS, choose, evaluation, lines, scan, state
 from mlxdpo.ui.run_view import CHECKPOINT_HEADERS, charts, checkpoints, difference, headline, report
 from mlxdpo.ui.tables import table
@@ -35,6 +36,8 @@ def build(runs: Path, guard: Guard) -> None:  # nothing here changes anything, s
         kept = gr.HTML(elem_id="runs-checkpoints")
     with gr.Tab("Evaluation"):
         evaluated = gr.HTML(elem_id="runs-report")
+    with gr.Tab("Rounds"):
+        beside = gr.HTML(elem_id="runs-rounds")
     with gr.Tab("Settings compared"):
         differing = gr.HTML(elem_id="runs-difference")
 
@@ -46,6 +49,7 @@ def build(runs: Path, guard: Guard) -> None:  # nothing here changes anything, s
     for happening in (chosen.change, timer.tick):
         happening(**watch, outputs=[tail, status, curves, kept], **QUIET)
     chosen.change(lambda name: report(choose(runs, name)) if name else "", chosen, evaluated, **QUIET)
+    chosen.change(lambda name: rounds(choose(runs, name)) if name else "", chosen, beside, **QUIET)
     for happening in (chosen.change, other.change):
         happening(lambda a, b: compared(runs, a, b), [chosen, other], differing, **QUIET)
 
