@@ -5,8 +5,8 @@
 A model answers, criticises and revises (`mlxdpo constitution`); each judge is asked about revision against initial
 answer in both orders: the share it prefers, with its interval. DPO then trains on those pairs, and the same judges
 compare the tuned model's answers to held-out prompts with the untuned one's, beside a control: untuned against untuned.
-Written are OUT/figures.json and, with --page, the part between the marks of a Markdown page. Every part is kept: stopped
-at any time, the same command goes on.
+Written are OUT/figures.json and, with --page, the part between the marks of a Markdown page. Every part is kept:
+stopped at any time, the same command goes on.
 """
 
 from __future__ import annotations

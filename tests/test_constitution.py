@@ -23,7 +23,7 @@ from mlxdpo.constitution import labels as labelling
 from mlxdpo.constitution.ending import pair_of, position
 from mlxdpo.constitution.labels import Label, label, shared_next_logits
 from mlxdpo.constitution.schema import Principle, Worked, dump_constitution
-from mlxdpo.constitution.talks import SAME, TOO_LONG, Talker, drawn_principle, revised
+from mlxdpo.constitution.talks import COPIED, ECHO, SAME, TOO_LONG, Talker, drawn_principle, revised
 from mlxdpo.constitution.wording import comparison_turns, critique_turns, revision_turns
 from mlxdpo.data.batching import collate
 from mlxdpo.data.encode import encode_all
@@ -295,14 +295,23 @@ class Scripted(Talker):
 
 
 def test_filters_by_hand(speaker, prompts):
-    """Four prompts: the first answer is empty, the third critique is, the second revision repeats the answer."""
+    """The first answer is empty, the third critique is; the others revise: the answer again, well, the critique again
+    but for its case, a worked example's revision."""
+    said = {"critique_request": "C", "critique": "C", "revision_request": "R", "revision": "I am it."}
+    example = Worked(prompt="P", answer="X", **said)
+    rules = RULES.model_copy(update={"examples": [example]})
     script = [
-        [("", "empty"), ("same", ""), ("three", ""), ("four", "")],
-        [("c2", "unfinished: no end within max_tokens"), ("", "empty"), ("c4", "")],
-        [("same", ""), ("new", "")],
+        [("", "empty"), *((text, "") for text in ("same", "three", "four", "five", "six"))],
+        [
+            ("c2", "unfinished: no end within max_tokens"),
+            ("", "empty"),
+            *((text, "") for text in ("c4", "so it is", "c6")),
+        ],
+        [("same", ""), ("new", ""), ("So it is!", ""), ("I am it.", "")],
     ]
-    lines = revised(Scripted(speaker, script), prompts.asked[:4], RULES)
-    assert [line["left_out"] for line in lines] == ["initial answer: empty", SAME, "critique: empty", ""]
+    lines = revised(Scripted(speaker, script), prompts.asked[:6], rules)
+    expected = ["initial answer: empty", SAME, "critique: empty", "", ECHO, COPIED]
+    assert [line["left_out"] for line in lines] == expected
     assert lines[1]["critique"]["fault"] == ""  # a critique that was cut off still criticises
 
 

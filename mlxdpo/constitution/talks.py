@@ -24,6 +24,9 @@ from mlxdpo.types import Message
 
 Line = dict[str, Any]
 SAME = "the revision is the answer again"
+ECHO = "the revision is the critique again"
+COPIED = "the revision is that of a worked example"
+NEAR = 0.9  # of the word triples of two texts, shared: a copy
 ALIKE = "both samples are the same"
 TOO_LONG = "longer than the model's context"
 
@@ -101,9 +104,22 @@ def revised(talker: Talker, chunk: Sequence[Asked], rules: Constitution) -> list
             lines[at][part] = said
             lines[at]["left_out"] = _about(part, said["fault"])
     for line in lines:
-        if not line["left_out"] and line["revision"]["text"] == line["initial"]["text"]:
-            line["left_out"] = SAME
+        line["left_out"] = line["left_out"] or _no_revision(line, rules)
     return lines
+
+
+def _no_revision(line: Line, rules: Constitution) -> str:
+    """Why what stands in the place of a revision is none: small models repeat what they have just read."""
+    text = line["revision"]["text"]
+    if text == line["initial"]["text"]:
+        return SAME
+    if _near(text, line["critique"]["text"]):
+        return ECHO
+    return COPIED if any(_near(text, one.revision) for one in rules.examples) else ""
+
+
+def _near(a: str, b: str) -> bool:
+    return screen.jaccard(screen.grams(a), screen.grams(b)) >= NEAR
 
 
 def sampled(talker: Talker, chunk: Sequence[Asked], rules: Constitution) -> list[Line]:
