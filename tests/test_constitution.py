@@ -47,7 +47,8 @@ RULES = Constitution(
         Principle(name="old", critique="the old cat", revision="an old tree", comparison="old sun"),
     ]
 )
-HOW = {"max_tokens": 6, "critique_tokens": 5, "unfinished": "keep"}
+HOW = {"max_tokens": 6, "unfinished": "keep"}
+REVISING = HOW | {"critique_tokens": 5}
 
 
 def talking_tokenizer():
@@ -235,7 +236,8 @@ def test_a_tokenizer_without_the_letters_is_refused():
 
 @pytest.mark.parametrize("pairs", ["revisions", "samples"])
 def test_a_stopped_run_goes_on_to_the_same_bytes(pairs, speaker, prompts, tmp_path):
-    how = Asking(pairs=pairs, **HOW)
+    settings = REVISING if pairs == "revisions" else HOW
+    how = Asking(pairs=pairs, **settings)
     assert finish(speaker, prompts, RULES, how, tmp_path / "straight")[-1] == "done"
     stopped = tmp_path / "stopped"
     assert finish(speaker, prompts, RULES, how, stopped, should_stop=stop_after(60))[-1] == "interrupted"
@@ -245,7 +247,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(pairs, speaker, prompts, tmp_pa
     assert finish(speaker, prompts, RULES, how, stopped)[-1] == "done"
     for name in ("talks.jsonl", "pairs.jsonl", "report.json", "constitution.yaml", "settings.json"):
         assert (stopped / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
-    other = Asking(pairs=pairs, **(HOW | {"seed": 1}))
+    other = Asking(pairs=pairs, **(settings | {"seed": 1}))
     with pytest.raises(UserError, match=r"begun with asking seed 0, now 1; choose another --out"):
         finish(speaker, prompts, RULES, other, stopped)
     finish(speaker, prompts, RULES, other, tmp_path / "other")
@@ -253,7 +255,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(pairs, speaker, prompts, tmp_pa
 
 
 def test_every_prompt_is_a_pair_or_counted_with_its_reason(speaker, prompts, tmp_path):
-    finish(speaker, prompts, RULES, Asking(**HOW), tmp_path / "o")
+    finish(speaker, prompts, RULES, Asking(**REVISING), tmp_path / "o")
     talks, rows = lines_of(tmp_path / "o/talks.jsonl"), lines_of(tmp_path / "o/pairs.jsonl")
     report = json.loads((tmp_path / "o/report.json").read_text())
     assert report["rows"] + sum(report["left_out"].values()) == report["prompts"] == len(talks) == len(prompts.asked)
@@ -316,7 +318,7 @@ def test_filters_by_hand(speaker, prompts):
 
 
 def test_what_the_model_cannot_hold_is_left_out(policy, speaker, prompts):
-    talker = Talker(speaker, Asking(**HOW), lambda: False)
+    talker = Talker(speaker, Asking(**REVISING), lambda: False)
     talker.room = 12
     long = (Message("user", "red " * 20),)
     said = talker.say([(long, ()), ((Message("user", "red"),), ())], 6)
@@ -395,6 +397,8 @@ def test_command_to_training(folder, tmp_path, cache, monkeypatch, capsys):
     assert read_prompts(DataConfig(), "o/pairs.jsonl").asked  # its prompts can be asked again
     for wrong, sentence in {
         f"constitution {folder} --prompts p.jsonl --out r": "r holds",
+        f"constitution {folder} --prompts p.jsonl --out n --labels none --feedback x": "nothing to compare",
+        f"constitution {folder} --prompts p.jsonl --out n --pairs samples --critique-tokens 9": "9 has no effect",
         f"constitution {folder} --prompts p.jsonl --out n --before": "--before is for runs",
         f"constitution {folder} --prompts p.jsonl --out n --pairs samples --labels none": "leaves two samples unjudged",
         f"constitution {folder} --prompts p.jsonl --out n --pairs samples --temperature 0": "the same sample twice",
@@ -414,7 +418,7 @@ def test_command_to_training(folder, tmp_path, cache, monkeypatch, capsys):
 def there(tmp_path, monkeypatch, speaker, prompts):
     """A working folder with a finished run, one of its texts hostile."""
     monkeypatch.chdir(tmp_path)
-    finish(speaker, prompts, RULES, Asking(**HOW), tmp_path / "cai")
+    finish(speaker, prompts, RULES, Asking(**REVISING), tmp_path / "cai")
     talks = lines_of(tmp_path / "cai/talks.jsonl")
     talks[0]["initial"]["text"] = "<script>alert(1)</script>"
     talks[0]["prompt"][0]["content"] = "<img src=x onerror=alert(1)>"

@@ -84,6 +84,8 @@ def _events(
     config, run = _config(path)
     if before and run is None:
         raise UserError(f"--before is for runs, and {path} is none; drop it")
+    if feedback is not None and asking.labels == "none":
+        raise UserError(f"--feedback {feedback} has nothing to compare with --labels none; drop one of them")
     data = config.data.model_copy(update={"columns": {}, "format": "auto"})
     found = read_prompts(data, prompts)
     return apply(_source(config, run, path, before), found, rules, asking, out, _feedback(feedback), should_stop)

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from mlxdpo.knobs import Section
 
+CRITIQUE = 160  # tokens
+
 
 class Asking(Section):
     """How a model is asked to answer, criticise, revise and compare."""
@@ -19,7 +21,7 @@ class Asking(Section):
     """soft: each principle compares the two answers of a pair; none: revisions are taken as better, unseen."""
     max_tokens: int = Field(default=256, ge=1)
     """Longest answer and longest revision, in tokens."""
-    critique_tokens: int = Field(default=160, ge=1)
+    critique_tokens: int = Field(default=CRITIQUE, ge=1)
     """Longest critique, in tokens; a longer one is cut, which is counted."""
     temperature: float = Field(default=1.0, ge=0)
     """Of sampling; 1 is the model itself, 0 takes the likeliest token (not with samples)."""
@@ -38,4 +40,6 @@ class Asking(Section):
             raise ValueError("labels none leaves two samples unjudged; use labels soft")
         if self.pairs == "samples" and self.temperature == 0:
             raise ValueError("temperature 0 gives the same sample twice; raise it, or use pairs revisions")
+        if self.pairs == "samples" and self.critique_tokens != CRITIQUE:
+            raise ValueError(f"critique_tokens {self.critique_tokens} has no effect with pairs samples; drop it")
         return self
