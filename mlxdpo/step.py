@@ -74,9 +74,7 @@ def make_scorer(model: nn.Module, forward: Forward | None = None) -> Callable[[B
     return scorer
 
 
-def make_gradient(
-    model: nn.Module, loss: Loss, forward: Forward | None = None
-) -> Callable[..., Gradient]:
+def make_gradient(model: nn.Module, loss: Loss, forward: Forward | None = None) -> Callable[..., Gradient]:
     """Compiled (batch, share, seen=None) -> gradient of share * sum_i weight_i * loss_i over a batch's pairs.
 
     With share = 1 / (pairs in the window), summing the gradients of a window's batches gives exactly the gradient of
