@@ -84,6 +84,13 @@ def test_llama_cpp_tokenises_and_continues_alike(exported):
             assert server.tokens(text) == policy.tokenizer.encode(text), text
         ids = ids_of(rows=2)
         assert server.greedy(ids.tolist(), 8) == greedy_of(policy.model, ids, 8).tolist()
+        compared = 0
+        for row in (ids[i, :n].tolist() for i in range(2) for n in range(12, 25, 3)):
+            z = policy.model(mx.array([row]))[0, -1].astype(mx.float32)
+            ours, theirs = (z - mx.logsumexp(z)).tolist(), server.likeliest(row, 20)
+            compared += len(theirs)
+            assert all(abs(ours[i] - logp) < 1e-3 for i, logp in theirs.items())
+        assert compared >= 40
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
