@@ -5,7 +5,6 @@ import urllib.request
 
 import xllamacpp
 
-
 FLOAT32 = 0  # ggml's number for it
 
 
@@ -46,8 +45,10 @@ class LlamaCpp:
         return [self.ask("completion", prompt=ids, samplers=["temperature"], **settings)["tokens"] for ids in prompts]
 
     def likeliest(self, ids, count):
-        """{id: log-prob} of the `count` likeliest tokens after a row of ids; none where the token that it draws ends the
-        answer or is half a letter, of which the server says nothing."""
+        """{id: log-prob} of the `count` likeliest tokens after a row of ids.
+
+        Nothing where the token that is drawn ends the answer or is half a letter: the server does not speak of it.
+        """
         answer = self.ask("completion", prompt=ids, n_predict=1, temperature=0, n_probs=count)
         known = answer.get("completion_probabilities", [{"top_logprobs": ()}])
         return {entry["id"]: entry["logprob"] for entry in known[0]["top_logprobs"]}

@@ -13,6 +13,7 @@ from tiny_desk import SHORT, desk_over, finished_run
 
 from mlxdpo.generate import generate
 from mlxdpo.model.adapters import load_run, load_start
+from mlxdpo.reopen import prompt_text
 from mlxdpo.runs import Run
 from mlxdpo.types import Message, UserError
 from mlxdpo.ui.answers import LONGEST_PROMPT, Settings, answer_together, ids_of, prompt_of, settings_from
@@ -203,6 +204,19 @@ def test_mistakes_are_sentences(desk):
         settings_from(temperature=1, top_p=1, max_tokens=10_000, seed=0)
     with pytest.raises(UserError, match="`temperature`"):
         settings_from(temperature=None, top_p=1, max_tokens=10, seed=0)
+
+
+def test_a_random_prompt_is_another_one_and_brings_its_text(desk):
+    from mlxdpo.ui.compare_tab import another
+
+    rows, now = desk.gallery("one").heldout, None
+    for _ in range(20):
+        before, (now, text, pair) = now, another(desk, "one", now)
+        assert (
+            (now != before or len(rows) == 1) and text == prompt_text(rows[now].prompt) and "Chosen in the data" in pair
+        )
+    with pytest.raises(UserError, match="choose a run first"):
+        another(desk, None, None)
 
 
 def test_a_run_without_an_adapter_says_so(tmp_path, cache):

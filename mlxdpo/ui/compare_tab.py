@@ -69,13 +69,18 @@ def picked(desk: Desk, name: str | None, index: int | None) -> tuple[str, str]:
     return prompt_text(row.prompt), f'{heading}<div class="voices small">{cards}</div>'
 
 
-def random_index(desk: Desk, name: str | None) -> int:
-    """One of the held-out prompts. Raises `UserError` where there are none."""
+def another(desk: Desk, name: str | None, now: int | None) -> tuple[int, str, str]:
+    """One of the held-out prompts, another than `now` where there are two: its number, and what `picked` says of it.
+
+    Raises `UserError` where there are none.
+    """
     found = desk.gallery(name).heldout if name else ()
-    if not found:
+    if not name or not found:
         note = desk.gallery(name).note if name else "choose a run first"
         raise UserError(f"no held-out prompts: {note}; write a prompt of your own")
-    return random.randrange(len(found))
+    others = [index for index in range(len(found)) if index != now] or [0]
+    index = random.choice(others)
+    return index, *picked(desk, name, index)
 
 
 def _without_last(chat: Chat) -> tuple[Chat, str]:
@@ -102,7 +107,8 @@ def build(desk: Desk, guard: Guard, page: Any) -> Any:
     changed = [see.chat, see.board, see.third, see.pick, see.pair, see.knobs["max_tokens"]]
     see.run.change(do.run, see.run, changed, **many)
     see.pick.change(do.pick, [see.run, see.pick], [see.text, see.pair], **many)
-    see.chance.click(do.chance, see.run, see.pick, **many)
+    # Not through the drop-down alone: set to what it shows already, it says nothing.
+    see.chance.click(do.chance, [see.run, see.pick], [see.pick, see.text, see.pair], **many)
     page.load(do.load, None, see.run, **many)
     return see.run
 
@@ -190,7 +196,7 @@ def _handlers(desk: Desk, guard: Guard) -> SimpleNamespace:
         load=load,
         clear=lambda: (Chat(), welcome(desk)),
         pick=saying(lambda name, index: (gr.skip(), "") if index is None else picked(desk, name, index)),
-        chance=saying(lambda name: random_index(desk, name)),
+        chance=saying(lambda name, now: another(desk, name, now)),
     )
 
 
