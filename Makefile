@@ -17,9 +17,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-# The real model, the real tokenizers (from package registries), and whole processes that are killed.
+# The real model, the real tokenizers (from package registries), the page in Chromium, processes that are killed, whole rounds.
 test-real: $(VENV)/.dev $(VENV)/.demo
-	$(BIN)/python -m pytest -m "(real or tokenizers or processes) and not parity"
+	$(BIN)/python -m pytest -m "(real or tokenizers or processes or slow) and not parity"
 
 parity: $(PARITY)/.ready
 	$(PARITY)/bin/python -m pytest -m parity

@@ -179,6 +179,7 @@ def model(tmp_path_factory):
     return str(write_model(tmp_path_factory.mktemp("model") / "llama", base_tokenizer(), num_hidden_layers=9))
 
 
+@pytest.mark.slow
 def test_what_is_stopped_goes_on_and_gives_the_same_points(tmp_path, cache, model):
     assert command.work(tmp_path / "straight", TINY, model, [], lambda: False)
     wanted, calls, trained = points.measured(tmp_path / "straight"), 0, tmp_path / "pieces/arms/dpo-0.1-seed0/adapter"
@@ -196,6 +197,7 @@ def test_what_is_stopped_goes_on_and_gives_the_same_points(tmp_path, cache, mode
     assert all(min(line["kl"][0]) >= 0 for line in found[2:]) and max(found[3]["kl"][0]) > 1e-4
 
 
+@pytest.mark.slow
 def test_every_method_runs_and_is_shown(tmp_path, cache, model):
     budget = FULL._replace(
         methods={name: method.strengths[:1] for name, method in METHODS.items()},

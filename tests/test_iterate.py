@@ -78,6 +78,7 @@ def test_reference_previous_is_where_the_round_starts(place):
 STOPS = (30, 90, 110, 150)  # questions "stop?" that are answered no: in drawing, in training, in between
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_and_going_on_is_straight(place, monkeypatch, capsys):
     assert cli(["iterate", "r.yaml", "--out", "straight"]) == 0
     stages = set()
@@ -139,6 +140,7 @@ def test_train_points_to_iterate(place, capsys):
     assert "has no meaning in stage dpo; run `mlxdpo iterate`" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_online_rounds_are_pieces_of_one_training(place):
     assert cli(["iterate", "r.yaml", "--out", "on", "--every", "3", "--rounds", "3", "--optim.lr", "1e-3"]) == 0
     whole = load_config("on/rounds.yaml").optim
