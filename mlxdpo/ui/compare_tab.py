@@ -163,8 +163,10 @@ def _handlers(desk: Desk, guard: Guard) -> SimpleNamespace:
             yield chat, gr.skip(), LOADING + chat_html(chat), gr.skip()
             try:
                 settings = settings_from(**dict(zip(Settings.model_fields, knobs, strict=True)))
+                written: Any = ""  # cleared once: what is typed while the answers grow stays
                 for grown in converse(desk, chat, name, third, text, system, settings, halt.is_set):
-                    yield grown, "", chat_html(grown), settings.seed
+                    yield grown, written, chat_html(grown), settings.seed
+                    written = gr.skip()
             except UserError as error:
                 yield chat, gr.skip(), sorry(error) + chat_html(chat), gr.skip()
 
