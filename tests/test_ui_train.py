@@ -138,7 +138,7 @@ def test_what_is_offered(place):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model.path", "../work/llama"),
+        ("model.path", "../elsewhere/llama"),
         ("model.path", "/etc"),
         ("model.path", "./llama"),
         ("model.path", "runs/made"),
