@@ -72,6 +72,7 @@ def anytime_interval(wins: float, losses: float, alpha: float = 0.05) -> tuple[f
     rate = wins / n if n else 0.5
 
     def excess(null: float) -> float:
+        """How far a null hypothesis is from being refused."""
         return float(log_e_value(wins, losses, null)) - limit
 
     # log E is convex in the rate with its minimum at the share of wins, so each side holds one root.

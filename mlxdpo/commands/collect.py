@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,14 +57,14 @@ def run(
     """
     from mlxdpo.collect.ending import said
     from mlxdpo.commands.interrupt import stop_flag
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.screen import console, counted
 
     recipe = path.suffix in (".yaml", ".yml") and path.is_file()
     config = load_config(path) if recipe else Run.open(path).config()
     report = None
     with stop_flag() as should_stop:
         asked = (prompts, _one_of(judge, reward), drawing, out)
-        for event in shown(_events(path, config, recipe, before, asked, should_stop), json):
+        for event in counted(_events(path, config, recipe, before, asked, should_stop), "collected", json):
             report = event.values["report"] if event.kind == "done" else None
     if report is None:
         console.print("stopped; the same command goes on from here")
@@ -121,20 +121,3 @@ def ranker_of(spec: str, data: DataConfig, numbers: bool = False) -> Any:
     if numbers and not isinstance(judge, Scalar):
         raise UserError(f"--reward {spec} compares answers and gives none a number; use --judge {spec}")
     return Ranker(judge.name, judge.identity, lambda prompts, answers: scores_of(judge, prompts, answers))
-
-
-def shown(events: Iterable[Event], quiet: bool = False) -> Iterator[Event]:
-    """Show how a collection gets on, and hand its events on: a bar on a terminal, plain lines elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from mlxdpo.commands.screen import console
-
-    columns = (TextColumn("answering"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("answering", total=None)
-        for event in events:
-            if event.kind == "collected":
-                bar.update(task, completed=event.values["done"], total=event.values["total"])
-                if not quiet and not console.is_terminal:
-                    console.print(f"answered {event.values['done']} of {event.values['total']} prompts")
-            yield event

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,13 +53,13 @@ def run(
         Print the report as JSON.
     """
     from mlxdpo.commands.interrupt import stop_flag
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.screen import console, counted
     from mlxdpo.constitution.ending import RECIPE, said
 
     with stop_flag() as should_stop:
         report = None
         events = _events(path, prompts, out, (constitution, feedback, before), asking, should_stop)
-        for event in shown(events, json):
+        for event in counted(events, "talked", json):
             report = event.values["report"] if event.kind == "done" else None
     if report is None:
         console.print("stopped; the same command goes on from here")
@@ -119,20 +119,3 @@ def _feedback(model: str | None) -> Any:
 
     policy = load_policy(ModelConfig(path=model))
     return Feedback(policy, {name: policy.identity[name] for name in ("digest", "dtype", "quantization")})
-
-
-def shown(events: Iterable[Event], quiet: bool = False) -> Iterator[Event]:
-    """Show how the conversations get on, and hand the events on: a bar on a terminal, plain lines elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from mlxdpo.commands.screen import console
-
-    columns = (TextColumn("talking"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("talking", total=None)
-        for event in events:
-            if event.kind == "talked":
-                bar.update(task, completed=event.values["done"], total=event.values["total"])
-                if not quiet and not console.is_terminal:
-                    console.print(f"talked over {event.values['done']} of {event.values['total']} prompts")
-            yield event

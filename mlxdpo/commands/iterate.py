@@ -85,8 +85,9 @@ def _asked(recipe: Path | None, config: Config, resume: Path | None) -> Config:
 
 def _hands(config: Config, quiet: bool) -> Any:
     """The stages as this command does them: shown, tracked, and judged by what the recipe names."""
-    from mlxdpo.commands.collect import ranker_of, shown
+    from mlxdpo.commands.collect import ranker_of
     from mlxdpo.commands.eval import named_rewards
+    from mlxdpo.commands.screen import counted
     from mlxdpo.rounds import Hands
     from mlxdpo_eval.judges import open_judge
     from mlxdpo_eval.rounds import measure_round, weigh
@@ -108,7 +109,7 @@ def _hands(config: Config, quiet: bool) -> Any:
             return voted_pairs(Path(how.judge.removeprefix("votes:")), out, prompts.heldout, {"run": "start"})
         from mlxdpo.collect import collect
 
-        return shown(collect(source(), prompts, ranker, drawing, out, stop), quiet)
+        return counted(collect(source(), prompts, ranker, drawing, out, stop), "collected", quiet)
 
     def measure(opened: Any, rows: Any, start: Any) -> Any:
         """Answers of the held-out prompts."""

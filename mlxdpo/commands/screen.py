@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from mlxdpo.config import Config
@@ -122,3 +122,23 @@ def show_pair(shown: Shown, names: Sequence[str] = ("chosen", "rejected")) -> No
 def warn(text: str) -> None:
     """One line on standard error."""
     print(text, file=sys.stderr)
+
+
+COUNTED = {"collected": ("answering", "answered"), "talked": ("talking", "talked over")}
+
+
+def counted(events: Iterable[Event], kind: str, quiet: bool = False) -> Iterator[Event]:
+    """Show how far along prompts are, by events of `kind` (a key of `COUNTED`), and hand all events on.
+
+    A bar with the time left on a terminal, plain lines elsewhere, nothing when `quiet`.
+    """
+    doing, did = COUNTED[kind]
+    columns = (TextColumn(doing), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task(doing, total=None)
+        for event in events:
+            if event.kind == kind:
+                bar.update(task, completed=event.values["done"], total=event.values["total"])
+                if not quiet and not console.is_terminal:
+                    console.print(f"{did} {event.values['done']} of {event.values['total']} prompts")
+            yield event
