@@ -84,13 +84,45 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON lines of a file; a torn last line (the writer was killed) is not a line yet."""
+    """The JSON lines of a file; a torn last line (the writer was killed) is not a line yet.
+
+    Raises `UserError` naming the file and the line for a whole line that is no JSON object.
+    """
     if not path.exists():
         return
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
-                yield json.loads(line)
+                yield parse_object(line, f"{path}:{number}")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `UserError` naming the file when it cannot be read or holds something else."""
+    try:
+        return parse_object(file.read_bytes(), str(file))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); restore it, or make it again") from None
+
+
+def parse_object(raw: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `raw`, UTF-8. Raises `UserError` naming `where` it stands."""
+    try:
+        found = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of thousands of digits
+        raise UserError(f"{where}: not JSON ({str(error)[:100]}); restore it, or make it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(found).__name__}; restore it, or make it again")
+    return found
+
+
+@contextlib.contextmanager
+def as_written(file: Path, remedy: str = "restore it, or make it again") -> Iterator[None]:
+    """Whatever breaks on the layout of `file`, a file of ours that was changed, becomes a `UserError` naming it."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise UserError(f"{file}: is not as mlxdpo wrote it ({reason}); {remedy}") from error
 
 
 def _locked(file: BinaryIO, kind: int, patience: float) -> bool:
@@ -165,7 +197,7 @@ class Run:
         file = self.path / "manifest.json"
         if not file.exists():
             raise UserError(f"{file}: missing; the run stopped before its first step, start it again")
-        return json.loads(file.read_text("utf-8"))
+        return read_json(file)
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Save the manifest."""

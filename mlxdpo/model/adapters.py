@@ -6,7 +6,6 @@ Folders are mlx-lm's own: `mlx_lm.generate --adapter-path runs/NAME/adapter` rea
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxdpo.config import LoraConfig
 from mlxdpo.model.policy import Policy, load_policy
-from mlxdpo.runs import Run, write_atomic, write_json
+from mlxdpo.runs import Run, as_written
+from mlxdpo.sealed import load_sealed, read_sealed_json, save_sealed, write_sealed_json
 from mlxdpo.types import UserError
 
 WEIGHTS, SETTINGS = "adapters.safetensors", "adapter_config.json"
@@ -87,8 +87,8 @@ def adapter_settings(lora: LoraConfig) -> dict[str, Any]:
 def save_adapter(model: nn.Module, lora: LoraConfig, folder: Path) -> None:
     """Write the trainable arrays and their settings; each file whole or absent."""
     arrays = dict(tree_flatten(model.trainable_parameters()))
-    write_atomic(folder / WEIGHTS, lambda file: mx.save_safetensors(str(file), arrays, {"format": "mlx"}))
-    write_json(folder / SETTINGS, adapter_settings(lora))
+    save_sealed(folder / WEIGHTS, arrays, {"format": "mlx"})
+    write_sealed_json(folder / SETTINGS, adapter_settings(lora))
 
 
 def read_settings(folder: Path) -> LoraConfig:
@@ -96,12 +96,13 @@ def read_settings(folder: Path) -> LoraConfig:
     file = folder / SETTINGS
     if not file.exists() or not (folder / WEIGHTS).exists():
         raise UserError(f"{folder}: no adapter there; expected {SETTINGS} and {WEIGHTS}, as in runs/NAME/adapter")
-    raw = json.loads(file.read_text("utf-8"))
-    inner = raw.get("lora_parameters") or {}
-    method = raw.get("fine_tune_type", "lora")
-    layers = raw.get("num_layers") or -1  # mlx-lm reads 0 as all blocks too
-    shape = {k: inner[k] for k in ("rank", "scale", "dropout", "keys") if k in inner}
-    return LoraConfig(method=method, layers=layers, **shape)
+    raw = read_sealed_json(file)
+    with as_written(file):
+        inner = raw.get("lora_parameters") or {}
+        method = raw.get("fine_tune_type", "lora")
+        layers = raw.get("num_layers") or -1  # mlx-lm reads 0 as all blocks too
+        shape = {k: inner[k] for k in ("rank", "scale", "dropout", "keys") if k in inner}
+        return LoraConfig(method=method, layers=layers, **shape)
 
 
 def load_adapter(model: nn.Module, folder: Path, lora: LoraConfig | None = None) -> nn.Module:
@@ -114,14 +115,20 @@ def load_adapter(model: nn.Module, folder: Path, lora: LoraConfig | None = None)
 def load_arrays(model: nn.Module, folder: Path) -> None:
     """Overwrite the trainable arrays by those saved in `folder`; names and shapes must match one to one."""
     own = dict(tree_flatten(model.trainable_parameters()))
-    saved: dict[str, mx.array] = mx.load(str(folder / WEIGHTS))  # type: ignore[assignment]
+    saved = load_sealed(folder / WEIGHTS)
     for name in sorted(own.keys() ^ saved.keys()):
         raise UserError(f"{folder}: `{name}` is only in the {'model' if name in own else 'adapter'}; another model?")
     for name, array in own.items():
         if array.shape != saved[name].shape:
             raise UserError(f"{folder}: `{name}` is {saved[name].shape}, the model has {array.shape}; another model?")
+        if not mx.issubdtype(saved[name].dtype, mx.floating):
+            raise UserError(f"{folder}: `{name}` holds {_dtype(saved[name])}, expected floating numbers; restore it")
     model.load_weights(list(saved.items()), strict=False)
     mx.eval(model.trainable_parameters())
+
+
+def _dtype(array: mx.array) -> str:
+    return str(array.dtype).removeprefix("mlx.core.")
 
 
 def load_run(run: Run, *, checkpoint: Path | None = None) -> Policy:
