@@ -1,27 +1,29 @@
 """Checkpoints: a folder that appears whole or not at all, from which a run goes on to the bit.
 
+Every file in it is sealed (`sealed.py`): one that was damaged since is refused, never trained on.
+
 step-000200/ adapters.safetensors  adapter_config.json  optimizer.safetensors  state.json
              reference.safetensors, where the reference moves
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxdpo.config import LoraConfig
 from mlxdpo.model.adapters import load_arrays, save_adapter
-from mlxdpo.runs import sync_folder, write_atomic, write_json
+from mlxdpo.runs import as_written, sync_folder
+from mlxdpo.sealed import load_sealed, read_sealed_json, save_sealed, write_sealed_json
+from mlxdpo.types import UserError
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,9 @@ def save(
     draft = Path(tempfile.mkdtemp(dir=folder, prefix=".draft-"))
     try:
         save_adapter(model, lora, draft)
-        arrays = dict(tree_flatten(optimizer.state))
-        write_atomic(draft / "optimizer.safetensors", lambda file: mx.save_safetensors(str(file), arrays))
+        save_sealed(draft / "optimizer.safetensors", dict(tree_flatten(optimizer.state)))
         more(draft)
-        write_json(draft / "state.json", asdict(progress))
+        write_sealed_json(draft / "state.json", asdict(progress))
         draft.chmod(0o755)
         os.replace(draft, target)
     finally:
@@ -96,18 +97,29 @@ def sweep(run: Path) -> None:
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: optim.Optimizer) -> Progress:
-    """Bring model and optimizer back to a checkpoint's state, to the bit."""
-    load_arrays(model, checkpoint)
-    restore_optimizer(checkpoint, optimizer)
-    return read_progress(checkpoint)
+    """Bring model and optimizer back to a checkpoint's state, to the bit.
+
+    Raises `UserError` for a file that is missing or damaged, with what to go on from instead.
+    """
+    try:
+        progress = read_progress(checkpoint)
+        load_arrays(model, checkpoint)
+        restore_optimizer(checkpoint, optimizer)
+    except UserError as error:
+        before = [path.name for path in steps(checkpoint.parent) if path < checkpoint]
+        instead = f"from {before[-1]}" if before else "from the start"
+        raise UserError(f"{error}; or remove the folder {checkpoint}, and the run goes on {instead}") from None
+    return progress
 
 
 def restore_optimizer(checkpoint: Path, optimizer: optim.Optimizer) -> None:
     """The optimizer alone: its moments, and how many updates they have seen."""
-    saved: dict[str, mx.array] = mx.load(str(checkpoint / "optimizer.safetensors"))  # type: ignore[assignment]
+    saved = load_sealed(checkpoint / "optimizer.safetensors")
     optimizer.state = tree_unflatten(list(saved.items()))
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """Where the run stood when the checkpoint was written."""
-    return Progress(**json.loads((checkpoint / "state.json").read_text("utf-8")))
+    """Where the run stood when the checkpoint was written. Raises `UserError` for a damaged `state.json`."""
+    found = read_sealed_json(checkpoint / "state.json")
+    with as_written(checkpoint / "state.json"):
+        return Progress(**{field.name: found.pop(field.name) for field in fields(Progress)}, **found)

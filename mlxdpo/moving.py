@@ -21,8 +21,8 @@ from mlx.utils import tree_flatten
 from mlxdpo.config import Config
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import dropout_off
-from mlxdpo.runs import write_atomic
 from mlxdpo.scoring import Forward, Rows
+from mlxdpo.sealed import load_sealed, save_sealed
 from mlxdpo.types import Batch, UserError
 
 Arrays = dict[str, mx.array]
@@ -93,12 +93,12 @@ class Moving:
         """Write it into a checkpoint that is being made."""
         if self.arrays:
             marked = self.arrays | {"moved": mx.array(self.moved)}
-            write_atomic(folder / FILE, lambda file: mx.save_safetensors(str(file), marked))
+            save_sealed(folder / FILE, marked)
 
     def restore(self, folder: Path) -> None:
         """Bring it back to what it was at a checkpoint, to the bit."""
         if (folder / FILE).exists():
-            saved: Arrays = mx.load(str(folder / FILE))  # type: ignore[assignment]
+            saved: Arrays = load_sealed(folder / FILE)
             self.moved = bool(saved.pop("moved").item())
             self.arrays = saved
 

@@ -16,6 +16,7 @@ from mlxdpo.data.batching import collate
 from mlxdpo.losses import LOSSES, resolve
 from mlxdpo.model import adapters, light
 from mlxdpo.runs import Run
+from mlxdpo.sealed import save_sealed
 from mlxdpo.types import UserError
 
 story = importlib.import_module("mlxdpo.train")  # the file; the front door has its function
@@ -80,7 +81,7 @@ def test_a_tampered_reference_table_is_named(tmp_path, cache, method):
     finish(config)
     (table,) = (cache / "reference").glob("*.safetensors")
     arrays = mx.load(str(table))
-    mx.save_safetensors(str(table), {"rows": arrays["rows"], "logps": arrays["logps"] + 0.5})
+    save_sealed(table, {"rows": arrays["rows"], "logps": arrays["logps"] + 0.5})
     sentence = refusal(recipe(tmp_path, "second", lora={"method": method}))
     assert "a log-prob is 0.5000 nats from its reference: the reference was scored with other weights" in sentence
     assert sentence.endswith("score it again with an empty cache")

@@ -39,7 +39,8 @@ from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.model.reward_head import normed_states
 from mlxdpo.platform import this_machine, versions, wire_memory
 from mlxdpo.reference import identity_of
-from mlxdpo.runs import Run, write_atomic
+from mlxdpo.runs import Run
+from mlxdpo.sealed import load_sealed, save_sealed
 from mlxdpo.step import make_optimizer, make_update
 from mlxdpo.types import Event, Text, UserError
 
@@ -223,7 +224,7 @@ def _critic(config: Config, model: nn.Module) -> nn.Linear | None:
 def _save_critic(actor: Actor, draft: Path) -> None:
     if "critic" in actor:
         arrays = dict(actor.critic.parameters())
-        write_atomic(draft / CRITIC, lambda file: mx.save_safetensors(str(file), arrays, {"format": "mlx"}))
+        save_sealed(draft / CRITIC, arrays, {"format": "mlx"})
 
 
 def _restored(run: Run, actor: Actor, optimizer: Any) -> Progress:
@@ -232,7 +233,7 @@ def _restored(run: Run, actor: Actor, optimizer: Any) -> Progress:
     if saved:
         progress = checkpoint.restore(saved[-1], actor.model, optimizer)
         if "critic" in actor:
-            actor.critic.load_weights(str(saved[-1] / CRITIC))
+            actor.critic.load_weights(list(load_sealed(saved[-1] / CRITIC).items()))
     run.log({"resumed_from": progress.step})
     return progress
 

@@ -24,6 +24,7 @@ from mlxdpo.data.takes import PAIRS, Take
 from mlxdpo.data.template import Writer, probe
 from mlxdpo.platform import cache_folder
 from mlxdpo.runs import write_text
+from mlxdpo.sealed import read_sealed_json, with_seal
 from mlxdpo.types import Example, UserError
 
 ELSEWHERE = 100  # training rows at hand while held-out ones are laid out
@@ -128,11 +129,14 @@ def _write(folder: Path, clean: Clean, split: Split, data: DataConfig, writer: W
         raise UserError(f"{data.path}: no pair is left to train on ({why}); see `mlxdpo data check {data.path}`")
     overlap = 0 if clean.heldout is None else len(clean.rows.prompts & clean.heldout.prompts)
     told = {"overlap": overlap, "reports": {name: asdict(report) for name, report in reports.items()}}
-    write_text(folder / "told.json", json.dumps(told))  # escaped: a row's name may hold half a character
+    write_text(folder / "told.json", json.dumps(with_seal(told)))  # escaped: a row's name may hold half a character
 
 
 def _open(folder: Path, template: str) -> Dataset:
-    told = json.loads((folder / "told.json").read_text("utf-8"))
+    try:
+        told = read_sealed_json(folder / "told.json")
+        train, heldout = open_examples(folder / "train"), open_examples(folder / "heldout")
+    except UserError as error:
+        raise UserError(f"{error}; delete {folder}, and the data are read again") from None
     reports = {name: Report(**report) for name, report in told["reports"].items()}
-    train, heldout = open_examples(folder / "train"), open_examples(folder / "heldout")
     return Dataset(train, heldout, reports, told["overlap"], template)
