@@ -25,7 +25,8 @@ LAST = 5  # exit status of pytest where no test was collected
 def attempt(mutant: Mutant | None, tests: Sequence[str], seconds: float) -> tuple[str, str]:
     """(killed | survived | timeout, the test that failed). Without tests that run its line a mutant survives.
 
-    `seconds`: what these tests take on the sound file; without a mutant they meet that. Raises `RuntimeError` when no test could be run.
+    `seconds`: what these tests take on the sound file; without a mutant they meet that. Raises `RuntimeError` when no
+    test could be run.
     """
     if not tests:
         return "survived", ""
@@ -35,7 +36,7 @@ def attempt(mutant: Mutant | None, tests: Sequence[str], seconds: float) -> tupl
         os.close(read)
         os._exit(_child(mutant, tests, write))
     os.close(write)
-    status = _wait(child, PATIENCE + 5 * seconds)
+    status = _wait(child, PATIENCE + 3 * seconds)
     with os.fdopen(read, encoding="utf-8") as pipe:
         said = pipe.read()
     if status is None:
