@@ -75,8 +75,7 @@ def main() -> None:
     print("head, MB beside weights:", {v: round(head_memory(v), 1) for v in VOCABULARIES})
     policy = load_policy(ModelConfig(path="smollm2"))
     attach_lora(policy.model, LoraConfig(rank=8, keys=["self_attn.q_proj", "self_attn.v_proj"]), 0)
-    objective, knobs = resolve(LossConfig())
-    gradient = make_gradient(policy.model, objective, knobs)
+    gradient = make_gradient(policy.model, resolve(LossConfig()))
 
     def step(batch: Batch) -> None:
         """Gradient of one batch, evaluated."""
