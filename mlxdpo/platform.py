@@ -65,6 +65,17 @@ def preload_blas() -> Blas:
     return Blas(True, str(library))
 
 
+def blas_kernels() -> str | None:
+    """The processor whose kernels OpenBLAS took, in its own name: "Haswell" is AVX2, "SkylakeX" AVX-512. None where
+    another BLAS computes. The variable OPENBLAS_CORETYPE decides, where it is set."""
+    library = preload_blas()
+    if sys.platform != "linux" or not library.fast:
+        return None
+    name = ctypes.CDLL(library.note).scipy_openblas_get_corename
+    name.restype = ctypes.c_char_p
+    return name().decode()
+
+
 def _renamed_openblas() -> Path:
     import scipy_openblas32  # type: ignore[import-not-found]
 

@@ -145,11 +145,12 @@ def machine(threads: int) -> str:
     """What computes here, in one line."""
     import platform
 
-    from mlxdpo.platform import this_machine
+    from mlxdpo.platform import blas_kernels, this_machine
 
     here = this_machine()
     name = _processor() if here.kind == "cpu" else here.name
-    return f"{name}, {here.kind}, {threads} threads, {here.memory / 1e9:.0f} GB, {platform.system()}"
+    kernels = f"OpenBLAS for {blas_kernels()}, " if here.kind == "cpu" and blas_kernels() else ""
+    return f"{name}, {here.kind}, {threads} threads, {kernels}{here.memory / 1e9:.0f} GB, {platform.system()}"
 
 
 def _processor() -> str:
