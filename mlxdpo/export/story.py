@@ -189,8 +189,8 @@ def _relation(name: str, source: Source) -> str:
 
 
 def _describe(source: Source, out: Path, where: str, targets: dict[str, Target]) -> Exported:
-    order = ("hf", "peft", "mlx", "fused", "quantized", "gguf")  # what a reader of the Hub page meets first
-    first = next(name for name in order if name in targets)
+    # What a reader of the Hub page meets first.
+    first = next(name for name in (*AT_ROOT, *EXPORTERS) if name in targets)
     run, config = source.opened.run, source.opened.config
     return Exported(
         out=out,
