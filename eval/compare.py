@@ -6,13 +6,12 @@ The second run is held against the first. A measure got worse when the whole int
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlxdpo import Run, UserError, read_lines
+from mlxdpo import Run, UserError, as_written, read_json, read_lines
 
 from .rewards import mcnemar
 from .stats import Interval, paired_difference
@@ -91,7 +90,8 @@ def _keyed(run: Run, name: str, fields: Sequence[str]) -> dict[tuple, dict[str, 
     file = run.path / "eval" / name
     if not file.exists():
         raise UserError(f"{run.path} has no evaluation; run `mlxdpo eval {run.path}` first")
-    return {tuple(line[field] for field in fields): line for line in read_lines(file)}
+    with as_written(file, f"run `mlxdpo eval {run.path}` again"):
+        return {tuple(line[field] for field in fields): line for line in read_lines(file)}
 
 
 def _judges(samples: Sequence[Mapping[tuple, Mapping[str, Any]]]) -> list[str]:
@@ -165,4 +165,4 @@ def latest_results(run: Run) -> dict[str, Any]:
     files = sorted((run.path / "eval").glob("results_*.json"))
     if not files:
         raise UserError(f"{run.path} has no evaluation; run `mlxdpo eval {run.path}` first")
-    return json.loads(files[-1].read_text("utf-8"))
+    return read_json(files[-1])

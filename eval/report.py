@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from mlxdpo import Run, UserError, read_lines, write_text
+from mlxdpo import Run, UserError, as_written, read_json, read_lines, write_text
 
 from .compare import latest_results
 from .document import build
@@ -17,11 +16,12 @@ from .written import FORMAT
 def write_report(run: Run) -> Path:
     """The report on the run's newest evaluation; returns the HTML file. Raises `UserError` without an evaluation."""
     results = latest_results(run)
-    if results["format"] != FORMAT:
+    if results.get("format") != FORMAT:
         raise UserError(f"{run.path} was evaluated by another version; run `mlxdpo eval {run.path}` again")
     pairs, samples = (list(read_lines(run.path / "eval" / f"eval_{name}.jsonl")) for name in ("pairs", "samples"))
     frontier = run.path / "eval" / "frontier.json"
-    document = build(results, pairs, samples, json.loads(frontier.read_text("utf-8")) if frontier.exists() else None)
+    with as_written(run.path / "eval", f"run `mlxdpo eval {run.path}` again"):
+        document = build(results, pairs, samples, read_json(frontier) if frontier.exists() else None)
     write_text(run.path / "report.md", markdown(document))
     write_text(run.path / "report.html", page(document))
     return run.path / "report.html"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxdpo import write_text
+from mlxdpo import as_written, read_json, write_text
 
 from .blocks import Document, Sample, Section, Table, both, number, within
 from .markdown import markdown
@@ -66,7 +65,15 @@ def verdict(found: Mapping[str, Any]) -> tuple[str, str]:
 
 def write_rounds(folder: Path) -> Path:
     """`report.html` and `report.md` of a folder of rounds, from its files alone; returns the HTML file."""
-    found = json.loads((folder / "rounds.json").read_text("utf-8"))
+    found = read_json(folder / "rounds.json")
+    with as_written(folder / "rounds.json", "run `mlxdpo iterate` again"):
+        document = _document(folder, found)
+    write_text(folder / "report.md", markdown(document))
+    write_text(folder / "report.html", page(document))
+    return folder / "report.html"
+
+
+def _document(folder: Path, found: Mapping[str, Any]) -> Document:
     rows, (word, sentence) = found["rounds"], verdict(found)
     kept = rows[found["kept"]]
     names = [judge["name"] for judge in kept["judges"]]
@@ -80,10 +87,7 @@ def write_rounds(folder: Path) -> Path:
         Section("What was collected", [_collected(rows)]),
         Section(f"Answers at the start and after round {found['kept']}", list(_samples(folder, found["kept"], rows))),
     ]
-    document = Document(folder.name, word, sentence, subtitle, tiles, sections)
-    write_text(folder / "report.md", markdown(document))
-    write_text(folder / "report.html", page(document))
-    return folder / "report.html"
+    return Document(folder.name, word, sentence, subtitle, tiles, sections)
 
 
 def _collected(rows: Rows) -> Table:
@@ -97,9 +101,9 @@ def _collected(rows: Rows) -> Table:
 
 
 def _samples(folder: Path, kept: int, rows: Rows) -> list[Sample]:
-    old = json.loads((folder / "start.json").read_text("utf-8"))["answers"]
+    old = read_json(folder / "start.json")["answers"]
     file = folder / rows[kept]["run"] / "eval" / "round.json" if kept else folder / "start.json"
-    new = json.loads(file.read_text("utf-8"))["answers"]
+    new = read_json(file)["answers"]
     seen: dict[str, Sample] = {}
     for before, after in zip(old, new, strict=True):
         note = f"scores {before['scores']} before, {after['scores']} after"

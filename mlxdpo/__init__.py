@@ -46,6 +46,8 @@ if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it
     from mlxdpo.reward_model import open_reward_model as open_reward_model
     from mlxdpo.runs import Run as Run
     from mlxdpo.runs import append_line as append_line
+    from mlxdpo.runs import as_written as as_written
+    from mlxdpo.runs import read_json as read_json
     from mlxdpo.runs import read_lines as read_lines
     from mlxdpo.runs import write_json as write_json
     from mlxdpo.runs import write_text as write_text
@@ -97,6 +99,8 @@ _DOOR = {
     "cache_folder": "mlxdpo.platform",
     "versions": "mlxdpo.platform",
     "append_line": "mlxdpo.runs",
+    "as_written": "mlxdpo.runs",
+    "read_json": "mlxdpo.runs",
     "read_lines": "mlxdpo.runs",
     "write_json": "mlxdpo.runs",
     "write_text": "mlxdpo.runs",

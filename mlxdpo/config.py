@@ -35,6 +35,8 @@ class ModelConfig(Section):
     """Number type of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
     quantize: Literal[4, 8] | None = None
     """Quantise the frozen weights to this many bits when loading (QLoRA)."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, where it needs that; read that code first."""
 
     @field_validator("quantize", mode="before")
     @classmethod

@@ -82,7 +82,7 @@ def forecast(config: Config, machine: int | None = None) -> Forecast:
     make_optimizer(config.optim)
     rows = read_split(config.data, config.train.seed, stage.take(config, loss))
     skeleton = read_skeleton(config.model)
-    tokenizer = load_tokenizer(skeleton.folder, config.model.path)
+    tokenizer = load_tokenizer(skeleton.folder, config.model.path, config.model.trust_remote_code)
     data = encode_split(rows, config.data, tokenizer, frozenset(tokenizer.eos_token_ids))
     parts, outlook = gather(config, skeleton, data)
     memory, size = parts.memory(), machine or this_machine().memory

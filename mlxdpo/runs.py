@@ -9,78 +9,25 @@ import contextlib
 import fcntl
 import json
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlxdpo.config import Config, dump_config, load_config
 from mlxdpo.types import UserError
+from mlxdpo.writing import append_line as append_line
+from mlxdpo.writing import naming, write_first
+from mlxdpo.writing import sync_folder as sync_folder
+from mlxdpo.writing import write_atomic as write_atomic
+from mlxdpo.writing import write_json as write_json
+from mlxdpo.writing import write_text as write_text
 
-
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk and rename it over `path`.
-
-    A reader sees the old file or the new one, never a part, whenever the process or the machine stops.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: mx.save_safetensors appends one that is missing.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text atomically, UTF-8."""
-    write_atomic(path, lambda temporary: temporary.write_text(text, "utf-8"))  # type: ignore[arg-type,return-value]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; NaN and infinity are refused, so that every reader can parse it."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one JSON line in a single write, flushed to disk; an unfinished last line is cut off first."""
-    _cut_torn_line(path)
-    line = (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, line)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _cut_torn_line(path: Path) -> None:
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    with path.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+HOLDER = ".training"  # in a run directory: the number of the process that trains it
+LONGEST_NAME = 255  # bytes; the limit of the usual file systems
+# Windows opens a device under these names, whatever ending they have.
+DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -125,6 +72,13 @@ def as_written(file: Path, remedy: str = "restore it, or make it again") -> Iter
         raise UserError(f"{file}: is not as mlxdpo wrote it ({reason}); {remedy}") from error
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a name out of a file or from the Hub stays in its folder, on every system, when a file is called so."""
+    odd = not name.isprintable() or any(sign in name for sign in '/\\:*?"<>|') or name != name.strip()
+    device = name.split(".")[0].upper() in DEVICES
+    return bool(name) and not odd and not device and not name.endswith(".") and len(name.encode()) <= LONGEST_NAME
+
+
 def _locked(file: BinaryIO, kind: int, patience: float) -> bool:
     """Whether the lock on an open file could be taken within `patience` seconds; it is gone when the file is closed."""
     until = time.monotonic() + patience
@@ -161,7 +115,10 @@ class Run:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{path}: cannot make the run directory ({error.strerror})") from None
-        write_text(path / "config.yaml", dump_config(config))
+        try:
+            write_first(path / "config.yaml", dump_config(config))
+        except FileExistsError:
+            raise UserError(f"{path}: another process has just begun a run there; choose another --out") from None
         return cls(path)
 
     @classmethod
@@ -176,12 +133,25 @@ class Run:
     def exclusive(self) -> Iterator[None]:
         """Hold the run directory for writing while the context lasts; the system lets go when the process ends.
 
-        Raises `UserError` when another process holds it.
+        Raises `UserError` naming the process that holds it. What a killed one left behind holds nothing.
         """
         with (self.path / "config.yaml").open("rb") as lock:  # never rewritten, so every process locks the same file
             if not _locked(lock, fcntl.LOCK_EX, patience=1.0):  # `held` takes it for an instant
-                raise UserError(f"{self.path}: another process is training this run; stop it first, or wait")
-            yield
+                raise UserError(f"{self.path}: {self._holder()} is training this run; stop it first, or wait")
+            note = self.path / HOLDER
+            with naming(note):
+                note.write_text(f"{os.getpid()}\n")
+            try:
+                yield
+            finally:
+                note.unlink(missing_ok=True)
+
+    def _holder(self) -> str:
+        """Who holds the lock, in words; the note beside it counts only while the lock is held."""
+        try:
+            return f"process {int((self.path / HOLDER).read_text())}"
+        except (OSError, ValueError):
+            return "another process"
 
     def held(self) -> bool:
         """Whether a process holds the run directory for writing now."""
@@ -218,9 +188,14 @@ class Run:
         append_line(self.path / "metrics.jsonl", values)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All metrics so far. Lines of steps that a resume went back behind are history, and left out."""
+        """All metrics so far. Lines of steps that a resume went back behind are history, and left out.
+
+        Raises `UserError` naming the first line that is damaged or says no step.
+        """
         kept: list[dict[str, Any]] = []
-        for line in read_lines(self.path / "metrics.jsonl"):
+        for number, line in enumerate(read_lines(self.path / "metrics.jsonl"), 1):
+            if not isinstance(line.get("resumed_from", line.get("step")), int):
+                raise UserError(f"{self.path / 'metrics.jsonl'}:{number}: says no step; take the line out")
             if "resumed_from" in line:
                 back = line["resumed_from"]  # from 0 everything is done again, the evaluation of step 0 too
                 kept = [old for old in kept if old["step"] <= back] if back else []

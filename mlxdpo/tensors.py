@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlxdpo.types import UserError
+
+PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|msgpack|h5|npz)")
+"""Files that run code when they are opened, or may hold what does."""
+
+
+def pickled_in(folder: Path) -> str:
+    """What to say of a folder without safetensors: that there is a pickle instead, if there is."""
+    names = sorted(path.name for path in folder.iterdir() if PICKLES.fullmatch(path.name)) if folder.is_dir() else []
+    return f"; {names[0]} is a pickle and could run code, convert it to safetensors first" if names else ""
 
 
 def read_tensors(file: Path) -> dict[str, mx.array]:

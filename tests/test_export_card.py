@@ -162,7 +162,7 @@ def test_results_of_another_format_are_not_guessed_at(evaluated, out, tmp_path):
     with pytest.raises(UserError, match="format is 99, expected 2"):
         write_card(run, out)
     (run.path / "eval" / "results_2031.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="not JSON"):
         write_card(run, out)
 
 

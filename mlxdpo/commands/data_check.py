@@ -74,7 +74,7 @@ def _as_seen(rows: Sequence[Preference | Opinion], data: DataConfig, model: Mode
     from mlxdpo.data.load import token_counts
     from mlxdpo.model.policy import find_model, load_tokenizer
 
-    tokenizer = load_tokenizer(find_model(model.path, model.revision), model.path)
+    tokenizer = load_tokenizer(find_model(model.path, model.revision), model.path, model.trust_remote_code)
     # The tokens as they are before any limit, so that rows over it can be counted.
     unlimited, _ = encode_all(rows, tokenizer, data.model_copy(update={"max_length": NO_LIMIT}))
     limited, report = encode_all(rows, tokenizer, data)

@@ -159,10 +159,11 @@ def _show(rows: Any) -> None:
 
 def _tell(folder: Any, done: Any, json: bool) -> None:
     from mlxdpo.commands.screen import console
+    from mlxdpo.runs import read_json
     from mlxdpo_eval.rounds_report import verdict, write_rounds
 
     report = write_rounds(folder)
-    found = jsonlib.loads((folder / "rounds.json").read_text("utf-8"))
+    found = read_json(folder / "rounds.json")
     if json:
         print(jsonlib.dumps(found, ensure_ascii=False))
         return

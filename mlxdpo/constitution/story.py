@@ -27,7 +27,7 @@ from mlxdpo.constitution.wording import COMPARED
 from mlxdpo.data.encode import template_digest
 from mlxdpo.data.read import prompt_key
 from mlxdpo.model.policy import Policy
-from mlxdpo.runs import append_line, read_lines, write_json, write_text
+from mlxdpo.runs import append_line, as_written, read_json, read_lines, write_json, write_text
 from mlxdpo.types import Event, UserError
 
 SETTINGS, RULES = "settings.json", "constitution.yaml"
@@ -114,11 +114,12 @@ def _begun(out: Path, identity: Mapping[str, Any], rules: Constitution) -> set[s
         write_text(out / RULES, dump_constitution(rules))
         write_json(file, identity)
         return set()
-    then = json.loads(file.read_text("utf-8"))
+    then = read_json(file)
     for name, now in identity.items():
         if then.get(name) != now:
             raise UserError(f"{out} was begun with {_differing(name, then.get(name), now)}; choose another --out")
-    return {line["prompt_id"] for line in read_lines(out / TALKS)}
+    with as_written(out / TALKS):
+        return {line["prompt_id"] for line in read_lines(out / TALKS)}
 
 
 def _differing(name: str, then: Any, now: Any) -> str:

@@ -6,17 +6,19 @@ wait on disk, and a source is read once (a pipe, or a Hub data set that streams,
 
 from __future__ import annotations
 
-import pickle
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from mlxdpo.data.read import prompt_key
-from mlxdpo.types import Opinion, Preference
+from mlxdpo.types import Extras, Message, Opinion, Preference, Text
 
+KINDS = {kind.__name__: kind for kind in (Preference, Opinion)}
 FIELDS = {
-    Preference: ("prompt", "chosen", "rejected", "where", "tools", "extras"),
-    Opinion: ("prompt", "completion", "desirable", "where", "tools", "extras"),
+    "Preference": ("prompt", "chosen", "rejected", "where", "tools", "extras"),
+    "Opinion": ("prompt", "completion", "desirable", "where", "tools", "extras"),
 }
 
 
@@ -33,17 +35,28 @@ class Spool:
         for row in rows:
             key = prompt_key(row.prompt)
             self.prompts.add(key)
-            kind = type(row)
-            fields = {name: getattr(row, name) for name in FIELDS[kind]}
-            pickle.dump((key, kind, fields), self._file, pickle.HIGHEST_PROTOCOL)
+            kind = type(row).__name__
+            line = [key.hex(), kind, *(getattr(row, name) for name in FIELDS[kind])]
+            # What JSON has no form of (a date out of Parquet in a tool call) becomes the text a template would write.
+            self._file.write(json.dumps(line, default=str).encode() + b"\n")
 
     def rows(self, wanted: Callable[[bytes], bool] = lambda key: True) -> Iterator[Preference | Opinion]:
         """The rows whose prompt's key is wanted, in order."""
         self._file.seek(0)
-        while True:
-            try:
-                key, kind, fields = pickle.load(self._file)
-            except EOFError:
-                return
-            if wanted(key):
-                yield kind(**fields)
+        for line in self._file:
+            key, kind, *fields = json.loads(line)
+            if wanted(bytes.fromhex(key)):
+                yield KINDS[kind](
+                    **{name: _back(name, value) for name, value in zip(FIELDS[kind], fields, strict=True)}
+                )
+
+
+def _back(name: str, value: Any) -> Any:
+    """A field out of JSON, which knows lists alone."""
+    if name in ("prompt", "chosen", "rejected", "completion"):
+        return _text(value)
+    return {"tools": tuple, "extras": lambda numbers: Extras(*numbers)}.get(name, lambda same: same)(value)
+
+
+def _text(value: Any) -> Text:
+    return value if isinstance(value, str) else tuple(Message(*turn) for turn in value)

@@ -5,12 +5,11 @@ The evaluation package is not imported: its files are the interface. What a file
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxdpo.runs import Run
+from mlxdpo.runs import Run, read_json
 from mlxdpo.types import UserError
 
 FORMATS = (1, 2)  # of results_*.json; in both the numbers of the card have the same places
@@ -53,15 +52,8 @@ def read_findings(run: Run) -> Findings | None:
     """The newest evaluation, else the demo's own measurement, else None. Raises `UserError` for an unreadable file."""
     folder = run.path / "eval"
     if files := sorted(folder.glob("results_*.json")):
-        return _of_results(files[-1], _read(files[-1]))
-    return _of_demo(folder / "demo.json", _read(folder / "demo.json")) if (folder / "demo.json").exists() else None
-
-
-def _read(file: Path) -> Json:
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); run the evaluation again, or remove it") from None
+        return _of_results(files[-1], read_json(files[-1]))
+    return _of_demo(folder / "demo.json", read_json(folder / "demo.json")) if (folder / "demo.json").exists() else None
 
 
 def at(values: Any, path: str) -> Any:

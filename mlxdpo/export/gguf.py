@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +23,8 @@ from mlxdpo.export.gguf_tokens import refuse_tokenizer, write_tokenizer
 from mlxdpo.export.names import weight_files
 from mlxdpo.export.source import Source
 from mlxdpo.model.builtin import unpermute
+from mlxdpo.runs import read_json
+from mlxdpo.tensors import read_tensors
 from mlxdpo.types import UserError
 
 FILE = "model.gguf"
@@ -57,7 +58,7 @@ def refuse(source: Source) -> None:
     """Raise `UserError` where a faithful file cannot be written: the library, the family, the tokenizer, a bias."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError("gguf: the gguf package is not installed; run `pip install gguf`")
-    config = json.loads((source.base / "config.json").read_text("utf-8"))
+    config = read_json(source.base / "config.json")
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UserError(
@@ -89,7 +90,7 @@ def convert(source: Path, target: Path, kind: str, name: str) -> str:
     Returns the type written.
     """
     gguf = library()
-    config = json.loads((source / "config.json").read_text("utf-8"))
+    config = read_json(source / "config.json")
     if kind == "auto":
         kind = next(KINDS[a.dtype] for _, a in _tensors(source) if a.ndim == 2)
     writer = gguf.GGUFWriter(target, config["model_type"])
@@ -117,9 +118,9 @@ def convert(source: Path, target: Path, kind: str, name: str) -> str:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, mx.array]]:
-    tied = json.loads((folder / "config.json").read_text("utf-8")).get("tie_word_embeddings", False)
+    tied = read_json(folder / "config.json").get("tie_word_embeddings", False)
     for file in weight_files(folder):
-        arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
+        arrays = read_tensors(file)
         for name in sorted(arrays):
             if not (tied and name == "lm_head.weight"):
                 yield name, arrays.pop(name)
@@ -183,7 +184,7 @@ def _write_shape(writer: Any, config: Mapping[str, Any]) -> None:
 
 def reload(source: Source, folder: Path) -> nn.Module:
     """The file as a model again, from its own metadata and tensors."""
-    return read(folder / FILE, json.loads((source.base / "config.json").read_text("utf-8")))
+    return read(folder / FILE, read_json(source.base / "config.json"))
 
 
 def read(file: Path, original: Mapping[str, Any]) -> nn.Module:

@@ -6,11 +6,11 @@ model that got worse, so the rule in `tokenizer.json` must be one of those writt
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlxdpo.runs import read_json
 from mlxdpo.types import UserError
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+"
@@ -48,7 +48,7 @@ def _step(step: Mapping[str, Any]) -> str:
 def refuse_tokenizer(folder: Path, name: str) -> None:
     """Raise `UserError` for a tokenizer that cannot be written so that llama.cpp splits text as it does."""
     file = folder / "tokenizer.json"
-    if not file.exists() or rule_name(json.loads(file.read_text("utf-8"))) is None:
+    if not file.exists() or rule_name(read_json(file)) is None:
         raise UserError(
             f"gguf: the tokenizer of {name} splits text by a rule without a name in this converter (known: "
             f"{', '.join(RULES)}); export --to hf and use llama.cpp's convert_hf_to_gguf.py"
@@ -59,9 +59,9 @@ def write_tokenizer(writer: Any, folder: Path, config: Mapping[str, Any]) -> Non
     """Vocabulary, merges, rule, special tokens and chat template of a Hugging Face folder into a GGUF writer."""
     from transformers import AutoTokenizer
 
-    specification = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    specification = read_json(folder / "tokenizer.json")
     tokens, kinds = vocabulary(specification, config["vocab_size"])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(rule_name(specification))
     writer.add_token_list(tokens)

@@ -7,7 +7,6 @@ last two put the delta onto M's full-precision tensors instead; the gate says wh
 
 from __future__ import annotations
 
-import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,8 @@ from mlxdpo.export.deltas import Change, base_of, dequantised, expert_change, pl
 from mlxdpo.export.names import weight_files
 from mlxdpo.export.shards import patch
 from mlxdpo.export.source import Source, side_files
-from mlxdpo.runs import write_json
+from mlxdpo.runs import read_json, write_json
+from mlxdpo.tensors import read_tensor, read_tensors
 from mlxdpo.types import UserError
 
 # 4-bit codes differ from their weights by a tenth of the weights' size; another model's weights by more than all of it.
@@ -95,7 +95,7 @@ def _twins(source: Source, found: dict[str, Change]) -> dict[str, Change]:
 
 
 def _stored(source: Source, name: str) -> mx.array:
-    return mx.load(str(source.origins.stored[name]))[name]  # type: ignore[index]
+    return read_tensor(source.origins.stored[name], name)
 
 
 def _family(source: Source) -> str:
@@ -130,7 +130,7 @@ def _refuse_stacks(source: Source) -> None:
 
 
 def _write_dequantised(source: Source, file: Path, target: Path) -> None:
-    stored: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
+    stored = read_tensors(file)
     packed, written = dequantised(source.model), {}
     for name, array in stored.items():
         layer, _, part = name.rpartition(".")
@@ -149,7 +149,7 @@ def _copy_sides(base: Path, folder: Path, dropped: set[str]) -> None:
     for file in side_files(base):
         shutil.copyfile(file, folder / file.name)
     if dropped:
-        config = json.loads((base / "config.json").read_text("utf-8"))
+        config = read_json(base / "config.json")
         write_json(folder / "config.json", {key: value for key, value in config.items() if key not in dropped})
 
 
@@ -158,7 +158,7 @@ def _write_index(folder: Path) -> None:
     files = weight_files(folder)
     if len(files) < 2:
         return
-    arrays = {file.name: mx.load(str(file)) for file in files}
+    arrays = {file.name: read_tensors(file) for file in files}
     total = sum(array.nbytes for part in arrays.values() for array in part.values())  # type: ignore[union-attr]
     index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, part in arrays.items() for n in part}}
     write_json(folder / "model.safetensors.index.json", index)

@@ -12,18 +12,19 @@ import re
 import shutil
 import struct
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlxdpo.export.client import About, Say, ask
+from mlxdpo.runs import is_plain_name
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 HEADER_LIMIT = 100_000_000  # bytes; what safetensors' own reader allows
+LONGEST_PATH = 1024  # bytes of a name with its folders
 SIDE_LIMIT = 64 * 2**20  # bytes of anything that is not weights
-PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|msgpack|h5|npz)")
 
 
 class Entry(NamedTuple):
@@ -77,10 +78,12 @@ def _entry(file: Any) -> Entry:
 
 def check_name(name: str, repo: str) -> None:
     """Raise `UserError` unless `name` stays below the folder that it is written into, on every system."""
-    parts = name.split("/")
-    odd = not name.isprintable() or "\\" in name or ":" in name or PurePosixPath(name).is_absolute()
-    if odd or any(part in ("", ".", "..") or part != part.strip() for part in parts):
-        raise UserError(f"{repo} lists a file named {name!r}, which leaves its folder; nothing was taken from it")
+    if not all(map(is_plain_name, name.split("/"))) or len(name.encode()) > LONGEST_PATH:
+        shown = repr(name if len(name) <= 80 else f"{name[:80]}…")
+        raise UserError(
+            f"{repo} lists a file named {shown}, which leaves its folder or is no name on some system; "
+            "nothing was taken from it"
+        )
 
 
 def download(api: HfApi, listing: Listing, names: Sequence[str], folder: Path, say: Say) -> None:
@@ -125,9 +128,9 @@ def check_safetensors(file: Path, name: str) -> None:
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else HEADER_LIMIT + 1
         header = content.read(length) if length <= min(HEADER_LIMIT, size - 8) else b""
     try:
-        arrays = {key: value for key, value in json.loads(header).items() if key != "__metadata__"}
+        arrays = {key: value for key, value in json.loads(header.decode("utf-8")).items() if key != "__metadata__"}
         inside = all(0 <= a["data_offsets"][0] <= a["data_offsets"][1] <= size - 8 - length for a in arrays.values())
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         inside = False
     if not inside:
         raise UserError(f"{name} is not a safetensors file; mlxdpo reads no other weights")

@@ -7,7 +7,6 @@ files asks for `quantized`, is shown what it cost, and is refused when that was 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxdpo.export.deltas import base_of, plain_weight, tuned
 from mlxdpo.export.source import Source, hub_name, side_files
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS
-from mlxdpo.runs import write_json
+from mlxdpo.runs import read_json, write_json
 from mlxdpo.types import UserError
 
 
 def write_adapter(source: Source, folder: Path) -> str | None:
     """The run's adapter, for `mlx_lm.generate --adapter-path`."""
     shutil.copyfile(source.opened.run.adapter / WEIGHTS, folder / WEIGHTS)
-    settings = json.loads((source.opened.run.adapter / SETTINGS).read_text("utf-8"))
+    settings = read_json(source.opened.run.adapter / SETTINGS)
     write_json(folder / SETTINGS, settings | {"model": hub_name(source.opened.config.model.path, source.folder)})
     if source.quantised and not source.stored_quantised:
         bits = source.opened.policy.identity["quantization"]["bits"]
@@ -82,7 +81,7 @@ def fused(source: Source) -> tuple[nn.Module, dict[str, Any]]:
     """The base as stored (or packed as the run packed it), trained weights in place of its own; and its config."""
     from mlx_lm.utils import load_model, quantize_model
 
-    model = load_model(source.folder, lazy=True)[0]
+    model = load_model(source.folder, lazy=True, trust_remote_code=source.opened.config.model.trust_remote_code)[0]
     config, bits = dict(source.raw_config), source.opened.config.model.quantize
     if bits:
         model, config = quantize_model(model, config, 64, bits)

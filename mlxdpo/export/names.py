@@ -14,6 +14,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlxdpo.tensors import read_tensors
+
 
 class Origins(NamedTuple):
     """Of one model folder: `stored` names each tensor's file, `one` the tensor a parameter is, `made` those it is not.
@@ -48,7 +50,7 @@ def origins(folder: Path) -> Origins:
     model_class, arguments = _get_classes(config)
     stored, files = {}, {}
     for file in weight_files(folder):
-        part: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
+        part = read_tensors(file)
         stored |= part
         files |= dict.fromkeys(part, file)
     model = model_class(arguments.from_dict(config))  # `sanitize` may change the model: this one is for it alone

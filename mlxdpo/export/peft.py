@@ -6,7 +6,6 @@ without complaint and computes another function, so the gate reads back what was
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -21,7 +20,8 @@ from mlxdpo.config import LoraConfig
 from mlxdpo.export.source import Source
 from mlxdpo.model.adapters import attach_lora, read_settings
 from mlxdpo.model.policy import Policy, load_policy
-from mlxdpo.runs import write_json
+from mlxdpo.runs import read_json, write_json
+from mlxdpo.tensors import pickled_in, read_tensors
 from mlxdpo.types import UserError
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -139,8 +139,8 @@ class Adapter(NamedTuple):
 def read(folder: Path) -> Adapter:
     """Read a PEFT adapter folder. Raises `UserError` for what is no LoRA adapter, or more than one."""
     if not (folder / SETTINGS).exists() or not (folder / WEIGHTS).exists():
-        raise UserError(f"{folder}: no PEFT adapter there; expected {SETTINGS} and {WEIGHTS}")
-    raw = json.loads((folder / SETTINGS).read_text("utf-8"))
+        raise UserError(f"{folder}: no PEFT adapter there; expected {SETTINGS} and {WEIGHTS}{pickled_in(folder)}")
+    raw = read_json(folder / SETTINGS)
     if raw.get("peft_type") != "LORA":
         raise UserError(f"{folder / SETTINGS}: peft_type is {raw.get('peft_type')!r}; only LORA has a form in mlx-lm")
     for name in ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"):
@@ -149,7 +149,7 @@ def read(folder: Path) -> Adapter:
     if raw.get("bias", "none") != "none" or raw.get("lora_bias") or raw.get("fan_in_fan_out"):
         raise UserError(f"{folder / SETTINGS}: trained biases and fan_in_fan_out have no form in an mlx-lm adapter")
     modules: dict[str, dict[str, mx.array]] = {}
-    stored: dict[str, mx.array] = mx.load(str(folder / WEIGHTS))  # type: ignore[assignment]
+    stored = read_tensors(folder / WEIGHTS)
     known = {theirs: own for own, theirs in [*PARTS.items(), *EMBEDDED.items()]} | {"lora_magnitude_vector.weight": "m"}
     for name, array in stored.items():
         end = next((part for part in known if name.endswith("." + part)), None)

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mlxdpo.config import Config, dump_config, load_config
 from mlxdpo.export.bare import describe_adapter, find_adapter
 from mlxdpo.export.client import Say, check_repo_id, connect
-from mlxdpo.export.incoming import PICKLES, Listing, download, list_repository
+from mlxdpo.export.incoming import Listing, download, list_repository
 from mlxdpo.export.outgoing import OF_THE_RUN, RUN
 from mlxdpo.export.published import REFERENCE, START, looks_like_hub_id, public_name
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS
 from mlxdpo.model.identity import folder_digest
 from mlxdpo.model.policy import BUILTIN, DOWNLOAD, find_model
 from mlxdpo.runs import sync_folder, write_json, write_text
+from mlxdpo.tensors import PICKLES
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ def localised(
             "revision": None if base else config.model.revision,
             "adapter": homes[START],
             "dtype": manifest["model"]["dtype"],
+            "trust_remote_code": False,  # whether to run code is for whoever sits here to say
         }
     )
     data = {"path": public_name(config.data.path), "eval": config.data.eval and public_name(config.data.eval)}

@@ -14,12 +14,13 @@ pair has no slope, a broken artefact no divergence) are null.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxdpo.runs import write_json
+from pydantic import TypeAdapter
+
+from mlxdpo.runs import as_written, read_json, write_json
 from mlxdpo.types import UserError
 
 RECORD = "export.json"
@@ -95,8 +96,6 @@ def read_record(out: Path) -> Exported:
     file = out / RECORD
     if not file.exists():
         raise UserError(f"{out}: no {RECORD} there; expected a folder that `mlxdpo export` wrote")
-    raw = json.loads(file.read_text("utf-8"))
-    targets = {
-        name: Target(**target | {"fidelity": Fidelity(**target["fidelity"])}) for name, target in raw["targets"].items()
-    }
-    return Exported(**raw | {"out": out, "targets": targets})
+    raw = read_json(file)
+    with as_written(file, "export again"):
+        return TypeAdapter(Exported).validate_python(raw | {"out": out})

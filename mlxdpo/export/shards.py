@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxdpo.export.deltas import Change
+from mlxdpo.tensors import read_tensors
 from mlxdpo.types import UserError
 
 KINDS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
@@ -39,7 +40,7 @@ def patch(source: Path, target: Path, changes: Mapping[str, Change], check: Call
         if (kind := entries[name]["dtype"]) not in KINDS:
             raise UserError(f"{source.name}: `{name}` is stored as {kind}; only F32, F16 and BF16 can take a delta")
     shutil.copyfile(source, target)
-    stored: dict[str, mx.array] = mx.load(str(source))  # type: ignore[assignment]
+    stored = read_tensors(source)
     with target.open("r+b") as handle:
         for name, change in changes.items():
             old = stored.pop(name).astype(mx.float32)  # popped, so that it can be freed

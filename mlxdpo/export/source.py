@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from mlxdpo.export.published import is_hub_id
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.policy import find_model
 from mlxdpo.reopen import Opened
+from mlxdpo.runs import read_json
 
 GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 # What travels with weights besides weights: never code, never what some tool left in the folder.
@@ -75,7 +76,7 @@ class Source:
     @cached_property
     def raw_config(self) -> dict[str, Any]:
         """The base's config.json as it stands on disk."""
-        return json.loads((self.folder / "config.json").read_text("utf-8"))
+        return read_json(self.folder / "config.json")
 
     @cached_property
     def adapted(self) -> dict[str, nn.Module]:
@@ -111,10 +112,19 @@ def hub_name(path: str, folder: Path) -> str:
     if is_hub_id(path):
         return path
     card = folder / "README.md"
-    head = re.match(r"---\n(.*?)\n---", card.read_text("utf-8"), re.DOTALL) if card.exists() else None
-    named = (yaml.safe_load(head.group(1)) or {}).get("base_model") if head else None
+    named = _head_of(card).get("base_model") if card.is_file() else None
     named = named[0] if isinstance(named, list) and named else named
     return named if isinstance(named, str) else Path(path).resolve().name
+
+
+def _head_of(card: Path) -> Mapping[str, Any]:
+    """The metadata of a model card; a head that is no YAML mapping says nothing, as on the Hub."""
+    head = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL)
+    try:
+        found = yaml.safe_load(head.group(1)) if head else None
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date with a month 13, say
+        return {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def side_files(folder: Path) -> list[Path]:

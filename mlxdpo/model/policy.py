@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from mlxdpo.config import ModelConfig
 from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.model.identity import folder_digest
 from mlxdpo.platform import default_dtype
+from mlxdpo.tensors import pickled_in, read_tensors
 from mlxdpo.types import UserError
 
 BUILTIN = {"smollm2": smollm2_folder}
+CODE = "*.py"  # downloaded and run only with model.trust_remote_code
 DOWNLOAD = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 
 
@@ -60,19 +63,45 @@ def find_model(path: str, revision: str | None = None, patterns: Sequence[str] =
         raise UserError(f"{path}: the Hub refused it ({str(error).splitlines()[0]})") from None
 
 
-def load_tokenizer(folder: Path, name: str) -> Any:
+def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder, with the end-of-sequence ids of its configuration; no weights are read.
 
-    Raises `UserError` when there is none.
+    Raises `UserError` when there is none, and when it needs code that `trust_remote_code` does not allow.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load
 
+    # Said in so many words: left unsaid, transformers asks on the terminal whether to run it.
+    trust = {"trust_remote_code": trust_remote_code}
+    with strangers_files(name, "its tokenizer "):
+        return load(folder, trust, eos_token_ids=load_config(folder).get("eos_token_id"))
+
+
+@contextlib.contextmanager
+def strangers_files(name: str, part: str = "") -> Iterator[None]:
+    """Whatever goes wrong with the files of a model becomes one sentence; what needs code names the knob for it."""
     try:
-        return load(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"{name}: its tokenizer cannot be loaded ({' '.join(str(error).split())})") from None
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # `tokenizers` raises Exception itself, the model definitions whatever breaks first
+        said = " ".join(str(error).split())
+        if "trust_remote_code" in said:
+            raise UserError(
+                f"{name}: needs Python code that comes with it; read that code, and set model.trust_remote_code true "
+                f"if you trust it"
+            ) from None
+        kind = "" if isinstance(error, FileNotFoundError | ValueError) else f"{type(error).__name__}: "
+        raise UserError(f"{name}: {part}cannot be loaded ({kind}{said[:300]})") from error
+
+
+def check_weights(folder: Path, name: str) -> None:
+    """Raise `UserError` unless `folder` holds whole safetensors weights, the only kind that is read."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise UserError(f"{name}: cannot be loaded (no model*.safetensors there{pickled_in(folder)})")
+    for file in files:
+        read_tensors(file)
 
 
 def load_policy(config: ModelConfig) -> Policy:
@@ -83,12 +112,12 @@ def load_policy(config: ModelConfig) -> Policy:
     """
     from mlx_lm.utils import load_model, quantize_model
 
-    folder = find_model(config.path, config.revision)
-    try:
-        model, raw = load_model(folder, lazy=True)
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise UserError(f"{config.path}: cannot be loaded ({' '.join(str(error).split())})") from None
-    tokenizer = load_tokenizer(folder, config.path)
+    trusted = config.trust_remote_code
+    folder = find_model(config.path, config.revision, [*DOWNLOAD, CODE] if trusted else DOWNLOAD)
+    check_weights(folder, config.path)
+    with strangers_files(config.path):
+        model, raw = load_model(folder, lazy=True, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(folder, config.path, trusted)
     dtype = default_dtype() if config.dtype == "auto" else getattr(mx, config.dtype)
     quantisation = raw.get("quantization")
     if config.quantize:
@@ -99,11 +128,12 @@ def load_policy(config: ModelConfig) -> Policy:
     cast(model, dtype)
     model.freeze()
     model.train()  # gated-delta layers have a gradient only in this mode, and both modes must agree
-    mx.eval(model.parameters())
+    with strangers_files(config.path):
+        mx.eval(model.parameters())
     identity = {
         "source": config.path,
         "revision": config.revision,
-        "digest": folder_digest(folder),
+        "digest": folder_digest(folder, code=trusted),
         "dtype": str(dtype).removeprefix("mlx.core."),
         "quantization": quantisation,
     }

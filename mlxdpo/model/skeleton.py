@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +18,10 @@ import mlx.nn as nn
 
 from mlxdpo.config import LoraConfig, ModelConfig
 from mlxdpo.model.adapters import attach_lora, check_trainable
-from mlxdpo.model.policy import BUILTIN, cast, find_model
+from mlxdpo.model.policy import BUILTIN, cast, find_model, strangers_files
 from mlxdpo.platform import default_dtype
+from mlxdpo.runs import as_written, is_plain_name, parse_object, read_json
+from mlxdpo.tensors import pickled_in
 from mlxdpo.types import UserError
 
 # All of a model folder but its weights.
@@ -52,11 +53,11 @@ def read_skeleton(config: ModelConfig) -> Skeleton:
     from mlx_lm.utils import load_config, quantize_model
 
     folder, stored = _look(config)
-    try:
+    with strangers_files(config.path):
         raw = load_config(folder)
+        if raw.get("model_file"):
+            raise UserError(f"{config.path}: its shape is in Python code that comes with it: it cannot be planned for")
         model = _definition(raw, stored)
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config.path}: cannot be loaded ({' '.join(str(error).split())})") from None
     if config.quantize:
         if raw.get("quantization"):
             raise UserError(
@@ -92,16 +93,29 @@ def _look(config: ModelConfig) -> tuple[Path, dict[str, Stored]]:
         return folder, {name: one for file in files for name, one in read_header(file).items()}
     if on_hub:
         return folder, _hub_headers(config)
-    raise UserError(f"{config.path}: cannot be loaded (no model*.safetensors there)")
+    raise UserError(f"{config.path}: cannot be loaded (no model*.safetensors there{pickled_in(folder)})")
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The weight files of a folder; none when some of them are missing, as in a Hub snapshot without weights."""
     files, index = sorted(folder.glob("model*.safetensors")), folder / "model.safetensors.index.json"
     if index.exists():
-        wanted = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        return files if wanted <= {file.name for file in files} else []
+        return files if indexed_files(index) <= {file.name for file in files} else []
     return files
+
+
+def indexed_files(index: Path) -> set[str]:
+    """The file names in a model's `model.safetensors.index.json`.
+
+    Raises `UserError` for one that is not a plain name beside the index: it would lead out of the model's folder.
+    """
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"{index}: expected a `weight_map` of file names; download it again")
+    for name in found.values():
+        if not is_plain_name(name):
+            raise UserError(f"{index}: {name[:80]!r} is no name of a file beside it; nothing is read from there")
+    return set(found.values())
 
 
 def _hub_headers(config: ModelConfig) -> dict[str, Stored]:
@@ -126,12 +140,10 @@ def read_header(file: Path) -> dict[str, Stored]:
         size = struct.unpack("<Q", start)[0] if len(start) == 8 else HEADER_LIMIT + 1
         if size > HEADER_LIMIT:
             raise UserError(f"{file}: not a safetensors file (its header would have {size} bytes); download it again")
-        try:
-            header = json.loads(stream.read(size))
-        except ValueError:
-            raise UserError(f"{file}: not a safetensors file (its header is no JSON); download it again") from None
+        header = parse_object(stream.read(size), f"{file}: not a safetensors file")
     header.pop("__metadata__", None)
-    return {name: Stored(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    with as_written(file, "download it again"):
+        return {name: Stored(str(one["dtype"]), tuple(map(int, one["shape"]))) for name, one in header.items()}
 
 
 def _definition(raw: Mapping[str, Any], stored: Mapping[str, Stored]) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import gc
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ from mlxdpo.reopen import Opened
 from mlxdpo.round_knobs import Drawing
 from mlxdpo.rounds import plan
 from mlxdpo.rounds.start import open_round, open_start, start_source
-from mlxdpo.runs import Run, write_json
+from mlxdpo.runs import Run, as_written, read_json, write_json
 from mlxdpo.types import Event, Preference, UserError
 
 Stop = Callable[[], bool]
@@ -123,13 +122,15 @@ def _measured(
     if not file.exists():
         write_json(file, hands.measure(opened(), as_rows(heldout), start))
         _free_memory()
-    return json.loads(file.read_text("utf-8"))
+    return read_json(file)
 
 
 def _described(row: Mapping[str, Any], run: Run, number: int, parent: Run | None) -> dict[str, Any]:
     file = report_file(run.path / "data" / "pairs.jsonl")
-    report = json.loads(file.read_text("utf-8"))
-    out = {name: report[name] for name in ("rows", "answers", "answers_left_out", "prompts_without_pair", "mean_score")}
+    report = read_json(file)
+    with as_written(file):
+        names = ("rows", "answers", "answers_left_out", "prompts_without_pair", "mean_score")
+        out = {name: report[name] for name in names}
     own = {"round": number, "run": run.path.name, "parent": None if parent is None else parent.path.name}
     return {**own, "collected": out, **row}
 

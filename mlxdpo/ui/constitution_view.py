@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from html import escape
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 from mlxdpo.constitution.ending import REPORT, TALKS, said
 from mlxdpo.constitution.schema import Constitution, load_constitution
 from mlxdpo.constitution.story import RULES, SETTINGS
-from mlxdpo.runs import read_lines
+from mlxdpo.runs import as_written, read_json, read_lines
 from mlxdpo.types import UserError
 from mlxdpo.ui.data_view import short
 from mlxdpo.ui.places import folders
@@ -160,8 +159,9 @@ def summary_html(folder: Path) -> str:
     if not file.is_file():
         lines = ["not finished: the same command goes on"]
     else:
-        report = json.loads(file.read_text("utf-8"))
-        lines = [f"{report['rows']} pairs from {report['prompts']} prompts", *said(report)]
+        report = read_json(file)
+        with as_written(file):
+            lines = [f"{report['rows']} pairs from {report['prompts']} prompts", *said(report)]
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     rows = [[one.name, one.critique, one.revision, one.comparison] for one in rules_of(folder).principles]
     return f"<ul>{items}</ul>{table('The constitution', ['name', 'critique', 'revision', 'comparison'], rows)}"

@@ -7,11 +7,12 @@ a fraction of a second, and what is shown of them is said to be a sample.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from mlxdpo.ui.run_list import sound
 
 WHOLE = 4_000_000  # bytes; about 8,000 steps
 SAMPLES = 1_000
@@ -29,6 +30,7 @@ class Tail:
     offset        bytes that are dealt with, always the end of a line
     read          bytes read altogether
     sampled       whether the file was too long to be read whole
+    damaged       lines that were read and are not as the trainer writes them
     """
 
     file: Path
@@ -38,6 +40,7 @@ class Tail:
     inode: int = 0
     read: int = 0
     sampled: bool = False
+    damaged: int = 0
 
 
 def follow(tail: Tail) -> bool:
@@ -46,7 +49,7 @@ def follow(tail: Tail) -> bool:
         return False
     now = tail.file.stat()
     if now.st_ino != tail.inode or now.st_size < tail.offset:  # another file than the one that was read
-        tail.steps, tail.evals, tail.offset, tail.inode, tail.sampled = [], [], 0, now.st_ino, False
+        tail.steps, tail.evals, tail.offset, tail.inode, tail.sampled, tail.damaged = [], [], 0, now.st_ino, False, 0
     if now.st_size == tail.offset:
         return False
     before = tail.offset
@@ -87,8 +90,10 @@ def _sample(tail: Tail, size: int) -> None:
 
 def _take(tail: Tail, lines: Iterable[bytes]) -> None:
     for line in lines:
-        values = json.loads(line)
-        if "resumed_from" in values:
+        values = sound(line)
+        if values is None:
+            tail.damaged += 1
+        elif "resumed_from" in values:
             # From 0 everything is done again, the evaluation of step 0 too (as in `Run.metrics`).
             back = values["resumed_from"] or -1
             _cut(tail.steps, back + 1)
@@ -118,4 +123,4 @@ def thinned(lines: list[Line], most: int = POINTS) -> list[Line]:
 
 def points(lines: list[Line], name: str) -> list[tuple[float, float]]:
     """(step, value) of a metric, at most `POINTS`; lines without it are left out."""
-    return [(line["step"], line[name]) for line in thinned(lines) if line.get(name) is not None]
+    return [(line["step"], line[name]) for line in thinned(lines) if isinstance(line.get(name), int | float)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 
+from mlxdpo.runs import as_written, read_json
+from mlxdpo.types import UserError
 from mlxdpo.ui.tables import table
 from mlxdpo_eval.rounds_report import NOTE, cells, header, verdict
 
@@ -15,7 +18,15 @@ def rounds(path: Path) -> str:
     file = path.parent / "rounds.json"
     if not file.exists():
         return "<p>This run is no round of several. In a terminal: <code>mlxdpo iterate RECIPE --rounds 3</code></p>"
-    found = json.loads(file.read_text("utf-8"))
+    try:
+        found = read_json(file)
+        with as_written(file, "run `mlxdpo iterate` again"):
+            return _shown(path, found)
+    except UserError as error:
+        return f'<p role="alert">{escape(str(error))}</p>'
+
+
+def _shown(path: Path, found: Mapping[str, Any]) -> str:
     lines = cells(found["rounds"])
     why = f"<p>Stopped by itself: {escape(found['stopped'])}.</p>" if found["stopped"] else ""
     shown = table(f"Rounds of {path.parent.name}", header(found["rounds"]), lines, path.name)

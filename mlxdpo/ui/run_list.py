@@ -14,12 +14,13 @@ from typing import Any
 
 import yaml
 
-from mlxdpo.runs import Run
+from mlxdpo.runs import Run, read_json
 from mlxdpo.types import UserError
 
 JOB = "job"
 """The subdirectory in which the page keeps what it needs of a training that it started: lock, command, log."""
 
+LARGEST = 1e15  # no measure or step is anywhere near it, and a chart of more is none
 TAIL = 256 * 1024  # bytes at the end of metrics.jsonl in which the newest step and evaluation are looked for
 HEADERS = ("run", "state", "model", "data", "steps", "loss", "held-out accuracy", "win-rate")
 
@@ -115,7 +116,7 @@ def raw_settings(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = yaml.safe_load(file.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, RecursionError, OSError):  # ValueError: no UTF-8, a date with a month 13
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -137,7 +138,7 @@ def newest(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         lines = stream.read().split(b"\n")
     whole = lines[:-1] if size <= TAIL else lines[1:-1]  # a cut first line, a torn last one
     for line in reversed(whole):
-        values = json.loads(line)
+        values = sound(line) or {}
         if not last and "loss" in values:
             last = values
         if not held and "eval_loss" in values:
@@ -147,16 +148,31 @@ def newest(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return last, held
 
 
+def sound(line: bytes) -> dict[str, Any] | None:
+    """A line of `metrics.jsonl` that is as the trainer writes them: a whole step, finite numbers. None for others."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or not isinstance(values.get("resumed_from", values.get("step")), int):
+        return None
+    numbers = (value for value in values.values() if isinstance(value, int | float))
+    return values if all(-LARGEST < number < LARGEST for number in numbers) else None
+
+
 def winrate(path: Path) -> float | None:
-    """The first judge's win-rate at the newest evaluation."""
-    rates = evaluation(path).get("winrates") or [{}]
-    return rates[0].get("rate")
+    """The first judge's win-rate at the newest evaluation; None where there is none, or its file is damaged."""
+    try:
+        rate = evaluation(path)["winrates"][0]["rate"]
+    except (UserError, KeyError, IndexError, TypeError):  # the Evaluation tab says what is wrong with the file
+        return None
+    return rate if isinstance(rate, int | float) else None
 
 
 def evaluation(path: Path) -> dict[str, Any]:
-    """The newest results file of `mlxdpo eval`, empty without one."""
+    """The newest results file of `mlxdpo eval`, empty without one. Raises `UserError` for a damaged one."""
     files = sorted((path / "eval").glob("results_*.json"))
-    return json.loads(files[-1].read_text("utf-8")) if files else {}
+    return read_json(files[-1]) if files else {}
 
 
 def lines(runs: Path) -> list[list[str]]:

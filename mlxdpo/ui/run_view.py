@@ -10,6 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from mlxdpo import checkpoint
+from mlxdpo.types import UserError
 from mlxdpo.ui.chart import STYLE, Series, chart
 from mlxdpo.ui.curves import Line, Tail, points
 from mlxdpo.ui.run_list import evaluation, raw_settings
@@ -33,7 +35,7 @@ def charts(tail: Tail, results: Mapping[str, Any]) -> str:
     """The run's figures. KL is known from `results`, the newest evaluation, alone."""
     if not tail.steps and not tail.evals:
         return "<p>No step yet. Curves appear here with the first one and move while the training runs.</p>"
-    kl = results.get("drift", {}).get("kl")
+    kl = number_at(results, "drift", "kl")
     last = tail.steps[-1]["step"] if tail.steps else 0
     figures = []
     for title, metrics in CHARTS:
@@ -43,6 +45,8 @@ def charts(tail: Tail, results: Mapping[str, Any]) -> str:
             series.append(Series("evaluated at the end", [(last, kl)], "dots", 1))
         figures.append(chart(title, series, KL_EMPTY if title.startswith("KL") else "Nothing measured yet."))
     note = "<p>This file is long: the curves are a sample of its lines.</p>" if tail.sampled else ""
+    if tail.damaged:
+        note += f'<p role="alert">{tail.damaged:,} lines of metrics.jsonl are damaged and left out.</p>'
     return f'{STYLE}{note}<div class="charts">{"".join(figures)}</div>'
 
 
@@ -58,8 +62,9 @@ def checkpoints(path: Path, tail: Tail) -> list[list[str]]:
     """Kept checkpoints, newest first, with the numbers of their step, for the columns of `CHECKPOINT_HEADERS`."""
     steps = {line["step"]: line for line in tail.steps}
     evals = {line["step"]: line for line in tail.evals}
-    folders = sorted((path / "checkpoints").glob("step-*"), reverse=True)
-    best = min(evals.values(), key=lambda line: line["eval_loss"], default={}).get("step")
+    folders = [folder for folder in reversed(checkpoint.steps(path / "checkpoints")) if folder.name[5:].isdecimal()]
+    held_out = [line for line in evals.values() if isinstance(line["eval_loss"], int | float)]
+    best = min(held_out, key=lambda line: line["eval_loss"], default={}).get("step")
     rows = []
     for folder in folders:
         step = int(folder.name.removeprefix("step-"))
@@ -78,7 +83,7 @@ def checkpoints(path: Path, tail: Tail) -> list[list[str]]:
 
 def _cell(line: Line, name: str) -> str:
     value = line.get(name)
-    return "–" if value is None else f"{value:.4f}"
+    return f"{value:.4f}" if isinstance(value, int | float) else "–"
 
 
 def report(path: Path) -> str:
@@ -96,8 +101,27 @@ def report(path: Path) -> str:
 
 
 def headline(path: Path) -> str:
-    """The newest evaluation's verdict in one sentence, empty without one."""
-    return escape(evaluation(path).get("headline", {}).get("sentence", ""))
+    """The newest evaluation's verdict in one sentence, empty without one; or what is wrong with its file."""
+    try:
+        headline = evaluation(path).get("headline")
+    except UserError as error:
+        return escape(str(error))
+    return escape(str(headline.get("sentence", ""))) if isinstance(headline, Mapping) else ""
+
+
+def measured(path: Path) -> Mapping[str, Any]:
+    """The newest evaluation, empty where there is none or `headline` says that its file is damaged."""
+    try:
+        return evaluation(path)
+    except UserError:
+        return {}
+
+
+def number_at(values: Any, *names: str) -> float | None:
+    """The number at a place in nested objects, None where there is none."""
+    for name in names:
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values if isinstance(values, int | float) else None
 
 
 def difference(a: Path, b: Path) -> list[list[str]]:

@@ -8,8 +8,8 @@ from mlxdpo.types import UserError
 from mlxdpo.ui.curves import Tail, follow
 from mlxdpo.ui.guard import Guard
 from mlxdpo.ui.rounds_view import rounds
-from mlxdpo.ui.run_list import HEADERS, choose, evaluation, lines, scan, state
-from mlxdpo.ui.run_view import CHECKPOINT_HEADERS, charts, checkpoints, difference, headline, report
+from mlxdpo.ui.run_list import HEADERS, choose, lines, scan, state
+from mlxdpo.ui.run_view import CHECKPOINT_HEADERS, charts, checkpoints, difference, headline, measured, report
 from mlxdpo.ui.tables import table
 
 EVERY = 2.0  # seconds between looks at the files
@@ -80,7 +80,7 @@ def _watched(gr: Any, runs: Path, name: str | None, before: Tail | None) -> Any:
     kept = table(
         "Kept checkpoints; the Compare tab can answer with any of them", CHECKPOINT_HEADERS, checkpoints(path, tail)
     )
-    return tail, words, charts(tail, evaluation(path)), kept
+    return tail, words, charts(tail, measured(path)), kept
 
 
 def compared(runs: Path, a: str | None, b: str | None) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import fcntl
-import json
 import os
 import re
 import shlex
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxdpo.config import Config
-from mlxdpo.runs import Run, write_json
+from mlxdpo.runs import Run, read_json, write_json
 from mlxdpo.types import UserError
 from mlxdpo.ui.recipe_form import flags
 from mlxdpo.ui.run_list import JOB, busy, newest, state
@@ -121,11 +120,11 @@ def _spawn(path: Path, command: Sequence[str]) -> None:
 
 def stop(path: Path) -> str:
     """Ask a training to save and stop; says what will happen. Raises `UserError` when nothing can be stopped."""
-    job = _job(path)
     if not busy(path / JOB / "lock"):
         if (path / "config.yaml").exists() and Run(path).held():
             raise UserError(f"{path.name} was started in a terminal; press Ctrl-C there")
         raise UserError(f"{path.name} is not being trained now; there is nothing to stop")
+    job = _job(path)
     asked = path / JOB / "asked"
     if asked.exists():
         raise UserError(
@@ -139,7 +138,11 @@ def stop(path: Path) -> str:
 
 def _job(path: Path) -> dict[str, Any]:
     file = path / JOB / "job.json"
-    return json.loads(file.read_text("utf-8")) if file.exists() else {}
+    found = read_json(file) if file.exists() else {}
+    pid = found.get("pid")
+    if not isinstance(pid, int) or isinstance(pid, bool) or pid < 2:
+        raise UserError(f"{file}: does not say which process trains; stop it in a terminal")
+    return found
 
 
 def watch(path: Path) -> Watched:

@@ -1,0 +1,152 @@
+"""Files, rows and texts: what goes in comes out, is counted under a reason, or is refused in one sentence."""
+
+import csv
+import functools
+import gzip
+import io
+import json
+import random
+
+import pytest
+from counting import balanced, case, fuzzed
+from hypothesis import strategies as st
+from mutating import ODD_TEXTS, SEEDS, SPECIAL, dumped, mutate_bytes, mutated_rows, some_rows
+from tiny_tokenizers import chatml_tokenizer
+
+from mlxdpo.config import DataConfig
+from mlxdpo.data.check import check_data
+from mlxdpo.data.encode import encode_all, encode_prompt
+from mlxdpo.data.formats import FORMATS
+from mlxdpo.data.read import read_preferences
+from mlxdpo.types import Message, Opinion, Preference
+
+pytestmark = pytest.mark.fuzz
+
+
+def as_table(rows, delimiter):
+    """Rows as CSV, cells of JSON where they are no text."""
+    header = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    table = csv.writer(text, delimiter=delimiter)
+    table.writerow(header)
+    for row in rows:
+        cells = (row.get(name, "") for name in header)
+        table.writerow([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
+    return text.getvalue().encode("utf-8", "surrogatepass")
+
+
+def as_parquet(rows):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = io.BytesIO()
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in rows[0]}), sink)
+    return sink.getvalue()
+
+
+WRITERS = {
+    "jsonl": lambda rows: b"\n".join(map(dumped, rows)) + b"\n",
+    "json": lambda rows: dumped(rows),
+    "csv": lambda rows: as_table(rows, ","),
+    "tsv": lambda rows: as_table(rows, "\t"),
+    "parquet": as_parquet,
+    "jsonl.gz": lambda rows: gzip.compress(b"\n".join(map(dumped, rows)) + b"\n"),
+    "csv.gz": lambda rows: gzip.compress(as_table(rows, ",")),
+}
+
+
+def read(folder, ending, content, **options):
+    """The rows of a file with this content; its report is checked to be whole."""
+    file = folder / f"rows.{ending}"
+    file.write_bytes(content)
+    kept, report = read_preferences(DataConfig(path=str(file), on_bad_row="skip", **options))
+    assert report.kept == len(kept) > 0
+    if FORMATS[report.format].gather is None and report.format != "ranked":
+        balanced(report.read, report.kept, sum(report.refused.values()))
+    if ending == "jsonl":
+        balanced(sum(bool(line.strip()) for line in content.split(b"\n")), report.read, 0)
+    return kept
+
+
+@pytest.mark.parametrize("ending", list(WRITERS))
+@fuzzed(15, 400, seed=SEEDS)
+def test_loaders(tmp_path, ending, seed):
+    rng = random.Random(seed)
+    content = mutate_bytes(rng, WRITERS[ending](some_rows(rng)))
+    case(f"loaders: {ending}", lambda: read(tmp_path, ending, content))
+
+
+@fuzzed(60, 2_000, seed=SEEDS, name=st.just("auto") | st.sampled_from(sorted(FORMATS)))
+def test_formats(tmp_path, seed, name):
+    rng = random.Random(seed)
+    rows = mutated_rows(rng)
+    case("formats", lambda: read(tmp_path, "jsonl", WRITERS["jsonl"](rows), format=name))
+
+
+@fuzzed(10, 200, seed=SEEDS)
+def test_data_check(tmp_path, seed):
+    rng = random.Random(seed)
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(WRITERS["jsonl"](mutated_rows(rng)))
+    case("data check", lambda: check_data(DataConfig(path=str(file)), None))
+
+
+ALPHABET = st.characters(exclude_categories=()) | st.sampled_from("aé漢👩‍\ufeff\u200d\u0301 \n")
+TEXT = (
+    st.text(ALPHABET, max_size=40)
+    | st.sampled_from([*SPECIAL, *ODD_TEXTS])
+    | st.lists(st.sampled_from([*SPECIAL, *ODD_TEXTS[:20], "Hi", " there"]), max_size=5).map("".join)
+)
+ROLE = st.sampled_from(["user", "assistant", "system", "tool", "developer"])
+EXTRA = st.just({}) | st.fixed_dictionaries({"tool_calls": st.just([{"function": {"name": "f", "arguments": {}}}])})
+TURNS = st.lists(st.builds(Message, ROLE, TEXT, EXTRA), min_size=1, max_size=4).map(tuple)
+CHAT = st.builds(
+    lambda prompt, a, b: Preference(prompt, (Message("assistant", a),), (Message("assistant", b),), "p:1"),
+    TURNS, TEXT, TEXT,
+)  # fmt: skip
+PLAIN = st.builds(lambda p, a, b: Preference(p, a, b, "p:1"), TEXT, TEXT, TEXT)
+ONE = st.builds(lambda p, a, up: Opinion(p, a, up, "p:1"), TEXT, TEXT, st.booleans())
+ROWS = st.lists(CHAT | PLAIN | ONE, min_size=1, max_size=3)
+HOW = st.fixed_dictionaries(
+    {
+        "template": st.sampled_from(["auto", "chat", "plain"]),
+        "eos": st.sampled_from(["score", "leave"]),
+        "max_length": st.sampled_from([8, 32, 1024]),
+        "on_long_prompt": st.sampled_from(["trim", "drop", "stop"]),
+        "on_long_completion": st.sampled_from(["drop", "truncate", "stop"]),
+        "thinking": st.booleans(),
+    }
+)
+
+
+def encoded(tokenizer, rows, how):
+    """Examples of `rows`; every row is one, or is counted."""
+    data = DataConfig(on_bad_row="skip", **how)
+    examples, report = encode_all(rows, tokenizer, data)
+    balanced(len(rows), len(examples), sum(report.refused.values()))
+    for example in examples:
+        assert len(example.prompt) > 0 and len(example.chosen) > 0 and len(example.rejected) > 0
+        assert len(example.prompt) + max(len(example.chosen), len(example.rejected)) <= data.max_length
+    return examples
+
+
+def encoder_case(target, tokenizer, rows, how):
+    case(target, lambda: encoded(tokenizer, rows, how))
+    case(f"{target}, prompt alone", lambda: encode_prompt(rows[0].prompt, tokenizer, DataConfig(**how)))
+
+
+tiny = functools.cache(chatml_tokenizer)
+
+
+@fuzzed(20, 300, rows=ROWS, how=HOW)
+def test_encoder(rows, how):
+    encoder_case("encoder: tiny", tiny(), rows, how)
+
+
+@pytest.mark.tokenizers
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma3", "llama2", "mistral"])
+@fuzzed(10, 300, rows=ROWS, how=HOW)
+def test_encoder_of_real_tokenizers(name, rows, how):
+    from test_encode_real import load
+
+    encoder_case(f"encoder: {name}", load(name), rows, how)
