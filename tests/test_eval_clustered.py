@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from mlxdpo_eval.clustered import clustered_mean, clustered_se, clustered_share
+from mlxdpo_eval.clustered import clustered_mean, clustered_se, clustered_share, quantile_t, share_of
 from mlxdpo_eval.stats import wilson
 
 # Multiples of 1/8, so that 1 - v is exact and "all alike" survives it.
@@ -61,6 +61,47 @@ def test_order_does_not_matter_and_labels_swapped_mirror(rows, random):
         assert again == pytest.approx(found, abs=1e-9)
         assert mirrored[:3] == pytest.approx((1 - found[0], 1 - found[2], 1 - found[1]), abs=1e-9)
         assert 0 <= found.low <= found.estimate <= found.high <= 1
+
+
+def test_quantile_hand_worked():
+    """One degree of freedom: tan(pi (p - 1/2)), at p = 3/4 that is 1. Two: sqrt(2/3) there."""
+    assert quantile_t(0.5, 2) == pytest.approx(1) and quantile_t(0.5, 3) == pytest.approx((2 / 3) ** 0.5)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 1.5, -0.5])
+def test_a_level_lies_strictly_between_0_and_1(level):
+    with pytest.raises(ValueError, match="expected a share between 0 and 1"):
+        quantile_t(level, 5)
+
+
+def test_one_cluster_has_no_quantile():
+    with pytest.raises(ValueError, match="1 clusters"):
+        quantile_t(0.95, 1)
+
+
+def test_clustered_mean_hand_worked():
+    """Clusters {1, 2}, {3} at level 1/2: mean 2, standard error 2/3, quantile 1."""
+    found = clustered_mean([1.0, 2.0, 3.0], ["a", "a", "b"], 0.5)
+    assert found == (2.0, pytest.approx(4 / 3), pytest.approx(8 / 3), 2)
+    assert clustered_mean([1.0, 2.0, 3.0], ["a", "a", "b"]) == clustered_mean([1.0, 2.0, 3.0], ["a", "a", "b"], 0.95)
+    assert clustered_mean([], []) is None
+
+
+def test_spread_is_judged_beside_the_values():
+    """Values near 1e9 that differ by one have a spread; equal ones that only rounding tells apart have none."""
+    assert clustered_mean([1e9, 1e9 + 1], ["a", "b"], 0.5)[1:3] == pytest.approx((1e9, 1e9 + 1), rel=1e-12)
+    assert clustered_mean([1e-9, 3e-9], ["a", "b"], 0.5)[1:3] == pytest.approx((1e-9, 3e-9), abs=1e-15)
+    assert clustered_mean([0.1] * 7 + [0.1 + 1e-17], [0, 0, 1, 1, 1, 2, 2, 2]) is None
+
+
+def test_share_of_values():
+    assert share_of([]) is None and share_of([0.0, 0.5, 1.0, 1.0]) == 0.625
+
+
+def test_shares_outside_0_and_1_are_refused_at_either_end():
+    for values in ([-0.5, 0.5], [0.5, 1.5]):
+        with pytest.raises(ValueError, match="a share needs values between 0 and 1"):
+            clustered_share(values, ["a", "b"])
 
 
 def test_all_wins_stand_on_prompts_not_rows():

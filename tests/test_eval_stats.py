@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from mlxdpo_eval.stats import cluster_bootstrap, paired_difference, wilson
+from mlxdpo_eval.stats import checked, cluster_bootstrap, paired_difference, tails, wilson
 
 
 def test_wilson_hand_worked():
@@ -94,6 +94,57 @@ def test_shift_and_scale_carry_over():
     values, clusters = np.random.default_rng(1).normal(size=40), np.repeat(np.arange(8), 5).tolist()
     base = np.array(cluster_bootstrap(values, clusters)[:3])
     assert np.array(cluster_bootstrap(3 * values + 2, clusters)[:3]) == pytest.approx(3 * base + 2)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 1.5, -0.5])
+def test_a_level_lies_strictly_between_0_and_1(level):
+    for interval in (lambda: cluster_bootstrap([1.0, 2.0], ["a", "b"], level=level), lambda: wilson(1, 2, level)):
+        with pytest.raises(ValueError, match="expected a share between 0 and 1"):
+            interval()
+
+
+def test_tails_hand_worked():
+    """Level 1/2. Two clusters: Student's 3/4 quantile with one degree of freedom is tan(pi/4) = 1, so Phi(-sqrt 2).
+    Three: with two degrees it is (2p - 1) / sqrt(2p (1 - p)) = .5 / sqrt(.375) = sqrt(2/3), so Phi(-1)."""
+    assert tails(0.5, 2) == pytest.approx((0.0786496, 0.9213504), abs=1e-7)
+    assert tails(0.5, 3) == pytest.approx((0.1586553, 0.8413447), abs=1e-7)
+
+
+def test_narrow_and_tiny_intervals_are_intervals():
+    """What is None is no spread at all, not a spread that is small beside the values or beside 1."""
+    assert cluster_bootstrap([1e6, 1e6 + 0.5], ["a", "b"])[1:3] == (1e6, 1e6 + 0.5)
+    assert cluster_bootstrap([1e-9, 3e-9], ["a", "b"])[1:3] == (1e-9, 3e-9)
+
+
+def test_values_meet_their_clusters_in_order_of_names():
+    data, labels = checked([5, 6, 7], [10, 9, 10])
+    assert data.tolist() == [5.0, 6.0, 7.0] and data.dtype == np.float64
+    assert labels.tolist() == [0, 1, 0]  # by name, "10" before "9"
+
+
+def test_a_resample_of_many_chunks_uses_every_draw():
+    """Resamples in chunks of 256 are the ones of one draw after the other: NumPy's stream goes on."""
+    values, names = [0.0, 1.0, 5.0], ["a", "b", "c"]
+    rng = np.random.default_rng(5)
+    means = [np.array(values)[rng.integers(3, size=3)].mean() for _ in range(700)]
+    low, high = np.quantile(means, tails(0.6, 3))
+    assert cluster_bootstrap(values, names, n=700, seed=5, level=0.6)[1:3] == pytest.approx((low, high))
+
+
+def test_a_median_of_resamples_is_a_value_of_the_data():
+    """Three singles 0, 0, 9: a resample's median is 9 with probability 7/27, and never the mean 3."""
+    found = cluster_bootstrap([0.0, 0.0, 9.0], ["a", "b", "c"], statistic=lambda v: float(np.median(v)), level=0.6)
+    assert found == (0.0, 0.0, 9.0, 3)
+
+
+def test_defaults_are_2000_resamples_seed_0_level_95():
+    values, before = np.random.default_rng(4).normal(size=(2, 12)).tolist()
+    names = list("abcdefghijkl")
+    assert cluster_bootstrap(values, names) == cluster_bootstrap(values, names, n=2000, seed=0, level=0.95)
+    found = paired_difference(before, values, names)
+    assert found == paired_difference(before, values, names, n=2000, seed=0, level=0.95)
+    other = [paired_difference(before, values, names, **{k: v}) for k, v in (("n", 50), ("seed", 1), ("level", 0.5))]
+    assert found not in other and len(set(other)) == 3
 
 
 def test_seed_and_median():
