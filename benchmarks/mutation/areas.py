@@ -12,7 +12,7 @@ AREAS: dict[str, Area] = {
     "scoring": Area(("mlxdpo/scoring.py",), ("tests/test_scoring.py", "tests/test_details.py", "tests/test_packed.py")),
     "encode": Area(
         ("mlxdpo/data/encode.py", "mlxdpo/data/fit.py", "mlxdpo/data/render.py", "mlxdpo/data/template.py"),
-        ("tests/test_encode.py",),
+        ("tests/test_encode.py", "tests/test_encode_rows.py"),
     ),
     "stats": Area(
         ("eval/stats.py", "eval/clustered.py"),
