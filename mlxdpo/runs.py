@@ -125,7 +125,7 @@ class Run:
     def open(cls, path: str | Path) -> Run:
         """An existing run. Raises `UserError` when the directory holds none."""
         run = cls(Path(path))
-        if not (run.path / "config.yaml").exists():
+        if not os.path.exists(run.path / "config.yaml"):  # unlike Path.exists, it answers for every name
             raise UserError(f"{path}: no config.yaml there; expected a run directory such as runs/NAME")
         return run
 

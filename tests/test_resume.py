@@ -1,6 +1,7 @@
 """A run that was stopped and goes on is the straight run, to the bit; what changed meanwhile is named."""
 
 import json
+import os
 import shutil
 
 import mlx.core as mx
@@ -312,7 +313,7 @@ def test_a_run_that_another_process_is_training_is_left_alone(tmp_path):
     run = Run.open(config.out)
     with (
         run.exclusive(),
-        pytest.raises(UserError, match=r"another process is training this run; stop it first, or wait$"),
+        pytest.raises(UserError, match=rf"process {os.getpid()} is training this run; stop it first, or wait$"),
     ):
         list(train(run.config(), resume=run))
     list(train(run.config(), resume=run))  # and it is free again
