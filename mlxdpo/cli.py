@@ -72,11 +72,18 @@ def run(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except CycloptsError as error:
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error: {UserError(_sentence(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except (OSError, MemoryError, RuntimeError) as error:
+        from mlxdpo.commands.trouble import told
+
+        if (sentence := told(error)) is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return 1
 
 
 def _expand(word: str) -> str:

@@ -7,6 +7,7 @@ are short for `model: {path: M}` and `data: {path: D}`.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -275,7 +276,11 @@ def explain(error: ValidationError, source: str) -> str:
         hint = f"did you mean `{'.'.join([*where[:-1], near[0]])}`?" if near else f"known: {', '.join(known)}"
         return f"{source}: unknown key `{'.'.join(where)}`; {hint}"
     key = ".".join(p for p in where if p != "function-after")
-    return f"{source}: `{key}` is {first['input']!r}: {first['msg']}" if key else f"{source}: {first['msg']}"
+    return f"{source}: `{key}` is {_shown(first['input'])}: {first['msg']}" if key else f"{source}: {first['msg']}"
+
+
+def _shown(value: Any) -> str:
+    return reprlib.repr(value)
 
 
 def _names(path: list[str]) -> list[str]:

@@ -26,13 +26,16 @@ _Loader.add_implicit_resolver(
 def read_recipe(file: Path) -> Mapping[str, Any]:
     """The keys and values of a recipe. Raises `UserError` naming the file when it holds something else."""
     try:
-        found = yaml.load(file.read_text("utf-8"), Loader=_Loader) or {}
+        text = file.read_text("utf-8")
     except FileNotFoundError:
         raise UserError(f"{file}: no such recipe; give a YAML file or --model and --data") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a name that cannot be one
         raise UserError(f"{file}: cannot be read as text ({error}); expected a YAML recipe") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+    try:
+        found = yaml.load(text, Loader=_Loader) or {}
+    # The loader's own errors, and what its constructors raise for `!!int ""`, a date with a month 13, deep nesting.
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(found, Mapping):
         raise UserError(f"{file}: expected `key: value` lines, found {type(found).__name__}")
     return found

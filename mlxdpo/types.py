@@ -21,8 +21,20 @@ if TYPE_CHECKING:  # this file imports nothing heavy: `mlxdpo --help` reads it
     import numpy as np
 
 
+LONGEST_SENTENCE = 480  # characters
+
+
 class UserError(Exception):
-    """The user's input is wrong: one sentence with the values and the next step. The CLI prints it and exits 2."""
+    """The user's input is wrong: one sentence with the values and the next step. The CLI prints it and exits 2.
+
+    Values come from files and strangers: line ends, control and half characters are escaped, and of a sentence that
+    they make very long the middle is left out.
+    """
+
+    def __init__(self, sentence: str):
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence.strip())
+        cut = f"{line[:260]} … {line[-200:]}" if len(line) > LONGEST_SENTENCE else line
+        super().__init__(cut)
 
 
 class Message(NamedTuple):

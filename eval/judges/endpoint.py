@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from mlxdpo import UserError
 
@@ -28,6 +28,7 @@ from .wording import LABELS, WORDING, worded
 KEY = "MLXDPO_JUDGE_KEY"
 TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 REFUSED = frozenset({301, 302, 303, 307, 308, 400, 401, 403, 404, 405, 422})  # the same for every question
+ROUNDING = 1e-2  # a log-prob may be above 0 by rounding, not by more
 BELOW = 2.0  # a label missing from the top list is at least this unlikely against the least of the list, logits
 
 
@@ -109,19 +110,27 @@ def parse(body: bytes) -> Verdict:
         text = choice["message"]["content"] or ""
         top = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
         logps = [(str(t["token"]).strip(), float(t["logprob"])) for t in top]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return invalid("the reply is no chat completion")
-    return _soft(logps) or _hard(text)
+    if not isinstance(text, str):
+        return invalid("the reply is no chat completion")
+    return _soft([(token, p) for token, p in logps if math.isfinite(p) and p < ROUNDING]) or _hard(text)
 
 
 def _soft(logps: list[tuple[str, float]]) -> Verdict | None:
     """Log-odds of the labels; one that is not in the list lies below its least member."""
-    first, second = ([p for token, p in logps if token == label and math.isfinite(p)] for label in LABELS)
+    first, second = ([p for token, p in logps if token == label] for label in LABELS)
     if not first and not second:
         return None
-    least = min(p for _, p in logps if math.isfinite(p)) - BELOW
-    a, b = (math.log(sum(map(math.exp, found))) if found else least for found in (first, second))
+    least = min(p for _, p in logps) - BELOW
+    a, b = (_added(found) if found else least for found in (first, second))
     return Verdict(a - b)
+
+
+def _added(logps: list[float]) -> float:
+    """The log of a sum of probabilities: servers write -9999 for "never", and exp of that is 0."""
+    top = max(logps)
+    return top + math.log(sum(math.exp(p - top) for p in logps))
 
 
 def _hard(text: str) -> Verdict:
@@ -131,11 +140,20 @@ def _hard(text: str) -> Verdict:
     return sure(1.0 if said == LABELS[0] else -1.0)
 
 
+def _parts(url: str) -> SplitResult | None:
+    """An address in its parts; None for what is none."""
+    try:
+        parts = urlsplit(url)
+        return parts if parts.port != 0 else None
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        return None
+
+
 def endpoint_judge(rest: str) -> Judge:
     """Open `endpoint:MODEL@URL`. Raises `UserError` when it is not of that form."""
     model, _, url = rest.rpartition("@")
-    parts = urlsplit(url)
-    if not model or parts.scheme not in ("http", "https") or not parts.hostname:
+    parts = _parts(url)
+    if not model or parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(
             f"--judge endpoint:{rest}: expected endpoint:MODEL@URL, such as endpoint:qwen3@http://localhost:8080/v1"
         )

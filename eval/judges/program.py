@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from mlxdpo import UserError
 
 from .protocol import Judge, Question, Verdict, invalid, sure
 
+LARGEST = 1e100  # beyond it, squares in an interval overflow
 Reward = Callable[[str, str], float]
 """(prompt, answer) -> a number, higher is better."""
 
@@ -64,7 +66,7 @@ def _number(reward: Reward, prompt: str, answer: str) -> tuple[float, str]:
         raise
     except Exception as error:  # it is the user's code: whatever it raises is one answer without a number
         return math.nan, f"the reward raised {type(error).__name__}"
-    return (value, "") if math.isfinite(value) else (math.nan, f"the reward is {value}")
+    return (value, "") if abs(value) < LARGEST else (math.nan, f"the reward is {value}")
 
 
 def reward_judge(name: str, reward: Reward) -> Judge:
@@ -75,7 +77,7 @@ def reward_judge(name: str, reward: Reward) -> Judge:
 def file_judge(file: str, function: str) -> Judge:
     """Open `FILE.py:FUNCTION`. Raises `UserError` when there is no such file or function."""
     path = Path(file)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"--judge {file}:{function}: no such file; give the path of a Python file")
     spec = importlib.util.spec_from_file_location(f"mlxdpo_judge_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # the name ends in .py

@@ -30,7 +30,10 @@ class Verdict(NamedTuple):
     @property
     def probability(self) -> float | None:
         """That the first answer is better."""
-        return None if self.logit is None else 1 / (1 + math.exp(-self.logit))
+        if self.logit is None:
+            return None
+        odds = math.exp(-abs(self.logit))  # of the less probable side: it cannot overflow
+        return 1 / (1 + odds) if self.logit > 0 else odds / (1 + odds)
 
 
 def sure(sign: float) -> Verdict:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def votes_judge(file: str) -> Judge:
 
 def read_ballots(path: Path) -> Ballots:
     """All votes of a file. Raises `UserError` for a missing file, and for one whose lines are all no votes."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such file of votes; the app writes RUN/votes.jsonl")
     votes: list[Vote] = []
     left_out: dict[str, int] = {}
@@ -119,11 +120,20 @@ def read_ballots(path: Path) -> Ballots:
 def _object(line: bytes) -> Mapping[str, Any]:
     try:
         found = json.loads(line)
-    except ValueError:  # also what is no UTF-8; the last line may be torn by a killed writer
+    except (ValueError, RecursionError):  # also what is no UTF-8; the last line may be torn by a killed writer
         raise NoVote("a line that is not JSON") from None
     if not isinstance(found, Mapping):
         raise NoVote("a line that is no object")
     return found
+
+
+def problem_with(line: Mapping[str, Any]) -> str | None:
+    """Why a line is no vote; None for one that is."""
+    try:
+        _vote(line)
+    except NoVote as bad:
+        return str(bad)
+    return None
 
 
 def _vote(line: Mapping[str, Any]) -> Vote:
@@ -133,7 +143,7 @@ def _vote(line: Mapping[str, Any]) -> Vote:
     if not isinstance(a, str) or not isinstance(b, str):
         raise NoVote('a vote without text under "a" and "b"')
     winner, tuned = line.get("winner"), line.get("tuned")
-    if winner not in OUTCOMES:
+    if not isinstance(winner, str) or winner not in OUTCOMES:
         raise NoVote(f'a vote whose "winner" is none of {", ".join(OUTCOMES)}')
     if tuned not in (None, *SIDES):
         raise NoVote('a vote whose "tuned" is neither a nor b')

@@ -67,7 +67,7 @@ def fingerprint(path: str, split: str) -> list[str] | None:
 
 def _local(path: str, split: str) -> list[tuple[Path, str]]:
     """Files and what their rows are called after."""
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if os.path.isdir(place):
         return [(file, f"{place.name}/{file.relative_to(place)}") for file in _files_of(place, split)]
     if os.path.exists(place):

@@ -18,9 +18,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter
-
-from mlxdpo.runs import as_written, read_json, write_json
+from mlxdpo.runs import as_written, is_plain_name, read_json, write_json
 from mlxdpo.types import UserError
 
 RECORD = "export.json"
@@ -98,4 +96,13 @@ def read_record(out: Path) -> Exported:
         raise UserError(f"{out}: no {RECORD} there; expected a folder that `mlxdpo export` wrote")
     raw = read_json(file)
     with as_written(file, "export again"):
-        return TypeAdapter(Exported).validate_python(raw | {"out": out})
+        targets = {name: _target(**target) for name, target in raw["targets"].items()}
+        return Exported(**raw | {"out": out, "targets": targets})
+
+
+def _target(*, folder: str, files: dict[str, int], fidelity: dict[str, Any], **others: Any) -> Target:
+    """A target of the record. Raises `ValueError` for names that lead out of the export."""
+    names = [*files, *(() if folder == "." else (folder,))]
+    if not all(is_plain_name(part) for name in names for part in name.split("/")):
+        raise ValueError("a name leads out of the export")
+    return Target(folder, files, fidelity=Fidelity(**fidelity), **others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def find_model(path: str, revision: str | None = None, patterns: Sequence[str] =
         raise UserError("no model given; pass --model with a Hugging Face folder, a Hub id, or `smollm2`")
     if path in BUILTIN:
         return BUILTIN[path]()
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, it answers for every name
         return Path(path)
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise UserError(f"{path}: no such folder, and not a Hub id (owner/name) nor {', '.join(BUILTIN)}")
@@ -59,8 +60,8 @@ def find_model(path: str, revision: str | None = None, patterns: Sequence[str] =
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns)))
     except LocalEntryNotFoundError:
         raise UserError(f"{path}: not in the local cache and the Hub cannot be reached; download it first") from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f"{path}: the Hub refused it ({str(error).splitlines()[0]})") from None
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise UserError(f"{path}: the Hub refused it ({(str(error).splitlines() or [''])[0]})") from None
 
 
 def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> Any:

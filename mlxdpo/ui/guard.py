@@ -86,7 +86,10 @@ class Gate:
         if scope.get("method", "GET") not in SAFE or scope["type"] == "websocket":
             if reason := refusal(headers, self.nonce):
                 return await _answer(send, 403, f"refused: {reason}")
-            if int(headers.get("content-length", "0") or 0) > LARGEST_BODY:
+            size = headers.get("content-length") or "0"
+            if not (size.isascii() and size.isdigit()):
+                return await _answer(send, 400, "content-length is no number")
+            if len(size) > 18 or int(size) > LARGEST_BODY:
                 return await _answer(send, 413, f"too large; at most {LARGEST_BODY:,} bytes")
         await self.app(scope, _bounded(receive), self._dressed(scope, send))
 

@@ -20,6 +20,7 @@ from mlxdpo.runs import Run, write_text
 from mlxdpo.types import Message, Text, UserError
 from mlxdpo.ui.gallery import as_json, from_json, gallery
 from mlxdpo.ui.votes import counted, votes_of
+from mlxdpo_eval.judges.votes import problem_with
 
 FOLDER = "next-round"
 HELDOUT = "on held-out prompts, which must stay unseen: they measure, they do not teach"
@@ -58,6 +59,9 @@ def pairs_of(votes: Sequence[Mapping[str, Any]], heldout: frozenset[bytes]) -> t
     counts: Counter[tuple[bytes, str, str]] = Counter()
     prompts: dict[bytes, Text] = {}
     for vote in votes:
+        if problem := problem_with(vote):
+            left_out[f"that are no votes ({problem})"] += 1
+            continue
         prompt = from_json(vote["prompt"])
         key = prompt_key(prompt)
         if vote["winner"] not in ("a", "b"):

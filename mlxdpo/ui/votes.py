@@ -16,10 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlxdpo.data.read import prompt_key
 from mlxdpo.runs import Run, append_line, read_lines
 from mlxdpo.types import UserError
-from mlxdpo.ui.gallery import as_json, from_json
+from mlxdpo.ui.gallery import as_json
 from mlxdpo.ui.heat import plain
 from mlxdpo.ui.voices import Cast
 from mlxdpo.ui.vote import Round
@@ -35,11 +34,11 @@ _here = threading.Lock()
 
 def record(cast: Cast, game: Round, winner: str, session: str) -> dict[str, Any]:
     """The line of a vote."""
-    now = time.time()
+    now = datetime.datetime.now(datetime.UTC)
     return {
         "schema": SCHEMA,
         "id": game.id,
-        "time": datetime.datetime.fromtimestamp(now, datetime.UTC).isoformat(timespec="milliseconds"),
+        "time": now.isoformat(timespec="milliseconds"),
         "prompt": as_json(game.prompt),
         "a": game.side("a").text,
         "b": game.side("b").text,
@@ -52,7 +51,7 @@ def record(cast: Cast, game: Round, winner: str, session: str) -> dict[str, Any]
         "model": cast.policy.identity["digest"],
         "adapter": {"before": cast.before.digest, "after": cast.after.digest},
         "session": session,
-        "seconds": round(now - game.shown_at, 3),
+        "seconds": round(time.monotonic() - game.shown_at, 3),  # the clock may be set meanwhile
     }
 
 
@@ -88,9 +87,8 @@ def standing(file: Path) -> tuple[VoteRun | None, int]:
     """What the votes say about prompts that training did not see, and how many are on those that it did."""
     if not file.exists():
         return None, 0
-    lines = list(read_lines(file))
-    seen = {prompt_key(from_json(line["prompt"])).hex() for line in lines if line.get("source") == "train"}
     ballots = read_ballots(file)
+    seen = {vote.prompt_id for vote in ballots.votes if vote.trained}
     fresh = tuple(vote for vote in ballots.votes if vote.prompt_id not in seen)
     return vote_run(ballots._replace(votes=fresh)), len(ballots.votes) - len(fresh)
 
@@ -115,6 +113,8 @@ def standing_html(file: Path) -> str:
         verdict = "Cannot tell yet." if found.n < FEW else hopeless
     repeated = sum(found.uncounted.values())
     extra += f" {counted(repeated)} on prompts voted on before: they do not count twice." if repeated else ""
+    if broken := sum(found.left_out.values()):
+        extra += f" {broken} lines of {file.name} are no votes and are left out."
     return (
         f'<div class="standing" role="status"><strong>{plain(verdict)}</strong>{_bar(last.low, last.rate, last.high)}'
         f"<span>Tuned preferred in {last.rate:.0%} of {counted(found.n)} ({found.wins} won, {found.losses} lost, "

@@ -12,17 +12,21 @@ from row_shapes import FIXTURES
 
 SEEDS = st.integers(0, 2**32 - 1)
 SPECIAL = [
-    "<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<|eot_id|>", "<|begin_of_text|>", "<bos>", "<eos>", "</s>",
-    "<s>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<<SYS>>", "<think>", "</think>", "<unk>", "<pad>",
+    "<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<|eot_id|>", "<|begin_of_text|>", "<bos>",
+    "<eos>", "</s>",
+    "<s>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<<SYS>>", "<think>", "</think>", "<unk>",
+    "<pad>",
     "<0x0A>", "{{ x }}", "{% if %}", "{{ messages }}",
 ]  # fmt: skip
 ODD_TEXTS = [
     "", " ", "\n", "\r\n\t", "\0", "\x1b[31mred", "\ud800", "\udfff\ud800", "\ufeff", "\u202eabc", "\u200b", "\u2028",
-    "é", "e\u0301", "👩‍👩‍👧", "🏳️‍🌈" * 20, "Z͑ͫ̓ͪ̂ͫ̽͏̴̙" * 5, "नमस्ते", "漢" * 300, "\U0010ffff", "ﷺ" * 50, "a" * 20_000, "<script>alert(1)</script>",
+    "é", "e\u0301", "👩‍👩‍👧", "🏳️‍🌈" * 20, "Z͑ͫ̓ͪ̂ͫ̽͏̴̙" * 5, "नमस्ते", "漢" * 300, "\U0010ffff", "ﷺ" * 50,
+    "a" * 20_000, "<script>alert(1)</script>",
     "\N{OBJECT REPLACEMENT CHARACTER}", "NaN", "null", "true", "1e999", "-0", "\\u0000", '"', "'; --", "\x85", "\x1c",
 ]  # fmt: skip
 ODD_NAMES = [
-    "..", ".", "../x", "../../etc/passwd", "/etc/passwd", "a/../../b", "~/x", "~root", "C:\\x", "..\\x", "\\\\host\\share",
+    "..", ".", "../x", "../../etc/passwd", "/etc/passwd", "a/../../b", "~/x", "~root", "C:\\x", "..\\x",
+    "\\\\host\\share",
     "CON", "nul.txt", "aux", "COM1", "a:b", "a\0b", "a\nb", " a", "a ", "a.", "x" * 300, "x/" * 2_000, "*", "?", "|",
     "\ud800", "%2e%2e%2f", "file:///etc/passwd", "$HOME", "-rf", "--help", "a b", "é" * 200, "//", "\u2215",
 ]  # fmt: skip
@@ -31,9 +35,12 @@ ODD_VALUES = [
     [], {}, [[]], [None], [{}], {"a": 1}, {"": None}, [1, "a", None], "x", *ODD_TEXTS, *ODD_NAMES, *SPECIAL,
 ]  # fmt: skip
 ODD_BYTES = [
-    b"\0", b"\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r", b"\n\n", b"{", b"}", b"[", b"]", b'"', b",", b"\\", b"\\u", b"\xed\xa0\x80",
-    b"9" * 5_000, b"[" * 3_000, b'{"a":' * 3_000, b"NaN", b"Infinity", b"1e999", b"\x80\x04\x95", b"PK\x03\x04", b"\x1f\x8b\x08", b"PAR1",
-    b"!!python/object/apply:os.system ['true']\n", b"&a [*a]\n", b"- " * 2_000, b": ", b"? ", b"<<: *x\n", b"2001-99-99", b"\t",
+    b"\0", b"\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r", b"\n\n", b"{", b"}", b"[", b"]", b'"', b",",
+    b"\\", b"\\u", b"\xed\xa0\x80",
+    b"9" * 5_000, b"[" * 3_000, b'{"a":' * 3_000, b"NaN", b"Infinity", b"1e999", b"\x80\x04\x95",
+    b"PK\x03\x04", b"\x1f\x8b\x08", b"PAR1",
+    b"!!python/object/apply:os.system ['true']\n", b"&a [*a]\n", b"- " * 2_000, b": ", b"? ", b"<<: *x\n",
+    b"2001-99-99", b"\t",
 ]  # fmt: skip
 
 
@@ -104,12 +111,12 @@ def _changed(rng, value, odd):
 
 @cache
 def corpus():
-    """Real rows: every row shape's own, the demo's pairs, and those of the JSONL files that MLXDPO_FUZZ_CORPUS names."""
+    """Real rows: every row shape's own, the demo's pairs, and the JSONL files that MLXDPO_FUZZ_CORPUS names."""
     sets = {name: list(rows) for name, rows in FIXTURES.items()}
     named = os.environ.get("MLXDPO_FUZZ_CORPUS", "").split(os.pathsep)
     for file in (files("mlxdpo.demo").joinpath("pairs.jsonl"), *(Path(name) for name in named if name)):
-        lines = file.read_text("utf-8").splitlines()[:200]
-        sets[file.name] = [json.loads(line) for line in lines]
+        lines = file.read_text("utf-8").split("\n")[:200]
+        sets[file.name] = [json.loads(line) for line in lines if line]
     return sets
 
 

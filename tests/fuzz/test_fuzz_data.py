@@ -14,7 +14,7 @@ from mutating import ODD_TEXTS, SEEDS, SPECIAL, dumped, mutate_bytes, mutated_ro
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.config import DataConfig
-from mlxdpo.data.check import check_data
+from mlxdpo.data.check import examine, lines
 from mlxdpo.data.encode import encode_all, encode_prompt
 from mlxdpo.data.formats import FORMATS
 from mlxdpo.data.read import read_preferences
@@ -88,7 +88,13 @@ def test_data_check(tmp_path, seed):
     rng = random.Random(seed)
     file = tmp_path / "rows.jsonl"
     file.write_bytes(WRITERS["jsonl"](mutated_rows(rng)))
-    case("data check", lambda: check_data(DataConfig(path=str(file)), None))
+
+    def look():
+        rows, report = read_preferences(DataConfig(path=str(file), on_bad_row="skip"))
+        for line in lines(examine(rows, report, file.name)):
+            assert line.isprintable()
+
+    case("data check", look)
 
 
 ALPHABET = st.characters(exclude_categories=()) | st.sampled_from("aé漢👩‍\ufeff\u200d\u0301 \n")
