@@ -54,6 +54,7 @@ EXPORTERS = {
 # weights for the thing to load), then PEFT. Everything else is asked for by its folder.
 AT_ROOT = ("hf", "peft")
 DEFAULT_PAIRS = 32
+WAS = ".was"  # the earlier export, while a new one takes its place
 
 
 def export(
@@ -141,10 +142,15 @@ def _aside(out: Path) -> Iterator[Path]:
 
 
 def _sweep(out: Path) -> None:
-    """Remove what exports to `out` left that were killed: gigabytes, and hidden. Folders are named by their process."""
+    """Remove what exports to `out` left that were killed: gigabytes, and hidden. Folders are named by their process.
+
+    One that was killed between the two renames of `_replace` has the earlier export inside: it goes back.
+    """
     for folder in out.parent.glob(f".{glob.escape(out.name)}-*"):
         named = re.fullmatch(rf"\.{re.escape(out.name)}-(\d+)-\w+", folder.name)
         if named and not _alive(int(named[1])):
+            if (folder / WAS).exists() and not out.exists():
+                os.rename(folder / WAS, out)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -210,7 +216,7 @@ def _replace(folder: Path, out: Path) -> None:
     if not out.exists():
         os.rename(folder, out)
         return
-    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-old-"))
-    os.rename(out, old / "was")
+    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-{os.getpid()}-"))
+    os.rename(out, old / WAS)
     os.rename(folder, out)
     shutil.rmtree(old)
