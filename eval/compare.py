@@ -51,6 +51,11 @@ class Comparison(NamedTuple):
 
 def compare(first: Run, second: Run) -> Comparison:
     """Hold the second run against the first. Raises `UserError` when one is not evaluated or they share nothing."""
+    with as_written(first.path / "eval", f"run `mlxdpo eval` on {first.path} and {second.path} again"):
+        return _compared(first, second)
+
+
+def _compared(first: Run, second: Run) -> Comparison:
     pairs = [_keyed(run, "eval_pairs.jsonl", ("pair_id",)) for run in (first, second)]
     samples = [_keyed(run, "eval_samples.jsonl", ("prompt_id", "sample")) for run in (first, second)]
     pair_keys, sample_keys = (sorted(a.keys() & b.keys()) for a, b in (pairs, samples))

@@ -72,6 +72,34 @@ def as_written(file: Path, remedy: str = "restore it, or make it again") -> Iter
         raise UserError(f"{file}: is not as mlxdpo wrote it ({reason}); {remedy}") from error
 
 
+_TEXT_OR_NONE = (str, type(None))
+MANIFEST: Mapping[str, Mapping[str, Any]] = {
+    "model": {"source": str, "revision": _TEXT_OR_NONE, "digest": str, "dtype": str, "adapter": _TEXT_OR_NONE,
+              "quantization": (dict, type(None))},
+    "reference": {"digest": str, "dtype": str, "adapter": _TEXT_OR_NONE, "quantization": (dict, type(None))},
+    "reference_source": {"model": str, "adapter": _TEXT_OR_NONE},
+    "data": {"source": str, "digest": _TEXT_OR_NONE, "pairs": int, "heldout": int, "reports": dict},
+    "machine": {"kind": str, "name": str, "memory": int, "system": str},
+    "versions": {},
+}  # fmt: skip
+"""What `manifest.json` holds at least, with the kinds of the values; besides: `template`, text, and `seed`, whole."""
+
+
+def check_manifest(found: Mapping[str, Any]) -> None:
+    """Raise `KeyError` or `TypeError` naming the first thing that is missing in a manifest or of another kind."""
+    for part, fields in MANIFEST.items():
+        if not isinstance(found[part], dict):
+            raise TypeError(f"{part} is no object")
+        for field, kind in fields.items():
+            if not isinstance(found[part][field], kind):
+                raise TypeError(f"{part}.{field} is {type(found[part][field]).__name__}")
+    if not isinstance(found["template"], str) or not isinstance(found["seed"], int):
+        raise TypeError("template is no text, or seed no number")
+    for report in found["data"]["reports"].values():
+        if not all(isinstance(report.get(part, {}), dict) for part in ("refused", "changed")):
+            raise TypeError("data.reports holds something else than reports")
+
+
 def is_plain_name(name: str) -> bool:
     """Whether a name out of a file or from the Hub stays in its folder, on every system, when a file is called so."""
     odd = not name.isprintable() or any(sign in name for sign in '/\\:*?"<>|') or name != name.strip()
@@ -167,7 +195,10 @@ class Run:
         file = self.path / "manifest.json"
         if not file.exists():
             raise UserError(f"{file}: missing; the run stopped before its first step, start it again")
-        return read_json(file)
+        found = read_json(file)
+        with as_written(file):
+            check_manifest(found)
+        return found
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Save the manifest."""

@@ -22,7 +22,7 @@ from mlxdpo.export.published import REFERENCE, START, looks_like_hub_id, public_
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS
 from mlxdpo.model.identity import folder_digest
 from mlxdpo.model.policy import BUILTIN, DOWNLOAD, find_model
-from mlxdpo.runs import sync_folder, write_json, write_text
+from mlxdpo.runs import check_manifest, sync_folder, write_json, write_text
 from mlxdpo.tensors import PICKLES
 from mlxdpo.types import UserError
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 ESSENTIAL = [f"{RUN}/{name}" for name in ("config.yaml", "manifest.json", f"adapter/{WEIGHTS}", f"adapter/{SETTINGS}")]
-MODEL_FIELDS = ("source", "revision", "digest", "dtype", "quantization", "adapter")
-REFERENCE_FIELDS = ("digest", "dtype", "quantization", "adapter")
 
 
 class Pulled(NamedTuple):
@@ -133,15 +131,8 @@ def read_manifest(file: Path, repo: str) -> dict[str, Any]:
     """A pulled manifest with what later commands read. Raises `UserError` when it is none."""
     try:
         manifest = json.loads(file.read_text("utf-8"))
-        for part, fields in (("model", MODEL_FIELDS), ("reference", REFERENCE_FIELDS)):
-            for field in fields:
-                manifest[part][field]
-            if not isinstance(manifest[part]["digest"], str) or not isinstance(manifest[part]["dtype"], str):
-                raise TypeError(part)
-        wanted = {"reference_source": dict, "data": dict, "versions": dict, "machine": dict, "template": str}
-        if bad := [name for name, kind in wanted.items() if not isinstance(manifest[name], kind)]:
-            raise TypeError(bad[0])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        check_manifest(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{repo}: run/manifest.json is not a manifest ({type(error).__name__}: {error})") from None
     return manifest
 

@@ -18,6 +18,7 @@ from mlxdpo.config import LoraConfig
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.runs import Run, as_written
 from mlxdpo.sealed import load_sealed, read_sealed_json, save_sealed, write_sealed_json
+from mlxdpo.tensors import pickled_in
 from mlxdpo.types import UserError
 
 WEIGHTS, SETTINGS = "adapters.safetensors", "adapter_config.json"
@@ -95,7 +96,7 @@ def read_settings(folder: Path) -> LoraConfig:
     """The settings an adapter folder was trained with. Raises `UserError` when it is no adapter folder."""
     file = folder / SETTINGS
     if not file.exists() or not (folder / WEIGHTS).exists():
-        raise UserError(f"{folder}: no adapter there; expected {SETTINGS} and {WEIGHTS}, as in runs/NAME/adapter")
+        raise UserError(f"{folder}: no adapter there; expected {SETTINGS} and {WEIGHTS}{pickled_in(folder)}")
     raw = read_sealed_json(file)
     with as_written(file):
         inner = raw.get("lora_parameters") or {}

@@ -94,7 +94,8 @@ def kept(function, broken, allowed):
         def handler(*args, **kwargs):
             try:
                 yield from function(*args, **kwargs)
-            except allowed:
+            except allowed as error:
+                broken.append(error)
                 raise
             except Exception as error:
                 broken.append(error)
@@ -106,7 +107,8 @@ def kept(function, broken, allowed):
     def handler(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except allowed:
+        except allowed as error:
+            broken.append(UserError(str(error)))
             raise
         except Exception as error:
             broken.append(error)

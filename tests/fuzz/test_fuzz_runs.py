@@ -84,6 +84,9 @@ def run(tmp_path_factory):
             dumped(VOTE) + b"\n" + dumped(dict(VOTE, id="v2", winner="b", prompt="Q")) + b"\n"
         )
         (found.path.parent / "rounds.json").write_bytes(dumped(rounds_json()))
+        answers = {"answers": [{"prompt_id": "a", "prompt": "Hi?", "text": "yes", "scores": {"longest": 3.0}}]}
+        for name in ("start.json", "one/eval/round.json"):
+            (found.path.parent / name).write_bytes(dumped(answers))
         (found.path / "job").mkdir()
         (found.path / "job" / "job.json").write_text(
             '{"pid": 2147480000, "command": ["mlxdpo", "train"], "started": "x"}'
