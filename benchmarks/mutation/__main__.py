@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import sys
 import time
@@ -18,7 +19,7 @@ from benchmarks.mutation.mutants import Mutant, mutants
 from benchmarks.mutation.trial import attempt
 
 HEAVY = ("mlx.core", "mlx.nn", "numpy", "scipy.special", "scipy.stats", "pytest", "hypothesis", "pydantic", "yaml",
-         "jinja2", "transformers", "tokenizers", "mlx_lm.utils", "mlx_lm.models.llama")  # fmt: skip
+         "jinja2", "transformers", "tokenizers", "mlxdpo.config", "mlx_lm.utils", "mlx_lm.models.llama")  # fmt: skip
 """Imported once, before every mutant's process forks off. Nothing of mlxdpo that is mutated, and no array yet."""
 DOCS = ROOT / "docs/testing.md"
 MARKS = ("<!-- mutation -->", "<!-- /mutation -->")
@@ -78,6 +79,7 @@ def work(asked: argparse.Namespace, found: dict[str, list[Mutant]], file: Path) 
     began = time.monotonic()
     for name in HEAVY:
         importlib.import_module(name)
+    gc.freeze()
     part, parts = map(int, asked.part.split("/"))
     for name in asked.only:
         area = AREAS[name]
