@@ -1,9 +1,11 @@
-"""Ctrl-C and SIGTERM ask a long job to stop at a safe place; a second Ctrl-C stops it at once."""
+"""Ctrl-C, SIGTERM and a closed terminal ask a long job to stop at a safe place; a second one stops it at once."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,13 +20,31 @@ def stop_flag() -> Iterator[Callable[[], bool]]:
         return
 
     def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
+        if number == signal.SIGHUP:
+            _let_go_of_the_terminal()
+        elif asked.is_set():
             raise KeyboardInterrupt
         asked.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    wanted = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under `nohup` it stays ignored
+        wanted.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in wanted}
     try:
         yield asked.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _let_go_of_the_terminal() -> None:
+    """After a hangup every write to the terminal fails, and would stop the job before it has saved."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in (1, 2):
+        try:
+            terminal = stat.S_ISCHR(os.fstat(number).st_mode)
+        except OSError:  # closed
+            terminal = True
+        if terminal:
+            os.dup2(nowhere, number)
+    os.close(nowhere)

@@ -91,7 +91,7 @@ def play(
         before, after = answers
         if before.text.strip() != after.text.strip():
             side, name = SIDES[secrets.randbelow(2)], cast.run.path.name
-            yield Round(secrets.token_hex(8), name, source, prompt, before, after, side, drawn, time.time())
+            yield Round(secrets.token_hex(8), name, source, prompt, before, after, side, drawn, time.monotonic())
             return
     raise UserError(
         f"before and after tuning gave the same answer {TRIES} times; raise the temperature or try another prompt"
