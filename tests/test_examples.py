@@ -17,12 +17,12 @@ from mlxdpo.runs import Run
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
 PAGE = (EXAMPLES / "README.md").read_text("utf-8")
-COUNT = 24
+COUNT = 48
 
 
 def words_for(name, folder):
     """Command-line words that put a tiny model and made-up rows in the place of the recipe's."""
-    write_model(folder / "tiny", chatml_tokenizer(), max_position_embeddings=1024)
+    write_model(folder / "tiny", chatml_tokenizer(), max_position_embeddings=1024, num_hidden_layers=8)
     for file, numbers in (("rows", range(COUNT)), ("held", range(COUNT, COUNT + 6))):
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(ROWS[name](i)) + "\n" for i in numbers))
     words = ["--model", str(folder / "tiny"), "--data", str(folder / "rows.jsonl"), "--train.steps", "2"]

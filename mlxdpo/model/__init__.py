@@ -1,0 +1,1 @@
+"""Models: loading, adapters, the fast way through blocks and head. Nothing here knows rows or objectives."""
