@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mlxdpo.knobs import LossConfig as LossConfig
 from mlxdpo.knobs import Section
-from mlxdpo.recipe import read_recipe
+from mlxdpo.recipe import read_recipe, yaml_text
 from mlxdpo.rollout_knobs import RolloutConfig
 from mlxdpo.round_knobs import CollectConfig, RoundsConfig
 from mlxdpo.types import UserError
@@ -292,4 +291,4 @@ def _names(path: list[str]) -> list[str]:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; `load_config` reads it back to an equal `Config`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml_text(config.model_dump(mode="json"))

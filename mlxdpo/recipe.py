@@ -23,6 +23,23 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """YAML that comes back as it went in: unquoted, a next-line or line-separator sign would come back as a blank."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.replace("\n", "").isprintable() else '"'
+    ),
+)
+
+
+def yaml_text(value: Any, width: int = 80) -> str:
+    """A value as YAML, which `read_recipe` reads back to an equal one."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width)
+
+
 def read_recipe(file: Path) -> Mapping[str, Any]:
     """The keys and values of a recipe. Raises `UserError` naming the file when it holds something else."""
     try:

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mlxdpo.constitution.settings import Asking
 from mlxdpo.constitution.talks import WAYS
+from mlxdpo.recipe import yaml_text
 from mlxdpo.runs import read_lines, write_json, write_text
 from mlxdpo.types import UserError
 
@@ -79,7 +78,7 @@ def recipe(out: Path, identity: Mapping[str, Any], how: Asking) -> str:
     data: dict[str, Any] = {"path": str(out / PAIRS)}
     if how.pairs == "samples":
         data["columns"] = {"probability": "probability"}
-    return yaml.safe_dump({"data": data}, sort_keys=False, allow_unicode=True)
+    return yaml_text({"data": data})
 
 
 def said(report: Mapping[str, Any]) -> list[str]:

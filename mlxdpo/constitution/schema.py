@@ -11,11 +11,10 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from mlxdpo.knobs import Section
-from mlxdpo.recipe import read_recipe
+from mlxdpo.recipe import read_recipe, yaml_text
 from mlxdpo.types import UserError
 
 Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, strict=True)]
@@ -94,7 +93,7 @@ def _read(file: Path) -> Constitution:
 
 def dump_constitution(constitution: Constitution) -> str:
     """As YAML; `load_constitution` reads it back to an equal one."""
-    return yaml.safe_dump(constitution.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    return yaml_text(constitution.model_dump(mode="json"), width=100)
 
 
 def _explained(error: ValidationError, source: str) -> str:

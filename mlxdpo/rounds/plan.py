@@ -127,7 +127,7 @@ def round_config(config: Config, folder: Path, number: int, parent: Run | None) 
     """The recipe of round `number`: its own pairs, from its parent's adapter, against the reference that was asked."""
     out = folder / f"round-{number}"
     values = config.model_dump(exclude_unset=True, exclude={"collect", "rounds"})
-    for name in ("model", "train", "optim"):
+    for name in ("model", "data", "train", "optim"):
         values.setdefault(name, {})
     data = {k: v for k, v in values["data"].items() if k not in ("path", "split", "eval", "format", "columns")}
     values["data"] = data | {"path": str(out / "data" / "pairs.jsonl"), "eval_fraction": 0.0, "eval": _pairs(config)}

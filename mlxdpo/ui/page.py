@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxdpo.ui.guard import Guard
+from mlxdpo.ui.kinds import check_kinds
 
 TABS = {"Runs": "runs_tab", "Data": "data_tab", "Train": "train_tab", "Constitution": "constitution_tab"}
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")
@@ -53,4 +54,5 @@ def build_page(runs: Path, guard: Guard, first: str | None = None) -> Any:
             if importlib.util.find_spec(f"mlxdpo.ui.{module}") is not None:
                 with gr.Tab(name, id=module):
                     importlib.import_module(f"mlxdpo.ui.{module}").build(runs, guard)
+    check_kinds(page)
     return page

@@ -111,11 +111,11 @@ def entered(knob: Knob, value: Any) -> Any:
     if knob.kind == "mapping":
         return _mapping(knob, value or "")
     if knob.kind == "several":
-        return list(value or ())
+        return list(value) if isinstance(value, list | tuple) else value or []
     if value is None or (isinstance(value, str) and not value.strip()):
         # An emptied number means its default, not zero.
         return None if knob.empty else knob.default
-    if knob.kind in ("words", "pair"):
+    if knob.kind in ("words", "pair") and isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
 
@@ -123,8 +123,8 @@ def entered(knob: Knob, value: Any) -> Any:
 def _mapping(knob: Knob, text: str) -> dict[str, str]:
     try:
         found = yaml.safe_load(f"{{{text}}}")
-    except yaml.YAMLError:
-        found = None
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        found = None  # as in `recipe.read_recipe`
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise UserError(f"{knob.name} is {text!r}; write it as `prompt: question, chosen: good`")
     return found

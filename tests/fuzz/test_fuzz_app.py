@@ -95,7 +95,7 @@ def kept(function, broken, allowed):
             try:
                 yield from function(*args, **kwargs)
             except allowed as error:
-                broken.append(error)
+                broken.append(UserError(str(error)))
                 raise
             except Exception as error:
                 broken.append(error)

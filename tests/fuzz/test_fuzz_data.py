@@ -1,5 +1,6 @@
 """Files, rows and texts: what goes in comes out, is counted under a reason, or is refused in one sentence."""
 
+import contextlib
 import csv
 import functools
 import gzip
@@ -10,7 +11,7 @@ import random
 import pytest
 from counting import balanced, case, fuzzed
 from hypothesis import strategies as st
-from mutating import ODD_TEXTS, SEEDS, SPECIAL, dumped, mutate_bytes, mutated_rows, some_rows
+from mutating import ODD_TEXTS, SEEDS, SPECIAL, dumped, mutate_bytes, mutate_value, mutated_rows, some_rows
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.config import DataConfig
@@ -50,9 +51,8 @@ WRITERS = {
     "csv": lambda rows: as_table(rows, ","),
     "tsv": lambda rows: as_table(rows, "\t"),
     "parquet": as_parquet,
-    "jsonl.gz": lambda rows: gzip.compress(b"\n".join(map(dumped, rows)) + b"\n"),
-    "csv.gz": lambda rows: gzip.compress(as_table(rows, ",")),
 }
+ENDINGS = [*WRITERS, "jsonl.gz", "csv.gz"]
 
 
 def read(folder, ending, content, **options):
@@ -68,12 +68,26 @@ def read(folder, ending, content, **options):
     return kept
 
 
-@pytest.mark.parametrize("ending", list(WRITERS))
+@pytest.mark.parametrize("ending", ENDINGS)
 @fuzzed(15, 400, seed=SEEDS)
 def test_loaders(tmp_path, ending, seed):
-    rng = random.Random(seed)
-    content = mutate_bytes(rng, WRITERS[ending](some_rows(rng)))
+    content = broken_file(random.Random(seed), ending)
     case(f"loaders: {ending}", lambda: read(tmp_path, ending, content))
+
+
+def broken_file(rng, ending):
+    """A file of real rows with accidents in its bytes, in what a compressed one holds, or in the rows themselves."""
+    write, packed = WRITERS[ending.removesuffix(".gz")], ending.endswith(".gz")
+    rows, act = some_rows(rng), rng.random()
+    if act < 0.4:
+        changed = [mutate_value(rng, row) for row in rows]
+        with contextlib.suppress(Exception):  # Arrow and CSV have no form of some values: then the bytes are changed
+            content = write(changed)
+            return gzip.compress(content) if packed else content
+    content = write(rows)
+    if packed and act < 0.8:
+        return gzip.compress(mutate_bytes(rng, content))
+    return mutate_bytes(rng, gzip.compress(content) if packed else content)
 
 
 @fuzzed(60, 2_000, seed=SEEDS, name=st.just("auto") | st.sampled_from(sorted(FORMATS)))
