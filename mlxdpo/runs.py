@@ -227,6 +227,8 @@ class Run:
         for number, line in enumerate(read_lines(self.path / "metrics.jsonl"), 1):
             if not isinstance(line.get("resumed_from", line.get("step")), int):
                 raise UserError(f"{self.path / 'metrics.jsonl'}:{number}: says no step; take the line out")
+            if other := next((n for n, v in line.items() if not isinstance(v, int | float | None)), None):
+                raise UserError(f"{self.path / 'metrics.jsonl'}:{number}: `{other}` is no number; take the line out")
             if "resumed_from" in line:
                 back = line["resumed_from"]  # from 0 everything is done again, the evaluation of step 0 too
                 kept = [old for old in kept if old["step"] <= back] if back else []

@@ -9,6 +9,7 @@ from small_export import small_export
 from test_supply_chain import change, model, own  # noqa: F401 (fixtures)
 
 from mlxdpo.config import Config, ModelConfig, dump_config, load_config
+from mlxdpo.data.report import BadRow
 from mlxdpo.data.sources import read_rows
 from mlxdpo.data.spool import Spool
 from mlxdpo.export.record import read_record
@@ -19,6 +20,8 @@ from mlxdpo.runs import Run, append_line
 from mlxdpo.types import Extras, Message, Opinion, Preference, UserError
 from mlxdpo.ui.curves import Tail, follow
 from mlxdpo.ui.guard import Gate
+from mlxdpo.ui.kinds import problem
+from mlxdpo.ui.recipe_form import entered, knobs, to_config
 from mlxdpo.ui.run_list import lines
 from mlxdpo.ui.run_view import charts, checkpoints, headline
 from mlxdpo.ui.votes import standing_html
@@ -53,6 +56,28 @@ def test_names_that_no_file_can_have(name):
     for look in (load_config, find_model, Run.open, lambda n: list(read_rows(n)), lambda n: open_judge(f"votes:{n}")):
         with pytest.raises(UserError):
             look(name)
+
+
+def parquet(file, **columns):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table(columns), file)
+    return pa
+
+
+def test_a_parquet_column_whose_name_is_no_text(tmp_path):
+    file = tmp_path / "a.parquet"
+    parquet(file, prompt=["p"], chosen=["a"], rejected=["b"])
+    file.write_bytes(file.read_bytes().replace(b"prompt", b"pr\xe5mpt"))
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file \("):
+        list(read_rows(str(file)))
+
+
+def test_a_date_beyond_the_years_of_python_is_a_bad_row(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    when = pa.array([0, 2**62], pa.timestamp("us"))
+    parquet(tmp_path / "a.parquet", prompt=["p", "q"], when=when)
+    first, second = (row for _, row in read_rows(str(tmp_path / "a.parquet")))
+    assert first["prompt"] == "p" and isinstance(second, BadRow) and "cannot be read" in second.sentence
 
 
 def test_a_home_that_nobody_has():
@@ -147,6 +172,56 @@ def test_a_damaged_line_of_metrics_is_named_and_the_page_counts_it(run):
     follow(tail)
     assert [line["step"] for line in tail.steps] == [1, 2, 5] and tail.damaged == 4
     assert "4 lines of metrics.jsonl are damaged and left out." in charts(tail, {})
+
+
+def test_text_among_the_metrics_is_named_and_not_formatted(run):
+    append_line(
+        run.path / "metrics.jsonl", {"step": 1, "loss": 0.5, "eval_loss": 1.0, "eval_rewards/accuracies": "high"}
+    )
+    with pytest.raises(UserError, match="`eval_rewards/accuracies` is no number"):
+        run.metrics()
+    assert lines(run.path.parent)[0][5:7] == ["0.5000", "–"]
+
+
+@pytest.mark.parametrize("text", ["a\x85b", "a\u2028b", "\ufeff", "é", "null", "1e-5", "a\nb"])
+def test_a_saved_recipe_says_what_the_recipe_said(tmp_path, text):
+    """A next-line sign in a path came back as a blank: another file."""
+    config = Config(out=text)
+    (tmp_path / "r.yaml").write_text(dump_config(config), "utf-8")
+    assert load_config(tmp_path / "r.yaml") == config
+
+
+def test_values_that_no_field_of_the_page_sends():
+    for name, value in (("optim.betas", True), ("lora.keys", {"a": 1}), ("data.columns", 3), ("log.trackers", True)):
+        with pytest.raises(UserError):
+            to_config({name: entered(next(knob for knob in knobs() if knob.name == name), value)})
+
+
+class Widget:
+    """What `problem` asks of a Gradio component."""
+
+    label, minimum, maximum, multiselect = "it", 0, 10, None
+
+    def __init__(self, name, multiselect=None):
+        self.name, self.multiselect = name, multiselect
+
+    def get_block_name(self):
+        return self.name
+
+
+@pytest.mark.parametrize(
+    ("name", "sound", "odd"),
+    [
+        ("dropdown", ["one", "", None], [["one"], {}, 1, "\ud800"]),
+        ("slider", [0, 10, 2.5, None], [-1, 11, math.nan, 10**400, True, "5"]),
+        ("checkbox", [True, None], [1, "yes", []]),
+        ("state", [object()], []),
+    ],
+)
+def test_the_app_takes_from_a_widget_what_it_can_send(name, sound, odd):
+    assert not [value for value in sound if problem(Widget(name), value)]
+    assert all(problem(Widget(name), value) for value in odd)
+    assert problem(Widget("dropdown", True), ["a"]) is None and problem(Widget("dropdown", True), "a")
 
 
 def test_a_line_without_a_step_is_named(run):

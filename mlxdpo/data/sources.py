@@ -240,8 +240,8 @@ def _parquet(file: Path, name: str) -> Iterator[Found]:
             for index in range(batch.num_rows):
                 number += 1
                 yield f"{name}:row {number}", _parquet_row(batch.slice(index, 1))
-    except pa.ArrowException as error:
-        raise UserError(f"{name}: not a readable Parquet file ({_one_line(error)})") from None
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # a column's name may be no UTF-8
+        raise UserError(f"{name}: not a readable Parquet file ({_one_line(error)[:200]})") from None
 
 
 def _parquet_row(one: Any) -> dict[str, Any] | BadRow:
@@ -249,6 +249,8 @@ def _parquet_row(one: Any) -> dict[str, Any] | BadRow:
         return one.to_pylist()[0]
     except UnicodeDecodeError as error:
         return BadRow(reasons.INVALID_UTF8, f"the text is not UTF-8 ({error.reason})")
+    except (ValueError, OverflowError) as error:  # a date that Python has no form of, such as one in the year 146,000
+        return BadRow(reasons.MALFORMED, f"a value cannot be read ({_one_line(error)})")
 
 
 def _hub_rows(path: str, split: str) -> Iterator[Found]:

@@ -103,8 +103,8 @@ def summary(name: str, path: Path) -> Summary:
         model=_source(settings.get("model")),
         data=_source(settings.get("data")),
         steps=int(last.get("step", 0)),
-        loss=last.get("loss"),
-        accuracy=held.get("eval_rewards/accuracies"),
+        loss=number(last, "loss"),
+        accuracy=number(held, "eval_rewards/accuracies"),
         winrate=winrate(path),
     )
 
@@ -158,6 +158,12 @@ def sound(line: bytes) -> dict[str, Any] | None:
         return None
     numbers = (value for value in values.values() if isinstance(value, int | float))
     return values if all(-LARGEST < number < LARGEST for number in numbers) else None
+
+
+def number(values: Mapping[str, Any], name: str) -> float | None:
+    """The number under a name, None where there is none."""
+    value = values.get(name)
+    return value if isinstance(value, int | float) else None
 
 
 def winrate(path: Path) -> float | None:

@@ -23,7 +23,7 @@ from mlxdpo.config import Config
 from mlxdpo.runs import Run, read_json, write_json
 from mlxdpo.types import UserError
 from mlxdpo.ui.recipe_form import flags
-from mlxdpo.ui.run_list import JOB, busy, newest, state
+from mlxdpo.ui.run_list import JOB, busy, newest, number, state
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 LOG_TAIL = 16 * 1024  # bytes
@@ -155,8 +155,8 @@ def watch(path: Path) -> Watched:
         state=now,
         step=last.get("step"),
         steps=int(at[-1][1]) if at else None,
-        left=last.get("seconds_left") if live else None,
-        rate=last.get("tokens_per_second") if live else None,
+        left=number(last, "seconds_left") if live else None,
+        rate=number(last, "tokens_per_second") if live else None,
         stopping=now in ("training", "starting") and (path / JOB / "asked").exists(),
         command=shlex.join(["mlxdpo", "train", "--resume", str(path)]),
         log=log,

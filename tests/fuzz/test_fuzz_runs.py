@@ -201,7 +201,7 @@ def test_opening(run, seed):
 @fuzzed(5, 100, seed=SEEDS)
 def test_exporting(run, tmp_path, seed):
     look = lambda: case("run: export", lambda: export(run, ["mlx"], tmp_path / str(seed), pairs=1))  # noqa: E731
-    with_change(run, random.Random(seed), LOADED, look)
+    with_change(run, random.Random(seed), [*LOADED, "metrics.jsonl", "eval/results"], look)
 
 
 @fuzzed(5, 150, seed=SEEDS)
