@@ -51,10 +51,14 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: cannot be read ({error.strerror}); restore it, or make it again") from None
 
 
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON, and never written here")
+
+
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:
     """The JSON object in `raw`, UTF-8. Raises `UserError` naming `where` it stands."""
     try:
-        found = json.loads(raw.decode("utf-8"))
+        found = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of thousands of digits
         raise UserError(f"{where}: not JSON ({str(error)[:100]}); restore it, or make it again") from None
     if not isinstance(found, dict):

@@ -224,6 +224,14 @@ def test_the_app_takes_from_a_widget_what_it_can_send(name, sound, odd):
     assert problem(Widget("dropdown", True), ["a"]) is None and problem(Widget("dropdown", True), "a")
 
 
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_no_number_is_no_json(run, word):
+    """A report drew a histogram of nothing."""
+    (run.path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {word}}}\n')
+    with pytest.raises(UserError, match=rf"metrics\.jsonl:1: not JSON \({word} is no JSON"):
+        run.metrics()
+
+
 def test_a_line_without_a_step_is_named(run):
     append_line(run.path / "metrics.jsonl", {"loss": 0.5})
     with pytest.raises(UserError, match=r"metrics\.jsonl:1: says no step"):

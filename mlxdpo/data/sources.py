@@ -235,11 +235,8 @@ def _parquet(file: Path, name: str) -> Iterator[Found]:
 
     try:
         batches = pq.ParquetFile(file).iter_batches(batch_size=256)
-        number = 0
-        for batch in batches:
-            for index in range(batch.num_rows):
-                number += 1
-                yield f"{name}:row {number}", _parquet_row(batch.slice(index, 1))
+        for number, one in enumerate((batch.slice(at, 1) for batch in batches for at in range(batch.num_rows)), 1):
+            yield f"{name}:row {number}", _parquet_row(one)
     except (pa.ArrowException, UnicodeDecodeError) as error:  # a column's name may be no UTF-8
         raise UserError(f"{name}: not a readable Parquet file ({_one_line(error)[:200]})") from None
 
