@@ -4,13 +4,16 @@ import pytest
 from counting import TALLY
 
 
-@pytest.fixture(autouse=True, scope="session")
-def private_cache(tmp_path_factory):
-    """A cache of this session's own; the tokenizers that other tests fetched stay where they are."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("FUZZ_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
+@pytest.fixture(scope="session")
+def private(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def private_cache(request, monkeypatch, private):
+    """A cache of this session's own, but for the tokenizers, which are fetched once."""
+    if request.node.get_closest_marker("tokenizers") is None:
+        monkeypatch.setenv("MLXDPO_CACHE", private)
 
 
 def pytest_terminal_summary(terminalreporter):
