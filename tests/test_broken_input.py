@@ -1,6 +1,7 @@
 """What fuzzing found, one by one: input that was a traceback, or passed in silence, is now one sentence or a count."""
 
 import asyncio
+import contextlib
 import json
 import math
 
@@ -12,6 +13,7 @@ from mlxdpo.config import Config, ModelConfig, dump_config, load_config
 from mlxdpo.data.report import BadRow
 from mlxdpo.data.sources import read_rows
 from mlxdpo.data.spool import Spool
+from mlxdpo.export.findings import FORMATS, read_findings
 from mlxdpo.export.record import read_record
 from mlxdpo.export.source import hub_name
 from mlxdpo.model.adapters import read_settings
@@ -245,6 +247,15 @@ def test_a_damaged_evaluation_does_not_take_the_list_of_runs_down(run, text):
     (run.path / "checkpoints" / "step-abc").mkdir(parents=True)
     assert lines(run.path.parent)[0][0] == "one"
     assert isinstance(headline(run.path), str) and checkpoints(run.path, Tail(run.path / "metrics.jsonl")) == []
+
+
+def test_an_evaluation_of_another_layout_is_named_by_the_card(run):
+    (run.path / "eval").mkdir()
+    file = run.path / "eval" / "results_1.json"
+    for wrong in ({"pairs": {"rewards": "none"}}, {"winrates": 3}, {"drift": [1]}):
+        file.write_text(json.dumps({"format": FORMATS[-1], **wrong}))
+        with contextlib.suppress(UserError):
+            assert read_findings(run) is not None
 
 
 @pytest.mark.parametrize("raw", [b"{", b"[]", b"\xff", b'{"model": "x"}', b'{"model": {"digest": 3}}', b"[" * 100_000])

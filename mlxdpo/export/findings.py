@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxdpo.runs import Run, read_json
+from mlxdpo.runs import Run, as_written, read_json
 from mlxdpo.types import UserError
 
 FORMATS = (1, 2)  # of results_*.json; in both the numbers of the card have the same places
@@ -51,9 +51,12 @@ class Findings(NamedTuple):
 def read_findings(run: Run) -> Findings | None:
     """The newest evaluation, else the demo's own measurement, else None. Raises `UserError` for an unreadable file."""
     folder = run.path / "eval"
-    if files := sorted(folder.glob("results_*.json")):
-        return _of_results(files[-1], read_json(files[-1]))
-    return _of_demo(folder / "demo.json", read_json(folder / "demo.json")) if (folder / "demo.json").exists() else None
+    newest = sorted(folder.glob("results_*.json"))[-1:]
+    for file, of in [*((file, _of_results) for file in newest), (folder / "demo.json", _of_demo)]:
+        if file.exists():
+            with as_written(file, "run the evaluation again, or remove it"):
+                return of(file, read_json(file))
+    return None
 
 
 def at(values: Any, path: str) -> Any:

@@ -29,7 +29,7 @@ def case(target, call):
     except SilentDrop:
         seen["drops"] += 1
         raise
-    except BaseException:
+    except Exception:
         seen["tracebacks"] += 1
         raise
     seen["clean"] += 1

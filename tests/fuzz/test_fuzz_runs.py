@@ -184,7 +184,7 @@ def page_of(run):
     places.recipes(runs, runs)
 
 
-@fuzzed(60, 1_000, seed=SEEDS)
+@fuzzed(40, 700, seed=SEEDS)
 def test_pages(run, seed):
     def look():
         case("run: app's pages", lambda: page_of(run))
