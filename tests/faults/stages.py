@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiny_runs import adapter_bytes, recipe, write_pairs
+from tiny_words import WORDS
 
 from mlxdpo import checkpoint
 from mlxdpo.config import dump_config, load_config
@@ -16,7 +17,7 @@ from mlxdpo.data.store import open_examples
 from mlxdpo.export.record import read_record
 from mlxdpo.reference import read_table
 from mlxdpo.runs import Run, read_lines
-from mlxdpo.sealed import load_sealed, read_sealed_json
+from mlxdpo.sealed import load_sealed, read_sealed_json, seal_of
 
 LAUNCH = Path(__file__).with_name("launch.py")
 CLOCK = {"tokens_per_second", "peak_memory_gb", "seconds_left"}  # what may differ between two runs
@@ -129,7 +130,7 @@ def run_result(place: Place) -> Found:
     check_run(run)
     assert list(run.rglob(".*")) == []
     last = checkpoint.steps(run / "checkpoints")[-1]
-    state = (last / "optimizer.safetensors").read_bytes()
+    state = seal_of(load_sealed(last / "optimizer.safetensors"))  # in any order: MLX keeps none
     return {"adapter": adapter_bytes(run), "optimizer": state, "metrics": numbers(run), "last": last.name}
 
 
@@ -218,10 +219,10 @@ def collect_command(place: Place) -> list[str]:
     """Answers to forty prompts."""
     prompts = place.base / "prompts.jsonl"
     if not prompts.exists():
-        rows = [{"prompt": f"q{i} red the user:"} for i in range(40)]
+        rows = [{"prompt": f"the {a} {b}"} for a in WORDS[:8] for b in WORDS[12:17]]
         prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    drawing = ["--samples", "4", "--max-tokens", "12", "--batch-size", "4", "--unfinished", "keep"]
-    run, out = str(place.base / "straight" / "run"), str(place.own / "pairs.jsonl")
+    drawing = ["--samples", "4", "--max-tokens", "8", "--batch-size", "4", "--unfinished", "keep"]
+    run, out = str(place.base / "words" / "run"), str(place.own / "pairs.jsonl")
     return ["cli", "collect", run, "--prompts", str(prompts), "--reward", "longest", "--out", out, *drawing]
 
 

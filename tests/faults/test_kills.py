@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import json
 import random
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from stages import STAGES, Place, Stage, start
 from tiny_runs import finish, recipe
+from tiny_words import WORDS, write_words
 
 from mlxdpo.cli import run as cli
 from mlxdpo.runs import Run, append_line, read_lines
@@ -32,6 +34,10 @@ def base(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLXDPO_CACHE", str(folder / "straight" / "cache"))
         finish(recipe(folder, "straight/run", data={"eval_fraction": 0.4}))
+        write_words(folder / "words" / "llama")  # a model whose answers are words
+        rows = [{"prompt": f"the {a}", "chosen": " runs", "rejected": f" {a} sleeps"} for a in WORDS[:8]]
+        (folder / "words" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        finish(recipe(folder / "words"))
     return folder
 
 
@@ -45,9 +51,12 @@ def straight(base: Path, name: str) -> tuple[dict, float]:
     stage, place = STAGES[name], place_in(base, f"{name}-straight")
     process = start(place, stage.command(place))
     begun = until_at_work(stage, place, process)
+    while stage.at_work(place) and process.poll() is None:
+        time.sleep(0.001)
+    lasts = time.monotonic() - begun
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    return dict(stage.result(place)), time.monotonic() - begun
+    return dict(stage.result(place)), lasts
 
 
 def until_at_work(stage: Stage, place: Place, process) -> float:
