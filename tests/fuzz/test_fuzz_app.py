@@ -122,7 +122,7 @@ MILD = [value for value in ODD_VALUES if not (isinstance(value, int) and abs(val
 SENT = st.sampled_from([*MILD, *NAMES, ["one"], {"path": "/etc/passwd"}, {"__type__": "update", "value": 1}])
 
 
-@fuzzed(25, 500, which=SEEDS, data=st.lists(SENT, max_size=6), as_wanted=st.booleans())
+@fuzzed(25, 300, which=SEEDS, data=st.lists(SENT, max_size=6), as_wanted=st.booleans())
 def test_handlers(served, which, data, as_wanted):
     """Any handler by its number, with values of any kind; half of the time as many as it takes."""
     from test_ui_server import Browser
