@@ -16,13 +16,6 @@ class _Loader(yaml.SafeLoader):
     """YAML in which 1e-5 is a number (YAML 1.1 asks for 1.0e-5 and makes the rest text)."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
-
 class _Dumper(yaml.SafeDumper):
     """YAML that comes back as it went in: unquoted, a next-line or line-separator sign would come back as a blank."""
 
@@ -33,6 +26,14 @@ _Dumper.add_representer(
         "tag:yaml.org,2002:str", text, style=None if text.replace("\n", "").isprintable() else '"'
     ),
 )
+
+
+for _side in (_Loader, _Dumper):  # the dumper too: text that looks like a number has to be quoted
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
 
 
 def yaml_text(value: Any, width: int = 80) -> str:
