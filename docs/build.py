@@ -42,7 +42,7 @@ def main(words: list[str]) -> int:
     lay_out(out / "source")
     from sphinx.cmd.build import main as sphinx
 
-    options = ["-W", "--keep-going", "-c", str(ROOT / "docs"), "-d", str(out / "trees")]
+    options = ["-q", "-W", "--keep-going", "-c", str(ROOT / "docs"), "-d", str(out / "trees")]
     if status := sphinx([*options, str(out / "source"), str(out / "html")]):
         return status
     for file in found(FILES):  # what raw HTML of a page shows
@@ -172,12 +172,23 @@ def front_door() -> str:
     parts = ["# Python\n\nWhat `import mlxdpo` offers. The rooms behind it have pages of their own.\n"]
     for name in mlxdpo._DOOR:
         value = getattr(mlxdpo, name)
-        kind = "class" if inspect.isclass(value) else "function" if callable(value) else "data"
+        if not callable(value):  # a registry: its docstring stands where it is defined
+            parts.append(f"```{{eval-rst}}\n.. autodata:: {_defined(name, value)}\n   :no-index:\n```\n")
+            continue
+        kind = "class" if inspect.isclass(value) else "function"
         own = "\n   :members:" if kind == "class" else ""
         # What a room's page has too is indexed there.
         own += "\n   :no-index:" if _in_a_room(value) else ""
         parts.append(f"```{{eval-rst}}\n.. auto{kind}:: mlxdpo.{name}{own}\n```\n")
     return "\n".join(parts)
+
+
+def _defined(name: str, value: Any) -> str:
+    """The module of a room that assigns a value, where `from x import y` only passes it on."""
+    package = mlxdpo._DOOR[name]
+    homes = [m for m in sorted(sys.modules) if m.startswith(package) and vars(sys.modules[m]).get(name) is value]
+    assigns = re.compile(rf"^{name}\b.*=", re.MULTILINE)
+    return next(f"{m}.{name}" for m in homes if assigns.search(inspect.getsource(sys.modules[m])))
 
 
 def _in_a_room(value: Any) -> bool:

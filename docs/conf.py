@@ -19,7 +19,7 @@ html_title = f"mlxdpo {release}"
 html_copy_source = False
 myst_heading_anchors = 4
 autodoc_member_order = "bysource"
-autodoc_class_signature = "separated"
+autodoc_default_options = {"no-value": True}  # a registry printed whole is no documentation
 add_module_names = False
 # A type that is imported for type checkers alone is known by its last word, which two rooms may share.
 suppress_warnings = ["ref.python"]
@@ -61,7 +61,14 @@ def process_docstring(app, what, name, obj, options, lines):
     ours = what == "module" or getattr(obj, "__module__", "").startswith("mlxdpo")
     if not any(line.strip() for line in lines) and ours and not name.endswith(".__init__"):
         logging.getLogger(__name__).warning("%s has no docstring", name)
+    if lines and lines[0].startswith("Alias for field number"):  # what Python says of a NamedTuple's field
+        lines.clear()
     lines[:] = as_rst(lines)
+
+
+def skip_member(app, what, name, obj, skip, options):
+    """pydantic's own settings of a model are none of ours."""
+    return True if name == "model_config" else None
 
 
 def setup(app):
@@ -70,3 +77,4 @@ def setup(app):
 
     app.add_lexer("mermaid", TextLexer)
     app.connect("autodoc-process-docstring", process_docstring)
+    app.connect("autodoc-skip-member", skip_member)

@@ -92,6 +92,8 @@ def house(root: Path = ROOT) -> House:
             found |= reached(module, names, known if not annex else {})
     for room, others in below.items():
         others.discard(room)
+    if homeless := sorted(below.keys() - known.keys() - {"eval"}):
+        raise SystemExit(f"no floor for {', '.join(homeless)}; give it one in FLOORS of tests/test_house.py")
     floor = {room: -1 if room == "eval" else known[room] for room in below}
     return House(_ordered(floor, below), floor, below)
 

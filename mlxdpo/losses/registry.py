@@ -282,3 +282,5 @@ LOSSES: dict[str, Objective] = {
         refuses=UNPAIRED,
     ),
 }
+"""Every objective by name: `LOSSES["sigmoid"](pairs, beta=0.1)` gives one loss per pair, (B,). The names are those of
+`loss.name`; what each is for stands in docs/objectives.md."""
