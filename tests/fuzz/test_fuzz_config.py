@@ -1,5 +1,6 @@
 """Recipes, command lines, constitutions, rounds: a configuration, or one sentence."""
 
+import os
 import random
 from importlib.resources import files
 
@@ -142,5 +143,6 @@ def test_names_of_recipes_models_and_data(tmp_path, monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     case("names: recipe", lambda: load_config(name or None))
     case("names: model", lambda: find_model(name))
-    case("names: data", lambda: read_preferences(Config().data.model_copy(update={"path": name})))
+    if not os.path.isdir(name):  # "//" is a folder of everything
+        case("names: data", lambda: read_preferences(Config().data.model_copy(update={"path": name})))
     case("names: run", lambda: Run.open(name))
