@@ -43,7 +43,8 @@ def with_adapter(config: Config, model: nn.Module) -> Config:
     for name in config.lora.model_fields_set & {"method", "rank", "keys", "layers", "alpha", "scale"}:
         asked = config.lora.multiplier if name in ("alpha", "scale") else getattr(config.lora, name)
         has = own.multiplier if name in ("alpha", "scale") else getattr(own, name)
-        if asked is not None and asked != has:
+        same = sorted(asked) == sorted(has) if isinstance(asked, list) and isinstance(has, list) else asked == has
+        if asked is not None and not same:
             raise UserError(
                 f"lora.{name} is {asked}, but the adapter {config.model.adapter} has {has}; drop lora.{name}"
             )

@@ -148,6 +148,16 @@ def test_settings_that_contradict_the_adapter_are_refused(tmp_path, lora, senten
     assert str(error.value) == sentence.format(adapter)
 
 
+def test_the_same_keys_in_another_order_do_not_contradict_the_adapter(tmp_path):
+    keys = ["self_attn.q_proj", "mlp.up_proj", "self_attn.v_proj"]
+    finish(recipe(tmp_path, "first", train={"steps": 1}, lora={"keys": keys}))
+    finish(
+        recipe(
+            tmp_path, train={"steps": 1}, model={"adapter": str(tmp_path / "first" / "adapter")}, lora={"keys": keys}
+        )
+    )
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 def test_an_adapter_brings_its_settings_and_is_the_reference(tmp_path, method):
     finish(recipe(tmp_path, "first", lora={"method": method, "layers": 2}))
