@@ -8,6 +8,7 @@ Source of the need: arXiv 2305.18290 eq. 7, where the reference enters as consta
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -22,13 +23,16 @@ from mlxdpo.data.batching import collate
 from mlxdpo.data.frames import Frame
 from mlxdpo.data.planning import Indices
 from mlxdpo.data.store import Examples, row_digest
+from mlxdpo.peers import ALONE, Peers
 from mlxdpo.platform import cache_folder, this_machine, versions
-from mlxdpo.runs import write_atomic, write_json
-from mlxdpo.types import Batch, Example, Pairs
+from mlxdpo.runs import write_json
+from mlxdpo.sealed import load_sealed, save_sealed, sealed
+from mlxdpo.types import Batch, Example, Pairs, UserError
 
 __all__ = ["digest_of", "identity_of", "read_table", "row_digest", "with_reference", "write_table"]
 
 SAVE_SECONDS = 30.0  # what an interrupted scoring may lose
+ROUND = 4  # batches of each process between two meetings, where several processes score
 TICKS = 1000  # yields for batches that cost nothing: as many as a progress bar can show
 Table = dict[bytes, float]
 Scorer = Callable[[Batch], Pairs]
@@ -59,10 +63,16 @@ def read_table(file: Path) -> Table:
 
 
 def _read_arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A table's row digests (M,) S16, ascending, and their log-probs (M,) float32."""
-    if not file.exists():
-        return np.zeros(0, "S16"), np.zeros(0, np.float32)
-    arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
+    """A table's row digests (M,) S16, ascending, and their log-probs (M,) float32.
+
+    Raises `UserError` for a damaged table: a wrong log-prob of the reference would be trained against, and not seen.
+    """
+    try:
+        if not (file.exists() and sealed(file)):  # one without a seal is not known to be whole: it is scored again
+            return np.zeros(0, "S16"), np.zeros(0, np.float32)
+        arrays = load_sealed(file)
+    except UserError as error:
+        raise UserError(f"{error}, or delete it, and its rows are scored again") from None
     keys = _keys(np.array(arrays["rows"]))
     order = np.argsort(keys, kind="stable")
     return keys[order], np.array(arrays["logps"])[order]
@@ -85,7 +95,7 @@ def write_table(file: Path, table: Table, identity: Mapping[str, Any]) -> None:
     keys, first = np.unique(np.concatenate([fresh, known]), return_index=True)
     values = np.concatenate([np.array(list(table.values()), np.float32), logps])[first]
     arrays = {"rows": mx.array(keys.view(np.uint8).reshape(-1, 16)), "logps": mx.array(values)}
-    write_atomic(file, lambda temporary: mx.save_safetensors(str(temporary), arrays))
+    save_sealed(file, arrays)
     write_json(file.with_suffix(".json"), dict(identity))
 
 
@@ -97,6 +107,7 @@ def with_reference(
     batch_size: int,
     frames: Sequence[Frame] = (),
     rows: np.ndarray | None = None,
+    peers: Peers = ALONE,
 ) -> Generator[tuple[int, np.ndarray | None], None, None]:
     """Score what the table lacks, batch by batch, saving as it goes.
 
@@ -104,14 +115,20 @@ def with_reference(
     that are in no batch. With `rows` of `shared_rows` (LD-DPO), logps (N, 4), and the scorer gives `Pairs.shared`.
     Of the batches that the table holds already, about a thousand are reported.
     `batches` and `frames` are the ones training will see first: the same shapes give the same rounding, so a policy
-    that has not moved differs from its reference by exactly nothing.
+    that has not moved differs from its reference by exactly nothing. Several processes share the batches; the table is
+    process 0's.
     """
     file = cache_folder() / "reference" / f"{digest_of(identity)}.safetensors"
     # Every distinct row once: a completion in ten pairs has one place in `logps` and `known`.
     rows = Examples.of(examples).rows if rows is None else rows
     keys, place = np.unique(_keys(rows), return_inverse=True)
     place = place.reshape(rows.shape[:2])
-    logps, known = _look_up(keys, file)
+    logps, known = _look_up(keys, file) if peers.first else (np.zeros(len(keys), np.float32), np.zeros(len(keys), bool))
+    if peers.size > 1:
+        both = peers.sum({"logps": mx.array(logps), "known": mx.array(known.astype(np.uint8))})
+        logps, known = np.array(both["logps"]), np.array(both["known"]) > 0
+    score_one = functools.partial(_score, examples, scorer, batch_size, frames, rows.shape[1])
+    ahead: dict[int, np.ndarray] = {}
     held: list[bool] = np.all(known[place], axis=1).tolist()
     done, saved, tick = 0, time.monotonic(), -(-len(batches) // TICKS)
     fresh: Table = {}
@@ -120,10 +137,12 @@ def with_reference(
             score = not all(map(held.__getitem__, indices)) and not known[place[list(indices)]].all()
             if score:
                 at = place[list(indices)]
-                pairs = scorer(collate(examples, indices, batch_size, frames=frames))
-                both = np.stack(_columns(pairs)[: rows.shape[1]], axis=1)[: len(indices)]
+                if number not in ahead:
+                    ahead = _round(batches, number, place, known, score_one, peers)
+                both = ahead.pop(number)
                 logps[at], known[at] = both, True
-                fresh.update(zip(_bytes_of(keys[at]), both.reshape(-1).tolist(), strict=True))
+                if peers.first:
+                    fresh.update(zip(_bytes_of(keys[at]), both.reshape(-1).tolist(), strict=True))
             done += len(indices)
             if fresh and time.monotonic() - saved > SAVE_SECONDS:
                 write_table(file, fresh, identity)
@@ -134,6 +153,50 @@ def with_reference(
         if fresh:
             write_table(file, fresh, identity)
     yield done, logps[place]
+
+
+def _score(
+    examples: Sequence[Example], scorer: Scorer, size: int, frames: Sequence[Frame], columns: int, indices: Indices
+) -> np.ndarray:
+    """(pairs, columns) log-probs of one batch."""
+    pairs = scorer(collate(examples, indices, size, frames=frames))
+    return np.stack(_columns(pairs)[:columns], axis=1)[: len(indices)]
+
+
+def _round(
+    batches: Sequence[Indices],
+    start: int,
+    place: np.ndarray,
+    known: np.ndarray,
+    score_one: Callable[[Indices], np.ndarray],
+    peers: Peers,
+) -> dict[int, np.ndarray]:
+    """Log-probs by number of the batch: of `start` alone, or of the next that one process would score from there on,
+    each scored by one of several."""
+    if peers.size == 1:
+        return {start: score_one(batches[start])}
+    numbers = _due(batches, start, place, known, ROUND * peers.size)
+    found = np.zeros((len(numbers), max(len(batches[n]) for n in numbers), place.shape[1]), np.float32)
+    mine = peers.mine([len(batches[n]) for n in numbers])
+    for values, number, own in zip(found, numbers, mine, strict=True):
+        if own:
+            values[: len(batches[number])] = score_one(batches[number])
+    summed = np.array(peers.sum(mx.array(found)))
+    return {n: values[: len(batches[n])] for n, values in zip(numbers, summed, strict=True)}
+
+
+def _due(batches: Sequence[Indices], start: int, place: np.ndarray, known: np.ndarray, most: int) -> list[int]:
+    """The numbers of the next batches, from `start` on, that hold a row which no batch before them has."""
+    numbers: list[int] = []
+    seen: set[int] = set()
+    for number in range(start, len(batches)):
+        rows = place[list(batches[number])].ravel()
+        if new := set(rows[~known[rows]].tolist()) - seen:
+            numbers.append(number)
+            seen |= new
+        if len(numbers) == most:
+            break
+    return numbers
 
 
 def _columns(pairs: Pairs) -> list[np.ndarray]:

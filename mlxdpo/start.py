@@ -15,7 +15,7 @@ from mlxdpo.data.frames import SAMPLE, frames_for
 from mlxdpo.data.load import Dataset
 from mlxdpo.data.planning import first_epoch
 from mlxdpo.data.store import Examples
-from mlxdpo.loop import Job, Part
+from mlxdpo.job import Job, Part
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import adapters_off, check_trainable, dropout_off, load_adapter, read_settings
 from mlxdpo.model.packed import packs

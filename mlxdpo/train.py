@@ -13,21 +13,24 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlxdpo import checkpoint, start
+from mlxdpo import checkpoint, start, together
 from mlxdpo.checkpoint import Progress
 from mlxdpo.config import Config
 from mlxdpo.data.frames import frames_for
 from mlxdpo.data.load import Dataset, encode_split, read_split
 from mlxdpo.data.planning import Indices
 from mlxdpo.data.store import Examples
-from mlxdpo.loop import Job, Part, run_loop
+from mlxdpo.headroom import Headroom
+from mlxdpo.job import Job, Part
+from mlxdpo.loop import run_loop
 from mlxdpo.losses import Loss
-from mlxdpo.manifest import check_same, describe_run
+from mlxdpo.manifest import describe_run
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter
 from mlxdpo.model.light import light_attention
 from mlxdpo.model.policy import load_policy
 from mlxdpo.moving import check_moving
 from mlxdpo.outlook import heldout_batches, training_batches
+from mlxdpo.peers import ALONE, Peers
 from mlxdpo.platform import wire_memory
 from mlxdpo.reference import Scorer, shared_rows, with_reference
 from mlxdpo.runs import Run
@@ -39,11 +42,17 @@ Stop = Callable[[], bool]
 
 
 def train(
-    config: Config, *, resume: Run | None = None, warm: Path | None = None, should_stop: Stop = lambda: False
+    config: Config,
+    *,
+    resume: Run | None = None,
+    warm: Path | None = None,
+    should_stop: Stop = lambda: False,
+    peers: Peers = ALONE,
 ) -> Iterator[Event]:
     """Run a recipe, or go on with `resume`; yields what happens and writes the run directory.
 
     `warm` is another run's checkpoint whose optimizer state the first step starts from (rounds of one training).
+    Of several `peers` each must call this alike; process 0 alone writes.
 
     Raises `UserError` when the recipe, the data or a changed input stops it; nothing is written before the model
     and the data are read.
@@ -56,7 +65,8 @@ def train(
     rows = read_split(config.data, config.train.seed, stage.take(config, loss))
     wire_memory()
     policy = load_policy(config.model)
-    config = start.with_adapter(config, policy.model)
+    asked = start.with_adapter(config, policy.model)
+    config, cut = together.for_all(asked, peers)
     reference, adapter = start.find_reference(config, policy)
     data = encode_split(rows, config.data, policy.tokenizer, policy.eos_ids)
     del rows  # they may be gigabytes on disk
@@ -65,27 +75,22 @@ def train(
     start.check_window(policy, longest)
     ways, note = start.choose_ways(policy.model, data, config)
     manifest = describe_run(config, policy, reference, adapter, data)
-    run = resume or Run.create(config)
+    together.check_alike(peers, config, manifest)
+    run = together.open_run(peers, asked, resume)
     outlook = start.preview(policy.model, data, config, ways)
     begun = {"run": run, "config": config, "data": data, "policy": policy, "outlook": outlook}
     yield Event("start", 0, begun | {"shown": stage.shown(data.train[0], loss)})
-    if resume and (run.path / "manifest.json").exists():
-        check_same(run.manifest(), manifest, run.path)
-    for text in filter(None, (note, stage.remark(data, config, loss))):
+    for text in filter(None, (cut, note, stage.remark(data, config, loss))):
         yield Event("note", 0, {"text": text})
     # Entered before anything is traced: a trace keeps the attention it was made with.
-    with run.exclusive(), light_attention(policy.model, longest), light_attention(reference.model, longest):
-        run.write_manifest(manifest)
+    lights = (light_attention(policy.model, longest), light_attention(reference.model, longest))
+    with together.holding(peers, run, manifest), lights[0], lights[1]:
         own = ways if reference is policy else start.choose_ways(reference.model, data, config)[0]
-        score = start.with_details(own, loss, config).score
-        scorer = make_scorer(reference.model, score)
-        if "reference" in loss.needs:
-            with dropout_off(reference.model):
-                parts = yield from _score_reference(config, loss, scorer, manifest["reference"], data, should_stop)
-            if parts is None:
-                return
-        else:
-            parts = _without_reference(config, data)
+        scorer = make_scorer(reference.model, start.with_details(own, loss, config).score)
+        with dropout_off(reference.model):
+            parts = yield from _parts(config, loss, scorer, manifest["reference"], data, should_stop, peers)
+        if parts is None:
+            return
         if reference is not policy:
             del reference
             gc.collect()
@@ -94,7 +99,7 @@ def train(
             attach_lora(policy.model, config.lora, config.train.seed)
         stage.attach(policy.model)
         ways = stage.ways(start.with_details(ways, loss, config), config)
-        job = Job(config, policy.model, optimizer, loss, *parts, run.checkpoints, ways)
+        job = Job(config, policy.model, optimizer, loss, *parts, run.checkpoints, ways, peers)
         yield from _train(job, stage, run, resume is not None, warm, should_stop)
 
 
@@ -103,24 +108,36 @@ def _train(job: Job, stage: Stage, run: Run, resumed: bool, warm: Path | None, s
     progress = Progress()
     if warm is not None:
         checkpoint.restore_optimizer(warm, job.optimizer)
-    checkpoint.sweep(run.path)
+    if job.peers.first:
+        checkpoint.sweep(run.path)
     if resumed:
-        if saved := checkpoint.steps(run.checkpoints):
-            progress = checkpoint.restore(saved[-1], job.model, job.optimizer)
-        run.log({"resumed_from": progress.step})
+        job, progress = together.restored(job)
+        if job.peers.first:
+            run.log({"resumed_from": progress.step})
         yield Event("resumed", progress.step, {})
     if progress.step == 0 and job.config.reference.model is None:
         start.check(job)
-    step = progress.step
-    for event in run_loop(job, progress, should_stop):
+    step, room = progress.step, Headroom()
+    for event in run_loop(job, progress, lambda: should_stop() or room.short()):
         if event.kind in ("step", "eval"):
             event = event._replace(values=stage.report(event.values, job.config))
-            run.log({"step": event.step, **event.values})
+            if job.peers.first:
+                run.log({"step": event.step, **event.values})
         yield event
         if event.kind == "interrupted":
+            room.complain(run.checkpoints)
             return
         step = event.step
     yield _keep(job, stage, run, step)
+
+
+def _parts(
+    config: Config, loss: Loss, scorer: Scorer, identity: dict, data: Dataset, should_stop: Stop, peers: Peers
+) -> Generator[Event, None, tuple[Part, Part] | None]:
+    """Training and held-out pairs with what the loss asks of a reference, or None when asked to stop."""
+    if "reference" not in loss.needs:
+        return _without_reference(config, data)
+    return (yield from _score_reference(config, loss, scorer, identity, data, should_stop, peers))
 
 
 def _without_reference(config: Config, data: Dataset) -> tuple[Part, Part]:
@@ -136,7 +153,7 @@ def _without_reference(config: Config, data: Dataset) -> tuple[Part, Part]:
 
 
 def _score_reference(
-    config: Config, loss: Loss, scorer: Scorer, identity: dict, data: Dataset, should_stop: Stop
+    config: Config, loss: Loss, scorer: Scorer, identity: dict, data: Dataset, should_stop: Stop, peers: Peers
 ) -> Generator[Event, None, tuple[Part, Part] | None]:
     """The reference's log-probs of training and held-out pairs, or None when asked to stop."""
     train, parts = config.train, []
@@ -147,11 +164,12 @@ def _score_reference(
     for name, examples, batches in plans:
         frames = frames_for(examples, batches, train.batch_size)
         rows = shared_rows(examples) if "shared" in loss.needs else None
-        scoring, logps = with_reference(examples, scorer, identity, batches, train.batch_size, frames, rows), None
+        scoring = with_reference(examples, scorer, identity, batches, train.batch_size, frames, rows, peers)
+        logps = None
         while logps is None:
             done, logps = next(scoring)
             yield Event("reference", 0, {"part": name, "done": done, "total": len(examples)})
-            if should_stop():
+            if peers.agree(should_stop()):
                 scoring.close()  # saves what was scored
                 yield Event("interrupted", 0, {})
                 return None
@@ -163,6 +181,8 @@ def _score_reference(
 def _keep(job: Job, stage: Stage, run: Run, step: int) -> Event:
     """Fill adapter/ (and what else the stage keeps) with the last step or the best one, as the recipe asks."""
     source = checkpoint.folder_of(run.checkpoints, step)
+    if not job.peers.first:
+        return Event("done", step, {"run": run, "adapter": run.adapter, "from": source.name, "best": None})
     best = checkpoint.read_progress(source).best_step
     if job.config.train.final == "best" and best is not None:
         source = checkpoint.folder_of(run.checkpoints, best)

@@ -7,11 +7,16 @@ not over each batch as other trainers do, they leave the step the same however i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from mlxdpo.losses import Loss
+from mlxdpo.peers import ALONE, Peers
 from mlxdpo.types import Batch, Example, Pairs
+
+WIDEST = 2  # numbers that a field of `Pairs` has of each pair, at most
 
 
 def first(pairs: Pairs, count: int) -> Pairs:
@@ -25,24 +30,64 @@ def together(parts: Sequence[Pairs]) -> Pairs:
     return Pairs(*(None if column[0] is None else mx.concatenate(column, axis=-1) for column in columns))
 
 
+def gathered(peers: Peers, parts: Sequence[Pairs | None], counts: Sequence[int]) -> Pairs:
+    """The pairs of several batches in one, of which `parts` holds this process's own."""
+    if peers.size == 1:
+        return together(parts)  # type: ignore[arg-type]
+    columns = taken(peers.sum(mx.array(table(Pairs, parts, counts))))
+    return Pairs(*(None if column is None else mx.array(column) for column in columns))
+
+
+def table(kind: type[NamedTuple], parts: Sequence[Any], counts: Sequence[int]) -> np.ndarray:
+    """(fields, 1 + 2, pairs) float32: what is known of the pairs of each batch, to be summed over the processes.
+
+    Zeros for the batches of others (None). The first row says how many numbers of each pair a field has, 0 for None.
+    """
+    found, at = np.zeros((len(kind._fields), 1 + WIDEST, sum(counts)), np.float32), 0
+    for part, count in zip(parts, counts, strict=True):
+        for field, values in zip(found, part or (), strict=part is not None):
+            if values is not None:
+                rows = np.atleast_2d(np.array(values, np.float32))
+                field[0, at : at + count] = len(rows)
+                field[1 : 1 + len(rows), at : at + count] = rows
+        at += count
+    return found
+
+
+def taken(summed: mx.array) -> list[np.ndarray | None]:
+    """The fields of a summed `table`, each (pairs,) or (2, pairs); None where no process had one.
+
+    Raises `RuntimeError` when the processes did not deal the batches out among them, each once.
+    """
+    result: list[np.ndarray | None] = []
+    for field in np.array(summed):
+        numbers = int(field[0, :1].sum())
+        if (field[0] != numbers).any() or numbers > WIDEST:
+            raise RuntimeError("a batch was computed by two processes or by none; please report this with the recipe")
+        result.append(None if numbers == 0 else field[1] if numbers == 1 else field[1 : 1 + numbers])
+    return result
+
+
 def look_over(
     loss: Loss,
     batches: Sequence[Sequence[Example]],
-    laid_out: Callable[[], Iterable[Batch]],
+    laid_out: Callable[[], Iterable[Batch | None]],
     scorer: Callable[[Batch], Pairs],
+    peers: Peers = ALONE,
 ) -> list[mx.array | None]:
     """For each batch of a step what the loss takes from all of the step's pairs, (K, pairs of the batch), or None.
 
-    Where lengths are enough nothing is computed; else `laid_out` is asked for the batches and each is scored.
+    Where lengths are enough nothing is computed; else `laid_out` is asked for the batches and each is scored; None
+    stands for one that another process scores.
     """
     if not loss.looks:
         return [None] * len(batches)
     if loss.looks_at_logps:
         scored = zip(laid_out(), batches, strict=True)
-        parts = [first(scorer(batch), len(examples)) for batch, examples in scored]
+        parts = [None if batch is None else first(scorer(batch), len(examples)) for batch, examples in scored]
+        seen = loss.look(gathered(peers, parts, [len(examples) for examples in batches]))
     else:
-        parts = [_lengths(examples) for examples in batches]
-    seen = loss.look(together(parts))
+        seen = loss.look(together([_lengths(examples) for examples in batches]))
     assert seen is not None
     ends = [sum(map(len, batches[: n + 1])) for n in range(len(batches) - 1)]
     return list(mx.split(seen, ends, axis=1)) if ends else [seen]

@@ -19,7 +19,7 @@ from mlxdpo.baselines.rollouts import Actor, Drawn, Reference, Reward, checked_s
 from mlxdpo.baselines.updates import Mover, ppo_update, rloo_update
 from mlxdpo.config import LoraConfig, OptimConfig
 from mlxdpo.generate import generate
-from mlxdpo.loop import NonFiniteError
+from mlxdpo.job import NonFiniteError
 from mlxdpo.model import head as heads
 from mlxdpo.model.adapters import adapters_off, attach_lora, load_run
 from mlxdpo.reopen import at_checkpoints, reopen

@@ -12,7 +12,7 @@ from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo import checkpoint, start, step
 from mlxdpo.data.planning import first_epoch
-from mlxdpo.loop import NonFiniteError
+from mlxdpo.job import NonFiniteError
 from mlxdpo.runs import Run, read_lines
 from mlxdpo.types import UserError
 
@@ -125,7 +125,7 @@ def test_a_gradient_that_is_not_finite_names_the_windows_pairs(tmp_path, monkeyp
 
         return damaged
 
-    monkeypatch.setattr("mlxdpo.loop.make_gradient", broken)
+    monkeypatch.setattr("mlxdpo.job.make_gradient", broken)
     config = recipe(tmp_path, train={"save_every": 1})
     with pytest.raises(
         NonFiniteError, match=r"^the gradient is not a finite number at (pairs.jsonl:\d+, ){3}pairs.jsonl:\d+;"

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_map
 from tiny_models import tiny_model
 from tiny_runs import finish, losses, recipe
 
-from mlxdpo import loop, step
+from mlxdpo import job, loop, step
 from mlxdpo.config import LoraConfig, LossConfig, OptimConfig
 from mlxdpo.data.batching import collate
 from mlxdpo.losses import LOSSES, resolve
@@ -147,8 +147,8 @@ def test_filler_changes_neither_gradient_nor_metrics(model, data):
     full, wide = (gradient(collate(examples, (3, 1), size, ref), mx.array(0.5)) for size in (2, 5))
     for (name, a), (_, b) in zip(tree_flatten(full.gradients), tree_flatten(wide.gradients), strict=True):
         assert mx.abs(a - b).max().item() < 1e-4 * mx.abs(a).max().item(), name
-    assert loop.scored(wide.losses, wide.pairs, 2).losses == pytest.approx(full.losses.tolist(), rel=1e-5)
-    assert len(loop.scored(wide.losses, wide.pairs, 2).chosen) == 2
+    assert job.scored(wide.losses, wide.pairs, 2).losses == pytest.approx(full.losses.tolist(), rel=1e-5)
+    assert len(job.scored(wide.losses, wide.pairs, 2).chosen) == 2
 
 
 @needs_compiler

@@ -13,7 +13,7 @@ import numpy as np
 from mlxdpo.baselines import ppo, rloo
 from mlxdpo.baselines.passes import token_pass
 from mlxdpo.baselines.rollouts import Actor, Rollouts, portions
-from mlxdpo.loop import NonFiniteError
+from mlxdpo.job import NonFiniteError
 from mlxdpo.rollout_knobs import RolloutConfig
 from mlxdpo.step import Gradients, add, gradient_norm
 

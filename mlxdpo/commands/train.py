@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from mlxdpo.config import Config, load_config
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
+
+if TYPE_CHECKING:
+    from mlxdpo.peers import Peers
 
 Overrides = Annotated[Config, Parameter(name="*")]
 NOTHING = Config()  # no setting given
@@ -27,21 +30,55 @@ def run(recipe: Path | None = None, /, *, config: Overrides = NOTHING, resume: P
     resume
         Run directory to go on with, exactly where its last checkpoint stands.
     """
+    from mlxdpo.peers import joined
+    from mlxdpo.together import asked_for
+
+    with joined() as peers:
+        settings, existing = asked_for(peers, lambda: _asked(recipe, config, resume))
+        if peers.first:
+            return follow_training(settings, existing, peers)
+        return _follow_the_first(settings, existing, peers)
+
+
+def _asked(recipe: Path | None, config: Config, resume: Path | None) -> tuple[Config, Run | None]:
+    """The settings of a run, and the run to go on with."""
     given = config.model_dump(exclude_unset=True)
-    if resume is not None:
-        if recipe is not None or given:
-            what = recipe or "--" + next(iter(given))
-            raise UserError(f"--resume {resume} goes on with the run's own settings; drop {what}")
-        existing = Run.open(resume)
-        return follow_training(existing.config(), existing)
-    return follow_training(load_config(recipe, given), None)
+    if resume is None:
+        return load_config(recipe, given), None
+    if recipe is not None or given:
+        what = recipe or "--" + next(iter(given))
+        raise UserError(f"--resume {resume} goes on with the run's own settings; drop {what}")
+    existing = Run.open(resume)
+    return existing.config(), existing
 
 
-def follow_training(config: Config, resume: Run | None) -> int:
+def _follow_the_first(config: Config, resume: Run | None, peers: Peers) -> int:
+    """Train with process 0, which shows what happens."""
+    from mlxdpo.commands.interrupt import stop_flag
+    from mlxdpo.peers import PeerLost
+    from mlxdpo.train import train
+
+    kind, path = "", None
+    with stop_flag() as should_stop:
+        try:
+            for event in train(config, resume=resume, should_stop=should_stop, peers=peers):
+                kind = event.kind
+                path = event.values["run"].path if kind == "start" else path
+        except PeerLost as lost:
+            raise PeerLost(f"{lost}; {_goes_on(path)}") from lost
+    return 0 if kind == "done" else 130
+
+
+def _goes_on(path: Path | None) -> str:
+    return "start again" if path is None else f"go on from the last checkpoint with: mlxdpo train --resume {path}"
+
+
+def follow_training(config: Config, resume: Run | None, peers: Peers | None = None) -> int:
     """Train with everything shown and tracked; 0 when done, 130 when interrupted."""
     from mlxdpo.commands import screen
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.commands.track import check_installed, tracked
+    from mlxdpo.peers import ALONE, PeerLost
     from mlxdpo.platform import preload_blas
     from mlxdpo.train import train
 
@@ -50,12 +87,16 @@ def follow_training(config: Config, resume: Run | None) -> int:
     check_installed(config)
     path, finished = resume.path if resume else None, False
     with stop_flag() as should_stop:
-        for event in tracked(screen.follow(train(config, resume=resume, should_stop=should_stop)), config):
-            if event.kind == "start":
-                path = event.values["run"].path
-            elif event.kind == "done":
-                finished = True
-                screen.console.print(f"done: {event.values['adapter']} holds {event.values['from']}")
+        events = train(config, resume=resume, should_stop=should_stop, peers=peers or ALONE)
+        try:
+            for event in tracked(screen.follow(events), config):
+                if event.kind == "start":
+                    path = event.values["run"].path
+                elif event.kind == "done":
+                    finished = True
+                    screen.console.print(f"done: {event.values['adapter']} holds {event.values['from']}")
+        except PeerLost as lost:
+            raise PeerLost(f"{lost}; {_goes_on(path)}") from lost
     if not finished:
         screen.console.print(f"stopped; go on with: mlxdpo train --resume {path}")
         return 130

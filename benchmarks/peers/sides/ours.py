@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.peers.sides.protocol import Channel, Job, serve
+from mlxdpo import job as jobs
 from mlxdpo import loop, scoring
 from mlxdpo.checkpoint import Progress
 from mlxdpo.config import Config
@@ -117,9 +118,9 @@ def run(job: Job, channel: Channel) -> None:
         seconds = time.perf_counter() - started
         attach_lora(policy.model, config.lora)
         policy.model.load_weights(job.adapter, strict=False)
-        parts = loop.Part(examples, ref), loop.Part([], np.zeros((0, 2), np.float32))
+        parts = jobs.Part(examples, ref), jobs.Part([], np.zeros((0, 2), np.float32))
         made = make_optimizer(config.optim), resolve(config.loss)
-        prepared = loop.Job(config, policy.model, *made, *parts, Path(job.folder), ways)
+        prepared = jobs.Job(config, policy.model, *made, *parts, Path(job.folder), ways)
         _step(loop.run_loop(prepared, Progress(), lambda: False), channel, seconds, job.switches)
 
 
