@@ -7,6 +7,7 @@ import math
 
 import pytest
 from small_export import small_export
+from test_pull import trained  # noqa: F401 (a fixture)
 from test_supply_chain import change, model, own  # noqa: F401 (fixtures)
 
 from mlxdpo.config import Config, ModelConfig, dump_config, load_config
@@ -16,6 +17,7 @@ from mlxdpo.data.spool import Spool
 from mlxdpo.export.findings import FORMATS, read_findings
 from mlxdpo.export.record import read_record
 from mlxdpo.export.source import hub_name
+from mlxdpo.export.story import export
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.policy import find_model, load_policy
 from mlxdpo.runs import Run, append_line
@@ -273,6 +275,12 @@ def test_damaged_adapter_settings_are_named(tmp_path, raw):
     (tmp_path / "adapters.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"adapter_config\.json: "):
         read_settings(tmp_path)
+
+
+def test_an_exported_adapter_is_one_to_start_from(trained, tmp_path):  # noqa: F811
+    """Its settings had the seal of the run's file and one key more: they counted as damaged."""
+    out = export(trained, ["mlx"], tmp_path / "out", pairs=1).out
+    assert read_settings(out / "mlx") == read_settings(trained.adapter)
 
 
 @pytest.mark.parametrize("values", [{"targets": 3}, {"targets": {"mlx": {}}}, {"beta_": 1}])

@@ -17,15 +17,16 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxdpo.export.deltas import base_of, plain_weight, tuned
 from mlxdpo.export.source import Source, hub_name, side_files
-from mlxdpo.model.adapters import SETTINGS, WEIGHTS
-from mlxdpo.runs import read_json, write_json
+from mlxdpo.model.adapters import SETTINGS, WEIGHTS, adapter_settings, read_settings
+from mlxdpo.runs import write_json
 from mlxdpo.types import UserError
 
 
 def write_adapter(source: Source, folder: Path) -> str | None:
     """The run's adapter, for `mlx_lm.generate --adapter-path`."""
     shutil.copyfile(source.opened.run.adapter / WEIGHTS, folder / WEIGHTS)
-    settings = read_json(source.opened.run.adapter / SETTINGS)
+    # Written anew: the run's file has a seal, which another key would break, and may lack what mlx-lm needs.
+    settings = adapter_settings(read_settings(source.opened.run.adapter))
     write_json(folder / SETTINGS, settings | {"model": hub_name(source.opened.config.model.path, source.folder)})
     if source.quantised and not source.stored_quantised:
         bits = source.opened.policy.identity["quantization"]["bits"]
