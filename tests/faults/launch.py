@@ -1,22 +1,44 @@
 """A process of its own for the fault tests: the command line, or votes written one after the other.
 
 python launch.py cli ARGUMENTS...     the command line, saving the reference's table after every batch
+python launch.py tight MB ARGUMENTS...  the command line, with this much more address space from the second step on
 python launch.py votes RUN FIRST      votes FIRST, FIRST + 1, ... each number printed when it is on the disk
 """
 
 import itertools
+import resource
 import sys
+from pathlib import Path
 
 import mlxdpo  # noqa: F401
-from mlxdpo import reference
+from mlxdpo import checkpoint, reference
 from mlxdpo.cli import main
 from mlxdpo.runs import Run
+
+
+def limit_memory(megabytes: float) -> None:
+    """Let the process have `megabytes` more than it has after its second step, and no more."""
+    plain, calls = checkpoint.save, itertools.count(1)
+
+    def save(*arguments, **named):
+        found = plain(*arguments, **named)
+        if next(calls) == 2:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            most = pages * resource.getpagesize() + int(megabytes * 1e6)
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        return found
+
+    checkpoint.save = save
+
 
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
     if what == "cli":
         reference.SAVE_SECONDS = 0.0  # a tiny reference is scored within the usual half minute
         main(arguments)
+    if what == "tight":
+        limit_memory(float(arguments[0]))
+        main(arguments[1:])
     from mlxdpo.ui.votes import append_vote
 
     run, first = Run.open(arguments[0]), int(arguments[1])
