@@ -146,7 +146,7 @@ def with_change(run, rng, names, look, odd=MILD):
 
 
 @pytest.mark.filterwarnings("default::RuntimeWarning")  # figures of 1e308 overflow on the way to a plot
-@fuzzed(30, 500, seed=SEEDS)
+@fuzzed(20, 300, seed=SEEDS)
 def test_readers(run, seed):
     rng, runs = random.Random(seed), run.path.parent
 
