@@ -94,6 +94,15 @@ def test_spread_is_judged_beside_the_values():
     assert clustered_mean([0.1] * 7 + [0.1 + 1e-17], [0, 0, 1, 1, 1, 2, 2, 2]) is None
 
 
+def test_clusters_that_only_rounding_tells_apart_have_no_spread():
+    """The same values in another order sum to another last digit; a zero among them changes nothing."""
+    draw = np.random.default_rng(0)
+    for _ in range(40):
+        values = np.append(draw.uniform(1, 9, 5), 0.0)
+        both = np.concatenate([values, draw.permutation(values)])
+        assert clustered_mean(both, ["a"] * 6 + ["b"] * 6) is None
+
+
 def test_share_of_values():
     assert share_of([]) is None and share_of([0.0, 0.5, 1.0, 1.0]) == 0.625
 

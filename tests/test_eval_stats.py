@@ -96,6 +96,10 @@ def test_shift_and_scale_carry_over():
     assert np.array(cluster_bootstrap(3 * values + 2, clusters)[:3]) == pytest.approx(3 * base + 2)
 
 
+def test_none_and_all_have_a_bound_that_is_exactly_0_or_1():
+    assert all(wilson(0, n).low == 0.0 and wilson(n, n).high == 1.0 for n in range(1, 400))
+
+
 @pytest.mark.parametrize("level", [0.0, 1.0, 1.5, -0.5])
 def test_a_level_lies_strictly_between_0_and_1(level):
     for interval in (lambda: cluster_bootstrap([1.0, 2.0], ["a", "b"], level=level), lambda: wilson(1, 2, level)):
@@ -124,10 +128,10 @@ def test_values_meet_their_clusters_in_order_of_names():
 
 def test_a_resample_of_many_chunks_uses_every_draw():
     """Resamples in chunks of 256 are the ones of one draw after the other: NumPy's stream goes on."""
-    values, names = [0.0, 1.0, 5.0], ["a", "b", "c"]
+    values, names = np.random.default_rng(6).normal(size=9), list("abcdefghi")
     rng = np.random.default_rng(5)
-    means = [np.array(values)[rng.integers(3, size=3)].mean() for _ in range(700)]
-    low, high = np.quantile(means, tails(0.6, 3))
+    means = [values[rng.integers(9, size=9)].mean() for _ in range(700)]
+    low, high = np.quantile(means, tails(0.6, 9))
     assert cluster_bootstrap(values, names, n=700, seed=5, level=0.6)[1:3] == pytest.approx((low, high))
 
 

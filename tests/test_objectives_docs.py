@@ -76,7 +76,7 @@ OTHER = {
 
 def config_of(monkeypatch, *words):
     seen = []
-    monkeypatch.setattr("mlxdpo.commands.train.follow_training", lambda config, resume: seen.append(config) or 0)
+    monkeypatch.setattr("mlxdpo.commands.train.follow_training", lambda config, *_: seen.append(config) or 0)
     assert run(["train", *words]) == 0
     return seen[0]
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from benchmarks.mutation.covering import ROOT, Area
 
+
+def _tests(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_{name}.py" for name in names)
+
+
 AREAS: dict[str, Area] = {
     "losses": Area(
         tuple(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "mlxdpo/losses").glob("*.py") if p.stem != "__init__")),
-        ("tests/test_losses.py", "tests/test_objectives_docs.py"),
+        _tests("losses", "losses_parts", "objectives_docs"),
     ),
-    "scoring": Area(("mlxdpo/scoring.py",), ("tests/test_scoring.py", "tests/test_details.py", "tests/test_packed.py")),
+    "scoring": Area(("mlxdpo/scoring.py",), _tests("scoring", "scoring_ways", "details", "packed")),
     "encode": Area(
         ("mlxdpo/data/encode.py", "mlxdpo/data/fit.py", "mlxdpo/data/render.py", "mlxdpo/data/template.py"),
-        ("tests/test_encode.py", "tests/test_encode_rows.py"),
+        _tests("encode", "encode_rows", "template_probe"),
     ),
-    "stats": Area(
-        ("eval/stats.py", "eval/clustered.py"),
-        ("tests/test_eval_stats.py", "tests/test_eval_clustered.py"),
-    ),
+    "stats": Area(("eval/stats.py", "eval/clustered.py"), _tests("eval_stats", "eval_clustered")),
 }
 """What scoring, encoding and statistics were split into belongs to them: fit, render, template; clustered."""

@@ -71,7 +71,7 @@ class Writer:
                 enable_thinking=self.thinking,
                 date_string=DATE,
             )
-        except (jinja2.TemplateError, TypeError, IndexError) as error:
+        except (jinja2.TemplateError, TypeError, IndexError, ValueError) as error:
             words = " ".join(str(error).split()) or type(error).__name__
             roles = ", ".join(turn.role for turn in turns) or "none"
             raise BadRow("refused by the chat template", f"the chat template says {words!r} (turns: {roles})") from None
