@@ -71,8 +71,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "_probe_turn: answers[0].rpartition(PROBES[0]) -> answers[0].partition(PROBES[0])": (
             "they differ only for a template that prints the answer twice, which the next line refuses either way"
         ),
-        "_special: sorted(added | set(tokenizer.all_special_tokens) | stops, key=lambda t: (-len(t), t)) -> sorted(added"
-        " | set(tokenizer.all_special_tokens) | stops)": "_first takes the smallest of all, whatever their order",
+        "_special: sorted(added | set(tokenizer.all_special_tokens) | stops, key=lambda t: (-len(t), t)) -> sorted("
+        "added | set(tokenizer.all_special_tokens) | stops)": "_first takes the smallest of all, whatever their order",
         "_special: -len(t) -> len(t)": "_first takes the smallest of all, whatever their order",
     },
     "eval/stats.py": {
