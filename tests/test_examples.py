@@ -72,9 +72,12 @@ def test_a_recipe_is_planned_and_trains(name, tmp_path, cache, capsys):
 
 
 @pytest.mark.real
-def test_tone_runs_as_it_is(tmp_path, monkeypatch):
-    """The real model and the bundled pairs, from the root of the repository; two steps of it."""
+def test_tone_runs_where_it_stands(tmp_path, monkeypatch):
+    """The real model and the bundled pairs, from the root of the repository; two steps, few held-out rows."""
     monkeypatch.chdir(EXAMPLES.parent)
-    assert run(["train", "examples/tone.yaml", "--train.steps", "2", "--out", str(tmp_path / "run")]) == 0
+    held = Path(load_config("examples/tone.yaml").data.eval).read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "held.jsonl").write_text("".join(held[:4]))
+    words = ["--train.steps", "2", "--data.eval", str(tmp_path / "held.jsonl"), "--out", str(tmp_path / "run")]
+    assert run(["train", "examples/tone.yaml", *words]) == 0
     steps = [line for line in Run.open(tmp_path / "run").metrics() if "loss" in line]
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-3) and len(steps) == 2
