@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from mlxdpo.launched import processes, rank
 from mlxdpo.types import UserError
 
 SHORTHAND = {"--model": "--model.path", "--data": "--data.path", "--adapter": "--model.adapter"}
@@ -67,6 +68,7 @@ def run(arguments: list[str]) -> int:
 
     words = [_expand(word) for word in arguments]
     try:
+        _check_together(words)
         return build_app()(words, exit_on_error=False, print_error=False) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -84,6 +86,17 @@ def run(arguments: list[str]) -> int:
             raise
         print(f"error: {sentence}", file=sys.stderr)
         return 1
+
+
+def _check_together(words: Sequence[str]) -> None:
+    """Raise `UserError` for a command that several processes would do several times over."""
+    if processes() > 1 and words and words[0] in COMMANDS and words[0] != "train":
+        if rank() > 0:
+            sys.exit(2)
+        raise UserError(
+            f"mlx.launch started {processes()} processes, and `mlxdpo {words[0]}` is for one; only `mlxdpo train` "
+            f"(stages dpo, sft, reward) shares its work: start this without mlx.launch"
+        )
 
 
 def _expand(word: str) -> str:

@@ -190,10 +190,11 @@ class Caller:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Peers]:
+def joined(told: Callable[[BaseException], str | None] = lambda error: None) -> Iterator[Peers]:
     """The group that `mlx.launch` started this process in; `ALONE` where it did not.
 
     While it lasts process 0 speaks for all: another one that must stop hands over its reason, and ends after it.
+    `told` makes a sentence of an error that has one; of another, its traceback is shown where it happened.
     A group that ends otherwise than well ends the process here and now (status 2 for what the user can mend, 130
     interrupted, else 1): an `all_sum` that nobody answers would hold up an orderly exit for good.
     """
@@ -210,8 +211,9 @@ def joined() -> Iterator[Peers]:
     except KeyboardInterrupt:
         _end(peers, line, "failed", "interrupted", 130)
     except Exception as error:
-        traceback.print_exc()
-        _end(peers, line, "failed", f"{type(error).__name__}: {error}", 1)
+        if (sentence := told(error)) is None:
+            traceback.print_exc()
+        _end(peers, line, "failed", sentence or f"{type(error).__name__}: {error}", 1)
     else:
         line.close("left")
 

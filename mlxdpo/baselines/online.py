@@ -31,6 +31,7 @@ from mlxdpo.checkpoint import Progress
 from mlxdpo.config import Config
 from mlxdpo.data.encode import encode_prompt, template_digest
 from mlxdpo.data.read import heldout_source, prompt_key, read_preferences, split_heldout
+from mlxdpo.launched import processes
 from mlxdpo.loop import learning_rate
 from mlxdpo.manifest import check_same
 from mlxdpo.model.adapters import adapters_off, attach_lora, load_adapter, save_adapter
@@ -68,6 +69,8 @@ def tune_on_samples(
 
     Raises `UserError` for a setting without meaning here, unusable data, or a changed input of a resumed run.
     """
+    if processes() > 1:
+        raise UserError(f"stage {config.stage} runs in one process; start it without mlx.launch")
     check_settings(config)
     optimizer = make_optimizer(config.optim)
     wire_memory()

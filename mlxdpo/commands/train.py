@@ -30,10 +30,11 @@ def run(recipe: Path | None = None, /, *, config: Overrides = NOTHING, resume: P
     resume
         Run directory to go on with, exactly where its last checkpoint stands.
     """
+    from mlxdpo.commands.trouble import told
     from mlxdpo.peers import joined
     from mlxdpo.together import asked_for
 
-    with joined() as peers:
+    with joined(told) as peers:
         settings, existing = asked_for(peers, lambda: _asked(recipe, config, resume))
         if peers.first:
             return follow_training(settings, existing, peers)
