@@ -1,4 +1,4 @@
-"""A long run on a tiny model: does anything grow? Memory, open files, shapes of the compiled step, seconds of a step.
+"""A long run on a tiny model: does anything grow? Memory, open files, shapes of the compiled step, time of a step.
 
 python -m benchmarks.soak --steps 5000 [--json FILE] [--docs FILE]
 
@@ -35,14 +35,15 @@ from mlxdpo.data import frames
 from mlxdpo.runs import write_text
 
 BLOCKS, SETTLED = 20, 0.2
-UNITS = {"rss": "MB", "active": "MB", "cache": "MB", "files": "", "shapes": "", "seconds": "ms"}
+UNITS = {"rss": "MB", "active": "MB", "cache": "MB", "files": "", "shapes": "", "busy": "ms", "seconds": "ms"}
 NAMES = {
     "rss": "memory of the process (RSS)",
     "active": "MLX, active",
     "cache": "MLX, cache",
     "files": "open files",
     "shapes": "shapes that the compiled step met",
-    "seconds": "a step",
+    "busy": "a step, time of the processor",
+    "seconds": "a step, time on the wall (whatever else the machine does)",
 }
 MARKS = ("<!-- soak: begin -->", "<!-- soak: end -->")
 
@@ -82,16 +83,16 @@ def watched(seen: set[Any]) -> Callable[..., Any]:
 
 
 def readings(folder: Path, steps: int) -> Iterator[dict[str, float]]:
-    """What the process holds after every `every`-th step; `seconds` is the mean of the steps since the last reading."""
+    """What the process holds after every `every`-th step; times are means of the steps since the last reading."""
     settings = {"epochs": float(steps), "steps": steps, "eval_every": 250, "save_every": 100, "keep": 2}
     config, seen = recipe(folder, data={"eval_fraction": 0.2}, train=settings), set()
     every, before = max(1, min(10, steps // 100)), (step.compiled, frames.most_traces)
     # Shapes as on a GPU, which keeps a trace for each; on a CPU nothing is compiled, and they are not limited.
     step.compiled, frames.most_traces = watched(seen), lambda: platform.TRACES  # type: ignore[assignment]
     try:
-        last, spent = time.perf_counter(), 0.0
+        last, spent = _clocks(), np.zeros(2)
         for event in train(config):
-            now = time.perf_counter()
+            now = _clocks()
             if event.kind == "step":
                 spent += now - last
                 if event.step % every == 0:
@@ -102,12 +103,18 @@ def readings(folder: Path, steps: int) -> Iterator[dict[str, float]]:
                         "cache": mx.get_cache_memory() / 1e6,
                         "files": len(os.listdir("/dev/fd")),
                         "shapes": len(seen),
-                        "seconds": spent / every,
+                        "busy": float(spent[0]) / every,
+                        "seconds": float(spent[1]) / every,
                     }
-                    spent = 0.0
-            last = time.perf_counter()  # evaluations and checkpoints lie between events and are left out
+                    spent = np.zeros(2)
+            last = _clocks()  # evaluations and checkpoints lie between events and are left out
     finally:
         step.compiled, frames.most_traces = before
+
+
+def _clocks() -> np.ndarray:
+    """(2,) seconds: processor and wall."""
+    return np.array([time.process_time(), time.perf_counter()])
 
 
 def fit(steps: Sequence[float], values: Sequence[float]) -> Line:
@@ -135,7 +142,7 @@ def table(found: Sequence[Mapping[str, float]]) -> str:
         "|---|---|---|---|",
     ]
     for name, line in fitted.items():
-        scale, unit = (1e3 if name == "seconds" else 1.0), f" {UNITS[name]}".rstrip()
+        scale, unit = (1e3 if UNITS[name] == "ms" else 1.0), f" {UNITS[name]}".rstrip()
         mean, slope, low, high = (scale * value for value in line)
         rows.append(f"| {NAMES[name]} | {mean:.2f}{unit} | {slope:+.3f}{unit} | [{low:+.3f}, {high:+.3f}] |")
     return "\n".join(rows)

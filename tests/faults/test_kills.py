@@ -96,7 +96,7 @@ def kills(base: Path, name: str, count: int, record: bool) -> None:
         if name == "export" and draw.random() < 0.5:  # over an earlier export, which stays until the new one is whole
             shutil.copytree(base / "export-straight" / "out", place.own / "out")
         share = draw.random()
-        if not killed(stage, place, share * lasts):
+        if not killed(stage, place, share * lasts) or not stage.at_work(place):
             shutil.rmtree(place.own)  # it was done before
             continue
         done += 1
