@@ -1,6 +1,7 @@
 """`mlxdpo doctor`: its golden numbers are made again, every check holds here, and a fault planted for it is found."""
 
 import json
+import shutil
 import types
 
 import float64_llama
@@ -147,6 +148,8 @@ def test_a_planted_fault_is_found(name, place, what, instead, monkeypatch, capsy
     kind = {"wired limit": "metal", "BLAS": "cpu"}.get(name)
     if kind:
         monkeypatch.setattr(machine, "this_machine", on(kind))
+    if name == "one trace for each shape":
+        monkeypatch.setattr(training, "compiles", lambda: True)
     monkeypatch.setattr(place, what, instead() if instead is drifting else instead)
     (result,) = run_checks([CHECKS[name]])
     assert not result.ok and result.advice == CHECKS[name].advice and len(result.advice) > 20
@@ -165,6 +168,16 @@ def test_without_a_compiler_nothing_is_wrong(monkeypatch):
     monkeypatch.setattr(machine, "this_machine", on("cpu"))
     (result,) = run_checks([CHECKS["mx.compile"]])
     assert result.ok and "no g++" in result.figure
+
+
+def test_where_compiling_does_nothing_no_traces_are_asked_for(monkeypatch):
+    assert training.compiles() == bool(mx.default_device() == mx.gpu or shutil.which("g++"))
+    monkeypatch.setattr(mx, "compile", lambda function, **options: function)
+    monkeypatch.setattr(training, "most_traces", lambda: None)
+    monkeypatch.setattr(training, "count_traces", lambda: 6)
+    assert not training.compiles() and run_checks([CHECKS["one trace for each shape"]])[0].ok
+    monkeypatch.setattr(training, "most_traces", lambda: 24)  # a GPU that does not compile is a fault
+    assert not run_checks([CHECKS["one trace for each shape"]])[0].ok
 
 
 def test_an_unwritable_cache_is_found(monkeypatch, tmp_path):
