@@ -122,7 +122,10 @@ def shown(values: Sequence[float | None], form: str = "{:+.3f}") -> str:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The cases that were measured, in Markdown."""
-    head = ("objective", "held-out loss before", "after", "change", "down?", "accuracy after", "log p(chosen), change")
+    head = (
+        *("objective", "seeds", "held-out loss before", "after"),
+        *("change", "down?", "accuracy after", "log p(chosen), change"),
+    )
     rows = [head, ("---",) * len(head)]
     for case in SETTINGS:
         runs = [r for r in results if r["case"] == case]
@@ -134,6 +137,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         rows.append(
             (
                 f"`{case}`",
+                str(len(runs)),
                 f"{sum(r['loss'][0] for r in runs) / len(runs):.4g}",
                 f"{sum(r['loss'][1] for r in runs) / len(runs):.4g}",
                 shown(change, "{:+.4g}"),
@@ -142,10 +146,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 shown([apart(*r["logps/chosen"]) for r in runs], "{:+.2f}"),
             )
         )
-    seeds, steps = len({r["seed"] for r in results}), sorted({r["steps"] for r in results})
-    note = (
-        f"{seeds} seeds, {', '.join(map(str, steps))} steps; ± is half of a 95 % interval over seeds (Student's t).\n"
-    )
+    steps = ", ".join(map(str, sorted({r["steps"] for r in results})))
+    note = f"{steps} steps; ± is half of a 95 % interval over seeds (Student's t), so one seed has none.\n"
     return note + "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
