@@ -113,7 +113,7 @@ FAULTS = {
                  (machine.importlib.metadata, "requires", lambda name: ["no-such-thing>=1"])],
     "device": [(machine, "gpu_here", lambda: "another")],
     "BLAS": [(machine, "preload_blas", lambda: Blas(False, "no OpenBLAS"))],
-    "matmul rate": [(machine, "matmul_rate", lambda: 6e9), (machine, "_matmul_error", lambda: 0.1)],
+    "matmul rate": [(machine, "matmul_rate", lambda repeats: 6e9), (machine, "_matmul_error", lambda: 0.1)],
     "memory": [(mx, "get_active_memory", lambda: 0),
                (machine, "this_machine", lambda: Machine("cpu", "", 1 << 30, ""))],
     "wired limit": [(mx, "set_wired_limit", lambda limit: 0)],

@@ -37,12 +37,13 @@ def examine() -> dict[str, Any]:
     """
     from mlxdpo.platform import matmul_rate, preload_blas, this_machine, versions
     from mlxdpo.selfcheck import run_checks
+    from mlxdpo.selfcheck.machine import REPEATS
 
     results = run_checks()
     return {
         "machine": this_machine()._asdict(),
         "versions": versions(),
-        "matmul_gflops": matmul_rate() / 1e9,
+        "matmul_gflops": matmul_rate(repeats=REPEATS) / 1e9,
         "fast_blas": preload_blas().fast,
         "optional": {name: importlib.util.find_spec(name) is not None for name in OPTIONAL},
         "checks": [result._asdict() for result in results],

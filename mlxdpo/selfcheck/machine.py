@@ -17,6 +17,7 @@ from mlxdpo.platform import WIRED_SHARE, cache_folder, matmul_rate, preload_blas
 from mlxdpo.selfcheck.registry import REPORT, Finding, check
 
 SLOWEST = {"cpu": 20.0, "metal": 200.0, "cuda": 1000.0}  # GFLOP/s, float32; Netlib's BLAS gives about 6 on two cores
+REPEATS = 20  # the best of so many counts: another program at work is no fault of this machine
 BLOCK = 32 << 20  # bytes that the memory check allocates
 FREE = 2.0  # GB: a cached reference and a few checkpoints of a small model
 
@@ -76,7 +77,7 @@ def blas() -> Finding:
 @check("matmul rate", "look for other programs at work, on a laptop for its charger; then see BLAS and device above")
 def speed() -> Finding:
     """Float32 matmul rate, and that its result is right."""
-    rate, limit, gap = matmul_rate() / 1e9, SLOWEST[this_machine().kind], _matmul_error()
+    rate, limit, gap = matmul_rate(repeats=REPEATS) / 1e9, SLOWEST[this_machine().kind], _matmul_error()
     ok = rate >= limit and gap <= 1e-2
     return Finding(ok, f"{rate:.0f} GFLOP/s, error {gap:.1g}", f"{limit:.0f} GFLOP/s at least, 0.01")
 
