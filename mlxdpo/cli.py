@@ -22,6 +22,7 @@ def build_app() -> Any:
         help="Tune a language model on preference pairs, on a Mac, and know whether it got better.",
         version_flags=["--version"],
         result_action="return_value",
+        suppress_keyboard_interrupt=False,  # it would exit without a word
     )
     data = App(name="data", help="Look at preference data before training on it.")
     app.command(data)
