@@ -88,9 +88,11 @@ def test_counts_and_the_log(tmp_path, monkeypatch):
     outcomes = ["killed"] * 9 + ["timeout", "survived", "survived"]  # of 14: two are not tried
     monkeypatch.setitem(equivalent.EQUIVALENT, "a.py", {found[10].name: "it is the same program"})
     for mutant, outcome in zip(found, outcomes, strict=False):
-        log.append(tmp_path / "log", log.Trial(mutant.key, "a.py", mutant.name, 1, outcome, "", 0.1, ""))
-    count = log.count("a.py", found, log.read(tmp_path / "log"))
+        log.append(tmp_path / "log", log.Trial(mutant.key, "a.py", mutant.name, 1, outcome, "", 0.1, "today"))
+    count = log.count("a.py", found, log.read(tmp_path / "log"), "today")
     assert count == log.Count("a.py", killed=9, timeout=1, survived=1, equivalent=1, left=2)
     assert count.share == 10 / 11
+    tomorrow = log.count("a.py", found, log.read(tmp_path / "log"), "tomorrow")
+    assert (tomorrow.survived, tomorrow.left) == (0, 3)  # other tests: what survived is tried again
     assert log.total([count, count]) == log.Count("all", 18, 2, 2, 2, 4)
     assert "| a.py | 12 | 9 | 1 | 1 | 1 | 90.9% (62% to 98%) |" in log.table([count])

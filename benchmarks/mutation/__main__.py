@@ -13,7 +13,7 @@ from pathlib import Path
 import mlxdpo  # noqa: F401  (the fast BLAS, before mlx.core)
 from benchmarks.mutation import log
 from benchmarks.mutation.areas import AREAS
-from benchmarks.mutation.covering import ROOT, Area, Seen, digest, seen
+from benchmarks.mutation.covering import ROOT, Seen, digest, seen
 from benchmarks.mutation.equivalent import EQUIVALENT
 from benchmarks.mutation.mutants import Mutant, mutants
 from benchmarks.mutation.trial import attempt
@@ -49,7 +49,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if not asked.show:
         work(asked, found, file)
     trials = log.read(file)
-    counts = [log.count(path, of_file, trials) for path, of_file in found.items()]
+    noted = {path: digest(AREAS[name]) for name in asked.only for path in AREAS[name].files}
+    counts = [log.count(path, of_file, trials, noted[path]) for path, of_file in found.items()]
     if asked.survivors:
         print("\n".join(survivors(found, trials)))
     print(log.table(counts))
@@ -84,7 +85,8 @@ def work(asked: argparse.Namespace, found: dict[str, list[Mutant]], file: Path) 
     for name in asked.only:
         area = AREAS[name]
         noted = digest(area)
-        todo = [m for m in _open(area, found, log.read(file), noted)][part::parts]
+        trials = log.read(file)
+        todo = [m for path in area.files for m in found.get(path, ()) if log.is_open(m, trials, noted)][part::parts]
         if not todo:
             continue
         tests = seen(area, asked.out)
@@ -95,13 +97,6 @@ def work(asked: argparse.Namespace, found: dict[str, list[Mutant]], file: Path) 
             trial = one(mutant, tests, noted)
             log.append(file, trial)
             print(f"{trial.outcome} {trial.seconds:.1f} s {mutant.path}:{mutant.line} {mutant.name}", flush=True)
-
-
-def _open(area: Area, found: dict[str, list[Mutant]], trials: dict[str, log.Trial], noted: str) -> Iterator[Mutant]:
-    for mutant in (m for path in area.files for m in found.get(path, ())):
-        trial = trials.get(mutant.key)
-        if trial is None or (trial.outcome == "survived" and trial.tests != noted and not log.is_equivalent(mutant)):
-            yield mutant
 
 
 def check_sound(tests: Seen) -> None:

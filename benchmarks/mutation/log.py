@@ -76,9 +76,15 @@ def is_equivalent(mutant: Mutant) -> bool:
     return mutant.name in EQUIVALENT.get(mutant.path, {})
 
 
-def count(path: str, found: Sequence[Mutant], trials: Mapping[str, Trial]) -> Count:
+def is_open(mutant: Mutant, trials: Mapping[str, Trial], tests: str) -> bool:
+    """Whether it is to be tried: it never was, or it survived other tests than those of today."""
+    trial = trials.get(mutant.key)
+    return trial is None or (trial.outcome == "survived" and trial.tests != tests and not is_equivalent(mutant))
+
+
+def count(path: str, found: Sequence[Mutant], trials: Mapping[str, Trial], tests: str) -> Count:
     """What became of a file's mutants. A listed equivalent that a test killed counts as killed."""
-    outcomes = [trials[m.key].outcome if m.key in trials else "left" for m in found]
+    outcomes = ["left" if is_open(m, trials, tests) else trials[m.key].outcome for m in found]
     pairs = list(zip(found, outcomes, strict=True))
     equal = sum(is_equivalent(m) and outcome == "survived" for m, outcome in pairs)
     number = {name: outcomes.count(name) for name in ("killed", "timeout", "survived", "left")}
