@@ -20,8 +20,8 @@ FLOORS = {
     "scoring": 2, "rewarding": 2, "reference": 2, "generate": 2, "next_token": 2,
     "step": 3, "loop": 3, "checkpoint": 3, "manifest": 3, "memory": 3, "outlook": 3, "flops": 3,
     "windows": 3, "moving": 3, "watch": 3, "job": 3,
-    "forecast": 4, "train": 4, "stages": 4, "reward_model": 4, "start": 4, "together": 4, "reopen": 4, "collect": 4, "export": 4,
-    "rounds": 4, "selfcheck": 4,
+    "forecast": 4, "train": 4, "stages": 4, "reward_model": 4, "start": 4, "together": 4, "reopen": 4,
+    "collect": 4, "export": 4, "rounds": 4, "selfcheck": 4,
     "baselines": 4, "constitution": 4,
     "cli": 5, "commands": 5, "demo": 5, "ui": 5,
 }  # fmt: skip

@@ -28,8 +28,8 @@ from mlxdpo.checkpoint import Progress
 from mlxdpo.config import Config
 from mlxdpo.data.encode import encode_all
 from mlxdpo.data.planning import outline, plan_epoch
-from mlxdpo.knobs import names_of
 from mlxdpo.job import Job, Part
+from mlxdpo.knobs import names_of
 from mlxdpo.loop import run_loop
 from mlxdpo.losses import resolve
 from mlxdpo.model.adapters import attach_lora
