@@ -152,6 +152,12 @@ def tables(place: Place) -> dict[bytes, float]:
     return found
 
 
+def scoring(place: Place) -> bool:
+    """Whether a part of the 120 rows is on the disk: 20 bytes each, besides the header."""
+    files = (place.cache / "reference").glob("[!.]*.safetensors")
+    return any(file.exists() and file.stat().st_size < 120 * 20 for file in files)
+
+
 def left_table(place: Place) -> str:
     """The table a killed scoring left."""
     return f"{len(tables(place))} rows scored; {left_run(place)}"
@@ -243,7 +249,7 @@ STAGES = {
     "train": Stage(train_command, lambda p: (p.own / "run" / "metrics.jsonl").exists(), left_run, run_result),
     "reference": Stage(
         scored_command,
-        lambda p: any((p.cache / "reference").glob("*")),
+        scoring,
         left_table,
         lambda p: {**run_result(p), "table": tables(p)},
     ),
