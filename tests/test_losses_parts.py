@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlxdpo.knobs import LossConfig
-from mlxdpo.losses import resolve
+from mlxdpo.losses import LOSSES, resolve
 from mlxdpo.losses.modifiers import without_reference
 from mlxdpo.losses.ratios import bounded_expm1, log1mexp
 from mlxdpo.losses.reference_free import shaped
@@ -85,6 +85,21 @@ def test_what_a_sum_asks_of_a_step(name, looks, at_logps, paired, mismatched, pe
     loss = resolve(LossConfig(name=name))
     assert (loss.looks, loss.looks_at_logps, loss.paired) == (looks, at_logps, paired)
     assert (loss.mismatched, loss.per_token) == (mismatched, per_token)
+
+
+def test_an_objectives_family_is_the_file_it_stands_in():
+    files = {"difference": "paired", "reference-free": "reference_free"}
+    for name, objective in LOSSES.items():
+        assert objective.function.__module__ == f"mlxdpo.losses.{files.get(objective.family, objective.family)}", name
+
+
+@pytest.mark.parametrize("name", [n for n, o in LOSSES.items() if o.paired and n != "sft"])
+def test_means_over_tokens_do_not_see_a_text_repeated(name):
+    """Twice the tokens at twice the log-probs have the same means; imitation alone compares nothing."""
+    numbers = ([-6.0, -8.0], [-9.0, -5.0], [-7.0, -6.0], [-8.0, -6.0], [2.0, 3.0], [3.0, 2.0])
+    loss = resolve(LossConfig(name=name))
+    once, twice = (loss(Pairs(*(mx.array(n) * k for n in numbers))) for k in (1, 2))
+    assert mx.allclose(once, twice, rtol=1e-5).item() == LOSSES[name].per_token
 
 
 def test_margins_of_rows_leave_no_constant_to_start_from():

@@ -28,6 +28,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "log1mexp: x > -math.log(2) -> x >= -math.log(2)": "at the border both branches are accurate to a float32",
         "log1mexp: math.log(2) -> math.log1p(2)": "from log 2 to log 3 both branches are accurate to a float32",
         "log1mexp: 2 -> 3": "from log 2 to log 3 both branches are accurate to a float32",
+        "log1mexp: -1.0 -> 1.0": "the branch not taken is NaN then, but its slope is finite and multiplied by zero",
+        "log1mexp: -1.0 -> 1.0 [1]": "the branch not taken is NaN then, but its slope is finite and multiplied by zero",
         "log1mexp: 1.0 -> 2.0": "harmless input of the branch that is not taken; -2 is as harmless as -1",
         "log1mexp: 1.0 -> 2.0 [1]": "harmless input of the other branch when that is not taken; -2 is as harmless",
     },
