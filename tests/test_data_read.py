@@ -154,11 +154,11 @@ def test_a_named_format_is_not_detected(read):
     assert said == "data.format is 'textt', which is no known row shape; did you mean text?"
 
 
-def test_unknown_columns_are_listed_with_the_known_shapes(read):
-    known = "; ".join(f"{name} ({', '.join(shape.columns)})" for name, shape in FORMATS.items())
+def test_unknown_columns_are_listed_with_the_nearest_shapes(read):
     assert sentence(read, [{"instruction": "Hi?", "chosen": "a", "rejected": True}]) == (
         "pairs.jsonl:1: the columns instruction (text), chosen (text), rejected (a Boolean) are no known row shape; "
-        f"rename them with data.columns, e.g. {{prompt: question}}, to one of: {known}"
+        "rename them with data.columns, e.g. {prompt: question}, to those of hh (chosen, rejected); "
+        "implicit (chosen, rejected); text (prompt, chosen, rejected); `mlxdpo data formats` lists all shapes"
     )
 
 

@@ -135,7 +135,7 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expected = "no such file or folder; expected data such as pairs.jsonl or a Hub id org/name"
     for path in ("data/pairs.jsonl", "pairs", "a b/c", "a/b/c", "data/x.csv.gz", "x" * 5000, "nul\0byte"):
-        assert sentence(path) == f"{path}: {expected}"
+        assert sentence(path) == str(UserError(f"{path}: {expected}"))
     assert sentence("") == "no data given; set data.path to a file, a folder or a Hub dataset id"
 
 

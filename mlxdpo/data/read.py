@@ -167,11 +167,19 @@ def _shape_by_names(looked: Sequence[Found]) -> Format:
     if shape := detect_by_names(row):
         return shape
     seen = column_names(f"{name} ({describe(value)})" for name, value in row.items())
-    known = "; ".join(f"{shape.name} ({', '.join(shape.columns)})" for shape in FORMATS.values())
+    known = "; ".join(f"{shape.name} ({', '.join(shape.columns)})" for shape in _nearest(row))
     raise UserError(
         f"{where}: the columns {seen} are no known row shape; "
-        f"rename them with data.columns, e.g. {{prompt: question}}, to one of: {known}"
+        f"rename them with data.columns, e.g. {{prompt: question}}, to those of {known}; `mlxdpo data formats` "
+        "lists all shapes"
     )
+
+
+def _nearest(row: Mapping[str, Any]) -> list[Format]:
+    """The three shapes that share most columns with a row, those first that lack fewest."""
+    wanted = ((shape, set(shape.columns)) for shape in FORMATS.values())
+    ranked = sorted(wanted, key=lambda one: (-len(one[1] & row.keys()), len(one[1] - row.keys())))
+    return [shape for shape, _ in ranked[:3]]
 
 
 def _fitting(shape: Format, found: Iterable[Found], report: Report, policy: Any) -> Iterator[Row]:
