@@ -78,8 +78,9 @@ def test_equals_full_rows_and_full_logits(kind, rows_per_prompt, checkpoint):
     value, wanted = gradients(model, rows.plain)
     fast, got = gradients(model, lambda m: rows.fast(m, rows_per_prompt, checkpoint))
     assert fast == pytest.approx(value, abs=1e-4 * abs(rows.weight).sum().item() ** 0.5)
-    # Random gemma norms are near 2, not 1: logits of some hundreds, and rounding that much larger.
-    assert apart(got, wanted) < (5e-5 if kind == "gemma" else 1e-5)
+    # Random gemma norms are near 2, not 1: logits of some hundreds, and rounding that much larger (4e-5 with the
+    # AVX2 kernels of a BLAS, 6e-5 with its AVX-512 ones).
+    assert apart(got, wanted) < (1e-4 if kind == "gemma" else 1e-5)
 
 
 @pytest.mark.parametrize("method", ["dora", "full"])
