@@ -9,7 +9,7 @@ import pytest
 
 from mlxdpo.knobs import LossConfig
 from mlxdpo.losses import LOSSES, resolve
-from mlxdpo.losses.modifiers import without_reference
+from mlxdpo.losses.modifiers import singles, without_reference
 from mlxdpo.losses.ratios import bounded_expm1, log1mexp
 from mlxdpo.losses.reference_free import shaped
 from mlxdpo.losses.reports import imitation, odds
@@ -100,6 +100,26 @@ def test_means_over_tokens_do_not_see_a_text_repeated(name):
     loss = resolve(LossConfig(name=name))
     once, twice = (loss(Pairs(*(mx.array(n) * k for n in numbers))) for k in (1, 2))
     assert mx.allclose(once, twice, rtol=1e-5).item() == LOSSES[name].per_token
+
+
+def test_what_is_looked_at_is_said():
+    """`entries` vectors; of lengths alone where other log-probs give the same, else of log-probs."""
+    numbers = ([-6.0, -8.0], [-9.0, -5.0], [-7.0, -6.0], [-8.0, -6.0], [2.0, 3.0], [3.0, 2.0])
+    pairs = Pairs(*map(mx.array, numbers), desirable=mx.ones((2,)))
+    others = pairs._replace(chosen=pairs.rejected, rejected=pairs.chosen + 3.0)
+    for name, objective in LOSSES.items():
+        if objective.looks is None:
+            assert (objective.over, objective.entries) == ("", 1), name
+            continue
+        seen, again = (objective.looks(p if objective.paired else singles(p)) for p in (pairs, others))
+        same = all(mx.array_equal(a, b).item() for a, b in zip(seen, again, strict=True))
+        assert objective.over == ("lengths" if same else "log-probs"), name
+        assert len(seen) == objective.entries and all(v.shape == (2,) for v in seen), name
+
+
+def test_what_is_reported_besides():
+    found = {name: objective.reports for name, objective in LOSSES.items() if objective.reports}
+    assert found == {"sft": imitation, "cpo": imitation, "orpo": odds}
 
 
 def test_margins_of_rows_leave_no_constant_to_start_from():

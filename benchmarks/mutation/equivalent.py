@@ -79,6 +79,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     },
     "eval/stats.py": {
         ": 256 -> 257": "how many resamples are held at once; NumPy draws the same stream",
+        "wilson: successes > 0 -> successes >= 0": "at 0 the half width is a square's root: the bound is 0 anyway",
         "wilson: 1 + level -> 1 - level": "gives -z in place of z, which is squared",
     },
     "eval/clustered.py": {

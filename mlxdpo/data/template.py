@@ -49,7 +49,7 @@ class Writer:
     eos: int | None
     ends: frozenset[int]
     chat: bool
-    scores_end: bool = True
+    scores_end: bool
     lead: str = ""
     end: str = ""
     rest: str = ""
