@@ -47,19 +47,33 @@ def digest(area: Area) -> str:
 
 
 def seen(area: Area, folder: Path) -> Seen:
-    """From the note in `folder`, which is made where it is missing or old. Raises `SystemExit` when a test fails."""
-    file = folder / f"lines-{digest(area)}.json"
-    if not file.exists():
-        child = os.fork()
-        if child == 0:
-            os._exit(_measure(area, file))
-        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-            raise SystemExit(f"{' '.join(area.tests)}: these must pass before anything is mutated")
-    note = json.loads(file.read_text("utf-8"))
-    lines = {
-        path: {int(n): frozenset(tests) for n, tests in of_file.items()} for path, of_file in note["lines"].items()
-    }
-    return Seen(note["seconds"], lines)
+    """From the notes in `folder`, one for each test file; those that are missing or old are made.
+
+    Raises `SystemExit` when a test fails.
+    """
+    seconds: dict[str, float] = {}
+    lines: dict[str, dict[int, set[str]]] = {path: {} for path in area.files}
+    for test in area.tests:
+        part = Area(area.files, (test,))
+        file = folder / f"lines-{digest(part)}.json"
+        if not file.exists():
+            _measure_apart(part, file)
+        note = json.loads(file.read_text("utf-8"))
+        seconds |= note["seconds"]
+        for path, of_file in note["lines"].items():
+            for n, tests in of_file.items():
+                lines[path].setdefault(int(n), set()).update(tests)
+    quickest_first = dict(sorted(seconds.items(), key=lambda item: item[1]))
+    return Seen(quickest_first, {p: {n: frozenset(t) for n, t in found.items()} for p, found in lines.items()})
+
+
+def _measure_apart(part: Area, file: Path) -> None:
+    """`_measure` in a process of its own: here nothing that is mutated may be imported."""
+    child = os.fork()
+    if child == 0:
+        os._exit(_measure(part, file))
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        raise SystemExit(f"{part.tests[0]}: must pass before anything is mutated")
 
 
 class _Watch:
@@ -94,9 +108,10 @@ def _measure(area: Area, file: Path) -> int:
     for path in area.files:
         found = data.contexts_by_lineno(str(ROOT / path))
         lines[path] = {n: sorted(filter(None, tests)) for n, tests in found.items()}
-    seconds = dict(sorted(watch.seconds.items(), key=lambda item: item[1]))
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"seconds": seconds, "lines": lines}), "utf-8")
+    half = file.with_suffix(".half")
+    half.write_text(json.dumps({"seconds": watch.seconds, "lines": lines}), "utf-8")
+    half.replace(file)
     return 0
 
 
