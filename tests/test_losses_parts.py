@@ -14,6 +14,7 @@ from mlxdpo.losses.ratios import bounded_expm1, log1mexp
 from mlxdpo.losses.reference_free import shaped
 from mlxdpo.losses.reports import imitation, odds
 from mlxdpo.losses.reward import OBJECTIVE, bradley_terry, reward_loss, spread
+from mlxdpo.losses.tables import facts
 from mlxdpo.types import Pairs, UserError
 
 FAR_AND_NEAR = [-1e-4, -1e-3, -0.01, -0.3, -0.6, -0.8, -2.0, -8.0, -16.0, -20.0, -40.0]
@@ -115,6 +116,33 @@ def test_what_is_looked_at_is_said():
         same = all(mx.array_equal(a, b).item() for a, b in zip(seen, again, strict=True))
         assert objective.over == ("lengths" if same else "log-probs"), name
         assert len(seen) == objective.entries and all(v.shape == (2,) for v in seen), name
+
+
+def test_facts_of_two_objectives():
+    hinge, kto = facts("hinge"), facts("kto")
+    assert (hinge["formula"], hinge["rows"], hinge["over"]) == ("max(0, 1 - beta d)", "pairs", "")
+    formula = "D (1 - s(beta (r - z))) for a thumb up, U (1 - s(beta (z - r))) for a thumb down"
+    assert (kto["formula"], kto["rows"], kto["over"]) == (formula, "thumbs", "log-probs")
+    assert (
+        set(hinge)
+        == set(kto)
+        == {
+            *(
+                "name",
+                "title",
+                "arxiv",
+                "formula",
+                "knobs",
+                "start",
+                "rows",
+                "reference",
+                "lifts",
+                "over",
+                "use",
+                "refuses",
+            )
+        }
+    )
 
 
 def test_what_is_reported_besides():

@@ -33,6 +33,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "log1mexp: 1.0 -> 2.0": "harmless input of the branch that is not taken; -2 is as harmless as -1",
         "log1mexp: 1.0 -> 2.0 [1]": "harmless input of the other branch when that is not taken; -2 is as harmless",
     },
+    "mlxdpo/losses/unpaired.py": {
+        "kto: rows.desirable > 0.5 -> rows.desirable >= 0.5": "a thumb is 0 or 1 (types.Extras)",
+        "apo_zero_unpaired: rows.desirable > 0.5 -> rows.desirable >= 0.5": "a thumb is 0 or 1 (types.Extras)",
+    },
     "mlxdpo/scoring.py": {
         "completion_logps: -1 -> 1": "the last axis of two is axis 1",
     },
