@@ -213,10 +213,28 @@ def test_a_random_prompt_is_another_one_and_brings_its_text(desk):
     for _ in range(20):
         before, (now, text, pair) = now, another(desk, "one", now)
         assert (
-            (now != before or len(rows) == 1) and text == prompt_text(rows[now].prompt) and "Chosen in the data" in pair
+            (now != before or len(rows) == 1)
+            and text == prompt_text(rows[int(now)].prompt)
+            and "Chosen in the data" in pair
         )
     with pytest.raises(UserError, match="choose a run first"):
         another(desk, None, None)
+
+
+def test_the_page_takes_every_value_that_its_own_lists_offer(desk):
+    """The gate before the handlers (`kinds.problem`) and the numbers of prompts, which nothing but a browser sends."""
+    import gradio as gr
+
+    from mlxdpo.ui.compare_tab import picked, prompt_choices
+    from mlxdpo.ui.kinds import problem
+
+    choices, _ = prompt_choices(desk, "one")
+    with gr.Blocks():
+        pick = gr.Dropdown(choices, value=None)
+    assert choices and [problem(pick, value) for _, value in choices] == [None] * len(choices)
+    assert all(picked(desk, "one", value)[0] for _, value in choices)
+    for odd in ("-1", str(len(choices)), "x", "", None):
+        assert picked(desk, "one", odd) == ("", "")
 
 
 def test_a_run_without_an_adapter_says_so(tmp_path, cache):

@@ -46,20 +46,23 @@ def welcome(desk: Desk) -> str:
     return columns_html([Column("Before tuning", ""), Column("After tuning", "")], WELCOME)
 
 
-def prompt_choices(desk: Desk, name: str | None) -> tuple[list[tuple[str, int]], str]:
-    """(label, index) of the held-out prompts of a run, and a note where there are none."""
+def prompt_choices(desk: Desk, name: str | None) -> tuple[list[tuple[str, str]], str]:
+    """(label, number) of the held-out prompts of a run, and a note where there are none.
+
+    A number is text, as every value of a dropdown here (`kinds.py`).
+    """
     if not name:
         return [], ""
     found = desk.gallery(name)
-    return [(label(row), i) for i, row in enumerate(found.heldout)], found.note
+    return [(label(row), str(i)) for i, row in enumerate(found.heldout)], found.note
 
 
-def picked(desk: Desk, name: str | None, index: int | None) -> tuple[str, str]:
-    """A held-out prompt, and its chosen and rejected answers as HTML."""
+def picked(desk: Desk, name: str | None, number: str | None) -> tuple[str, str]:
+    """A held-out prompt by its number, and its chosen and rejected answers as HTML."""
     rows = desk.gallery(name).heldout if name else ()
-    if index is None or not 0 <= int(index) < len(rows):
+    row = {str(i): row for i, row in enumerate(rows)}.get(number or "")
+    if row is None:
         return "", ""
-    row = rows[int(index)]
     pair = [("Chosen in the data", row.chosen), ("Rejected in the data", row.rejected)]
     cards = "".join(
         f'<section class="voice"><h3>{name}</h3><div class="answer">{plain(text_of(text))}</div></section>'
@@ -69,7 +72,7 @@ def picked(desk: Desk, name: str | None, index: int | None) -> tuple[str, str]:
     return prompt_text(row.prompt), f'{heading}<div class="voices small">{cards}</div>'
 
 
-def another(desk: Desk, name: str | None, now: int | None) -> tuple[int, str, str]:
+def another(desk: Desk, name: str | None, now: str | None) -> tuple[str, str, str]:
     """One of the held-out prompts, another than `now` where there are two: its number, and what `picked` says of it.
 
     Raises `UserError` where there are none.
@@ -78,9 +81,9 @@ def another(desk: Desk, name: str | None, now: int | None) -> tuple[int, str, st
     if not name or not found:
         note = desk.gallery(name).note if name else "choose a run first"
         raise UserError(f"no held-out prompts: {note}; write a prompt of your own")
-    others = [index for index in range(len(found)) if index != now] or [0]
-    index = random.choice(others)
-    return index, *picked(desk, name, index)
+    others = [number for number in map(str, range(len(found))) if number != now] or ["0"]
+    number = random.choice(others)
+    return number, *picked(desk, name, number)
 
 
 def _without_last(chat: Chat) -> tuple[Chat, str]:
@@ -197,7 +200,7 @@ def _handlers(desk: Desk, guard: Guard) -> SimpleNamespace:
         run=saying(chosen),
         load=load,
         clear=lambda: (Chat(), welcome(desk)),
-        pick=saying(lambda name, index: (gr.skip(), "") if index is None else picked(desk, name, index)),
+        pick=saying(lambda name, number: (gr.skip(), "") if number is None else picked(desk, name, number)),
         chance=saying(lambda name, now: another(desk, name, now)),
     )
 
