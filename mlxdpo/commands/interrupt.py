@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import stat
@@ -37,14 +38,29 @@ def stop_flag() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def outliving_the_terminal() -> Iterator[None]:
+    """What is shown in here may fail because the terminal was closed a moment ago: the signal that says so is on its
+    way, and the job stops by that, not by a line that nobody can read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO or not any(map(_is_terminal, (1, 2))):
+            raise
+        _let_go_of_the_terminal()
+
+
 def _let_go_of_the_terminal() -> None:
     """After a hangup every write to the terminal fails, and would stop the job before it has saved."""
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for number in (1, 2):
-        try:
-            terminal = stat.S_ISCHR(os.fstat(number).st_mode)
-        except OSError:  # closed
-            terminal = True
-        if terminal:
-            os.dup2(nowhere, number)
+    for number in filter(_is_terminal, (1, 2)):
+        os.dup2(nowhere, number)
     os.close(nowhere)
+
+
+def _is_terminal(number: int) -> bool:
+    """`os.isatty` says no once it has been hung up."""
+    try:
+        return stat.S_ISCHR(os.fstat(number).st_mode)
+    except OSError:  # closed
+        return True

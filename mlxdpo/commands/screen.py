@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from mlxdpo.commands.interrupt import outliving_the_terminal
 from mlxdpo.config import Config
 from mlxdpo.data.encode import Shown, describe
 from mlxdpo.outlook import sentence
@@ -47,13 +48,14 @@ def follow(events: Iterable[Event]) -> Iterator[Event]:
             values = event.values
             if event.kind == "start":
                 config, steps = values["config"], values["outlook"].steps
-            if event.kind == "reference":
-                bar.update(task, description="reference", completed=values["done"], total=values["total"])
-            if event.kind == "step":
-                left = f"{clock(values['seconds_left'])} left"
-                bar.update(task, description="training", completed=event.step, total=steps, left=left)
-            if event.kind in LINES and (event.kind != "step" or event.step % config.log.every == 0):
-                LINES[event.kind](event, steps)
+            with outliving_the_terminal():
+                if event.kind == "reference":
+                    bar.update(task, description="reference", completed=values["done"], total=values["total"])
+                if event.kind == "step":
+                    left = f"{clock(values['seconds_left'])} left"
+                    bar.update(task, description="training", completed=event.step, total=steps, left=left)
+                if event.kind in LINES and (event.kind != "step" or event.step % config.log.every == 0):
+                    LINES[event.kind](event, steps)
             yield event
 
 
