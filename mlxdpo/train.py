@@ -11,13 +11,14 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlxdpo import checkpoint, start, together
 from mlxdpo.checkpoint import Progress
 from mlxdpo.config import Config
 from mlxdpo.data.frames import frames_for
-from mlxdpo.data.load import Dataset, encode_split, read_split
+from mlxdpo.data.load import Dataset, Made, Sofar, encoding, reading
 from mlxdpo.data.planning import Indices
 from mlxdpo.data.store import Examples
 from mlxdpo.headroom import Headroom
@@ -34,6 +35,7 @@ from mlxdpo.peers import ALONE, Peers
 from mlxdpo.platform import wire_memory
 from mlxdpo.reference import Scorer, shared_rows, with_reference
 from mlxdpo.runs import Run
+from mlxdpo.scoring import Ways
 from mlxdpo.stages import Stage, stage_of
 from mlxdpo.step import make_optimizer, make_scorer
 from mlxdpo.types import Event
@@ -60,15 +62,18 @@ def train(
     stage = stage_of(config)
     loss = stage.loss(config)
     check_moving(config, loss)
-    optimizer = make_optimizer(config.optim)
-    # Before the model: a typing error should not cost a download.
-    rows = read_split(config.data, config.train.seed, stage.take(config, loss))
+    optimizer = make_optimizer(config.optim)  # all this before the model: a typing error should not cost a download
+    rows = yield from _read(reading(config.data, config.train.seed, stage.take(config, loss)), should_stop)
+    if rows is None:
+        return
     wire_memory()
     policy = load_policy(config.model)
     asked = start.with_adapter(config, policy.model)
     config, cut = together.for_all(asked, peers)
     reference, adapter = start.find_reference(config, policy)
-    data = encode_split(rows, config.data, policy.tokenizer, policy.eos_ids)
+    data = yield from _read(encoding(rows, config.data, policy.tokenizer, policy.eos_ids), should_stop)
+    if data is None:
+        return
     del rows  # they may be gigabytes on disk
     start.check_heldout(config, data)
     longest = start.longest_row(data)
@@ -80,8 +85,8 @@ def train(
     outlook = start.preview(policy.model, data, config, ways)
     begun = {"run": run, "config": config, "data": data, "policy": policy, "outlook": outlook}
     yield Event("start", 0, begun | {"shown": stage.shown(data.train[0], loss)})
-    for text in filter(None, (cut, note, stage.remark(data, config, loss))):
-        yield Event("note", 0, {"text": text})
+    notes = filter(None, (cut, note, stage.remark(data, config, loss)))
+    yield from (Event("note", 0, {"text": text}) for text in notes)
     # Entered before anything is traced: a trace keeps the attention it was made with.
     lights = (light_attention(policy.model, longest), light_attention(reference.model, longest))
     with together.holding(peers, run, manifest), lights[0], lights[1]:
@@ -95,12 +100,31 @@ def train(
             del reference
             gc.collect()
             mx.clear_cache()
-        if config.model.adapter is None:
-            attach_lora(policy.model, config.lora, config.train.seed)
-        stage.attach(policy.model)
-        ways = stage.ways(start.with_details(ways, loss, config), config)
+        ways = _attach(policy.model, stage, start.with_details(ways, loss, config), config)
         job = Job(config, policy.model, optimizer, loss, *parts, run.checkpoints, ways, peers)
         yield from _train(job, stage, run, resume is not None, warm, should_stop)
+
+
+def _read(steps: Generator[Sofar, None, Made], should_stop: Stop) -> Generator[Event, None, Made | None]:
+    """What `steps` return, or None when asked to stop: of this part nothing is kept."""
+    while True:
+        try:
+            sofar = next(steps)
+        except StopIteration as end:
+            return end.value
+        yield Event("reading", 0, sofar._asdict())
+        if should_stop():
+            steps.close()
+            yield Event("interrupted", 0, {})
+            return None
+
+
+def _attach(model: nn.Module, stage: Stage, ways: Ways, config: Config) -> Ways:
+    """Give the model what is trained, and the ways to run it that the stage needs."""
+    if config.model.adapter is None:
+        attach_lora(model, config.lora, config.train.seed)
+    stage.attach(model)
+    return stage.ways(ways, config)
 
 
 def _train(job: Job, stage: Stage, run: Run, resumed: bool, warm: Path | None, should_stop: Stop) -> Iterator[Event]:

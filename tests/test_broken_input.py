@@ -343,4 +343,6 @@ def test_rows_come_out_of_the_spool_as_they_went_in(tmp_path):
         Preference("p", " a", " b\n", "a:2"),
         Opinion("p", "c", False, "a:3"),
     ]
-    assert list(Spool(rows, tmp_path).rows()) == rows
+    spool = Spool(tmp_path)
+    list(spool.filling(rows))
+    assert list(spool.rows()) == rows and spool.count == 3

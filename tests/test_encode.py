@@ -455,14 +455,6 @@ def test_a_character_with_bytes_on_both_sides_is_not_torn():
     assert describe(example, tokenizer).chosen == [("a", False), ("🌍b", True)]
 
 
-def test_progress_is_told(monkeypatch):
-    monkeypatch.setattr("mlxdpo.data.encode.CHUNK", 2)
-    seen: list[tuple[int, int]] = []
-    rows = [long_row(4, 6, 5)] * 5
-    examples, report = encode_all(rows, family("base"), DataConfig(), progress=lambda *at: seen.append(at))
-    assert seen == [(2, 5), (4, 5), (5, 5)] and len(examples) == report.kept == 5
-
-
 def test_the_digest_names_what_turns_text_into_ids():
     data, tokenizer = DataConfig(), tiny.chatml_tokenizer()
     digest = template_digest(tokenizer, data)

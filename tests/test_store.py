@@ -27,6 +27,7 @@ from mlxdpo.data.kept import draft, pairs_folder, publish, source_key
 from mlxdpo.data.load import encode_split, read_split
 from mlxdpo.data.planning import outline, plan_epoch, plan_straight
 from mlxdpo.data.read import heldout_prompts, read_pairs, split_heldout
+from mlxdpo.data.spool import Spool
 from mlxdpo.data.store import Examples, open_examples, row_digest, write_examples
 from mlxdpo.reference import read_table, with_reference, write_table
 from mlxdpo.types import Example, UserError
@@ -382,9 +383,14 @@ def test_the_first_of_two_writers_stays(tmp_path):
 
 def test_a_source_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch):
     file = write_pairs(tmp_path / "pairs.jsonl")
-    data, spool = DataConfig(path=str(file)), load.Spool
+    data, filling = DataConfig(path=str(file)), Spool.filling
+
+    def then_changed(spool, rows):
+        yield from filling(spool, rows)
+        write_pairs(file, seed=9)
+
     with monkeypatch.context() as busy:
-        busy.setattr(load, "Spool", lambda rows, folder: (spool(rows, folder), write_pairs(file, seed=9))[0])
+        busy.setattr(Spool, "filling", then_changed)
         old = made(data, base_tokenizer())
     assert files_in(pairs_folder()) == [] and len(old.train) > 0 and plain(old.train)  # files are gone, pairs are there
     assert made(data, base_tokenizer()).digest != old.digest

@@ -49,8 +49,9 @@ def follow(events: Iterable[Event]) -> Iterator[Event]:
             if event.kind == "start":
                 config, steps = values["config"], values["outlook"].steps
             with outliving_the_terminal():
-                if event.kind == "reference":
-                    bar.update(task, description="reference", completed=values["done"], total=values["total"])
+                if event.kind in ("reading", "reference"):
+                    doing = values.get("doing", "reference")
+                    bar.update(task, description=doing, completed=values["done"], total=values["total"])
                 if event.kind == "step":
                     left = f"{clock(values['seconds_left'])} left"
                     bar.update(task, description="training", completed=event.step, total=steps, left=left)

@@ -99,7 +99,8 @@ def follow_training(config: Config, resume: Run | None, peers: Peers | None = No
         except PeerLost as lost:
             raise PeerLost(f"{lost}; {_goes_on(path)}") from lost
     if not finished:
-        screen.console.print(f"stopped; go on with: mlxdpo train --resume {path}")
+        way = "nothing was begun, start again" if path is None else f"go on with: mlxdpo train --resume {path}"
+        screen.console.print(f"stopped; {way}")
         return 130
     screen.console.print(f"see it: mlxdpo generate {path} --prompt '...'   (--before for the untuned model)")
     return 0

@@ -9,7 +9,7 @@ off (TRL scores it).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from mlxdpo.types import Example, Extras, Opinion, Preference, Text, UserError
 
 __all__ = ["Shown", "describe", "encode", "encode_all", "encode_prompt", "encode_stream", "template_digest"]
 
-CHUNK = 1000  # rows tokenised in one call: the tokenizer's threads are kept busy, and progress is seen
+CHUNK = 1000  # rows tokenised in one call: the tokenizer's threads are kept busy
 
 
 class Shown(NamedTuple):
@@ -57,15 +57,12 @@ def encode_all(
     data: DataConfig,
     *,
     eos_ids: frozenset[int] | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Example], Report]:
-    """`encode` for many rows, in order, with one report. `progress(done, total)` is called now and then."""
+    """`encode` for many rows, in order, with one report."""
     writer, report = probe(tokenizer, data, eos_ids), Report()
     examples: list[Example] = []
     for at in range(0, len(rows), CHUNK):
         examples += [e for e in _encode_chunk(rows[at : at + CHUNK], writer, data, report) if e]
-        if progress:
-            progress(min(at + CHUNK, len(rows)), len(rows))
     return examples, report
 
 

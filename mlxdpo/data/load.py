@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data.encode import encode_stream, template_digest
@@ -19,7 +19,7 @@ from mlxdpo.data.kept import draft, encoding_key, pairs_folder, publish, source_
 from mlxdpo.data.read import heldout_prompts, heldout_source, stream_rows
 from mlxdpo.data.report import Report
 from mlxdpo.data.spool import Spool
-from mlxdpo.data.store import Examples, open_examples, write_examples
+from mlxdpo.data.store import Examples, open_examples, writing
 from mlxdpo.data.takes import PAIRS, Take
 from mlxdpo.data.template import Writer, probe
 from mlxdpo.platform import cache_folder
@@ -28,6 +28,7 @@ from mlxdpo.sealed import read_sealed_json, with_seal
 from mlxdpo.types import Example, UserError
 
 ELSEWHERE = 100  # training rows at hand while held-out ones are laid out
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,26 @@ class Split(NamedTuple):
     take: Take
 
 
+class Sofar(NamedTuple):
+    """How far it is: "reading" or "encoding", rows done, of how many (None: nobody knows before the last one)."""
+
+    doing: str
+    done: int
+    total: int | None
+
+
 def token_counts(examples: Sequence[Example]) -> list[tuple[int, int, int]]:
     """(prompt, chosen, rejected) lengths of each pair, tokens."""
     return [(len(e.prompt), len(e.chosen), len(e.rejected)) for e in examples]
+
+
+def ended(steps: Generator[Any, None, Made]) -> Made:
+    """What `steps` returns in the end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def read_split(data: DataConfig, seed: int, take: Take = PAIRS) -> Split:
@@ -73,11 +91,16 @@ def read_split(data: DataConfig, seed: int, take: Take = PAIRS) -> Split:
 
     Raises `UserError` when there are none, or not of the kind that is needed.
     """
+    return ended(reading(data, seed, take))
+
+
+def reading(data: DataConfig, seed: int, take: Take) -> Generator[Sofar, None, Split]:
+    """`read_split`, saying now and then how far it is."""
     if not data.path:
         raise UserError("no data given; pass --data with a file, a folder, or a Hub dataset id")
     key = _key(data, seed, take)
     known = key is not None and (pairs_folder() / key).exists()
-    return Split(key, seed, None if known else _read(data, take), take)
+    return Split(key, seed, None if known else (yield from _read(data, take)), take)
 
 
 def _key(data: DataConfig, seed: int, take: Take) -> str | None:
@@ -85,13 +108,16 @@ def _key(data: DataConfig, seed: int, take: Take) -> str | None:
     return source if source is None or take is PAIRS else f"{source}-{take.name}"
 
 
-def _read(data: DataConfig, take: Take) -> Clean:
-    rows, report = stream_rows(data, take.rows)
-    clean, reports, heldout = Spool(rows, cache_folder()), {"data": report}, None
-    if (source := heldout_source(data)) is not None:
-        rows, reports["held-out data"] = stream_rows(data, take.rows, *source)
-        heldout = Spool(rows, cache_folder())
-    return Clean(clean, heldout, reports)
+def _read(data: DataConfig, take: Take) -> Generator[Sofar, None, Clean]:
+    source, reports, spools = heldout_source(data), {}, []
+    for name, place in (("data", ()), ("held-out data", source)):
+        if place is None:
+            continue
+        rows, reports[name] = stream_rows(data, take.rows, *place)
+        spools.append(Spool(cache_folder()))
+        for _ in spools[-1].filling(rows):
+            yield Sofar("reading", sum(spool.count for spool in spools), None)
+    return Clean(spools[0], None if source is None else spools[1], reports)
 
 
 def encode_split(split: Split, data: DataConfig, tokenizer: Any, eos_ids: frozenset[int]) -> Dataset:
@@ -99,13 +125,20 @@ def encode_split(split: Split, data: DataConfig, tokenizer: Any, eos_ids: frozen
 
     Raises `UserError` when no training pair is left.
     """
+    return ended(encoding(split, data, tokenizer, eos_ids))
+
+
+def encoding(
+    split: Split, data: DataConfig, tokenizer: Any, eos_ids: frozenset[int]
+) -> Generator[Sofar, None, Dataset]:
+    """`encode_split`, saying now and then how far it is. Closed before its end it leaves nothing behind."""
     template, writer = template_digest(tokenizer, data), probe(tokenizer, data, eos_ids)
     target = None if split.key is None else pairs_folder() / split.key / encoding_key(template, writer)
     if target and target.exists():
         return _open(target, template)
-    clean = split.clean or _read(data, split.take)
+    clean = split.clean or (yield from _read(data, split.take))
     with draft(pairs_folder()) as folder:
-        _write(folder, clean, split, data, writer)
+        yield from _write(folder, clean, split, data, writer)
         # A source that changed while it was read is not kept under the name it had.
         if target is None or _key(data, split.seed, split.take) != split.key:
             return _open(folder, template)  # files that are mapped outlive their names
@@ -113,7 +146,8 @@ def encode_split(split: Split, data: DataConfig, tokenizer: Any, eos_ids: frozen
     return _open(target, template)
 
 
-def _write(folder: Path, clean: Clean, split: Split, data: DataConfig, writer: Writer) -> None:
+def _write(folder: Path, clean: Clean, split: Split, data: DataConfig, writer: Writer) -> Iterator[Sofar]:
+    total = clean.rows.count + (0 if clean.heldout is None else clean.heldout.count)
     reports = {**clean.reports, "encoding": Report(), "held-out encoding": Report()}
     if clean.heldout is None:
         held = heldout_prompts(clean.rows.prompts, data.eval_fraction, split.seed)
@@ -123,7 +157,8 @@ def _write(folder: Path, clean: Clean, split: Split, data: DataConfig, writer: W
     for name, rows, report in (("train", train, "encoding"), ("heldout", heldout, "held-out encoding")):
         encoded = encode_stream(rows, writer, data, reports[report])
         others = open_examples(folder / "train")[:ELSEWHERE] if name == "heldout" else []
-        write_examples(folder / name, split.take.lay_out(encoded, data, reports[report], others))
+        for _ in writing(folder / name, split.take.lay_out(encoded, data, reports[report], others)):
+            yield Sofar("encoding", reports["encoding"].read + reports["held-out encoding"].read, total)
     if not reports["encoding"].kept:
         why = "; ".join(line for report in reports.values() for line in report.lines()) or "all were held out"
         raise UserError(f"{data.path}: no pair is left to train on ({why}); see `mlxdpo data check {data.path}`")

@@ -15,6 +15,7 @@ from typing import Any
 from mlxdpo.data.read import prompt_key
 from mlxdpo.types import Extras, Message, Opinion, Preference, Text
 
+PORTION = 1000
 KINDS = {kind.__name__: kind for kind in (Preference, Opinion)}
 FIELDS = {
     "Preference": ("prompt", "chosen", "rejected", "where", "tools", "extras"),
@@ -25,13 +26,17 @@ FIELDS = {
 class Spool:
     """Rows that can be walked through again and again, without their other columns.
 
-    `prompts` are the distinct `prompt_key`s: 16 bytes each, all that stays in memory.
+    `prompts` are the distinct `prompt_key`s: 16 bytes each, all that stays in memory. `count` is the number of rows.
     """
 
-    def __init__(self, rows: Iterable[Preference | Opinion], folder: Path):
+    def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)  # not the system's /tmp: that may be memory
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as the object lives)
         self.prompts: set[bytes] = set()
+        self.count = 0
+
+    def filling(self, rows: Iterable[Preference | Opinion]) -> Iterator[None]:
+        """Take up rows, pausing after every `PORTION` for a caller who shows how far it is, or stops it."""
         for row in rows:
             key = prompt_key(row.prompt)
             self.prompts.add(key)
@@ -39,6 +44,9 @@ class Spool:
             line = [key.hex(), kind, *(getattr(row, name) for name in FIELDS[kind])]
             # What JSON has no form of (a date out of Parquet in a tool call) becomes the text a template would write.
             self._file.write(json.dumps(line, default=str).encode() + b"\n")
+            self.count += 1
+            if self.count % PORTION == 0:
+                yield
 
     def rows(self, wanted: Callable[[bytes], bool] = lambda key: True) -> Iterator[Preference | Opinion]:
         """The rows whose prompt's key is wanted, in order."""

@@ -128,6 +128,12 @@ def write_examples(folder: Path, examples: Iterable[Example]) -> None:
 
     The caller sees to it that `folder` is not found before it is whole.
     """
+    for _ in writing(folder, examples):
+        pass
+
+
+def writing(folder: Path, examples: Iterable[Example]) -> Iterator[None]:
+    """`write_examples`, pausing after every `FLUSH` pairs for a caller who shows how far it is, or stops it."""
     folder.mkdir()
     digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:
@@ -139,6 +145,8 @@ def write_examples(folder: Path, examples: Iterable[Example]) -> None:
             for name, raw in parts.items():
                 files[name].write(raw)
                 sums[name].update(raw)
+            if len(some) == FLUSH:
+                yield
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
