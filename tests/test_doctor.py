@@ -187,6 +187,18 @@ def test_an_unwritable_cache_is_found(monkeypatch, tmp_path):
     assert not result.ok and result.figure.startswith("FileExistsError")
 
 
+def test_what_the_cache_holds_is_told(monkeypatch, tmp_path):
+    """Two files of 0.3 GB, one of them below; a link counts as a link."""
+    monkeypatch.setenv("MLXDPO_CACHE", str(tmp_path))
+    (tmp_path / "pairs").mkdir()
+    for file in (tmp_path / "a", tmp_path / "pairs" / "b"):
+        with file.open("wb") as open_file:
+            open_file.truncate(300_000_000)  # holes: no disk is filled
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (result,) = run_checks([CHECKS["cache folder"]])
+    assert result.figure.endswith(" GB free, 0.6 GB kept, which may be deleted")
+
+
 def test_all_checks_hold_here_and_the_table_is_markdown(capsys):
     assert run(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()

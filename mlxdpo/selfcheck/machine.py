@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import shutil
@@ -137,11 +138,22 @@ def _curve(x: mx.array) -> mx.array:
 
 @check("cache folder", "free some disk, or name another folder by the environment variable MLXDPO_CACHE")
 def cache() -> Finding:
-    """The cache can be written and has room."""
+    """The cache can be written and has room. What it holds is made again when it is missed, and never removed by us."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free / 1e9
     probe = folder / f".doctor-{os.getpid()}"
     probe.write_bytes(b"mlxdpo")
     probe.unlink()
-    return Finding(free >= FREE, f"{folder}: {free:.0f} GB free", f"{FREE:.0f} GB")
+    told = f"{folder}: {free:.0f} GB free, {_bytes_in(folder) / 1e9:.1f} GB kept, which may be deleted"
+    return Finding(free >= FREE, told, f"{FREE:.0f} GB")
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of all files below; one that another process takes away meanwhile counts nothing."""
+    found = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found += os.stat(os.path.join(place, name), follow_symlinks=False).st_size
+    return found
