@@ -1,7 +1,7 @@
 """What each checkpoint of a run is worth: its drift and its win rate against the untuned model, on the same prompts.
 
-The points of the reward-KL frontier (arXiv 2305.18290, section 6.1): one for each kept checkpoint and one for the run's
-adapter. Several runs that differ in beta give the frontier of the objective.
+The points of the reward-KL frontier (arXiv 2305.18290, section 6.1): one for each kept checkpoint, and one for the
+run's adapter where that is none of them. Several runs that differ in beta give the frontier of the objective.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlxdpo import Opened, Run, at_checkpoints, distinct_prompts, encode_pairs, heldout_pairs, reopen, write_json
 
@@ -41,11 +43,21 @@ def sweep(run: Run, judge: Judge, sampling: Sampling, say: Say = lambda text: No
         say(f"{run.path.name}: {name}")
         return _point(opened, judge, name, before, draw_tuned(opened, prompts, sampling), sampling)
 
-    found = [point(name) for name in at_checkpoints(opened)]
-    points = [p for p in [*found, point(FINAL)] if p is not None]
+    final, seen = _weights(opened), False
+    found: list[Point | None] = []
+    for name in at_checkpoints(opened):
+        here = all(mx.array_equal(now, then).item() for now, then in zip(_weights(opened), final, strict=True))
+        found.append(point(f"{name} = {FINAL}" if here else name))
+        seen = seen or here
+    points = [p for p in (found if seen else [*found, point(FINAL)]) if p is not None]
     told = {"judge": judge.name, "prompts": len(prompts), "samples": sampling.samples, "seed": sampling.seed}
     write_json(run.path / "eval" / "frontier.json", plain(told | {"points": points}))
     return points
+
+
+def _weights(opened: Opened) -> list[mx.array]:
+    """The tuned arrays that are in the model now."""
+    return [array for _, array in tree_flatten(opened.policy.model.trainable_parameters())]
 
 
 def _point(
