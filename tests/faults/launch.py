@@ -1,6 +1,7 @@
 """A process of its own for the fault tests: the command line, or votes written one after the other.
 
 python launch.py cli ARGUMENTS...     the command line, saving the reference's table after every batch
+python launch.py slow ARGUMENTS...    the same, resting after each checkpoint: a signal meets it before its end
 python launch.py tight MB ARGUMENTS...  the command line, with this much more address space from the second step on
 python launch.py votes RUN FIRST      votes FIRST, FIRST + 1, ... each number printed when it is on the disk
 """
@@ -8,12 +9,25 @@ python launch.py votes RUN FIRST      votes FIRST, FIRST + 1, ... each number pr
 import itertools
 import resource
 import sys
+import time
 from pathlib import Path
 
 import mlxdpo  # noqa: F401
 from mlxdpo import checkpoint, reference
 from mlxdpo.cli import main
 from mlxdpo.runs import Run
+
+
+def rest_after_checkpoints(seconds: float) -> None:
+    """A tiny run is over before a busy machine lets the test look at it."""
+    plain = checkpoint.save
+
+    def save(*arguments, **named):
+        found = plain(*arguments, **named)
+        time.sleep(seconds)
+        return found
+
+    checkpoint.save = save
 
 
 def limit_memory(megabytes: float) -> None:
@@ -33,7 +47,9 @@ def limit_memory(megabytes: float) -> None:
 
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
-    if what == "cli":
+    if what == "slow":
+        rest_after_checkpoints(0.25)
+    if what in ("cli", "slow"):
         reference.SAVE_SECONDS = 0.0  # a tiny reference is scored within the usual half minute
         main(arguments)
     if what == "tight":

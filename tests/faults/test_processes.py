@@ -47,7 +47,7 @@ def place(base, request):
 
 
 def train(place: Place) -> list[str]:
-    return ["cli", "train", str(place.own / "recipe.yaml")]
+    return ["slow", "train", str(place.own / "recipe.yaml")]
 
 
 def resume(place: Place) -> subprocess.CompletedProcess:
@@ -114,7 +114,7 @@ def test_interrupted_it_saves_says_how_to_go_on_and_does(place, number):
 @processes
 def test_killed_again_and_again_it_still_arrives(place):
     for step in (2, 7, 13, 19):
-        again = ["cli", "train", "--resume", str(place.own / "run")]
+        again = ["slow", "train", "--resume", str(place.own / "run")]
         process = start(place, again if step > 2 else train(place))
         wait_for_step(place, step, lambda process=process: process.poll() is None)
         process.send_signal(signal.SIGKILL)
