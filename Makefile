@@ -63,7 +63,7 @@ docs: $(VENV)/.docs
 bench-peers: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.peers --json .bench/results.json --docs $(BENCH)
 
-# Reward against drift for DPO, PPO and others on SmolLM2: about an hour on two cores; stopped, it goes on (docs/frontier.md).
+# Reward against drift for DPO, PPO and others on SmolLM2: an hour or two on two cores; stopped, it goes on (docs/frontier.md).
 frontier: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.frontier --out $(FRONTIER) --docs
 
