@@ -78,6 +78,7 @@ def test_the_terminal_is_closed(place):
     """SIGHUP to a process whose terminal is gone: it saves, though it can say nothing any more."""
     process, terminal = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under `nohup`, it would stay ignored
         os.execve(sys.executable, [sys.executable, str(LAUNCH), *train(place)], environment(place))
     os.set_blocking(terminal, False)
     wait_for_step(place, 3, lambda: _drained(terminal))
