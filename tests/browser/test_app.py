@@ -34,6 +34,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 EVIL = "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script> ${window.pwned=1} {{7*7}}"
 SHOTS = os.environ.get("MLXDPO_SHOTS")
+PATIENCE = 180_000  # milliseconds: a machine with other work to do takes its time
 READY = "#vote-a:not([disabled])"
 BOTH = "[...document.querySelectorAll('#columns .answer')]"
 
@@ -142,13 +143,13 @@ def send(page, text: str) -> None:
 
 
 def finished(page) -> None:
-    page.wait_for_selector("#columns .tok", timeout=60_000)
+    page.wait_for_selector("#columns .tok", timeout=PATIENCE)
 
 
 def blind_pair(page) -> None:
     page.get_by_role("tab", name="Blind vote").click()
     page.locator("#vote-next").click()
-    page.wait_for_selector(READY, timeout=60_000)
+    page.wait_for_selector(READY, timeout=PATIENCE)
 
 
 def inert(page) -> None:
@@ -161,7 +162,7 @@ def test_from_the_first_look_to_the_next_round(app, visit):
     paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
     started = time.monotonic()
     send(page, "On Tuesday I went to the zoo")
-    page.wait_for_function(f"{BOTH}.length == 2 && {BOTH}.every(a => a.textContent.trim())", timeout=60_000)
+    page.wait_for_function(f"{BOTH}.length == 2 && {BOTH}.every(a => a.textContent.trim())", timeout=PATIENCE)
     first = time.monotonic() - started
     early = page.evaluate(f"{BOTH}.map(a => a.textContent.length)")
     assert page.locator("#columns [aria-busy=true]").count() == 1, "still streaming"
@@ -181,17 +182,17 @@ def story_of_votes(app, page) -> None:
     for key in ("1", "2"):
         page.locator("#vote-standing").click()  # away from any field
         page.keyboard.press("n")
-        page.wait_for_selector(READY, timeout=60_000)
+        page.wait_for_selector(READY, timeout=PATIENCE)
         board = page.locator("#vote-board").inner_text()
         assert "Answer A" in board and "tuning" not in board and page.locator("#vote-board .chip").count() == 0
         page.keyboard.press(key)
-        page.wait_for_selector("#vote-board .tok", timeout=60_000)
+        page.wait_for_selector("#vote-board .tok", timeout=PATIENCE)
         assert "after tuning" in page.locator("#vote-board").inner_text()
     page.get_by_label("Held-out prompts: is it better?").check()
     page.locator("#vote-next").click()
-    page.wait_for_selector(READY, timeout=60_000)
+    page.wait_for_selector(READY, timeout=PATIENCE)
     page.locator("#vote-tie").click()
-    page.wait_for_selector("#vote-board .tok", timeout=60_000)
+    page.wait_for_selector("#vote-board .tok", timeout=PATIENCE)
     shot(page, "app-vote")
     inert(page)
     app.kill()  # between vote and export
@@ -200,7 +201,7 @@ def story_of_votes(app, page) -> None:
     page.get_by_role("tab", name="Blind vote").click()
     page.locator("#vote-teach button").first.click()
     page.locator("#vote-export").click()
-    page.wait_for_selector("#vote-written .standing", timeout=60_000)
+    page.wait_for_selector("#vote-written .standing", timeout=PATIENCE)
     assert "Pairs: 2, from 3 votes" in page.locator("#vote-written").inner_text()
     command = page.locator("#vote-command .cm-content").inner_text()
     votes = list(read_lines(app.folder / "runs/demo0/votes.jsonl"))
@@ -248,7 +249,7 @@ def test_the_page_answers_while_it_streams_512_tokens_and_stops(visit):
     page.locator("#compare-tokens input[type=number]").fill("512")
     page.locator("#compare-tokens input[type=number]").press("Tab")
     send(page, "A long story about the sea:")
-    page.wait_for_function(f"{BOTH}.length == 2 && {BOTH}.every(a => a.textContent.trim())", timeout=60_000)
+    page.wait_for_function(f"{BOTH}.length == 2 && {BOTH}.every(a => a.textContent.trim())", timeout=PATIENCE)
     slowest = 0.0
     for _ in range(5):
         started = time.monotonic()
@@ -262,7 +263,7 @@ def test_the_page_answers_while_it_streams_512_tokens_and_stops(visit):
         page.wait_for_timeout(300)
     started = time.monotonic()
     page.locator("#compare-stop").click()
-    page.wait_for_selector("#columns .tok", timeout=60_000)
+    page.wait_for_selector("#columns .tok", timeout=PATIENCE)
     note(slowest_reaction_s=slowest, stop_and_score_s=time.monotonic() - started)
     shown = page.locator("#columns").inner_text()
     assert ("you stopped it" in shown or "ended by itself" in shown) and "cut off at max tokens" not in shown
