@@ -124,6 +124,7 @@ def corrected_judge(rng: np.random.Generator) -> list[Answer]:
 
 def _calibration(true_temperature: float) -> Callable[[np.random.Generator], list[Answer]]:
     def draw(rng: np.random.Generator) -> list[Answer]:
+        """What the calibration's numbers say of 400 dependent pairs."""
         margins = np.abs(rng.normal(0.8, 1.5, size=400))
         chance = special.expit(margins / true_temperature)
         confidence, prompts = special.expit(margins), np.repeat(np.arange(200), 2)

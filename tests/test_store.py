@@ -28,7 +28,7 @@ from mlxdpo.data.load import encode_split, read_split
 from mlxdpo.data.planning import outline, plan_epoch, plan_straight
 from mlxdpo.data.read import heldout_prompts, read_pairs, split_heldout
 from mlxdpo.data.spool import Spool
-from mlxdpo.data.store import Examples, open_examples, row_digest, write_examples
+from mlxdpo.data.store import Examples, open_examples, row_digest, writing
 from mlxdpo.reference import read_table, with_reference, write_table
 from mlxdpo.types import Example, UserError
 
@@ -60,7 +60,7 @@ def test_what_is_written_is_read(tmp_path_factory, flush, monkeypatch):
     @given(EXAMPLES)
     def round_trip(examples):
         folder = tmp_path_factory.mktemp("store") / "part"
-        write_examples(folder, iter(examples))
+        list(writing(folder, iter(examples)))
         for pairs in (open_examples(folder), Examples.of(examples)):
             assert plain(pairs) == plain(examples) and len(pairs) == len(examples)
             assert pairs.digest == old_digest(examples)
@@ -86,7 +86,7 @@ def test_index_as_in_a_list():
 
 
 def test_pairs_on_disk_are_not_loaded_and_cannot_be_written(tmp_path):
-    write_examples(tmp_path / "part", [Example(*(np.arange(3, dtype=np.int32),) * 3, "row 1")])
+    list(writing(tmp_path / "part", [Example(*(np.arange(3, dtype=np.int32),) * 3, "row 1")]))
     pairs = open_examples(tmp_path / "part")
     with pytest.raises(ValueError, match="read-only"):
         pairs[0].chosen[0] = 7
@@ -98,7 +98,7 @@ def test_pairs_on_disk_are_not_loaded_and_cannot_be_written(tmp_path):
 
 @pytest.mark.parametrize("name", ["tokens", "where", "rows"])
 def test_a_damaged_file_is_named(tmp_path, name):
-    write_examples(tmp_path / "part", [Example(*(np.arange(3, dtype=np.int32),) * 3, "row 1")] * 2)
+    list(writing(tmp_path / "part", [Example(*(np.arange(3, dtype=np.int32),) * 3, "row 1")] * 2))
     file = tmp_path / "part" / name
     size = file.stat().st_size // 2 // 16 * 16 if name != "where" else 3
     os.truncate(file, size)

@@ -159,12 +159,14 @@ def _passes(model: Any, batch: Batch, size: Size) -> dict[str, Callable[[], None
     update, scorer = make_update(model, make_optimizer(OptimConfig())), make_scorer(model, ways.score)
 
     def step() -> None:
+        """Gradient, its norm, update."""
         found = gradient(batch, mx.array(1 / size.pairs))
         mx.eval(found.gradients, found.losses)
         gradient_norm(found.gradients).item()
         update(found.gradients, 1.0, 1e-12)
 
     def forward() -> None:
+        """Log-probs alone."""
         scorer(batch)
 
     return {"step": step, "forward": forward}

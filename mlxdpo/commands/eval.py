@@ -146,6 +146,7 @@ def named_rewards(data: DataConfig) -> dict[str, Callable[[str, str], float]]:
     continued = data.template == "plain"
 
     def judged(reward: Callable[[str], float]) -> Callable[[str, str], float]:
+        """The reward of a whole continuation, or of an answer alone."""
         return lambda prompt, answer: reward(prompt + answer if continued else answer)
 
     return {name: judged(reward) for name, reward in REWARDS.items()}

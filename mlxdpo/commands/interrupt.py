@@ -21,6 +21,7 @@ def stop_flag() -> Iterator[Callable[[], bool]]:
         return
 
     def ask(number: int, frame: Any) -> None:
+        """A signal has come."""
         if number == signal.SIGHUP:
             _let_go_of_the_terminal()
         elif asked.is_set():

@@ -22,6 +22,7 @@ def _tensorboard(path: str, config: Config) -> Tracker:
     writer = SummaryWriter(logdir=f"{path}/tensorboard")
 
     def log(values: dict[str, float], step: int) -> None:
+        """One scalar after the other."""
         for name, value in values.items():
             writer.add_scalar(name, value, step)
 

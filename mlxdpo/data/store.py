@@ -123,17 +123,12 @@ def row_digest(prompt: np.ndarray, completion: np.ndarray) -> bytes:
     return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
-def write_examples(folder: Path, examples: Iterable[Example]) -> None:
+def writing(folder: Path, examples: Iterable[Example]) -> Iterator[None]:
     """Write pairs as they come, never holding more than a few; `open_examples` reads them.
 
-    The caller sees to it that `folder` is not found before it is whole.
+    Pauses after every `FLUSH` pairs for a caller who shows how far it is, or stops it; all is written when it ends. The
+    caller sees to it that `folder` is not found before that.
     """
-    for _ in writing(folder, examples):
-        pass
-
-
-def writing(folder: Path, examples: Iterable[Example]) -> Iterator[None]:
-    """`write_examples`, pausing after every `FLUSH` pairs for a caller who shows how far it is, or stops it."""
     folder.mkdir()
     digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:
@@ -156,7 +151,7 @@ def writing(folder: Path, examples: Iterable[Example]) -> Iterator[None]:
 
 
 def open_examples(folder: Path) -> Examples:
-    """The pairs that `write_examples` wrote. Raises `DamagedError` when a file is not what was written.
+    """The pairs that `writing` wrote. Raises `DamagedError` when a file is not what was written.
 
     Every byte is read for that once, about a second for a gigabyte: a wrong token would be trained on and not seen.
     """
