@@ -12,9 +12,10 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from mlxdpo.platform import preload_blas
+from mlxdpo.platform import look_wide, preload_blas
 
 preload_blas()
+look_wide()
 
 if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it is asked for
     from mlxdpo.config import Config as Config

@@ -63,7 +63,8 @@ class Trained(NamedTuple):
 class Layout(NamedTuple):
     """A batch: G prompts of P shared tokens, R rows of S behind them made of M distinct tokens, N scored ones.
 
-    `packed` says that matmuls see the M tokens and not the R * S padded ones; `plain` full rows and full logits.
+    `packed` says that matmuls see the M tokens and not the R * S padded ones; `plain` full rows and full logits;
+    `parts` how many parts of the batch are computed side by side.
     """
 
     prompts: int
@@ -74,6 +75,7 @@ class Layout(NamedTuple):
     scored: int
     packed: bool = False
     plain: bool = False
+    parts: int = 1
 
     @property
     def tokens(self) -> int:
@@ -226,7 +228,7 @@ def head_forward(shape: Shape, at: Layout) -> int:
     if at.plain:
         return plain_logits(shape, at)
     raw = shape.item if shape.item != FLOAT else 0
-    chunk = min(at.scored, chunk_of(shape.vocabulary) * AHEAD)
+    chunk = min(at.scored, chunk_of(shape.vocabulary) * AHEAD * at.parts)
     return chunk * shape.vocabulary * (LOGITS * FLOAT + raw)
 
 
@@ -234,7 +236,7 @@ def head_backward(shape: Shape, trained: Trained, at: Layout) -> int:
     """Bytes for a trained head: its chunk again with the logits' cotangent, and the gradient of its weights."""
     if not trained.head:
         return 0
-    chunk = min(at.scored, chunk_of(shape.vocabulary)) * shape.vocabulary * 3 * FLOAT
+    chunk = min(at.scored, chunk_of(shape.vocabulary) * at.parts) * shape.vocabulary * 3 * FLOAT
     return chunk + (1 + trained.tied) * trained.full * shape.vocabulary * shape.hidden * FLOAT
 
 

@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxdpo import lanes
 from mlxdpo.config import Config
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import dropout_off
@@ -84,7 +85,7 @@ class Moving:
             return batch
         with swapped_in(self.model, self.arrays), dropout_off(self.model):
             found = self.score(self.model, batch)
-            mx.eval(found)
+            lanes.evaluate(batch.parts, found)
         if isinstance(found, Rows):
             return batch._replace(ref=found.logps, ref_shared=found.shared)
         return batch._replace(ref=found)

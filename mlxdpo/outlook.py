@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from mlxdpo import lanes
 from mlxdpo.config import Config
+from mlxdpo.data.cutting import cut_by_prompts
 from mlxdpo.data.frames import Frame, choose_frame, need_of
 from mlxdpo.data.planning import Indices, first_epoch, outline, plan_straight
 from mlxdpo.data.store import Examples
@@ -52,7 +56,10 @@ def layout_of(examples: Examples, indices: Indices, packs: bool, frames: Sequenc
     need = need_of(examples, indices)
     frame = choose_frame(need, frames, len(indices))
     packed = packs and pays((frame.prompts, frame.shared), (frame.rows, frame.width), frame.rest)
-    layout = Layout(frame.prompts, frame.shared, frame.rows, frame.width, frame.rest, frame.scored, packed)
+    index = np.array(indices)
+    numbers = (examples.prompt_numbers[index], examples.row_numbers[index], examples.lengths[index])
+    parts = len(cut_by_prompts(*numbers, lanes.count()))
+    layout = Layout(frame.prompts, frame.shared, frame.rows, frame.width, frame.rest, frame.scored, packed, parts=parts)
     return Drawn(layout, len(indices), need.rows, need.distinct)
 
 

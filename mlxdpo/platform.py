@@ -17,6 +17,8 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,22 +67,64 @@ def preload_blas() -> Blas:
     return Blas(True, str(library))
 
 
+@functools.cache
+def _openblas() -> ctypes.CDLL | None:
+    """The OpenBLAS that `preload_blas` put in front; None where another BLAS computes."""
+    library = preload_blas()
+    return ctypes.CDLL(library.note) if sys.platform == "linux" and library.fast else None
+
+
 def blas_kernels() -> str | None:
     """The processor whose kernels OpenBLAS took, in its own name: "Haswell" is AVX2, "SkylakeX" AVX-512. None where
     another BLAS computes. The variable OPENBLAS_CORETYPE decides, where it is set."""
-    library = preload_blas()
-    if sys.platform != "linux" or not library.fast:
+    library = _openblas()
+    if library is None:
         return None
-    name = ctypes.CDLL(library.note).scipy_openblas_get_corename
+    name = library.scipy_openblas_get_corename
     name.restype = ctypes.c_char_p
     return name().decode()
 
 
-def _renamed_openblas() -> Path:
-    import scipy_openblas32  # type: ignore[import-not-found]
+def blas_threads() -> int:
+    """Threads of OpenBLAS (variable OPENBLAS_NUM_THREADS); 1 where there is another BLAS."""
+    library = _openblas()
+    return library.scipy_openblas_get_num_threads() if library else 1
 
-    source = Path(scipy_openblas32.get_lib_dir()) / "libscipy_openblas.so"
-    version = importlib.metadata.version("scipy-openblas32")
+
+@contextmanager
+def single_blas() -> Iterator[None]:
+    """While it lasts, a matmul takes one thread. What is evaluated counts, not what is written down."""
+    library, threads = _openblas(), blas_threads()
+    if library is None or threads == 1:
+        yield
+        return
+    library.scipy_openblas_set_num_threads(1)
+    try:
+        yield
+    finally:
+        library.scipy_openblas_set_num_threads(threads)
+
+
+def look_wide() -> None:
+    """Let MLX order the kernels of a graph in breadth, so that `lanes` alternate: on a Linux CPU, before it evaluates.
+
+    Its default of 20 arrays holds half a block of a model. A variable that is set stays as it is.
+    """
+    if sys.platform == "linux" and _installed("mlx-cpu"):
+        os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100")
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def _renamed_openblas() -> Path:
+    wheel = importlib.metadata.distribution("scipy-openblas32")
+    # Importing it would load the library under its own names: two OpenBLAS, whose settings mix.
+    source, version = Path(str(wheel.locate_file("scipy_openblas32/lib/libscipy_openblas.so"))), wheel.version
     key = hashlib.sha256(f"{version} {machine.machine()} {BLAS_NAMES}".encode()).hexdigest()[:12]
     target = cache_folder() / f"openblas-{key}.so"
     if target.exists():

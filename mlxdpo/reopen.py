@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxdpo import checkpoint
+from mlxdpo import checkpoint, lanes
 from mlxdpo.config import Config
 from mlxdpo.data.batching import collate
 from mlxdpo.data.encode import encode, encode_all
@@ -164,10 +164,11 @@ def pair_logps(opened: Opened, examples: Sequence[Example], batch_size: int = 8)
         batch = collate(examples, indices, batch_size)
         with dropout_off(opened.policy.model) as model:
             tuned = score_pairs(model, batch, ways.score)
-            mx.eval(tuned.chosen, tuned.rejected)
+            lanes.evaluate(batch.parts, tuned.chosen, tuned.rejected)
         with opened.reference() as model, dropout_off(model):
             base = score_pairs(model, batch, ways_for(model).score)
             both = mx.stack([tuned.chosen, tuned.rejected, base.chosen, base.rejected])
+            lanes.evaluate(batch.parts, both)
         values[:, list(indices)] = np.array(both)[:, : len(indices)]
     lengths = [np.array([len(getattr(e, side)) for e in examples], np.float64) for side in ("chosen", "rejected")]
     return PairLogps(*values, *lengths)

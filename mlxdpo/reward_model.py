@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxdpo import lanes
 from mlxdpo.config import DataConfig
 from mlxdpo.data.batching import collate
 from mlxdpo.data.encode import encode_stream
@@ -56,8 +57,9 @@ class RewardModel:
         with dropout_off(self.policy.model) as model:
             for indices in plan_straight(outline(examples, self.data.group), self.batch_size):
                 batch = collate(examples, indices, self.batch_size)
-                found = np.array(way(model, batch)[batch.chosen], np.float64)
-                values[[int(examples[i].where) for i in indices]] = found[: len(indices)]
+                rewards = way(model, batch)[batch.chosen]
+                lanes.evaluate(batch.parts, rewards)
+                values[[int(examples[i].where) for i in indices]] = np.array(rewards, np.float64)[: len(indices)]
         return values
 
     def _encoded(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Iterable[Example]:

@@ -14,8 +14,8 @@ import mlx.nn as nn
 
 from mlxdpo.model.prefix import checkpointed
 from mlxdpo.model.reward_head import normed_states, rewards
-from mlxdpo.model.trunk import split
-from mlxdpo.scoring import Forward, Ways, rest_states
+from mlxdpo.model.trunk import Trunk
+from mlxdpo.scoring import Forward, Ways, in_parts, whole_rows
 from mlxdpo.types import Batch
 
 
@@ -30,10 +30,12 @@ def fast_rewards(checkpoint: Callable[..., Any] | None = None) -> Forward:
 
     def forward(model: nn.Module, batch: Batch) -> mx.array:
         """(R,) rewards of the batch's rows."""
-        trunk = split(model)
-        assert trunk is not None  # whoever chose this path asked first
-        states = rest_states(trunk, batch, checkpoint)
-        return rewards(model, trunk.norm(states[last_places(batch)]))
+
+        def measure(trunk: Trunk, states: mx.array, part: Batch) -> mx.array:
+            """(R,) rewards of a part's rows."""
+            return rewards(model, trunk.norm(states[last_places(part)]))
+
+        return whole_rows(in_parts(model, batch, checkpoint, measure), batch)
 
     return forward
 

@@ -7,15 +7,18 @@ Right padding is harmless under a causal mask, and it keeps MLX's light attentio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxdpo import lanes
 from mlxdpo.model import head as heads
-from mlxdpo.model.packed import Layout, packed_states, packs, pays
-from mlxdpo.model.prefix import checkpointed, hidden_states, spreader
+from mlxdpo.model.packed import Layout, packed_passage, packs, pays
+from mlxdpo.model.passage import Passage, walk
+from mlxdpo.model.prefix import checkpointed, passage, spreader
 from mlxdpo.model.trunk import Trunk, split
 from mlxdpo.types import Batch, Pairs
 
@@ -64,12 +67,11 @@ def fast_forward(checkpoint: Callable[..., Any] | None = None, *, head: Any = he
     who needs no backward pass.
     """
 
-    def forward(model: nn.Module, batch: Batch) -> mx.array:
-        """(R,) log-probs of the batch's rows."""
-        trunk, scored = _scored_states(model, batch, checkpoint)
-        return _by_row(head(trunk.head, scored, batch.targets), batch)
+    def logps(trunk: Trunk, states: mx.array, batch: Batch) -> mx.array:
+        """(R,) log-probs of a part's rows."""
+        return _by_row(head(trunk.head, trunk.norm(states[batch.positions]), batch.targets), batch)
 
-    return forward
+    return lambda model, batch: whole_rows(in_parts(model, batch, checkpoint, logps), batch)
 
 
 def fast_details(
@@ -77,33 +79,64 @@ def fast_details(
 ) -> Callable[[nn.Module, Batch], Rows]:
     """`fast_forward` with all that a modifier may ask."""
 
-    def forward(model: nn.Module, batch: Batch) -> Rows:
-        """Log-probs of the batch's rows, of parts of them, and how concentrated the policy is."""
-        trunk, scored = _scored_states(model, batch, checkpoint)
-        logps, squares = head(trunk.head, scored, batch.targets)
+    def details(trunk: Trunk, states: mx.array, batch: Batch) -> Rows:
+        """Log-probs of a part's rows, of parts of them, and how concentrated the policy is."""
+        logps, squares = head(trunk.head, trunk.norm(states[batch.positions]), batch.targets)
         return _details(logps, squares, batch)
+
+    def forward(model: nn.Module, batch: Batch) -> Rows:
+        """The same of the whole batch."""
+        columns = map(_joined, zip(*in_parts(model, batch, checkpoint, details), strict=True))
+        rows, pairs = batch.length.shape[0], batch.chosen.shape[0]
+        return Rows(*(widened(a, count) for a, count in zip(columns, (rows, pairs, rows), strict=True)))
 
     return forward
 
 
-def _scored_states(model: nn.Module, batch: Batch, checkpoint: Callable[..., Any] | None) -> tuple[Trunk, mx.array]:
-    """The model's parts and the (N, D) normed states of the scored positions."""
+def in_parts(
+    model: nn.Module,
+    batch: Batch,
+    checkpoint: Callable[..., Any] | None,
+    measure: Callable[[Trunk, mx.array, Batch], Any],
+) -> list[Any]:
+    """What `measure` makes of the states of each part of a batch: (M, D), those of its `rest`, before the last norm.
+
+    Parts are computed side by side (`lanes`); a batch without any is its only one.
+    """
     trunk = split(model)
     assert trunk is not None  # whoever chose this path asked first
-    states = rest_states(trunk, batch, checkpoint)
-    return trunk, trunk.norm(states[batch.positions])
+    parts = batch.parts or (batch,)
+    states = walk([functools.partial(_passage, trunk, part, checkpoint) for part in parts])
+    return lanes.each(lambda part, found: measure(trunk, found, part), parts, states)
 
 
-def rest_states(trunk: Trunk, batch: Batch, checkpoint: Callable[..., Any] | None = None) -> mx.array:
-    """(M, D) states of the batch's `rest`, before the last norm: packed where that pays, else as padded rows."""
+def _passage(trunk: Trunk, batch: Batch, checkpoint: Callable[..., Any] | None) -> Passage:
+    """The way of a batch through the blocks: packed where that pays, else as padded rows."""
     spread = spreader(batch.group, batch.per_prompt or None)
     prompts, rows = batch.prefix.shape, batch.rows.shape
     if packs(trunk) and pays(prompts, rows, len(batch.rest)):
         layout = Layout(prompts, batch.rows, batch.home, batch.place, spread)
         tokens = mx.concatenate([batch.prefix.reshape(-1), batch.rest])
-        return packed_states(trunk, tokens, layout, checkpoint)
-    states = hidden_states(trunk, batch.prefix, batch.suffix, spread, checkpoint)
-    return states.reshape(-1, states.shape[-1])[batch.home]
+        return packed_passage(trunk, tokens, layout, checkpoint)
+    padded = passage(trunk, batch.prefix, batch.suffix, spread, checkpoint)
+    return padded._replace(leave=lambda *hs: padded.leave(*hs).reshape(-1, hs[-1].shape[-1])[batch.home])
+
+
+def whole_rows(parts: Sequence[mx.array], batch: Batch) -> mx.array:
+    """(R,) numbers of the batch's rows from those of its parts' rows."""
+    return widened(_joined(parts), batch.length.shape[0])
+
+
+def _joined(parts: Sequence[mx.array]) -> mx.array:
+    """(..., n) of each part, one after the other."""
+    return mx.concatenate(list(parts), axis=-1) if len(parts) > 1 else parts[0]
+
+
+def widened(a: mx.array, count: int) -> mx.array:
+    """(..., n) widened to (..., count): what only fills a batch gets what the first has."""
+    if a.shape[-1] == count:
+        return a
+    return mx.concatenate([a, mx.repeat(a[..., :1], count - a.shape[-1], axis=-1)], axis=-1)
 
 
 def _by_row(logps: mx.array, batch: Batch) -> mx.array:

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
+from mlxdpo import lanes
 from mlxdpo.config import OptimConfig
 from mlxdpo.losses import Loss
 from mlxdpo.platform import compiled
@@ -68,7 +69,7 @@ def make_scorer(model: nn.Module, forward: Forward | None = None) -> Callable[[B
     def scorer(batch: Batch) -> Pairs:
         """The pairs of a batch, evaluated."""
         pairs = score(batch)
-        mx.eval(pairs)
+        lanes.evaluate(batch.parts, pairs)
         return pairs
 
     return scorer
@@ -98,7 +99,15 @@ def make_gradient(model: nn.Module, loss: Loss, forward: Forward | None = None) 
 
     # The model is an output too: tracing leaves tracers in its parameters, and outputs put arrays back.
     traced = compiled(gradient, inputs=state, outputs=state)
-    return lambda batch, share, seen=None: Gradient(*traced(batch, share, seen))
+
+    def run(batch: Batch, share: mx.array, seen: mx.array | None = None) -> Gradient:
+        """Evaluated by who uses it, unless it was written down in lanes."""
+        found = Gradient(*traced(batch, share, seen))
+        if batch.parts:
+            lanes.evaluate(batch.parts, found)
+        return found
+
+    return run
 
 
 def add(left: Gradients | None, right: Gradients) -> Gradients:

@@ -146,6 +146,8 @@ class Batch(NamedTuple):
     extras     what the pairs' rows say besides their texts, each field (B,) float32
     ref_shared (2, B) float32, the reference's log-probs of the first min(|chosen|, |rejected|) tokens of each pair's
                two completions, nats; None unless the objective asks (LD-DPO)
+    parts      the same rows and pairs in their order as several batches, which a CPU computes side by side (`lanes`);
+               () where it is computed whole
     """
 
     prefix: mx.array
@@ -166,6 +168,7 @@ class Batch(NamedTuple):
     per_prompt: int
     extras: Extras | None = None
     ref_shared: mx.array | None = None
+    parts: tuple[Batch, ...] = ()
 
     @property
     def suffix(self) -> mx.array:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlxdpo.losses import Loss
 from mlxdpo.peers import ALONE, Peers
+from mlxdpo.scoring import widened
 from mlxdpo.types import Batch, Example, Pairs
 
 WIDEST = 2  # numbers that a field of `Pairs` has of each pair, at most
@@ -95,9 +96,7 @@ def look_over(
 
 def filled(seen: mx.array | None, pairs: int) -> mx.array | None:
     """(K, n) widened to a batch of `pairs`: what fills the batch gets what its first pair has."""
-    if seen is None or seen.shape[1] == pairs:
-        return seen
-    return mx.concatenate([seen, mx.repeat(seen[:, :1], pairs - seen.shape[1], axis=1)], axis=1)
+    return None if seen is None else widened(seen, pairs)
 
 
 def _lengths(examples: Sequence[Example]) -> Pairs:

@@ -5,6 +5,18 @@ import pytest
 import mlxdpo  # noqa: F401
 
 
+@pytest.fixture(autouse=True)
+def lanes(monkeypatch):
+    """Batches are computed whole, as on a Mac, however many cores are here; called with a number, in as many lanes."""
+
+    def count(number):
+        """From now on in this test."""
+        monkeypatch.setattr("mlxdpo.lanes.count", lambda: number)
+
+    count(1)
+    return count
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A private cache folder."""

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "types": 0, "config": 0, "recipe": 0, "runs": 0, "platform": 0, "digests": 0, "knobs": 0, "__init__": 0,
     "rollout_knobs": 0, "round_knobs": 0, "tensors": 0, "sealed": 0, "writing": 0, "headroom": 0,
-    "launched": 0, "lifeline": 0, "peers": 0,
+    "launched": 0, "lifeline": 0, "peers": 0, "lanes": 0,
     "data": 1, "model": 1, "losses": 1, "metrics": 1,
     "scoring": 2, "rewarding": 2, "reference": 2, "generate": 2, "next_token": 2,
     "step": 3, "loop": 3, "checkpoint": 3, "manifest": 3, "memory": 3, "outlook": 3, "flops": 3,

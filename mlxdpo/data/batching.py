@@ -8,6 +8,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlxdpo import lanes
+from mlxdpo.data.cutting import cut_by_prompts
 from mlxdpo.data.frames import Frame, Need, choose_frame
 from mlxdpo.data.planning import Indices
 from mlxdpo.types import Batch, Example, Extras
@@ -21,6 +23,34 @@ def collate(
     frames: Sequence[Frame] = (),
 ) -> Batch:
     """Lay the pairs `indices` out as a batch over distinct rows, in the cheapest of `frames` or in one of its own.
+
+    Where a batch is computed in several lanes, its `parts` are the same pairs in as many smaller batches. The rest is
+    as in `_laid_out`.
+    """
+    whole = _laid_out(examples, indices, batch_size, ref, frames)
+    parts = [_laid_out(examples, part, len(part), ref) for part in _parts(examples, indices)]
+    return whole._replace(parts=tuple(parts)) if len(parts) > 1 else whole
+
+
+def _parts(examples: Sequence[Example], indices: Indices) -> list[Indices]:
+    """The pairs of each lane."""
+    if (most := lanes.count()) == 1:
+        return [indices]
+    pairs = [examples[i] for i in indices]
+    rows, place = distinct_rows(pairs)
+    prompts = np.array([row.group for row in rows])[place[:, 0]]
+    lengths = np.array([[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in pairs])
+    return [tuple(indices)[cut] for cut in cut_by_prompts(prompts, place, lengths, most)]
+
+
+def _laid_out(
+    examples: Sequence[Example],
+    indices: Indices,
+    batch_size: int,
+    ref: np.ndarray | None = None,
+    frames: Sequence[Frame] = (),
+) -> Batch:
+    """Lay the pairs `indices` out as one batch.
 
     A completion that stands in several pairs of a prompt is one row. `ref` is (N, 2): the reference's summed log-probs
     of each example's chosen and rejected completion, nats; without it the batch carries zeros. With (N, 4), the last

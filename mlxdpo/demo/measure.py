@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlxdpo import lanes
 from mlxdpo.config import Config
 from mlxdpo.data.batching import collate
 from mlxdpo.data.encode import encode_all, encode_prompt
@@ -106,6 +107,7 @@ def heldout_margins(policy: Policy, config: Config) -> tuple[list[float], list[s
         tuned = score_pairs(policy.model, batch, ways.score)
         with adapters_off(policy.model):
             start = score_pairs(policy.model, batch, ways.score)
+        lanes.evaluate(batch.parts, tuned, start)
         chosen, rejected = tuned.chosen - start.chosen, tuned.rejected - start.rejected
         margins[list(indices)] = np.array(chosen - rejected)[: len(indices)]
     return (config.loss.beta * margins).tolist(), [str(row.prompt) for row in rows]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlxdpo.lanes import with_gradient
 from mlxdpo.model.exponential import LOG2E, exp2
 
 SCORE_BYTES = 32 << 20
@@ -131,7 +132,6 @@ def _backward(
 def _attention(rule: Rule, chunk: int) -> Callable[..., Any]:
     """The custom function (q, k, v) -> (out, lse) with lse (B, K, G, L, 1). Only `out` has a gradient."""
 
-    @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Forward, one chunk of queries after the other."""
         shape, dtype = (*q.shape[:3], v.shape[3]), q.dtype
@@ -145,7 +145,6 @@ def _attention(rule: Rule, chunk: int) -> Callable[..., Any]:
             lses.append(lse)
         return mx.concatenate(outs, axis=3).reshape(shape).astype(dtype), mx.concatenate(lses, axis=3)
 
-    @attend.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
         """Gradients of q, k and v, in the same chunks."""
         q, k, v, out, ct = (a.astype(mx.float32) for a in (*primals, outputs[0], cotangents[0]))
@@ -163,7 +162,7 @@ def _attention(rule: Rule, chunk: int) -> Callable[..., Any]:
         gradients = (dq * rule.scale, dk * rule.scale, dv)
         return tuple(g.astype(a.dtype) for g, a in zip(gradients, primals, strict=True))
 
-    return attend
+    return with_gradient(attend, backward)
 
 
 def _grouped(a: mx.array, k: mx.array) -> mx.array:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxdpo.lanes import here, with_gradient
 from mlxdpo.model.exponential import exp
 from mlxdpo.platform import this_machine
 
@@ -71,7 +72,7 @@ def token_logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
     if is_frozen(head):
         return _fused(head, _with_row)(h, y)[0]
     module = head.module()
-    logps = nn.utils.checkpoint(module, lambda hh, yy: _logps(head, hh, yy))
+    logps = nn.utils.checkpoint(module, here(lambda hh, yy: _logps(head, hh, yy)))
     return mx.concatenate([logps(h[at], y[at]) for at in _chunks(head, h)])
 
 
@@ -160,7 +161,6 @@ def _fused(head: Head, measure: Callable[..., tuple[mx.array, ...]]) -> Callable
     """(h, y) -> log-probs (N,), their gradient rows (N, D), and what else `measure` gives of a chunk, without gradient;
     the rows are the log-probs' gradient."""
 
-    @mx.custom_function
     def run(h: mx.array, y: mx.array) -> tuple[mx.array, ...]:
         """One chunk of logits after the other."""
         parts: list[tuple[mx.array, ...]] = []
@@ -172,13 +172,12 @@ def _fused(head: Head, measure: Callable[..., tuple[mx.array, ...]]) -> Callable
             parts.append(measure(head, states, y[at]))
         return tuple(mx.concatenate(list(column)) for column in zip(*parts, strict=True))
 
-    @run.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
         """The rows times the cotangents of the log-probs."""
         h, y = primals
         return (outputs[1] * cotangents[0][:, None]).astype(h.dtype), mx.zeros_like(y)
 
-    return run
+    return with_gradient(run, backward)
 
 
 def _with_row(head: Head, h: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:

@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxdpo.model.light import attention_files, light_or_own, switched
+from mlxdpo.model.passage import Passage, walk
 from mlxdpo.model.trunk import Trunk
 
 Spread = Callable[[mx.array], mx.array]
@@ -89,17 +90,22 @@ def packed_states(
 
     `checkpoint` is `prefix.checkpointed`, to compute each layer again in the backward pass.
     """
-    h = trunk.embed(tokens[:, None])
-    run = checkpoint or (lambda layer, function: function)
-    for layer, window in zip(trunk.layers, trunk.windows, strict=True):
-        h = run(layer, _alone(trunk, layer, window, layout))(h)
-    return h[layout.prompts[0] * layout.prompts[1] :, 0]
+    return walk([lambda: packed_passage(trunk, tokens, layout, checkpoint)])[0]
 
 
-def _alone(trunk: Trunk, layer: nn.Module, window: int | None, layout: Layout) -> Callable[[mx.array], mx.array]:
-    def one(h: mx.array) -> mx.array:
+def packed_passage(
+    trunk: Trunk, tokens: mx.array, layout: Layout, checkpoint: Callable[..., Any] | None = None
+) -> Passage:
+    """The way of `packed_states`."""
+    run, layers = checkpoint or (lambda layer, function: function), zip(trunk.layers, trunk.windows, strict=True)
+    blocks = [run(layer, _alone(trunk, layer, window, layout)) for layer, window in layers]
+    return Passage((trunk.embed(tokens[:, None]),), blocks, lambda h: h[layout.prompts[0] * layout.prompts[1] :, 0])
+
+
+def _alone(trunk: Trunk, layer: nn.Module, window: int | None, layout: Layout) -> Callable[..., tuple[mx.array]]:
+    def one(h: mx.array) -> tuple[mx.array]:
         """The layer on all tokens at once."""
         with switched(attention_files(layer)):  # in here, because a checkpoint calls it again in the backward pass
-            return layer(h, None, Packed(layout, trunk, window))
+            return (layer(h, None, Packed(layout, trunk, window)),)
 
     return one

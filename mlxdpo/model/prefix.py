@@ -14,7 +14,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxdpo.lanes import here
 from mlxdpo.model.light import attention_files, switched
+from mlxdpo.model.passage import Passage, walk
 from mlxdpo.model.trunk import Trunk
 
 
@@ -69,23 +71,31 @@ def hidden_states(
 
     `checkpoint` is `checkpointed`, to compute each layer again in the backward pass instead of keeping its insides.
     """
-    hs = trunk.embed(suffix)
-    hp = trunk.embed(prefix) if prefix.shape[1] else None
-    run = checkpoint or (lambda layer, function: function)
-    for layer, window in zip(trunk.layers, trunk.windows, strict=True):
-        if hp is None:
-            mask = trunk.mask(suffix.shape[1], 0, window)
-            hs = run(layer, _single(layer, mask))(hs)
-        else:
-            hp, hs = run(layer, _joint(trunk, layer, window, spread))(hp, hs)
-    return hs
+    return walk([lambda: passage(trunk, prefix, suffix, spread, checkpoint)])[0]
 
 
-def _single(layer: Any, mask: Any) -> Callable[[mx.array], mx.array]:
-    def alone(hs: mx.array) -> mx.array:
+def passage(
+    trunk: Trunk,
+    prefix: mx.array,
+    suffix: mx.array,
+    spread: Callable[[mx.array], mx.array],
+    checkpoint: Callable[..., Any] | None = None,
+) -> Passage:
+    """The way of `hidden_states`."""
+    run, layers = checkpoint or (lambda layer, function: function), zip(trunk.layers, trunk.windows, strict=True)
+    if not prefix.shape[1]:
+        masks = {window: trunk.mask(suffix.shape[1], 0, window) for window in trunk.windows}
+        alone = [run(layer, _single(layer, masks[window])) for layer, window in layers]
+        return Passage((trunk.embed(suffix),), alone, lambda hs: hs)
+    both = [run(layer, _joint(trunk, layer, window, spread)) for layer, window in layers]
+    return Passage((trunk.embed(prefix), trunk.embed(suffix)), both, lambda hp, hs: hs)
+
+
+def _single(layer: Any, mask: Any) -> Callable[..., tuple[mx.array]]:
+    def alone(hs: mx.array) -> tuple[mx.array]:
         """The layer on full rows, nothing shared."""
         with switched(attention_files(layer)):
-            return layer(hs, mask, None)
+            return (layer(hs, mask, None),)
 
     return alone
 
@@ -103,4 +113,4 @@ def _joint(trunk: Trunk, layer: Any, window: int | None, spread: Callable[[mx.ar
 
 def checkpointed(layer: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of `layer`, computed again in the backward pass; the trained arrays enter as inputs."""
-    return nn.utils.checkpoint(layer, function)
+    return nn.utils.checkpoint(layer, here(function))

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxdpo.lanes import with_gradient
 from mlxdpo.model.exponential import LOG2E, exp2
 
 QUERIES = 128  # at a time: the upper half of the square is hardly computed
@@ -32,7 +33,6 @@ def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     (B, H, L, D), (K, T) = q.shape, k.shape[1:3]
     hidden = mx.arange(T)[None] > mx.arange(T - L, T)[:, None]
 
-    @mx.custom_function
     def forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Output, softmax without its denominators, and one over these."""
         s = ((q * (scale * LOG2E)) @ k.swapaxes(-1, -2)).reshape(B, K, H // K, L, T)
@@ -41,7 +41,6 @@ def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
         share = 1 / p.sum(axis=-1, keepdims=True)
         return (p @ v) * share, p, share
 
-    @forward.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
         """Gradients of queries, keys and values."""
         (q, k, v), (out, p, share) = primals, outputs
@@ -50,5 +49,5 @@ def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
         return (ds @ k) * scale, (ds.swapaxes(-1, -2) @ q) * scale, p.swapaxes(-1, -2) @ ct
 
     rows = q.astype(mx.float32).reshape(B, K, -1, D)
-    out = forward(rows, k.astype(mx.float32), v.astype(mx.float32))[0]
+    out = with_gradient(forward, backward)(rows, k.astype(mx.float32), v.astype(mx.float32))[0]
     return out.reshape(B, H, L, v.shape[3]).astype(q.dtype)
