@@ -233,11 +233,13 @@ def head_forward(shape: Shape, at: Layout) -> int:
 
 
 def head_backward(shape: Shape, trained: Trained, at: Layout) -> int:
-    """Bytes for a trained head: its chunk again with the logits' cotangent, and the gradient of its weights."""
+    """Bytes for a trained head: its chunk again with the logits' cotangent, and the gradient of its weights; every
+    further part of the batch has a chunk, and gradients of head and embedding, of its own."""
     if not trained.head:
         return 0
     chunk = min(at.scored, chunk_of(shape.vocabulary) * at.parts) * shape.vocabulary * 3 * FLOAT
-    return chunk + (1 + trained.tied) * trained.full * shape.vocabulary * shape.hidden * FLOAT
+    gradients = 1 + trained.tied + 2 * (at.parts - 1)
+    return chunk + gradients * trained.full * shape.vocabulary * shape.hidden * FLOAT
 
 
 def plain_logits(shape: Shape, at: Layout) -> int:
