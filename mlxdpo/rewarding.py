@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxdpo import lanes
 from mlxdpo.model.prefix import checkpointed
 from mlxdpo.model.reward_head import normed_states, rewards
 from mlxdpo.model.trunk import Trunk
@@ -42,10 +43,15 @@ def fast_rewards(checkpoint: Callable[..., Any] | None = None) -> Forward:
 
 def plain_rewards(model: nn.Module, batch: Batch) -> mx.array:
     """(R,) rewards from full rows through the model's own trunk."""
-    shared = batch.prefix.shape[1]
-    rows = mx.concatenate([batch.prefix[batch.group], batch.suffix], axis=1) if shared else batch.suffix
-    states = normed_states(model, rows)[:, shared:]
-    return rewards(model, states.reshape(-1, states.shape[-1])[batch.home[last_places(batch)]])
+
+    def measure(part: Batch) -> mx.array:
+        """(R,) rewards of a part's rows."""
+        shared = part.prefix.shape[1]
+        rows = mx.concatenate([part.prefix[part.group], part.suffix], axis=1) if shared else part.suffix
+        states = normed_states(model, rows)[:, shared:]
+        return rewards(model, states.reshape(-1, states.shape[-1])[part.home[last_places(part)]])
+
+    return whole_rows(lanes.each(measure, batch.parts or (batch,)), batch)
 
 
 def reward_ways(fast: bool, checkpoint: bool = False) -> Ways:

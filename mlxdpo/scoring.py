@@ -43,7 +43,12 @@ def completion_logps(model: nn.Module, tokens: mx.array, mask: mx.array) -> mx.a
 
 def plain_forward(model: nn.Module, batch: Batch) -> mx.array:
     """Full rows and full logits: for any model that mlx-lm can run."""
-    return _by_row(heads.target_logps(plain_logits(model, batch), batch.targets), batch)
+
+    def logps(part: Batch) -> mx.array:
+        """(R,) log-probs of a part's rows."""
+        return _by_row(heads.target_logps(plain_logits(model, part), part.targets), part)
+
+    return whole_rows(lanes.each(logps, batch.parts or (batch,)), batch)
 
 
 def plain_logits(model: nn.Module, batch: Batch) -> mx.array:
@@ -56,8 +61,13 @@ def plain_logits(model: nn.Module, batch: Batch) -> mx.array:
 
 def plain_details(model: nn.Module, batch: Batch) -> Rows:
     """`plain_forward` with all that a modifier may ask."""
-    logits = plain_logits(model, batch)
-    return _details(heads.target_logps(logits, batch.targets), heads.target_squares(logits), batch)
+
+    def details(part: Batch) -> Rows:
+        """The same of a part."""
+        logits = plain_logits(model, part)
+        return _details(heads.target_logps(logits, part.targets), heads.target_squares(logits), part)
+
+    return _whole_details(lanes.each(details, batch.parts or (batch,)), batch)
 
 
 def fast_forward(checkpoint: Callable[..., Any] | None = None, *, head: Any = heads.token_logps) -> Forward:
@@ -84,13 +94,7 @@ def fast_details(
         logps, squares = head(trunk.head, trunk.norm(states[batch.positions]), batch.targets)
         return _details(logps, squares, batch)
 
-    def forward(model: nn.Module, batch: Batch) -> Rows:
-        """The same of the whole batch."""
-        columns = map(_joined, zip(*in_parts(model, batch, checkpoint, details), strict=True))
-        rows, pairs = batch.length.shape[0], batch.chosen.shape[0]
-        return Rows(*(widened(a, count) for a, count in zip(columns, (rows, pairs, rows), strict=True)))
-
-    return forward
+    return lambda model, batch: _whole_details(in_parts(model, batch, checkpoint, details), batch)
 
 
 def in_parts(
@@ -125,6 +129,12 @@ def _passage(trunk: Trunk, batch: Batch, checkpoint: Callable[..., Any] | None) 
 def whole_rows(parts: Sequence[mx.array], batch: Batch) -> mx.array:
     """(R,) numbers of the batch's rows from those of its parts' rows."""
     return widened(_joined(parts), batch.length.shape[0])
+
+
+def _whole_details(parts: Sequence[Rows], batch: Batch) -> Rows:
+    rows, pairs = batch.length.shape[0], batch.chosen.shape[0]
+    columns = map(_joined, zip(*parts, strict=True))
+    return Rows(*(widened(a, count) for a, count in zip(columns, (rows, pairs, rows), strict=True)))
 
 
 def _joined(parts: Sequence[mx.array]) -> mx.array:

@@ -294,7 +294,7 @@ def test_a_peer_gets_each_step_as_a_data_set(tmp_path, monkeypatch):
     assert log == ["go", 0.5, "go"]
 
 
-ALL_SWITCHES = ["no-packing", "chunked-head", "ungrouped", "mlx-attention", "mlx-swiglu", "checkpoint"]
+ALL_SWITCHES = ["no-packing", "chunked-head", "ungrouped", "mlx-attention", "mlx-swiglu", "checkpoint", "no-lanes"]
 
 
 def test_our_side_computes_the_same_whatever_is_switched_off(tmp_path):

@@ -29,8 +29,8 @@ from mlxdpo.model.prefix import checkpointed
 from mlxdpo.model.reward_head import NAME, attach_head
 from mlxdpo.model.trunk import FAMILIES
 from mlxdpo.outlook import layout_of
-from mlxdpo.rewarding import fast_rewards
-from mlxdpo.scoring import detailed, fast_forward, ways_for
+from mlxdpo.rewarding import fast_rewards, reward_ways
+from mlxdpo.scoring import PLAIN, PLAIN_DETAILS, detailed, fast_forward, ways_for
 from mlxdpo.step import make_gradient, make_scorer
 from mlxdpo.types import Example
 
@@ -55,6 +55,16 @@ def test_value_and_gradient_are_those_of_the_whole_batch(kind, checkpoint, packs
     value, wanted = gradients(model, weighted(fast_forward(checkpoint), whole))
     fast, got = gradients(model, weighted(fast_forward(checkpoint), parts))
     assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < (5e-5 if kind == "gemma" else 1e-5)
+
+
+@pytest.mark.parametrize("ways", [PLAIN, PLAIN_DETAILS, reward_ways(fast=False)], ids=["logps", "details", "rewards"])
+def test_the_plain_way_walks_in_lanes_too(ways, lanes):
+    """A model whose parts are not known is one block: nothing ties its lanes, and the numbers are the same."""
+    model, (whole, parts) = attach_head(tiny_model("llama")), cut(lanes, 2)
+    model[NAME].weight = mx.random.normal(model[NAME].weight.shape)
+    one, other = (ways.score(model, batch) for batch in (whole, parts))
+    for a, b in zip(tree_flatten(one), tree_flatten(other), strict=True):
+        assert np.allclose(a[1], b[1], rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["dora", "full"])

@@ -74,6 +74,16 @@ def test_no_more_of_the_head_than_a_chunk():
     assert memory.head_forward(TINY, ROWS._replace(scored=10_000)) == memory.LOGITS * 10_000 * 50 * 4
 
 
+def test_every_part_of_a_batch_has_a_chunk_of_logits_and_gradients_of_head_and_embedding():
+    many = ROWS._replace(scored=10**9)
+    assert memory.head_forward(TINY, many._replace(parts=3)) == 3 * memory.head_forward(TINY, many)
+    assert memory.head_forward(TINY, ROWS._replace(parts=3)) == memory.head_forward(TINY, ROWS)  # all of it at once
+    for tied, once in ((False, 1), (True, 2)):
+        full = LORA._replace(full=True, head=True, tied=tied)
+        assert memory.head_backward(TINY, full, ROWS) == 4 * 50 * (3 * 6 + once * 8)
+        assert memory.head_backward(TINY, full, ROWS._replace(parts=2)) == 4 * 50 * (3 * 6 + (once + 2) * 8)
+
+
 def test_parts_by_hand():
     found = total()
     assert (found.weights, found.trained, found.optimizer, found.gradients) == (5000, 1000, 2000, 1000)

@@ -22,8 +22,9 @@ MODULES = {
     "trl": "benchmarks.peers.sides.trl",
 }
 # What can be switched for a side: each trainer's own checkpointing, and parts of our step.
+PARTS = ("plain", "no-packing", "chunked-head", "ungrouped", "mlx-attention", "mlx-swiglu", "no-lanes")
 SWITCHES = {
-    "mlxdpo": {"checkpoint", "plain", "no-packing", "chunked-head", "ungrouped", "mlx-attention", "mlx-swiglu"},
+    "mlxdpo": {"checkpoint", *PARTS},
     "mlx-lm-lora": {"checkpoint"},
     "trl": {"checkpoint"},
 }

@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 
 PEERS = ("mlxdpo", "mlx-lm-lora", "trl")
 CHECKPOINTED = tuple(f"{side}:checkpoint" for side in PEERS)
-PARTS = tuple(f"mlxdpo:{part}" for part in ("plain", "chunked-head", "mlx-attention", "mlx-swiglu"))
+PARTS = tuple(f"mlxdpo:{part}" for part in ("plain", "chunked-head", "mlx-attention", "mlx-swiglu", "no-lanes"))
 
 WORKLOADS = {
     w.name: w

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.peers.sides.protocol import Channel, Job, serve
 from mlxdpo import job as jobs
-from mlxdpo import loop, scoring
+from mlxdpo import lanes, loop, scoring
 from mlxdpo.checkpoint import Progress
 from mlxdpo.config import Config
 from mlxdpo.data import batching
@@ -69,6 +69,7 @@ def _rows_of_each_pair(pairs: list[Example]) -> tuple[list[batching.Row], np.nda
 
 
 SWITCHES: dict[str, Switch] = {
+    "no-lanes": Switch(lanes, "count", lambda: 1),
     "no-packing": Switch(scoring, "pays", lambda prompts, rows, rest: False),
     "chunked-head": Switch(head, "is_frozen", lambda head: False),
     "ungrouped": Switch(batching, "distinct_rows", _rows_of_each_pair),
