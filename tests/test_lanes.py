@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,7 @@ from mlxdpo.scoring import PLAIN, PLAIN_DETAILS, detailed, fast_forward, ways_fo
 from mlxdpo.step import make_gradient, make_scorer
 from mlxdpo.types import Example
 
+THREADS = platform.blas_threads()
 LONG = ((90, 150, 60), ((40, 35, 21), (22, 30, 41), (60, 33, 13)))
 
 
@@ -202,6 +204,44 @@ def test_lanes_abreast_change_neither_values_nor_gradients():
     assert lanes_module.abreast(alone) == alone
 
 
+def test_lanes_wait_for_each_other_on_the_way_there_and_back(monkeypatch):
+    """Without that MLX computes them one after the other, and nothing but the clock would say so."""
+    tied, depends = [], mx.depends
+    monkeypatch.setattr(mx, "depends", lambda own, others: tied.append((len(own), len(others))) or depends(own, others))
+
+    def total(first, second):
+        (a, b), (c,) = lanes_module.abreast([(first, first), (second,)])
+        return (a * b).sum() + c.sum()
+
+    mx.eval(mx.grad(total, argnums=(0, 1))(mx.ones(2), mx.ones(1)))
+    assert tied == [(2, 1), (1, 2)] * 2
+
+
+def test_a_model_is_walked_abreast_block_by_block(lanes, monkeypatch):
+    widths, abreast = [], lanes_module.abreast
+    monkeypatch.setattr(lanes_module, "abreast", lambda states: widths.append(len(states)) or abreast(states))
+    model, (_, parts) = tiny_model("llama"), cut(lanes, 3)
+    mx.eval(fast_forward()(model, parts))
+    assert widths == [3] * len(model.layers)
+
+
+def test_what_is_in_lanes_is_evaluated_with_single_threads_and_nothing_else(lanes, monkeypatch):
+    entered = []
+
+    @contextmanager
+    def noting():
+        entered.append(1)
+        yield
+
+    monkeypatch.setattr(lanes_module, "single_blas", noting)
+    model, (whole, parts) = moved(tiny_model("llama"), LoraConfig(rank=4)), cut(lanes, 2)
+    gradient, scorer = make_gradient(model, resolve(LossConfig()), ways_for(model).train), make_scorer(model)
+    for batch, times in ((whole, 0), (parts, 2)):
+        gradient(batch, mx.array(1.0))
+        scorer(batch)
+        assert len(entered) == times
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), most=st.integers(1, 5))
 def test_cuts_part_no_prompt(data, most):
@@ -249,18 +289,20 @@ SAY = "import mlxdpo, os; from mlxdpo import lanes; print(lanes.count(), os.envi
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="OpenBLAS is a matter of Linux")
-def test_a_process_that_is_given_one_core_takes_one():
+def test_a_process_that_is_given_one_core_takes_one_and_a_variable_that_is_set_stays(monkeypatch):
+    monkeypatch.delenv("MLX_BFS_MAX_WIDTH", raising=False)  # this process has set it for itself
     found = []
     for more in ({"OPENBLAS_NUM_THREADS": "1"}, {"OPENBLAS_NUM_THREADS": "2", "MLX_BFS_MAX_WIDTH": "7"}):
         ran = subprocess.run([sys.executable, "-c", SAY], env=os.environ | more, capture_output=True, check=True)
         found.append(ran.stdout.split())
-    assert found[0][0] == b"1" and found[1][1] == b"7"
+    wide = b"100" if platform._installed("mlx-cpu") else b"None"
+    assert found[0] == [b"1", wide] and found[1][1] == b"7"
 
 
-@pytest.mark.skipif(platform.blas_threads() < 2, reason="the BLAS has one thread here")
+@pytest.mark.skipif(THREADS < 2, reason="the BLAS has one thread here")
 def test_a_matmul_in_lanes_takes_one_thread(lanes):
-    during, threads = [], platform.blas_threads()
+    during = []
     with pytest.raises(KeyboardInterrupt), platform.single_blas():
         during.append(platform.blas_threads())
         raise KeyboardInterrupt
-    assert during == [1] and platform.blas_threads() == threads
+    assert during == [1] and platform.blas_threads() == THREADS
