@@ -22,6 +22,7 @@ from tiny_models import tiny_model
 from mlxdpo import lanes as lanes_module
 from mlxdpo import platform, scoring
 from mlxdpo.config import LoraConfig, LossConfig
+from mlxdpo.data import batching
 from mlxdpo.data.batching import collate
 from mlxdpo.data.cutting import LEAST, cut_by_prompts
 from mlxdpo.data.store import Examples
@@ -275,6 +276,17 @@ def test_a_plan_knows_the_parts_that_collate_makes(lanes):
         indices = tuple(range(len(pairs)))
         found = layout_of(Examples.of(pairs), indices, True).layout.parts
         assert found == max(1, len(collate(pairs, indices, len(pairs)).parts)) == number
+
+
+def test_a_batch_in_one_lane_is_laid_out_once(lanes, monkeypatch):
+    """On a Mac a batch costs what it did before there were lanes."""
+    calls, laid_out, pairs = [], batching._laid_out, pairs_of(*LONG)
+    monkeypatch.setattr(batching, "_laid_out", lambda *a: calls.append(1) or laid_out(*a))
+    for number, times in ((1, 1), (2, 3)):
+        lanes(number)
+        calls.clear()
+        collate(pairs, tuple(range(len(pairs))), len(pairs))
+        assert len(calls) == times
 
 
 def test_a_gpu_has_one_lane(monkeypatch):

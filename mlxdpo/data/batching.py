@@ -24,23 +24,28 @@ def collate(
 ) -> Batch:
     """Lay the pairs `indices` out as a batch over distinct rows, in the cheapest of `frames` or in one of its own.
 
-    Where a batch is computed in several lanes, its `parts` are the same pairs in as many smaller batches. The rest is
-    as in `_laid_out`.
+    A completion that stands in several pairs of a prompt is one row. `ref` is (N, 2): the reference's summed log-probs
+    of each example's chosen and rejected completion, nats; without it the batch carries zeros. With (N, 4), the last
+    two columns are those of the first min(|chosen|, |rejected|) tokens (`Batch.ref_shared`). What fills the frame
+    weighs nothing: pairs of weight 0 that repeat the first one, rows and tokens that no pair looks at.
+
+    Where a batch is computed in several lanes, its `parts` are the same pairs in as many smaller batches.
     """
     whole = _laid_out(examples, indices, batch_size, ref, frames)
-    parts = [_laid_out(examples, part, len(part), ref) for part in _parts(examples, indices)]
-    return whole._replace(parts=tuple(parts)) if len(parts) > 1 else whole
+    parts = tuple(_laid_out(examples, part, len(part), ref) for part in _parts(examples, indices))
+    return whole._replace(parts=parts)
 
 
 def _parts(examples: Sequence[Example], indices: Indices) -> list[Indices]:
-    """The pairs of each lane."""
+    """The pairs of each lane; none where the batch is computed whole."""
     if (most := lanes.count()) == 1:
-        return [indices]
+        return []
     pairs = [examples[i] for i in indices]
     rows, place = distinct_rows(pairs)
     prompts = np.array([row.group for row in rows])[place[:, 0]]
     lengths = np.array([[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in pairs])
-    return [tuple(indices)[cut] for cut in cut_by_prompts(prompts, place, lengths, most)]
+    cuts = cut_by_prompts(prompts, place, lengths, most)
+    return [tuple(indices)[cut] for cut in cuts] if len(cuts) > 1 else []
 
 
 def _laid_out(
@@ -50,13 +55,7 @@ def _laid_out(
     ref: np.ndarray | None = None,
     frames: Sequence[Frame] = (),
 ) -> Batch:
-    """Lay the pairs `indices` out as one batch.
-
-    A completion that stands in several pairs of a prompt is one row. `ref` is (N, 2): the reference's summed log-probs
-    of each example's chosen and rejected completion, nats; without it the batch carries zeros. With (N, 4), the last
-    two columns are those of the first min(|chosen|, |rejected|) tokens (`Batch.ref_shared`). What fills the frame
-    weighs nothing: pairs of weight 0 that repeat the first one, rows and tokens that no pair looks at.
-    """
+    """What `collate` says, in one piece."""
     pairs = [examples[i] for i in indices]
     rows, place = distinct_rows(pairs)
     firsts = [next(row for row in rows if row.group == g) for g in range(rows[-1].group + 1)]

@@ -16,6 +16,8 @@ def cut_by_prompts(prompts: np.ndarray, rows: np.ndarray, lengths: np.ndarray, m
     runs come as close to equal numbers of distinct tokens as prompts allow.
     """
     pairs = len(prompts)
+    if most < 2 or pairs < 2:
+        return [slice(0, pairs)]
     tokens = np.cumsum(_distinct(prompts, rows, lengths))
     count = min(most, int(tokens[-1]) // LEAST)
     _, inverse = np.unique(prompts, return_inverse=True)

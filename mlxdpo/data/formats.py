@@ -178,6 +178,7 @@ def detect_by_names(row: Mapping[str, Any]) -> Format | None:
     """The format whose columns are all there and which fits most of them, at least one; or None."""
 
     def fitting(shape: Format) -> int:
+        """How many of its columns hold what they should."""
         return sum(kind.test(row[name]) for name, kind in shape.columns.items())
 
     there = [shape for shape in FORMATS.values() if shape.columns.keys() <= row.keys()]

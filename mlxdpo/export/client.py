@@ -149,6 +149,7 @@ def _bounded_waits() -> Iterator[None]:
     from huggingface_hub.utils import get_session
 
     def refuse(response: Any) -> None:
+        """Stop where the client would silently wait for longer than anybody would."""
         asked = retry_after(response.headers) if response.status_code in AGAIN else None
         if asked is not None and asked > LONGEST:
             raise TooLong(asked)

@@ -152,6 +152,7 @@ def _check_users_words(session: _Session, out: Path, revision: str) -> None:
     from huggingface_hub import hf_hub_download
 
     def request() -> str:
+        """The card that is there."""
         file = hf_hub_download(session.repo, CARD, revision=revision, endpoint=session.api.endpoint)
         return Path(file).read_text("utf-8", "replace")
 
@@ -177,6 +178,7 @@ def _upload(session: _Session, out: Path, files: Sequence[Outgoing], revision: s
     """Commit the files to `revision`; the commit's id. What the Hub has already is not sent again."""
 
     def attempt() -> str:
+        """One commit on top of what is there now."""
         head = session.api.repo_info(session.repo, revision=revision).sha
         with tempfile.TemporaryDirectory() as staging:
             stage(out, files, Path(staging))

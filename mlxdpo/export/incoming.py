@@ -51,6 +51,7 @@ def list_repository(api: HfApi, repo: str, revision: str | None, say: Say) -> Li
     """The files of `revision`. Raises `UserError` for a name that leaves its folder, and whatever the Hub refuses."""
 
     def request() -> Listing:
+        """The commit first, then its files, so that both are of one moment."""
         commit = api.repo_info(repo, revision=revision).sha
         if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit):
             raise ValueError("the commit has no id")
@@ -99,6 +100,7 @@ def download(api: HfApi, listing: Listing, names: Sequence[str], folder: Path, s
             raise UserError(f"{listing.repo}: {name} has {entry.size / 1e6:.0f} MB, too many for a settings file")
 
         def request(name: str = name) -> str:
+            """Where the client put the file."""
             return hf_hub_download(listing.repo, name, revision=listing.commit, endpoint=api.endpoint)
 
         source = Path(ask(About(listing.repo, f"downloading {name}"), request, say))
