@@ -32,11 +32,12 @@ def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     """The last L of T tokens attend; K heads side by side, the G queries that share one in one matmul."""
     (B, H, L, D), (K, T) = q.shape, k.shape[1:3]
     hidden = mx.arange(T)[None] > mx.arange(T - L, T)[:, None]
+    most = mx.where(hidden, -mx.inf, mx.inf)  # of a score: a minimum takes half the time of a selection
 
     def forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Output, softmax without its denominators, and one over these."""
         s = ((q * (scale * LOG2E)) @ k.swapaxes(-1, -2)).reshape(B, K, H // K, L, T)
-        s = mx.where(hidden, -mx.inf, s).reshape(B, K, -1, T)
+        s = mx.minimum(s, most).reshape(B, K, -1, T)
         p = exp2(s - s.max(axis=-1, keepdims=True))
         share = 1 / p.sum(axis=-1, keepdims=True)
         return (p @ v) * share, p, share
