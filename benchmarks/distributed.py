@@ -55,6 +55,7 @@ def side(recipe_file: str, result: str) -> None:
         spent, steps, at, cpu = [0.0, 0.0], [], time.perf_counter(), time.process_time()
 
         def timed(array: mx.array) -> mx.array:
+            """The sum over all processes, its seconds by the clock and by the processor noted."""
             start = time.perf_counter(), time.process_time()
             total = peers.all_sum(array)
             spent[0] += time.perf_counter() - start[0]

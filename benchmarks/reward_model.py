@@ -83,6 +83,7 @@ def ranking(rewards: np.ndarray, truth: np.ndarray, openings: Sequence[str]) -> 
     index = np.arange(len(rewards), dtype=np.float64)
 
     def rho(chosen: np.ndarray) -> float:
+        """The correlation in one resample."""
         at = chosen.astype(int)
         return float(spearmanr(rewards[at], truth[at])[0])
 

@@ -70,9 +70,11 @@ def watched(seen: set[Any]) -> Callable[..., Any]:
     """`platform.compiled`, noting the shapes that each function is called with: what it is traced for."""
 
     def compiled(function: Any, **options: Any) -> Any:
+        """`platform.compiled`, watched."""
         traced = platform.compiled(function, **options)
 
         def called(*arguments: Any) -> Any:
+            """The traced function, its shapes noted."""
             shapes = [(n, a.shape, str(a.dtype)) for n, a in tree_flatten(list(arguments)) if isinstance(a, mx.array)]
             seen.add((function.__qualname__, tuple(shapes)))
             return traced(*arguments)

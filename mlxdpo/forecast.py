@@ -128,6 +128,7 @@ def shape_of(skeleton: Skeleton, config: ModelConfig) -> Shape:
     raw: Mapping[str, Any] = {**skeleton.config, **(skeleton.config.get("text_config") or {})}
 
     def number(name: str) -> int:
+        """One of them, as the model's own arguments or the file have it."""
         value = getattr(skeleton.model.args, name, None) or raw.get(name)
         if value is None:
             raise UserError(f"{config.path}: its config.json has no {name}, so its memory cannot be planned")
@@ -215,6 +216,7 @@ def shortened(layouts: Layouts, longest: int) -> Layouts:
     """About what rows of at most `longest` tokens would give: longer batches scaled down in every dimension."""
 
     def scaled(at: Layout) -> Layout:
+        """One batch."""
         share = min(1.0, longest / (at.shared + at.width))
         shared, width, rest, scored = (round(size * share) for size in (at.shared, at.width, at.rest, at.scored))
         return at._replace(shared=shared, width=width, rest=rest, scored=scored)

@@ -194,6 +194,7 @@ def seeded_sampler(stream: tuple[int, ...], temperature: float, top_p: float) ->
     position = 0
 
     def sample(logps: mx.array) -> mx.array:
+        """(1, V) log-probs -> the token drawn at this position, (1,)."""
         nonlocal position
         words = np.random.SeedSequence([*stream, position]).generate_state(2)
         position += 1

@@ -245,6 +245,7 @@ def _found_again(config: Config, path: Path) -> Config:
     """`config` with its files below the place where the run was made named below `path`, where they are."""
 
     def here(name: str | None) -> str | None:
+        """Where the file is now; as it was named where nothing has moved."""
         if name is None or config.out is None or not Path(name).is_relative_to(config.out) or Path(name).exists():
             return name
         moved = path / Path(name).relative_to(config.out)

@@ -124,6 +124,7 @@ def _sites(node: ast.AST, place: Place) -> Iterator[Site]:
 
 def _putter(node: ast.AST, name: str, index: int | None) -> Callable[[ast.AST], None]:
     def put(new: ast.AST) -> None:
+        """Exchange the child."""
         if index is None:
             setattr(node, name, new)
         else:

@@ -81,6 +81,7 @@ def next_turn(records: dict[str, Record], sizes: dict[str, list[int]]) -> str | 
     names = list(records)
 
     def key(name: str) -> tuple[int, int]:
+        """Pairs done, then the place in this round's order."""
         record = records[name]
         return sum(record.pairs), (names.index(name) - len(record.pairs)) % len(names)
 

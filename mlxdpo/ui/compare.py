@@ -72,6 +72,7 @@ def converse(
     prompts = [_prompt(sitting.cast, column, text, system) for column in chat.columns]
 
     def task() -> Iterator[tuple[Answer, ...]]:
+        """What the engine's thread does: all columns, as far as they have come."""
         return answer_together(sitting.cast, sitting.voices, prompts, settings, stopped=stopped)
 
     answers: tuple[Answer, ...] = ()

@@ -160,6 +160,7 @@ def _handlers(desk: Desk, guard: Guard) -> SimpleNamespace:
     import gradio as gr
 
     def answers(request: Any, asked: Asked, knobs: tuple[Any, ...]) -> Iterator[Any]:
+        """Page updates while the columns grow: the chat, the text field, the page's columns, the seed."""
         guard(request)
         chat, name, third, text, system = asked
         with desk.stoppable(session_of(request)) as halt:
@@ -174,22 +175,27 @@ def _handlers(desk: Desk, guard: Guard) -> SimpleNamespace:
                 yield chat, gr.skip(), sorry(error) + chat_html(chat), gr.skip()
 
     def send(chat, name, third, text, system, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
+        """The button `Send`, and Enter."""
         yield from answers(request, Asked(chat, name, third, text or "", system or ""), (t, p, n, seed))
 
     def again(chat, name, third, system, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
+        """The same question with the next seed."""
         with said():
             shorter, text = _without_last(chat)
         yield from answers(request, Asked(shorter, name, third, text, system or ""), (t, p, n, (seed or 0) + 1))
 
     def stop(request: gr.Request) -> None:
+        """End this page's answers where they are."""
         desk.stop(session_of(request))
 
     def chosen(name: str) -> tuple[Any, ...]:
+        """Another run: an empty chat, its third voices, its prompts and its usual length."""
         choices, note = prompt_choices(desk, name)
         third = gr.Dropdown(desk.thirds(name), value=NOBODY)
         return Chat(), welcome(desk), third, gr.Dropdown(choices, value=None, info=note), "", usual_tokens(desk, name)
 
     def load() -> Any:
+        """The runs that can answer, the one the page opens with chosen."""
         names = desk.names()
         return gr.Dropdown(names, value=names[0]) if names else gr.skip()
 

@@ -63,6 +63,7 @@ def save(path: Path, where: str, before: Mapping[str, Any], new: Mapping[str, An
         changed = False
 
         def write(draft: Path) -> None:
+            """Every line but the one that changes, as it is."""
             nonlocal changed
             with draft.open("wb") as out:
                 for at, line in _lines(path):

@@ -53,6 +53,7 @@ def build(runs: Path, guard: Guard) -> None:
     browse = {"inputs": [*wanted, page, number], "outputs": [listing, page]}
 
     def saved(request: gr.Request, name: str, row: Any, *texts: str) -> Any:
+        """Save the row, and show the file that holds it now."""
         guard(request)
         with said():
             target = _save(runs, name, row, texts)

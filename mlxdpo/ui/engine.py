@@ -60,6 +60,7 @@ class Engine:
         """The value of a function, computed on the thread."""
 
         def task() -> Iterator[T]:
+            """The one value."""
             yield function()
 
         return next(iter(list(self.stream(task))))

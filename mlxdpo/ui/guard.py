@@ -63,6 +63,7 @@ def page_guard(nonce: str) -> Guard:
     import gradio as gr
 
     def guard(request: gr.Request) -> None:
+        """Raise `gr.Error` for a request that did not come from this page."""
         reason = refusal({name.lower(): value for name, value in request.headers.items()}, nonce)
         if reason:
             raise gr.Error(f"This request was refused: {reason}.")
@@ -100,6 +101,7 @@ class Gate:
         extra = [*HEADERS, (b"set-cookie", cookie.encode())] if scope["path"] == "/" else HEADERS
 
         async def sent(message: MutableMapping[str, Any]) -> None:
+            """`send`, with our headers at the start of the response."""
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), *extra]
             await send(message)
@@ -128,6 +130,7 @@ def _bounded(receive: Receive) -> Receive:
     seen = 0
 
     async def received() -> MutableMapping[str, Any]:
+        """`receive`, until too much has come in: then the client counts as gone."""
         nonlocal seen
         message = await receive()
         seen += len(message.get("body", b""))

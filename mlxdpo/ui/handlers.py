@@ -25,6 +25,7 @@ def saying(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def handler(*args: Any, **kwargs: Any) -> Any:
+        """The function, its errors said."""
         with said():
             return function(*args, **kwargs)
 

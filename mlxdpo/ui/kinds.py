@@ -54,6 +54,7 @@ def _checked(function: Callable[..., Any], widgets: Sequence[Any]) -> Callable[.
     import gradio as gr
 
     def check(values: Sequence[Any]) -> None:
+        """Raise `gr.Error` for the first value that its widget cannot have sent."""
         sent = [value for value in values if not isinstance(value, gr.Request | gr.Progress | gr.EventData)]
         for widget, value in zip(widgets, sent, strict=False):
             if (why := problem(widget, value)) is not None:

@@ -44,6 +44,7 @@ def build(runs: Path, guard: Guard) -> None:
     chosen, note = _desk(runs, guard)
 
     def started(request: gr.Request, title: str, *values: Any) -> Any:
+        """Begin the training, and choose it among those that are watched."""
         guard(request)
         with said():
             config = _config(runs, knobs, values)
@@ -51,6 +52,7 @@ def build(runs: Path, guard: Guard) -> None:
         return gr.update(choices=_trainings(runs), value=path.name), f"<p>{escape(path.name)} has begun.</p>"
 
     def planned(request: gr.Request, *values: Any) -> str:
+        """What `mlxdpo plan` would say of the form."""
         guard(request)  # it may fetch a tokenizer
         with said():
             return as_html(estimate(_config(runs, knobs, values)))
@@ -83,11 +85,13 @@ def _desk(runs: Path, guard: Guard) -> tuple[Any, Any]:
     note, view = gr.HTML(elem_id="train-note"), gr.HTML(elem_id="train-view")
 
     def stopped(request: gr.Request, which: str | None) -> str:
+        """Ask the training to save and end."""
         guard(request)
         with said():
             return f"<p>{escape(training.stop(choose(runs, which)))}</p>"
 
     def resumed(request: gr.Request, which: str | None) -> str:
+        """Go on from the last checkpoint."""
         guard(request)
         with said():
             training.resume(choose(runs, which))

@@ -121,9 +121,11 @@ def _handlers(desk: Desk, guard: Guard) -> SimpleNamespace:
     import gradio as gr
 
     def votable(ready: bool) -> list[Any]:
+        """The vote's buttons, on or off."""
         return [gr.Button(interactive=ready) for _ in WINNERS]
 
     def begin(name, kind, text, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
+        """Page updates of a round: progress while both answers are written, then the answers."""
         guard(request)
         with desk.stoppable("vote " + session_of(request)) as halt:
             yield None, writing(0.0), *votable(False)
@@ -140,7 +142,10 @@ def _handlers(desk: Desk, guard: Guard) -> SimpleNamespace:
                 yield None, sorry(error), *votable(False)
 
     def vote(winner: str) -> Any:
+        """The handler of one button."""
+
         def handler(state, request: gr.Request):  # type: ignore[no-untyped-def]
+            """Keep the vote, and reveal which side was which."""
             guard(request)
             with said():
                 done = cast_vote(desk, state, winner, session_of(request))
@@ -149,15 +154,18 @@ def _handlers(desk: Desk, guard: Guard) -> SimpleNamespace:
         return handler
 
     def export(name, request: gr.Request):  # type: ignore[no-untyped-def]
+        """Write the votes as pairs, and show the command that trains on them."""
         guard(request)
         with said():
             text, words = exported(desk, name)
             return text, gr.Code(words, visible=True)
 
     def stop(request: gr.Request) -> None:
+        """End this page's round."""
         desk.stop("vote " + session_of(request))
 
     def chosen(name: str) -> tuple[Any, ...]:
+        """Another run: no round, its tally and its usual length."""
         hidden = gr.Code(visible=False)
         return None, opening(name), tally(desk, name), "", hidden, usual_tokens(desk, name), *votable(False)
 

@@ -26,6 +26,7 @@ def run(job: Job, channel: Channel) -> None:
     own_step = trainer.training_step
 
     def training_step(*args: Any, **options: Any) -> Any:
+        """TRL's own, its loss kept."""
         loss = own_step(*args, **options)
         trainer.last_loss = float(loss)
         return loss
