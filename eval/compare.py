@@ -18,9 +18,11 @@ from .stats import Interval, paired_difference
 
 
 class Change(NamedTuple):
-    """One measure on the items that both runs have. `p` is McNemar's where outcomes are right or wrong.
+    """One measure on the items that both runs have; an outcome is right (1), a tie (1/2) or wrong (0).
 
-    `verdict` is "better", "worse" or "cannot tell yet", from the paired interval clustered by prompt.
+    `gained` items have the better outcome in the second run, `lost` ones in the first; `p` is the sign test's, which is
+    McNemar's exact one where nothing is a tie. `verdict` is "better", "worse" or "cannot tell yet", from the paired
+    interval clustered by prompt.
     """
 
     measure: str
@@ -36,7 +38,7 @@ class Change(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """All measures; `flips` lists items that only one of the two got right; `only` counts items without a partner."""
+    """All measures; `flips` lists items whose outcome changed; `only` counts items without a partner."""
 
     changes: list[Change]
     flips: list[dict[str, Any]]
@@ -115,7 +117,7 @@ def _sign(value: float | None) -> float:
 
 def _change(measure: str, outcomes: list[list[float]], prompts: list[str]) -> Change:
     first, second = (np.array(side) for side in outcomes)
-    gained, lost = int(((first == 0) & (second == 1)).sum()), int(((first == 1) & (second == 0)).sum())
+    gained, lost = int((second > first).sum()), int((second < first).sum())
     interval = paired_difference(first.tolist(), second.tolist(), prompts)
     verdict = "cannot tell yet"
     if interval is not None and not interval.low <= 0 <= interval.high:
@@ -139,7 +141,7 @@ def _flips(measure: str, outcomes: list[list[float]], lines: Sequence[Mapping[st
     return [
         {"measure": measure, "flip": "gained" if new > old else "lost"} | {k: line[k] for k in kept if k in line}
         for old, new, line in zip(*outcomes, lines, strict=True)
-        if {old, new} == {0.0, 1.0}
+        if old != new
     ]
 
 

@@ -193,6 +193,23 @@ def test_compare_pairs_by_item_and_fails_on_a_regression_only(run, tmp_path, cap
     assert "held-out accuracy" in json.loads(capsys.readouterr().out)["sentence"]
 
 
+def test_a_win_that_becomes_a_tie_is_lost_and_counts_in_the_p_value(run, tmp_path):
+    """Six outcomes fall from won to tied: an interval below 0 beside a p-value of 1 would contradict itself."""
+    other = trained(tmp_path, "other")
+    for one, margin in ((run, 1.0), (other, 0.0)):
+        evaluate(one, [Planted(coin)], SMALL)
+        file = one.path / "eval" / "eval_pairs.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        shown = [line | {"margin": margin if i < 6 else -1.0} for i, line in enumerate(lines)]
+        file.write_text("".join(json.dumps(line) + "\n" for line in shown))
+    found = compare(run, other)
+    accuracy, flips = found.changes[0], [f["flip"] for f in found.flips if f["measure"] == "held-out accuracy"]
+    assert (accuracy.gained, accuracy.lost, accuracy.change) == (0, 6, pytest.approx(-3 / 18))
+    assert accuracy.p == pytest.approx(2 / 2**6) and flips == ["lost"] * 6
+    back = compare(other, run).changes[0]
+    assert (back.gained, back.lost, back.p) == (6, 0, accuracy.p)
+
+
 def test_runs_sampled_with_different_settings_are_not_compared(run, tmp_path):
     other = trained(tmp_path, "other")
     evaluate(run, [Planted(coin)], SMALL)

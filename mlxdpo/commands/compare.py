@@ -55,7 +55,7 @@ def run(first: Path, second: Path, /, *, json: bool = False) -> int:
 def _table(found: Any) -> Any:
     from rich.table import Table
 
-    sheet = Table("", "first", "second", "change [95 % interval]", "gained / lost", "McNemar p", "")
+    sheet = Table("", "first", "second", "change [95 % interval]", "gained / lost", "sign test p", "")
     for c in found.changes:
         bounds = "no interval" if c.interval is None else f"[{c.interval.low:+.3f}, {c.interval.high:+.3f}]"
         change, flips = f"{c.change:+.3f} {bounds} n={c.items}", f"{c.gained} / {c.lost}"
