@@ -163,13 +163,36 @@ def test_an_unfinished_epoch_has_no_figure():
 
 def test_sides_that_disagree_make_a_workload_void():
     fair = entry(mlxdpo=side([1, 1], [LN2, 0.5]), trl=side([1, 1], [LN2, 0.5004]))
-    assert results.disagreement(fair) is None and results.largest_gap(fair) == pytest.approx(8e-4)
+    assert results.disagreement(fair) is None and results.gaps(fair) == {"trl": pytest.approx(8e-4)}
     unfair = entry(mlxdpo=side([1, 1], [LN2, 0.5]), trl=side([1, 1], [LN2, 0.5006]))
     assert results.disagreement(unfair) == "loss of step 2: trl 0.500600, mlxdpo 0.500000"
     assert all(row.seconds is None and row.trouble.startswith("void: loss of step 2") for row in results.rows(unfair))
     assert "VOID" in report.table({"workloads": {"hh": unfair}})
     assert results.disagreement(entry(mlxdpo=side([1], [math.nan]), trl=side([1], [LN2])))
     assert results.disagreement(entry(trl=side([], [], error="killed"))) == "no side finished a step"
+
+
+def test_what_float32_rounds_in_thousands_of_tokens_makes_nothing_void():
+    """6,000 tokens 1e-5 nats off, times a beta of 0.1: 0.006. With 100 tokens one part in a thousand is more."""
+    found = {"mlxdpo": side([1, 1], [LN2, 0.3]), "trl": side([1, 1], [LN2, 0.3059])}
+    assert results.disagreement(entry(**found) | {"scored": 6000, "beta": 0.1}) is None
+    assert results.disagreement(entry(**found) | {"scored": 5800, "beta": 0.1}).startswith("loss of step 2: trl")
+    assert results.disagreement(entry(**found) | {"scored": 100, "beta": 0.1}).startswith("loss of step 2: trl")
+
+
+def test_where_losses_were_computed_in_float64_they_are_what_counts():
+    """Ours 2e-4 and theirs 3e-3 off: the workload is void for theirs alone, and no row shows the exact side."""
+    sides = {
+        "mlxdpo": side([9, 1], [LN2, 0.5001]),
+        "exact": side([90, 80], [LN2, 0.5]),
+        "trl": side([9, 2], [LN2, 0.501]),
+    }
+    found = entry(**{"trl": side([9, 2], [LN2, 0.4985]), **{k: v for k, v in sides.items() if k != "trl"}})
+    assert results.disagreement(found) == "loss of step 2: trl 0.498500, exact 0.500000"
+    fine = entry(**sides) | {"scored": 2000, "beta": 0.1}
+    assert results.disagreement(fine) is None and [row.side for row in results.rows(fine)] == ["mlxdpo", "trl"]
+    assert "losses against float64: mlxdpo 2e-04, trl 2e-03" in report.title("hh", fine)
+    assert [row.side for row in report.bars(fine)] == ["mlxdpo", "trl"]
 
 
 def test_losses_far_from_the_start_are_not_compared():

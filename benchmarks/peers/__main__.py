@@ -91,6 +91,8 @@ def run(asked: argparse.Namespace, results: dict[str, Any]) -> None:
             "what": shape.what,
             "shape": what,
             "same": plan.same,
+            "scored": plan.scored,
+            "beta": workloads.BETA,
             "machine": machine(asked.threads),
             "date": time.strftime("%Y-%m-%d"),
             "sides": {side: record.as_dict() for side, record in records.items()},
@@ -128,7 +130,7 @@ def enter(
             "scale": adapter.SCALE,
             "keys": list(adapter.KEYS),
             "lr": 1e-4,
-            "beta": 0.1,
+            "beta": workloads.BETA,
         }
         command = [python_of(trainer, given), "-m", MODULES[trainer]]
         log = FOLDER / "logs" / f"{workload}-{own.name}.log"

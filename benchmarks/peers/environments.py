@@ -20,13 +20,16 @@ MODULES = {
     "mlxdpo": "benchmarks.peers.sides.ours",
     "mlx-lm-lora": "benchmarks.peers.sides.mlx_lm_lora",
     "trl": "benchmarks.peers.sides.trl",
+    "exact": "benchmarks.peers.sides.exact",
 }
+LODGERS = {"exact": "trl"}  # who needs no environment of its own
 # What can be switched for a side: each trainer's own checkpointing, and parts of our step.
 PARTS = ("plain", "no-packing", "chunked-head", "ungrouped", "mlx-attention", "mlx-swiglu", "no-lanes")
-SWITCHES = {
+SWITCHES: dict[str, set[str]] = {
     "mlxdpo": {"checkpoint", *PARTS},
     "mlx-lm-lora": {"checkpoint"},
     "trl": {"checkpoint"},
+    "exact": set(),
 }
 
 
@@ -46,6 +49,7 @@ def python_of(side: str, given: dict[str, str]) -> str:
 
     Raises `subprocess.CalledProcessError` when the installation fails.
     """
+    side = side if side in given else LODGERS.get(side, side)
     if side in given:
         return given[side]
     if side == "mlxdpo":

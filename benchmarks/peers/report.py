@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.results import Row, disagreement, largest_gap, mean_loss, rows
+from benchmarks.peers.results import EXACT, Row, disagreement, gaps, mean_loss, rows
 
 ROOT = Path(__file__).parents[2]
 PAGE, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg"
@@ -27,8 +27,10 @@ def title(name: str, workload: dict[str, Any]) -> str:
     void = disagreement(workload)
     if void:
         agree = f"VOID: {void}"
+    elif EXACT in workload["sides"]:
+        agree = "losses against float64: " + ", ".join(f"{n} {gap:.0e}" for n, gap in gaps(workload).items())
     elif workload["same"]:
-        agree = f"losses agree to {largest_gap(workload):.0e}"
+        agree = f"losses agree to {max(gaps(workload).values(), default=0.0):.0e}"
     else:
         means = ", ".join(f"{n} {mean_loss(s):.4f}" for n, s in workload["sides"].items() if s["pairs"])
         agree = f"each side in its own batches; mean loss {means}"

@@ -1,6 +1,6 @@
 """From steps to figures: medians, ratios of medians with their spread, and whether the sides did the same at all.
 
-The JSON file holds {"workloads": {name: {"what", "shape", "same", "machine", "date", "settings", "sides": {side:
+The JSON file holds {"workloads": {name: {"what", "shape", "same", "scored", "beta", "machine", "date", "sides": {side:
 Record}}}}; everything printed or drawn is computed from it again.
 """
 
@@ -11,8 +11,9 @@ from statistics import median
 from typing import Any, NamedTuple
 
 TOLERANCE = 1e-3  # relative, of one loss
+ROUNDING = 1e-5  # nats by which float32 may be off in one token's log-prob; a loss is a sum over all of a pair's
 FIRST_STEPS = 5  # compared: later ones carry the rounding of all before
-OURS = "mlxdpo"
+OURS, EXACT = "mlxdpo", "exact"
 
 
 class Row(NamedTuple):
@@ -39,35 +40,56 @@ class Row(NamedTuple):
 
 
 def rows(workload: dict[str, Any]) -> list[Row]:
-    """A row for each side, in the order measured. Ratios are to our side as it is by default, else to our first."""
+    """A row for each trainer, in the order measured. Ratios are to our side as it is by default, else to our first."""
     sides = workload["sides"]
     base = next((s for s in (OURS, *sides) if s in sides and s.startswith(OURS) and _timed(workload, sides[s])), None)
-    return [_row(workload, name, base) for name in sides]
+    return [_row(workload, name, base) for name in sides if name != EXACT]
 
 
 def disagreement(workload: dict[str, Any]) -> str | None:
-    """Why the workload is void, or None. Every side's losses must be those of the first one that ran.
+    """Why the workload is void, or None. Every side's losses must be those of the first one that ran, or the exact ones
+    where they were computed: to `TOLERANCE`, or to what `ROUNDING` of a pair's tokens comes to in its loss.
 
     Where the sides batch their own way (an epoch) only the first loss can be compared, with what it must be: ln 2,
     because policy and reference are still the same (arXiv 2305.18290 eq. 7 at pi = ref).
     """
-    sides = {name: side["losses"][:FIRST_STEPS] for name, side in workload["sides"].items() if side["losses"]}
-    if not sides:
+    losses = _compared(workload)
+    if not losses:
         return "no side finished a step"
-    first, *_ = sides
-    for name, losses in sides.items():
-        expected = sides[first] if workload["same"] else [math.log(2)]
-        for step, (loss, other) in enumerate(zip(losses, expected, strict=False), 1):
-            if not abs(loss - other) <= TOLERANCE * abs(other):
-                against = first if workload["same"] else "ln 2"
+    against, expected = _expected(workload, losses)
+    # |d loss / d log-prob| <= beta, and all the tokens of both completions may be off the same way.
+    rounding = ROUNDING * workload.get("beta", 0) * workload.get("scored", 0)
+    for name, found in losses.items():
+        for step, (loss, other) in enumerate(zip(found, expected, strict=False), 1):
+            if not abs(loss - other) <= max(TOLERANCE * abs(other), rounding):
                 return f"loss of step {step}: {name} {loss:.6f}, {against} {other:.6f}"
     return None
 
 
-def largest_gap(workload: dict[str, Any]) -> float:
-    """The largest relative difference of any side's loss to the first side's over the steps compared."""
-    losses = [side["losses"][:FIRST_STEPS] for side in workload["sides"].values() if side["losses"]]
-    return max((abs(a - b) / abs(b) for side in losses for a, b in zip(side, losses[0], strict=False)), default=0.0)
+def gaps(workload: dict[str, Any]) -> dict[str, float]:
+    """For each other side the largest relative difference of a loss to the first side's, or the exact one's."""
+    losses = _compared(workload)
+    if not losses:
+        return {}
+    against, expected = _expected(workload, losses)
+    return {
+        name: max((abs(a - b) / abs(b) for a, b in zip(found, expected, strict=False)), default=0.0)
+        for name, found in losses.items()
+        if name != against
+    }
+
+
+def _compared(workload: dict[str, Any]) -> dict[str, list[float]]:
+    """The losses of each side that are held against each other."""
+    return {name: side["losses"][:FIRST_STEPS] for name, side in workload["sides"].items() if side["losses"]}
+
+
+def _expected(workload: dict[str, Any], losses: dict[str, list[float]]) -> tuple[str, list[float]]:
+    """What the others are held against, and its name."""
+    if not workload["same"]:
+        return "ln 2", [math.log(2)]
+    name = EXACT if EXACT in losses else next(iter(losses))
+    return name, losses[name]
 
 
 def mean_loss(side: dict[str, Any]) -> float:

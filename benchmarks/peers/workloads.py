@@ -40,7 +40,13 @@ class Plan(NamedTuple):
     batch_size: int
     same: bool
 
+    @property
+    def scored(self) -> int:
+        """The most tokens that a pair's loss is a sum over: those of its two completions."""
+        return max(len(pair["chosen"]) + len(pair["rejected"]) for pair in self.pairs)
 
+
+BETA = 0.1
 PEERS = ("mlxdpo", "mlx-lm-lora", "trl")
 CHECKPOINTED = tuple(f"{side}:checkpoint" for side in PEERS)
 PARTS = tuple(f"mlxdpo:{part}" for part in ("plain", "chunked-head", "mlx-attention", "mlx-swiglu", "no-lanes"))
@@ -101,7 +107,7 @@ def shape_plan(workload: Workload, text: list[int], scale: float, steps: int) ->
         completions = [take(completion_tokens) for _ in range(workload.completions)]
         pairs += [{"prompt": prompt, "chosen": a, "rejected": b} for a, b in itertools.combinations(completions, 2)]
     everything = [list(range(len(pairs)))] * steps
-    return Plan(pairs, dict.fromkeys(("mlxdpo", "mlx-lm-lora", "trl"), everything), len(pairs), True)
+    return Plan(pairs, dict.fromkeys((*PEERS, "exact"), everything), len(pairs), True)
 
 
 def epoch_plan(file: Path, folder: Path, share: float, max_length: int) -> Plan:
@@ -122,7 +128,7 @@ def epoch_plan(file: Path, folder: Path, share: float, max_length: int) -> Plan:
     windows = plan_epoch(outline(examples, data.group), EPOCH_BATCH, 1, 0, 0).windows
     ours = [[i for batch in window for i in batch] for window in windows[: max(1, round(share * len(windows)))]]
     seen = sorted(i for step in ours for i in step)
-    steps = {"mlxdpo": ours, "mlx-lm-lora": _sorted_batches(pairs, seen), "trl": _shuffled_batches(seen)}
+    steps = {"mlxdpo": ours, "mlx-lm-lora": _sorted_batches(pairs, seen), "trl": _shuffled_batches(seen), "exact": ours}
     return Plan(pairs, steps, EPOCH_BATCH, False)
 
 
