@@ -163,7 +163,7 @@ def test_an_unfinished_epoch_has_no_figure():
 
 def test_sides_that_disagree_make_a_workload_void():
     fair = entry(mlxdpo=side([1, 1], [LN2, 0.5]), trl=side([1, 1], [LN2, 0.5004]))
-    assert results.disagreement(fair) is None and results.gaps(fair) == {"trl": pytest.approx(8e-4)}
+    assert results.disagreement(fair) is None and results.gaps(fair) == ("mlxdpo", {"trl": pytest.approx(8e-4)})
     unfair = entry(mlxdpo=side([1, 1], [LN2, 0.5]), trl=side([1, 1], [LN2, 0.5006]))
     assert results.disagreement(unfair) == "loss of step 2: trl 0.500600, mlxdpo 0.500000"
     assert all(row.seconds is None and row.trouble.startswith("void: loss of step 2") for row in results.rows(unfair))
@@ -172,27 +172,35 @@ def test_sides_that_disagree_make_a_workload_void():
     assert results.disagreement(entry(trl=side([], [], error="killed"))) == "no side finished a step"
 
 
-def test_what_float32_rounds_in_thousands_of_tokens_makes_nothing_void():
+def against_exact(scored, *, same=True, **losses):
+    """Sides with these losses of two steps, beside exact ones of ln 2 and 0.3; beta 0.1."""
+    sides = {name: side([9, 1], [LN2, loss]) for name, loss in losses.items()} | {"exact": side([90, 80], [LN2, 0.3])}
+    return entry(same=same, **sides) | {"scored": scored, "beta": 0.1}
+
+
+def test_what_float32_rounds_in_thousands_of_tokens_is_allowed_against_float64():
     """6,000 tokens 1e-5 nats off, times a beta of 0.1: 0.006. With 100 tokens one part in a thousand is more."""
-    found = {"mlxdpo": side([1, 1], [LN2, 0.3]), "trl": side([1, 1], [LN2, 0.3059])}
-    assert results.disagreement(entry(**found) | {"scored": 6000, "beta": 0.1}) is None
-    assert results.disagreement(entry(**found) | {"scored": 5800, "beta": 0.1}).startswith("loss of step 2: trl")
-    assert results.disagreement(entry(**found) | {"scored": 100, "beta": 0.1}).startswith("loss of step 2: trl")
+    assert results.disagreement(against_exact(6000, mlxdpo=0.3001, trl=0.3059)) is None
+    off = "loss of step 2: trl 0.305900, exact 0.300000"
+    assert results.disagreement(against_exact(5800, mlxdpo=0.3001, trl=0.3059)) == off
+    assert results.disagreement(against_exact(100, mlxdpo=0.3001, trl=0.3059)) == off
+    assert results.disagreement(against_exact(100, mlxdpo=0.3001, trl=0.3002)) is None
 
 
-def test_where_losses_were_computed_in_float64_they_are_what_counts():
-    """Ours 2e-4 and theirs 3e-3 off: the workload is void for theirs alone, and no row shows the exact side."""
-    sides = {
-        "mlxdpo": side([9, 1], [LN2, 0.5001]),
-        "exact": side([90, 80], [LN2, 0.5]),
-        "trl": side([9, 2], [LN2, 0.501]),
-    }
-    found = entry(**{"trl": side([9, 2], [LN2, 0.4985]), **{k: v for k, v in sides.items() if k != "trl"}})
-    assert results.disagreement(found) == "loss of step 2: trl 0.498500, exact 0.500000"
-    fine = entry(**sides) | {"scored": 2000, "beta": 0.1}
-    assert results.disagreement(fine) is None and [row.side for row in results.rows(fine)] == ["mlxdpo", "trl"]
-    assert "losses against float64: mlxdpo 2e-04, trl 2e-03" in report.title("hh", fine)
-    assert [row.side for row in report.bars(fine)] == ["mlxdpo", "trl"]
+def test_without_float64_it_is_not_known_to_be_rounding():
+    """Neither between trainers nor in an epoch, nor where the exact side came to nothing."""
+    found = against_exact(6000, mlxdpo=0.3001, trl=0.3059)
+    found["sides"]["exact"]["losses"] = []
+    assert results.disagreement(found) == "loss of step 2: trl 0.305900, mlxdpo 0.300100"
+    epoch = against_exact(6000, same=False, trl=0.3)
+    epoch["sides"]["trl"]["losses"][0] = 0.695
+    assert results.disagreement(epoch) == "loss of step 1: trl 0.695000, ln 2 0.693147"
+
+
+def test_the_exact_side_has_no_row_and_no_bar():
+    found = against_exact(6000, mlxdpo=0.3003, trl=0.303)
+    assert [row.side for row in results.rows(found)] == [row.side for row in report.bars(found)] == ["mlxdpo", "trl"]
+    assert "losses against float64: mlxdpo 1e-03, trl 1e-02" in report.title("long", found)
 
 
 def test_losses_far_from_the_start_are_not_compared():

@@ -24,13 +24,13 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def title(name: str, workload: dict[str, Any]) -> str:
     """What was measured, and how well the sides agree."""
-    void = disagreement(workload)
+    void, (against, off) = disagreement(workload), gaps(workload)
     if void:
         agree = f"VOID: {void}"
-    elif EXACT in workload["sides"]:
-        agree = "losses against float64: " + ", ".join(f"{n} {gap:.0e}" for n, gap in gaps(workload).items())
+    elif against == EXACT:
+        agree = "losses against float64: " + ", ".join(f"{n} {gap:.0e}" for n, gap in off.items())
     elif workload["same"]:
-        agree = f"losses agree to {max(gaps(workload).values(), default=0.0):.0e}"
+        agree = f"losses agree to {max(off.values(), default=0.0):.0e}"
     else:
         means = ", ".join(f"{n} {mean_loss(s):.4f}" for n, s in workload["sides"].items() if s["pairs"])
         agree = f"each side in its own batches; mean loss {means}"

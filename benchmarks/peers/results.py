@@ -47,8 +47,10 @@ def rows(workload: dict[str, Any]) -> list[Row]:
 
 
 def disagreement(workload: dict[str, Any]) -> str | None:
-    """Why the workload is void, or None. Every side's losses must be those of the first one that ran, or the exact ones
-    where they were computed: to `TOLERANCE`, or to what `ROUNDING` of a pair's tokens comes to in its loss.
+    """Why the workload is void, or None. Every side's losses must be those of the first one that ran, to `TOLERANCE`.
+
+    Where the exact ones were computed, they are what must be met, and what `ROUNDING` of a pair's tokens comes to in
+    its loss is allowed too: only there is it known that it is rounding.
 
     Where the sides batch their own way (an epoch) only the first loss can be compared, with what it must be: ln 2,
     because policy and reference are still the same (arXiv 2305.18290 eq. 7 at pi = ref).
@@ -58,7 +60,7 @@ def disagreement(workload: dict[str, Any]) -> str | None:
         return "no side finished a step"
     against, expected = _expected(workload, losses)
     # |d loss / d log-prob| <= beta, and all the tokens of both completions may be off the same way.
-    rounding = ROUNDING * workload.get("beta", 0) * workload.get("scored", 0)
+    rounding = ROUNDING * workload["beta"] * workload["scored"] if against == EXACT else 0.0
     for name, found in losses.items():
         for step, (loss, other) in enumerate(zip(found, expected, strict=False), 1):
             if not abs(loss - other) <= max(TOLERANCE * abs(other), rounding):
@@ -66,14 +68,14 @@ def disagreement(workload: dict[str, Any]) -> str | None:
     return None
 
 
-def gaps(workload: dict[str, Any]) -> dict[str, float]:
-    """For each other side the largest relative difference of a loss to the first side's, or the exact one's."""
+def gaps(workload: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """What losses are held against, and for each other side the largest relative difference of one of its losses."""
     losses = _compared(workload)
     if not losses:
-        return {}
+        return "", {}
     against, expected = _expected(workload, losses)
-    return {
-        name: max((abs(a - b) / abs(b) for a, b in zip(found, expected, strict=False)), default=0.0)
+    return against, {
+        name: max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=False))
         for name, found in losses.items()
         if name != against
     }

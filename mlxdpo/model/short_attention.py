@@ -31,8 +31,8 @@ def short_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> m
 def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     """The last L of T tokens attend; K heads side by side, the G queries that share one in one matmul."""
     (B, H, L, D), (K, T) = q.shape, k.shape[1:3]
-    hidden = mx.arange(T)[None] > mx.arange(T - L, T)[:, None]
-    most = mx.where(hidden, -mx.inf, mx.inf)  # of a score: a minimum takes half the time of a selection
+    # The largest a score may be: a minimum takes half the time of a selection.
+    most = mx.where(mx.arange(T)[None] > mx.arange(T - L, T)[:, None], -mx.inf, mx.inf)
 
     def forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Output, softmax without its denominators, and one over these."""
