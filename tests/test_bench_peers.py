@@ -12,13 +12,13 @@ import pytest
 from tiny_models import write_model
 from tiny_tokenizers import base_tokenizer
 
-from mlxdpo.platform import preload_blas  # before what may import mlx
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of `benchmarks`, which no installation has
 
-from benchmarks.peers import adapter, report, results, workloads
+from bench_sides import JOB, tiny_entrants
+
+from benchmarks.peers import report, results, workloads
 from benchmarks.peers.__main__ import parse
-from benchmarks.peers.environments import MODULES, SWITCHES, switches_of
+from benchmarks.peers.environments import SWITCHES, switches_of
 from benchmarks.peers.measure import Entrant, Record, measure, next_turn
 from benchmarks.peers.sides.mlx_lm_lora import Turns
 from benchmarks.peers.sides.protocol import Channel, Job
@@ -45,7 +45,6 @@ def run(job, channel):
 
 serve(run)
 """
-JOB = Job("m", "", "", [], 2, [], 1, None, "", 8, 2.0, list(adapter.KEYS), 1e-4, 0.1)._asdict()
 
 
 @pytest.fixture
@@ -330,22 +329,9 @@ ALL_SWITCHES = ["no-packing", "chunked-head", "ungrouped", "mlx-attention", "mlx
 
 def test_our_side_computes_the_same_whatever_is_switched_off(tmp_path):
     """Three real processes over a tiny model: as it is, plain, and everything else off at once."""
-    folder = write_model(tmp_path / "model", base_tokenizer(), "llama", seed=3)
-    adapter.write_adapter(folder, tmp_path / "adapter.safetensors")
-    text = np.random.default_rng(0).integers(3, 20, 400).tolist()
-    plan = workloads.shape_plan(workloads.WORKLOADS["ranked"], text, 0.1, 3)
-    (tmp_path / "pairs.json").write_text(json.dumps(plan.pairs))
-    files = {"adapter": str(tmp_path / "adapter.safetensors"), "pairs": str(tmp_path / "pairs.json")}
-    blas = preload_blas()
-    entrants = {}
-    for name, switches in {"mlxdpo": [], "plain": ["plain"], "all": ALL_SWITCHES}.items():
-        (tmp_path / name).mkdir()
-        plans = {"batches": plan.steps["mlxdpo"], "batch_size": plan.batch_size, "lr": 1e-2, "switches": switches}
-        job = JOB | files | plans | {"model": str(folder), "blas": blas.note, "folder": str(tmp_path / name)}
-        command = [sys.executable, "-m", MODULES["mlxdpo"]]
-        start = lambda c=command, n=name: Worker(c, tmp_path / f"{n}.log", 1, 120)  # noqa: E731
-        entrants[name] = Entrant(start, job, [6, 6, 6])
-    records = measure(entrants, print)
+    switched = {"mlxdpo": [], "plain": ["plain"], "all": ALL_SWITCHES}
+    sides = {name: ("mlxdpo", switches) for name, switches in switched.items()}
+    records = measure(tiny_entrants(tmp_path, "ranked", 3, sides), print)
     assert [record.error for record in records.values()] == [None] * 3
     losses = np.array([record.losses for record in records.values()])
     assert losses[:, 0] == pytest.approx(LN2, abs=1e-5)
