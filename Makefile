@@ -35,7 +35,7 @@ parity: $(PARITY)/.ready
 
 # Do the evaluation's intervals hold the truth? A few minutes on one core.
 coverage: $(VENV)/.dev
-	$(BIN)/python -m mlxdpo_eval.coverage --write docs/evaluation.md
+	$(BIN)/python -m benchmarks.coverage.__main__ --write docs/evaluation.md
 
 # Which lines the tests run, those of the processes they start included; below 90 % it fails. Twice the time of the tests.
 cover: $(VENV)/.dev $(VENV)/.demo

@@ -20,12 +20,14 @@ from typing import Any
 import mlxdpo  # noqa: F401  (the fast BLAS, before mlx.core)
 
 from mlxdpo.cli import run as command  # isort: skip
-from mlxdpo.collect import read_prompts
 from mlxdpo.commands.eval import named_rewards
 from mlxdpo.config import DataConfig
 from mlxdpo.data.read import prompt_key
-from mlxdpo.reopen import distinct_prompts, prompt_text, reopen
-from mlxdpo.runs import Run, read_lines, write_json, write_text
+from mlxdpo.inference.trained_run import distinct_prompts, prompt_text, reopen
+from mlxdpo.io.atomic import write_json, write_text
+from mlxdpo.io.json_file import read_lines
+from mlxdpo.online.collect import read_prompts
+from mlxdpo.runs import Run
 from mlxdpo.types import Message, Preference
 from mlxdpo_eval.judges import Judge, Trio, ask_both, open_judge
 from mlxdpo_eval.sampling import Answers, Sampling, draw, first_of_each

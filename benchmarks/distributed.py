@@ -48,8 +48,8 @@ def side(recipe_file: str, result: str) -> None:
     import mlx.core as mx
 
     from mlxdpo.config import load_config
-    from mlxdpo.peers import joined
-    from mlxdpo.train import train
+    from mlxdpo.distributed.group import joined
+    from mlxdpo.training.run import train
 
     with joined() as peers:
         spent, steps, at, cpu = [0.0, 0.0], [], time.perf_counter(), time.process_time()

@@ -28,11 +28,11 @@ import numpy as np
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data.batching import collate
-from mlxdpo.data.load import Dataset, encode_split, read_split
+from mlxdpo.data.dataset import Dataset, encode_split, read_split
 from mlxdpo.data.planning import outline, plan_epoch
+from mlxdpo.machine.device import cache_folder
 from mlxdpo.model.builtin import smollm2_folder
-from mlxdpo.platform import cache_folder
-from mlxdpo.reference import digest_of, with_reference, write_table
+from mlxdpo.training.reference import digest_of, with_reference, write_table
 from mlxdpo.types import Batch, Pairs
 
 MEDIAN = {"prompt": 60, "chosen": 60, "rejected": 50}  # words; log-normal with sigma 0.8, as chat data has long tails

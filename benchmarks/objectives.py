@@ -23,8 +23,9 @@ from typing import Any
 from scipy.stats import t as student
 
 from mlxdpo.demo.material import HERE, bundled
+from mlxdpo.io.atomic import append_line, write_text
+from mlxdpo.io.json_file import read_lines
 from mlxdpo.losses import LOSSES
-from mlxdpo.runs import append_line, read_lines, write_text
 
 SETTINGS: dict[str, list[str]] = {name: ["--loss.name", name] for name in LOSSES} | {
     "kto from thumbs": ["--loss.name", "kto", "THUMBS"],

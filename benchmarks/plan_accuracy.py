@@ -15,7 +15,7 @@ from pathlib import Path
 
 import mlxdpo  # noqa: F401  (before mlx.core: it preloads a fast BLAS)
 
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[1] / "tests" / "support"
 METHODS = {
     "lora": {},
     "lora checkpointed": {"train": {"checkpoint": True}},
@@ -65,8 +65,8 @@ def measure(config: dict) -> dict:
     import mlx.core as mx
 
     from mlxdpo.config import load_config
-    from mlxdpo.forecast import forecast
-    from mlxdpo.train import train
+    from mlxdpo.estimate.forecast import forecast
+    from mlxdpo.training.run import train
 
     recipe = load_config(None, config)
     memory = forecast(recipe).memory

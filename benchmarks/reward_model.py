@@ -26,11 +26,13 @@ from mlxdpo.config import Config, load_config
 from mlxdpo.data.encode import encode_prompt
 from mlxdpo.demo.material import as_they_are, bundled, prepare
 from mlxdpo.demo.rewards import REWARDS
-from mlxdpo.generate import generate
+from mlxdpo.inference.generate import generate
+from mlxdpo.inference.reward_model import RewardModel, open_reward_model
+from mlxdpo.io.atomic import append_line, write_json
+from mlxdpo.io.json_file import read_lines
 from mlxdpo.model.policy import load_policy
-from mlxdpo.reward_model import RewardModel, open_reward_model
-from mlxdpo.runs import Run, append_line, read_lines, write_json
-from mlxdpo_eval.stats import Interval, cluster_bootstrap
+from mlxdpo.runs import Run
+from mlxdpo_eval.metrics.intervals import Interval, cluster_bootstrap
 
 MAX_TOKENS, BATCH, SEED = 24, 60, 7  # the pairs were sampled with seed 0
 # The demo's recipe otherwise, in all layers: what a word means is found deeper down than where words are chosen.

@@ -18,11 +18,11 @@ import numpy as np
 
 from mlxdpo.config import LoraConfig, LossConfig, ModelConfig
 from mlxdpo.data.batching import collate
+from mlxdpo.forward.fused_head import Head, token_logps
 from mlxdpo.losses import resolve
 from mlxdpo.model.adapters import attach_lora
-from mlxdpo.model.head import Head, token_logps
 from mlxdpo.model.policy import load_policy
-from mlxdpo.step import make_gradient
+from mlxdpo.training.step import make_gradient
 from mlxdpo.types import Batch, Example
 
 VOCABULARIES = (32_000, 151_936, 262_144)

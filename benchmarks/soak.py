@@ -27,12 +27,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the tiny models
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))  # the tiny models
 from tiny_runs import recipe
 
-from mlxdpo import platform, step, train
-from mlxdpo.data import frames
-from mlxdpo.runs import write_text
+from mlxdpo.data import batch_shapes
+from mlxdpo.io.atomic import write_text
+from mlxdpo.machine import device
+from mlxdpo.training import run, step
 
 BLOCKS, SETTLED = 20, 0.2
 UNITS = {"rss": "MB", "active": "MB", "cache": "MB", "files": "", "shapes": "", "busy": "ms", "seconds": "ms"}
@@ -71,7 +72,7 @@ def watched(seen: set[Any]) -> Callable[..., Any]:
 
     def compiled(function: Any, **options: Any) -> Any:
         """`platform.compiled`, watched."""
-        traced = platform.compiled(function, **options)
+        traced = device.compiled(function, **options)
 
         def called(*arguments: Any) -> Any:
             """The traced function, its shapes noted."""
@@ -88,12 +89,12 @@ def readings(folder: Path, steps: int) -> Iterator[dict[str, float]]:
     """What the process holds after every `every`-th step; times are means of the steps since the last reading."""
     settings = {"epochs": float(steps), "steps": steps, "eval_every": 250, "save_every": 100, "keep": 2}
     config, seen = recipe(folder, data={"eval_fraction": 0.2}, train=settings), set()
-    every, before = max(1, min(10, steps // 100)), (step.compiled, frames.most_traces)
+    every, before = max(1, min(10, steps // 100)), (step.compiled, batch_shapes.most_traces)
     # Shapes as on a GPU, which keeps a trace for each; on a CPU nothing is compiled, and they are not limited.
-    step.compiled, frames.most_traces = watched(seen), lambda: platform.TRACES  # type: ignore[assignment]
+    step.compiled, batch_shapes.most_traces = watched(seen), lambda: device.TRACES  # type: ignore[assignment]
     try:
         last, spent = _clocks(), np.zeros(2)
-        for event in train(config):
+        for event in run(config):
             now = _clocks()
             if event.kind == "step":
                 spent += now - last
@@ -111,7 +112,7 @@ def readings(folder: Path, steps: int) -> Iterator[dict[str, float]]:
                     spent = np.zeros(2)
             last = _clocks()  # evaluations and checkpoints lie between events and are left out
     finally:
-        step.compiled, frames.most_traces = before
+        step.compiled, batch_shapes.most_traces = before
 
 
 def _clocks() -> np.ndarray:

@@ -26,7 +26,7 @@ import mlxdpo
 ROOT = Path(__file__).parents[1]
 PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "docs/contributing/*.md", "examples/README.md")
 FILES = ("docs/*.png", "docs/*.svg", "examples/*.yaml")
-ROOMS = {"losses": "mlxdpo.losses", "data": "mlxdpo.data", "model": "mlxdpo.model", "export": "mlxdpo.export"}
+ROOMS = {"losses": "mlxdpo.losses", "data": "mlxdpo.data", "model": "mlxdpo.model", "export": "mlxdpo.exporters"}
 GUIDES = (
     "docs/data", "docs/objectives", "docs/stages", "docs/evaluation", "docs/app", "docs/rounds", "docs/constitution",
     "docs/export", "docs/frontier", "docs/benchmarks",

@@ -17,16 +17,24 @@ from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "architecture.svg"
-TITLES = {5: "roof", 4: "floor 4", 3: "floor 3", 2: "floor 2", 1: "floor 1", 0: "ground"}
+LEVELS = (11, 10, 9, -1, 8, 7, 6, 5, 4, 3, 2, 1, 0)
+TITLES = {level: f"floor {level}" for level in LEVELS}
 SAYS = {
-    5: "composes everything; imported by nobody",
-    4: "the stories",
-    3: "optimisation",
-    2: "a model meets a batch",
-    1: "rooms that do not know each other",
-    0: "vocabulary",
+    11: "the command line",
+    10: "a file for each command",
+    9: "the demo and the app",
+    8: "rounds, exports, baselines",
+    7: "a trained run; a run's cost",
+    6: "from configuration to adapter",
+    5: "a model meets a batch",
+    4: "rooms that do not know each other",
+    3: "the run directory",
+    2: "every setting; the front door",
+    1: "files and processes",
+    0: "vocabulary and machine",
 }
-COLOURS = {5: "#b5533c", 4: "#c98a2b", 3: "#7d8c3a", 2: "#3f8f7a", 1: "#3f78a8", 0: "#6b5b95", -1: "#888888"}
+SHADES = ("#b5533c", "#c98a2b", "#7d8c3a", "#3f8f7a", "#3f78a8", "#6b5b95")
+COLOURS = {level: SHADES[(11 - level) // 2] for level in LEVELS} | {-1: "#888888"}
 CAPTION = "a dot: the row's room imports the column's; right of the diagonal is down, and only the roof has circles"
 CELL, LEFT, TOP, WIDTH = 17, 380, 150, 150
 
@@ -40,8 +48,8 @@ class House(NamedTuple):
 
 
 def floors(root: Path = ROOT) -> dict[str, int]:
-    """The table of floors that tests/test_house.py enforces."""
-    tree = ast.parse((root / "tests" / "test_house.py").read_text("utf-8"))
+    """The table of floors that tests/house/test_house.py enforces."""
+    tree = ast.parse((root / "tests" / "house" / "test_house.py").read_text("utf-8"))
     table = next(
         node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FLOORS"
     )
@@ -93,15 +101,15 @@ def house(root: Path = ROOT) -> House:
     for room, others in below.items():
         others.discard(room)
     if homeless := sorted(below.keys() - known.keys() - {"eval"}):
-        raise SystemExit(f"no floor for {', '.join(homeless)}; give it one in FLOORS of tests/test_house.py")
+        raise SystemExit(f"no floor for {', '.join(homeless)}; give it one in FLOORS of tests/house/test_house.py")
     floor = {room: -1 if room == "eval" else known[room] for room in below}
     return House(_ordered(floor, below), floor, below)
 
 
 def _ordered(floor: dict[str, int], below: dict[str, set[str]]) -> list[str]:
-    """The roof first, the annex under it, then floor by floor; within one, who imports others stands over them."""
+    """From the top down, the annex under who imports it; within one, who imports others stands over them."""
     rooms: list[str] = []
-    for level in (5, -1, 4, 3, 2, 1, 0):
+    for level in LEVELS:
         left = {room for room in floor if floor[room] == level}
         while left:
             free = {room for room in left if not any(room in below[other] for other in left)} or left

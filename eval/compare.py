@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlxdpo import Run, UserError, as_written, read_json, read_lines
-
-from .rewards import mcnemar
-from .stats import Interval, paired_difference
+from mlxdpo_eval.metrics.intervals import Interval, paired_difference
+from mlxdpo_eval.metrics.rewards import mcnemar
 
 
 class Change(NamedTuple):

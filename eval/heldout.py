@@ -7,13 +7,109 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlxdpo import Opened, PairLogps, Preference, prompt_name, prompt_text
+from mlxdpo import Opened, PairLogps, Preference, Several, prompt_name, prompt_text
+from mlxdpo_eval.metrics.best_of_k import BestOf, Ties, best_of, first_is_right, ties_score
+from mlxdpo_eval.metrics.calibration import Calibration, calibration
+from mlxdpo_eval.metrics.length import LengthReport, length_report
+from mlxdpo_eval.metrics.rewards import PairScores, RewardReport, margins, outcomes, reward_report
+from mlxdpo_eval.metrics.sequential import minimum_detectable
+from mlxdpo_eval.metrics.slices import Slices, slice_report
 
-from .calibration import Calibration, calibration
-from .length import LengthReport, length_report
-from .rewards import PairScores, RewardReport, margins, outcomes, reward_report
-from .sequential import minimum_detectable
-from .slices import Slices, slice_report
+# Best-of-k records under a run's implicit reward: how often the best score is a right completion's.
+#
+# A record's completions are scored once each, through its pairs of right and wrong ones; the reward is log pi - log
+# ref, as RewardBench scores a DPO model (without beta, which moves no maximum).
+
+TIED = "Ties"  # RewardBench 2's subset with several right answers, scored by its own rule
+
+
+class Pairing(NamedTuple):
+    """The pairs of all records, for each pair (record, right completion, wrong completion) as indices, and the first
+    pair of each record.
+    """
+
+    rows: list[Preference]
+    places: list[tuple[int, int, int]]
+    first: list[Preference]
+
+
+class Records(NamedTuple):
+    """`best` over all scored records; `longest` the control that scores tokens; `sizes` counts records by k.
+
+    `left_out` records have a completion that could not be scored; in `tied` ones all score alike. `ties` is RewardBench
+    2's score of its subset of that name, None without it.
+    """
+
+    best: BestOf
+    longest: BestOf
+    sizes: dict[str, int]
+    left_out: int
+    tied: int
+    slices: dict[str, Slices]
+    ties: Ties | None
+
+
+def pairing(records: Sequence[Several]) -> Pairing:
+    """Every right completion against every wrong one of its record."""
+    found = [((r, i, j), pair) for r, record in enumerate(records) for i, j, pair in record.pairs()]
+    first = [pair for (r, i, j), pair in found if (i, j) == (0, records[r].right)]
+    return Pairing([pair for _, pair in found], [place for place, _ in found], first)
+
+
+def best_of_records(
+    records: Sequence[Several],
+    paired: Pairing,
+    kept: Sequence[Preference],
+    logps: PairLogps,
+    columns: Mapping[str, Sequence[Hashable]],
+) -> Records | None:
+    """Best-of-k over the records whose completions were all scored; `kept` and `logps` are row by row the scored pairs.
+
+    `columns` are metadata, one entry per record. None when no record is whole.
+    """
+    rewards, lengths = _scores(records, paired, kept, logps)
+    whole = [r for r in range(len(records)) if np.isfinite(rewards[r]).all()]
+    if not whole:
+        return None
+    prompts = [prompt_name(records[r].prompt) for r in whole]
+    right = [records[r].right for r in whole]
+    outcomes = [first_is_right(rewards[r], records[r].right) for r in whole]
+    sizes = [f"{len(records[r].completions)}" for r in whole]
+    return Records(
+        best_of([rewards[r].tolist() for r in whole], right, prompts),
+        best_of([lengths[r].tolist() for r in whole], right, prompts),
+        {k: sizes.count(k) for k in sorted(set(sizes), key=int)},
+        len(records) - len(whole),
+        sum(float(np.ptp(rewards[r])) == 0.0 for r in whole),
+        {name: slice_report(outcomes, [column[r] for r in whole], prompts) for name, column in columns.items()},
+        _ties([(records[r], rewards[r]) for r in whole]),
+    )
+
+
+def _scores(
+    records: Sequence[Several], paired: Pairing, kept: Sequence[Preference], logps: PairLogps
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Per record the reward and the tokens of each completion; NaN where it was in no scored pair."""
+    place_of = {id(row): place for row, place in zip(paired.rows, paired.places, strict=True)}
+    rewards, lengths = ([np.full(len(record.completions), np.nan) for record in records] for _ in range(2))
+    for n, row in enumerate(kept):
+        r, right, wrong = place_of[id(row)]
+        rewards[r][right], lengths[r][right] = logps.chosen[n] - logps.ref_chosen[n], logps.chosen_len[n]
+        rewards[r][wrong], lengths[r][wrong] = logps.rejected[n] - logps.ref_rejected[n], logps.rejected_len[n]
+    return rewards, lengths
+
+
+def _ties(scored: Sequence[tuple[Several, np.ndarray]]) -> Ties | None:
+    """RewardBench 2 names a tied question "tied:7" and its version with one right answer "ref:7"."""
+    kinds: dict[str, dict[str, tuple[Any, int]]] = {"tied": {}, "ref": {}}
+    for record, rewards in scored:
+        kind, _, number = str(record.columns.get("id", "")).partition(":")
+        if record.columns.get("subset") == TIED and kind in kinds:
+            kinds[kind][number] = (rewards.tolist(), record.right)
+    shared = sorted(kinds["tied"].keys() & kinds["ref"].keys())
+    if not any(kinds["tied"][n][1] > 1 for n in shared):
+        return None
+    return ties_score([kinds["tied"][n] for n in shared], [kinds["ref"][n] for n in shared])
 
 
 class Heldout(NamedTuple):

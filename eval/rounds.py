@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 
 from mlxdpo import Opened, Preference
+from mlxdpo_eval.metrics.drift import text_stats
+from mlxdpo_eval.metrics.intervals import Interval, clustered_mean, paired_difference
+from mlxdpo_eval.results import plain
 
-from .clustered import clustered_mean
-from .drift import text_stats
 from .judges import Judge, Scalar, Trio, ask_both
-from .plain import plain
 from .sampling import Answers, Sampling, draw_tuned, on_policy_kl
-from .stats import Interval, paired_difference
 
 Measured = Mapping[str, Any]
 BASES = ("from_previous", "from_start")

@@ -29,20 +29,19 @@ from mlxdpo import (
     reopen,
     versions,
 )
+from mlxdpo_eval.heldout import Pairing, Records, best_of_records, pairing
+from mlxdpo_eval.judge_quality import humans, retested
+from mlxdpo_eval.metrics.slices import picked, slicing
+from mlxdpo_eval.report.blocks import Headline, of_answers, of_best, of_pairs, of_votes
+from mlxdpo_eval.results import FORMAT, describe, drift, sample_lines, save, write_lines
 
-from .columns import picked, slicing
 from .heldout import Heldout, heldout, pair_lines
-from .humans import humans
 from .judges import Both, Judge
 from .judges.program import OWN, reward_judge
 from .judges.votes import Ballots, read_ballots
-from .records import Pairing, Records, best_of_records, pairing
-from .retested import retested
 from .sampling import Answers, Sampling, draw, first_of_each, on_policy_kl, usual_length
-from .sentences import Headline, of_answers, of_best, of_pairs, of_votes
 from .voting import VoteRun, vote_run
 from .winrate import WinRate, judge_answers, trios, win_rate
-from .written import FORMAT, describe, drift, sample_lines, save, write_lines
 
 Say = Callable[[str], None]
 Columns = Mapping[str, Sequence[Hashable]]

@@ -15,8 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxdpo import Example, Opened, Preference, UserError, encode_prompt, generate, prompt_name, prompt_text
-
-from .drift import sequence_kl
+from mlxdpo_eval.metrics.drift import sequence_kl
 
 NUMBERS = 1 << 28  # logits of policy and reference together that a forward pass may hold: 1 GB in float32
 ROWS = 32

@@ -14,11 +14,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxdpo import Opened, Run, at_checkpoints, distinct_prompts, encode_pairs, heldout_pairs, reopen, write_json
+from mlxdpo_eval.metrics.intervals import clustered_mean
+from mlxdpo_eval.metrics.pareto import Point
+from mlxdpo_eval.results import plain
 
-from .clustered import clustered_mean
-from .frontier import Point
 from .judges import Judge
-from .plain import plain
 from .sampling import Answers, Sampling, draw_start, draw_tuned, first_of_each, on_policy_kl, usual_length
 from .winrate import judge_answers, win_rate
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mlxdpo_eval.metrics.sequential import anytime_interval, log_e_value, running_vote
+
 from .judges.votes import Ballots, Vote
-from .sequential import anytime_interval, log_e_value, running_vote
 
 ALPHA = 0.05
 

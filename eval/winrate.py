@@ -14,16 +14,21 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from .clustered import clustered_mean, clustered_share
-from .humans import Humans
+from mlxdpo_eval.judge_quality import Humans, Retest
+from mlxdpo_eval.metrics.intervals import (
+    Interval,
+    cluster_bootstrap,
+    clustered_mean,
+    clustered_share,
+    paired_difference,
+)
+from mlxdpo_eval.metrics.judge_bias import Longer, Position, position, preference_for_longer
+from mlxdpo_eval.metrics.length import Controlled, length_controlled
+from mlxdpo_eval.metrics.sequential import minimum_detectable
+from mlxdpo_eval.metrics.slices import Slices, slice_report
+
 from .judges import Both, Judge, Scalar, Trio, ask_both
-from .length import Controlled, length_controlled
-from .report_card import Longer, Position, position, preference_for_longer
-from .retested import Retest
 from .sampling import Answers
-from .sequential import minimum_detectable
-from .slices import Slices, slice_report
-from .stats import Interval, cluster_bootstrap, paired_difference
 
 
 class Rewards(NamedTuple):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mlxdpo.launched import processes, rank
+from mlxdpo.distributed.launcher import processes, rank
 from mlxdpo.types import UserError
 
 SHORTHAND = {"--model": "--model.path", "--data": "--data.path", "--adapter": "--model.adapter"}

@@ -12,14 +12,189 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mlxdpo.knobs import LossConfig as LossConfig
-from mlxdpo.knobs import Section
-from mlxdpo.recipe import read_recipe, yaml_text
-from mlxdpo.rollout_knobs import RolloutConfig
-from mlxdpo.round_knobs import CollectConfig, RoundsConfig
+from mlxdpo.io.yaml_file import read_recipe, yaml_text
 from mlxdpo.types import UserError
+
+# The knobs of the objective: every parameter that one of them takes. What refuses what is `losses.resolve`'s business.
+#
+# A knob's default is the one most objectives share; where an objective has its own (`OWN`), naming it sets them.
+
+
+class Section(BaseModel):
+    """A frozen group of knobs that refuses unknown names."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+OWN: Mapping[str, Mapping[str, float]] = {
+    "sigmoid_norm": {"beta": 5.0},
+    "exo_pair": {"label_smoothing": 1e-3},
+    "robust": {"label_smoothing": 0.1},
+    "dpop": {"beta": 0.3},
+    "simpo": {"beta": 2.0, "gamma": 1.0},
+    "alphapo": {"beta": 2.5, "gamma": 0.25},
+}
+"""Defaults of single objectives, from their papers (docs/objectives.md)."""
+
+
+def names_of(name: str) -> list[str]:
+    """The objectives of `loss.name`: "sigmoid+sft" is a sum of two."""
+    return [part.strip() for part in name.split("+")]
+
+
+class LossConfig(Section):
+    """The objective."""
+
+    name: str = "sigmoid"
+    """Objective, or a sum: sigmoid+sft, in YAML also [sigmoid, sft]; `mlxdpo objectives` lists them."""
+    weights: list[float] = []
+    """Weights of the objectives of a sum, in their order; unset means 1 each."""
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull towards the reference; where there is none, scale of the rewards."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Assumed share of flipped labels (sigmoid: conservative DPO)."""
+    discopop_tau: float = Field(default=0.05, gt=0)
+    """discopop: temperature of the mixture of its two losses."""
+    dpop_lambda: float = Field(default=50.0, ge=0)
+    """dpop: weight of the penalty on a chosen completion less likely than under the reference."""
+    length_alpha: float = Field(default=0.01, ge=0)
+    """r_dpo: reward that a token of length costs."""
+    cpo_alpha: float = Field(default=1.0, ge=0)
+    """cpo: weight of its imitation term."""
+    gamma: float = Field(default=0.0, ge=0)
+    """simpo, alphapo: margin that the chosen completion's reward should lead by."""
+    alphapo_alpha: float = 0.25
+    """alphapo: shape of the reward; 0 is SimPO."""
+    desirable_weight: float = Field(default=1.0, ge=0)
+    """kto, apo_zero_unpaired: weight of thumbs up."""
+    undesirable_weight: float = Field(default=1.0, ge=0)
+    """kto, apo_zero_unpaired: weight of thumbs down."""
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """Divergence that holds the policy at its reference (f-DPO)."""
+    f_alpha: float = 0.5
+    """Order of alpha_divergence."""
+    ld_alpha: float | None = Field(default=None, ge=0, le=1)
+    """LD-DPO: weight of the tokens that the longer completion has beyond the shorter; unset or 1 counts them fully."""
+    wpo: bool = False
+    """Weight each pair by how likely the policy is to write it (WPO)."""
+    reference_free: bool = False
+    """Compare log-probs instead of log-ratios; nothing holds the policy at its reference then."""
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _sum(cls, value: Any) -> Any:
+        return "+".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+
+    @model_validator(mode="after")
+    def _own_defaults(self) -> LossConfig:
+        # Not among the fields that were set: a command line that names the objective must not override a recipe's beta.
+        for name in reversed(names_of(self.name)):
+            for knob, value in OWN.get(name, {}).items():
+                if knob not in self.model_fields_set:
+                    object.__setattr__(self, knob, value)  # the section is frozen for everybody else
+        return self
+
+
+# The knobs of tuning on the policy's own samples against a reward: stages ppo and rloo (`mlxdpo.baselines`).
+
+
+class RolloutConfig(Section):
+    """Stages ppo and rloo: what is drawn at each step, and what is made of it. Defaults are TRL's."""
+
+    samples: int = Field(default=2, ge=1)
+    """Completions drawn for each prompt; a step takes train.batch_size * train.accumulate prompts."""
+    max_tokens: int = Field(default=64, ge=1)
+    """Longest completion."""
+    kl: float = Field(default=0.05, ge=0)
+    """What a nat of distance from the reference costs in reward."""
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    """How that distance is read off a sampled token: the log-ratio, or an estimate that is never negative."""
+    missing_eos_penalty: float = Field(default=0.0, ge=0)
+    """Reward that a completion loses which does not end by itself."""
+    epochs: int = Field(default=4, ge=1)
+    """ppo: how often each batch of completions is used."""
+    minibatches: int = Field(default=1, ge=1)
+    """ppo: optimizer steps in each of those passes."""
+    clip: float = Field(default=0.2, gt=0)
+    """ppo: how far the probability ratio may go and still be rewarded for it."""
+    value_clip: float = Field(default=0.2, gt=0)
+    """ppo: how far a value may move in one step and still be rewarded for it."""
+    value_coef: float = Field(default=0.1, ge=0)
+    """ppo: weight of the value loss."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """ppo: discount of later rewards."""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """ppo: lambda of the advantages; 1 trusts rewards alone, 0 the value of the next token."""
+
+
+# The knobs of tuning in rounds: how answers are drawn and made into pairs, and how rounds follow one another.
+
+
+class Drawing(Section):
+    """How answers are drawn from a policy, which are left out, and which two make a pair."""
+
+    samples: int = Field(default=8, ge=2)
+    """Answers drawn to each prompt."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Longest answer, in tokens."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of sampling; 1 is the model itself."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that hold this share of the probability."""
+    seed: int = Field(default=0, ge=0)
+    """Noise of sampling: the same seed gives the same rows."""
+    batch_size: int = Field(default=64, ge=1)
+    """Answers sampled at once."""
+    pairs: Literal["best-worst", "all", "margin", "ranked"] = "best-worst"
+    """best-worst: one pair for each prompt; all: every two answers with different scores; margin: every two that lie
+    at least `margin` apart; ranked: one row for each prompt with all its answers and scores, which trains as all."""
+    margin: float = Field(default=0.0, ge=0)
+    """Least difference of the scores of a pair (pairs: best-worst, margin)."""
+    unfinished: Literal["auto", "drop", "keep"] = "auto"
+    """Answers cut off at max_tokens: drop them or keep them; auto keeps them where data.eos is leave."""
+    near: float = Field(default=0.9, gt=0, le=1)
+    """Leave out an answer that shares this much of its word triples with an earlier one (Jaccard); 1: equal words."""
+
+    @model_validator(mode="after")
+    def _margin_is_used(self) -> Drawing:
+        if self.pairs == "margin" and not self.margin:
+            raise ValueError("pairs margin needs a margin above 0; pairs all takes every difference")
+        if self.pairs in ("all", "ranked") and self.margin:
+            raise ValueError(f"margin {self.margin:g} has no effect with pairs {self.pairs}; use pairs margin")
+        return self
+
+
+class CollectConfig(Drawing):
+    """How a round's pairs come about (`mlxdpo iterate`)."""
+
+    judge: str = ""
+    """Who ranks the answers: vader, textblob, longest, local:MODEL, reward:RUN, endpoint:MODEL@URL, FILE.py:FUNCTION;
+    votes:FILE takes the app's votes instead of drawing answers."""
+
+
+class RoundsConfig(Section):
+    """How rounds follow one another, and when they stop by themselves (`mlxdpo iterate`)."""
+
+    count: int = Field(default=3, ge=1)
+    """Rounds; short: --rounds."""
+    reference: Literal["first", "previous"] = "first"
+    """What each round's rewards are measured against: where round 1 started, or where the round itself starts."""
+    every: int | None = Field(default=None, ge=1)
+    """Online: rounds of this many optimizer steps on fresh pairs; optimizer and schedule go on from round to round."""
+    prompts: int | None = Field(default=None, ge=1)
+    """Prompts a round answers, the next ones each time; unset: all (with `every`: as many as its steps take)."""
+    second: str = ""
+    """A judge that never ranks: when the first one rises and it surely falls, the first one is being gamed."""
+    max_kl: float = Field(default=0.5, gt=0)
+    """Stop when the KL from where round 1 started is surely above this, nats per token of the answers."""
+    heldout: int = Field(default=100, ge=2)
+    """Held-out prompts to measure with, at most."""
+    heldout_samples: int = Field(default=2, ge=1)
+    """Answers to each of them."""
 
 
 class ModelConfig(Section):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -16,64 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlxdpo.config import Config, dump_config, load_config
+from mlxdpo.io.atomic import append_line, naming, write_first, write_json
+from mlxdpo.io.json_file import as_written, read_json, read_lines
 from mlxdpo.types import UserError
-from mlxdpo.writing import append_line as append_line
-from mlxdpo.writing import naming, write_first
-from mlxdpo.writing import sync_folder as sync_folder
-from mlxdpo.writing import write_atomic as write_atomic
-from mlxdpo.writing import write_json as write_json
-from mlxdpo.writing import write_text as write_text
 
 HOLDER = ".training"  # in a run directory: the number of the process that trains it
-LONGEST_NAME = 255  # bytes; the limit of the usual file systems
-# Windows opens a device under these names, whatever ending they have.
-DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON lines of a file; a torn last line (the writer was killed) is not a line yet.
-
-    Raises `UserError` naming the file and the line for a whole line that is no JSON object.
-    """
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
-                yield parse_object(line, f"{path}:{number}")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `UserError` naming the file when it cannot be read or holds something else."""
-    try:
-        return parse_object(file.read_bytes(), str(file))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); restore it, or make it again") from None
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON, and never written here")
-
-
-def parse_object(raw: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `raw`, UTF-8. Raises `UserError` naming `where` it stands."""
-    try:
-        found = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of thousands of digits
-        raise UserError(f"{where}: not JSON ({str(error)[:100]}); restore it, or make it again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(found).__name__}; restore it, or make it again")
-    return found
-
-
-@contextlib.contextmanager
-def as_written(file: Path, remedy: str = "restore it, or make it again") -> Iterator[None]:
-    """Whatever breaks on the layout of `file`, a file of ours that was changed, becomes a `UserError` naming it."""
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-        raise UserError(f"{file}: is not as mlxdpo wrote it ({reason}); {remedy}") from error
 
 
 _TEXT_OR_NONE = (str, type(None))
@@ -102,13 +48,6 @@ def check_manifest(found: Mapping[str, Any]) -> None:
     for report in found["data"]["reports"].values():
         if not all(isinstance(report.get(part, {}), dict) for part in ("refused", "changed")):
             raise TypeError("data.reports holds something else than reports")
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether a name out of a file or from the Hub stays in its folder, on every system, when a file is called so."""
-    odd = not name.isprintable() or any(sign in name for sign in '/\\:*?"<>|') or name != name.strip()
-    device = name.split(".")[0].upper() in DEVICES
-    return bool(name) and not odd and not device and not name.endswith(".") and len(name.encode()) <= LONGEST_NAME
 
 
 def _locked(file: BinaryIO, kind: int, patience: float) -> bool:

@@ -11,7 +11,7 @@ def lanes(monkeypatch):
 
     def count(number):
         """From now on in this test."""
-        monkeypatch.setattr("mlxdpo.lanes.count", lambda: number)
+        monkeypatch.setattr("mlxdpo.machine.openblas.stream_count", lambda: number)
 
     count(1)
     return count

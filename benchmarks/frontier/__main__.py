@@ -12,7 +12,7 @@ import mlxdpo  # noqa: F401  (the fast BLAS, before mlx.core)
 from benchmarks.frontier import page, points, runs
 from benchmarks.frontier.plan import BUDGETS, Budget
 from mlxdpo.commands.interrupt import stop_flag
-from mlxdpo.runs import write_json
+from mlxdpo.io.atomic import write_json
 from mlxdpo.types import UserError
 
 DESCRIPTION = "Reward against drift for DPO, IPO, KTO, imitation, PPO, RLOO and best-of-n. See docs/frontier.md."

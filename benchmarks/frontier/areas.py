@@ -14,8 +14,8 @@ import numpy as np
 
 from benchmarks.frontier.points import UNTUNED
 from benchmarks.frontier.runs import JUDGE
-from mlxdpo_eval.frontier import Point, hull
-from mlxdpo_eval.stats import Interval
+from mlxdpo_eval.metrics.intervals import Interval
+from mlxdpo_eval.metrics.pareto import Point, hull
 
 GRID, RESAMPLES, SEED = 100, 1000, 0
 Index = np.ndarray

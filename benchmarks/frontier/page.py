@@ -13,8 +13,8 @@ from benchmarks.frontier.plan import METHODS, Budget
 from benchmarks.frontier.points import UNTUNED
 from benchmarks.frontier.runs import JUDGE, SECOND
 from mlxdpo.baselines.best_of_n import kl_bound, selection
-from mlxdpo_eval.frontier import Point, hull
-from mlxdpo_eval.stats import Interval
+from mlxdpo_eval.metrics.intervals import Interval
+from mlxdpo_eval.metrics.pareto import Point, hull
 
 ROOT = Path(__file__).parents[2]
 PAGE, FIGURE = ROOT / "docs" / "frontier.md", ROOT / "docs" / "frontier.svg"

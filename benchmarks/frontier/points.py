@@ -15,19 +15,20 @@ import mlx.nn as nn
 
 from benchmarks.frontier.plan import Arm, Budget
 from benchmarks.frontier.runs import folder_of
-from mlxdpo import checkpoint
 from mlxdpo.baselines.passes import Rows, lay_out, token_pass, with_lower
 from mlxdpo.baselines.rollouts import draw, portions
 from mlxdpo.config import Config
 from mlxdpo.data.encode import encode_prompt
 from mlxdpo.demo.material import bundled
 from mlxdpo.demo.rewards import REWARDS
-from mlxdpo.model import head as heads
+from mlxdpo.forward import fused_head as heads
+from mlxdpo.forward.architectures import split
+from mlxdpo.io.atomic import append_line
+from mlxdpo.io.json_file import read_lines
 from mlxdpo.model.adapters import adapters_off, attach_lora, load_arrays
 from mlxdpo.model.policy import Policy, load_policy
-from mlxdpo.model.trunk import split
-from mlxdpo.runs import append_line, read_lines
-from mlxdpo_eval.drift import repetition, sequence_kl
+from mlxdpo.training import checkpoint
+from mlxdpo_eval.metrics.drift import repetition, sequence_kl
 
 FILE = "points.jsonl"
 NOISE = 77_000  # seeds of the k-th continuation: no training run has them

@@ -14,8 +14,9 @@ from mlxdpo.baselines.rollouts import Reward
 from mlxdpo.config import Config, load_config
 from mlxdpo.demo import material
 from mlxdpo.demo.rewards import REWARDS
-from mlxdpo.runs import Run, write_text
-from mlxdpo.train import train
+from mlxdpo.io.atomic import write_text
+from mlxdpo.runs import Run
+from mlxdpo.training.run import train
 from mlxdpo.types import Text
 
 JUDGE, SECOND = "vader", "textblob"

@@ -14,11 +14,11 @@ AREAS: dict[str, Area] = {
         tuple(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "mlxdpo/losses").glob("*.py") if p.stem != "__init__")),
         _tests("losses", "losses_parts", "objectives_docs"),
     ),
-    "scoring": Area(("mlxdpo/scoring.py",), _tests("scoring", "scoring_ways", "details", "packed")),
+    "scoring": Area(("mlxdpo/forward/logprobs.py",), _tests("scoring", "scoring_ways", "details", "packed")),
     "encode": Area(
-        ("mlxdpo/data/encode.py", "mlxdpo/data/fit.py", "mlxdpo/data/render.py", "mlxdpo/data/template.py"),
+        ("mlxdpo/data/encode.py", "mlxdpo/data/encode.py", "mlxdpo/data/render.py", "mlxdpo/data/template.py"),
         _tests("encode", "encode_rows", "template_probe"),
     ),
-    "stats": Area(("eval/stats.py", "eval/clustered.py"), _tests("eval_stats", "eval_clustered")),
+    "stats": Area(("eval/metrics/intervals.py", "eval/metrics/intervals.py"), _tests("eval_stats", "eval_clustered")),
 }
 """What scoring, encoding and statistics were split into belongs to them: fit, render, template; clustered."""

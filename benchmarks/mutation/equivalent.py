@@ -37,7 +37,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "kto: rows.desirable > 0.5 -> rows.desirable >= 0.5": "a thumb is 0 or 1 (types.Extras)",
         "apo_zero_unpaired: rows.desirable > 0.5 -> rows.desirable >= 0.5": "a thumb is 0 or 1 (types.Extras)",
     },
-    "mlxdpo/scoring.py": {
+    "mlxdpo/forward/logprobs.py": {
         "completion_logps: -1 -> 1": "the last axis of two is axis 1",
     },
     "mlxdpo/data/encode.py": {
@@ -81,12 +81,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "added | set(tokenizer.all_special_tokens) | stops)": "_first takes the smallest of all, whatever their order",
         "_special: -len(t) -> len(t)": "_first takes the smallest of all, whatever their order",
     },
-    "eval/stats.py": {
+    "eval/metrics/intervals.py": {
         ": 256 -> 257": "how many resamples are held at once; NumPy draws the same stream",
         "wilson: successes > 0 -> successes >= 0": "at 0 the half width is a square's root: the bound is 0 anyway",
         "wilson: 1 + level -> 1 - level": "gives -z in place of z, which is squared",
-    },
-    "eval/clustered.py": {
         "_se: 0 -> 1": "no clusters and one cluster alike have no standard error",
         "clustered_share: error <= 1e-12 -> error < 1e-12": "no data have a standard error of exactly 1e-12",
     },

@@ -99,7 +99,7 @@ def total(counts: Iterable[Count]) -> Count:
 
 def table(counts: Sequence[Count]) -> str:
     """Markdown, with Wilson's 95 % interval: what other faults of this kind would meet."""
-    from mlxdpo_eval.stats import wilson  # late: it is one of the files that are mutated
+    from mlxdpo_eval.metrics.intervals import wilson  # late: it is one of the files that are mutated
 
     head = "| file | mutants | killed | never ended | survived | equivalent | noticed |"
     lines = [head, "|---|--:|--:|--:|--:|--:|--:|"]

@@ -89,7 +89,7 @@ def _child(mutant: Mutant | None, tests: Sequence[str], write: int) -> int:
 
 
 def module_name(path: str) -> str:
-    """eval/stats.py is mlxdpo_eval.stats."""
+    """eval/metrics/intervals.py is mlxdpo_eval.metrics.intervals."""
     first, *rest = Path(path).with_suffix("").parts
     return ".".join(["mlxdpo_eval" if first == "eval" else first, *rest])
 

@@ -105,7 +105,7 @@ def enter(
     asked: argparse.Namespace, plan: workloads.Plan, sides: list[str], model: Path, folder: Path, workload: str
 ) -> dict[str, Entrant]:
     """What each side is started with. Shared files go to `folder`, each side's own below it."""
-    from mlxdpo.platform import preload_blas
+    from mlxdpo.machine.openblas import preload_blas
 
     given = dict(word.split("=", 1) for word in asked.python)
     blas = preload_blas()
@@ -147,7 +147,8 @@ def machine(threads: int) -> str:
     """What computes here, in one line."""
     import platform
 
-    from mlxdpo.platform import blas_kernels, this_machine
+    from mlxdpo.machine.device import this_machine
+    from mlxdpo.machine.openblas import blas_kernels
 
     here = this_machine()
     name = _processor() if here.kind == "cpu" else here.name

@@ -117,7 +117,7 @@ def epoch_plan(file: Path, folder: Path, share: float, max_length: int) -> Plan:
     its own sampling repeats some and never meets others). TRL shuffles the pairs and cuts.
     """
     from mlxdpo.config import DataConfig
-    from mlxdpo.data.load import encode_split, read_split
+    from mlxdpo.data.dataset import encode_split, read_split
     from mlxdpo.data.planning import outline, plan_epoch
     from mlxdpo.model.policy import load_tokenizer
 

@@ -23,26 +23,26 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxdpo import checkpoint, start
 from mlxdpo.baselines.rollouts import Actor, Drawn, Reference, Reward, checked_scores, draw, look, new_critic
 from mlxdpo.baselines.settings import check_settings
 from mlxdpo.baselines.updates import Metrics, Mover, ppo_update, rloo_update
-from mlxdpo.checkpoint import Progress
 from mlxdpo.config import Config
 from mlxdpo.data.encode import encode_prompt, template_digest
 from mlxdpo.data.read import heldout_source, prompt_key, read_preferences, split_heldout
-from mlxdpo.launched import processes
-from mlxdpo.loop import learning_rate
-from mlxdpo.manifest import check_same
-from mlxdpo.model.adapters import adapters_off, attach_lora, load_adapter, save_adapter
-from mlxdpo.model.identity import folder_digest
+from mlxdpo.distributed.launcher import processes
+from mlxdpo.io.checksum import load_sealed, save_sealed
+from mlxdpo.io.digest import folder_digest
+from mlxdpo.machine.device import this_machine, versions, wire_memory
+from mlxdpo.model.adapters import adapters_off, attach_lora, load_adapter, save_adapter, with_adapter
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.model.reward_head import normed_states
-from mlxdpo.platform import this_machine, versions, wire_memory
-from mlxdpo.reference import identity_of
 from mlxdpo.runs import Run
-from mlxdpo.sealed import load_sealed, save_sealed
-from mlxdpo.step import make_optimizer, make_update
+from mlxdpo.training import checkpoint
+from mlxdpo.training.checkpoint import Progress
+from mlxdpo.training.manifest import check_same
+from mlxdpo.training.plan import learning_rate
+from mlxdpo.training.reference import find_reference, identity_of
+from mlxdpo.training.step import make_optimizer, make_update
 from mlxdpo.types import Event, Text, UserError
 
 UPDATES: dict[str, Callable[..., Metrics]] = {"ppo": ppo_update, "rloo": rloo_update}
@@ -75,7 +75,7 @@ def tune_on_samples(
     optimizer = make_optimizer(config.optim)
     wire_memory()
     policy = load_policy(config.model)
-    config = start.with_adapter(config, policy.model)
+    config = with_adapter(config, policy.model)
     prompts = read_prompts(config, policy)
     reference, told = _reference(config, policy)
     manifest = _manifest(config, policy, prompts, reward, told)
@@ -208,7 +208,7 @@ def _steps(
 def _reference(config: Config, policy: Policy) -> tuple[Reference, tuple[Policy, str | None]]:
     """What the KL penalty holds the policy at, and whose it is: the frozen weights below the adapter, or a second
     model where there are none."""
-    other, adapter = start.find_reference(config, policy)
+    other, adapter = find_reference(config, policy)
     if other is policy:
         if config.model.adapter is None and config.lora.method != "full":
             return Reference(partial(adapters_off, policy.model), shares=True), (policy, None)

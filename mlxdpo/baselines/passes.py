@@ -14,10 +14,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxdpo.model import head as heads
-from mlxdpo.model.prefix import hidden_states
+from mlxdpo.forward import fused_head as heads
+from mlxdpo.forward.architectures import Trunk, split
+from mlxdpo.forward.shared_prefix import hidden_states
 from mlxdpo.model.reward_head import normed_states
-from mlxdpo.model.trunk import Trunk, split
 
 HeadPass = Callable[[heads.Head, mx.array, mx.array], mx.array]
 

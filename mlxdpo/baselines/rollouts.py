@@ -12,8 +12,8 @@ import numpy as np
 
 from mlxdpo.baselines.passes import Rows, lay_out, token_pass, with_lower
 from mlxdpo.baselines.ppo import mask_after_end
-from mlxdpo.generate import generate
-from mlxdpo.model import head as heads
+from mlxdpo.forward import fused_head as heads
+from mlxdpo.inference.generate import generate
 from mlxdpo.types import Text, UserError
 
 Score = Callable[[Sequence[Text], Sequence[str]], Sequence[float] | np.ndarray]

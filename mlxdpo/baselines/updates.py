@@ -13,9 +13,9 @@ import numpy as np
 from mlxdpo.baselines import ppo, rloo
 from mlxdpo.baselines.passes import token_pass
 from mlxdpo.baselines.rollouts import Actor, Rollouts, portions
-from mlxdpo.job import NonFiniteError
-from mlxdpo.rollout_knobs import RolloutConfig
-from mlxdpo.step import Gradients, add, gradient_norm
+from mlxdpo.config import RolloutConfig
+from mlxdpo.training.step import Gradients, add, gradient_norm
+from mlxdpo.training.window import NonFiniteError
 
 Metrics = dict[str, float]
 Terms = Callable[[Sequence[int]], tuple[mx.array, list[mx.array]]]

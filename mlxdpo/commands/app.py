@@ -52,7 +52,7 @@ def run(
     open_browser
         Open the page in the browser.
     """
-    from mlxdpo.platform import preload_blas
+    from mlxdpo.machine.openblas import preload_blas
     from mlxdpo.ui.server import start
 
     folder, first = place(path, runs)

@@ -15,7 +15,7 @@ from mlxdpo.config import LoraConfig, LossConfig, ModelConfig, OptimConfig, Sect
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
-    from mlxdpo.flops import Weights
+    from mlxdpo.estimate.flops import Weights
     from mlxdpo.types import Batch
 
 Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
@@ -90,10 +90,10 @@ def run(
 
 def measure(config: BenchConfig, size: Size) -> dict[str, Any]:
     """The answer as plain values: seconds, pairs and distinct tokens a second, GFLOP/s, shares in 0..1, bytes."""
-    from mlxdpo import flops
+    from mlxdpo.estimate import flops
+    from mlxdpo.machine.device import this_machine
     from mlxdpo.model.adapters import attach_lora
     from mlxdpo.model.policy import load_policy
-    from mlxdpo.platform import this_machine
 
     policy = load_policy(config.model)
     model: Any = attach_lora(policy.model, config.lora)
@@ -121,7 +121,7 @@ def measure(config: BenchConfig, size: Size) -> dict[str, Any]:
 
 def _rate_dtype(dtype: str) -> str:
     """What the matmul rate is measured in: the model's own type, but float32 on a CPU."""
-    from mlxdpo.platform import this_machine
+    from mlxdpo.machine.device import this_machine
 
     return "float32" if this_machine().kind == "cpu" else dtype
 
@@ -150,9 +150,9 @@ def _passes(model: Any, batch: Batch, size: Size) -> dict[str, Callable[[], None
     """
     import mlx.core as mx
 
+    from mlxdpo.forward.logprobs import ways_for
     from mlxdpo.losses import resolve
-    from mlxdpo.scoring import ways_for
-    from mlxdpo.step import gradient_norm, make_gradient, make_optimizer, make_scorer, make_update
+    from mlxdpo.training.step import gradient_norm, make_gradient, make_optimizer, make_scorer, make_update
 
     ways = ways_for(model, size.checkpoint)
     gradient = make_gradient(model, resolve(LossConfig()), ways.train)
@@ -176,7 +176,7 @@ def in_turn(once: Callable[[], None], repeats: int, dtype: str) -> tuple[float, 
     """Medians of seconds of `once` and of the matmul rate (FLOP/s), measured in turn, and peak memory (bytes)."""
     import mlx.core as mx
 
-    from mlxdpo.platform import matmul_rate
+    from mlxdpo.machine.device import matmul_rate
 
     once()  # traces and warms up
     times, rates, peaks = [], [], []
@@ -194,7 +194,7 @@ def count_weights(model: Any, full: bool) -> Weights:
     """L, A, V D and H d of a model (see `flops`). Of a mixture's experts, those that a token meets are counted."""
     from mlx.utils import tree_flatten
 
-    from mlxdpo.flops import Weights
+    from mlxdpo.estimate.flops import Weights
 
     args, linear = model.args, 0
     share = (getattr(args, "num_experts_per_tok", None) or 1) / (

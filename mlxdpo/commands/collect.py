@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from mlxdpo.config import Config, DataConfig, load_config
-from mlxdpo.round_knobs import Drawing
+from mlxdpo.config import Config, DataConfig, Drawing, load_config
 from mlxdpo.runs import Run
 from mlxdpo.types import Event, UserError
 
@@ -55,9 +54,9 @@ def run(
     json
         Print the report as JSON.
     """
-    from mlxdpo.collect.ending import said
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.commands.screen import console, counted
+    from mlxdpo.online.collect.ending import said
 
     recipe = path.suffix in (".yaml", ".yml") and path.is_file()
     config = load_config(path) if recipe else Run.open(path).config()
@@ -91,8 +90,8 @@ def _events(
     prompts, (spec, numbers), drawing, out = asked
     if spec.startswith("votes:"):
         from mlxdpo.commands.voted import voted_pairs
-        from mlxdpo.model.identity import folder_digest
-        from mlxdpo.ui.gallery import gallery
+        from mlxdpo.inference.run_prompts import gallery
+        from mlxdpo.io.digest import folder_digest
 
         if recipe or prompts is not None or before or drawing != AS_IT_IS:
             raise UserError("--judge votes:FILE draws nothing: give the run, --out and nothing else")
@@ -101,8 +100,8 @@ def _events(
         return voted_pairs(Path(spec.removeprefix("votes:")), out, gallery(run).heldout_keys, source)
     if prompts is None:
         raise UserError("no prompts given; name a file of them with --prompts")
-    from mlxdpo.collect import collect, read_prompts, source_of
-    from mlxdpo.rounds.start import start_source
+    from mlxdpo.online.collect import collect, read_prompts, source_of
+    from mlxdpo.online.rounds.start import start_source
 
     data = config.data.model_copy(update={"columns": {}, "format": "auto"})
     found, ranker = read_prompts(data, prompts), ranker_of(spec, config.data, numbers)
@@ -112,10 +111,10 @@ def _events(
 
 def ranker_of(spec: str, data: DataConfig, numbers: bool = False) -> Any:
     """Any judge as a ranker. Raises `UserError` for one that is unknown, and for one without `numbers` asked for."""
-    from mlxdpo.collect import Ranker
     from mlxdpo.commands.eval import named_rewards
+    from mlxdpo.online.collect import Ranker
     from mlxdpo_eval.judges import Scalar, open_judge
-    from mlxdpo_eval.ranking import scores_of
+    from mlxdpo_eval.judges.both import scores_of
 
     judge = open_judge(spec, named_rewards(data))
     if numbers and not isinstance(judge, Scalar):

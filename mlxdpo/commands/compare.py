@@ -27,7 +27,7 @@ def run(first: Path, second: Path, /, *, json: bool = False) -> int:
     """
     from mlxdpo.commands.screen import console
     from mlxdpo_eval.compare import compare, sentence
-    from mlxdpo_eval.plain import plain
+    from mlxdpo_eval.results import plain
 
     found = compare(Run.open(first), Run.open(second))
     if json:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from mlxdpo.config import Config, ModelConfig, load_config
-from mlxdpo.constitution.settings import Asking
+from mlxdpo.online.constitution.settings import Asking
 from mlxdpo.types import Event, UserError
 
 AS_IT_IS = Asking()
@@ -54,7 +54,7 @@ def run(
     """
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.commands.screen import console, counted
-    from mlxdpo.constitution.ending import RECIPE, said
+    from mlxdpo.online.constitution.ending import RECIPE, said
 
     with stop_flag() as should_stop:
         report = None
@@ -76,8 +76,8 @@ def run(
 def _events(
     path: str, prompts: str, out: Path, chosen: tuple[Path | None, str | None, bool], asking: Asking, should_stop: Any
 ) -> Iterator[Event]:
-    from mlxdpo.collect import read_prompts
-    from mlxdpo.constitution import apply, load_constitution
+    from mlxdpo.online.collect import read_prompts
+    from mlxdpo.online.constitution import apply, load_constitution
 
     file, feedback, before = chosen
     rules = load_constitution(file)
@@ -105,8 +105,8 @@ def _config(path: str) -> tuple[Config, Any]:
 
 
 def _source(config: Config, run: Any, path: str, before: bool) -> Any:
-    from mlxdpo.collect import source_of
-    from mlxdpo.rounds.start import start_source
+    from mlxdpo.online.collect import source_of
+    from mlxdpo.online.rounds.start import start_source
 
     return source_of(run, before) if run else start_source(config, Path(path).name)
 
@@ -114,8 +114,8 @@ def _source(config: Config, run: Any, path: str, before: bool) -> Any:
 def _feedback(model: str | None) -> Any:
     if model is None:
         return None
-    from mlxdpo.constitution import Feedback
     from mlxdpo.model.policy import load_policy
+    from mlxdpo.online.constitution import Feedback
 
     policy = load_policy(ModelConfig(path=model))
     return Feedback(policy, {name: policy.identity[name] for name in ("digest", "dtype", "quantization")})

@@ -70,8 +70,8 @@ class Seen(NamedTuple):
 
 
 def _as_seen(rows: Sequence[Preference | Opinion], data: DataConfig, model: ModelConfig) -> Seen:
+    from mlxdpo.data.dataset import token_counts
     from mlxdpo.data.encode import describe, encode_all
-    from mlxdpo.data.load import token_counts
     from mlxdpo.model.policy import find_model, load_tokenizer
 
     tokenizer = load_tokenizer(find_model(model.path, model.revision), model.path, model.trust_remote_code)

@@ -35,7 +35,8 @@ def examine() -> dict[str, Any]:
 
     `problems` has a sentence for each check that failed. No text in it breaks a Markdown table or names a home folder.
     """
-    from mlxdpo.platform import matmul_rate, preload_blas, this_machine, versions
+    from mlxdpo.machine.device import matmul_rate, this_machine, versions
+    from mlxdpo.machine.openblas import preload_blas
     from mlxdpo.selfcheck import run_checks
     from mlxdpo.selfcheck.machine import REPEATS
 

@@ -124,7 +124,7 @@ def _tell(found: Any, path: Path, json: bool) -> None:
 
 def _evaluate(run: Run, judges: list[str], answering: Answering, wanted: Any, say: Callable[[str], None]) -> Any:
     from mlxdpo_eval.judges import open_judge
-    from mlxdpo_eval.report import write_report
+    from mlxdpo_eval.report.write import write_report
     from mlxdpo_eval.run import evaluate
     from mlxdpo_eval.sampling import Sampling
 
@@ -156,9 +156,9 @@ def _capability(
     run: Run, tasks: list[str], how: tuple[int | None, Path | None], say: Callable[[str], None], json: bool
 ) -> int:
     """`how` holds the limit of questions and the folder of own tasks."""
-    from mlxdpo.model.harness import find_tasks, run_tasks
-    from mlxdpo.reopen import reopen
-    from mlxdpo.runs import write_json
+    from mlxdpo.inference.lm_eval_harness import find_tasks, run_tasks
+    from mlxdpo.inference.trained_run import reopen
+    from mlxdpo.io.atomic import write_json
 
     limit, include = how
     known = find_tasks(tasks, include)

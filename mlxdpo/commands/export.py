@@ -16,7 +16,7 @@ from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
-    from mlxdpo.export import Exported, Fidelity
+    from mlxdpo.exporters import Exported, Fidelity
 
 Pairs = Annotated[int, Parameter(validator=validators.Number(gte=0))]
 # The command line writes --data out as --data.path, which has to stand first.
@@ -102,9 +102,9 @@ def run(
         Print the record as JSON.
     """
     from mlxdpo.commands.screen import console, warn
-    from mlxdpo.export import export
-    from mlxdpo.export.licences import Licences
-    from mlxdpo.export.source import Choices
+    from mlxdpo.exporters import export
+    from mlxdpo.exporters.sections import Licences
+    from mlxdpo.exporters.source import Choices
 
     check_publishing(publishing)
     # mlx-lm prints a line when it packs weights, where a machine reads JSON.
@@ -144,7 +144,7 @@ def report(exported: Exported, json: bool) -> None:
 
 def check_publishing(publishing: Publishing) -> None:
     """Raise `UserError` for a switch that has nothing to act on, before the work begins."""
-    from mlxdpo.export.client import check_repo_id
+    from mlxdpo.exporters.client import check_repo_id
 
     if publishing.push:
         check_repo_id(publishing.push)
@@ -200,7 +200,7 @@ def tell(exported: Exported, console: Any) -> None:
 def publish(out: Path, publishing: Publishing, json: bool) -> None:
     """Upload, propose or list, as asked."""
     from mlxdpo.commands.screen import console, warn
-    from mlxdpo.export.hub import dry_run, propose, push
+    from mlxdpo.exporters.hub import dry_run, propose, push
 
     say = warn if json else (lambda text: console.print(text, markup=False))
     assert publishing.push is not None

@@ -34,9 +34,9 @@ def run(
         Print the points as JSON.
     """
     from mlxdpo.commands.screen import console, warn
-    from mlxdpo_eval.frontier import pareto
     from mlxdpo_eval.judges import open_judge
-    from mlxdpo_eval.plain import plain
+    from mlxdpo_eval.metrics.pareto import pareto
+    from mlxdpo_eval.results import plain
     from mlxdpo_eval.sampling import Sampling
     from mlxdpo_eval.sweep import named, sweep
 

@@ -50,7 +50,7 @@ def run(
     """
     from mlxdpo.commands.screen import console
     from mlxdpo.data.encode import encode_prompt
-    from mlxdpo.generate import generate
+    from mlxdpo.inference.generate import generate
     from mlxdpo.model.adapters import load_run, load_start
 
     source = Run.open(path)

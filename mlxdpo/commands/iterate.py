@@ -45,8 +45,8 @@ def run(
     from mlxdpo.commands import screen
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.commands.track import check_installed
-    from mlxdpo.rounds import iterate
-    from mlxdpo.rounds.plan import check
+    from mlxdpo.online.rounds import iterate
+    from mlxdpo.online.rounds.plan import check
 
     asked = _asked(recipe, config, resume)
     check(asked)
@@ -88,7 +88,7 @@ def _hands(config: Config, quiet: bool) -> Any:
     from mlxdpo.commands.collect import ranker_of
     from mlxdpo.commands.eval import named_rewards
     from mlxdpo.commands.screen import counted
-    from mlxdpo.rounds import Hands
+    from mlxdpo.online.rounds import Hands
     from mlxdpo_eval.judges import open_judge
     from mlxdpo_eval.rounds import measure_round, weigh
     from mlxdpo_eval.sampling import Sampling
@@ -107,7 +107,7 @@ def _hands(config: Config, quiet: bool) -> Any:
             from mlxdpo.commands.voted import voted_pairs
 
             return voted_pairs(Path(how.judge.removeprefix("votes:")), out, prompts.heldout, {"run": "start"})
-        from mlxdpo.collect import collect
+        from mlxdpo.online.collect import collect
 
         return counted(collect(source(), prompts, ranker, drawing, out, stop), "collected", quiet)
 
@@ -126,7 +126,7 @@ def _hands(config: Config, quiet: bool) -> Any:
 def _training(config: Config, resume: Any, warm: Path | None, stop: Callable[[], bool], quiet: bool) -> Iterator[Event]:
     from mlxdpo.commands.screen import follow
     from mlxdpo.commands.track import tracked
-    from mlxdpo.train import train
+    from mlxdpo.training.run import train
 
     events = train(config, resume=resume, warm=warm, should_stop=stop)
     return tracked(events if quiet else follow(events), config)
@@ -144,7 +144,7 @@ def _show(rows: Any) -> None:
     from rich.table import Table
 
     from mlxdpo.commands.screen import console
-    from mlxdpo_eval.rounds_report import cells, header
+    from mlxdpo_eval.report.rounds import cells, header
 
     if console.is_terminal and console.width >= WIDE:
         sheet = Table(*header(rows), title="held-out prompts, 95 % intervals clustered by prompt")
@@ -159,8 +159,8 @@ def _show(rows: Any) -> None:
 
 def _tell(folder: Any, done: Any, json: bool) -> None:
     from mlxdpo.commands.screen import console
-    from mlxdpo.runs import read_json
-    from mlxdpo_eval.rounds_report import verdict, write_rounds
+    from mlxdpo.io.json_file import read_json
+    from mlxdpo_eval.report.rounds import verdict, write_rounds
 
     report = write_rounds(folder)
     found = read_json(folder / "rounds.json")

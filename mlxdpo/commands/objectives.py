@@ -5,9 +5,84 @@ from __future__ import annotations
 import difflib
 import inspect
 import json as jsonlib
+from collections.abc import Iterable
 from typing import Any
 
+from mlxdpo.config import LossConfig
+from mlxdpo.losses.loss import resolve
+from mlxdpo.losses.modifiers import MODIFIERS
+from mlxdpo.losses.registry import LOSSES
 from mlxdpo.types import UserError
+
+# The registry as tables: what `mlxdpo objectives` prints and docs/objectives.md holds between its marks.
+
+SETTINGS = {
+    "f_divergence": "`loss.f_divergence`, `loss.f_alpha`",
+    "ld_alpha": "`loss.ld_alpha`",
+    "wpo": "`loss.wpo`",
+    "reference_free": "`loss.reference_free`",
+    "probability": "`data.columns: {probability: ...}`",
+    "weight": "`data.columns: {weight: ...}`",
+    "margin": "`data.columns: {margin: ...}`",
+}
+
+
+def facts(name: str) -> dict[str, Any]:
+    """What there is to say of an objective, for machines; `start` is at its default knobs, null where no constant."""
+    objective, config = LOSSES[name], LossConfig(name=name)
+    return {
+        "name": name,
+        "title": objective.title,
+        "arxiv": objective.paper,
+        "formula": (objective.function.__doc__ or "").split(": ")[0].strip(),
+        "knobs": {knob: getattr(config, knob) for knob in objective.knobs},
+        "start": resolve(config).start(),
+        "rows": "pairs" if objective.paired else "thumbs",
+        "reference": objective.reference,
+        "lifts": objective.lifts,
+        "over": objective.over,
+        "use": objective.use,
+        "refuses": dict(objective.refuses),
+    }
+
+
+def objectives_table() -> str:
+    """Every objective in Markdown."""
+    head = ("loss.name", "what", "paper", "knobs and their defaults", "at the start", "reference", "holds chosen up")
+    return _markdown(head, [_row(facts(name)) for name in LOSSES])
+
+
+def _row(found: dict[str, Any]) -> tuple[str, ...]:
+    knobs = ", ".join(f"{knob} {value:g}" for knob, value in found["knobs"].items())
+    paper = f"[{found['arxiv']}](https://arxiv.org/abs/{found['arxiv']})"
+    start = "-" if found["start"] is None else f"{found['start']:.6g}"
+    yes = {True: "yes", False: "no"}
+    what = f"{found['title']}: {found['use']}"
+    return f"`{found['name']}`", what, paper, knobs or "-", start, yes[found["reference"]], yes[found["lifts"]]
+
+
+def modifiers_table() -> str:
+    """Every modifier, how to ask for it, and which objectives refuse it for which reason."""
+    rows = []
+    for modifier, paper in MODIFIERS.items():
+        reasons: dict[str, list[str]] = {}
+        for name, objective in LOSSES.items():
+            if reason := objective.refuses.get(modifier):
+                reasons.setdefault(reason, []).append(f"`{name}`")
+        refused = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+        link = f"[{paper}](https://arxiv.org/abs/{paper})" if paper else "-"
+        rows.append((SETTINGS[modifier], link, refused or "none"))
+    return _markdown(("setting", "paper", "refused by"), rows)
+
+
+def _markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *map(list, rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+TABLES = {"objectives": objectives_table, "modifiers": modifiers_table}
+"""The tables of docs/objectives.md by their marks: <!-- objectives --> ... <!-- /objectives -->."""
 
 
 def run(name: str | None = None, /, *, json: bool = False, markdown: bool = False) -> None:
@@ -23,7 +98,6 @@ def run(name: str | None = None, /, *, json: bool = False, markdown: bool = Fals
         The tables of docs/objectives.md.
     """
     from mlxdpo.losses import LOSSES
-    from mlxdpo.losses.tables import TABLES, facts
 
     if name is not None and name not in LOSSES:
         near = difflib.get_close_matches(name, LOSSES, n=1)
@@ -56,7 +130,7 @@ def _list(rows: list[dict[str, Any]]) -> None:
 
 def _show(row: dict[str, Any], formula: str) -> None:
     from mlxdpo.commands.screen import console
-    from mlxdpo.knobs import LossConfig
+    from mlxdpo.config import LossConfig
 
     console.print(f"{row['name']}: {row['title']}", style="bold")
     console.print(formula)

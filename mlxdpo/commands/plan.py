@@ -8,19 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from mlxdpo.commands.train import NOTHING, Overrides
 from mlxdpo.config import load_config
+from mlxdpo.estimate.forecast import PARTS
 
 if TYPE_CHECKING:
-    from mlxdpo.forecast import Forecast
-
-PARTS = {
-    "weights": "weights",
-    "trained": "trained arrays",
-    "gradients": "gradients",
-    "optimizer": "optimizer states",
-    "activations": "activations of a step",
-    "head": "logits of a chunk",
-    "reference": "reference pass, at its time",
-}
+    from mlxdpo.estimate.forecast import Forecast
 
 
 def run(recipe: Path | None = None, /, *, config: Overrides = NOTHING, json: bool = False) -> int:
@@ -35,7 +26,7 @@ def run(recipe: Path | None = None, /, *, config: Overrides = NOTHING, json: boo
     json
         Machine-readable; sizes are bytes.
     """
-    from mlxdpo.forecast import forecast
+    from mlxdpo.estimate.forecast import forecast
 
     found = forecast(load_config(recipe, config.model_dump(exclude_unset=True)))
     if json:
@@ -71,7 +62,7 @@ def show(found: Forecast) -> None:
     from rich.table import Table
 
     from mlxdpo.commands.screen import console
-    from mlxdpo.outlook import sentence
+    from mlxdpo.training.plan import sentence
 
     memory, outlook = found.memory, found.outlook
     table = Table("memory", "GB")

@@ -52,9 +52,9 @@ def run(
     from mlxdpo.data.encode import encode_all
     from mlxdpo.data.planning import outline, plan_straight
     from mlxdpo.data.read import read_pairs
+    from mlxdpo.io.atomic import write_text
     from mlxdpo.model.adapters import load_adapter, read_settings
     from mlxdpo.model.policy import load_policy
-    from mlxdpo.runs import write_text
 
     if config.model.adapter:
         read_settings(Path(config.model.adapter))  # refused before the work begins
@@ -81,7 +81,7 @@ def score_all(model: Any, examples: list, batches: list, batch_size: int) -> lis
     from mlxdpo.commands.screen import console
     from mlxdpo.data.batching import collate
     from mlxdpo.model.adapters import dropout_off
-    from mlxdpo.step import make_scorer
+    from mlxdpo.training.step import make_scorer
 
     scorer, result = make_scorer(model), [(0.0, 0.0)] * len(examples)
     shown = track(batches, "scoring", console=console, transient=True, disable=not console.is_terminal)

@@ -13,7 +13,7 @@ from rich.text import Text
 from mlxdpo.commands.interrupt import outliving_the_terminal
 from mlxdpo.config import Config
 from mlxdpo.data.encode import Shown, describe
-from mlxdpo.outlook import sentence
+from mlxdpo.training.plan import clock, sentence
 from mlxdpo.types import Event
 
 console = Console(soft_wrap=True, highlight=False)
@@ -86,13 +86,6 @@ def numbers(values: Mapping[str, Any]) -> str:
     """The metrics a person watches, in a fixed order."""
     # "+ 0.0" after rounding: a margin of -1e-9 is shown as +0.0000, not as -0.0000.
     return "  ".join(form.format(round(values[name], 9) + 0.0) for name, form in SHOWN.items() if name in values)
-
-
-def clock(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _introduce(values: dict[str, Any]) -> None:

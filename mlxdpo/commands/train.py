@@ -12,7 +12,7 @@ from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
-    from mlxdpo.peers import Peers
+    from mlxdpo.distributed.group import Peers
 
 Overrides = Annotated[Config, Parameter(name="*")]
 NOTHING = Config()  # no setting given
@@ -31,8 +31,8 @@ def run(recipe: Path | None = None, /, *, config: Overrides = NOTHING, resume: P
         Run directory to go on with, exactly where its last checkpoint stands.
     """
     from mlxdpo.commands.trouble import told
-    from mlxdpo.peers import joined
-    from mlxdpo.together import asked_for
+    from mlxdpo.distributed.group import joined
+    from mlxdpo.training.distributed import asked_for
 
     with joined(told) as peers:
         settings, existing = asked_for(peers, lambda: _asked(recipe, config, resume))
@@ -56,8 +56,8 @@ def _asked(recipe: Path | None, config: Config, resume: Path | None) -> tuple[Co
 def _follow_the_first(config: Config, resume: Run | None, peers: Peers) -> int:
     """Train with process 0, which shows what happens."""
     from mlxdpo.commands.interrupt import stop_flag
-    from mlxdpo.peers import PeerLost
-    from mlxdpo.train import train
+    from mlxdpo.distributed.group import PeerLost
+    from mlxdpo.training.run import train
 
     kind, path = "", None
     with stop_flag() as should_stop:
@@ -79,9 +79,9 @@ def follow_training(config: Config, resume: Run | None, peers: Peers | None = No
     from mlxdpo.commands import screen
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.commands.track import check_installed, tracked
-    from mlxdpo.peers import ALONE, PeerLost
-    from mlxdpo.platform import preload_blas
-    from mlxdpo.train import train
+    from mlxdpo.distributed.group import ALONE, PeerLost
+    from mlxdpo.machine.openblas import preload_blas
+    from mlxdpo.training.run import train
 
     if not preload_blas().fast:
         screen.warn(preload_blas().note)

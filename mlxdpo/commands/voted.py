@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxdpo.collect.ending import report_file
-from mlxdpo.runs import read_lines, write_json
+from mlxdpo.io.atomic import write_json
+from mlxdpo.io.json_file import read_lines
+from mlxdpo.online.collect.ending import report_file
 from mlxdpo.types import Event, UserError
-from mlxdpo.ui.next_round import Pair, pairs_of, row_of, write_rows
+from mlxdpo.ui.vote.next_round import Pair, pairs_of, row_of, write_rows
 from mlxdpo_eval.judges.votes import read_ballots
 
 WRITTEN = {"prompt", "a", "b", "winner"}  # what the app writes, and pairs are made of

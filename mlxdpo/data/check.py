@@ -18,7 +18,7 @@ from mlxdpo.data import reasons
 from mlxdpo.data.formats import FORMATS
 from mlxdpo.data.read import prompt_key, prompts_in_both
 from mlxdpo.data.report import Report
-from mlxdpo.data.takes import balance
+from mlxdpo.data.transforms import balance
 from mlxdpo.types import Opinion, Preference, Text
 
 Rows = Sequence[Preference] | Sequence[Opinion]

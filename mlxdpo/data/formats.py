@@ -8,15 +8,63 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from mlxdpo.data import reasons, shapes, values
+from mlxdpo.data import converters, fields, reasons
+from mlxdpo.data.converters import Items
+from mlxdpo.data.fields import Kind, Row, describe, is_number
 from mlxdpo.data.report import BadRow
-from mlxdpo.data.shapes import Items
-from mlxdpo.data.values import Kind, Row
-from mlxdpo.types import Preference, UserError
+from mlxdpo.types import Extras, Opinion, Preference, UserError
+
+# What a row says of its pair besides texts: columns that `data.columns` names as probability, weight or margin.
+#
+# Only a named column counts: published sets have columns of these names that mean something else.
+
+Item = Preference | Opinion
+
+
+class Said(NamedTuple):
+    """A column: the field of `Extras` it fills, what its numbers must be, and a test of them."""
+
+    field: str
+    expected: str
+    fits: Callable[[float], bool]
+
+
+COLUMNS = {
+    "probability": Said("label", "a probability from 0 to 1", lambda x: 0 <= x <= 1),
+    "weight": Said("weight", "a number of at least 0", lambda x: x >= 0),
+    "margin": Said("margin", "a number", lambda x: True),
+}
+
+
+def with_extras(items: Sequence[Item], rows: Sequence[Row], columns: Mapping[str, str]) -> Iterator[Item]:
+    """The items of a row, or of the gathered rows of a prompt, with what its named columns say.
+
+    Raises `BadRow` for a value that is none, and for a row that makes several pairs, of which none owns the number.
+    """
+    named = {name: own for name, own in columns.items() if name in COLUMNS}
+    if not named:
+        yield from items
+        return
+    if len(items) > 1 or len(rows) > 1:
+        raise BadRow(
+            reasons.WRONG_TYPE, f'the row makes several pairs, so "{next(iter(named.values()))}" belongs to none'
+        )
+    extras = Extras(
+        **{COLUMNS[name].field: _number(rows[0].values[name], own, COLUMNS[name]) for name, own in named.items()}
+    )
+    yield from (dataclasses.replace(item, extras=extras) for item in items)
+
+
+def _number(value: Any, name: str, said: Said) -> float:
+    if not is_number(value):
+        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {describe(value)}; expected {said.expected}')
+    if not said.fits(float(value)):
+        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {float(value):g}; expected {said.expected}')
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -45,114 +93,114 @@ SCORES = (
 )
 
 
-_ANSWERS = {"chosen": values.TEXT_OR_MESSAGES, "rejected": values.TEXT_OR_MESSAGES}
-_TEXTS = {"chosen": values.TEXT, "rejected": values.TEXT}
-_TURNS = {"chosen": values.MESSAGES, "rejected": values.MESSAGES}
-_SYSTEM = {"system": values.TEXT_OR_NULL}
-_PROMPT = {"prompt": values.TEXT}
+_ANSWERS = {"chosen": fields.TEXT_OR_MESSAGES, "rejected": fields.TEXT_OR_MESSAGES}
+_TEXTS = {"chosen": fields.TEXT, "rejected": fields.TEXT}
+_TURNS = {"chosen": fields.MESSAGES, "rejected": fields.MESSAGES}
+_SYSTEM = {"system": fields.TEXT_OR_NULL}
+_PROMPT = {"prompt": fields.TEXT}
 
 _ALL = (  # the order is the order of detection: the more specific shape first
     Format(
         "cai",
         "a first response and its revision",
         "HuggingFaceH4/cai-conversation-harmless",
-        dict.fromkeys(("init_prompt", "init_response", "revision_response"), values.TEXT),
-        shapes.revision,
+        dict.fromkeys(("init_prompt", "init_response", "revision_response"), fields.TEXT),
+        converters.revision,
     ),
     Format(
         "hh",
         "transcripts of Human: and Assistant: turns",
         "Anthropic/hh-rlhf",
-        {"chosen": values.TRANSCRIPT, "rejected": values.TRANSCRIPT},
-        shapes.hh,
+        {"chosen": fields.TRANSCRIPT, "rejected": fields.TRANSCRIPT},
+        converters.hh,
     ),
     Format(
         "shp",
         "a post and two comments, labels 1 where comment A is better",
         "stanfordnlp/SHP",
-        dict.fromkeys(("history", "human_ref_A", "human_ref_B"), values.TEXT) | {"labels": values.FLAG},
-        shapes.reddit,
-        {"score_ratio": values.NUMBER},
+        dict.fromkeys(("history", "human_ref_A", "human_ref_B"), fields.TEXT) | {"labels": fields.FLAG},
+        converters.reddit,
+        {"score_ratio": fields.NUMBER},
     ),
     Format(
         "strength",
         "two responses and a signed strength, above zero where response_2 is better",
         "nvidia/HelpSteer2:preference",
-        _PROMPT | {"response_1": values.TEXT, "response_2": values.TEXT, "preference_strength": values.NUMBER},
-        shapes.signed_strength,
+        _PROMPT | {"response_1": fields.TEXT, "response_2": fields.TEXT, "preference_strength": fields.NUMBER},
+        converters.signed_strength,
     ),
     Format(
         "ratings",
         "consecutive rows of one prompt, each a response with its helpfulness",
         "nvidia/HelpSteer2",
-        _PROMPT | {"response": values.TEXT, "helpfulness": values.NUMBER},
-        shapes.helpsteer,
-        gather=shapes.gather_helpsteer,
+        _PROMPT | {"response": fields.TEXT, "helpfulness": fields.NUMBER},
+        converters.helpsteer,
+        gather=converters.gather_helpsteer,
     ),
     Format(
         "ranked",
         "a prompt with several completions and their scores",
         "several sampled answers and their scores",
-        {"prompt": values.TEXT_OR_MESSAGES, "completions": values.TEXTS, "scores": values.NUMBERS},
-        shapes.ranked,
+        {"prompt": fields.TEXT_OR_MESSAGES, "completions": fields.TEXTS, "scores": fields.NUMBERS},
+        converters.ranked,
     ),
     Format(
         "unpaired",
         "a prompt, one completion, and label true where it is desirable (KTO)",
         "trl-lib/kto-mix-14k",
-        {"prompt": values.TEXT_OR_MESSAGES, "completion": values.TEXT_OR_MESSAGES, "label": values.FLAG},
-        shapes.opinion,
+        {"prompt": fields.TEXT_OR_MESSAGES, "completion": fields.TEXT_OR_MESSAGES, "label": fields.FLAG},
+        converters.opinion,
     ),
     Format(
         "completion",
         "a prompt and one completion to imitate (stage: sft)",
         "trl-lib/Capybara as prompt and completion",
-        {"prompt": values.TEXT_OR_MESSAGES, "completion": values.TEXT_OR_MESSAGES},
-        shapes.demonstration,
+        {"prompt": fields.TEXT_OR_MESSAGES, "completion": fields.TEXT_OR_MESSAGES},
+        converters.demonstration,
     ),
     Format(
         "system",
         "a system prompt, a prompt and two texts",
         "jondurbin/truthy-dpo-v0.1",
         _SYSTEM | _PROMPT | _TEXTS,
-        shapes.system_text,
+        converters.system_text,
     ),
-    Format("text", "a prompt and two texts", "trl-lib/tldr-preference", _PROMPT | _TEXTS, shapes.text),
+    Format("text", "a prompt and two texts", "trl-lib/tldr-preference", _PROMPT | _TEXTS, converters.text),
     Format(
         "orca",
         "a question and two texts, perhaps a system prompt",
         "Intel/orca_dpo_pairs",
-        {"question": values.TEXT} | _TEXTS,
-        shapes.orca,
+        {"question": fields.TEXT} | _TEXTS,
+        converters.orca,
         _SYSTEM,
     ),
     Format(
         "messages",
         "prompt messages and two answers, messages or text",
         "TRL's conversational rows with an explicit prompt",
-        {"prompt": values.MESSAGES} | _ANSWERS,
-        shapes.text,
+        {"prompt": fields.MESSAGES} | _ANSWERS,
+        converters.text,
     ),
     Format(
         "turns",
         "a text prompt and two conversations that begin with it",
         "HuggingFaceH4/ultrafeedback_binarized",
         _PROMPT | _TURNS,
-        shapes.turns,
+        converters.turns,
     ),
     Format(
         "implicit",
         "two conversations that share all but the last turn",
         "argilla/dpo-mix-7k",
         _TURNS,
-        shapes.implicit,
+        converters.implicit,
     ),
     Format(
         "conversation",
         "a conversation whose assistant turns are to be imitated (stage: sft)",
         "HuggingFaceH4/ultrachat_200k",
-        {"messages": values.MESSAGES},
-        shapes.conversation,
+        {"messages": fields.MESSAGES},
+        converters.conversation,
     ),
 )
 
@@ -196,7 +244,7 @@ def _misfit(shape: Format, row: Mapping[str, Any]) -> BadRow | None:
     for name, kind in shape.columns.items():
         if name not in row:
             return BadRow(
-                reasons.MISSING_COLUMN, f'"{name}" is missing; the row has the columns {values.column_names(row)}'
+                reasons.MISSING_COLUMN, f'"{name}" is missing; the row has the columns {fields.column_names(row)}'
             )
         if not kind.test(row[name]):
             return _wrong(name, kind, row)
@@ -207,7 +255,7 @@ def _misfit(shape: Format, row: Mapping[str, Any]) -> BadRow | None:
 
 
 def _wrong(name: str, kind: Kind, row: Mapping[str, Any]) -> BadRow:
-    return BadRow(reasons.WRONG_TYPE, f'"{name}" is {values.describe(row[name])}; expected {kind.name}')
+    return BadRow(reasons.WRONG_TYPE, f'"{name}" is {fields.describe(row[name])}; expected {kind.name}')
 
 
 def convert(shape: Format, rows: Sequence[Row]) -> Items:
@@ -219,7 +267,7 @@ def convert(shape: Format, rows: Sequence[Row]) -> Items:
     row = shape.gather(rows) if shape.gather else rows[0]
     used = {*shape.columns, *shape.optional, "tools"}
     kept = {name: value for name, value in row.values.items() if name not in used}
-    tools = values.tools(row.values)
+    tools = fields.tools(row.values)
     items = [dataclasses.replace(item, tools=tools, columns=kept) for item in shape.convert(row)]
     for item in items:
         if isinstance(item, Preference):
@@ -231,6 +279,6 @@ def _check_pair(pair: Preference, row: Mapping[str, Any]) -> None:
     if pair.chosen == pair.rejected:
         raise BadRow(reasons.IDENTICAL, '"chosen" and "rejected" are the same')
     for better, worse in SCORES:
-        scored = values.is_number(row.get(better)) and values.is_number(row.get(worse))
+        scored = fields.is_number(row.get(better)) and fields.is_number(row.get(worse))
         if scored and float(row[better]) == float(row[worse]):
             raise BadRow(reasons.TIED, f'"{better}" and "{worse}" are both {float(row[better]):g}')

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mlxdpo.data.store import Examples
+from mlxdpo.data.examples import Examples
 from mlxdpo.types import Example
 
 Indices = tuple[int, ...]

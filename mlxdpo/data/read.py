@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data import reasons
+from mlxdpo.data.fields import Row, column_names, describe, parsed
 from mlxdpo.data.formats import (
     FORMATS,
     Format,
@@ -22,12 +23,11 @@ from mlxdpo.data.formats import (
     detect,
     detect_by_names,
     named_format,
+    with_extras,
 )
+from mlxdpo.data.messages import as_turns
 from mlxdpo.data.report import BadRow, Report
-from mlxdpo.data.said import with_extras
 from mlxdpo.data.sources import READERS, Found, is_hub_id, read_rows
-from mlxdpo.data.turns import as_turns
-from mlxdpo.data.values import Row, column_names, describe, parsed
 from mlxdpo.types import Opinion, Preference, Text, UserError
 
 Item = Preference | Opinion

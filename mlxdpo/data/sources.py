@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlxdpo.data import reasons
+from mlxdpo.data.fields import column_names, describe
 from mlxdpo.data.report import BadRow
-from mlxdpo.data.values import column_names, describe
-from mlxdpo.digests import file_digest
+from mlxdpo.io.digest import file_digest
 from mlxdpo.types import UserError
 
 Found = tuple[str, dict[str, Any] | BadRow]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from mlxdpo.demo.openings import openings
 from mlxdpo.demo.rewards import REWARDS
-from mlxdpo.runs import write_text
+from mlxdpo.io.atomic import write_text
 
 SAMPLES, MAX_TOKENS, TEMPERATURE = 8, 24, 1.0
 MIN_GAP = 0.5  # of VADER's range of 2: below it the words hardly differ in mood
@@ -68,7 +68,7 @@ def provenance(seed: int) -> dict[str, Any]:
 def sample(prompts: Sequence[str], seed: int) -> dict[str, list[Sample]]:
     """`SAMPLES` scored continuations of each prompt; what is not plain text is left out and counted."""
     from mlxdpo.config import ModelConfig
-    from mlxdpo.generate import finished
+    from mlxdpo.inference.generate import finished
     from mlxdpo.model.policy import load_policy
 
     policy = load_policy(ModelConfig(path="smollm2", dtype="float32"))

@@ -16,7 +16,8 @@ import numpy as np
 
 from mlxdpo.config import Config, load_config
 from mlxdpo.demo.rewards import REWARDS
-from mlxdpo.runs import read_lines, write_text
+from mlxdpo.io.atomic import write_text
+from mlxdpo.io.json_file import read_lines
 from mlxdpo.types import UserError
 
 Row = dict[str, Any]

@@ -9,20 +9,22 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlxdpo import lanes
 from mlxdpo.config import Config
 from mlxdpo.data.batching import collate
 from mlxdpo.data.encode import encode_all, encode_prompt
 from mlxdpo.data.planning import outline, plan_straight
 from mlxdpo.data.read import heldout_source, read_pairs
 from mlxdpo.demo.rewards import REWARDS
-from mlxdpo.generate import Completion, generate
+from mlxdpo.forward import streams
+from mlxdpo.forward.logprobs import score_pairs, ways_for
+from mlxdpo.inference.generate import Completion, generate
+from mlxdpo.io.atomic import write_json, write_text
+from mlxdpo.io.json_file import read_lines
 from mlxdpo.model.adapters import adapters_off, load_run
 from mlxdpo.model.policy import Policy
-from mlxdpo.runs import Run, read_lines, write_json, write_text
-from mlxdpo.scoring import score_pairs, ways_for
-from mlxdpo_eval.drift import TextStats, sequence_kl, text_stats
-from mlxdpo_eval.stats import Interval, cluster_bootstrap, paired_difference
+from mlxdpo.runs import Run
+from mlxdpo_eval.metrics.drift import TextStats, sequence_kl, text_stats
+from mlxdpo_eval.metrics.intervals import Interval, cluster_bootstrap, paired_difference
 
 OPENINGS = 80  # the first of the held-out ones: enough for the intervals, in less than four minutes
 SAMPLES, MAX_TOKENS, BATCH = 2, 24, 80
@@ -107,7 +109,7 @@ def heldout_margins(policy: Policy, config: Config) -> tuple[list[float], list[s
         tuned = score_pairs(policy.model, batch, ways.score)
         with adapters_off(policy.model):
             start = score_pairs(policy.model, batch, ways.score)
-        lanes.evaluate(batch.parts, tuned, start)
+        streams.evaluate(batch.parts, tuned, start)
         chosen, rejected = tuned.chosen - start.chosen, tuned.rejected - start.rejected
         margins[list(indices)] = np.array(chosen - rejected)[: len(indices)]
     return (config.loss.beta * margins).tolist(), [str(row.prompt) for row in rows]

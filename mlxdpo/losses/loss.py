@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxdpo.knobs import LossConfig, names_of
+from mlxdpo.config import LossConfig, names_of
 from mlxdpo.losses.modifiers import (
     likeness,
     scored_by,

@@ -1,5 +1,5 @@
 """Every objective by name. Adding one: a function in its family's file, an entry here, and in the tests a golden row
-(`tests/goldens.py`) and a formula (`tests/formulas.py`); `mlxdpo objectives`, the tables and the checks follow.
+(`tests/support/goldens.py`) and a formula (`tests/support/formulas.py`); `mlxdpo objectives`, the tables and the checks follow.
 """
 
 from __future__ import annotations
@@ -7,18 +7,40 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mlxdpo.losses import paired, ranked, reference_free, reports, separate, unpaired
+from mlxdpo.losses import pairwise, reference_free, unpaired
 from mlxdpo.losses.objective import Objective
-from mlxdpo.losses.refusals import (
-    ALONE,
-    DIFFERENCE_OF_TOKENS,
-    IMITATES,
-    IMITATING,
-    RANKED,
-    REFERENCE_FREE,
-    SEPARATE,
-    UNPAIRED,
-)
+
+# Which modifiers make no sense for which family of objectives, and why: halves of sentences about an objective.
+
+TOKEN_MEANS = "it compares means over tokens, which the longer completion's tail does not inflate"
+ALONE = "it weighs each log-ratio by itself, and without a reference those have no zero"
+IMITATES = "it holds an imitation term, which is no comparison"
+SORTED = "it sorts the pairs of a step, which belong to no pair any more"
+SINGLE = "it reads single completions"
+NO_REFERENCE = "it has no log-ratio to a reference"
+
+DIFFERENCE_OF_TOKENS = {"ld_alpha": TOKEN_MEANS}
+SEPARATE = {
+    "f_divergence": "its targets are stated for log-ratios, not for scores of them",
+    "reference_free": ALONE,
+    "margin": "it has no difference of rewards that a margin could raise",
+}
+RANKED = {
+    "f_divergence": "it compares distributions of log-ratios, not scores",
+    **dict.fromkeys(("wpo", "probability", "weight", "margin"), SORTED),
+}
+REFERENCE_FREE = {
+    "f_divergence": NO_REFERENCE,
+    "reference_free": "it needs no reference anyway",
+    "ld_alpha": TOKEN_MEANS,
+}
+IMITATING = REFERENCE_FREE | dict.fromkeys(("ld_alpha", "wpo", "probability"), IMITATES)
+UNPAIRED = {
+    "f_divergence": "its targets are stated for log-ratios, not for scores of them",
+    "reference_free": ALONE,
+    **dict.fromkeys(("ld_alpha", "wpo", "probability", "margin"), SINGLE),
+}
+
 
 LN2 = math.log(2)
 
@@ -38,7 +60,7 @@ def _mean_weight(*, desirable_weight: float, undesirable_weight: float, **knobs:
 
 LOSSES: dict[str, Objective] = {
     "sigmoid": Objective(
-        paired.sigmoid,
+        pairwise.sigmoid,
         "DPO; conservative DPO with label_smoothing",
         "2305.18290",
         "difference",
@@ -47,7 +69,7 @@ LOSSES: dict[str, Objective] = {
         opposite=True,
     ),
     "ipo": Objective(
-        paired.ipo,
+        pairwise.ipo,
         "IPO, length-averaged",
         "2310.12036",
         "difference",
@@ -57,7 +79,7 @@ LOSSES: dict[str, Objective] = {
         refuses=DIFFERENCE_OF_TOKENS | {"margin": "its target 1/(2 beta) is the margin"},
     ),
     "hinge": Objective(
-        paired.hinge,
+        pairwise.hinge,
         "hinge on implicit rewards (SLiC, RSO)",
         "2305.10425",
         "difference",
@@ -66,7 +88,7 @@ LOSSES: dict[str, Objective] = {
         opposite=True,
     ),
     "sigmoid_norm": Objective(
-        paired.sigmoid_norm,
+        pairwise.sigmoid_norm,
         "DPO on token means (Tulu 3, OLMo 2)",
         "2411.15124",
         "difference",
@@ -76,7 +98,7 @@ LOSSES: dict[str, Objective] = {
         refuses=DIFFERENCE_OF_TOKENS,
     ),
     "exo_pair": Objective(
-        paired.exo_pair,
+        pairwise.exo_pair,
         "EXO: reverse KL to the label's distribution",
         "2402.00856",
         "difference",
@@ -86,7 +108,7 @@ LOSSES: dict[str, Objective] = {
         refuses={"probability": "label_smoothing is the label's distribution in it"},
     ),
     "robust": Objective(
-        paired.robust,
+        pairwise.robust,
         "rDPO: unbiased under flipped labels",
         "2403.00409",
         "difference",
@@ -95,7 +117,7 @@ LOSSES: dict[str, Objective] = {
         opposite=True,
     ),
     "discopop": Objective(
-        paired.discopop,
+        pairwise.discopop,
         "DiscoPOP: log-ratio modulated loss",
         "2406.08414",
         "difference",
@@ -104,7 +126,7 @@ LOSSES: dict[str, Objective] = {
         opposite=True,
     ),
     "dpop": Objective(
-        paired.dpop,
+        pairwise.dpop,
         "DPO-Positive (Smaug)",
         "2402.13228",
         "difference",
@@ -117,7 +139,7 @@ LOSSES: dict[str, Objective] = {
         },
     ),
     "r_dpo": Objective(
-        paired.r_dpo,
+        pairwise.r_dpo,
         "length-regularised DPO",
         "2403.19159",
         "difference",
@@ -126,7 +148,7 @@ LOSSES: dict[str, Objective] = {
         opposite=True,
     ),
     "nca_pair": Objective(
-        separate.nca_pair,
+        pairwise.nca_pair,
         "NCA on pairs",
         "2402.05369",
         "separate",
@@ -136,7 +158,7 @@ LOSSES: dict[str, Objective] = {
         refuses=SEPARATE,
     ),
     "bco_pair": Objective(
-        separate.bco_pair,
+        pairwise.bco_pair,
         "BCO on pairs, without reward shift",
         "2404.04656",
         "separate",
@@ -146,7 +168,7 @@ LOSSES: dict[str, Objective] = {
         refuses=SEPARATE,
     ),
     "sppo_hard": Objective(
-        separate.sppo_hard,
+        pairwise.sppo_hard,
         "SPPO with win probabilities 1 and 0",
         "2405.00675",
         "separate",
@@ -156,7 +178,7 @@ LOSSES: dict[str, Objective] = {
         refuses=SEPARATE,
     ),
     "apo_zero": Objective(
-        separate.apo_zero,
+        pairwise.apo_zero,
         "APO-zero",
         "2408.06266",
         "separate",
@@ -166,7 +188,7 @@ LOSSES: dict[str, Objective] = {
         refuses=SEPARATE,
     ),
     "apo_down": Objective(
-        separate.apo_down,
+        pairwise.apo_down,
         "APO-down",
         "2408.06266",
         "separate",
@@ -175,25 +197,25 @@ LOSSES: dict[str, Objective] = {
         refuses=SEPARATE,
     ),
     "aot": Objective(
-        ranked.aot,
+        pairwise.aot,
         "AOT on pairs",
         "2406.05882",
         "ranked",
         _fixed(LN2),
         "the preference should hold in distribution; wants many pairs a step",
-        looks=ranked.aot_matches,
+        looks=pairwise.aot_matches,
         over="log-probs",
         opposite=True,
         refuses=RANKED,
     ),
     "aot_unpaired": Objective(
-        ranked.aot_unpaired,
+        pairwise.aot_unpaired,
         "AOT across pairs",
         "2406.05882",
         "ranked",
         _fixed(LN2),
         "chosen and rejected answers of different prompts; wants many pairs a step",
-        looks=ranked.aot_unpaired_matches,
+        looks=pairwise.aot_unpaired_matches,
         entries=2,
         over="log-probs",
         refuses=RANKED | {"reference_free": ALONE},
@@ -207,7 +229,7 @@ LOSSES: dict[str, Objective] = {
         "a term beside another objective (RPO, MPO), which keeps the chosen answers likely",
         looks=reference_free.mean_length,
         over="lengths",
-        reports=reports.imitation,
+        reports=reference_free.imitation,
         lifts=True,
         refuses=IMITATING | {"margin": IMITATES},
     ),
@@ -220,7 +242,7 @@ LOSSES: dict[str, Objective] = {
         "no reference and no SFT stage before",
         looks=reference_free.mean_length,
         over="lengths",
-        reports=reports.imitation,
+        reports=reference_free.imitation,
         lifts=True,
         refuses=IMITATING,
     ),
@@ -233,7 +255,7 @@ LOSSES: dict[str, Objective] = {
         "SFT and preferences in one run from a base model",
         looks=reference_free.mean_length,
         over="lengths",
-        reports=reports.odds,
+        reports=reference_free.odds,
         lifts=True,
         per_token=True,
         refuses=IMITATING | {"margin": "it compares odds, not rewards"},

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxdpo.knobs import LossConfig
+from mlxdpo.config import LossConfig
 from mlxdpo.losses.loss import Loss, Term
 from mlxdpo.losses.objective import Objective
 from mlxdpo.losses.ratios import Number, demanded

@@ -14,11 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxdpo.config import LoraConfig
+from mlxdpo.config import Config, LoraConfig
+from mlxdpo.io.checksum import load_sealed, pickled_in, read_sealed_json, save_sealed, write_sealed_json
+from mlxdpo.io.json_file import as_written
 from mlxdpo.model.policy import Policy, load_policy
-from mlxdpo.runs import Run, as_written
-from mlxdpo.sealed import load_sealed, read_sealed_json, save_sealed, write_sealed_json
-from mlxdpo.tensors import pickled_in
+from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 
 WEIGHTS, SETTINGS = "adapters.safetensors", "adapter_config.json"
@@ -184,3 +184,26 @@ def dropout_off(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, training in zip(drops, before, strict=True):
             module.train(training)
+
+
+def with_adapter(config: Config, model: nn.Module) -> Config:
+    """Attach the adapter that training starts from, if any; its settings become the run's.
+
+    Raises `UserError` for a `lora` setting that contradicts the adapter or that the model cannot take.
+    """
+    if config.model.adapter is None:
+        check_trainable(model, config.lora)
+        return config
+    own = read_settings(Path(config.model.adapter))
+    for name in config.lora.model_fields_set & {"method", "rank", "keys", "layers", "alpha", "scale"}:
+        asked = config.lora.multiplier if name in ("alpha", "scale") else getattr(config.lora, name)
+        has = own.multiplier if name in ("alpha", "scale") else getattr(own, name)
+        same = sorted(asked) == sorted(has) if isinstance(asked, list) and isinstance(has, list) else asked == has
+        if asked is not None and not same:
+            raise UserError(
+                f"lora.{name} is {asked}, but the adapter {config.model.adapter} has {has}; drop lora.{name}"
+            )
+    dropout = config.lora.dropout if "dropout" in config.lora.model_fields_set else own.dropout
+    lora = LoraConfig.model_validate(own.model_dump(exclude_none=True) | {"dropout": dropout})
+    load_adapter(model, Path(config.model.adapter), lora)
+    return config.model_copy(update={"lora": lora})

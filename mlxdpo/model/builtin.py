@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxdpo.platform import cache_folder
+from mlxdpo.machine.device import cache_folder
 from mlxdpo.types import UserError
 
 NAME = "SmolLM2-135M-Instruct (Q4_1, dequantised)"

@@ -14,10 +14,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import ModelConfig
+from mlxdpo.io.checksum import pickled_in, read_tensors
+from mlxdpo.io.digest import folder_digest
+from mlxdpo.machine.device import default_dtype
 from mlxdpo.model.builtin import smollm2_folder
-from mlxdpo.model.identity import folder_digest
-from mlxdpo.platform import default_dtype
-from mlxdpo.tensors import pickled_in, read_tensors
 from mlxdpo.types import UserError
 
 BUILTIN = {"smollm2": smollm2_folder}

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxdpo.sealed import load_sealed, save_sealed
+from mlxdpo.io.checksum import load_sealed, save_sealed
 from mlxdpo.types import UserError
 
 NAME, FILE = "reward_head", "head.safetensors"

@@ -17,11 +17,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxdpo.config import LoraConfig, ModelConfig
+from mlxdpo.io.checksum import pickled_in
+from mlxdpo.io.json_file import as_written, is_plain_name, parse_object, read_json
+from mlxdpo.machine.device import default_dtype
 from mlxdpo.model.adapters import attach_lora, check_trainable
 from mlxdpo.model.policy import BUILTIN, cast, find_model, strangers_files
-from mlxdpo.platform import default_dtype
-from mlxdpo.runs import as_written, is_plain_name, parse_object, read_json
-from mlxdpo.tensors import pickled_in
 from mlxdpo.types import UserError
 
 # All of a model folder but its weights.

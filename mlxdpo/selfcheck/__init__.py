@@ -1,6 +1,5 @@
 """Self-checks on the user's own machine: each a function in a registry, its result a row of one table."""
 
-from mlxdpo.selfcheck import machine, numbers, training  # noqa: F401  (they enter the registry)
 from mlxdpo.selfcheck.registry import CHECKS, Check, Finding, Result, run_checks
 
 __all__ = ["CHECKS", "Check", "Finding", "Result", "run_checks"]

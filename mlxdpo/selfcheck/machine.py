@@ -14,7 +14,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlxdpo.platform import WIRED_SHARE, cache_folder, matmul_rate, preload_blas, this_machine
+from mlxdpo.machine.device import WIRED_SHARE, cache_folder, matmul_rate, this_machine
+from mlxdpo.machine.openblas import preload_blas
 from mlxdpo.selfcheck.registry import REPORT, Finding, check
 
 SLOWEST = {"cpu": 20.0, "metal": 200.0, "cuda": 1000.0}  # GFLOP/s, float32; Netlib's BLAS gives about 6 on two cores

@@ -1,7 +1,7 @@
 """What the checks compute on: a model and pairs made by arithmetic, and numbers of them that were made elsewhere.
 
 `golden.json` holds log-probs, loss and gradients from a float64 forward in numpy that shares no code with this package
-(tests/float64_llama.py makes the file).
+(tests/support/float64_llama.py makes the file).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxdpo.data.batching import collate
-from mlxdpo.model.arithmetic import SHAPE, arithmetic_model, bytes_of
+from mlxdpo.selfcheck.golden_model import SHAPE, arithmetic_model, bytes_of
 from mlxdpo.types import Batch, Example
 
 BETA = 0.1

@@ -8,16 +8,16 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import LossConfig
+from mlxdpo.forward.architectures import split
+from mlxdpo.forward.logprobs import fast_forward, plain_forward, score_pairs, ways_for
+from mlxdpo.forward.packed import Layout, packed_states
+from mlxdpo.forward.shared_prefix import checkpointed, hidden_states, spreader
 from mlxdpo.losses.loss import resolve
+from mlxdpo.machine.device import this_machine
 from mlxdpo.model.adapters import adapters_off
-from mlxdpo.model.packed import Layout, packed_states
-from mlxdpo.model.prefix import checkpointed, hidden_states, spreader
-from mlxdpo.model.trunk import split
-from mlxdpo.platform import this_machine
-from mlxdpo.scoring import fast_forward, plain_forward, score_pairs, ways_for
 from mlxdpo.selfcheck.material import BETA, apart, batch, examples, golden, gradient, model, reference, weighted
 from mlxdpo.selfcheck.registry import REPORT, Finding, check
-from mlxdpo.step import make_gradient
+from mlxdpo.training.step import make_gradient
 
 # Nats that a summed log-prob of up to 16 tokens may be off. A CPU showed 1e-5, 0.04 and 0.006. CUDA multiplies float32
 # in TF32 unless MLX_ENABLE_TF32 is 0.

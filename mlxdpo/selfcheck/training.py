@@ -15,15 +15,15 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import LossConfig, OptimConfig
+from mlxdpo.forward.logprobs import score_pairs, ways_for
 from mlxdpo.losses.loss import resolve
+from mlxdpo.machine.device import cache_folder, most_traces
 from mlxdpo.model.adapters import load_arrays, save_adapter
-from mlxdpo.model.arithmetic import LORA, arithmetic_model
-from mlxdpo.platform import cache_folder, most_traces
-from mlxdpo.scoring import score_pairs, ways_for
+from mlxdpo.selfcheck.golden_model import LORA, arithmetic_model
 from mlxdpo.selfcheck.material import BETA, batch, examples, model, reference
 from mlxdpo.selfcheck.numbers import limit_of
 from mlxdpo.selfcheck.registry import REPORT, Finding, check
-from mlxdpo.step import make_gradient, make_optimizer, make_update
+from mlxdpo.training.step import make_gradient, make_optimizer, make_update
 from mlxdpo.types import Batch
 
 STEPS = 8

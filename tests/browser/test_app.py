@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 from mlxdpo.config import dump_config
-from mlxdpo.runs import Run, read_lines, write_text
+from mlxdpo.io.atomic import write_text
+from mlxdpo.io.json_file import read_lines
+from mlxdpo.runs import Run
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'mlxdpo[browser]'")
@@ -51,7 +53,7 @@ def demo_run(folder: Path) -> None:
         write_text(run / "config.yaml", dump_config(config.model_copy(update={"data": data})))
     else:
         from mlxdpo.demo.material import as_they_are, prepare
-        from mlxdpo.train import train
+        from mlxdpo.training.run import train
 
         config = prepare(Path("runs/demo0"), 0, as_they_are)
         list(train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 3})})))

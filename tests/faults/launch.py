@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import mlxdpo  # noqa: F401
-from mlxdpo import checkpoint, reference
 from mlxdpo.cli import main
 from mlxdpo.runs import Run
+from mlxdpo.training import checkpoint, reference
 
 
 def rest_after_checkpoints(seconds: float) -> None:
@@ -55,7 +55,7 @@ if __name__ == "__main__":
     if what == "tight":
         limit_memory(float(arguments[0]))
         main(arguments[1:])
-    from mlxdpo.ui.votes import append_vote
+    from mlxdpo.ui.vote.vote_file import append_vote
 
     run, first = Run.open(arguments[0]), int(arguments[1])
     for number in itertools.count(first):

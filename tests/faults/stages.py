@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 from tiny_runs import adapter_bytes, recipe, write_pairs
 from tiny_words import WORDS
 
-from mlxdpo import checkpoint
 from mlxdpo.config import dump_config, load_config
-from mlxdpo.data.store import open_examples
-from mlxdpo.export.record import read_record
-from mlxdpo.reference import read_table
-from mlxdpo.runs import Run, read_lines
-from mlxdpo.sealed import load_sealed, read_sealed_json, seal_of
+from mlxdpo.data.examples import open_examples
+from mlxdpo.exporters.record import read_record
+from mlxdpo.io.checksum import load_sealed, read_sealed_json, seal_of
+from mlxdpo.io.json_file import read_lines
+from mlxdpo.runs import Run
+from mlxdpo.training import checkpoint
+from mlxdpo.training.reference import read_table
 
 LAUNCH = Path(__file__).with_name("launch.py")
 CLOCK = {"tokens_per_second", "peak_memory_gb", "seconds_left"}  # what may differ between two runs

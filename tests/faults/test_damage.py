@@ -13,21 +13,21 @@ from mlx.utils import tree_flatten
 from stages import numbers
 from tiny_runs import adapter_bytes, finish, recipe
 
-from mlxdpo import checkpoint
 from mlxdpo.cli import run as cli
-from mlxdpo.data.load import _open
+from mlxdpo.data.dataset import _open
 from mlxdpo.data.planning import first_epoch
-from mlxdpo.job import NonFiniteError
+from mlxdpo.io.checksum import seal_of
 from mlxdpo.model.adapters import load_adapter, load_run, read_settings
 from mlxdpo.model.policy import load_policy
 from mlxdpo.model.reward_head import load_head
-from mlxdpo.reference import read_table, row_digest, write_table
 from mlxdpo.runs import Run
-from mlxdpo.sealed import seal_of
-from mlxdpo.step import make_optimizer
+from mlxdpo.training import checkpoint
+from mlxdpo.training.reference import read_table, row_digest, write_table
+from mlxdpo.training.step import make_optimizer
+from mlxdpo.training.window import NonFiniteError
 from mlxdpo.types import UserError
 
-story = importlib.import_module("mlxdpo.train")  # the file; the front door has its function
+story = importlib.import_module("mlxdpo.training.run")
 FEW, MANY = 12, 400  # flipped bits in each file
 
 
@@ -60,7 +60,7 @@ def restored(place: Path) -> object:
 
 def moved(place: Path) -> object:
     """A moving reference."""
-    from mlxdpo.moving import Moving
+    from mlxdpo.training.reference_sync import Moving
 
     config = Run.open(place / "run").config()
     moving = Moving(model_of(place), config, lambda model, batch: mx.array(0))

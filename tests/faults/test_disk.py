@@ -17,8 +17,8 @@ from stages import LAUNCH, Place, check_run, environment, numbers
 from tiny_runs import adapter_bytes, finish, recipe
 
 from mlxdpo.config import dump_config
-from mlxdpo.runs import append_line, read_lines
-from mlxdpo.writing import write_atomic, write_first
+from mlxdpo.io.atomic import append_line, write_atomic, write_first
+from mlxdpo.io.json_file import read_lines
 
 pytestmark = pytest.mark.processes
 SECTIONS = {"train": {"epochs": 2, "save_every": 1, "keep": 9}, "data": {"eval_fraction": 0.2}}

@@ -16,7 +16,9 @@ from tiny_runs import finish, recipe
 from tiny_words import WORDS, write_words
 
 from mlxdpo.cli import run as cli
-from mlxdpo.runs import Run, append_line, read_lines
+from mlxdpo.io.atomic import append_line
+from mlxdpo.io.json_file import read_lines
+from mlxdpo.runs import Run
 
 RECORD = Path(__file__).parents[2] / ".bench" / "faults.jsonl"
 SEED = 20

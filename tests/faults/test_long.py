@@ -11,9 +11,9 @@ from tiny_runs import finish, recipe
 
 from mlxdpo.cli import run as cli
 from mlxdpo.runs import Run
-from mlxdpo.ui import run_list, run_view
-from mlxdpo.ui.curves import Tail, follow
-from mlxdpo_eval.report import write_report
+from mlxdpo.ui.runs import run_list, run_view
+from mlxdpo.ui.runs.curves import Tail, follow
+from mlxdpo_eval.report.write import write_report
 
 pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[2]

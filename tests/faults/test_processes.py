@@ -17,9 +17,10 @@ from tiny_runs import adapter_bytes, finish, recipe
 from mlxdpo.commands.interrupt import stop_flag
 from mlxdpo.commands.trouble import told
 from mlxdpo.config import dump_config
-from mlxdpo.export import story
-from mlxdpo.headroom import has_room
-from mlxdpo.runs import HOLDER, Run, read_lines
+from mlxdpo.exporters import run
+from mlxdpo.io.json_file import read_lines
+from mlxdpo.machine.memory_guard import has_room
+from mlxdpo.runs import HOLDER, Run
 from mlxdpo.types import UserError
 
 processes = pytest.mark.processes
@@ -288,7 +289,7 @@ def test_an_earlier_export_comes_back_when_its_successor_was_killed(tmp_path):
     process = subprocess.Popen(["true"])
     process.wait()
     hidden = tmp_path / f".out-{process.pid}-x1"
-    (hidden / story.WAS).mkdir(parents=True)
-    (hidden / story.WAS / "export.json").write_text("{}")
-    story._sweep(tmp_path / "out")
+    (hidden / run.WAS).mkdir(parents=True)
+    (hidden / run.WAS / "export.json").write_text("{}")
+    run._sweep(tmp_path / "out")
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["out", "out/export.json"]

@@ -63,8 +63,8 @@ def served(tmp_path_factory):
     """The app over one tiny run; nothing is trained, and what a handler raises is kept."""
     import gradio as gr
 
-    from mlxdpo.ui import estimate, training
     from mlxdpo.ui.server import start
+    from mlxdpo.ui.train import process, view
 
     folder = tmp_path_factory.mktemp("app")
     with pytest.MonkeyPatch.context() as patch:
@@ -75,8 +75,8 @@ def served(tmp_path_factory):
             raise UserError("nothing is started in this test")
 
         finished_run(folder)
-        patch.setattr(training, "_spawn", refuse)
-        patch.setattr(estimate.subprocess, "run", refuse)
+        patch.setattr(process, "_spawn", refuse)
+        patch.setattr(view.subprocess, "run", refuse)
         app = start(folder / "runs", "one")
         broken = []
         for block in app.page.fns.values():

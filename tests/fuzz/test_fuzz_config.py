@@ -12,13 +12,13 @@ from mutating import ODD_NAMES, ODD_TEXTS, ODD_VALUES, SEEDS, mutate_bytes, muta
 
 from mlxdpo.cli import run as cli
 from mlxdpo.config import Config, dump_config, load_config
-from mlxdpo.constitution.schema import dump_constitution, load_constitution
 from mlxdpo.losses import resolve
-from mlxdpo.rounds import plan
-from mlxdpo.stages import stage_of
-from mlxdpo.step import make_optimizer
+from mlxdpo.online.constitution.schema import dump_constitution, load_constitution
+from mlxdpo.online.rounds import plan
+from mlxdpo.training.stages import stage_of
+from mlxdpo.training.step import make_optimizer
 from mlxdpo.types import UserError
-from mlxdpo.ui.recipe_form import entered, flags, knobs, to_config
+from mlxdpo.ui.train.recipe_form import entered, flags, knobs, to_config
 
 pytestmark = pytest.mark.fuzz
 

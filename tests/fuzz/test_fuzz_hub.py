@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from mutating import ODD_NAMES, ODD_VALUES, SEEDS, dumped, mutate_bytes, mutate_value
 from test_pull import NAME, base_of, exported, trained  # noqa: F401 (a fixture)
 
-from mlxdpo.export.client import check_repo_id
-from mlxdpo.export.hub import push
-from mlxdpo.export.incoming import check_name
-from mlxdpo.export.pull import pull
-from mlxdpo.runs import Run, is_plain_name
+from mlxdpo.exporters.client import check_repo_id
+from mlxdpo.exporters.hub import push
+from mlxdpo.exporters.incoming import check_name
+from mlxdpo.exporters.pull import pull
+from mlxdpo.io.json_file import is_plain_name
+from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 
 pytestmark = pytest.mark.fuzz

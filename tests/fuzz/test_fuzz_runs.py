@@ -12,27 +12,26 @@ from mutating import ODD_TEXTS, SEEDS, dumped, mutate_bytes, mutate_value
 from test_fuzz_judges import VOTE
 from tiny_runs import finish, recipe
 
-from mlxdpo import checkpoint
 from mlxdpo.cli import run as cli
-from mlxdpo.export.findings import read_findings
-from mlxdpo.export.record import read_record
-from mlxdpo.export.story import export
+from mlxdpo.exporters.findings import read_findings
+from mlxdpo.exporters.record import read_record
+from mlxdpo.exporters.run import export
+from mlxdpo.inference.trained_run import reopen
 from mlxdpo.model.adapters import read_settings
-from mlxdpo.reopen import reopen
 from mlxdpo.runs import Run
-from mlxdpo.train import train
-from mlxdpo.ui import places
-from mlxdpo.ui.curves import Tail, follow
-from mlxdpo.ui.next_round import export_votes
-from mlxdpo.ui.rounds_view import rounds
-from mlxdpo.ui.run_list import lines, scan
-from mlxdpo.ui.run_view import charts, checkpoints, difference, headline, measured
-from mlxdpo.ui.run_view import report as report_view
-from mlxdpo.ui.training import watch
-from mlxdpo.ui.votes import standing_html, votes_of
+from mlxdpo.training import checkpoint
+from mlxdpo.training.run import train
+from mlxdpo.ui import choices
+from mlxdpo.ui.runs.curves import Tail, follow
+from mlxdpo.ui.runs.run_list import lines, scan
+from mlxdpo.ui.runs.run_view import charts, checkpoints, difference, headline, measured, rounds
+from mlxdpo.ui.runs.run_view import report as report_view
+from mlxdpo.ui.train.process import watch
+from mlxdpo.ui.vote.next_round import export_votes
+from mlxdpo.ui.vote.vote_file import standing_html, votes_of
 from mlxdpo_eval.compare import compare
-from mlxdpo_eval.report import write_report
-from mlxdpo_eval.rounds_report import write_rounds
+from mlxdpo_eval.report.rounds import write_rounds
+from mlxdpo_eval.report.write import write_report
 
 pytestmark = pytest.mark.fuzz
 
@@ -178,10 +177,10 @@ def page_of(run):
         view(run.path)
     difference(run.path, run.path)
     watch(run.path)
-    places.data_files(runs, runs)
-    places.models(runs, runs)
-    places.adapters(runs)
-    places.recipes(runs, runs)
+    choices.data_files(runs, runs)
+    choices.models(runs, runs)
+    choices.adapters(runs)
+    choices.recipes(runs, runs)
 
 
 @fuzzed(40, 700, seed=SEEDS)

@@ -16,9 +16,9 @@ from tiny_tokenizers import base_tokenizer
 from torch_side import PROJECTIONS, copy_adapter, load_torch, peft_parameter
 
 from mlxdpo.config import LoraConfig, ModelConfig
+from mlxdpo.forward.logprobs import token_logps
 from mlxdpo.model.adapters import adapters_off, attach_lora
 from mlxdpo.model.policy import load_policy
-from mlxdpo.scoring import token_logps
 
 # transformers warns about a name that peft and TRL still use.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]

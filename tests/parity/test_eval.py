@@ -15,9 +15,9 @@ import types
 import numpy as np
 import pytest
 
-from mlxdpo_eval.best_of import best_of, ties_score
-from mlxdpo_eval.length import fit, length_controlled, pull
-from mlxdpo_eval.rewards import PairScores, margins, reward_report
+from mlxdpo_eval.metrics.best_of_k import best_of, ties_score
+from mlxdpo_eval.metrics.length import fit, length_controlled, pull
+from mlxdpo_eval.metrics.rewards import PairScores, margins, reward_report
 
 pytestmark = pytest.mark.parity
 N = 400

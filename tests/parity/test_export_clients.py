@@ -18,12 +18,12 @@ from tiny_tokenizers import chatml_tokenizer
 from torch_side import load_torch
 
 from mlxdpo.config import ModelConfig
-from mlxdpo.export import export
-from mlxdpo.export.importing import import_peft
+from mlxdpo.exporters import export
+from mlxdpo.exporters.importing import import_peft
+from mlxdpo.forward.logprobs import token_logps
 from mlxdpo.model.adapters import load_adapter, load_run
 from mlxdpo.model.policy import load_policy
 from mlxdpo.runs import Run
-from mlxdpo.scoring import token_logps
 
 pytestmark = [
     pytest.mark.parity,

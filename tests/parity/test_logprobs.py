@@ -16,10 +16,10 @@ from torch_side import load_torch
 from mlxdpo.config import DataConfig, ModelConfig
 from mlxdpo.data.batching import collate
 from mlxdpo.data.encode import encode_all
+from mlxdpo.data.examples import Examples
 from mlxdpo.data.planning import outline, plan_straight
-from mlxdpo.data.store import Examples
+from mlxdpo.forward.logprobs import score_pairs, token_logps
 from mlxdpo.model.policy import load_policy
-from mlxdpo.scoring import score_pairs, token_logps
 from mlxdpo.types import Preference
 
 pytestmark = pytest.mark.parity

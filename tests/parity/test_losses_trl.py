@@ -6,7 +6,7 @@ model returns the log-probs we prescribe, in float64. Ours is float32: relative 
 each slope of the sum over the pairs (of numbers that cross zero: see `worst`).
 
 Where TRL differs by design, and what is compared then:
-- `sigmoid` has no label smoothing in TRL 1.x: held to the formula in tests/test_losses.py only.
+- `sigmoid` has no label smoothing in TRL 1.x: held to the formula in tests/losses/test_losses.py only.
 - `ipo` and `sigmoid_norm` under LD-DPO: TRL divides a shortened sum by the full length; ours refuses.
 - imitation (`sft`) beside WPO: TRL weighs it too, ours leaves it alone; compared without WPO.
 - ORPO: TRL's likelihood term covers prompt tokens too; its odds-ratio term is compared, and ours less `sft`.
@@ -28,7 +28,7 @@ from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 
-from mlxdpo.knobs import LossConfig
+from mlxdpo.config import LossConfig
 from mlxdpo.losses import LOSSES, resolve
 
 pytestmark = pytest.mark.parity
@@ -280,7 +280,7 @@ def test_orpo_trainer(beta):
 
 
 def test_every_objective_that_trl_has_is_compared():
-    """By TRL's own lists: what it does not have is compared with the formulas of tests/formulas.py alone."""
+    """By TRL's own lists: what it does not have is compared with the formulas of tests/support/formulas.py alone."""
     import inspect
     import re
 

@@ -21,7 +21,7 @@ from mlxdpo.data.planning import outline, plan_straight
 from mlxdpo.data.read import read_preferences
 from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.model.policy import load_policy
-from mlxdpo.step import make_scorer
+from mlxdpo.training.step import make_scorer
 
 pytestmark = [pytest.mark.parity, pytest.mark.real]
 

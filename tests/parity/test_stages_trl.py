@@ -19,18 +19,17 @@ from torch_side import load_torch
 from transformers import AutoModelForSequenceClassification
 from trl import KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from mlxdpo.config import DataConfig, LoraConfig, ModelConfig
+from mlxdpo.config import DataConfig, LoraConfig, LossConfig, ModelConfig
 from mlxdpo.data.batching import collate
 from mlxdpo.data.report import Report
-from mlxdpo.data.takes import with_end
-from mlxdpo.knobs import LossConfig
+from mlxdpo.data.transforms import with_end
+from mlxdpo.forward.logprobs import score_pairs
+from mlxdpo.forward.rewards import fast_rewards
 from mlxdpo.losses import resolve
 from mlxdpo.losses.reward import reward_loss
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
 from mlxdpo.model.reward_head import NAME, attach_head
-from mlxdpo.rewarding import fast_rewards
-from mlxdpo.scoring import score_pairs
 from mlxdpo.types import Example, Extras
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]

@@ -24,20 +24,19 @@ from tiny_tokenizers import base_tokenizer
 from torch_side import PROJECTIONS, copy_adapter, load_torch
 from trl import DPOConfig, DPOTrainer
 
-from mlxdpo.checkpoint import Progress
-from mlxdpo.config import Config
+from mlxdpo.config import Config, names_of
 from mlxdpo.data.encode import encode_all
 from mlxdpo.data.planning import outline, plan_epoch
-from mlxdpo.job import Job, Part
-from mlxdpo.knobs import names_of
-from mlxdpo.loop import run_loop
+from mlxdpo.forward.logprobs import ways_for
 from mlxdpo.losses import resolve
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
-from mlxdpo.reference import shared_rows, with_reference
-from mlxdpo.scoring import ways_for
-from mlxdpo.start import with_details
-from mlxdpo.step import make_optimizer, make_scorer
+from mlxdpo.training.checkpoint import Progress
+from mlxdpo.training.loop import run_loop
+from mlxdpo.training.preflight import with_details
+from mlxdpo.training.reference import shared_rows, with_reference
+from mlxdpo.training.step import make_optimizer, make_scorer
+from mlxdpo.training.window import Job, Part
 from mlxdpo.types import Preference
 
 # transformers warns about a name that TRL still uses.

@@ -19,19 +19,21 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.peers.sides.protocol import Channel, Job, serve
-from mlxdpo import job as jobs
-from mlxdpo import lanes, loop, scoring
-from mlxdpo.checkpoint import Progress
 from mlxdpo.config import Config
 from mlxdpo.data import batching
 from mlxdpo.data.planning import Indices, outline, plan_epoch
+from mlxdpo.forward import fused_head, logprobs, patch_mlx_lm
 from mlxdpo.losses import resolve
-from mlxdpo.model import head, light
+from mlxdpo.machine import openblas
+from mlxdpo.machine.device import this_machine, wire_memory
+from mlxdpo.machine.openblas import preload_blas
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
-from mlxdpo.platform import preload_blas, this_machine, wire_memory
-from mlxdpo.reference import with_reference
-from mlxdpo.step import make_optimizer, make_scorer
+from mlxdpo.training import loop
+from mlxdpo.training import window as jobs
+from mlxdpo.training.checkpoint import Progress
+from mlxdpo.training.reference import with_reference
+from mlxdpo.training.step import make_optimizer, make_scorer
 from mlxdpo.types import Event, Example
 
 NEVER = 10**9
@@ -59,7 +61,7 @@ class Swiglu(Switch):
 
     def turn(self) -> None:
         """Exchange it, for the rest of this process."""
-        light.LIGHT = (light.LIGHT[0], self)
+        patch_mlx_lm.LIGHT = (patch_mlx_lm.LIGHT[0], self)
 
 
 def _rows_of_each_pair(pairs: list[Example]) -> tuple[list[batching.Row], np.ndarray]:
@@ -69,12 +71,12 @@ def _rows_of_each_pair(pairs: list[Example]) -> tuple[list[batching.Row], np.nda
 
 
 SWITCHES: dict[str, Switch] = {
-    "no-lanes": Switch(lanes, "count", lambda: 1),
-    "no-packing": Switch(scoring, "pays", lambda prompts, rows, rest: False),
-    "chunked-head": Switch(head, "is_frozen", lambda head: False),
+    "no-lanes": Switch(openblas, "stream_count", lambda: 1),
+    "no-packing": Switch(logprobs, "pays", lambda prompts, rows, rest: False),
+    "chunked-head": Switch(fused_head, "is_frozen", lambda head: False),
     "ungrouped": Switch(batching, "distinct_rows", _rows_of_each_pair),
-    "mlx-attention": Switch(light, "pays", lambda kind, tokens, masked: False),
-    "mlx-swiglu": Swiglu(light, "LIGHT", light.OWN[1]),
+    "mlx-attention": Switch(patch_mlx_lm, "pays", lambda kind, tokens, masked: False),
+    "mlx-swiglu": Swiglu(patch_mlx_lm, "LIGHT", patch_mlx_lm.OWN[1]),
 }
 
 
@@ -106,14 +108,14 @@ def run(job: Job, channel: Channel) -> None:
     config = configure(job)
     wire_memory()
     policy = load_policy(config.model)
-    ways = scoring.ways_for(policy.model, config.train.checkpoint)
+    ways = logprobs.ways_for(policy.model, config.train.checkpoint)
     if "plain" in job.switches:
-        ways = scoring.PLAIN
+        ways = logprobs.PLAIN
     arrays = ([np.array(p[k], np.int32) for k in ("prompt", "chosen", "rejected")] for p in job.read_pairs())
     examples = [Example(*ids, where=f"pair {i}") for i, ids in enumerate(arrays)]
     # What `light_attention` does; asked for MLX's attention, it must still exchange the other part.
-    lighter = "mlx-attention" in job.switches or light.pays(this_machine().kind, job.longest(), True)
-    with light.switched(light.attention_files(policy.model) if lighter else []):
+    lighter = "mlx-attention" in job.switches or patch_mlx_lm.pays(this_machine().kind, job.longest(), True)
+    with patch_mlx_lm.switched(patch_mlx_lm.attention_files(policy.model) if lighter else []):
         started = time.perf_counter()
         ref = _reference(examples, make_scorer(policy.model, ways.score), config, len(job.batches))
         seconds = time.perf_counter() - started

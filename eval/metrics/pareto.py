@@ -1,0 +1,67 @@
+"""What reward was bought with how much drift: (KL, reward) points of checkpoints or betas, and the best of them.
+
+The picture of the DPO paper (arXiv 2305.18290, section 6.1, figure 2 left): x the sequence KL from the reference in
+nats, y a win rate or another reward. A run is better than another when it wins more at the same KL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mlxdpo_eval.metrics.intervals import Interval
+
+
+class Point(NamedTuple):
+    """One checkpoint or setting: its drift in nats per sequence and its reward; intervals where there are any."""
+
+    name: str
+    kl: float
+    reward: float
+    kl_interval: Interval | None = None
+    reward_interval: Interval | None = None
+
+
+def pareto(points: Sequence[Point]) -> list[Point]:
+    """Points that no other beats: none has as little KL and as much reward, and one of the two better.
+
+    In order of KL; copies of a point all stay. Raises `ValueError` for a KL or reward that is not a number.
+    """
+    for point in points:
+        if point.kl != point.kl or point.reward != point.reward:
+            raise ValueError(f"point {point.name!r} has KL {point.kl} and reward {point.reward}; expected numbers")
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.kl, -p.reward)):
+        if not best or point.reward > best[-1].reward or point[1:3] == best[-1][1:3]:
+            best.append(point)
+    return best
+
+
+def hull(points: Sequence[Point]) -> list[Point]:
+    """The Pareto points on the upper concave hull: what mixing two of the models by chance could not beat either."""
+    corners: list[Point] = []
+    for point in pareto(points):
+        while len(corners) > 1 and _below(corners[-2], corners[-1], point):
+            corners.pop()
+        if not corners or point[1:3] != corners[-1][1:3]:
+            corners.append(point)
+    return corners
+
+
+def _below(left: Point, middle: Point, right: Point) -> bool:
+    """Whether the middle point lies on or under the line from left to right."""
+    rise = (right.reward - left.reward) * (middle.kl - left.kl)
+    return (middle.reward - left.reward) * (right.kl - left.kl) <= rise
+
+
+def read_points(found: Mapping[str, Any]) -> tuple[list[Point], list[Point]]:
+    """All points of a frontier.json, and those that no other beats."""
+    points = [
+        Point(p["name"], p["kl"], p["reward"], _interval(p["kl_interval"]), _interval(p["reward_interval"]))
+        for p in found["points"]
+    ]
+    return points, pareto(points)
+
+
+def _interval(found: Mapping[str, Any] | None) -> Interval | None:
+    return None if found is None else Interval(**found)

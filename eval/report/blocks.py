@@ -1,0 +1,171 @@
+"""What a report is made of, and how its numbers are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from mlxdpo_eval.heldout import Heldout, Records
+from mlxdpo_eval.report.plots import Figure
+from mlxdpo_eval.voting import VoteRun
+from mlxdpo_eval.winrate import WinRate
+
+# Numbers in words: better, worse, or cannot tell yet, and what would have been seen. Nothing is called a trend.
+
+Verdict = Literal["better", "worse", "cannot tell yet", "no difference shown"]
+
+
+class Headline(NamedTuple):
+    """The verdict, and the sentence that carries its numbers."""
+
+    verdict: Verdict
+    sentence: str
+
+
+def share(value: float | None) -> str:
+    """A share as a percentage with one decimal."""
+    return "n/a" if value is None else f"{100 * value:.1f} %"
+
+
+def span(interval: Any) -> str:
+    """The bounds of an interval of shares."""
+    return "no interval" if interval is None else f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %"
+
+
+def of_answers(result: WinRate) -> Headline:
+    """What one judge's win rate says."""
+    judged = result.n - result.absent - sum(result.invalid.values())
+    if result.rate is None:
+        return Headline("cannot tell yet", f"{result.judge} gave no valid verdict on {result.n} pairs of answers.")
+    if result.same == judged:
+        text = f"No difference shown: all {judged} pairs of answers are the same before and after."
+        return Headline("no difference shown", text)
+    facts = (
+        f"{result.judge} prefers the tuned answers in {share(result.rate)} of {judged} pairs ({span(result.interval)})"
+    )
+    if result.interval is None or result.interval.low <= 0.5 <= result.interval.high:
+        return Headline("cannot tell yet", f"Cannot tell yet: {facts}; {smallest(result.prompts, result.detectable)}.")
+    verdict: Verdict = "better" if result.rate > 0.5 else "worse"
+    return Headline(verdict, f"{verdict.capitalize()}: {facts}; n = {result.prompts} prompts.")
+
+
+def of_pairs(result: Heldout) -> Headline:
+    """What the implicit rewards of held-out pairs say: about ranking given answers, not about writing them."""
+    rewards = result.rewards
+    if rewards.ties == rewards.n:
+        text = f"No difference shown: on all {rewards.n} held-out pairs the model is its reference (accuracy 0.5)."
+        return Headline("no difference shown", text)
+    interval = rewards.accuracy_interval
+    facts = f"the tuned model ranks {share(rewards.accuracy)} of {rewards.n} held-out pairs rightly ({span(interval)})"
+    if interval is None or interval.low <= 0.5 <= interval.high:
+        return Headline("cannot tell yet", f"Cannot tell yet: {facts}; {smallest(result.prompts, result.detectable)}.")
+    verdict: Verdict = "better" if rewards.accuracy > 0.5 else "worse"
+    than = "more often than chance" if verdict == "better" else "less often than chance"
+    return Headline(
+        verdict, f"{verdict.capitalize()} on held-out pairs: {facts}, {than}; n = {result.prompts} prompts."
+    )
+
+
+def of_best(result: Records) -> Headline:
+    """What best-of-k records say: is a right completion put first more often than chance would?"""
+    best = result.best
+    if result.tied == best.n:
+        text = f"No difference shown: in all {best.n} best-of-k records the model is its reference, all score alike."
+        return Headline("no difference shown", text)
+    facts = (
+        f"the tuned model puts a right completion first in {share(best.accuracy)} of {best.n} records "
+        f"({span(best.interval)}; chance {share(best.chance)})"
+    )
+    if best.interval is None or best.interval.low <= best.chance <= best.interval.high:
+        return Headline("cannot tell yet", f"Cannot tell yet on best-of-k records: {facts}.")
+    verdict: Verdict = "better" if best.accuracy > best.chance else "worse"
+    return Headline(verdict, f"{verdict.capitalize()} than chance on best-of-k records: {facts}.")
+
+
+def of_votes(result: VoteRun) -> Headline:
+    """What people's votes say at any time, whoever looked at them how often. Needs a vote."""
+    now = result.looks[-1]
+    facts = (
+        f"people prefer the tuned answers in {share(now.rate)} of {result.n} votes "
+        f"({span(now)} whenever one looks; e-value {evidence(result.e_value)})"
+    )
+    if result.verdict == "cannot tell yet":
+        more = "more votes than anyone has" if result.needed is None else f"about {roughly(result.needed)} more votes"
+        return Headline("cannot tell yet", f"Cannot tell yet: {facts}; at this rate {more} would tell.")
+    verdict: Verdict = "better" if result.verdict == "better" else "worse"
+    return Headline(verdict, f"{verdict.capitalize()}: {facts}; decided at vote {result.decided_at}.")
+
+
+def evidence(e_value: float) -> str:
+    """An e-value for a reader."""
+    return f"{e_value:.2f}" if e_value < 1000 else f"{e_value:.1e}"
+
+
+def roughly(count: int) -> str:
+    """A forecast of votes: no more than two digits of it are worth anything."""
+    return f"{int(float(f'{count:.2g}')):,}"
+
+
+def smallest(n: int, detectable: float | None) -> str:
+    """The effect that this many prompts would have shown."""
+    if detectable is None:
+        return f"n = {n} prompts are too few to show any effect"
+    return f"n = {n} prompts, the smallest effect this n can show is {share(detectable)} (power 0.8)"
+
+
+Result = Mapping[str, Any]
+
+
+class Table(NamedTuple):
+    """Rows of text under a header; `note` says what is read how. Numbers stand in all columns but the first."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+
+class Sample(NamedTuple):
+    """One prompt with its first answer before and after, and what the judges said of them."""
+
+    prompt: str
+    before: str
+    after: str
+    note: str
+
+
+class Section(NamedTuple):
+    """A heading with what stands under it."""
+
+    title: str
+    blocks: list[str | Table | Figure | Sample]
+
+
+class Document(NamedTuple):
+    """`tiles` are the few numbers that matter: name, value, its interval."""
+
+    title: str
+    verdict: str
+    sentence: str
+    subtitle: str
+    tiles: list[tuple[str, str, str]]
+    sections: list[Section]
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """Three significant places, or a dash."""
+    return "–" if value is None else f"{value:{sign}.3f}"
+
+
+def within(interval: Result | None, sign: str = "") -> str:
+    """The bounds of an interval, or why there are none."""
+    return "no interval" if interval is None else f"[{interval['low']:{sign}.3f}, {interval['high']:{sign}.3f}]"
+
+
+def both(value: float | None, interval: Result | None, sign: str = "") -> str:
+    """A number with its interval."""
+    return number(value, sign) + (f" {within(interval, sign)}" if value is not None and interval is not None else "")
+
+
+def percent(interval: Result | None) -> str:
+    """The bounds of an interval of shares."""
+    return "no interval" if interval is None else f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f} %"

@@ -1,0 +1,253 @@
+"""A report as blocks, the same for HTML and Markdown: built from the result files alone, so it can be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlxdpo_eval.metrics.pareto import read_points
+from mlxdpo_eval.report.blocks import (
+    Document,
+    Result,
+    Sample,
+    Section,
+    Table,
+    both,
+    number,
+    percent,
+    share,
+    within,
+)
+from mlxdpo_eval.report.plots import figures, reward_over_drift
+from mlxdpo_eval.report.trust import cards, votes
+from mlxdpo_eval.results import plain
+
+SHOWN = 8  # samples: the first ones, not the best ones
+OF_JUDGING = ("judges", "slices", "retest")  # settings that the answers do not depend on
+
+
+def build(
+    results: Result, pairs: Sequence[Result], samples: Sequence[Result], frontier: Result | None = None
+) -> Document:
+    """The report on one evaluation, with the frontier where one was measured."""
+    plots, run, head = figures(results, pairs), results["run"], results["headline"]
+    sections = [
+        Section("Answers before and after", [*_answers(results), *plots.get("winrates", [])]),
+        *([] if results["votes"] is None else [Section("Human votes", [*votes(results["votes"]), *plots["votes"]])]),
+        *([] if results["best_of"] is None else [Section("Best of several", _best_of(results["best_of"], results))]),
+        Section("Held-out pairs", [*_pairs(results), *plots.get("pairs", [])]),
+        Section("Drift", _drift(results) + ([] if frontier is None else _frontier(frontier))),
+        Section("Samples", _samples(samples)),
+        Section("Can the judges be trusted?", cards(results)),
+        Section("How this was measured", _settings(results)),
+    ]
+    model, when = run["model"]["source"], results["when"]["created"].replace("T", " ").removesuffix("+00:00")
+    subtitle = (
+        f"{model}, {run['loss']['name']} with beta {run['loss']['beta']:g}, {run['training_pairs']} training pairs; "
+        f"evaluated {when} UTC"
+    )
+    return Document(run["name"], head["verdict"], head["sentence"], subtitle, _tiles(results), sections)
+
+
+def _tiles(results: Result) -> list[tuple[str, str, str]]:
+    pairs, drift = results["pairs"]["rewards"], results["drift"]
+    tiles = [(f"win rate, {w['judge']}", share(w["rate"]), percent(w["interval"])) for w in results["winrates"][:2]]
+    ratio = drift["length_ratio"]
+    return [
+        *tiles,
+        ("held-out accuracy", share(pairs["accuracy"]), percent(pairs["accuracy_interval"])),
+        ("KL to the reference", f"{drift['kl']:.2f} nats", within(drift["kl_interval"])),
+        (
+            "length, after / before",
+            "–" if ratio["value"] is None else f"{ratio['value']:.2f}",
+            within(ratio["interval"]),
+        ),
+    ]
+
+
+def _answers(results: Result) -> list[Any]:
+    judged, controls = results["winrates"], results["controls"]
+    rows = [_row(w["judge"], w) for w in judged]
+    rows.append(_row("control: always the longest", controls["longest"]))
+    rows += [_row(f"control: reference against itself, {w['judge']}", w) for w in controls["reference_vs_reference"]]
+    first = controls["longest"]
+    note = (
+        f"{first['n']} pairs of answers to {first['prompts']} prompts. Win rate = wins + ties / 2 of valid verdicts, "
+        "both orders asked, 95 % interval clustered by prompt. This many prompts show win rates from "
+        f"{number(first['detectable'])} up (power 0.8). Answers equal word for word ({first['same']} pairs) are ties."
+    )
+    blocks: list[Any] = [Table(("judge", "win / tie / loss", "win rate", "at equal length", "n"), rows, note)]
+    scored = [w for w in judged if w["rewards"]]
+    if scored:
+        blocks.append(
+            Table(
+                ("mean score", "before", "after", "change"), [_reward(w) for w in scored], "Paired by prompt and noise."
+            )
+        )
+    for w in judged:
+        blocks += _sliced("win rate by {}, " + w["judge"], w["slices"], results)
+    if not judged:
+        blocks.insert(0, "No judge was named, so whether the answers are better was not measured: add --judge.")
+    return blocks
+
+
+def _row(name: str, w: Result) -> tuple[str, ...]:
+    controlled = w["controlled"]
+    equal = "–" if controlled is None else both(controlled["rate"], controlled["interval"])
+    counts = f"{w['wins']} / {w['ties']} / {w['losses']}"
+    return name, counts, both(w["rate"], w["interval"]), equal, str(w["wins"] + w["ties"] + w["losses"])
+
+
+def _reward(w: Result) -> tuple[str, ...]:
+    r, means = w["rewards"], []
+    for name, sign in (("before", ""), ("after", ""), ("change", "+")):
+        means.append("–" if r[name] is None else both(r[name]["estimate"], r[name], sign))
+    return w["judge"], *means
+
+
+def _pairs(results: Result) -> list[Any]:
+    r, length, calibrated = (results["pairs"][name] for name in ("rewards", "length", "calibration"))
+    ranks, moved = r["rankings"], r["displacement"]
+    median, fell = number(r["margin"]["median"], "+"), share(r["fell"])
+    rows = [
+        ("reward accuracy (tie = 1/2)", both(r["accuracy"], r["accuracy_interval"]), "0.500 for the reference itself"),
+        ("accuracy at equal length", both(length["controlled"]["rate"], length["controlled"]["interval"]), ""),
+        ("control: always the longer", both(length["longer_baseline"], length["longer_interval"]), "knows nothing"),
+        ("reward margin", both(r["margin"]["mean"], r["margin"]["interval"], "+"), f"median {median}"),
+        ("margin per token", both(r["token_margin"]["mean"], r["token_margin"]["interval"], "+"), ""),
+        ("ranking accuracy, before to after", f"{number(ranks['reference'])} to {number(ranks['policy'])}",
+         f"{ranks['gained']} gained, {ranks['lost']} lost, McNemar p = {ranks['p']:.3g}"),
+        ("log-prob of the chosen, nats", both(moved["mean"], moved["interval"], "+"), f"fell in {fell} of pairs"),
+        ("calibration error (ECE)", both(calibrated["ece"], calibrated["ece_interval"]),
+         f"a perfect model: {number(calibrated['floor']['mean'])}, to {number(calibrated['floor']['high'])}"),
+    ]  # fmt: skip
+    note = (
+        f"{r['n']} pairs of {results['pairs']['prompts']} prompts from {results['data']['source']}; "
+        "95 % intervals clustered by prompt."
+    )
+    groups = [(g["name"], both(g["accuracy"], g["interval"]), str(g["n"])) for g in length["groups"] if g["n"]]
+    blocks = [
+        Table(("held-out pairs", "value", "beside it"), rows, note),
+        Table(("accuracy by length", "accuracy", "pairs"), groups),
+    ]
+    return blocks + _sliced("accuracy by {}", results["pairs"]["slices"], results)
+
+
+def _best_of(found: Result, results: Result) -> list[Any]:
+    best, longest = found["best"], found["longest"]
+    sizes = ", ".join(f"{count} of {k}" for k, count in found["sizes"].items())
+    rows = [
+        ("a right completion first", both(best["accuracy"], best["interval"]), str(best["n"])),
+        ("control: chance", number(best["chance"]), str(best["n"])),
+        ("control: always the longest", both(longest["accuracy"], longest["interval"]), str(longest["n"])),
+    ]
+    if (ties := found["ties"]) is not None:
+        rows.append(("RewardBench 2's ties score", number(ties["score"]), str(ties["n"])))
+    note = (
+        f"Records with one prompt and several completions ({sizes}), scored by log pi - log ref. Equal scores at the "
+        f"top share the record; in {found['tied']} records all are equal. {found['left_out']} records were left out "
+        "because a completion could not be scored. The pairs below are each right completion against each wrong one."
+    )
+    title = "a right completion first, by {}"
+    table = Table(("best of several", "accuracy", "records"), rows, note)
+    return [table, *_sliced(title, found["slices"], results, "records")]
+
+
+def _sliced(title: str, slices: Result, results: Result, items: str = "pairs") -> list[Table]:
+    """A table for each column asked for, and for others that have two slices to compare."""
+    asked = results["settings"]["slices"]
+    shown = [(name, s) for name, s in slices.items() if name in asked or len(s["shown"]) > 1]
+    return [_slices(title.replace("{}", name), s, items) for name, s in shown]
+
+
+def _slices(title: str, found: Result, items: str) -> Table:
+    rows = [(s["name"], both(s["share"], s["interval"]), str(s["n"]), number(s["q"])) for s in found["shown"]]
+    worst = found["worst"]
+    said = (
+        "No slice is large enough to show. " if worst is None else f"Worst: {worst['name']}, {number(worst['share'])}. "
+    )
+    note = (
+        f"{said}Intervals hold for all slices at once; q is corrected for looking at all. "
+        f"{found['hidden']} slices with {found['hidden_rows']} {items} are too small to show."
+    )
+    return Table((title, "share", items, "q against the rest"), rows, note)
+
+
+def _drift(results: Result) -> list[Any]:
+    drift, (before, after) = results["drift"], (results["drift"][name] for name in ("before", "after"))
+    names = {
+        "length": "tokens per answer", "stopped": "ended by itself (EOS)",
+        "repetition": "repeated 3-grams", "distinct_2": "distinct bigrams",
+    }  # fmt: skip
+    rows = [
+        (text, *(both(side[name]["value"], side[name]["interval"]) for side in (before, after)))
+        for name, text in names.items()
+    ]
+    rows.append(("KL to the reference, nats per answer", "0.000", both(drift["kl"], drift["kl_interval"])))
+    rows.append(("KL per token, nats", "0.000", f"{drift['kl_per_token']:.4f}"))
+    note = (
+        f"KL is summed over the vocabulary at each step of {drift['answers']} of the tuned model's own answers, "
+        "the first to each prompt. "
+        "Drift is no judgement: a model that moves without getting better drifts too."
+    )
+    return [
+        Table(("answers", "before", "after"), rows, note),
+        f"{share(drift['same'])} of the answers are the same word for word.",
+    ]
+
+
+def _frontier(found: Result) -> list[Any]:
+    points, best = read_points(found)
+    rows = [
+        (p.name, both(p.kl, plain(p.kl_interval)), both(p.reward, plain(p.reward_interval)), "yes" if p in best else "")
+        for p in points
+    ]
+    note = f"{found['prompts']} prompts, {found['samples']} answers each, the same noise at every point."
+    header = ("checkpoint", "KL, nats", f"win rate, {found['judge']}", "no other beats it")
+    return [Table(header, rows, note), reward_over_drift(points, best, found["judge"])]
+
+
+def _samples(samples: Sequence[Result]) -> list[Any]:
+    first = [line for line in samples if line["sample"] == 0][:SHOWN]
+    said = [", ".join(f"{name}: {_said(v)}" for name, v in line["verdicts"].items()) for line in first]
+    shown = [
+        Sample(line["prompt"], line["before"], line["after"], note) for line, note in zip(first, said, strict=True)
+    ]
+    return [
+        f"The first {len(first)} prompts in the order of the data, not a selection; the same noise before and after.",
+        *shown,
+    ]
+
+
+def _said(verdict: Result) -> str:
+    if verdict["logit"] is None:
+        return f"no verdict ({verdict['reason']})"
+    return (
+        "same" if verdict["same"] else "after" if verdict["logit"] > 0 else "before" if verdict["logit"] < 0 else "tie"
+    )
+
+
+def _objective(loss: Result, chosen: Result) -> str:
+    """Name, beta, and what differs from the defaults: most parameters are those of other objectives."""
+    shown = {name: loss[name] for name in ("name", "beta")} | dict(chosen)
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
+
+
+def _settings(results: Result) -> list[Any]:
+    run, settings = results["run"], results["settings"]
+    reference = run["reference"]
+    rows = [
+        ("base model", f"{run['model']['source']}, {run['model']['dtype']}, weights {run['model']['digest'][:16]}"),
+        (
+            "reference, locked",
+            f"{results['run']['reference_source']['model']}, {reference['dtype']}, weights {reference['digest'][:16]}",
+        ),
+        ("adapter", run["adapter_sha256"][:16]),
+        ("objective", _objective(run["loss"], run["loss_set"])),
+        ("answers", ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items() if k not in OF_JUDGING)),
+        ("judges", "; ".join(settings["judges"]) or "none"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in results["versions"].items())),
+        ("took", f"{results['when']['seconds']:.0f} s"),
+    ]
+    files = "Every number can be computed again from eval_pairs.jsonl and eval_samples.jsonl beside the results file."
+    return [Table(("setting", "value"), rows), *results["data"]["left_out"], files]

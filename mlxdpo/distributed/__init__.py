@@ -1,0 +1,1 @@
+"""Several processes, or several Macs, as one run."""

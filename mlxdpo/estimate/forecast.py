@@ -1,0 +1,235 @@
+"""From a recipe to what it will cost: the model's shape without weights, the plan of batches, memory, and advice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlxdpo.config import Config, LoraConfig, ModelConfig
+from mlxdpo.data.batch_shapes import frames_for
+from mlxdpo.data.dataset import Dataset, encode_split, read_split
+from mlxdpo.estimate.memory import Frozen, Layouts, Memory, Setting, Shape, Trained, predict
+from mlxdpo.forward.architectures import FAMILIES, Trunk, split
+from mlxdpo.forward.fused_head import is_frozen
+from mlxdpo.forward.logprobs import CHECKED
+from mlxdpo.forward.packed import packs
+from mlxdpo.forward.patch_mlx_lm import SHORT
+from mlxdpo.machine.device import default_dtype, this_machine
+from mlxdpo.model.adapters import read_settings
+from mlxdpo.model.policy import load_tokenizer
+from mlxdpo.model.skeleton import Skeleton, dora_extra, make_trainable, read_skeleton
+from mlxdpo.training.plan import Layout, Outlook, drawn, heldout_batches, look_ahead, training_batches
+from mlxdpo.training.stages import stage_of
+from mlxdpo.training.step import make_optimizer
+from mlxdpo.types import UserError
+
+PARTS = {
+    "weights": "weights",
+    "trained": "trained arrays",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "activations": "activations of a step",
+    "head": "logits of a chunk",
+    "reference": "reference pass, at its time",
+}
+
+
+# Arrays that an optimizer keeps per trained one; MLX's SGD keeps a momentum even when it is 0.
+STATES = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 1, "lion": 1, "muon": 1, "adafactor": 0}
+INPUTS = {
+    "attention": {"q_proj", "k_proj", "v_proj", "qkv_proj"},
+    "out": {"o_proj"},
+    "mlp": {"gate_proj", "up_proj", "gate_up_proj", "c_fc"},
+    "inner": {"down_proj", "c_proj"},
+}
+FITS = 0.75  # share of the machine's memory that a run may take: the system and other programs need the rest
+
+
+class Parts(NamedTuple):
+    """Everything a prediction is made of."""
+
+    shape: Shape
+    trained: Trained
+    frozen: Frozen
+    setting: Setting
+    layouts: Layouts
+    steps: int
+    quantised: bool
+
+    def memory(self) -> Memory:
+        """The prediction."""
+        return predict(*self[:4], self.steps, self.layouts)
+
+
+class Forecast(NamedTuple):
+    """What a run costs. `machine` is this machine's memory in bytes; `advice` is empty when it fits."""
+
+    memory: Memory
+    outlook: Outlook
+    machine: int
+    fits: bool
+    advice: tuple[Change, ...]
+
+
+class Change(NamedTuple):
+    """What to change in the recipe, and the peak it leads to, bytes."""
+
+    setting: str
+    peak: int
+
+
+def forecast(config: Config, machine: int | None = None) -> Forecast:
+    """What the recipe will cost on a machine with `machine` bytes; None asks this one.
+
+    Reads the data, the tokenizer and the shapes of the weights, never the weights. Raises the `UserError`s of a run.
+    """
+    stage = stage_of(config)
+    loss = stage.loss(config)
+    make_optimizer(config.optim)
+    rows = read_split(config.data, config.train.seed, stage.take(config, loss))
+    skeleton = read_skeleton(config.model)
+    tokenizer = load_tokenizer(skeleton.folder, config.model.path, config.model.trust_remote_code)
+    data = encode_split(rows, config.data, tokenizer, frozenset(tokenizer.eos_token_ids))
+    parts, outlook = gather(config, skeleton, data)
+    memory, size = parts.memory(), machine or this_machine().memory
+    fits = not size or memory.peak <= FITS * size  # 0: unknown
+    return Forecast(memory, outlook, size, fits, () if fits else advise(config, parts, data))
+
+
+def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, Outlook]:
+    """The parts of a prediction and the numbers of its plan. Makes the skeleton trainable."""
+    model = skeleton.model
+    lora = config.lora if config.model.adapter is None else read_settings(Path(config.model.adapter))
+    trunk = split(model)
+    packed = trunk is not None and packs(trunk)
+    make_trainable(model, lora)
+    size, first, straight = (
+        config.train.batch_size,
+        training_batches(config, data.train),
+        heldout_batches(config, data.heldout),
+    )
+    found = drawn(data.train, first, packed, trunk is None, frames_for(data.train, first, size))
+    heldout = drawn(data.heldout, straight, packed, trunk is None, frames_for(data.heldout, straight, size))
+    outlook = look_ahead(config, data.train, found)
+    training = tuple({one.layout: None for one in found})
+    checked = drawn(data.train, [first[0][:CHECKED]], packed, trunk is None)
+    layouts = Layouts(training, (*training, *{one.layout: None for one in heldout}), checked[0].layout)
+    train = config.train
+    setting = Setting(train.checkpoint, STATES[config.optim.name], train.accumulate, _light(model))
+    trained = trained_of(model, lora, trunk)
+    frozen = _frozen(config, skeleton, trained)
+    quantised = bool(config.model.quantize or skeleton.config.get("quantization"))
+    shape = shape_of(skeleton, config.model)
+    return Parts(shape, trained, frozen, setting, layouts, outlook.steps, quantised), outlook
+
+
+def _light(model: Any) -> float:
+    if FAMILIES.get(type(model).__module__.rsplit(".", 1)[-1], FAMILIES["llama"]).array:
+        return math.inf
+    return SHORT + 1 if this_machine().kind == "cpu" else 0
+
+
+def shape_of(skeleton: Skeleton, config: ModelConfig) -> Shape:
+    """The dimensions in config.json. Raises `UserError` when one is missing."""
+    raw: Mapping[str, Any] = {**skeleton.config, **(skeleton.config.get("text_config") or {})}
+
+    def number(name: str) -> int:
+        """One of them, as the model's own arguments or the file have it."""
+        value = getattr(skeleton.model.args, name, None) or raw.get(name)
+        if value is None:
+            raise UserError(f"{config.path}: its config.json has no {name}, so its memory cannot be planned")
+        return int(value)
+
+    heads, hidden, block = number("num_attention_heads"), number("hidden_size"), skeleton.model.layers[-1]
+    head_dim = int(getattr(skeleton.model.args, "head_dim", None) or raw.get("head_dim") or hidden // heads)
+    kv_heads = int(raw.get("num_key_value_heads") or heads)
+    inner = number("intermediate_size")
+    if experts := int(raw.get("num_experts_per_tok") or 0):
+        inner = experts * int(raw.get("moe_intermediate_size") or inner)
+    normed = heads + kv_heads if any(name.endswith("q_norm") for name, _ in block.named_modules()) else 0
+    item = (default_dtype() if config.dtype == "auto" else getattr(mx, config.dtype)).size
+    return Shape(
+        number("num_hidden_layers"), hidden, inner, heads, kv_heads, head_dim, number("vocab_size"), item, normed
+    )
+
+
+def trained_of(model: Any, lora: LoraConfig, trunk: Trunk | None) -> Trained:
+    """What a model that was made trainable trains."""
+    size = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
+    if lora.method == "dora":
+        size += 4 * dora_extra(model)
+    lowest = [i for i, block in enumerate(model.layers) if tree_flatten(block.trainable_parameters())]
+    block, full = model.layers[-1], lora.method == "full"
+    adapted = {name.rsplit(".", 1)[-1]: m for name, m in block.named_modules() if full or "lora_a" in m}
+    inputs = frozenset(name for name, maps in INPUTS.items() if maps & adapted.keys())
+    ranks = sum(min(m.lora_a.shape[-2:]) for m in adapted.values() if "lora_a" in m)
+    tied = "lm_head" not in model
+    head = trunk is not None and not is_frozen(trunk.head)
+    return Trained(len(model.layers) - min(lowest, default=len(model.layers)), size, ranks, inputs, full, head, tied)
+
+
+def _frozen(config: Config, skeleton: Skeleton, trained: Trained) -> Frozen:
+    weights = _size(skeleton.model) - _size_trained(skeleton.model)
+    largest = max((math.prod(one.shape) for one in skeleton.stored.values()), default=0)
+    loading = 4 * largest if config.model.quantize else 0
+    named = config.reference.model
+    other = _size(read_skeleton(ModelConfig(path=named, dtype=config.model.dtype)).model) if named else 0
+    return Frozen(weights, loading, other)
+
+
+def _size(model: Any) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
+def _size_trained(model: Any) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
+
+
+def advise(config: Config, parts: Parts, data: Dataset) -> tuple[Change, ...]:
+    """Changes that lower the peak, the one that gains most first, each alone on top of the recipe."""
+    now, changes = parts.memory().peak, []
+    for setting, sections in _changes(config, parts):
+        changed = config
+        for name, values in sections.items():
+            changed = changed.model_copy(update={name: getattr(changed, name).model_copy(update=values)})
+        changes.append(Change(setting, gather(changed, read_skeleton(changed.model), data)[0].memory().peak))
+    half = max(at.shared + at.width for at in parts.layouts.scoring) // 2
+    if half >= 8:
+        changes.append(
+            Change(f"data.max_length {half}", parts._replace(layouts=shortened(parts.layouts, half)).memory().peak)
+        )
+    return tuple(sorted((change for change in changes if change.peak < now), key=lambda change: change.peak))
+
+
+def _changes(config: Config, parts: Parts) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    """Settings that could be lowered, as they are written and as sections of a recipe."""
+    train, blocks, found = config.train, parts.shape.layers, []
+    if not train.checkpoint and not parts.layouts.first.plain:
+        found.append(("train.checkpoint true", {"train": {"checkpoint": True}}))
+    if train.batch_size > 1:
+        size, accumulate = train.batch_size // 2, train.accumulate * 2
+        words = f"train.batch_size {size} with train.accumulate {accumulate}"
+        found.append((words, {"train": {"batch_size": size, "accumulate": accumulate}}))
+    if not parts.trained.full and not parts.quantised:
+        found.append(("model.quantize 4", {"model": {"quantize": 4}}))
+    if not parts.trained.full and config.model.adapter is None and parts.trained.layers > 1:
+        layers = min(parts.trained.layers, blocks) // 2
+        found.append((f"lora.layers {layers}", {"lora": {"layers": layers}}))
+    return found
+
+
+def shortened(layouts: Layouts, longest: int) -> Layouts:
+    """About what rows of at most `longest` tokens would give: longer batches scaled down in every dimension."""
+
+    def scaled(at: Layout) -> Layout:
+        """One batch."""
+        share = min(1.0, longest / (at.shared + at.width))
+        shared, width, rest, scored = (round(size * share) for size in (at.shared, at.width, at.rest, at.scored))
+        return at._replace(shared=shared, width=width, rest=rest, scored=scored)
+
+    return Layouts(tuple(map(scaled, layouts.training)), tuple(map(scaled, layouts.scoring)), scaled(layouts.first))

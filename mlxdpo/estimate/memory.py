@@ -1,0 +1,274 @@
+"""How much memory a run will need, from shapes alone: what MLX keeps for the backward pass, and what it holds beside.
+
+A float32 array of the forward pass is kept when some gradient needs it. Token by token, in one block (D hidden,
+F inner, H heads of d, K of them for keys and values):
+
+    the inputs of its two norms                        2 D
+    the input of each adapted (or trained) linear map  D before q, k, v; H d before o; D before gate, up; F before down
+    the low-rank product of each adapter               rank, for the gradient of its second matrix
+    gate and up of SwiGLU (arXiv 2002.05202 eq. 5)     2 F, from which the gradient computes the rest again
+    queries, keys and values                           (H + 2 K) d, keys and values of a row with its prefix before it
+    the softmax of the scores                          H per query and key, where attention's backward is not fused;
+                                                       else its output and log-sum-exp, H (d + 1) per query
+
+The head, fused, holds a chunk of logits and its exponentials and keeps N rows of D (`model/head.py`). With a checkpoint
+a block keeps its input alone, and one block at a time exists whole. Peak memory is the largest of the phases of a run,
+each the sum of what exists in it. All sizes are bytes; shapes are those of `types.Batch`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mlxdpo.forward.fused_head import chunk_of
+from mlxdpo.training.plan import Layout
+
+AHEAD = 3  # chunks whose arrays exist at once, where there are several: MLX allocates before it computes
+LOGITS = 2  # float32 arrays of a chunk's logits that exist at once: themselves and their exponentials
+UPDATE = 1  # times the trained arrays: what an optimizer holds beside its states while it writes new ones
+FLOAT = 4  # adapters, logits, optimizer states and log-probs are float32
+
+
+class Shape(NamedTuple):
+    """A model: blocks, D, F, H, K, d, V; `item` bytes of an activation; extra norms of queries and keys or not."""
+
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    item: int
+    normed_heads: int = 0
+
+
+class Trained(NamedTuple):
+    """What is trained: in how many `layers`, the bytes of its arrays, the ranks of a block's adapters added up.
+
+    `inputs` names the linear maps' inputs that gradients need: attention, out, mlp, inner. `full` is every weight,
+    `head` says that the head is among them, `tied` that it is the embedding.
+    """
+
+    layers: int
+    size: int
+    ranks: int
+    inputs: frozenset[str]
+    full: bool = False
+    head: bool = False
+    tied: bool = False
+
+
+class Setting(NamedTuple):
+    """How it is run: checkpointed or not, states of the optimizer per trained element, batches of a window, and
+    from how many keys on attention is differentiated without keeping its scores (`light`): 0 where MLX or
+    this project has a fused backward pass, infinity where nothing does."""
+
+    checkpoint: bool
+    states: int
+    accumulate: int
+    light: float
+
+
+class Frozen(NamedTuple):
+    """Bytes of all frozen arrays, of the arrays on their way to another dtype or to quantised codes when they are
+    loaded, and of another reference model."""
+
+    weights: int
+    loading: int = 0
+    other: int = 0
+
+
+class Layouts(NamedTuple):
+    """The distinct batch shapes of a run: trained on, only scored (reference, held-out), and the very first batch."""
+
+    training: tuple[Layout, ...]
+    scoring: tuple[Layout, ...]
+    first: Layout
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part, and the total of each phase of a run; `peak` is the largest."""
+
+    weights: int
+    trained: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+    reference: int
+    phases: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst moment."""
+        return max(self.phases.values())
+
+
+def attention_kept(shape: Shape, at: Layout, light: float) -> int:
+    """Bytes that one block's attention keeps: queries, keys, values, and scores or what stands for them."""
+    queries, pairs = _queries(at), _scores(at)
+    keys = queries + (0 if at.plain else at.rows * at.shared)  # each row has its prompt's keys before its own
+    kept = (shape.heads * queries + 2 * shape.kv_heads * keys) * shape.head_dim * shape.item
+    kept += shape.normed_heads * shape.head_dim * at.tokens * shape.item
+    if at.packed:
+        # A position of its own for each token, so cosines and sines for queries and keys; and the prefix's queries,
+        # keys and values are views, which keep those of all tokens alive.
+        kept += 2 * shape.head_dim * at.tokens * FLOAT
+        kept += at.rest * (shape.heads + 2 * shape.kv_heads) * shape.head_dim * shape.item
+    if light == math.inf:
+        return kept + shape.heads * pairs * shape.item
+    kept += shape.heads * queries * (shape.head_dim * shape.item + FLOAT)
+    return kept if _keys(at) >= light else kept + shape.heads * pairs * FLOAT
+
+
+def _keys(at: Layout) -> int:
+    """Keys that a row's last token sees."""
+    return at.shared + at.width
+
+
+def _queries(at: Layout) -> int:
+    if at.plain:
+        return at.tokens
+    return at.prompts * at.shared + at.rows * at.width
+
+
+def _scores(at: Layout) -> int:
+    """Query-key pairs of one head, computed as whole squares."""
+    if at.plain:
+        return at.rows * (at.shared + at.width) ** 2
+    return at.prompts * at.shared**2 + at.rows * at.width * (at.shared + at.width)
+
+
+def block_kept(shape: Shape, trained: Trained, at: Layout, light: float) -> int:
+    """Bytes that one trained block keeps for its backward pass."""
+    sizes = {
+        "attention": shape.hidden,
+        "out": shape.heads * shape.head_dim,
+        "mlp": shape.hidden,
+        "inner": shape.inner,
+    }
+    floats = sum(sizes[name] for name in trained.inputs) + trained.ranks
+    streams = (2 * shape.hidden + 2 * shape.inner) * shape.item
+    if trained.full:  # the gradient of a norm's weights needs what they multiply
+        streams += 2 * shape.hidden * shape.item
+    return at.tokens * (streams + floats * FLOAT) + attention_kept(shape, at, light)
+
+
+def idle(shape: Shape, trained: Trained, at: Layout, light: float) -> int:
+    """Bytes of `block_kept` that the uppermost block saves: of its prefix only keys and values are looked at."""
+    if at.packed or at.plain:
+        return 0
+    count, queries = at.prompts * at.shared, shape.heads * shape.head_dim
+    inputs = {"out": queries, "mlp": shape.hidden, "inner": shape.inner}
+    floats = sum(size for name, size in inputs.items() if name in trained.inputs)
+    token = (shape.hidden + 2 * shape.inner + queries) * shape.item + floats * FLOAT
+    if _keys(at) >= light:
+        return count * token
+    return count * (token + shape.heads * at.shared * shape.item)
+
+
+def kept(shape: Shape, trained: Trained, at: Layout, setting: Setting) -> int:
+    """Bytes that all blocks keep together, and the scored states beside them."""
+    stream = at.tokens * shape.hidden * shape.item
+    states = 2 * at.scored * shape.hidden * FLOAT
+    if setting.checkpoint:
+        return trained.layers * stream + states
+    block = block_kept(shape, trained, at, setting.light)
+    return trained.layers * block - idle(shape, trained, at, setting.light) + states
+
+
+def block_backward(shape: Shape, trained: Trained, at: Layout, setting: Setting) -> int:
+    """Bytes beside `kept` while the uppermost block is differentiated.
+
+    Either its MLP, all of its activations still there: cotangents of the product, of gate and of up, and the sigmoid;
+    or its attention, gate, up and product gone: cotangents of scores before and after the softmax. And the stream's.
+    With a checkpoint, the block's own activations come on top.
+    """
+    stream = 5 * at.tokens * shape.hidden * shape.item
+    mlp = 4 * at.tokens * shape.inner * shape.item
+    freed = (2 + ("inner" in trained.inputs)) * at.tokens * shape.inner * shape.item
+    if _keys(at) >= setting.light:
+        attention = 3 * _queries(at) * shape.heads * shape.head_dim * FLOAT
+    else:
+        attention = 2 * shape.heads * _scores(at) * shape.item
+    again = block_kept(shape, trained, at, setting.light) if setting.checkpoint else 0
+    return again + stream + max(mlp, attention - freed, 0)
+
+
+def head_forward(shape: Shape, at: Layout) -> int:
+    """Bytes of one chunk of logits, in the model's dtype and in float32, and of its exponentials."""
+    if at.plain:
+        return plain_logits(shape, at)
+    raw = shape.item if shape.item != FLOAT else 0
+    chunk = min(at.scored, chunk_of(shape.vocabulary) * AHEAD * at.parts)
+    return chunk * shape.vocabulary * (LOGITS * FLOAT + raw)
+
+
+def head_backward(shape: Shape, trained: Trained, at: Layout) -> int:
+    """Bytes for a trained head: its chunk again with the logits' cotangent, and the gradient of its weights; every
+    further part of the batch has a chunk, and gradients of head and embedding, of its own."""
+    if not trained.head:
+        return 0
+    chunk = min(at.scored, chunk_of(shape.vocabulary) * at.parts) * shape.vocabulary * 3 * FLOAT
+    gradients = 1 + trained.tied + 2 * (at.parts - 1)
+    return chunk + gradients * trained.full * shape.vocabulary * shape.hidden * FLOAT
+
+
+def plain_logits(shape: Shape, at: Layout) -> int:
+    """Bytes of full rows' logits and of their part behind the shared prefix, in the model's dtype, and of the scored
+    ones in float32, twice."""
+    full = at.rows * (at.shared + 2 * at.width) * shape.vocabulary * shape.item
+    return full + 2 * at.scored * shape.vocabulary * FLOAT
+
+
+def plain_check(shape: Shape, at: Layout, light: float) -> int:
+    """Bytes of the plain way, which the start compares the fast one with on its first pairs, before it attends in
+    chunks of its own."""
+    return forward(shape, at._replace(plain=True, packed=False), 0 if light == 0 else math.inf)
+
+
+def forward(shape: Shape, at: Layout, light: float) -> int:
+    """Bytes beside the weights of a pass without gradients: one block's insides, or a chunk of the head."""
+    tokens = at.tokens
+    stream = 2 * tokens * shape.hidden * shape.item
+    scores = 0 if _keys(at) >= light else 2 * shape.heads * _scores(at) * shape.item
+    projections = (shape.heads + 2 * shape.kv_heads) * shape.head_dim * _queries(at) * shape.item
+    block = max(3 * tokens * shape.inner * shape.item, projections + scores)
+    return stream + max(block, head_forward(shape, at))
+
+
+def step(shape: Shape, trained: Trained, at: Layout, setting: Setting) -> int:
+    """Bytes beside weights, states and gradients at the worst moment of a batch."""
+    backward = max(block_backward(shape, trained, at, setting), head_backward(shape, trained, at))
+    return kept(shape, trained, at, setting) + max(head_forward(shape, at), backward)
+
+
+def predict(shape: Shape, trained: Trained, frozen: Frozen, setting: Setting, steps: int, layouts: Layouts) -> Memory:
+    """The parts and phases of a run."""
+    size, states = trained.size, setting.states * trained.size
+    worst = max(layouts.training, key=lambda at: step(shape, trained, at, setting))
+    activations = kept(shape, trained, worst, setting)
+    backward = block_backward(shape, trained, worst, setting)
+    head, head_again = head_forward(shape, worst), head_backward(shape, trained, worst)
+    reference = max(forward(shape, at, setting.light) for at in layouts.scoring)
+    check = max(f(shape, layouts.first, setting.light) for f in (plain_check, forward))
+    start = frozen.weights + trained.full * size  # adapters come later
+    resting = frozen.weights + size + states
+    # While a window is computed, the loop still holds the gradients of the one before, and the sum of this one's.
+    carried = size * ((steps > 1) + (setting.accumulate > 1))
+    phases = {
+        "loading": start + frozen.loading,
+        "self-check": start + check,
+        "reference": start + frozen.other + reference,
+        "evaluation": resting + reference,
+        "forward": resting + carried + activations + head,
+        "backward": resting + carried + activations + max(backward, head_again),
+        "gradients": resting + carried + size + head_again,
+        "update": resting + size + UPDATE * trained.full * size,
+    }
+    weights = start if trained.full else frozen.weights
+    return Memory(weights, size, size + carried, states, activations + backward, head, reference, phases)

@@ -1,0 +1,180 @@
+"""What the evaluation of a run found, as rows of a table: read from RUN/eval/*.json as `mlxdpo eval` wrote it.
+
+The evaluation package is not imported: its files are the interface. What a file does not hold is no row, never a zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlxdpo.io.json_file import as_written, read_json
+from mlxdpo.runs import Run
+from mlxdpo.types import UserError
+
+FORMATS = (1, 2)  # of results_*.json; in both the numbers of the card have the same places
+Json = Mapping[str, Any]
+
+
+class Finding(NamedTuple):
+    """One number with its 95 % interval (None: the data could not carry one) and what it was counted on.
+
+    `metric` and `subject` are what the Hub's model-index calls it and whose data it is; `beside` is a control or unit.
+    """
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    n: str
+    beside: str
+    metric: str
+
+
+class Card(NamedTuple):
+    """How far a judge may be believed, as rows of text: name and value."""
+
+    judge: str
+    rows: tuple[tuple[str, str], ...]
+
+
+class Findings(NamedTuple):
+    """Everything the card says of an evaluation. `data` names the held-out pairs."""
+
+    file: str
+    headline: str
+    data: str
+    findings: tuple[Finding, ...]
+    cards: tuple[Card, ...]
+
+
+def read_findings(run: Run) -> Findings | None:
+    """The newest evaluation, else the demo's own measurement, else None. Raises `UserError` for an unreadable file."""
+    folder = run.path / "eval"
+    newest = sorted(folder.glob("results_*.json"))[-1:]
+    for file, of in [*((file, _of_results) for file in newest), (folder / "demo.json", _of_demo)]:
+        if file.exists():
+            with as_written(file, "run the evaluation again, or remove it"):
+                return of(file, read_json(file))
+    return None
+
+
+def at(values: Any, path: str) -> Any:
+    """The value at "a.b.c", or None where there is no such value."""
+    for name in path.split("."):
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values
+
+
+def _finding(name: str, metric: str, value: Any, interval: Any, n: Any, beside: str = "") -> Iterator[Finding]:
+    if isinstance(value, int | float):
+        low, high = (at(interval, "low"), at(interval, "high")) if interval else (None, None)
+        yield Finding(name, float(value), low, high, "" if n is None else str(n), beside, metric)
+
+
+def _of_results(file: Path, results: Json) -> Findings:
+    if (form := results.get("format")) not in FORMATS:
+        raise UserError(f"{file}: its format is {form!r}, expected {FORMATS[-1]}; run `mlxdpo eval` again for the card")
+    found = [*_answers(results), *_pairs(results), *_drift(results)]
+    cards = tuple(_judge(w, at(results, "settings.judges") or {}) for w in results.get("winrates") or [])
+    data = str(at(results, "data.source") or "held-out pairs")
+    return Findings(file.name, str(at(results, "headline.sentence") or ""), data, tuple(found), cards)
+
+
+def _answers(results: Json) -> Iterator[Finding]:
+    for w in results.get("winrates") or []:
+        judge, n = w.get("judge"), f"{_judged(w)} of {w.get('prompts')} prompts"
+        tally = f"{w.get('wins')} wins, {w.get('ties')} ties, {w.get('losses')} losses"
+        yield from _finding(f"win rate, {judge}", "win_rate", w.get("rate"), w.get("interval"), n, tally)
+        equal = w.get("controlled")
+        name = f"win rate at equal length, {judge}"
+        yield from _finding(name, "length_controlled_win_rate", at(equal, "rate"), at(equal, "interval"), n)
+        change = at(w, "rewards.change")
+        yield from _finding(f"change in score, {judge}", "reward", at(change, "estimate"), change, n)
+    longest = at(results, "controls.longest")
+    n = None if longest is None else _judged(longest)
+    yield from _finding("control: always the longest", "", at(longest, "rate"), at(longest, "interval"), n)
+
+
+def _judged(w: Json) -> int:
+    return sum(w.get(name) or 0 for name in ("wins", "ties", "losses"))
+
+
+def _pairs(results: Json) -> Iterator[Finding]:
+    rewards, length = at(results, "pairs.rewards"), at(results, "pairs.length")
+    n = None if rewards is None else f"{rewards.get('n')} of {at(results, 'pairs.prompts')} prompts"
+    accuracy = at(rewards, "accuracy"), at(rewards, "accuracy_interval")
+    yield from _finding("reward accuracy", "accuracy", *accuracy, n, "the reference itself: 0.500")
+    control = at(length, "controlled.rate"), at(length, "controlled.interval")
+    yield from _finding("reward accuracy at equal length", "length_controlled_accuracy", *control, n)
+    longer = at(length, "longer_baseline"), at(length, "longer_interval")
+    yield from _finding("control: always the longer", "", *longer, n)
+    margin = at(rewards, "margin.mean"), at(rewards, "margin.interval")
+    yield from _finding("reward margin", "reward_margin", *margin, n, "beta times nats")
+    moved = at(rewards, "displacement.mean"), at(rewards, "displacement.interval")
+    yield from _finding("log-prob of the chosen, change", "chosen_log_ratio", *moved, n, "nats")
+    ece = at(results, "pairs.calibration.ece"), at(results, "pairs.calibration.ece_interval")
+    yield from _finding("calibration error (ECE)", "ece", *ece, n)
+
+
+def _drift(results: Json) -> Iterator[Finding]:
+    drift = results.get("drift")
+    n = None if drift is None else f"{drift.get('answers')} answers"
+    kl = at(drift, "kl"), at(drift, "kl_interval")
+    yield from _finding("KL to the reference", "kl", *kl, n, "nats per answer")
+    yield from _finding("KL per token", "kl_per_token", at(drift, "kl_per_token"), None, n, "nats")
+    ratio = at(drift, "length_ratio.value"), at(drift, "length_ratio.interval")
+    yield from _finding("length, after / before", "length_ratio", *ratio, n)
+
+
+def _judge(w: Json, identities: Json) -> Card:
+    judge = str(w.get("judge"))
+    rows = [(name, str(value)) for name, value in (identities.get(judge) or {}).items()]
+    invalid = w.get("invalid") or {}
+    rows += [
+        ("same winner in both orders", _share(at(w, "position.consistent"))),
+        ("answer shown first wins (no bias: 50 %)", _share(at(w, "position.first"))),
+        ("prefers the longer answer", _share(at(w, "longer.prefers_longer"))),
+        ("invalid verdicts", ", ".join(f"{count} {reason}" for reason, count in invalid.items()) or "0"),
+        ("same verdict when asked again", _again(w.get("retest"))),
+        ("agreement with human votes", _agreement(at(w, "humans.agreement"))),
+    ]
+    return Card(judge, tuple(rows))
+
+
+def _share(value: float | None) -> str:
+    return "not known" if value is None else f"{100 * value:.1f} %"
+
+
+def _again(found: Any) -> str:
+    return f"{_share(found.get('same'))} of {found.get('n')}" if found else "not asked again"
+
+
+def _agreement(found: Any) -> str:
+    if not found:
+        return "no votes"
+    kappa = found.get("kappa")
+    kappa = "no kappa" if kappa is None else f"Cohen's kappa {kappa:.2f}"
+    return f"{_share(found.get('raw'))}, {kappa}, n = {found.get('n')}"
+
+
+def _of_demo(file: Path, demo: Json) -> Findings:
+    """`mlxdpo demo` measures with intervals under its own names."""
+    found: list[Finding] = []
+    for judge, values in (demo.get("rewards") or {}).items():
+        for side in ("before", "after", "change"):
+            found += _interval(f"{judge} score, {side}", "reward" if side == "change" else "", values.get(side))
+    found += _interval("reward accuracy", "accuracy", demo.get("accuracy"), "the reference itself: 0.500")
+    found += _interval("reward margin", "reward_margin", demo.get("margin"), "beta times nats")
+    found += _interval("KL to the reference", "kl", demo.get("kl"), "nats per answer")
+    lengths = [at(demo, f"{side}.length") for side in ("before", "after")]
+    if all(lengths):
+        found += _finding("length, after / before", "length_ratio", lengths[1] / lengths[0], None, None)
+    cards = tuple(Card(name, (("kind", "a program, no language model"),)) for name in demo.get("rewards") or {})
+    return Findings(file.name, "", "the demo's held-out openings", tuple(found), cards)
+
+
+def _interval(name: str, metric: str, interval: Any, beside: str = "") -> list[Finding]:
+    n = None if interval is None else f"{interval.get('clusters')} prompts"
+    return list(_finding(name, metric, at(interval, "estimate"), interval, n, beside))

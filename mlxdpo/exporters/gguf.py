@@ -1,0 +1,278 @@
+"""GGUF, which llama.cpp and what is built on it run: llama, qwen2 and qwen3, with byte-level tokenizers.
+
+Written from fused Hugging Face weights, and read back for the gate from nothing but the file: hyperparameters from its
+metadata, weights from its tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxdpo.exporters import hf
+from mlxdpo.exporters.gguf_tokens import refuse_tokenizer, write_tokenizer
+from mlxdpo.exporters.names import weight_files
+from mlxdpo.exporters.source import Source
+from mlxdpo.io.checksum import read_tensors
+from mlxdpo.io.json_file import read_json
+from mlxdpo.model.builtin import unpermute
+from mlxdpo.types import UserError
+
+# Rotary positions as GGUF holds them: a base, perhaps a linear factor, perhaps Llama 3's table of factors.
+
+
+class Rope(NamedTuple):
+    """`kind` is none, linear or llama3; `settings` are the configuration's own."""
+
+    base: float
+    kind: str
+    factor: float
+    settings: Mapping[str, Any]
+
+
+def rope_of(config: Mapping[str, Any]) -> Rope:
+    """What a config.json says about rotary positions. Raises `UserError` for a scaling without a place in the file."""
+    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    base = float(config.get("rope_theta") or settings.get("rope_theta") or 10000.0)
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    if kind == "default":
+        return Rope(base, "none", 1.0, settings)
+    if kind not in ("linear", "llama3"):
+        raise UserError(f"gguf: rope scaling `{kind}` is not known to this converter, only linear and llama3 are")
+    return Rope(base, kind, float(settings["factor"]), settings)
+
+
+def frequency_factors(config: Mapping[str, Any]) -> np.ndarray | None:
+    """(head_dim / 2,) float32: what Llama 3's scaling divides each frequency by, or None without it.
+
+    Wavelengths beyond context / low_freq_factor are stretched by `factor`, those below context / high_freq_factor not
+    at all, in between by a linear blend of frequencies (Llama 3.1's reference code; arXiv 2407.21783 section 3.4.2).
+    """
+    rope = rope_of(config)
+    if rope.kind != "llama3":
+        return None
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    waves = 2 * math.pi * rope.base ** (np.arange(0, width, 2, dtype=np.float64) / width)
+    low, high = rope.settings["low_freq_factor"], rope.settings["high_freq_factor"]
+    context = rope.settings["original_max_position_embeddings"]
+    smooth = np.clip((context / waves - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / rope.factor + smooth)).astype(np.float32)
+
+
+FILE = "model.gguf"
+FAMILIES = ("llama", "qwen2", "qwen3")
+TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+OUR_TOP, OUR_PARTS = ({own: stored for stored, own in names.items()} for names in (TOP, PARTS))
+ROPE_FACTORS = "rope_freqs.weight"
+KINDS = {mx.float32: "f32", mx.float16: "f16", mx.bfloat16: "bf16"}
+Q8_BLOCK = 32
+
+
+def library() -> Any:
+    """The gguf package, which is optional; this file has its name, which only type checkers mistake for it."""
+    return importlib.import_module("gguf")
+
+
+def refuse(source: Source) -> None:
+    """Raise `UserError` where a faithful file cannot be written: the library, the family, the tokenizer, a bias."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("gguf: the gguf package is not installed; run `pip install gguf`")
+    config = read_json(source.base / "config.json")
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(
+            f"gguf: {source.base_name} is a {family} model, and this converter knows {', '.join(FAMILIES)}; export "
+            f"--to hf and convert that folder with llama.cpp's convert_hf_to_gguf.py"
+        )
+    biased = family == "llama" and (config.get("attention_bias") or config.get("mlp_bias"))
+    if config.get("use_sliding_window") or biased:
+        raise UserError(
+            f"gguf: {source.base_name} uses sliding windows or biases that a {family} GGUF has no place for"
+        )
+    rope_of(config)
+    refuse_tokenizer(source.base, source.base_name)
+    hf.refuse(source)
+
+
+def write(source: Source, folder: Path) -> str | None:
+    """Write `model.gguf` by way of fused Hugging Face weights, which are removed again."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fused-") as name:
+        hf.write(source, Path(name))
+        kind = convert(Path(name), folder / FILE, source.choices.gguf_type, source.base_name)
+    return f"{kind}, from fused weights"
+
+
+def convert(source: Path, target: Path, kind: str, name: str) -> str:
+    """A Hugging Face folder as one GGUF file of number type `kind` (auto: the type of its own matrices).
+
+    Vectors are float32 in every GGUF, and so are matrices whose width does not divide into q8_0's blocks of 32.
+    Returns the type written.
+    """
+    gguf = library()
+    config = read_json(source / "config.json")
+    if kind == "auto":
+        kind = next(KINDS[a.dtype] for _, a in _tensors(source) if a.ndim == 2)
+    writer = gguf.GGUFWriter(target, config["model_type"])
+    writer.add_name(name)
+    writer.add_file_type(int(getattr(gguf.LlamaFileType, {"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}"))))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _write_shape(writer, config)
+    write_tokenizer(writer, source, config)
+    for stored, array in _tensors(source):
+        if (own := gguf_name(stored)) is None:
+            continue
+        if config["model_type"] == "llama" and (heads := _heads(config, own)):
+            array = permute(array, heads)
+        exact = np.array(array.astype(mx.float32))
+        packs = exact.ndim == 2 and (kind != "q8_0" or exact.shape[1] % Q8_BLOCK == 0)
+        number = getattr(gguf.GGMLQuantizationType, kind.upper() if packs else "F32")
+        writer.add_tensor(own, gguf.quants.quantize(exact, number), raw_dtype=number)
+    if (factors := frequency_factors(config)) is not None:
+        writer.add_tensor(ROPE_FACTORS, factors)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return kind
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, mx.array]]:
+    tied = read_json(folder / "config.json").get("tie_word_embeddings", False)
+    for file in weight_files(folder):
+        arrays = read_tensors(file)
+        for name in sorted(arrays):
+            if not (tied and name == "lm_head.weight"):
+                yield name, arrays.pop(name)
+
+
+def gguf_name(stored: str) -> str | None:
+    """llama.cpp's name of a Hugging Face tensor; None for the rotary tables of old checkpoints."""
+    path, _, end = stored.rpartition(".")
+    if path in TOP:
+        return f"{TOP[path]}.{end}"
+    layer, _, part = path.removeprefix("model.layers.").partition(".")
+    if part in PARTS and layer.isdigit():
+        return f"blk.{layer}.{PARTS[part]}.{end}"
+    if stored.endswith("rotary_emb.inv_freq"):
+        return None
+    raise UserError(f"gguf: the checkpoint holds `{stored}`, which this converter has no place for; export --to hf")
+
+
+def hf_name(own: str) -> str:
+    """The Hugging Face name of a GGUF tensor: the inverse of `gguf_name`."""
+    path, _, end = own.rpartition(".")
+    if path in OUR_TOP:
+        return f"{OUR_TOP[path]}.{end}"
+    _, layer, part = path.split(".")
+    return f"model.layers.{layer}.{OUR_PARTS[part]}.{end}"
+
+
+def permute(rows: mx.array, heads: int) -> mx.array:
+    """llama.cpp's order of query and key rows, (heads * d, n) kept: row i stands beside row i + d/2 of its head."""
+    n = rows.shape[1]
+    return rows.reshape(heads, 2, -1, n).swapaxes(1, 2).reshape(-1, n)
+
+
+def _heads(config: Mapping[str, Any], own: str) -> int:
+    """How many heads a tensor's rows belong to, 0 where order does not matter. Only the llama family is reordered."""
+    if own.endswith("attn_q.weight"):
+        return config["num_attention_heads"]
+    return config.get("num_key_value_heads") or config["num_attention_heads"] if own.endswith("attn_k.weight") else 0
+
+
+def _write_shape(writer: Any, config: Mapping[str, Any]) -> None:
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    rope = rope_of(config)
+    writer.add_rope_dimension_count(width)
+    writer.add_rope_freq_base(rope.base)
+    if rope.kind == "linear":
+        writer.add_rope_scaling_type(library().RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope.factor)
+
+
+def reload(source: Source, folder: Path) -> nn.Module:
+    """The file as a model again, from its own metadata and tensors."""
+    return read(folder / FILE, read_json(source.base / "config.json"))
+
+
+def read(file: Path, original: Mapping[str, Any]) -> nn.Module:
+    """A GGUF file in mlx-lm's definition of its family, float32.
+
+    `original` lends what the file holds in another form only: Llama 3's rope scaling, there a table of factors.
+    """
+    from mlx_lm.utils import _get_classes
+
+    gguf = library()
+    reader = gguf.GGUFReader(file)
+    config = read_shape(reader)
+    arrays: dict[str, mx.array] = {}
+    for tensor in reader.tensors:
+        if tensor.name == ROPE_FACTORS:
+            config["rope_scaling"] = original.get("rope_scaling") or original.get("rope_parameters")
+            continue
+        exact = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        array = mx.array(exact.astype(np.float32).reshape([int(n) for n in reversed(tensor.shape)]))
+        if config["model_type"] == "llama" and (heads := _heads(config, tensor.name)):
+            array = unpermute(array, heads)
+        arrays[hf_name(tensor.name)] = array
+    config["tie_word_embeddings"] = "lm_head.weight" not in arrays
+    model_class, arguments = _get_classes(config)
+    model = model_class(arguments.from_dict(config))
+    model.load_weights(list(arrays.items()))
+    return model
+
+
+def read_shape(reader: Any) -> dict[str, Any]:
+    """The hyperparameters in a GGUF file's metadata, under Hugging Face's names."""
+    value = lambda key: reader.get_field(key).contents()  # noqa: E731
+    family = value("general.architecture")
+    keys = {
+        "hidden_size": "embedding_length",
+        "num_hidden_layers": "block_count",
+        "intermediate_size": "feed_forward_length",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "head_dim": "attention.key_length",
+        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+        "rope_theta": "rope.freq_base",
+        "max_position_embeddings": "context_length",
+        "vocab_size": "vocab_size",
+    }
+    config = {"model_type": family} | {name: value(f"{family}.{key}") for name, key in keys.items()}
+    if reader.get_field(f"{family}.rope.scaling.type") is not None:
+        factor = value(f"{family}.rope.scaling.factor")
+        config["rope_scaling"] = {"type": value(f"{family}.rope.scaling.type"), "factor": factor}
+    return config

@@ -1,0 +1,224 @@
+"""PEFT adapters, both ways: what `peft.PeftModel.from_pretrained` loads, and a PEFT adapter on an mlx-lm model.
+
+The two store the same matrices transposed: A is (in, r) here and (r, in) there. A square matrix left untransposed loads
+without complaint and computes another function, so the gate reads back what was written.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxdpo.config import LoraConfig
+from mlxdpo.exporters.source import Source
+from mlxdpo.io.atomic import write_json
+from mlxdpo.io.checksum import pickled_in, read_tensors
+from mlxdpo.io.json_file import read_json
+from mlxdpo.model.adapters import attach_lora, read_settings
+from mlxdpo.model.policy import Policy, load_policy
+from mlxdpo.types import UserError
+
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
+EMBEDDED = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
+IN_BLOCK = re.compile(r"^(?P<before>.*?\blayers)\.(?P<layer>\d+)\.(?P<module>.+)$")
+
+
+def refuse(source: Source) -> None:
+    """Raise `UserError` for what PEFT has no form of."""
+    if source.method == "full":
+        raise UserError("peft: the run trained every weight, so there is no adapter; export --to hf")
+    if source.stored_quantised and not source.choices.base:
+        raise UserError(
+            f"peft: {source.base_name} is packed for MLX and torch cannot load it; name the full-precision model "
+            f"that it was made from with --base"
+        )
+    for name, module in source.adapted.items():
+        _refuse_module(source, name, module)
+
+
+def _refuse_module(source: Source, name: str, module: Any) -> None:
+    if module.lora_b.ndim == 3:
+        raise UserError(f"peft: `{name}` adapts a stack of experts, which PEFT keeps apart; export --to mlx,fused")
+    if source.origins.of(f"{name}.weight") != (f"{name}.weight",):
+        raise UserError(
+            f"peft: `{name}` has another name or form in {source.base_name}, so PEFT would not find it; "
+            f"export --to mlx,fused"
+        )
+    tied = not any(path.endswith("lm_head") for path, _ in source.model.named_modules())
+    if "embedding" in module and (source.method == "dora" or tied):
+        raise UserError(
+            f"peft: `{name}` is adapted and is also the head, which PEFT leaves as it was; export --to hf, "
+            f"or leave it out of lora.keys"
+        )
+
+
+def write(source: Source, folder: Path) -> str | None:
+    """Write `adapter_model.safetensors` and `adapter_config.json`."""
+    arrays: dict[str, mx.array] = {}
+    for name, module in source.adapted.items():
+        parts = PARTS | EMBEDDED if "embedding" in module else PARTS
+        for own, theirs in parts.items():
+            if own in module:
+                arrays[f"{PREFIX}{name}.{theirs}"] = mx.contiguous(module[own].T)
+    mx.save_safetensors(str(folder / WEIGHTS), arrays, {"format": "pt"})
+    write_json(folder / SETTINGS, settings(source))
+    if source.quantised:
+        return f"trained on packed weights; here measured on those of {source.base_name}"
+    return source.remark_on_base
+
+
+def settings(source: Source) -> dict[str, Any]:
+    """PEFT's `adapter_config.json`; their alpha / r is our scale."""
+    lora = read_settings(source.opened.run.adapter)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": source.base_name,
+        "revision": source.opened.config.model.revision,
+        "r": lora.rank,
+        "lora_alpha": lora.multiplier * lora.rank,
+        "lora_dropout": lora.dropout,
+        **targets(sorted(source.adapted), [name for name, _ in source.model.named_modules()]),
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "use_dora": source.method == "dora",
+        "use_rslora": False,
+        "modules_to_save": None,
+    }
+
+
+def targets(adapted: list[str], modules: list[str]) -> dict[str, Any]:
+    """`target_modules` and layers that name exactly the modules in `adapted`, as short as that can be said.
+
+    PEFT matches the end of a path, so `down_proj` would also reach an unadapted module of that name: where short names
+    and layers do not give exactly the set, whole paths do.
+    """
+    found = [IN_BLOCK.match(name) for name in adapted]
+    inside = {(m["before"], m["module"], int(m["layer"])) for m in found if m}
+    layers, ends = {layer for _, _, layer in inside}, {module.split(".")[-1] for _, module, _ in inside}
+    matched = [m for m in map(IN_BLOCK.match, modules) if m and int(m["layer"]) in layers]
+    reached = {m.string for m in matched if m["module"].split(".")[-1] in ends}
+    if all(found) and reached == set(adapted) and len({before for before, _, _ in inside}) == 1:
+        total = {int(m["layer"]) for m in map(IN_BLOCK.match, modules) if m}
+        some = {"layers_to_transform": sorted(layers), "layers_pattern": "layers"} if layers != total else {}
+        return {"target_modules": sorted(ends), "layers_to_transform": None, "layers_pattern": None} | some
+    return {"target_modules": adapted, "layers_to_transform": None, "layers_pattern": None}
+
+
+def reload(source: Source, folder: Path) -> nn.Module:
+    """The base with the adapter, read back from what was written for PEFT."""
+    path = source.choices.base or source.opened.config.model.path
+    config = source.opened.config.model.model_copy(update={"path": path, "adapter": None, "quantize": None})
+    if source.choices.base:
+        config = config.model_copy(update={"revision": None})
+    policy = load_policy(config)
+    attach(policy, read(folder))
+    return policy.model
+
+
+class Adapter(NamedTuple):
+    """A PEFT LoRA adapter: settings, and per module path its arrays as PEFT has them."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    modules: dict[str, dict[str, mx.array]]
+
+
+def read(folder: Path) -> Adapter:
+    """Read a PEFT adapter folder. Raises `UserError` for what is no LoRA adapter, or more than one."""
+    if not (folder / SETTINGS).exists() or not (folder / WEIGHTS).exists():
+        raise UserError(f"{folder}: no PEFT adapter there; expected {SETTINGS} and {WEIGHTS}{pickled_in(folder)}")
+    raw = read_json(folder / SETTINGS)
+    if raw.get("peft_type") != "LORA":
+        raise UserError(f"{folder / SETTINGS}: peft_type is {raw.get('peft_type')!r}; only LORA has a form in mlx-lm")
+    for name in ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"):
+        if raw.get(name):
+            raise UserError(f"{folder / SETTINGS}: {name} is {raw[name]!r}, which an mlx-lm adapter cannot hold")
+    if raw.get("bias", "none") != "none" or raw.get("lora_bias") or raw.get("fan_in_fan_out"):
+        raise UserError(f"{folder / SETTINGS}: trained biases and fan_in_fan_out have no form in an mlx-lm adapter")
+    modules: dict[str, dict[str, mx.array]] = {}
+    stored = read_tensors(folder / WEIGHTS)
+    known = {theirs: own for own, theirs in [*PARTS.items(), *EMBEDDED.items()]} | {"lora_magnitude_vector.weight": "m"}
+    for name, array in stored.items():
+        end = next((part for part in known if name.endswith("." + part)), None)
+        if end is None or not name.startswith(PREFIX):
+            raise UserError(f"{folder / WEIGHTS}: `{name}` is no LoRA array of a causal language model")
+        modules.setdefault(name[len(PREFIX) : -len(end) - 1], {})[known[end]] = array
+    return Adapter(folder, raw, modules)
+
+
+def scale_of(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    """What PEFT multiplies a module's update by: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
+    alpha = _pattern(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
+    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+
+
+def _pattern(patterns: Mapping[str, float], module: str, otherwise: float) -> float:
+    """PEFT's own rule: the first pattern that matches the end of a path, from a dot on."""
+    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), otherwise)
+
+
+def attach(policy: Policy, adapter: Adapter) -> LoraConfig:
+    """Put a PEFT adapter onto a frozen model, trainable; returns the settings it has there.
+
+    mlx-lm adapts the same layers of each of the last blocks with one rank and one scale. Where PEFT's ranks differ,
+    the rest is filled with directions that do nothing yet; other scales go into B; modules that PEFT left out get an
+    adapter that does nothing. Raises `UserError` for modules or shapes the model does not have.
+    """
+    lora = common_settings(policy, adapter)
+    attach_lora(policy.model, lora)
+    own: dict[str, mx.array] = dict(tree_flatten(policy.model.trainable_parameters()))
+    arrays: dict[str, mx.array] = {}
+    for module, parts in adapter.modules.items():
+        rank = parts["lora_a"].shape[0]
+        factor = scale_of(adapter.settings, module, rank) / lora.multiplier
+        for part, array in parts.items():
+            name = f"{module}.{part}"
+            here = array.T.astype(mx.float32) * (factor if part == "lora_b" and factor != 1 else 1)
+            arrays[name] = _fill(adapter, name, here, own[name], part)
+    policy.model.load_weights(list(arrays.items()), strict=False)
+    mx.eval(policy.model.trainable_parameters())
+    return lora
+
+
+def _fill(adapter: Adapter, name: str, given: mx.array, fresh: mx.array, part: str) -> mx.array:
+    """`given` in the shape of a fresh adapter array, which lends A's further columns; B's further rows stay zero."""
+    rank = given.shape[-1] if part == "lora_a" else given.shape[0]
+    if part == "lora_a" and rank < fresh.shape[1]:
+        given = mx.concatenate([given, fresh[:, rank:]], axis=1)
+    if part == "lora_b" and rank < fresh.shape[0]:
+        given = mx.concatenate([given, fresh[rank:]], axis=0)
+    if given.shape != fresh.shape:
+        raise UserError(f"{adapter.folder}: `{name}` is {given.shape}, the model has {fresh.shape}; another model?")
+    return given
+
+
+def common_settings(policy: Policy, adapter: Adapter) -> LoraConfig:
+    """One rank, scale, set of layer names and number of blocks that cover every module of a PEFT adapter."""
+    paths = {name for name, _ in policy.model.named_modules()}
+    if unknown := sorted(set(adapter.modules) - paths):
+        raise UserError(f"{adapter.folder}: the model has no layer `{unknown[0]}`; name the model it was made for")
+    found = {name: IN_BLOCK.match(name) for name in adapter.modules}
+    keys = {m["module"] if m else name for name, m in found.items()}
+    blocks: list[nn.Module] = policy.model.layers  # type: ignore[assignment]
+    first = min((int(m["layer"]) for m in found.values() if m), default=0)
+    ranks = {name: parts["lora_a"].shape[0] for name, parts in adapter.modules.items()}
+    rank = max(ranks.values())
+    scales = {scale_of(adapter.settings, name, r) for name, r in ranks.items()}
+    layers = -1 if first == 0 else len(blocks) - first
+    method = "dora" if adapter.settings.get("use_dora") else "lora"
+    dropout = adapter.settings.get("lora_dropout", 0.0)
+    return LoraConfig(method=method, rank=rank, scale=max(scales), dropout=dropout, keys=sorted(keys), layers=layers)

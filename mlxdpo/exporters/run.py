@@ -1,0 +1,221 @@
+"""The story of an export: refuse early, measure the run, write each target aside, load it again, keep what passed."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxdpo.exporters import gguf, hf, mlx, peft
+from mlxdpo.exporters.card import write_card
+from mlxdpo.exporters.outgoing import CARD
+from mlxdpo.exporters.record import RECORD, Exported, Target, write_record
+from mlxdpo.exporters.sections import REPO, Licences
+from mlxdpo.exporters.source import Choices, Source
+from mlxdpo.exporters.verify import Yardstick, measure, yardstick
+from mlxdpo.inference.trained_run import Opened, encode_pairs, heldout_pairs, reopen
+from mlxdpo.machine.device import versions
+from mlxdpo.runs import Run
+from mlxdpo.types import Example, UserError
+
+
+class Exporter(NamedTuple):
+    """One kind of artefact: what it refuses, how it is written into an empty folder, how it is loaded back."""
+
+    refuse: Callable[[Source], None]
+    write: Callable[[Source, Path], str | None]
+    reload: Callable[[Source, Path], nn.Module]
+    relation: str
+
+
+def _accepts(source: Source) -> None:
+    """Anything that mlx-lm trains goes into its own formats."""
+
+
+EXPORTERS = {
+    "mlx": Exporter(_accepts, mlx.write_adapter, mlx.reload_adapter, "adapter"),
+    "peft": Exporter(peft.refuse, peft.write, peft.reload, "adapter"),
+    "hf": Exporter(hf.refuse, hf.write, hf.reload, "finetune"),
+    "fused": Exporter(_accepts, mlx.write_fused, mlx.reload_model, "finetune"),
+    "quantized": Exporter(mlx.refuse_quantized, mlx.write_quantized, mlx.reload_model, "quantized"),
+    "gguf": Exporter(gguf.refuse, gguf.write, gguf.reload, "quantized"),
+}
+# The Hub's libraries look at the root of a repository: transformers first (it would take a PEFT adapter beside its own
+# weights for the thing to load), then PEFT. Everything else is asked for by its folder.
+AT_ROOT = ("hf", "peft")
+DEFAULT_PAIRS = 32
+WAS = ".was"  # the earlier export, while a new one takes its place
+
+
+def export(
+    run: Run,
+    to: Sequence[str],
+    out: str | Path,
+    *,
+    data: str | None = None,
+    pairs: int = DEFAULT_PAIRS,
+    choices: Choices = Choices(),  # noqa: B008 (frozen)
+    licences: Licences = Licences(),  # noqa: B008
+    repo: str | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Exported:
+    """Write a run as the targets `to` below `out`, each reloaded and measured on held-out pairs before it is kept.
+
+    `pairs` held-out pairs (0: all) of `data`, or of the run's own. A target that fails the gate leaves no files unless
+    `force` is set; the record says so either way. `out` appears whole, in place of an earlier export, or not at all. It
+    holds a model card too, for the Hub repository `repo`; what the user wrote in an earlier card stays.
+    Raises `UserError`, before anything is written, for a target that this run cannot become.
+    """
+    names, out = _known(to), Path(out)
+    _check_out(out)
+    rows, _, where = heldout_pairs(run, data)
+    opened = reopen(run)
+    source = Source(opened, choices)
+    for name in names:
+        EXPORTERS[name].refuse(source)
+    examples = _some(opened, rows, pairs)
+    say(f"measuring the run on {len(examples)} pairs of {where}")
+    yard = yardstick(opened, examples)
+    with _aside(out) as folder:
+        targets = {}
+        for name in names:
+            say(f"{name}: writing, loading again, measuring")
+            targets[name] = _make(name, source, yard, folder / place(name, names), force)
+        exported = _describe(source, out, where, targets)
+        write_record(exported, folder)
+        if (out / CARD).exists():
+            shutil.copyfile(out / CARD, folder / CARD)
+        write_card(run, folder, licences, repo or REPO)
+        _replace(folder, out)
+    return exported
+
+
+def place(name: str, names: Sequence[str]) -> str:
+    """Where a target lies below the export: at its root for what the Hub's libraries look for there."""
+    at_root = next((other for other in AT_ROOT if other in names), None)
+    return "." if name == at_root else name
+
+
+def _known(to: Sequence[str]) -> list[str]:
+    names = list(dict.fromkeys(to))
+    if not names or (unknown := [name for name in names if name not in EXPORTERS]):
+        wrong = f"`{unknown[0]}` is no target" if names else "no target given"
+        raise UserError(f"--to: {wrong}; known: {', '.join(EXPORTERS)}")
+    return names
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).exists():
+        raise UserError(f"{out} holds something that is no earlier export; choose another --out")
+
+
+def _some(opened: Opened, rows: list, pairs: int) -> list[Example]:
+    """Every k-th of the held-out pairs, so that a sorted file is met all over."""
+    chosen = rows if not pairs or pairs >= len(rows) else [rows[i * len(rows) // pairs] for i in range(pairs)]
+    return encode_pairs(opened, chosen)[1]
+
+
+@contextlib.contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, gone afterwards unless it was renamed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(out)
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-{os.getpid()}-"))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what exports to `out` left that were killed: gigabytes, and hidden. Folders are named by their process.
+
+    One that was killed between the two renames of `_replace` has the earlier export inside: it goes back.
+    """
+    for folder in out.parent.glob(f".{glob.escape(out.name)}-*"):
+        named = re.fullmatch(rf"\.{re.escape(out.name)}-(\d+)-\w+", folder.name)
+        if named and not _alive(int(named[1])):
+            if (folder / WAS).exists() and not out.exists():
+                os.rename(folder / WAS, out)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _make(name: str, source: Source, yard: Yardstick, folder: Path, force: bool) -> Target:
+    folder.mkdir(exist_ok=True)
+    before = set(_files(folder))
+    exporter = EXPORTERS[name]
+    note = exporter.write(source, folder)
+    artefact = exporter.reload(source, folder)
+    fidelity = measure(yard, artefact, force)
+    del artefact
+    mx.clear_cache()
+    files = {path: size for path, size in _files(folder).items() if path not in before}
+    at = folder.name if folder.name == name else "."
+    if fidelity.passed or fidelity.forced:
+        return Target(at, files, _relation(name, source), fidelity, note)
+    for path in files:
+        (folder / path).unlink()
+    if at != ".":
+        shutil.rmtree(folder)
+    return Target(at, {}, _relation(name, source), fidelity, note, kept=False)
+
+
+def _files(folder: Path) -> dict[str, int]:
+    return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def _relation(name: str, source: Source) -> str:
+    """The Hub's `base_model_relation` of one target."""
+    packed = name == "fused" and source.quantised
+    return "quantized" if packed else EXPORTERS[name].relation
+
+
+def _describe(source: Source, out: Path, where: str, targets: dict[str, Target]) -> Exported:
+    # What a reader of the Hub page meets first.
+    first = next(name for name in (*AT_ROOT, *EXPORTERS) if name in targets)
+    run, config = source.opened.run, source.opened.config
+    return Exported(
+        out=out,
+        run=run.path.resolve().name,
+        base_model=source.base_name,
+        base_revision=None if source.choices.base else config.model.revision,
+        relation=targets[first].relation,
+        data=where,
+        beta=config.loss.beta,
+        versions=versions(),
+        targets=targets,
+    )
+
+
+def _replace(folder: Path, out: Path) -> None:
+    """Put the finished folder where `out` is, or was."""
+    if not out.exists():
+        os.rename(folder, out)
+        return
+    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-{os.getpid()}-"))
+    os.rename(out, old / WAS)
+    os.rename(folder, out)
+    shutil.rmtree(old)

@@ -1,0 +1,238 @@
+"""The fidelity gate: does the artefact, loaded again, behave like the run on pairs that training never saw?
+
+Three numbers. Token KL(run || artefact) against KL(run || reference): what was lost beside what was learned. The slope
+of the artefact's DPO margins over the run's: 1 when the preference is all there, 0 when the export is the base model.
+Their correlation: how much of it is noise. The limits stand here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxdpo.exporters.record import Fidelity
+from mlxdpo.forward import fused_head as heads
+from mlxdpo.forward.architectures import Trunk, split
+from mlxdpo.forward.elementwise import exp
+from mlxdpo.forward.shared_prefix import hidden_states
+from mlxdpo.inference.trained_run import Opened
+from mlxdpo.machine.device import this_machine
+from mlxdpo.model.adapters import dropout_off
+from mlxdpo.model.policy import cast
+from mlxdpo.types import Example, UserError
+
+MOST_KL = 0.05  # of KL(run || reference)
+LEAST_SLOPE = 0.9
+ROUNDING = 1e-6  # nats a token: what float32 alone makes of equal weights in another order
+LOGITS = 128 << 20  # bytes of float32 logits of one model at a time
+
+Logits = Callable[[], mx.array]
+"""Gives the (n, V) float32 logits of a batch's scored positions."""
+
+
+class Rows(NamedTuple):
+    """Padded rows: `inputs` (R, T) tokens; `at` (2, n) row and column of each scored position; `targets` (n,)."""
+
+    which: tuple[int, ...]
+    inputs: mx.array
+    at: np.ndarray
+    targets: mx.array
+
+
+class Yardstick(NamedTuple):
+    """The run on held-out pairs: per batch its logits; `logps` and `reference` (2B,) summed nats, chosen first."""
+
+    batches: list[Rows]
+    logits: list[Logits]
+    logps: np.ndarray
+    reference: np.ndarray
+    kl: float
+    tokens: int
+    beta: float
+    dtype: mx.Dtype
+
+
+def yardstick(opened: Opened, examples: Sequence[Example]) -> Yardstick:
+    """Score the run and its reference once; artefacts are then held against them one at a time.
+
+    Where the model's parts are known, its last states are kept, so that an artefact costs one forward pass.
+    """
+    model = opened.policy.model
+    dtype = getattr(mx, opened.policy.identity["dtype"])
+    vocabulary = opened.policy.config.get("vocab_size") or len(opened.policy.tokenizer)
+    batches = list(_batches(examples, vocabulary))
+    logits = [_kept(model, rows) for rows in batches]
+    logps = _sums(batches, logits, len(examples))
+    reference, kl = _held_against(batches, logits, lambda rows: _of_reference(opened, rows), len(examples))
+    tokens = sum(rows.at.shape[1] for rows in batches)
+    return Yardstick(batches, logits, logps, reference, kl, tokens, opened.config.loss.beta, dtype)
+
+
+def measure(yard: Yardstick, artefact: nn.Module, force: bool = False) -> Fidelity:
+    """How an artefact behaves; it is run in the run's number type, so that only what was written differs."""
+    cast(artefact, yard.dtype)
+    if this_machine().kind == "cpu":  # its packed matmuls are fifty times slower, and give the same numbers
+        artefact = _unpacked(artefact)
+    artefact.train()  # as the run was scored; only dropout would differ, and it is off
+    logps, kl = _held_against(yard.batches, yard.logits, lambda rows: _ask(artefact, rows), len(yard.logps) // 2)
+    own, other = (_margins(values, yard.reference, yard.beta) for values in (yard.logps, logps))
+    slope, correlation = line(own, other)
+    reason = verdict(kl, yard.kl, slope)
+    return Fidelity(
+        pairs=len(own),
+        tokens=yard.tokens,
+        token_kl=kl,
+        policy_reference_kl=yard.kl,
+        slope=slope,
+        correlation=correlation,
+        accuracy_run=_accuracy(own),
+        accuracy_artefact=_accuracy(other),
+        passed=reason is None,
+        reason=reason,
+        forced=force and reason is not None,
+    )
+
+
+def _unpacked(model: nn.Module) -> nn.Module:
+    from mlx_lm.utils import dequantize_model
+
+    return dequantize_model(model)
+
+
+def verdict(kl: float, reference_kl: float, slope: float | None) -> str | None:
+    """Why an artefact is not the run, in a sentence; None when it is."""
+    limit = max(MOST_KL * reference_kl, ROUNDING)
+    if not kl <= limit:  # also when it is no number
+        return (
+            f"token KL to the run is {kl:.3g} nats, more than {limit:.3g} ({MOST_KL:.0%} of the {reference_kl:.3g} "
+            f"that training moved the model)"
+        )
+    if slope is not None and not slope >= LEAST_SLOPE:
+        return f"margins keep {slope:.2f} of their slope, less than {LEAST_SLOPE}"
+    return None
+
+
+def line(x: np.ndarray, y: np.ndarray) -> tuple[float | None, float | None]:
+    """Least-squares slope of y on x, and their correlation; None where either has no spread."""
+    dx, dy = x - x.mean(), y - y.mean()
+    sx, sy = float(dx @ dx), float(dy @ dy)
+    if len(x) < 2 or sx <= 1e-12 * max(1.0, float(x @ x)):
+        return None, None
+    return float(dx @ dy) / sx, None if sy == 0 else float(dx @ dy) / (sx * sy) ** 0.5
+
+
+def _margins(logps: np.ndarray, reference: np.ndarray, beta: float) -> np.ndarray:
+    """(B,) arXiv 2305.18290 equation 7, against the run's reference on both sides."""
+    rewards = beta * (logps - reference)
+    half = len(rewards) // 2
+    return rewards[:half] - rewards[half:]
+
+
+def _accuracy(margins: np.ndarray) -> float:
+    return float(((np.sign(margins) + 1) / 2).mean())
+
+
+def _batches(examples: Sequence[Example], vocabulary: int) -> Iterator[Rows]:
+    """Rows of like length, as many as `LOGITS` allows; row i is a chosen completion, row B + i its rejected one."""
+    pairs = [(e.prompt, e.chosen) for e in examples] + [(e.prompt, e.rejected) for e in examples]
+    order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
+    while order:
+        longest = sum(map(len, pairs[order[0]])) - 1
+        count = max(1, LOGITS // (4 * vocabulary * longest))
+        here, order = order[:count], order[count:]
+        yield _rows(tuple(here), [pairs[i] for i in here], longest)
+
+
+def _rows(which: tuple[int, ...], pairs: list[tuple[np.ndarray, np.ndarray]], longest: int) -> Rows:
+    inputs, at, targets = np.zeros((len(pairs), longest), np.int32), [], []
+    for row, (prompt, completion) in enumerate(pairs):
+        ids = np.concatenate([prompt, completion])
+        inputs[row, : len(ids) - 1] = ids[:-1]
+        first = max(len(prompt) - 1, 0)
+        at += [(row, column) for column in range(first, len(ids) - 1)]
+        targets.append(ids[first + 1 :])
+    return Rows(which, mx.array(inputs), np.array(at).T, mx.array(np.concatenate(targets)))
+
+
+def _ask(model: nn.Module, rows: Rows) -> mx.array:
+    """(n, V) float32 logits, computed; where the model's parts are known, only scored positions meet the head."""
+    i, j = (mx.array(index) for index in rows.at)
+    with dropout_off(model):
+        if (trunk := split(model)) is None:
+            logits = model(rows.inputs)[i, j].astype(mx.float32)
+        else:
+            logits = heads.logits(trunk.head, _states(trunk, rows, i, j))
+        mx.eval(logits)  # here, while dropout is off, and adapters are on or off as they are
+    return logits
+
+
+def _of_reference(opened: Opened, rows: Rows) -> mx.array:
+    with opened.reference() as model:
+        return _ask(model, rows)
+
+
+def _kept(model: nn.Module, rows: Rows) -> Logits:
+    """The same to be asked again, with the last states at the scored positions kept where the parts are known."""
+    if (trunk := split(model)) is None:
+        return lambda: _ask(model, rows)
+    with dropout_off(model):
+        states = _states(trunk, rows, *(mx.array(index) for index in rows.at))
+        mx.eval(states)
+    return lambda: heads.logits(trunk.head, states)
+
+
+def _states(trunk: Trunk, rows: Rows, i: mx.array, j: mx.array) -> mx.array:
+    return trunk.norm(hidden_states(trunk, rows.inputs[:, :0], rows.inputs, lambda h: h)[i, j])
+
+
+def _sums(batches: list[Rows], logits: list[Logits], pairs: int) -> np.ndarray:
+    sums = np.zeros(2 * pairs)
+    for rows, ask in zip(batches, logits, strict=True):
+        _add(sums, rows, heads.target_logps(ask(), rows.targets))
+    return sums
+
+
+def _add(sums: np.ndarray, rows: Rows, logps: mx.array) -> None:
+    np.add.at(sums, np.array(rows.which)[rows.at[0]], np.array(logps, np.float64))
+
+
+def _held_against(
+    batches: list[Rows], own: list[Logits], other: Callable[[Rows], mx.array], pairs: int
+) -> tuple[np.ndarray, float]:
+    """(2B,) summed log-probs under `other`, and the mean token KL(own || other), nats."""
+    sums, total, count = np.zeros(2 * pairs), 0.0, 0
+    for rows, ask in zip(batches, own, strict=True):
+        mine = ask()
+        mx.eval(mine)  # before the reference, which may be the same model with its adapters off
+        theirs = other(rows)
+        if theirs.shape != mine.shape:
+            raise UserError(f"the artefact has {theirs.shape[-1]} words, the run {mine.shape[-1]}; another model?")
+        divergence, logps = token_kl(mine, theirs, rows.targets)
+        mx.eval(divergence, logps)
+        _add(sums, rows, logps)
+        total += float(np.array(divergence, np.float64).sum())
+        count += len(divergence)
+    return sums, total / count
+
+
+def token_kl(own: mx.array, other: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """(n, V), (n, V) float32 logits, (n,) tokens -> KL(softmax(own) || softmax(other)) (n,), log other(targets) (n,).
+
+    Nats, the divergence at least 0. sum_v p log(p / q) with sum_v (q - p) = 0 added: what the normalisers are rounded
+    by, as much as a faithful artefact diverges, then enters squared.
+    """
+    (p_log, p), (q_log, q) = _softmax(own), _softmax(other)
+    divergence = (p * (p_log - q_log) + q - p).sum(axis=-1)
+    return mx.maximum(divergence, 0.0), mx.take_along_axis(q_log, targets[:, None], axis=-1)[:, 0]
+
+
+def _softmax(z: mx.array) -> tuple[mx.array, mx.array]:
+    """(n, V) -> log-softmax and softmax, with one exponential; summed in two sweeps, as `heads` does."""
+    shifted = z - mx.max(z, axis=-1, keepdims=True)
+    e = exp(shifted)
+    total = heads.in_blocks(e).sum(axis=-1).sum(axis=-1, keepdims=True)
+    return shifted - mx.log(total), e / total

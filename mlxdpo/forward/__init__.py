@@ -1,0 +1,1 @@
+"""A model meets a batch: log-probabilities, each distinct token computed once."""

@@ -1,0 +1,111 @@
+"""Distinct tokens without padding: every matmul sees each token once, only attention sees rows.
+
+Everything in a transformer layer but attention works token by token. So a layer is run on all distinct tokens of a
+batch as if each were a row of its own, (N, 1, D), with its position as its RoPE offset; where the layer calls
+attention, its queries, keys and values are laid out as prompts and rows, and what comes back is laid down again. One
+call per layer serves prefix and suffix, nothing crosses a checkpoint, and rows of unequal length cost what they hold.
+
+This needs a layer that calls `scaled_dot_product_attention` by the name in its file, with the cache object it was
+given: the name is switched while the layer runs (`light.switched`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxdpo.forward.architectures import Trunk
+from mlxdpo.forward.patch_mlx_lm import attention_files, light_or_own, switched
+from mlxdpo.forward.streams import Passage, walk
+
+Spread = Callable[[mx.array], mx.array]
+LEAST = 0.03  # share of tokens that packing must save to pay for laying rows out in every layer
+
+
+class Layout:
+    """Where the tokens of a batch stand: G prompts of P tokens, then M others that make up R rows of S.
+
+    `rows` (R, S), `home` (M,) and `place` (M,) are a `Batch`'s; `spread` gives each row its prompt's array.
+    """
+
+    def __init__(self, prompts: tuple[int, int], rows: mx.array, home: mx.array, place: mx.array, spread: Spread):
+        self.prompts, self.rows, self.home, self.spread = prompts, rows, home, spread
+        count, shared = prompts
+        # Prefix tokens count from 0 in every prompt.
+        self.offset = mx.concatenate([mx.tile(mx.arange(shared, dtype=mx.int32), count), place]) if shared else place
+
+
+class Packed:
+    """The cache object of one layer's call: brings each token's position and knows the rows when attention comes."""
+
+    def __init__(self, layout: Layout, trunk: Trunk, window: int | None):
+        self.layout, self.trunk, self.window, self.offset = layout, trunk, window, layout.offset
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """What mlx-lm's attention calls."""
+        return keys, values
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        """(N, H, 1, Dh) queries, keys and values of single tokens -> (N, H, 1, Dh), each within its own row."""
+        layout, mask = self.layout, self.trunk.mask
+        count, shared = layout.prompts
+        q, k, v = (a[:, :, 0] for a in (queries, keys, values))
+        (rq, rk, rv), done = (_rows(a[count * shared :][layout.rows]) for a in (q, k, v)), []
+        if shared:
+            pq, pk, pv = (_rows(a[: count * shared].reshape(count, shared, *a.shape[1:])) for a in (q, k, v))
+            done.append(light_or_own(pq, pk, pv, None, scale, mask(shared, 0, self.window)))
+            rk, rv = (mx.concatenate([layout.spread(a), b], axis=2) for a, b in ((pk, rk), (pv, rv)))
+        done.append(light_or_own(rq, rk, rv, None, scale, mask(layout.rows.shape[1], shared, self.window)))
+        flat = [a.swapaxes(1, 2).reshape(-1, a.shape[1], a.shape[3]) for a in done]
+        flat[-1] = flat[-1][layout.home]
+        return mx.concatenate(flat)[:, :, None]
+
+
+def _rows(a: mx.array) -> mx.array:
+    """(R, T, H, Dh) -> (R, H, T, Dh)."""
+    return a.swapaxes(1, 2)
+
+
+def packs(trunk: Trunk) -> bool:
+    """Whether the layers call attention by name, so that packing is possible."""
+    return bool(attention_files(trunk.layers[0]))
+
+
+def pays(prompts: tuple[int, int], rows: tuple[int, int], rest: int) -> bool:
+    """Whether packing saves enough: `prompts` (G, P), `rows` (R, S) and M distinct tokens behind the prefixes."""
+    shared = prompts[0] * prompts[1]
+    return shared + rest < (1 - LEAST) * (shared + rows[0] * rows[1])
+
+
+def packed_states(
+    trunk: Trunk,
+    tokens: mx.array,
+    layout: Layout,
+    checkpoint: Callable[..., Any] | None = None,
+) -> mx.array:
+    """(G * P + M,) token ids -> (M, D) states behind the prefixes, before the last norm.
+
+    `checkpoint` is `prefix.checkpointed`, to compute each layer again in the backward pass.
+    """
+    return walk([lambda: packed_passage(trunk, tokens, layout, checkpoint)])[0]
+
+
+def packed_passage(
+    trunk: Trunk, tokens: mx.array, layout: Layout, checkpoint: Callable[..., Any] | None = None
+) -> Passage:
+    """The way of `packed_states`."""
+    run, layers = checkpoint or (lambda layer, function: function), zip(trunk.layers, trunk.windows, strict=True)
+    blocks = [run(layer, _alone(trunk, layer, window, layout)) for layer, window in layers]
+    return Passage((trunk.embed(tokens[:, None]),), blocks, lambda h: h[layout.prompts[0] * layout.prompts[1] :, 0])
+
+
+def _alone(trunk: Trunk, layer: nn.Module, window: int | None, layout: Layout) -> Callable[..., tuple[mx.array]]:
+    def one(h: mx.array) -> tuple[mx.array]:
+        """The layer on all tokens at once."""
+        with switched(attention_files(layer)):  # in here, because a checkpoint calls it again in the backward pass
+            return (layer(h, None, Packed(layout, trunk, window)),)
+
+    return one

@@ -1,0 +1,145 @@
+"""Which attention and which SwiGLU the layers of a model call: mlx-lm's, or this project's where they are lighter.
+
+mlx-lm's layers find both by name in their own file. A name is exchanged while it is needed and put back; nothing is
+changed on a class.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import activations, base
+
+from mlxdpo.forward.attention import chunked_attention, short_attention
+from mlxdpo.forward.elementwise import swiglu
+from mlxdpo.machine.device import this_machine
+
+PAYS_FROM = 1024  # tokens
+SHORT = 512  # tokens: up to here a CPU had better keep the softmax
+NAME = "scaled_dot_product_attention"
+
+
+def pays(kind: str, length: int, masked: bool) -> bool:
+    """Whether chunks beat MLX's own attention: the one place of that rule.
+
+    `kind` is `Machine.kind`, `length` the number of keys in tokens, `masked` whether the call carries what MLX's
+    fused kernels do not take (an array mask such as a sliding window, a soft cap). Metal and CUDA have fused causal
+    kernels, forward and backward, from mlx 0.32.4. A CPU has none, and its softmax alone takes longer than all of
+    this: a SmolLM2 step over rows of 384 tokens 5.1 -> 4.7 s, 1.9 -> 1.6 GB.
+    """
+    return kind == "cpu" or (masked and length >= PAYS_FROM)
+
+
+def causal_window(mask: mx.array, queries: int, keys: int) -> int | None:
+    """The window, in tokens, of a bool mask that is a causal sliding window of `queries` x `keys`; else None.
+
+    Proved by value, not guessed: mlx-lm hands its layers a bare array. No tracing stands in the way, because such a
+    mask is made of constants. Only where it is an argument of a function under `mx.checkpoint` inside `mx.compile`
+    can it not be read, which gives None; a layer under a checkpoint must close over its mask. A full causal mask has
+    window `keys`.
+    """
+    if mask.dtype != mx.bool_ or mask.size != queries * keys or keys < queries:
+        return None
+    mask = mask.reshape(queries, keys)
+    try:
+        window = int(mask[-1].sum().item())
+    except ValueError:  # MLX's word for an array that is being traced
+        return None
+    expected = base.create_causal_mask(queries, keys - queries, window_size=window)
+    return window if window and mx.array_equal(mask, expected).item() else None
+
+
+def light_or_own(
+    queries: mx.array,
+    keys: Any,
+    values: Any,
+    cache: Any,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """mlx-lm's `scaled_dot_product_attention`, in chunks for the calls where that is the same thing and pays.
+
+    A cache that attends for itself (`packed.Packed`) is asked to.
+    """
+    if attend := getattr(cache, "attend", None):
+        return attend(queries, keys, values, scale)
+    own = functools.partial(base.scaled_dot_product_attention, queries, keys, values, cache, scale, mask, sinks)
+    if hasattr(cache, "bits") or sinks is not None or mask is None:
+        return own()
+    masked, L, T = isinstance(mask, mx.array), queries.shape[2], keys.shape[2]
+    if T < L or not pays(this_machine().kind, T, masked):
+        return own()
+    window = causal_window(mask, L, T) if masked else T
+    if window is None or not (masked or mask == "causal"):
+        return own()
+    if window >= T and T <= SHORT and this_machine().kind == "cpu":
+        return short_attention(queries, keys, values, scale=scale)
+    return chunked_attention(queries, keys, values, scale=scale, window=window if window < T else None)
+
+
+NAMES = (NAME, "swiglu")
+OWN, LIGHT = (base.scaled_dot_product_attention, activations.swiglu), (light_or_own, swiglu)
+_users: Counter[ModuleType] = Counter()
+_lock = threading.Lock()
+
+
+def attention_files(model: nn.Module) -> list[ModuleType]:
+    """The mlx-lm model files whose layers `model` is made of and that call `scaled_dot_product_attention` by name.
+
+    A file with a function of its own under that name is none of them, nor one that writes its attention out
+    (gemma2): their attention stays what it is.
+    """
+    names = {parent.__module__ for layer in model.modules() for parent in type(layer).__mro__}
+    ours = (base.scaled_dot_product_attention, light_or_own)
+    files = [sys.modules[name] for name in sorted(names)]
+    return [file for file in files if file is not base and vars(file).get(NAME) in ours]
+
+
+@contextmanager
+def light_attention(model: nn.Module, longest: int) -> Iterator[bool]:
+    """While it lasts, `model` attends in chunks wherever `pays` says so; `longest` is its longest row in tokens.
+
+    Yields whether anything was switched. Another model of the same file is switched with it (same values, other order
+    of sums); one of another file is not touched. A function compiled inside keeps what it was traced with, so trace
+    inside.
+    """
+    files = attention_files(model) if pays(this_machine().kind, longest, masked=True) else []
+    with switched(files):
+        yield bool(files)
+
+
+@contextmanager
+def switched(files: Sequence[ModuleType]) -> Iterator[None]:
+    """While it lasts, the layers of mlx-lm's model `files` call `light_or_own`, and SwiGLU with its own gradient.
+
+    It replaces names in each file and puts them back, also after an exception; it can be nested, and left in any
+    order from several threads.
+    """
+    with _lock:
+        for file in files:
+            _users[file] += 1
+            _exchange(file, OWN, LIGHT)
+    try:
+        yield
+    finally:
+        with _lock:
+            for file in files:
+                _users[file] -= 1
+                if not _users[file]:
+                    _exchange(file, LIGHT, OWN)
+
+
+def _exchange(file: ModuleType, before: Sequence[Any], after: Sequence[Any]) -> None:
+    for name, old, new in zip(NAMES, before, after, strict=True):
+        if vars(file).get(name) is old:
+            setattr(file, name, new)

@@ -1,0 +1,93 @@
+"""A reward model that was trained (`stage: reward`), opened again: prompts and completions in, numbers out.
+
+    rewards = open_reward_model(Run.open("runs/rm"))
+    rewards(["Name a fruit."], ["A pear."])     # array([0.71])
+
+Only differences between answers to one prompt mean something: r_1 - r_2 is the log-odds that the first is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxdpo.config import DataConfig
+from mlxdpo.data.batching import collate
+from mlxdpo.data.encode import encode_stream
+from mlxdpo.data.planning import outline, plan_straight
+from mlxdpo.data.report import Report
+from mlxdpo.data.template import probe
+from mlxdpo.data.transforms import with_end
+from mlxdpo.forward import streams
+from mlxdpo.forward.architectures import split
+from mlxdpo.forward.rewards import reward_ways
+from mlxdpo.io.digest import file_digest, folder_digest
+from mlxdpo.model.adapters import dropout_off, load_adapter
+from mlxdpo.model.policy import Policy, load_policy
+from mlxdpo.model.reward_head import FILE, load_head
+from mlxdpo.runs import Run
+from mlxdpo.types import Example, Opinion, Text, UserError
+
+# An answer that is too long is judged by what fits: it is better to have a number than none.
+READING = {"on_bad_row": "skip", "on_long_prompt": "trim", "on_long_completion": "truncate"}
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A callable that gives rewards. `identity` says which numbers it computes with: weights, head, reading."""
+
+    policy: Policy
+    data: DataConfig
+    identity: Mapping[str, Any]
+    batch_size: int = 16
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text]) -> np.ndarray:
+        """(N,) float64 rewards of the completions of N prompts; NaN for an answer that cannot be read (an empty one).
+
+        Text is written as the run's pairs were: as chat turns, or as it stands. Raises `ValueError` for unequal counts.
+        """
+        values = np.full(len(prompts), np.nan)
+        examples = list(with_end(self._encoded(prompts, completions), self.data, Report()))
+        way = reward_ways(split(self.policy.model) is not None).score
+        with dropout_off(self.policy.model) as model:
+            for indices in plan_straight(outline(examples, self.data.group), self.batch_size):
+                batch = collate(examples, indices, self.batch_size)
+                rewards = way(model, batch)[batch.chosen]
+                streams.evaluate(batch.parts, rewards)
+                values[[int(examples[i].where) for i in indices]] = np.array(rewards, np.float64)[: len(indices)]
+        return values
+
+    def _encoded(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Iterable[Example]:
+        """Encoded rows; `where` is the number of the row."""
+        writer = probe(self.policy.tokenizer, self.data, self.policy.eos_ids)
+        return encode_stream(_rows(prompts, completions), writer, self.data, Report())
+
+
+def _rows(prompts: Sequence[Text], completions: Sequence[Text]) -> Iterator[Opinion]:
+    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        yield Opinion(prompt, completion, True, str(number))
+
+
+def open_reward_model(run: Run, batch_size: int = 16) -> RewardModel:
+    """Load a run's reward model, ready to be called; `batch_size` answers are computed at once.
+
+    Raises `UserError` for a run of another stage, one that is not finished, or one whose base model has changed.
+    """
+    config = run.config()
+    if config.stage != "reward":
+        raise UserError(f"{run.path}: a run of stage {config.stage} gives no rewards; name one of stage reward")
+    policy = load_policy(config.model)
+    if policy.identity["digest"] != run.manifest()["model"]["digest"]:
+        raise UserError(f"{run.path}: {config.model.path} is no longer the model this run was trained on; restore it")
+    load_adapter(policy.model, run.adapter)
+    load_head(policy.model, run.path)
+    mx.eval(policy.model.parameters())
+    data = config.data.model_copy(update=READING)
+    numbers = {name: policy.identity[name] for name in ("digest", "dtype", "quantization")}
+    made = {"adapter": folder_digest(run.adapter), "head": file_digest(run.path / FILE)}
+    reading = data.model_dump(mode="json", include={"template", "eos", "thinking", "max_length"})
+    return RewardModel(policy, data, numbers | made | reading, batch_size)

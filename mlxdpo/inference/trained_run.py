@@ -1,0 +1,198 @@
+"""A finished run, opened again to be judged: its tuned model, its locked reference, the pairs that were held out.
+
+The reference is part of what a run is: implicit rewards against another one are other numbers (people who guessed it
+got wrong ones), so it is compared with the manifest and nothing is scored when it differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxdpo.config import Config
+from mlxdpo.data.batching import collate
+from mlxdpo.data.best_of_k import Several, holds_several, read_several
+from mlxdpo.data.encode import encode, encode_all
+from mlxdpo.data.messages import as_turns
+from mlxdpo.data.planning import outline, plan_straight
+from mlxdpo.data.read import heldout_source, prompt_key, read_pairs, split_heldout
+from mlxdpo.data.report import Report
+from mlxdpo.forward import streams
+from mlxdpo.forward.logprobs import score_pairs, ways_for
+from mlxdpo.io.digest import folder_digest
+from mlxdpo.model.adapters import adapters_off, dropout_off, load_arrays, load_run, load_start, read_settings
+from mlxdpo.model.policy import Policy
+from mlxdpo.runs import Run
+from mlxdpo.training import checkpoint
+from mlxdpo.training.reference import find_reference
+from mlxdpo.types import Example, Preference, Text, UserError
+
+Side = Callable[[], contextlib.AbstractContextManager[nn.Module]]
+"""Gives a model to run while the context lasts."""
+LOCKED = ("digest", "dtype", "quantization", "adapter")
+
+
+class Opened(NamedTuple):
+    """A run's models: `policy` tuned; `start` as training found it; `reference` what rewards are measured against."""
+
+    run: Run
+    config: Config
+    policy: Policy
+    start: Side
+    reference: Side
+
+
+class PairLogps(NamedTuple):
+    """Summed completion log-probs of pairs under policy and reference, nats, and lengths in tokens: each (B,)."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+    ref_chosen: np.ndarray
+    ref_rejected: np.ndarray
+    chosen_len: np.ndarray
+    rejected_len: np.ndarray
+
+
+def reopen(run: Run) -> Opened:
+    """Load a run's tuned model and its reference; one set of weights in memory where adapters can be switched off.
+
+    Raises `UserError` when model or reference are not the ones in the run's manifest.
+    """
+    config, policy = run.config(), load_run(run)
+    bare = config.model.adapter is None and read_settings(run.adapter).method != "full"
+    start: Side = (
+        partial(adapters_off, policy.model) if bare else partial(contextlib.nullcontext, load_start(run).model)
+    )
+    if config.reference.model is None:
+        check_reference(run, policy, config.model.adapter)
+        return Opened(run, config, policy, start, start)
+    other, adapter = find_reference(config, policy)
+    check_reference(run, other, adapter)
+    return Opened(run, config, policy, start, partial(contextlib.nullcontext, other.model))
+
+
+def at_checkpoints(opened: Opened) -> Iterator[str]:
+    """Put the weights of each kept checkpoint into `opened.policy`, oldest first, and yield its name meanwhile.
+
+    Afterwards the run's own adapter is back, also when the caller stops half-way.
+    """
+    try:
+        for folder in checkpoint.steps(opened.run.checkpoints):
+            load_arrays(opened.policy.model, folder)
+            yield folder.name
+    finally:
+        load_arrays(opened.policy.model, opened.run.adapter)
+
+
+def check_reference(run: Run, reference: Policy, adapter: str | None) -> None:
+    """Raise `UserError` unless `reference` with the adapter folder `adapter` is what the manifest names."""
+    then = run.manifest()["reference"]
+    now = {**reference.identity, "adapter": None if adapter is None else folder_digest(Path(adapter))}
+    for name in LOCKED:
+        if then[name] != now[name]:
+            raise UserError(
+                f"{run.path}: its reference had {name} {_short(then[name])}, the one here has {_short(now[name])}; "
+                f"rewards against another reference are other numbers, restore {run.manifest()['reference_source']}"
+            )
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else str(value)
+
+
+def heldout_pairs(run: Run, data: str | None = None) -> tuple[list[Preference], Report, str]:
+    """Pairs that training never saw, what became of the rows, and where they come from in words.
+
+    Those of `data` when given, else of the recipe's `data.eval`, else the prompts that the recipe's
+    `data.eval_fraction` held out. Raises `UserError` when there are none.
+    """
+    config = run.config()
+    if data is not None:
+        rows, report = read_pairs(config.data, data)
+        return rows, report, _called(data)
+    if (source := heldout_source(config.data)) is not None:
+        rows, report = read_pairs(config.data, *source)
+        return rows, report, _called(source[0])
+    rows, report = read_pairs(config.data)
+    rows = split_heldout(rows, config.data.eval_fraction, config.train.seed)[1]
+    if not rows:
+        raise UserError(f"{run.path}: its recipe held out no pairs; name some with --data")
+    return rows, report, f"the {config.data.eval_fraction:.0%} of {_called(config.data.path)} that training held out"
+
+
+def heldout_records(run: Run, data: str) -> tuple[list[Several], Report, str] | None:
+    """Best-of-k records of `data`, what became of the rows, and the source in words; None where it holds pairs.
+
+    Raises `UserError` for a source that cannot be read, and when none of its records can be used.
+    """
+    config = run.config().data
+    if not holds_several(data, config.split):
+        return None
+    records, report = read_several(data, config.split, config.on_bad_row)
+    if not records:
+        raise UserError(f"{data}: none of its {report.read} records can be used; {'; '.join(report.lines())}")
+    return records, report, _called(data)
+
+
+def _called(source: str) -> str:
+    """A file by its name alone: reports are handed on, folders of this machine are nobody's business."""
+    return Path(source).name if Path(source).exists() else source
+
+
+def encode_pairs(opened: Opened, rows: Sequence[Preference]) -> tuple[list[Preference], list[Example], Report]:
+    """Rows and their token ids, one for one, without those that do not fit (counted in the report)."""
+    tokenizer, eos, data = opened.policy.tokenizer, opened.policy.eos_ids, opened.config.data
+    examples, report = encode_all(rows, tokenizer, data, eos_ids=eos)
+    if len(examples) == len(rows):
+        return list(rows), examples, report
+    counted = Report()  # row by row, to know which ones are left
+    found = [(row, encode(row, tokenizer, data, counted, eos_ids=eos)) for row in rows]
+    kept = [(row, example) for row, example in found if example is not None]
+    return [row for row, _ in kept], [example for _, example in kept], report
+
+
+def pair_logps(opened: Opened, examples: Sequence[Example], batch_size: int = 8) -> PairLogps:
+    """Log-probs of every pair, in the order given, `batch_size` pairs at once."""
+    values, ways = np.zeros((4, len(examples))), ways_for(opened.policy.model)
+    for indices in plan_straight(outline(examples, opened.config.data.group), batch_size):
+        batch = collate(examples, indices, batch_size)
+        with dropout_off(opened.policy.model) as model:
+            tuned = score_pairs(model, batch, ways.score)
+            streams.evaluate(batch.parts, tuned.chosen, tuned.rejected)
+        with opened.reference() as model, dropout_off(model):
+            base = score_pairs(model, batch, ways_for(model).score)
+            both = mx.stack([tuned.chosen, tuned.rejected, base.chosen, base.rejected])
+            streams.evaluate(batch.parts, both)
+        values[:, list(indices)] = np.array(both)[:, : len(indices)]
+    lengths = [np.array([len(getattr(e, side)) for e in examples], np.float64) for side in ("chosen", "rejected")]
+    return PairLogps(*values, *lengths)
+
+
+def prompt_name(prompt: Text) -> str:
+    """What a prompt is called in result files: a digest of its roles and words."""
+    return prompt_key(prompt).hex()
+
+
+def prompt_text(prompt: Text) -> str:
+    """A prompt for a reader: plain text as it stands, a conversation as `role: content` paragraphs."""
+    if isinstance(prompt, str):
+        return prompt
+    turns = as_turns(prompt)
+    if len(turns) == 1 and turns[0].role == "user":
+        return turns[0].content
+    return "\n\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+
+
+def distinct_prompts(rows: Sequence[Preference], count: int) -> list[Preference]:
+    """The first row of each of the first `count` distinct prompts."""
+    first: dict[bytes, Preference] = {}
+    for row in rows:
+        first.setdefault(prompt_key(row.prompt), row)
+    return list(first.values())[:count]

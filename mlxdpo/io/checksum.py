@@ -1,0 +1,120 @@
+"""Files that know whether they still are what was written: a SHA-256 over the contents stands in the file itself.
+
+A disk or a copy that changes one bit makes a checkpoint that parses and trains on into something else; safetensors and
+JSON notice nothing. The seal travels with the file, and other programs read past it: it is one more entry of a
+safetensors file's metadata, one more key of a JSON object. A file without a seal is somebody else's, and is taken as
+it is: damage to the seal's own name harms no number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxdpo.io.atomic import write_atomic, write_json
+from mlxdpo.io.json_file import read_json
+from mlxdpo.types import UserError
+
+# Safetensors files, read so that a damaged one is a sentence: the only kind of weights that this project reads.
+
+PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|msgpack|h5|npz)")
+"""Files that run code when they are opened, or may hold what does."""
+
+
+def pickled_in(folder: Path) -> str:
+    """What to say of a folder without safetensors: that there is a pickle instead, if there is."""
+    names = sorted(path.name for path in folder.iterdir() if PICKLES.fullmatch(path.name)) if folder.is_dir() else []
+    return f"; {names[0]} is a pickle and could run code, convert it to safetensors first" if names else ""
+
+
+def read_tensors(file: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file by name, lazy: MLX checks header, offsets and sizes now and reads bytes later.
+
+    Raises `UserError` naming the file when it is missing, cut off, or laid out otherwise.
+    """
+    try:
+        return mx.load(str(file), format="safetensors")  # type: ignore[return-value]
+    except (RuntimeError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split()).replace(str(file), "it")[:200]
+        raise UserError(f"{file}: not a readable safetensors file ({reason}); restore it, or make it again") from None
+
+
+def read_tensor(file: Path, name: str) -> mx.array:
+    """The array `name` of a safetensors file. Raises `UserError` as `read_tensors`, and when there is none."""
+    found = read_tensors(file)
+    if name not in found:
+        raise UserError(f"{file}: holds no array `{name}`; restore it, or make it again")
+    return found[name]
+
+
+SEAL = "sha256"
+
+
+class DamagedError(UserError):
+    """A file is not what was written into it."""
+
+
+def save_sealed(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+    """Write arrays as safetensors with their seal, whole or not at all."""
+    told = {**(metadata or {}), SEAL: seal_of(arrays)}
+    write_atomic(path, lambda file: mx.save_safetensors(str(file), dict(arrays), told))
+
+
+def load_sealed(path: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file, read. Raises `UserError` as `read_tensors`, and where the seal says no."""
+    arrays, seal = read_tensors(path), _seal_in(path)
+    if seal is not None and seal != seal_of(arrays):
+        raise DamagedError(f"{path}: damaged, its numbers are not those that were written; restore it")
+    return arrays
+
+
+def sealed(path: Path) -> bool:
+    """Whether a safetensors file has a seal. Raises `UserError` as `read_tensors`."""
+    read_tensors(path)
+    return _seal_in(path) is not None
+
+
+def _seal_in(path: Path) -> str | None:
+    """The seal in a file that `read_tensors` could read."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return (header.get("__metadata__") or {}).get(SEAL)
+
+
+def seal_of(arrays: Mapping[str, mx.array]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
+        if array.size:  # bytes, because NumPy knows no bfloat16
+            digest.update(np.array(array.reshape(-1).view(mx.uint8), copy=False).data)
+    return digest.hexdigest()
+
+
+def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with its seal, whole or not at all."""
+    write_json(path, with_seal(value))
+
+
+def with_seal(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its seal as the last key."""
+    return {**value, SEAL: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """A JSON object without its seal. Raises `UserError` as `read_json`, and where the seal says no."""
+    value = read_json(path)
+    seal = value.pop(SEAL, None)
+    if seal is not None and seal != with_seal(value)[SEAL]:
+        raise DamagedError(
+            f'{path}: changed since it was written; restore it, or take its "{SEAL}" line out if you meant the change'
+        )
+    return value

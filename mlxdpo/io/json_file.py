@@ -1,0 +1,68 @@
+"""JSON that is read as strictly as it was written: objects only, UTF-8, with file and line in every message."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlxdpo.types import UserError
+
+LONGEST_NAME = 255  # bytes; the limit of the usual file systems
+# Windows opens a device under these names, whatever ending they have.
+DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON lines of a file; a torn last line (the writer was killed) is not a line yet.
+
+    Raises `UserError` naming the file and the line for a whole line that is no JSON object.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                yield parse_object(line, f"{path}:{number}")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `UserError` naming the file when it cannot be read or holds something else."""
+    try:
+        return parse_object(file.read_bytes(), str(file))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); restore it, or make it again") from None
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON, and never written here")
+
+
+def parse_object(raw: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `raw`, UTF-8. Raises `UserError` naming `where` it stands."""
+    try:
+        found = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of thousands of digits
+        raise UserError(f"{where}: not JSON ({str(error)[:100]}); restore it, or make it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(found).__name__}; restore it, or make it again")
+    return found
+
+
+@contextlib.contextmanager
+def as_written(file: Path, remedy: str = "restore it, or make it again") -> Iterator[None]:
+    """Whatever breaks on the layout of `file`, a file of ours that was changed, becomes a `UserError` naming it."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise UserError(f"{file}: is not as mlxdpo wrote it ({reason}); {remedy}") from error
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name out of a file or from the Hub stays in its folder, on every system, when a file is called so."""
+    odd = not name.isprintable() or any(sign in name for sign in '/\\:*?"<>|') or name != name.strip()
+    device = name.split(".")[0].upper() in DEVICES
+    return bool(name) and not odd and not device and not name.endswith(".") and len(name.encode()) <= LONGEST_NAME

@@ -1,0 +1,116 @@
+"""What this machine is: Metal, CUDA or CPU; its memory limits, default number type and measured matmul rate."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform as machine
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Metal: mlx-lm wires the whole recommended working set, which has frozen Macs (mlx-examples #1076, mlx-lm #828).
+WIRED_SHARE = 0.9
+
+
+TRACES = 24
+
+
+def cache_folder() -> Path:
+    """Where mlxdpo keeps what it can make again: $MLXDPO_CACHE, or mlxdpo/ in the user's cache folder."""
+    if own := os.environ.get("MLXDPO_CACHE"):
+        return Path(own)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlxdpo"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxdpo"
+
+
+class Machine(NamedTuple):
+    """What computes here. `memory` is what MLX may use, in bytes."""
+
+    kind: str
+    name: str
+    memory: int
+    system: str
+
+
+@functools.cache
+def this_machine() -> Machine:
+    """Metal, CUDA or CPU, with its name and memory."""
+    import mlx.core as mx
+
+    system = f"{machine.system()} {machine.release()} {machine.machine()}"
+    if mx.metal.is_available() and mx.default_device() == mx.gpu:
+        info = _device_info()
+        memory = int(info.get("max_recommended_working_set_size") or info.get("memory_size") or _ram())
+        return Machine("metal", str(info.get("device_name", "Apple GPU")), memory, system)
+    if mx.default_device() == mx.gpu:
+        info = _device_info()
+        return Machine("cuda", str(info.get("device_name", "CUDA GPU")), int(info.get("memory_size") or 0), system)
+    return Machine("cpu", machine.processor() or machine.machine(), _ram(), system)
+
+
+def _device_info() -> dict[str, Any]:
+    import mlx.core as mx
+
+    return dict(mx.device_info())
+
+
+def _ram() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def default_dtype() -> Any:
+    """bfloat16 on a GPU; float32 on a CPU, where 16-bit matmuls bypass the BLAS and are slow."""
+    import mlx.core as mx
+
+    return mx.float32 if this_machine().kind == "cpu" else mx.bfloat16
+
+
+def wire_memory() -> int | None:
+    """On Metal keep the model's memory resident, up to a share of the recommended working set. Bytes, or None."""
+    import mlx.core as mx
+
+    if this_machine().kind != "metal":
+        return None
+    limit = int(this_machine().memory * WIRED_SHARE)
+    mx.set_wired_limit(limit)
+    return limit
+
+
+def compiled(function: Any, **options: Any) -> Any:
+    """`mx.compile` on a GPU; on a CPU the function itself.
+
+    There it gains nothing (a SmolLM2 step took 6.9 s compiled and 6.8 s not), and it calls a C++ compiler at run time,
+    seconds for each new kernel, where there is one.
+    """
+    import mlx.core as mx
+
+    return function if this_machine().kind == "cpu" else mx.compile(function, **options)
+
+
+def most_traces() -> int | None:
+    """How many shapes a compiled step may have, as MLX keeps each trace for good; None where nothing is compiled."""
+    return None if this_machine().kind == "cpu" else TRACES
+
+
+def matmul_rate(size: int = 1024, repeats: int = 5, dtype: str = "float32") -> float:
+    """Matmul rate of this machine in FLOP/s: the best of a few runs."""
+    import mlx.core as mx
+
+    a = mx.random.normal((size, size), dtype=getattr(mx, dtype))
+    mx.eval(a, a @ a)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        mx.eval(a @ a)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes a number."""
+    names = ("mlxdpo", "mlx", "mlx-lm", "transformers", "numpy")
+    return {"python": machine.python_version(), **{name: importlib.metadata.version(name) for name in names}}

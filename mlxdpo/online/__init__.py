@@ -1,0 +1,1 @@
+"""Pairs from the policy itself: collected, judged, trained on, again."""

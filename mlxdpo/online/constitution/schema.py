@@ -1,0 +1,118 @@
+"""What a constitution is: principles, each with what to look for in an answer, how to rewrite it, how to compare two.
+
+A YAML file; `default.yaml` beside this file is the one that is used when none is named.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+
+from mlxdpo.config import Section
+from mlxdpo.io.yaml_file import read_recipe, yaml_text
+from mlxdpo.types import UserError
+
+Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, strict=True)]
+
+
+class Principle(Section):
+    """One rule of conduct, in the three forms in which a model meets it."""
+
+    name: Words
+    """A short name: it stands in the rows."""
+    critique: Words
+    """Asks what is wrong with the last answer."""
+    revision: Words
+    """Asks for the answer again, without what was wrong."""
+    comparison: Words
+    """Asks which of two answers, A or B, is better."""
+
+
+class Worked(Section):
+    """A worked example that every conversation begins with (few-shot): what critique and revision should look like."""
+
+    prompt: Words
+    """What a user says."""
+    answer: Words
+    """An answer with a fault."""
+    critique_request: Words
+    """As a principle asks it."""
+    critique: Words
+    """What is wrong with the answer."""
+    revision_request: Words
+    """As a principle asks it."""
+    revision: Words
+    """The answer as it should be."""
+
+
+class Constitution(Section):
+    """Principles, and worked examples of their use."""
+
+    principles: list[Principle] = Field(min_length=1)
+    """At least one; each prompt draws one for its critique, and every one compares."""
+    examples: list[Worked] = Field(default_factory=list)
+    """Shown before every critique and revision; none is allowed."""
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> Constitution:
+        names = [principle.name for principle in self.principles]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two principles are called {twice[0]!r}; rename one")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything in it, hexadecimal."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def load_constitution(file: Path | None = None) -> Constitution:
+    """Read a constitution, by default the project's own.
+
+    Raises `UserError` naming the file and the key for anything that does not fit.
+    """
+    if file is not None:
+        return _read(file)
+    with as_file(files("mlxdpo.online.constitution").joinpath("default.yaml")) as own:
+        return _read(own)
+
+
+def _read(file: Path) -> Constitution:
+    if not file.is_file():
+        raise UserError(f"{file}: no such constitution; give a YAML file with `principles`, or drop --constitution")
+    try:
+        return Constitution.model_validate(dict(read_recipe(file)))
+    except ValidationError as error:
+        raise UserError(_explained(error, str(file))) from None
+
+
+def dump_constitution(constitution: Constitution) -> str:
+    """As YAML; `load_constitution` reads it back to an equal one."""
+    return yaml_text(constitution.model_dump(mode="json"), width=100)
+
+
+def _explained(error: ValidationError, source: str) -> str:
+    """The first thing wrong in one sentence; places in lists are counted from 1."""
+    # A key that is spelled wrong is missing too, and its spelling is the better news.
+    first = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
+    loc = first["loc"]
+    where = ".".join(f"{part + 1}" if isinstance(part, int) else str(part) for part in loc)
+    if first["type"] == "extra_forbidden":
+        known = _keys(loc)
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+        return f"{source}: unknown key `{where}`; {hint}"
+    if first["type"] == "missing":
+        return f"{source}: `{where}` is missing; a constitution needs it"
+    said = str(first["msg"]).removeprefix("Value error, ")
+    return f"{source}: `{where}` is {repr(first['input'])[:60]}: {said}" if where else f"{source}: {said}"
+
+
+def _keys(loc: tuple[Any, ...]) -> list[str]:
+    section = {"principles": Principle, "examples": Worked}.get(str(loc[0]), Constitution)
+    return list((Constitution if len(loc) == 1 else section).model_fields)

@@ -1,0 +1,170 @@
+"""Conversations, a chunk of prompts at once: answer, critique and revision, or two answers; then their comparison.
+
+Every step is one batched call of `generate`, whose noise belongs to the conversation: a chunk gives the same lines
+whenever it is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlxdpo.data.encode import encode_prompt
+from mlxdpo.data.read import prompt_key
+from mlxdpo.inference.generate import finished
+from mlxdpo.model.policy import Policy
+from mlxdpo.online.collect import Asked, Source, screen
+from mlxdpo.online.constitution.labels import Label, label
+from mlxdpo.online.constitution.schema import Constitution, Principle
+from mlxdpo.online.constitution.settings import Asking
+from mlxdpo.online.constitution.wording import answer_turns, critique_turns, revision_turns
+from mlxdpo.types import Message
+
+Line = dict[str, Any]
+SAME = "the revision is the answer again"
+ECHO = "the revision is the critique again"
+COPIED = "the revision is that of a worked example"
+NEAR = 0.9  # of the word triples of two texts, shared: a copy
+ALIKE = "both samples are the same"
+TOO_LONG = "longer than the model's context"
+
+
+class Stopped(Exception):
+    """The user asked to stop; the chunk is given up."""
+
+
+def drawn_principle(rules: Constitution, key: bytes, seed: int) -> Principle:
+    """The principle of a prompt: a function of the prompt and the seed alone, so every order of prompts draws it."""
+    words = np.frombuffer(key.ljust(32, b"\0")[:32], "<u4").tolist()
+    return rules.principles[int(np.random.default_rng([seed, *words]).integers(len(rules.principles)))]
+
+
+class Talker:
+    """A source that continues conversations, as `how` says; `should_stop` is asked after each."""
+
+    def __init__(self, source: Source, how: Asking, should_stop: Callable[[], bool]):
+        self.source, self.how, self.should_stop = source, how, should_stop
+        self.special = frozenset(source.policy.tokenizer.all_special_ids)
+        self.room = int(source.policy.config.get("max_position_embeddings") or 2**31)
+
+    def say(self, asked: Sequence[tuple[Sequence[Message], Any]], max_tokens: int) -> list[Line]:
+        """(turns, tools) -> what the model says: text, tokens, finish, and `fault`, "" where there is none.
+
+        Raises `Stopped`.
+        """
+        policy, data, how = self.source.policy, self.source.data, self.how
+        ids = [encode_prompt(tuple(turns), policy.tokenizer, data, tools).tolist() for turns, tools in asked]
+        fits = [at for at, one in enumerate(ids) if len(one) + max_tokens <= self.room]
+        stream = finished(
+            policy.model,
+            [ids[at] for at in fits],
+            max_tokens=max_tokens,
+            eos_ids=policy.eos_ids,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            seed=how.seed,
+            batch_size=how.batch_size,
+        )
+        said: list[Line] = [{"text": "", "tokens": 0, "finish": "", "fault": TOO_LONG} for _ in ids]
+        for place, done in stream:
+            if self.should_stop():
+                raise Stopped
+            text = policy.tokenizer.decode(done.tokens).strip()
+            fault = screen.fault(text, done.tokens, done.finish == "stop", how.unfinished == "keep", self.special)
+            said[fits[place]] = {"text": text, "tokens": len(done.tokens), "finish": done.finish, "fault": fault}
+        return said
+
+
+def revised(talker: Talker, chunk: Sequence[Asked], rules: Constitution) -> list[Line]:
+    """A line per prompt: principle, initial answer, critique, revision, and why it gives no pair ("" where it does).
+
+    A conversation ends at its first fault; a critique that is cut off is none.
+    """
+    lines = [_begun(one) for one in chunk]
+    how = talker.how
+    drawn = [drawn_principle(rules, prompt_key(one.prompt), how.seed) for one in chunk]
+    for line, principle, (said,) in zip(lines, drawn, _answers(talker, chunk, 1), strict=True):
+        line |= {"principle": principle.name, "initial": said, "left_out": _about("initial answer", said["fault"])}
+    steps = (
+        ("critique", how.critique_tokens, lambda at: critique_turns(*_so_far(rules, drawn, chunk, lines, at))),
+        (
+            "revision",
+            how.max_tokens,
+            lambda at: revision_turns(*_so_far(rules, drawn, chunk, lines, at), lines[at]["critique"]["text"]),
+        ),
+    )
+    for part, most, turns in steps:
+        going = [at for at, line in enumerate(lines) if not line["left_out"]]
+        spoken = talker.say([(turns(at), chunk[at].tools) for at in going], most)
+        for at, said in zip(going, spoken, strict=True):
+            if part == "critique" and said["fault"] == screen.UNFINISHED:
+                said["fault"] = ""
+            lines[at][part] = said
+            lines[at]["left_out"] = _about(part, said["fault"])
+    for line in lines:
+        line["left_out"] = line["left_out"] or _no_revision(line, rules)
+    return lines
+
+
+def _no_revision(line: Line, rules: Constitution) -> str:
+    """Why what stands in the place of a revision is none: small models repeat what they have just read."""
+    text = line["revision"]["text"]
+    if text == line["initial"]["text"]:
+        return SAME
+    if _near(text, line["critique"]["text"]):
+        return ECHO
+    return COPIED if any(_near(text, one.revision) for one in rules.examples) else ""
+
+
+def _near(a: str, b: str) -> bool:
+    return screen.jaccard(screen.grams(a), screen.grams(b)) >= NEAR
+
+
+def sampled(talker: Talker, chunk: Sequence[Asked], rules: Constitution) -> list[Line]:
+    """A line per prompt: two answers, and why they give no pair ("" where they do)."""
+    lines = []
+    for one, (first, second) in zip(chunk, _answers(talker, chunk, 2), strict=True):
+        why = _about("answer", first["fault"] or second["fault"])
+        same = ALIKE if first["text"] == second["text"] else ""
+        lines.append(_begun(one) | {"first": first, "second": second, "left_out": why or same})
+    return lines
+
+
+WAYS = {"revisions": (revised, "revision", "initial"), "samples": (sampled, "first", "second")}
+"""By the name of `pairs`: what makes the lines, and the two answers that are compared."""
+
+
+def labelled(lines: Sequence[Line], sides: tuple[str, str], source: Source, judge: Policy, rules: Constitution) -> None:
+    """Put what the principles say of `sides` into each line that gives a pair: that the first side is better."""
+    for line in lines:
+        if not line["left_out"]:
+            prompt = tuple(Message(**turn) for turn in line["prompt"])
+            line |= _written(label(judge, source.data, rules, prompt, *(line[side]["text"] for side in sides)), rules)
+
+
+def _written(found: Label, rules: Constitution) -> Line:
+    each = zip(rules.principles, found.shown_first, found.shown_second, found.probabilities, strict=True)
+    votes = {one.name: {"shown_first": a, "shown_second": b, "probability": p} for one, a, b, p in each}
+    return {"votes": votes, "probability": found.probability}
+
+
+def _answers(talker: Talker, chunk: Sequence[Asked], count: int) -> list[list[Line]]:
+    asked = [(answer_turns(one.prompt), one.tools) for one in chunk for _ in range(count)]
+    said = talker.say(asked, talker.how.max_tokens)
+    return [said[at : at + count] for at in range(0, len(said), count)]
+
+
+def _so_far(rules: Constitution, drawn: Sequence[Principle], chunk: Sequence[Asked], lines: Sequence[Line], at: int):
+    return rules, drawn[at], chunk[at].prompt, lines[at]["initial"]["text"]
+
+
+def _about(part: str, fault: str) -> str:
+    return f"{part}: {fault}" if fault else ""
+
+
+def _begun(one: Asked) -> Line:
+    prompt: list[Mapping[str, Any]] = [turn.as_dict() for turn in answer_turns(one.prompt)]
+    tools = {"tools": [dict(tool) for tool in one.tools]} if one.tools else {}
+    return {"prompt_id": prompt_key(one.prompt).hex(), "where": one.where, "prompt": prompt, **tools}

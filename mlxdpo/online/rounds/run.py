@@ -1,0 +1,169 @@
+"""The story of rounds: collect, train, measure, weigh; again, until they are done or the judge is being gamed.
+
+Every stage leaves a file that appears whole, and a stage whose file is there is not done again: whoever is killed
+anywhere goes on from there. With `rounds.every` the rounds are short and the optimizer goes on between them: online
+DPO on the policy's own answers (arXiv 2402.04792), its pairs `every` steps old at most.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from mlxdpo.config import Config, Drawing
+from mlxdpo.inference.trained_run import Opened
+from mlxdpo.io.atomic import write_json
+from mlxdpo.io.json_file import as_written, read_json
+from mlxdpo.online.collect.ending import report_file
+from mlxdpo.online.collect.prompts import Asked, Prompts, as_rows
+from mlxdpo.online.collect.run import Source, source_of
+from mlxdpo.online.rounds import plan
+from mlxdpo.online.rounds.start import open_round, open_start, start_source
+from mlxdpo.runs import Run
+from mlxdpo.training import checkpoint
+from mlxdpo.types import Event, Preference, UserError
+
+Stop = Callable[[], bool]
+Measured = Mapping[str, Any]
+
+
+class Hands(NamedTuple):
+    """What rounds are done with, given by the caller.
+
+    gather    (source, prompts, drawing, file, stop) writes a round's pairs
+    train     (config, resume, warm, stop) trains; `warm` is a checkpoint whose optimizer goes on
+    measure   (opened, held-out rows, the start as measured, None for the start itself) -> a round, answer by answer
+    weigh     (start and rounds so far, as measured) -> the last round's numbers, and why to stop ("" to go on)
+    """
+
+    gather: Callable[[Callable[[], Source], Prompts, Drawing, Path, Stop], Iterator[Event]]
+    train: Callable[[Config, Run | None, Path | None, Stop], Iterator[Event]]
+    measure: Callable[[Opened, Sequence[Preference], Measured | None], Measured]
+    weigh: Callable[[Sequence[Measured]], tuple[dict[str, Any], str]]
+
+
+def iterate(config: Config, hands: Hands, should_stop: Stop = lambda: False) -> Iterator[Event]:
+    """Run rounds; yields "begin", whatever the stages yield, "round" after each, then "over" or "interrupted".
+
+    Raises `UserError` as `plan.check`, `plan.begin`, `plan.split_prompts` and the stages do.
+    """
+    plan.check(config)
+    prompts, heldout = plan.split_prompts(config)
+    folder = plan.begin(config)
+    config = config.model_copy(update={"out": str(folder)})
+    yield Event("begin", 0, {"folder": folder, "prompts": len(prompts.asked), "heldout": len(heldout)})
+    with _alone(folder):
+        measured = [_measured(folder / plan.START, lambda: open_start(config, folder), heldout, hands, None)]
+        rows: list[dict[str, Any]] = [hands.weigh(measured)[0] | {"round": 0}]
+        parent, reason = None, ""
+        for number in range(1, config.rounds.count + 1):
+            work = _Round(config, folder, number, parent)
+            for stage in (work.gather(prompts, hands, should_stop), work.train(hands, should_stop)):
+                for event in stage:
+                    yield event
+                    if event.kind == "interrupted":
+                        return
+                _free_memory()
+                if should_stop():
+                    yield Event("interrupted", number, {})
+                    return
+            run = Run.open(work.path)
+            opener = lambda run=run: open_round(config, run)  # noqa: E731
+            measured.append(_measured(run.path / "eval" / "round.json", opener, heldout, hands, measured[0]))
+            row, reason = hands.weigh(measured)
+            rows.append(_described(row, run, number, parent))
+            _write(folder, config, rows, reason)
+            yield Event("round", number, {"rows": rows, "reason": reason})
+            parent = run
+            if reason:
+                break
+    yield Event("over", len(rows) - 1, {"folder": folder, "rows": rows, "reason": reason})
+
+
+class _Round:
+    """One round: where it stands, and its two stages that can be stopped half-way."""
+
+    def __init__(self, config: Config, folder: Path, number: int, parent: Run | None):
+        self.config, self.folder, self.number, self.parent = config, folder, number, parent
+        self.path = folder / f"round-{number}"
+        self.pairs = self.path / "data" / "pairs.jsonl"
+
+    def gather(self, prompts: Prompts, hands: Hands, should_stop: Stop) -> Iterator[Event]:
+        """Pairs from the parent's answers, or the start's."""
+        if self.pairs.exists() and not self.pairs.with_name(f"{self.pairs.name}.partial").exists():
+            return
+        yield Event("gather", self.number, {"round": self.number})
+        drawing = plan.drawing_of(self.config, self.number)
+        asked = plan.prompts_of(self.config, prompts, self.number)
+        yield from hands.gather(self._source, asked, drawing, self.pairs, should_stop)
+
+    def _source(self) -> Source:
+        return start_source(self.config, "start") if self.parent is None else source_of(self.parent)
+
+    def train(self, hands: Hands, should_stop: Stop) -> Iterator[Event]:
+        """The round's own training, from its last checkpoint if it has one."""
+        if plan.trained(self.path):
+            return
+        resume = Run.open(self.path) if (self.path / "config.yaml").exists() else None
+        config = resume.config() if resume else plan.round_config(self.config, self.folder, self.number, self.parent)
+        online = self.config.rounds.every is not None
+        warm = checkpoint.steps(self.parent.checkpoints)[-1] if online and self.parent is not None else None
+        yield from hands.train(config, resume, warm, should_stop)
+
+
+def _measured(
+    file: Path, opened: Callable[[], Opened], heldout: Sequence[Asked], hands: Hands, start: Measured | None
+) -> Measured:
+    if not file.exists():
+        write_json(file, hands.measure(opened(), as_rows(heldout), start))
+        _free_memory()
+    return read_json(file)
+
+
+def _described(row: Mapping[str, Any], run: Run, number: int, parent: Run | None) -> dict[str, Any]:
+    file = report_file(run.path / "data" / "pairs.jsonl")
+    report = read_json(file)
+    with as_written(file):
+        names = ("rows", "answers", "answers_left_out", "prompts_without_pair", "mean_score")
+        out = {name: report[name] for name in names}
+    own = {"round": number, "run": run.path.name, "parent": None if parent is None else parent.path.name}
+    return {**own, "collected": out, **row}
+
+
+def _write(folder: Path, config: Config, rows: Sequence[Mapping[str, Any]], reason: str) -> None:
+    """rounds.json: the rounds side by side. `kept` is the last round before the judge was being gamed."""
+    done = len(rows) - 1
+    found = {
+        "format": 1,
+        "judge": config.collect.judge,
+        "second": config.rounds.second or None,
+        "reference": config.rounds.reference,
+        "every": config.rounds.every,
+        "asked_for": config.rounds.count,
+        "stopped": reason or None,
+        "kept": done - 1 if reason else done,
+        "rounds": list(rows),
+    }
+    write_json(folder / plan.RESULTS, found)
+
+
+def _free_memory() -> None:
+    """The weights of a finished stage are gone before the next one loads its own."""
+    gc.collect()
+    mx.clear_cache()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with (folder / plan.LOCK).open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is at these rounds; stop it first, or wait") from None
+        yield

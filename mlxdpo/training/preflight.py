@@ -1,0 +1,164 @@
+"""Where training starts: from weights or an adapter, against which reference, and the proof that it starts right."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxdpo.config import Config
+from mlxdpo.data.batch_shapes import SAMPLE, frames_for
+from mlxdpo.data.dataset import Dataset
+from mlxdpo.data.examples import Examples
+from mlxdpo.data.planning import first_epoch
+from mlxdpo.forward.architectures import split
+from mlxdpo.forward.logprobs import CHECKED, PLAIN, Ways, _tolerance, detailed, plain_forward, score_pairs, ways_for
+from mlxdpo.forward.packed import packs
+from mlxdpo.losses import Loss
+from mlxdpo.model.adapters import adapters_off, dropout_off
+from mlxdpo.model.policy import Policy
+from mlxdpo.training.plan import Outlook, drawn, look_ahead, training_batches
+from mlxdpo.training.window import Job, Part, first
+from mlxdpo.types import Batch, Pairs, UserError
+
+
+def check_heldout(config: Config, data: Dataset) -> None:
+    """Raise `UserError` for a setting that looks at held-out pairs when there are none."""
+    train = config.train
+    for name, value in (("final", train.final if train.final == "best" else None), ("patience", train.patience)):
+        if value is not None and not data.heldout:
+            raise UserError(f"train.{name} {value} needs held-out pairs; give data.eval, or raise data.eval_fraction")
+
+
+def longest_row(data: Dataset) -> int:
+    """Tokens of the longest row, prompt and completion together."""
+    return max(int(part.row_lengths.max(initial=0)) for part in (data.train, data.heldout))
+
+
+def check_window(policy: Policy, longest: int) -> None:
+    """Raise `UserError` for rows that mlx-lm would compute as another function than the model's.
+
+    Its gemma2 knows no sliding window: within one the numbers are the same, beyond it they are not.
+    """
+    window = policy.config.get("sliding_window")
+    if policy.config.get("model_type") == "gemma2" and window and longest > window:
+        raise UserError(
+            f"a row has {longest} tokens, but beyond {window} mlx-lm computes gemma2 without its sliding window; "
+            f"set data.max_length {window}"
+        )
+
+
+def choose_ways(model: nn.Module, data: Dataset, config: Config) -> tuple[Ways, str]:
+    """How to run the model, and why not the fast way: it is asked to give the plain way's log-probs on real rows.
+
+    Raises `UserError` when the recipe wants checkpointing and only the plain way is left.
+    """
+    ways, name = ways_for(model, config.train.checkpoint), type(model).__module__.rsplit(".", 1)[-1]
+    note = f"{name}: no fast way is known for this architecture, so full rows and full logits are computed"
+    if ways is not PLAIN:
+        with dropout_off(model):
+            batch = _first_batch(Part(data.train, np.zeros((len(data.train), 2), np.float32)), config, CHECKED)
+            fast = ways.score(model, batch)
+            mx.eval(fast)  # one after the other: full logits of full rows would be the peak of a small run
+            gap = mx.abs(fast - plain_forward(model, batch)).max().item()
+        if gap <= _tolerance(model):
+            return ways, ""
+        note = f"{name}: the fast way is {gap:.3g} nats off here, so full rows and full logits are computed"
+    if config.train.checkpoint:
+        raise UserError(f"train.checkpoint needs the fast way, but {note}; set train.checkpoint false")
+    return PLAIN, note
+
+
+def preview(model: nn.Module, data: Dataset, config: Config, ways: Ways) -> Outlook:
+    """What the first pass amounts to; of a long one, its first `SAMPLE` batches."""
+    batches = training_batches(config, data.train)[:SAMPLE]
+    frames, trunk = frames_for(data.train, batches, config.train.batch_size), split(model)
+    packed = ways is not PLAIN and trunk is not None and packs(trunk)
+    return look_ahead(config, data.train, drawn(data.train, batches, packed, ways is PLAIN, frames))
+
+
+def _first_batch(part: Part, config: Config, most: int | None = None) -> Batch:
+    """The first batch of a run, or `most` pairs of it: a short run's reference holds only the pairs it visits."""
+    train = config.train
+    examples, group = Examples.of(part.examples), config.data.group
+    plan = first_epoch(examples, group, train.batch_size, train.accumulate, train.seed)
+    return part.batch(plan.windows[0][0][:most], most or train.batch_size)
+
+
+def check(job: Job) -> None:
+    """Before the first step policy and reference agree, so the objective has a known value (sigmoid: ln 2).
+
+    Raises `UserError` naming the cause when it has not. Dropout is off here: it may differ by design. Where no
+    reference is asked there is nothing to agree with, but a reward model's rewards are all 0.
+    """
+    if "reference" not in job.loss.needs:
+        _check_alone(job)
+        return
+    batch, wanted = _first_batch(job.train, job.config), job.loss.start()
+    count = int(batch.weight.sum().item())
+    with dropout_off(job.model):
+        pairs = first(score_pairs(job.model, batch, job.ways.score), count)
+        if _gap(pairs) <= _tolerance(job.model):
+            _check_value(job, pairs, wanted)
+            return
+        cause = _cause(job, batch)
+    instead = "" if wanted is None else f" instead of {wanted:.6f}"
+    raise UserError(
+        f"before the first step the loss is {_value(job, pairs):.6f}{instead} "
+        f"and a log-prob is {_gap(pairs):.4f} nats from its reference: {cause}"
+    )
+
+
+def _check_alone(job: Job) -> None:
+    """A loss that asks no reference and still has a known first value."""
+    if (wanted := job.loss.start()) is None:
+        return
+    batch = _first_batch(job.train, job.config)
+    with dropout_off(job.model):
+        pairs = first(score_pairs(job.model, batch, job.ways.score), int(batch.weight.sum().item()))
+    if abs((value := _value(job, pairs)) - wanted) > 1e-4 * max(1.0, wanted):
+        raise UserError(
+            f"before the first step the loss is {value:.6f} instead of {wanted:.6f}: the head does not start at zero; "
+            f"please report this with the recipe"
+        )
+
+
+def _check_value(job: Job, pairs: Pairs, wanted: float | None) -> None:
+    """The loss of a policy that is its reference, to the bit: rounding in 16 bits is not asked about here."""
+    ref = {"chosen": pairs.ref_chosen, "rejected": pairs.ref_rejected, "shared": pairs.ref_shared}
+    value = _value(job, pairs._replace(**ref))
+    if wanted is not None and abs(value - wanted) > 1e-4 * max(1.0, abs(wanted)):
+        raise UserError(
+            f"where policy and reference agree the loss is {value:.6f} instead of {wanted:.6f}: "
+            f"{job.config.loss.name} is computed wrongly here; please report this with the recipe"
+        )
+
+
+def _value(job: Job, pairs: Pairs) -> float:
+    """Mean loss, before weights of pairs."""
+    losses = job.loss(pairs._replace(weight=mx.ones_like(pairs.chosen)))
+    return float(losses.mean())
+
+
+def with_details(ways: Ways, loss: Loss, config: Config) -> Ways:
+    """The ways of a model, giving more than summed log-probs where a modifier of the loss asks for it."""
+    return detailed(ways, config.train.checkpoint) if loss.needs & {"shared", "squares"} else ways
+
+
+def _gap(pairs: Pairs) -> float:
+    """Largest distance between a policy's and a reference's log-prob, nats; NaN counts as infinite."""
+    both = [pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected]
+    shared = [] if pairs.shared is None or pairs.ref_shared is None else list(pairs.shared - pairs.ref_shared)
+    gaps = np.abs(np.array([*both, *shared]))
+    return float(np.nan_to_num(gaps, nan=np.inf, posinf=np.inf).max())
+
+
+def _cause(job: Job, batch: Batch) -> str:
+    if not np.isfinite(np.array(batch.ref)).all():
+        return "the reference's log-probs are not finite numbers; look at the weights, or set model.dtype float32"
+    if job.config.model.adapter is None and job.config.lora.method != "full":
+        with adapters_off(job.model):
+            bare = _gap(score_pairs(job.model, batch, job.ways.score))
+        if bare <= _tolerance(job.model):
+            return "the fresh adapter is not zero"
+    return "the reference was scored with other weights than training starts from; score it again with an empty cache"

@@ -1,0 +1,161 @@
+"""What `stage` changes in the story of a run: the rows it takes, its objective, how rows are run, what is reported.
+
+`train` tells one story and asks the stage at its turns; a stage is an entry of `STAGES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import mlx.nn as nn
+
+from mlxdpo.config import Config, LossConfig
+from mlxdpo.data.dataset import Dataset
+from mlxdpo.data.transforms import DEMONSTRATIONS, END, PAIRS, REWARDED, THUMBS, Take, balance, thumbs, thumbs_with_kl
+from mlxdpo.forward.logprobs import PLAIN, Ways
+from mlxdpo.forward.rewards import reward_ways
+from mlxdpo.losses import Loss, resolve
+from mlxdpo.losses.reward import reward_loss
+from mlxdpo.model.reward_head import attach_head, detach_head, save_head
+from mlxdpo.runs import Run
+from mlxdpo.types import Example, UserError
+
+IN_ROUNDS = ("collect", "rounds")  # what only `mlxdpo iterate` reads
+Values = Mapping[str, Any]
+Shown = tuple[Example, tuple[str, ...]]
+
+
+class Stage(NamedTuple):
+    """One stage of tuning.
+
+    idle       settings of the recipe that mean nothing in it: sections, or single knobs by their dotted names
+    loss       what a step minimises
+    take       the rows it trains on, and how they are laid out
+    ways       how rows are run, given how log-probs are computed
+    attach     gives the model what it needs besides its adapter
+    report     its own names for what the loop says of a step or an evaluation
+    keep       puts what was attached into the run directory and takes it off the model
+    shown      an example for a reader, and what its completions are called
+    remark     what a user should know of the data before they are trained on; "" for nothing
+    """
+
+    idle: tuple[str, ...]
+    loss: Callable[[Config], Loss]
+    take: Callable[[Config, Loss], Take]
+    ways: Callable[[Ways, Config], Ways]
+    attach: Callable[[nn.Module], Any]
+    report: Callable[[Values, Config], dict[str, Any]]
+    keep: Callable[[nn.Module, Run], None]
+    shown: Callable[[Example, Loss], Shown]
+    remark: Callable[[Dataset, Config, Loss], str]
+
+
+def stage_of(config: Config) -> Stage:
+    """The stage a recipe names. Raises `UserError` for a setting that has no meaning in it."""
+    if config.stage not in STAGES:
+        raise UserError(
+            f"stage {config.stage} needs a reward function, which only Python can give: see mlxdpo.baselines"
+        )
+    stage, given, plain = STAGES[config.stage], config.model_dump(), Config().model_dump()
+    for name in stage.idle:
+        section, _, knob = name.partition(".")
+        for key in (knob,) if knob else plain[section]:
+            if given[section][key] != plain[section][key]:
+                hint = "run `mlxdpo iterate`, or drop it" if section in IN_ROUNDS else "drop it"
+                raise UserError(f"{section}.{key} {given[section][key]} has no meaning in stage {config.stage}; {hint}")
+    return stage
+
+
+def _nothing(*_: Any) -> None:
+    """Nothing to attach, nothing to keep."""
+
+
+def _preferences(config: Config, loss: Loss) -> Take:
+    if loss.paired:
+        return PAIRS
+    return thumbs_with_kl(config.train.seed) if loss.mismatched else THUMBS
+
+
+def _sft_report(values: Values, config: Config) -> dict[str, Any]:
+    """Without what compares two completions: there is one. The loop counts it twice, as the halves of a pair."""
+    counted = {name: values[name] / 2 for name in ("num_tokens", "tokens_per_second") if name in values}
+    kept = {name: value for name, value in values.items() if "rewards/" not in name and "rejected" not in name}
+    return {**kept, **counted}
+
+
+def _reward_report(values: Values, config: Config) -> dict[str, Any]:
+    """TRL's names (RewardTrainer). The loop speaks of rewards as beta times what it was given."""
+    beta, result = config.loss.beta, {}
+    for name, value in values.items():
+        prefix, bare = ("eval_", name[5:]) if name.startswith("eval_") else ("", name)
+        if bare == "rewards/accuracies":
+            result[f"{prefix}accuracy"] = value
+        elif bare == "rewards/margins":
+            result[f"{prefix}margin"] = value / beta
+        elif not bare.startswith(("rewards/", "logps/")):
+            result[name] = value
+    return result
+
+
+def _keep_head(model: nn.Module, run: Run) -> None:
+    save_head(model, run.path)
+    detach_head(model)
+
+
+def _as_laid_out(example: Example, loss: Loss) -> Shown:
+    if loss.paired:
+        return example, ("chosen", "rejected")
+    thumb = "thumb up" if example.extras.desirable else "thumb down"
+    return example, (thumb, "completion of another prompt, for the KL term") if loss.mismatched else (thumb,)
+
+
+def _thumbs(data: Dataset, config: Config, loss: Loss) -> str:
+    """How the thumbs of unpaired rows stand, and of those held out."""
+    if loss.paired:
+        return ""
+    held = f" ({balance(thumbs(data.heldout), 1, 1).partition(';')[0]} held out)" if len(data.heldout) else ""
+    return balance(thumbs(data.train), config.loss.desirable_weight, config.loss.undesirable_weight) + held
+
+
+def _without_end(example: Example, loss: Loss) -> Shown:
+    sides = {name: getattr(example, name)[: -len(END)] for name in ("chosen", "rejected")}
+    return replace(example, **sides), ("chosen", "rejected")
+
+
+STAGES: dict[str, Stage] = {
+    "dpo": Stage(
+        idle=("reward", "rollout", *IN_ROUNDS),
+        loss=lambda config: resolve(config.loss, config.data.columns),
+        take=_preferences,
+        ways=lambda ways, config: ways,
+        attach=_nothing,
+        report=lambda values, config: dict(values),
+        keep=_nothing,
+        shown=_as_laid_out,
+        remark=_thumbs,
+    ),
+    "sft": Stage(
+        idle=("loss", "reference", "reward", "rollout", *IN_ROUNDS),
+        loss=lambda config: resolve(LossConfig(name="sft"), config.data.columns),
+        take=lambda config, loss: DEMONSTRATIONS,
+        ways=lambda ways, config: ways,
+        attach=_nothing,
+        report=_sft_report,
+        keep=_nothing,
+        shown=lambda example, loss: (example, ("completion",)),
+        remark=lambda data, config, loss: "",
+    ),
+    "reward": Stage(
+        idle=("loss", "reference", "rollout", *IN_ROUNDS),
+        loss=lambda config: reward_loss(config.reward.margin, config.reward.center, config.data.columns),
+        take=lambda config, loss: REWARDED,
+        ways=lambda ways, config: reward_ways(ways is not PLAIN, config.train.checkpoint),
+        attach=attach_head,
+        report=_reward_report,
+        keep=_keep_head,
+        shown=_without_end,
+        remark=lambda data, config, loss: "",
+    ),
+}

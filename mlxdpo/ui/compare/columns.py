@@ -1,0 +1,90 @@
+"""The columns of answers as HTML. Every text in them is escaped; nothing a model or a file says becomes markup."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mlxdpo.ui.compare.answers import Answer
+from mlxdpo.ui.compare.heat import heat, legend, scale_of
+from mlxdpo.ui.compare.scores import Score
+from mlxdpo.ui.widgets import plain
+
+ENDS = {
+    "stop": "ended by itself",
+    "length": "cut off at max tokens",
+    "stopped": "you stopped it",
+    "": "writing",
+}
+WRITING = '<span class="caret" aria-hidden="true"></span>'
+
+
+class Exchange(NamedTuple):
+    """One turn of a chat: what was said, what was answered, and what tuning did to the answer once it is known."""
+
+    said: str
+    answer: Answer
+    score: Score | None = None
+
+
+class Column(NamedTuple):
+    """A column: its heading, a line below it, its exchanges, oldest first."""
+
+    title: str
+    subtitle: str
+    exchanges: tuple[Exchange, ...] = ()
+
+
+TUNED = "After tuning"
+
+
+def columns_html(columns: Sequence[Column], note: str = "") -> str:
+    """All columns side by side, below each other where there is no room; the colours share one scale."""
+    scores = [e.score for column in columns for e in column.exchanges if e.score]
+    scale = scale_of(scores)
+    busy = any(not e.answer.finish for column in columns for e in column.exchanges)
+    body = "".join(_column(column, scale) for column in columns)
+    foot = (legend(scale) if scores else "") + (f'<p class="note" role="status">{plain(note)}</p>' if note else "")
+    return f'<div class="voices" aria-busy="{str(busy).lower()}">{body}</div>{foot}'
+
+
+def _column(column: Column, scale: float) -> str:
+    turns = "".join(_exchange(e, scale) for e in column.exchanges)
+    kind = " tuned" if column.title.startswith(TUNED) else ""
+    return (
+        f'<section class="voice{kind}" aria-label="{plain(column.title)}"><h3>{plain(column.title)}</h3>'
+        f'<p class="sub">{plain(column.subtitle)}</p>{turns}</section>'
+    )
+
+
+def _exchange(exchange: Exchange, scale: float) -> str:
+    said = f'<div class="said"><span class="sr">Prompt: </span>{plain(exchange.said)}</div>'
+    return said + answer_html(exchange.answer, exchange.score, scale)
+
+
+def answer_html(answer: Answer, score: Score | None, scale: float) -> str:
+    """An answer with its numbers; coloured token by token once it is scored."""
+    text = heat(score.pieces, scale) if score else plain(answer.text)
+    if answer.finish and not answer.text:
+        text = '<em class="quiet">no text: it ended at once</em>'
+    return f'<div class="answer">{text}{"" if answer.finish else WRITING}</div>' + _numbers(answer, score)
+
+
+def _numbers(answer: Answer, score: Score | None) -> str:
+    chips = [_chip(f"{len(answer.tokens)} tokens", ENDS[answer.finish])]
+    if answer.seconds:
+        chips.append(_chip(f"{answer.speed:.1f} tokens/s", "tokens over the time of this column's own turns"))
+    if score:
+        chips += [
+            _chip(f"reward {score.reward:+.2f}", "implicit reward: beta times log π/π_ref summed over the answer"),
+            _chip(f"log π/π_ref {score.ratio:+.2f}", "nats, summed over the answer; how far tuning moved it"),
+            _chip(f"KL {score.kl:.2f}", "nats: KL(π ‖ π_ref) summed over the steps of this answer, at temperature 1"),
+        ]
+        if score.end is not None:
+            chips.append(_chip(f"ending {score.end:+.2f}", "log π/π_ref of ending the answer here, nats"))
+    return f'<div class="chips">{"".join(chips)}<span class="end">{ENDS[answer.finish]}</span></div>'
+
+
+def _chip(text: str, meaning: str) -> str:
+    shown = plain(text.replace("-", "−"))
+    return f'<span class="chip" title="{plain(meaning)}">{shown}<span class="sr"> ({plain(meaning)})</span></span>'

@@ -1,0 +1,104 @@
+"""The Compare tab without its page: one prompt, answers before and after tuning, several turns, numbers afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from mlxdpo.types import Text
+from mlxdpo.ui.app_state import NOBODY, Desk
+from mlxdpo.ui.compare.answers import Answer, Settings, answer_together, prompt_of
+from mlxdpo.ui.compare.columns import TUNED, Column, Exchange, columns_html
+from mlxdpo.ui.compare.scores import score
+from mlxdpo.ui.variants import Cast, Voice
+
+PACE = 0.12  # seconds between two updates of the page
+DRIFT = "Reward and KL say how far tuning moved the model on these words, not which answer is better: vote for that."
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation with all voices at once. It belongs to one run and one third voice; another begins a new one."""
+
+    run: str = ""
+    third: str = NOBODY
+    system: str = ""
+    columns: tuple[Column, ...] = ()
+
+
+class Seats(NamedTuple):
+    """The voices of the columns, and by which policy each column's answers are scored."""
+
+    cast: Cast
+    voices: tuple[Voice, ...]
+    judges: tuple[Voice, ...]
+
+
+def seats(desk: Desk, name: str | None, third: str) -> Seats:
+    """Who answers: before, after, and perhaps a third. The first two are scored by the tuned model."""
+    cast = desk.cast(name)
+    guest = desk.third(cast, third)
+    extra = (guest,) if guest else ()
+    return Seats(cast, (cast.before, cast.after, *extra), (cast.after, cast.after, *extra))
+
+
+def empty_columns(sitting: Seats) -> tuple[Column, ...]:
+    """Columns in which nothing has been said."""
+    base, run = sitting.cast.config.model, sitting.cast.run.path.name
+    subtitles = [base.path + (f" with {base.adapter}" if base.adapter else ""), run]
+    titles = ["Before tuning", TUNED]
+    for voice in sitting.voices[2:]:
+        titles.append(f"{TUNED}: {voice.name}" if not voice.name.startswith("step-") else f"At {voice.name}")
+        subtitles.append(run if voice.name.startswith("step-") else "another run")
+    return tuple(Column(title, subtitle) for title, subtitle in zip(titles, subtitles, strict=True))
+
+
+def converse(
+    desk: Desk,
+    chat: Chat,
+    name: str | None,
+    third: str,
+    text: str,
+    system: str,
+    settings: Settings,
+    stopped: Callable[[], bool],
+) -> Iterator[Chat]:
+    """The chat as it grows by one exchange; the last one is scored. Raises `UserError` for a prompt it cannot take."""
+    sitting = seats(desk, name, third)
+    wanted = Chat(sitting.cast.run.path.name, third, system, empty_columns(sitting))
+    same = (chat.run, chat.third, chat.system) == (wanted.run, third, system)
+    chat = chat if same and len(chat.columns) == len(sitting.voices) else wanted
+    prompts = [_prompt(sitting.cast, column, text, system) for column in chat.columns]
+
+    def task() -> Iterator[tuple[Answer, ...]]:
+        """What the engine's thread does: all columns, as far as they have come."""
+        return answer_together(sitting.cast, sitting.voices, prompts, settings, stopped=stopped)
+
+    answers: tuple[Answer, ...] = ()
+    for answers in desk.engine.latest(task, PACE):
+        yield _with(chat, text, answers)
+    scores = [desk.engine.call(lambda p=p: score(sitting.cast, *p)) for p in zip(sitting.judges, answers, strict=True)]
+    grown = _with(chat, text, answers)
+    scored = [
+        column._replace(exchanges=(*column.exchanges[:-1], column.exchanges[-1]._replace(score=found)))
+        for column, found in zip(grown.columns, scores, strict=True)
+    ]
+    yield replace(grown, columns=tuple(scored))
+
+
+def _prompt(cast: Cast, column: Column, text: str, system: str) -> Text:
+    return prompt_of(cast, [(e.said, e.answer.text) for e in column.exchanges], text, system)
+
+
+def _with(chat: Chat, text: str, answers: tuple[Answer, ...]) -> Chat:
+    grown = [
+        c._replace(exchanges=(*c.exchanges, Exchange(text, a))) for c, a in zip(chat.columns, answers, strict=True)
+    ]
+    return replace(chat, columns=tuple(grown))
+
+
+def chat_html(chat: Chat) -> str:
+    """What the page shows of a chat."""
+    done = any(e.score for column in chat.columns for e in column.exchanges)
+    return columns_html(chat.columns, DRIFT if done else "")

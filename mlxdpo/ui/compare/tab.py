@@ -1,0 +1,225 @@
+"""The Compare tab: its widgets and what they call. No postponed annotations: Gradio reads `gr.Request` off them."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from mlxdpo.inference.run_prompts import label, text_of
+from mlxdpo.inference.trained_run import prompt_text
+from mlxdpo.types import UserError
+from mlxdpo.ui.app_state import NOBODY, Desk
+from mlxdpo.ui.compare.answers import LONGEST_PROMPT, Settings, settings_from
+from mlxdpo.ui.compare.columns import Column, columns_html
+from mlxdpo.ui.compare.conversation import Chat, chat_html, converse
+from mlxdpo.ui.guard import Guard
+from mlxdpo.ui.widgets import plain, said, saying, session_of, sorry
+
+WELCOME = (
+    "Write a prompt and press Enter, or take one that training never saw: the model before and after tuning answers "
+    "at the same time, with the same seed and settings."
+)
+NO_RUNS = (
+    "No tuned run here yet. Make one with `mlxdpo demo` (minutes, offline) or in the Train tab, then reload this page."
+)
+
+
+LOADING = '<p class="empty" role="status">Loading the model …</p>'
+
+
+class Asked(NamedTuple):
+    """What a press of the button asks for."""
+
+    chat: Chat
+    run: str
+    third: str
+    text: str
+    system: str
+
+
+def welcome(desk: Desk) -> str:
+    """The empty columns, or what to do where there is no run."""
+    if not desk.names():
+        return f'<p class="empty">{plain(NO_RUNS)}</p>'
+    return columns_html([Column("Before tuning", ""), Column("After tuning", "")], WELCOME)
+
+
+def prompt_choices(desk: Desk, name: str | None) -> tuple[list[tuple[str, str]], str]:
+    """(label, number) of the held-out prompts of a run, and a note where there are none.
+
+    A number is text, as every value of a dropdown here (`kinds.py`).
+    """
+    if not name:
+        return [], ""
+    found = desk.gallery(name)
+    return [(label(row), str(i)) for i, row in enumerate(found.heldout)], found.note
+
+
+def picked(desk: Desk, name: str | None, number: str | None) -> tuple[str, str]:
+    """A held-out prompt by its number, and its chosen and rejected answers as HTML."""
+    rows = desk.gallery(name).heldout if name else ()
+    row = {str(i): row for i, row in enumerate(rows)}.get(number or "")
+    if row is None:
+        return "", ""
+    pair = [("Chosen in the data", row.chosen), ("Rejected in the data", row.rejected)]
+    cards = "".join(
+        f'<section class="voice"><h3>{name}</h3><div class="answer">{plain(text_of(text))}</div></section>'
+        for name, text in pair
+    )
+    heading = '<p class="quiet">What the data have for the prompt picked above:</p>'
+    return prompt_text(row.prompt), f'{heading}<div class="voices small">{cards}</div>'
+
+
+def another(desk: Desk, name: str | None, now: str | None) -> tuple[str, str, str]:
+    """One of the held-out prompts, another than `now` where there are two: its number, and what `picked` says of it.
+
+    Raises `UserError` where there are none.
+    """
+    found = desk.gallery(name).heldout if name else ()
+    if not name or not found:
+        note = desk.gallery(name).note if name else "choose a run first"
+        raise UserError(f"no held-out prompts: {note}; write a prompt of your own")
+    others = [number for number in map(str, range(len(found))) if number != now] or ["0"]
+    number = random.choice(others)
+    return number, *picked(desk, name, number)
+
+
+def _without_last(chat: Chat) -> tuple[Chat, str]:
+    """The chat before its last exchange, and what was said in it. Raises `UserError` when nothing was said."""
+    if not chat.columns or not chat.columns[0].exchanges:
+        raise UserError("nothing to draw again yet; send a prompt first")
+    columns = tuple(column._replace(exchanges=column.exchanges[:-1]) for column in chat.columns)
+    return replace(chat, columns=columns), chat.columns[0].exchanges[-1].said
+
+
+def build(desk: Desk, guard: Guard, page: Any) -> Any:
+    """Make the tab inside the current `gr.Tab`; returns the run's dropdown."""
+    import gradio as gr
+
+    see, do = _layout(gr, desk), _handlers(desk, guard)
+    knobs = list(see.knobs.values())
+    outputs = [see.chat, see.text, see.board, see.knobs["seed"]]
+    asked = [see.run, see.third]
+    many: dict[str, Any] = {"concurrency_limit": 8, "api_visibility": "private", "show_progress": "hidden"}
+    gr.on([see.text.submit, see.send.click], do.send, [see.chat, *asked, see.text, see.system, *knobs], outputs, **many)
+    see.again.click(do.again, [see.chat, *asked, see.system, *knobs], outputs, **many)
+    see.stop.click(do.stop, None, None, **many)
+    gr.on([see.new.click, see.third.change], do.clear, None, [see.chat, see.board], **many)
+    changed = [see.chat, see.board, see.third, see.pick, see.pair, see.knobs["max_tokens"]]
+    see.run.change(do.run, see.run, changed, **many)
+    see.pick.change(do.pick, [see.run, see.pick], [see.text, see.pair], **many)
+    # Not through the drop-down alone: set to what it shows already, it says nothing.
+    see.chance.click(do.chance, [see.run, see.pick], [see.pick, see.text, see.pair], **many)
+    page.load(do.load, None, see.run, **many)
+    return see.run
+
+
+def _layout(gr: Any, desk: Desk) -> SimpleNamespace:
+    """The widgets, from top to bottom."""
+    names = desk.names()
+    first = names[0] if names else None
+    see = SimpleNamespace(chat=gr.State(Chat()))
+    with gr.Row():
+        see.run = gr.Dropdown(names, value=first, label="Run", elem_id="compare-run")
+        see.third = gr.Dropdown(desk.thirds(first), value=NOBODY, label="Third column", elem_id="compare-third")
+    choices, note = prompt_choices(desk, first)
+    with gr.Row(equal_height=True, elem_classes="buttons"):
+        see.pick = gr.Dropdown(
+            choices,
+            value=None,
+            label="A prompt that training never saw",
+            info=note,
+            elem_id="compare-pick",
+            scale=5,
+            min_width=220,
+        )
+        see.chance = gr.Button("Random one", elem_id="compare-random", min_width=110)
+    see.text = gr.Textbox(
+        label="Prompt", placeholder="Enter sends, Shift+Enter starts a new line", lines=1, max_lines=8,
+        max_length=LONGEST_PROMPT, elem_id="compare-prompt", autofocus=True,
+    )  # fmt: skip
+    with gr.Row(elem_classes="buttons"):
+        see.send = gr.Button("Send", variant="primary", elem_id="compare-send", min_width=90)
+        see.stop = gr.Button("Stop", elem_id="compare-stop", min_width=90)
+        see.again = gr.Button("Next seed", elem_id="compare-again", min_width=90)
+        see.new = gr.Button("New chat", elem_id="compare-new", min_width=90)
+    with gr.Accordion("Settings", open=False):
+        see.system = gr.Textbox(
+            label="System prompt (chat models)", max_length=LONGEST_PROMPT, elem_id="compare-system"
+        )
+        see.knobs = knobs_of(gr, "compare", Settings(max_tokens=usual_tokens(desk, first)))
+    see.board = gr.HTML(welcome(desk), elem_id="columns", elem_classes="board")
+    see.pair = gr.HTML(elem_id="compare-pair")
+    return see
+
+
+def _handlers(desk: Desk, guard: Guard) -> SimpleNamespace:
+    """What the widgets call."""
+    import gradio as gr
+
+    def answers(request: Any, asked: Asked, knobs: tuple[Any, ...]) -> Iterator[Any]:
+        """Page updates while the columns grow: the chat, the text field, the page's columns, the seed."""
+        guard(request)
+        chat, name, third, text, system = asked
+        with desk.stoppable(session_of(request)) as halt:
+            yield chat, gr.skip(), LOADING + chat_html(chat), gr.skip()
+            try:
+                settings = settings_from(**dict(zip(Settings.model_fields, knobs, strict=True)))
+                written: Any = ""  # cleared once: what is typed while the answers grow stays
+                for grown in converse(desk, chat, name, third, text, system, settings, halt.is_set):
+                    yield grown, written, chat_html(grown), settings.seed
+                    written = gr.skip()
+            except UserError as error:
+                yield chat, gr.skip(), sorry(error) + chat_html(chat), gr.skip()
+
+    def send(chat, name, third, text, system, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
+        """The button `Send`, and Enter."""
+        yield from answers(request, Asked(chat, name, third, text or "", system or ""), (t, p, n, seed))
+
+    def again(chat, name, third, system, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
+        """The same question with the next seed."""
+        with said():
+            shorter, text = _without_last(chat)
+        yield from answers(request, Asked(shorter, name, third, text, system or ""), (t, p, n, (seed or 0) + 1))
+
+    def stop(request: gr.Request) -> None:
+        """End this page's answers where they are."""
+        desk.stop(session_of(request))
+
+    def chosen(name: str) -> tuple[Any, ...]:
+        """Another run: an empty chat, its third voices, its prompts and its usual length."""
+        choices, note = prompt_choices(desk, name)
+        third = gr.Dropdown(desk.thirds(name), value=NOBODY)
+        return Chat(), welcome(desk), third, gr.Dropdown(choices, value=None, info=note), "", usual_tokens(desk, name)
+
+    def load() -> Any:
+        """The runs that can answer, the one the page opens with chosen."""
+        names = desk.names()
+        return gr.Dropdown(names, value=names[0]) if names else gr.skip()
+
+    return SimpleNamespace(
+        send=send,
+        again=again,
+        stop=stop,
+        run=saying(chosen),
+        load=load,
+        clear=lambda: (Chat(), welcome(desk)),
+        pick=saying(lambda name, number: (gr.skip(), "") if number is None else picked(desk, name, number)),
+        chance=saying(lambda name, now: another(desk, name, now)),
+    )
+
+
+def usual_tokens(desk: Desk, name: str | None) -> int:
+    """How long answers usually are in a run's data, in tokens."""
+    return desk.gallery(name).tokens if name else 128
+
+
+def knobs_of(gr: Any, where: str, start: Settings) -> dict[str, Any]:
+    """The widgets of `Settings`, in the order of its fields."""
+    with gr.Row():
+        temperature = gr.Slider(0, 2, start.temperature, step=0.05, label="Temperature", elem_id=f"{where}-temperature")
+        top_p = gr.Slider(0.05, 1, start.top_p, step=0.05, label="Top-p", elem_id=f"{where}-top-p")
+        tokens = gr.Slider(1, 1024, start.max_tokens, step=1, label="Max tokens", elem_id=f"{where}-tokens")
+        seed = gr.Number(start.seed, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id=f"{where}-seed")
+    return {"temperature": temperature, "top_p": top_p, "max_tokens": tokens, "seed": seed}

@@ -1,0 +1,1 @@
+"""The Constitution tab."""

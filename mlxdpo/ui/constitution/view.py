@@ -1,0 +1,167 @@
+"""Conversations of a constitutional run: which there are, which fit a filter, one in full. All text is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlxdpo.io.json_file import as_written, read_json, read_lines
+from mlxdpo.online.constitution.ending import REPORT, TALKS, said
+from mlxdpo.online.constitution.run import RULES, SETTINGS
+from mlxdpo.online.constitution.schema import Constitution, load_constitution
+from mlxdpo.types import UserError
+from mlxdpo.ui.choices import folders
+from mlxdpo.ui.data.view import short
+from mlxdpo.ui.widgets import table
+
+Talk = Mapping[str, Any]
+PAGE = 20  # conversations shown at once
+EVERY, PAIRED, LEFT = "all", "pairs", "left out"
+ANY = "any principle"
+PARTS = {
+    "initial": "Initial answer (rejected)",
+    "critique": "Critique",
+    "revision": "Revision (chosen)",
+    "first": "First answer",
+    "second": "Second answer",
+}
+STYLE = """<style>
+.talk { white-space: pre-wrap; overflow-wrap: anywhere; padding: 8px; border: 1px solid var(--border-color-primary);
+  color: var(--body-text-color); max-height: 320px; overflow: auto; }
+</style>"""
+
+
+class Wanted(NamedTuple):
+    """A filter: `text` anywhere (any case), whether there is a pair, the principle of the critique."""
+
+    text: str = ""
+    kind: str = EVERY
+    principle: str = ANY
+
+
+def found(runs: Path, top: Path) -> dict[str, Path]:
+    """Folders that `mlxdpo constitution` filled, below the working folder and below the runs, by name."""
+    result: dict[str, Path] = {}
+    for start in (top, runs):
+        for folder, names in folders(start):
+            if TALKS in names and SETTINGS in names and RULES in names:
+                name = folder.relative_to(top).as_posix() if folder.is_relative_to(top) else str(folder)
+                result.setdefault(name, folder)
+    return result
+
+
+def open_talks(folder: Path) -> tuple[Talk, ...]:
+    """The conversations so far; a run that still works on them may have more the next time."""
+    file = folder / TALKS
+    if not file.is_file():
+        raise UserError(f"{folder.name}: its {TALKS} is gone; reload the page")
+    about = file.stat()
+    return _read(file, about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=2)
+def _read(file: Path, modified: int, size: int) -> tuple[Talk, ...]:
+    return tuple(read_lines(file))
+
+
+def rules_of(folder: Path) -> Constitution:
+    """The constitution as it was used."""
+    return load_constitution(folder / RULES)
+
+
+def matching(talks: Sequence[Talk], wanted: Wanted) -> list[int]:
+    """Indices of the conversations that fit."""
+    return [at for at, talk in enumerate(talks) if _fits(talk, wanted)]
+
+
+def _fits(talk: Talk, wanted: Wanted) -> bool:
+    if wanted.kind != EVERY and bool(talk["left_out"]) != (wanted.kind == LEFT):
+        return False
+    if wanted.principle != ANY and talk.get("principle") != wanted.principle:
+        return False
+    texts = [prompt_text(talk), *(talk[part]["text"] for part in PARTS if part in talk)]
+    asked = wanted.text.casefold()
+    return not asked or any(asked in text.casefold() for text in texts)
+
+
+def prompt_text(talk: Talk) -> str:
+    """The turns of the prompt; a single one as it stands."""
+    turns = talk["prompt"]
+    return turns[0]["content"] if len(turns) == 1 else "\n\n".join(f"{t['role']}: {t['content']}" for t in turns)
+
+
+def page_html(talks: Sequence[Talk], shown: Sequence[int], page: int, chosen: int | None = None) -> str:
+    """One page of the conversations found, numbered from 1 as they stand in the file."""
+    rows = [_cells(at, talks[at]) for at in shown[page * PAGE : (page + 1) * PAGE]]
+    if not rows:
+        return "<p>No conversation fits. Clear the search, or make it wider.</p>"
+    first = page * PAGE + 1
+    caption = f"Conversations {first:,} to {first + len(rows) - 1:,} of {len(shown):,} found"
+    headers = ["number", "prompt", "principle", "before", "after", "label", "left out"]
+    return table(caption, headers, rows, None if chosen is None else str(chosen))
+
+
+def _cells(at: int, talk: Talk) -> list[str]:
+    old, new = (talk.get(a) or talk.get(b) or {} for a, b in (("initial", "first"), ("revision", "second")))
+    p = talk.get("probability")
+    label = "" if p is None else f"{p:.3f}"
+    texts = (short(old.get("text", "")), short(new.get("text", "")))
+    return [str(at + 1), short(prompt_text(talk)), talk.get("principle", ""), *texts, label, talk["left_out"]]
+
+
+def talk_html(talks: Sequence[Talk], number: int, rules: Constitution) -> str:
+    """A conversation in full: everything that was asked and said, and what each principle says of the two answers.
+
+    Raises `UserError` when there is none of that number.
+    """
+    if not 1 <= number <= len(talks):
+        raise UserError(f"there is no conversation {number}; there are {len(talks)}")
+    talk = talks[number - 1]
+    drawn = next((one for one in rules.principles if one.name == talk.get("principle")), None)
+    asked = {"critique": drawn.critique, "revision": drawn.revision} if drawn else {}
+    parts = [_part("Prompt", prompt_text(talk))]
+    for part, title in PARTS.items():
+        if part in talk:
+            request = f"<p><em>{escape(asked[part])}</em></p>" if part in asked else ""
+            parts.append(_part(f"{title}{_remark(talk[part])}", talk[part]["text"], request))
+    why = f"<p role='status'>No pair: {escape(talk['left_out'])}</p>" if talk["left_out"] else ""
+    return f"{STYLE}{why}{''.join(parts)}{_votes(talk)}"
+
+
+def _remark(said: Mapping[str, Any]) -> str:
+    cut = ", cut off" if said["finish"] == "length" else ""
+    return f": {said['tokens']} tokens{cut}"
+
+
+def _part(title: str, text: str, request: str = "") -> str:
+    return f'<h4>{escape(title)}</h4>{request}<div class="talk" tabindex="0">{escape(text)}</div>'
+
+
+def _votes(talk: Talk) -> str:
+    if "votes" not in talk:
+        return ""
+    better = "the revision" if "revision" in talk else "the first answer"
+    rows = [
+        [name, f"{vote['shown_first']:+.2f}", f"{vote['shown_second']:+.2f}", f"{vote['probability']:.3f}"]
+        for name, vote in talk["votes"].items()
+    ]
+    rows.append(["all", "", "", f"{talk['probability']:.3f}"])
+    headers = ["principle", "log-odds, shown as A", "log-odds, shown as B", "probability"]
+    return table(f"How probably {better} is the better one", headers, rows)
+
+
+def summary_html(folder: Path) -> str:
+    """The report of a finished run as a list, and the principles."""
+    file = folder / REPORT
+    if not file.is_file():
+        lines = ["not finished: the same command goes on"]
+    else:
+        report = read_json(file)
+        with as_written(file):
+            lines = [f"{report['rows']} pairs from {report['prompts']} prompts", *said(report)]
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    rows = [[one.name, one.critique, one.revision, one.comparison] for one in rules_of(folder).principles]
+    return f"<ul>{items}</ul>{table('The constitution', ['name', 'critique', 'revision', 'comparison'], rows)}"

@@ -1,0 +1,1 @@
+"""The Data tab: pairs, looked at and edited."""

@@ -1,0 +1,188 @@
+"""A preference file row by row: what is in it, what fits a search, what the doctor says, one pair as the model sees it.
+
+Rows are shown as they stand in the file, bad ones too. Every text is escaped: a data file may hold anything.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from html import escape
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlxdpo.config import DataConfig
+from mlxdpo.data.check import examine, lines
+from mlxdpo.data.fields import Row
+from mlxdpo.data.formats import Format, convert, detect
+from mlxdpo.data.read import read_preferences
+from mlxdpo.data.report import BadRow, Report
+from mlxdpo.data.sources import Found, read_rows
+from mlxdpo.types import Preference, UserError
+from mlxdpo.ui.widgets import table
+
+MOST = 50_000  # rows held in memory; the others are neither shown nor searched, and that is said
+PAGE = 20  # rows shown at once
+WIDTH = 90  # characters of a cell
+FIELDS = 4  # columns that can be edited
+ANY = "any column"
+
+
+class Wanted(NamedTuple):
+    """A filter: `text` somewhere in `column` (any case), and that column's length in characters."""
+
+    text: str = ""
+    column: str = ANY
+    least: int | None = None
+    most: int | None = None
+
+
+class Book(NamedTuple):
+    """The rows of a file as they were read, whether there are more, and their shape where one was recognised."""
+
+    path: Path
+    rows: tuple[Found, ...]
+    more: bool
+    shape: Format | None
+
+
+def open_book(path: Path) -> Book:
+    """The first `MOST` rows of a file. Raises `UserError` for one that cannot be read."""
+    if not path.is_file():
+        raise UserError(f"{path}: the file is gone; choose another, or reload the page")
+    about = path.stat()
+    return _read(path, about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=2)  # paging and searching read the file once, until it changes
+def _read(path: Path, modified: int, size: int) -> Book:
+    found = read_rows(str(path))
+    rows = tuple(islice(found, MOST))
+    sound = (row for _, row in rows[:100] if not isinstance(row, BadRow))
+    shape = next((shape for row in sound if (shape := detect(row))), None)
+    return Book(path, rows, next(found, None) is not None, shape)
+
+
+def number_of(where: str) -> int:
+    """The row's number in its file: 37 in "pairs.jsonl:37" and in "pairs.csv:row 37"."""
+    found = re.search(r"(\d+)$", where)
+    return int(found.group(1)) if found else 0
+
+
+def columns_of(book: Book) -> list[str]:
+    """The columns of the shape first, then the others of the first rows."""
+    first = list(book.shape.columns) if book.shape else []
+    seen = [name for _, row in book.rows[:100] if not isinstance(row, BadRow) for name in row]
+    return [name for name in dict.fromkeys([*first, *seen]) if name in seen]
+
+
+def as_text(value: Any) -> str:
+    """A column as text: itself, or as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def matching(book: Book, wanted: Wanted) -> list[int]:
+    """Indices of the rows that fit. An unreadable row fits only where nothing is asked."""
+    if wanted == Wanted():
+        return list(range(len(book.rows)))
+    return [at for at, (_, row) in enumerate(book.rows) if not isinstance(row, BadRow) and _fits(row, wanted)]
+
+
+def _fits(row: Mapping[str, Any], wanted: Wanted) -> bool:
+    names = row if wanted.column == ANY else [wanted.column]
+    texts = [as_text(row[name]) for name in names if name in row]
+    length = sum(map(len, texts))
+    if (wanted.least is not None and length < wanted.least) or (wanted.most is not None and length > wanted.most):
+        return False
+    asked = wanted.text.casefold()
+    return not asked or any(asked in text.casefold() for text in texts)
+
+
+def page_html(book: Book, found: Sequence[int], page: int, chosen: int | None = None) -> str:
+    """One page of the rows found."""
+    names = columns_of(book)[:FIELDS]
+    shown = [_cells(book.rows[at], names) for at in found[page * PAGE : (page + 1) * PAGE]]
+    if not shown:
+        return "<p>No row fits. Clear the search, or make it wider.</p>"
+    first = page * PAGE + 1
+    limit = f" (of the first {MOST:,}; the file is longer)" if book.more else ""
+    caption = f"Rows {first:,} to {first + len(shown) - 1:,} of {len(found):,} found{limit}"
+    return table(caption, ["row", *names, "characters"], shown, None if chosen is None else str(chosen))
+
+
+def _cells(found: Found, names: Sequence[str]) -> list[str]:
+    where, row = found
+    number = str(number_of(where))
+    if isinstance(row, BadRow):
+        return [number, f"cannot be read: {row.sentence}", *[""] * len(names)]
+    texts = [as_text(row.get(name, "")) for name in names]
+    return [number, *(short(text) for text in texts), " / ".join(str(len(text)) for text in texts)]
+
+
+def short(text: str) -> str:
+    """The beginning of a text on one line."""
+    line = " ".join(text[: 2 * WIDTH].split())
+    return line if len(line) <= WIDTH and len(text) <= 2 * WIDTH else line[:WIDTH] + "…"
+
+
+def row_at(book: Book, number: int | None) -> Found:
+    """The row of that number. Raises `UserError` when the file has none."""
+    for found in book.rows:
+        if number_of(found[0]) == number:
+            return found
+    raise UserError(f"{book.path.name} has no row {number}; it has {len(book.rows):,} rows{' or more' * book.more}")
+
+
+def doctor(path: Path) -> str:
+    """The findings of `mlxdpo data check` on the whole file, as a list."""
+    rows, report = read_preferences(DataConfig(path=str(path), on_bad_row="skip"))
+    found = examine(rows, report, path.name)
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines(found)) + "</ul>"
+
+
+def preference(book: Book, where: str, row: Mapping[str, Any]) -> tuple[Preference, int]:
+    """The row's first pair, and how many it has. Raises `UserError` saying what is wrong with the row."""
+    if book.shape is None:
+        raise UserError(f"{book.path.name}: no known row shape; `mlxdpo data formats` lists them")
+    try:
+        items = convert(book.shape, [Row(where, row)])
+    except BadRow as bad:
+        raise UserError(f"{where}: {bad.sentence}") from None
+    pairs = [item for item in items if isinstance(item, Preference)]
+    if not pairs:
+        raise UserError(f"{where}: this row alone is no pair (shape {book.shape.name}: {book.shape.about})")
+    return pairs[0], len(pairs)
+
+
+def as_seen(pair: Preference, count: int, data: DataConfig, tokenizer: Any) -> str:
+    """The pair decoded from its token ids, the scored tokens marked, with their numbers."""
+    from mlxdpo.data.encode import describe, encode
+
+    report = Report()
+    example = encode(pair, tokenizer, data.model_copy(update={"on_bad_row": "skip"}), report)
+    remarks = "".join(f"<li>{escape(line)}</li>" for line in report.lines())
+    said = f"<ul>{remarks}</ul>" if remarks else ""
+    if example is None:
+        return f"<p>This pair would be left out.</p>{said}"
+    parts = zip(("chosen", "rejected"), describe(example, tokenizer), (example.chosen, example.rejected), strict=True)
+    sides = "".join(_side(name, segments, len(example.prompt), len(ids)) for name, segments, ids in parts)
+    more = f"<p>The first of this row's {count} pairs.</p>" if count > 1 else ""
+    return f"{SEEN}{more}{sides}{said}"
+
+
+SEEN = """<style>
+.seen { white-space: pre-wrap; overflow-wrap: anywhere; padding: 8px; border: 1px solid var(--border-color-primary);
+  color: var(--body-text-color); max-height: 320px; overflow: auto; }
+.seen mark { background: #56B4E955; color: inherit; border-bottom: 2px solid #0072B2; }
+</style>"""
+
+
+def _side(name: str, segments: Sequence[tuple[str, bool]], prompt: int, scored: int) -> str:
+    body = "".join(f"<mark>{escape(text)}</mark>" if marked else escape(text) for text, marked in segments)
+    return (
+        f"<h4>{name}: {scored} tokens scored (marked), {prompt} of the prompt not</h4>"
+        f'<div class="seen" tabindex="0">{body}</div>'
+    )

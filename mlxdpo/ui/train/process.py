@@ -1,0 +1,177 @@
+"""Trainings that the page starts: each a process of its own, which neither a closed tab nor a closed app stops.
+
+RUN/job/ holds what the page needs to find it again: `lock`, held by the process while it lives, whoever started it;
+`job.json`, the process and its command; `log.txt`, what it says.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlxdpo.config import Config
+from mlxdpo.io.atomic import write_json
+from mlxdpo.io.json_file import read_json
+from mlxdpo.runs import Run
+from mlxdpo.types import UserError
+from mlxdpo.ui.runs.run_list import JOB, busy, newest, number, state
+from mlxdpo.ui.train.recipe_form import flags
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+LOG_TAIL = 16 * 1024  # bytes
+STEP = re.compile(r"(?:step|held-out at step) (\d+)/(\d+)")
+
+
+class Watched(NamedTuple):
+    """Where a training stands.
+
+    step, steps  optimizer steps done and planned; None before the first
+    left         seconds, as the trainer reckons
+    rate         tokens per second
+    stopping     it was asked to stop
+    command      how to go on in a terminal
+    log          the last lines that it said
+    """
+
+    state: str
+    step: int | None
+    steps: int | None
+    left: float | None
+    rate: float | None
+    stopping: bool
+    command: str
+    log: str
+
+
+def run_path(runs: Path, name: str) -> Path:
+    """The directory of a new run. Raises `UserError` for a name that is not one plain word."""
+    if not NAME.fullmatch(name or ""):
+        raise UserError(f"{name!r} is no name for a run; use letters, digits, dots, dashes and underscores")
+    return runs / name
+
+
+def plain_name(text: str) -> str:
+    """A text as part of a run's name."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:60] or "run"
+
+
+def command_of(config: Config) -> list[str]:
+    """The words of the command, as one would type them."""
+    return ["mlxdpo", "train", *flags(config)]
+
+
+def start(runs: Path, name: str, config: Config) -> Path:
+    """Begin training; returns the run directory. Raises `UserError` when there is a run of that name."""
+    path = run_path(runs, name)
+    if (path / "config.yaml").exists():
+        raise UserError(f"{path} already holds a run; choose another name, or resume it below")
+    _spawn(path, command_of(config.model_copy(update={"out": str(path)})))
+    return path
+
+
+def resume(path: Path) -> None:
+    """Go on with an interrupted run. Raises `UserError` when it is being trained, or never came to be."""
+    now = state(path)
+    if now in ("training", "starting"):
+        raise UserError(f"{path.name} is being trained already; stop it first, or wait")
+    if now == "failed":
+        raise UserError(
+            f"{path.name} stopped before there was anything to resume; mend what its log says, and start it"
+        )
+    if now == "finished":
+        raise UserError(f"{path.name} is finished; start a new run, perhaps from its adapter")
+    _spawn(path, ["mlxdpo", "train", "--resume", str(path)])
+
+
+def _spawn(path: Path, command: Sequence[str]) -> None:
+    """Run `command` in a session of its own. It inherits the lock, and so holds it exactly as long as it lives."""
+    job = path / JOB
+    job.mkdir(parents=True, exist_ok=True)
+    with (job / "lock").open("ab") as lock, (job / "log.txt").open("ab") as log:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path.name} is being trained already; stop it first, or wait") from None
+        log.write(f"$ {shlex.join(command)}\n".encode())
+        log.flush()
+        (job / "asked").unlink(missing_ok=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlxdpo.cli", *command[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+            pass_fds=(lock.fileno(),),
+        )
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        write_json(job / "job.json", {"pid": process.pid, "command": list(command), "started": now})
+    # Somebody has to ask for the exit status, or a finished training stays in the process table.
+    threading.Thread(target=process.wait, daemon=True).start()
+
+
+def stop(path: Path) -> str:
+    """Ask a training to save and stop; says what will happen. Raises `UserError` when nothing can be stopped."""
+    if not busy(path / JOB / "lock"):
+        if (path / "config.yaml").exists() and Run(path).held():
+            raise UserError(f"{path.name} was started in a terminal; press Ctrl-C there")
+        raise UserError(f"{path.name} is not being trained now; there is nothing to stop")
+    job = _job(path)
+    asked = path / JOB / "asked"
+    if asked.exists():
+        raise UserError(
+            f"{path.name} stops after the step it is in and saves it; to end it without saving: kill -9 {job['pid']}"
+        )
+    asked.touch()
+    # Not SIGINT: whoever starts the app in the background hands down that it is ignored. The trainer takes both alike.
+    os.kill(job["pid"], signal.SIGTERM)
+    return f"{path.name} stops after the step it is in; what it has learned is saved."
+
+
+def _job(path: Path) -> dict[str, Any]:
+    file = path / JOB / "job.json"
+    found = read_json(file) if file.exists() else {}
+    pid = found.get("pid")
+    if not isinstance(pid, int) or isinstance(pid, bool) or pid < 2:
+        raise UserError(f"{file}: does not say which process trains; stop it in a terminal")
+    return found
+
+
+def watch(path: Path) -> Watched:
+    """Where a training stands, from its files alone."""
+    now, log = state(path), log_tail(path)
+    at = STEP.findall(log)
+    last, _ = newest(path / "metrics.jsonl")
+    live = now == "training" and bool(last)
+    return Watched(
+        state=now,
+        step=last.get("step"),
+        steps=int(at[-1][1]) if at else None,
+        left=number(last, "seconds_left") if live else None,
+        rate=number(last, "tokens_per_second") if live else None,
+        stopping=now in ("training", "starting") and (path / JOB / "asked").exists(),
+        command=shlex.join(["mlxdpo", "train", "--resume", str(path)]),
+        log=log,
+    )
+
+
+def log_tail(path: Path, most: int = 40) -> str:
+    """The last lines that a training said, empty for one that was started elsewhere."""
+    file = path / JOB / "log.txt"
+    if not file.exists():
+        return ""
+    with file.open("rb") as stream:
+        size = stream.seek(0, 2)
+        stream.seek(max(0, size - LOG_TAIL))
+        text = stream.read().decode("utf-8", errors="replace")
+    return "\n".join(text.splitlines()[-most:])

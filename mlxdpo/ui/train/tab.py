@@ -1,0 +1,259 @@
+"""The Train tab: model, data and recipe; what it will need; start, watch, stop, resume.
+
+A training is a process of its own (`training.py`), so the page answers meanwhile and closing it stops nothing.
+"""
+
+import shlex
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from mlxdpo.config import Config, load_config
+from mlxdpo.types import UserError
+from mlxdpo.ui import choices
+from mlxdpo.ui.guard import Guard
+from mlxdpo.ui.runs.run_list import choose, scan, state
+from mlxdpo.ui.train import process, recipe_form
+from mlxdpo.ui.train.recipe_form import CHOSEN, VISIBLE, Knob
+from mlxdpo.ui.train.view import estimate, estimate_html, shown_training
+from mlxdpo.ui.widgets import said
+
+EVERY = 2.0  # seconds between looks at the files
+PATHS = [name for name in CHOSEN if name != "out"]
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+SHOWN: dict[str, Any] = {"api_visibility": "private"}
+
+
+def build(runs: Path, guard: Guard) -> None:
+    """Fill the tab."""
+    import gradio as gr
+
+    knobs = recipe_form.knobs()
+    gr.Markdown("### 1. Model, data and recipe")
+    recipe = gr.Dropdown([], label="Recipe", info="Fills in the fields below.", elem_id="train-recipe")
+    paths = _path_fields(gr)
+    name = gr.Textbox(label="Name of the run", placeholder="left empty: model-data-number", elem_id="train-name")
+    fields = _knob_fields(gr, knobs)
+    form = [paths[n] for n in PATHS] + [fields[knob.name] for knob in knobs]
+    gr.Markdown("### 2. What it will need")
+    ask = gr.Button("Estimate memory and steps", elem_id="train-plan")
+    needs = gr.HTML(elem_id="train-needs")
+    gr.Markdown("### 3. Train")
+    command = gr.Textbox(label="The same in a terminal", lines=2, interactive=False, buttons=["copy"])
+    begin = gr.Button("Start training", variant="primary", elem_id="train-start")
+    chosen, note = _desk(runs, guard)
+
+    def started(request: gr.Request, title: str, *values: Any) -> Any:
+        """Begin the training, and choose it among those that are watched."""
+        guard(request)
+        with said():
+            config = _config(runs, knobs, values)
+            path = process.start(runs, title.strip() or _free_name(runs, config), config)
+        return gr.update(choices=_trainings(runs), value=path.name), f"<p>{escape(path.name)} has begun.</p>"
+
+    def planned(request: gr.Request, *values: Any) -> str:
+        """What `mlxdpo plan` would say of the form."""
+        guard(request)  # it may fetch a tokenizer
+        with said():
+            return estimate_html(estimate(_config(runs, knobs, values)))
+
+    page = gr.context.Context.root_block
+    page.load(lambda: _choices(gr, runs), None, [recipe, *paths.values()], **QUIET)
+    recipe.change(
+        lambda which: _fill(gr, runs, knobs, which) if which else [gr.skip()] * len(form), recipe, form, **QUIET
+    )
+    ask.click(planned, form, needs, **SHOWN)
+    begin.click(started, [name, *form], [chosen, note], concurrency_limit=1, **SHOWN)
+    gr.on(
+        [page.load, *(one.change for one in (name, *form))],
+        lambda title, *values: _command(runs, knobs, title, values),
+        [name, *form],
+        command,
+        trigger_mode="always_last",
+        **QUIET,
+    )
+
+
+def _desk(runs: Path, guard: Guard) -> tuple[Any, Any]:
+    """Where a training is watched, stopped and resumed; gives the drop-down of trainings and the line of news."""
+    import gradio as gr
+
+    chosen = gr.Dropdown([], label="Training", info="Runs and their state.", elem_id="train-chosen")
+    with gr.Row():
+        halt = gr.Button("Stop and save", variant="stop", elem_id="train-stop", interactive=False)
+        again = gr.Button("Resume", elem_id="train-resume", interactive=False)
+    note, view = gr.HTML(elem_id="train-note"), gr.HTML(elem_id="train-view")
+
+    def stopped(request: gr.Request, which: str | None) -> str:
+        """Ask the training to save and end."""
+        guard(request)
+        with said():
+            return f"<p>{escape(process.stop(choose(runs, which)))}</p>"
+
+    def resumed(request: gr.Request, which: str | None) -> str:
+        """Go on from the last checkpoint."""
+        guard(request)
+        with said():
+            process.resume(choose(runs, which))
+        return f"<p>{escape(str(which))} goes on from its last checkpoint.</p>"
+
+    page, timer = gr.context.Context.root_block, gr.Timer(EVERY)
+    for happening in (page.load, timer.tick):
+        happening(lambda now: _current(gr, runs, now), chosen, chosen, **QUIET)
+    for happening in (chosen.change, timer.tick):
+        happening(lambda which: _looked(gr, runs, which), chosen, [view, halt, again], **QUIET)
+    halt.click(stopped, chosen, note, **SHOWN)
+    again.click(resumed, chosen, note, concurrency_limit=1, **SHOWN)
+    return chosen, note
+
+
+def _path_fields(gr: Any) -> dict[str, Any]:
+    """Drop-downs for what is a path in the recipe, by its dotted name."""
+    hub = "Or the id of one on the Hugging Face Hub: owner/name."
+    with gr.Row():
+        model = gr.Dropdown(
+            [], value="smollm2", label="Model", info=hub, allow_custom_value=True, elem_id="train-model"
+        )
+        data = gr.Dropdown(
+            [], value="", label="Preference data", info=hub, allow_custom_value=True, elem_id="train-data"
+        )
+    with gr.Accordion("Held-out pairs, starting adapter, other reference", open=False):
+        held = gr.Dropdown(
+            [("none", "")], value="", label="Held-out pairs", info="Empty: a share of the prompts is held out."
+        )
+        adapter = gr.Dropdown(
+            [("none", "")], value="", label="Start from the adapter of", info="The reference then includes it."
+        )
+        reference = gr.Dropdown(
+            [("none", "")], value="", label="Reference model", info="Empty: the weights that training starts from."
+        )
+        on_top = gr.Dropdown([("none", "")], value="", label="Adapter on the reference")
+    found = {
+        "model.path": model,
+        "model.adapter": adapter,
+        "reference.model": reference,
+        "reference.adapter": on_top,
+        "data.path": data,
+        "data.eval": held,
+    }
+    return {name: found[name] for name in PATHS}
+
+
+def _knob_fields(gr: Any, knobs: list[Knob]) -> dict[str, Any]:
+    """The important ones in sight, the others by section below."""
+    fields: dict[str, Any] = {}
+    by_name = {knob.name: knob for knob in knobs}
+    with gr.Row():
+        fields |= {name: _field(gr, by_name[name]) for name in VISIBLE}
+    sections = dict.fromkeys(knob.name.partition(".")[0] for knob in knobs)
+    with gr.Accordion("All other settings", open=False):
+        for section in sections:
+            inside = [k for k in knobs if k.name.partition(".")[0] == section and k.name not in VISIBLE]
+            with gr.Accordion(section, open=False), gr.Row():
+                fields |= {knob.name: _field(gr, knob) for knob in inside}
+    return fields
+
+
+def _field(gr: Any, knob: Knob) -> Any:
+    about: dict[str, Any] = {
+        "label": knob.name,
+        "info": knob.help,
+        "value": recipe_form.shown(knob, knob.default),
+        "min_width": 220,
+    }
+    if knob.kind == "choice":
+        # An objective may be a sum of several: sigmoid+sft.
+        own = knob.name == "loss.name"
+        return gr.Dropdown([*([("not set", "")] if knob.empty else []), *knob.choices], allow_custom_value=own, **about)
+    if knob.kind == "several":
+        return gr.CheckboxGroup(list(knob.choices), **about)
+    if knob.kind == "flag":
+        return gr.Checkbox(**about)
+    if knob.kind in ("whole", "number") and not knob.empty:
+        return gr.Number(precision=0 if knob.kind == "whole" else None, **about)
+    return gr.Textbox(placeholder="not set" if knob.empty else "", **about)
+
+
+def _config(runs: Path, knobs: list[Knob], values: tuple[Any, ...]) -> Config:
+    """The recipe that the form holds; paths are held against what there is."""
+    here = Path.cwd()
+    model, adapter = choices.models(runs, here), choices.adapters(runs)
+    data = choices.data_files(runs, here)
+    offered = {
+        "model.path": (model, choices.HUB_ID),
+        "model.adapter": (adapter, choices.NOTHING),
+        "reference.model": (model, choices.HUB_ID),
+        "reference.adapter": (adapter, choices.NOTHING),
+        "data.path": (data, choices.HUB_DATA),
+        "data.eval": (data, choices.NOTHING),
+    }
+    chosen = dict(zip(PATHS, values[: len(PATHS)], strict=True))
+    given = {name: choices.checked(value, offered[name][0], name, offered[name][1]) for name, value in chosen.items()}
+    for name, what in (("model.path", "a model"), ("data.path", "preference data")):
+        if given[name] is None:
+            raise UserError(f"choose {what} first: {name} is empty")
+    rest = zip(knobs, values[len(PATHS) :], strict=True)
+    return recipe_form.to_config(given | {knob.name: recipe_form.entered(knob, value) for knob, value in rest})
+
+
+def _fill(gr: Any, runs: Path, knobs: list[Knob], which: str) -> list[Any]:
+    """The form's values from a recipe; a recipe that names no data leaves the chosen ones."""
+    found = choices.recipes(runs, Path.cwd())
+    if which not in found:
+        raise gr.Error(f"there is no recipe {escape(which[:80])}; choose one of the list", duration=None)
+    with said():
+        flat = recipe_form.flat(load_config(found[which]).model_dump())
+    needed = ("model.path", "data.path")
+    filled = [gr.skip() if name in needed and not flat.get(name) else flat.get(name) or "" for name in PATHS]
+    return filled + [recipe_form.shown(knob, flat.get(knob.name, knob.default)) for knob in knobs]
+
+
+def _choices(gr: Any, runs: Path) -> list[Any]:
+    """What there is to choose from, for the recipe's drop-down and those of the paths."""
+    here = Path.cwd()
+    models, adapters = choices.models(runs, here), choices.adapters(runs)
+    data = choices.data_files(runs, here)
+    none = [("none", "")]
+    lists = {
+        "model.path": models,
+        "model.adapter": none + adapters,
+        "reference.model": none + models,
+        "reference.adapter": none + adapters,
+        "data.path": data,
+        "data.eval": none + data,
+    }
+    return [gr.update(choices=list(choices.recipes(runs, here)))] + [gr.update(choices=lists[name]) for name in PATHS]
+
+
+def _free_name(runs: Path, config: Config) -> str:
+    stem = process.plain_name(f"{Path(config.model.path).name}-{Path(config.data.path).stem}")
+    return next(name for n in range(1, 10**6) if not (runs / (name := f"{stem}-{n}")).exists())
+
+
+def _command(runs: Path, knobs: list[Knob], title: str, values: tuple[Any, ...]) -> str:
+    """The command line, or what is missing before there is one."""
+    try:
+        config = _config(runs, knobs, values)
+        path = process.run_path(runs, title.strip() or _free_name(runs, config))
+        return shlex.join(process.command_of(config.model_copy(update={"out": str(path)})))
+    except UserError as error:
+        return f"# {error}"
+
+
+def _looked(gr: Any, runs: Path, which: str | None) -> Any:
+    """The chosen training, and which of Stop and Resume make sense."""
+    now = state(choose(runs, which)) if which in scan(runs) else ""
+    live = now in ("training", "starting")
+    return shown_training(runs, which), gr.update(interactive=live), gr.update(interactive=now == "interrupted")
+
+
+def _trainings(runs: Path) -> list[tuple[str, str]]:
+    return [(f"{name} ({state(path)})", name) for name, path in scan(runs).items()]
+
+
+def _current(gr: Any, runs: Path, now: str | None) -> Any:
+    """The choices with their states; without a choice, the one that trains, else the newest."""
+    found = _trainings(runs)
+    names = [name for _, name in found]
+    live = [name for label, name in found if label.endswith(("(training)", "(starting)"))]
+    return gr.update(choices=found, value=now if now in names else next(iter(live or names), None))

@@ -1,0 +1,1 @@
+"""The Vote tab: blind votes."""

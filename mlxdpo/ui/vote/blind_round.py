@@ -1,0 +1,157 @@
+"""A blind round: two answers whose sides a coin on the server has chosen, one vote, then the reveal.
+
+    nothing -> writing -> ready -> voted
+
+Until the vote the browser gets the two texts at once and nothing else: no name, no number, no order in time. The sides
+are in this process's memory alone; `shown` is all that may be sent.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mlxdpo.inference.run_prompts import Gallery
+from mlxdpo.inference.trained_run import prompt_text
+from mlxdpo.types import Text, UserError
+from mlxdpo.ui.app_state import Desk
+from mlxdpo.ui.compare.answers import Answer, Settings, answer_together
+from mlxdpo.ui.compare.columns import answer_html
+from mlxdpo.ui.compare.heat import legend, scale_of
+from mlxdpo.ui.compare.scores import Score, score
+from mlxdpo.ui.variants import Cast
+from mlxdpo.ui.widgets import plain
+
+Side = Literal["a", "b"]
+Source = Literal["heldout", "train", "own"]
+SIDES: tuple[Side, Side] = ("a", "b")
+TRIES = 5  # draws until two answers differ
+PACE = 0.25  # seconds between two updates of the bar
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round once its answers are there. `tuned` is the side of the tuned model: the secret."""
+
+    id: str
+    run: str
+    source: Source
+    prompt: Text
+    before: Answer
+    after: Answer
+    tuned: Side
+    settings: Settings
+    shown_at: float
+    scores: tuple[Score | None, Score | None] | None = None
+    winner: str = ""
+
+    def side(self, side: Side) -> Answer:
+        """The answer that stands on a side."""
+        return self.after if side == self.tuned else self.before
+
+
+def pick_prompt(found: Gallery, source: Source, own: str, asked: int) -> Text:
+    """The prompt of the next round: the user's own text, or the run's prompts in turn, `asked` of them behind us.
+
+    Raises `UserError` where there is none.
+    """
+    if source == "own":
+        if not own.strip():
+            raise UserError("write a prompt of your own first, or let the page pick one")
+        return own
+    rows = found.heldout if source == "heldout" else found.train
+    if not rows:
+        raise UserError(f"there are no such prompts here: {found.note or 'the run has none'}; write your own instead")
+    return rows[asked % len(rows)].prompt
+
+
+def play(
+    desk: Desk,
+    cast: Cast,
+    prompt: Text,
+    source: Source,
+    settings: Settings,
+    *,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[float | Round]:
+    """How far the round is, from 0 to 1, and at last the round. Draws again where both answers are the same.
+
+    Raises `UserError` when they stay the same, or when it was stopped.
+    """
+    for attempt in range(TRIES):
+        drawn = settings.model_copy(update={"seed": (settings.seed + attempt) % 2**32})
+        answers: tuple[Answer, ...] = ()
+        for step in desk.engine.latest(lambda s=drawn: _counted(cast, prompt, s, stopped), PACE):
+            steps, answers = step
+            yield min(0.99, steps / settings.max_tokens)
+        if stopped() or len(answers) != 2:
+            raise UserError("stopped before both answers were there, so there is nothing to vote on")
+        before, after = answers
+        if before.text.strip() != after.text.strip():
+            side, name = SIDES[secrets.randbelow(2)], cast.run.path.name
+            yield Round(secrets.token_hex(8), name, source, prompt, before, after, side, drawn, time.monotonic())
+            return
+    raise UserError(
+        f"before and after tuning gave the same answer {TRIES} times; raise the temperature or try another prompt"
+    )
+
+
+def _counted(
+    cast: Cast, prompt: Text, settings: Settings, stopped: Callable[[], bool]
+) -> Iterator[tuple[int, tuple[Answer, ...]]]:
+    voices = (cast.before, cast.after)
+    yield from enumerate(answer_together(cast, voices, (prompt, prompt), settings, stopped=stopped), 1)
+
+
+def judged(desk: Desk, cast: Cast, game: Round, winner: str) -> Round:
+    """The round after its vote, with what tuning did to each answer."""
+    answers = (game.before, game.after)
+    found = [desk.engine.call(lambda a=a: score(cast, cast.after, a)) for a in answers]
+    return replace(game, winner=winner, scores=(found[0], found[1]))
+
+
+def shown(game: Round) -> str:
+    """The two answers before the vote: texts alone."""
+    cards = "".join(_card(f"Answer {side.upper()}", "", _text(game.side(side).text)) for side in SIDES)
+    return _table(prompt_text(game.prompt), cards)
+
+
+def revealed(game: Round) -> str:
+    """The two answers after the vote: which was which, and the numbers."""
+    assert game.scores is not None
+    scores = dict(zip(("b", "a") if game.tuned == "a" else ("a", "b"), game.scores, strict=True))
+    scale = scale_of([s for s in game.scores if s])
+    cards = ""
+    for side in SIDES:
+        who = "after tuning" if side == game.tuned else "before tuning"
+        won = " · your choice" if game.winner == side else ""
+        body = answer_html(game.side(side), scores[side], scale)
+        cards += _card(f"Answer {side.upper()}: {who}", won, body, "tuned" if side == game.tuned else "untuned")
+    return _table(prompt_text(game.prompt), cards) + legend(scale)
+
+
+def writing(share: float) -> str:
+    """While both answers are being written."""
+    percent = round(100 * share)
+    return (
+        f'<div class="waiting" role="status"><progress max="100" value="{percent}" aria-label="writing"></progress>'
+        "<span>Both answers are being written. They appear together, so that speed gives nothing away.</span></div>"
+    )
+
+
+def _table(prompt: str, cards: str) -> str:
+    said = f'<div class="said"><span class="sr">Prompt: </span>{plain(prompt)}</div>'
+    return f'{said}<div class="voices">{cards}</div>'
+
+
+def _card(title: str, note: str, body: str, kind: str = "") -> str:
+    heading = f'<h3>{plain(title)}<span class="quiet">{plain(note)}</span></h3>'
+    return f'<section class="voice {kind}" aria-label="{plain(title)}">{heading}{body}</section>'
+
+
+def _text(text: str) -> str:
+    empty = '<em class="quiet">no text</em>'
+    return f'<div class="answer">{plain(text) if text.strip() else empty}</div>'

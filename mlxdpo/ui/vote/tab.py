@@ -1,0 +1,171 @@
+"""The Blind vote tab: its widgets and what they call. No postponed annotations: Gradio reads `gr.Request` off them."""
+
+import secrets
+from types import SimpleNamespace
+from typing import Any
+
+from mlxdpo.types import UserError
+from mlxdpo.ui.app_state import Desk
+from mlxdpo.ui.compare.answers import LONGEST_PROMPT, Settings, settings_from
+from mlxdpo.ui.compare.tab import NO_RUNS, knobs_of, usual_tokens
+from mlxdpo.ui.guard import Guard
+from mlxdpo.ui.runs.run_list import run_named
+from mlxdpo.ui.vote.blind_round import Round, judged, pick_prompt, play, revealed, shown, writing
+from mlxdpo.ui.vote.next_round import export_votes
+from mlxdpo.ui.vote.vote_file import FILE, WINNERS, append_vote, asked, record, standing_html
+from mlxdpo.ui.widgets import plain, said, saying, session_of, sorry
+
+SOURCES = [
+    ("Held-out prompts: is it better?", "heldout"),
+    ("Training prompts: teach the next round", "train"),
+    ("My own prompts: both", "own"),
+]
+KEYS = {"a": "1", "b": "2", "tie": "0", "both_bad": "9"}
+TEACHING = (
+    "Votes with a winner become training pairs. Votes on held-out prompts do not: those prompts must stay unseen, or "
+    "nothing could be measured on them again."
+)
+START = (
+    "Press “Next pair” (n). Two answers appear, one from before tuning and one from after; you do not see which. "
+    "Vote with the buttons or the keys 1, 2, 0, 9, then see which was which."
+)
+
+
+def opening(name: str | None) -> str:
+    """What the board says before the first round."""
+    return f'<p class="empty">{plain(START if name else NO_RUNS)}</p>'
+
+
+def tally(desk: Desk, name: str | None) -> str:
+    """The running win rate of a run."""
+    return standing_html(run_named(desk.runs, name).path / FILE) if name else ""
+
+
+def cast_vote(desk: Desk, game: Round | None, winner: str, session: str) -> Round:
+    """Write the vote to disk, then look behind the curtain. Raises `UserError` where there is nothing to vote on."""
+    if game is None:
+        raise UserError("there is nothing to vote on yet; press “Next pair” first")
+    if game.winner:
+        raise UserError("this pair has its vote already; go on to the next pair")
+    cast = desk.cast(game.run)
+    append_vote(cast.run, record(cast, game, winner, session))
+    return judged(desk, cast, game, winner)
+
+
+def exported(desk: Desk, name: str | None) -> tuple[str, str]:
+    """Write the votes as pairs; (what was written, the command of the next round)."""
+    found = export_votes(run_named(desk.runs, name))
+    text = f"{found.sentence()} Written to {found.file}. The next round starts from this run's adapter and is measured "
+    return f'<p class="standing" role="status">{plain(text)}against it.</p>', found.command
+
+
+def build(desk: Desk, guard: Guard, page: Any) -> Any:
+    """Make the tab inside the current `gr.Tab`; returns the run's dropdown."""
+    import gradio as gr
+
+    see, do = _layout(gr, desk), _handlers(desk, guard)
+    buttons, knobs = list(see.buttons.values()), list(see.knobs.values())
+    many: dict[str, Any] = {"concurrency_limit": 8, "api_visibility": "private", "show_progress": "hidden"}
+    asked = [see.run, see.source, see.own, *knobs]
+    gr.on([see.begin.click, see.own.submit], do.begin, asked, [see.game, see.board, *buttons], **many)
+    see.stop.click(do.stop, None, None, **many)
+    for winner, button in see.buttons.items():
+        button.click(do.vote(winner), see.game, [see.game, see.board, see.result, *buttons], **many)
+    see.write.click(do.export, see.run, [see.written, see.command], **many)
+    see.source.change(lambda kind: gr.Textbox(visible=kind == "own"), see.source, see.own, **many)
+    reset = [see.game, see.board, see.result, see.written, see.command, see.knobs["max_tokens"], *buttons]
+    see.run.change(do.run, see.run, reset, **many)
+    page.load(saying(lambda name: tally(desk, name)), see.run, see.result, **many)
+    return see.run
+
+
+def _layout(gr: Any, desk: Desk) -> SimpleNamespace:
+    """The widgets, from top to bottom."""
+    names = desk.names()
+    first = names[0] if names else None
+    see = SimpleNamespace(game=gr.State(None))
+    with gr.Row():
+        see.run = gr.Dropdown(names, value=first, label="Run", elem_id="vote-run", min_width=240)
+        see.source = gr.Radio(SOURCES, value="heldout", label="Vote on", elem_id="vote-source", min_width=300, scale=2)
+    see.own = gr.Textbox(
+        label="Your prompt", lines=1, max_lines=8, visible=False, max_length=LONGEST_PROMPT, elem_id="vote-own"
+    )
+    with gr.Row(elem_classes="buttons"):
+        see.begin = gr.Button("Next pair (n)", variant="primary", elem_id="vote-next", min_width=120)
+        see.stop = gr.Button("Stop", elem_id="vote-stop", min_width=90)
+    see.board = gr.HTML(opening(first), elem_id="vote-board", elem_classes="board")
+    with gr.Row(elem_classes="buttons"):
+        see.buttons = {winner: _button(gr, winner, words) for winner, words in WINNERS.items()}
+    see.result = gr.HTML(tally(desk, first), elem_id="vote-standing")
+    with gr.Accordion("Teach the next round with these votes", open=False, elem_id="vote-teach"):
+        gr.HTML(f'<p class="quiet">{plain(TEACHING)}</p>')
+        see.write = gr.Button("Export votes as training pairs", elem_id="vote-export")
+        see.written = gr.HTML(elem_id="vote-written")
+        see.command = gr.Code(
+            label="Train the next round with", language="shell", visible=False, elem_id="vote-command"
+        )
+    with gr.Accordion("Settings", open=False):
+        see.knobs = knobs_of(gr, "vote", Settings(temperature=1.0, max_tokens=usual_tokens(desk, first)))
+        gr.HTML('<p class="quiet">Seed 0 draws a new one for every pair.</p>')
+    return see
+
+
+def _button(gr: Any, winner: str, words: str) -> Any:
+    name = f"vote-{winner.replace('_', '-')}"
+    return gr.Button(f"{words} ({KEYS[winner]})", interactive=False, elem_id=name, min_width=130)
+
+
+def _handlers(desk: Desk, guard: Guard) -> SimpleNamespace:
+    """What the widgets call."""
+    import gradio as gr
+
+    def votable(ready: bool) -> list[Any]:
+        """The vote's buttons, on or off."""
+        return [gr.Button(interactive=ready) for _ in WINNERS]
+
+    def begin(name, kind, text, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
+        """Page updates of a round: progress while both answers are written, then the answers."""
+        guard(request)
+        with desk.stoppable("vote " + session_of(request)) as halt:
+            yield None, writing(0.0), *votable(False)
+            try:
+                cast = desk.cast(name)
+                prompt = pick_prompt(desk.gallery(name), kind, text or "", asked(cast.run, kind))
+                drawn = settings_from(temperature=t, top_p=p, max_tokens=n, seed=seed or secrets.randbelow(2**32))
+                for step in play(desk, cast, prompt, kind, drawn, stopped=halt.is_set):
+                    if isinstance(step, Round):
+                        yield step, shown(step), *votable(True)
+                    else:
+                        yield gr.skip(), writing(step), *(gr.skip() for _ in WINNERS)
+            except UserError as error:
+                yield None, sorry(error), *votable(False)
+
+    def vote(winner: str) -> Any:
+        """The handler of one button."""
+
+        def handler(state, request: gr.Request):  # type: ignore[no-untyped-def]
+            """Keep the vote, and reveal which side was which."""
+            guard(request)
+            with said():
+                done = cast_vote(desk, state, winner, session_of(request))
+                return done, revealed(done), tally(desk, done.run), *votable(False)
+
+        return handler
+
+    def export(name, request: gr.Request):  # type: ignore[no-untyped-def]
+        """Write the votes as pairs, and show the command that trains on them."""
+        guard(request)
+        with said():
+            text, words = exported(desk, name)
+            return text, gr.Code(words, visible=True)
+
+    def stop(request: gr.Request) -> None:
+        """End this page's round."""
+        desk.stop("vote " + session_of(request))
+
+    def chosen(name: str) -> tuple[Any, ...]:
+        """Another run: no round, its tally and its usual length."""
+        hidden = gr.Code(visible=False)
+        return None, opening(name), tally(desk, name), "", hidden, usual_tokens(desk, name), *votable(False)
+
+    return SimpleNamespace(begin=begin, vote=vote, export=export, stop=stop, run=saying(chosen))

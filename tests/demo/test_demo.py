@@ -1,0 +1,126 @@
+"""The demo's controls and measurements on a tiny model; once, marked `real`, the demo itself."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from outlines import alone
+from tiny_models import tiny_model
+from tiny_tokenizers import chatml_tokenizer
+
+from mlxdpo.cli import run
+from mlxdpo.config import LoraConfig, load_config
+from mlxdpo.data.planning import plan_epoch
+from mlxdpo.demo.material import as_they_are, bundled, flipped, prepare, shuffled
+from mlxdpo.demo.measure import Samples, compare, heldout_margins, on_policy_kl
+from mlxdpo.inference.generate import Completion
+from mlxdpo.model.adapters import adapters_off, attach_lora
+from mlxdpo.model.policy import Policy
+from mlxdpo.types import UserError
+
+
+def tiny_policy(moved=True):
+    """A tiny policy whose adapter has left its start, or has not."""
+    model = attach_lora(tiny_model("llama"), LoraConfig(rank=4))
+    if moved:
+        for _, module in model.named_modules():
+            if "lora_b" in module:
+                module.lora_b = mx.random.normal(module.lora_b.shape) * 0.1
+    tokenizer = chatml_tokenizer()
+    return Policy(model, tokenizer, {}, None, frozenset({tokenizer.eos_token_id}), {})
+
+
+def test_bundled_data_is_what_the_issue_of_a_demo_needs():
+    pairs, heldout, prompts = bundled("pairs"), bundled("heldout"), bundled("prompts")
+    assert len(pairs) >= 200 and len(heldout) >= 64 and len(prompts) >= 64
+    assert not {row["prompt"] for row in pairs} & {row["prompt"] for row in heldout + prompts}
+    assert all(row["score_chosen"] > row["score_rejected"] for row in pairs + heldout)
+
+
+def test_controls_exchange_labels_with_everything_that_belongs_to_them():
+    rows = bundled("pairs")
+    swapped = flipped(rows, seed=0)
+    assert as_they_are(rows, seed=0) == rows == flipped(swapped, seed=0)
+    assert all(
+        s["chosen"] == r["rejected"] and s["score_chosen"] == r["score_rejected"]
+        for s, r in zip(swapped, rows, strict=True)
+    )
+    half = [row != other for row, other in zip(shuffled(rows, seed=0), rows, strict=True)]
+    order = [i for w in plan_epoch(alone([1] * len(rows)), 8, 1, 0, 0).windows for batch in w for i in batch]
+    assert 0.4 < np.mean([half[i] for i in order[:216]]) < 0.6  # whatever order the run sees them in
+    assert sum(half) == len(rows) // 2 and shuffled(rows, seed=0) != shuffled(rows, seed=1)
+
+
+def test_a_second_demo_does_not_write_into_the_first(tmp_path):
+    pytest.importorskip("vaderSentiment")
+    pytest.importorskip("textblob")
+    config = prepare(tmp_path / "run", 3, as_they_are)
+    assert config.train.seed == 3 and config.data.eos == "leave" and config.data.template == "plain"
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="already holds a run; choose another --out"):
+        prepare(tmp_path / "run", 3, as_they_are)
+
+
+def test_margins_are_beta_times_the_difference_of_log_ratios_and_zero_before_training(tmp_path):
+    file = tmp_path / "heldout.jsonl"
+    texts = [("Once", " upon a time", " in a barrel"), ("The bread", " is good", " is stale and grey")]
+    file.write_text(
+        "".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), t, strict=True))) + "\n" for t in texts)
+    )
+    data = {"path": str(file), "eval": str(file), "template": "plain", "eos": "leave"}
+    config = load_config(None, {"data": data, "loss": {"beta": 0.5}})
+    assert heldout_margins(tiny_policy(moved=False), config) == ([0.0, 0.0], ["Once", "The bread"])
+    policy = tiny_policy()
+    margins, _ = heldout_margins(policy, config)
+    for margin, (prompt, *completions) in zip(margins, texts, strict=True):
+        ratios = []
+        for completion in completions:
+            ids = policy.tokenizer.encode(prompt + completion, add_special_tokens=False)
+            start = len(policy.tokenizer.encode(prompt, add_special_tokens=False))
+            tuned = naive_logp(policy.model, ids, start)
+            with adapters_off(policy.model):
+                ratios.append(tuned - naive_logp(policy.model, ids, start))
+        assert margin == pytest.approx(0.5 * (ratios[0] - ratios[1]), abs=1e-3)
+
+
+def naive_logp(model, ids, start):
+    """Summed log-prob of ids[start:], from full logits."""
+    z = np.array(model(mx.array([ids]))[0].astype(mx.float32), np.float64)
+    logps = z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
+    return sum(logps[t - 1, ids[t]] for t in range(start, len(ids)))
+
+
+def test_kl_counts_every_sampled_step_and_no_padding():
+    policy = tiny_policy()
+    completions = [Completion([5, 6, 7], "length"), Completion([8], "stop")]
+    samples = Samples(["a", "b"], [[1, 2], [3]], ["", ""], completions)
+    wanted = []
+    for ids, completion in zip(samples.ids, completions, strict=True):
+        rows = mx.array([ids + completion.tokens])
+        tuned = np.array(policy.model(rows)[0], np.float64)
+        with adapters_off(policy.model):
+            start = np.array(policy.model(rows)[0], np.float64)
+        p, q = (np.exp(z) / np.exp(z).sum(-1, keepdims=True) for z in (tuned, start))
+        steps = (p * np.log(p / q)).sum(-1)[len(ids) - 1 :]
+        wanted.append(steps[: len(completion.tokens) + (completion.finish == "stop")].sum())
+    assert on_policy_kl(policy, samples) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_change_of_a_judge_is_paired_and_clustered_by_opening():
+    pytest.importorskip("vaderSentiment")
+    done = [Completion([1], "length")] * 4
+    before = Samples(["x", "x", "y", "y"], [[1]] * 4, [" bad", " fine", " bad", " awful"], done)
+    after = before._replace(texts=[" good", " fine", " good", " good"])
+    change = compare("vader", before, after)["change"]
+    assert change.clusters == 2 and change.low > 0
+
+
+@pytest.mark.real
+def test_demo_raises_the_reward(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(["demo", "--out", "runs/demo"]) == 0
+    figures = json.loads((tmp_path / "runs/demo/eval/demo.json").read_text())
+    assert figures["rewards"]["vader"]["change"]["low"] > 0
+    assert figures["accuracy"]["low"] > 0.5 and 0 < figures["kl"]["estimate"] < 30
+    assert run(["generate", "runs/demo", "--prompt", "The soup at the station", "--max-tokens", "8"]) == 0

@@ -1,0 +1,83 @@
+"""Every recipe of examples/ is valid, planned and trained on rows shaped exactly like its data set, on a tiny model."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from example_rows import ROWS, SHAPES
+from tiny_models import write_model
+from tiny_tokenizers import chatml_tokenizer
+
+from mlxdpo.cli import run
+from mlxdpo.config import load_config
+from mlxdpo.data.formats import detect
+from mlxdpo.runs import Run
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
+PAGE = (EXAMPLES / "README.md").read_text("utf-8")
+COUNT = 48
+
+
+def words_for(name, folder):
+    """Command-line words that put a tiny model and made-up rows in the place of the recipe's."""
+    write_model(folder / "tiny", chatml_tokenizer(), max_position_embeddings=1024, num_hidden_layers=8)
+    for file, numbers in (("rows", range(COUNT)), ("held", range(COUNT, COUNT + 6))):
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(ROWS[name](i)) + "\n" for i in numbers))
+    words = ["--model", str(folder / "tiny"), "--data", str(folder / "rows.jsonl"), "--train.steps", "2"]
+    named = load_config(EXAMPLES / f"{name}.yaml").data.eval
+    return [*words, *(["--data.eval", str(folder / "held.jsonl")] if named else [])]
+
+
+def test_there_are_the_five_that_were_promised():
+    assert NAMES == sorted(["chat", "tone", "code", "refusals", "summaries"]) == sorted(ROWS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_valid_and_its_section_names_data_licence_hardware_time_and_figures(name):
+    config = load_config(EXAMPLES / f"{name}.yaml")
+    section = re.search(rf"\n## [^\n]*`{name}\.yaml`\n(.*?)(?=\n## |\Z)", PAGE, re.DOTALL).group(1)
+    for subject in ("Data", "Licence", "Columns", "Hardware", "Time", "Figures"):
+        assert f"**{subject}.**" in section, subject
+    assert f"`{config.model.path}`" in section and f"`{config.data.path}`" in section
+    assert f"`{SHAPES[name]}`" in section
+    assert all(f"`{column}`" in section for column in ROWS[name](0)), "a column of the data set is not named"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_the_data_set_are_read_as_the_page_says(name):
+    assert detect(ROWS[name](0)).name == SHAPES[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_group_of_knobs_says_why(name):
+    """A comment on the first value of each section, and on most of the others."""
+    lines = (EXAMPLES / f"{name}.yaml").read_text("utf-8").splitlines()
+    knobs = [line for line in lines if re.match(r"  \w+: ", line)]
+    assert sum("#" in line for line in knobs) >= 0.6 * len(knobs)
+    assert any(re.search(r"arXiv \d{4}\.\d{5}", line) for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_planned_and_trains(name, tmp_path, cache, capsys):
+    words = [str(EXAMPLES / f"{name}.yaml"), *words_for(name, tmp_path)]
+    assert run(["plan", *words, "--json"]) == 0, capsys.readouterr()
+    assert json.loads(capsys.readouterr().out)["plan"]["steps"] == 2
+    assert run(["train", *words, "--out", str(tmp_path / "run")]) == 0, capsys.readouterr()
+    trained = Run.open(tmp_path / "run")
+    assert trained.manifest()["data"]["pairs"] + trained.manifest()["data"]["heldout"] >= COUNT - 2
+    assert (trained.adapter / "adapters.safetensors").is_file()
+
+
+@pytest.mark.real
+def test_tone_runs_where_it_stands(tmp_path, monkeypatch):
+    """The real model and the bundled pairs, from the root of the repository; two steps, few held-out rows."""
+    monkeypatch.chdir(EXAMPLES.parent)
+    held = Path(load_config("examples/tone.yaml").data.eval).read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "held.jsonl").write_text("".join(held[:4]))
+    words = ["--train.steps", "2", "--data.eval", str(tmp_path / "held.jsonl"), "--out", str(tmp_path / "run")]
+    assert run(["train", "examples/tone.yaml", *words]) == 0
+    steps = [line for line in Run.open(tmp_path / "run").metrics() if "loss" in line]
+    assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-3) and len(steps) == 2

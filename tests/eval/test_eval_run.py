@@ -1,0 +1,263 @@
+"""`mlxdpo eval` and `mlxdpo compare` on tiny runs: an untrained one shows nothing, numbers repeat, reports are safe."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from planted_judges import Planted, coin
+from tiny_runs import finish, recipe
+
+from mlxdpo import Run, UserError, at_checkpoints, reopen
+from mlxdpo.cli import run as cli
+from mlxdpo.io.atomic import write_json
+from mlxdpo_eval.compare import compare, latest_results, sentence
+from mlxdpo_eval.report.write import write_report
+from mlxdpo_eval.run import evaluate
+from mlxdpo_eval.sampling import Sampling
+from mlxdpo_eval.sweep import sweep
+
+SMALL = Sampling(prompts=6, samples=2, max_tokens=5)
+
+
+def trained(folder, out="run", **sections) -> Run:
+    """A tiny trained run whose held-out pairs are all of its pairs."""
+    config = recipe(folder, out, **sections)
+    data = config.data.model_copy(update={"eval": config.data.path})
+    finish(config.model_copy(update={"data": data}))
+    return Run.open(config.out)
+
+
+def untrain(run: Run) -> Run:
+    """The same run with an adapter that does nothing."""
+    file = run.adapter / "adapters.safetensors"
+    arrays = mx.load(str(file))
+    mx.save_safetensors(str(file), {k: mx.zeros_like(v) if "lora_b" in k else v for k, v in arrays.items()})
+    return run
+
+
+@pytest.fixture
+def run(tmp_path, cache):
+    return trained(tmp_path)
+
+
+def numbers(results):
+    """Everything but when and with what machine's speed."""
+    return {name: value for name, value in results.items() if name != "when"}
+
+
+def test_an_untrained_run_shows_no_difference(run):
+    found = evaluate(untrain(run), [Planted(coin)], SMALL).results
+    assert found["pairs"]["rewards"]["accuracy"] == 0.5 and found["pairs"]["rewards"]["margin"]["mean"] == 0.0
+    assert (
+        found["drift"]["kl"] == 0.0 and found["drift"]["same"] == 1.0 and found["drift"]["length_ratio"]["value"] == 1.0
+    )
+    (rate,) = found["winrates"]
+    assert (rate["rate"], rate["ties"], rate["same"]) == (0.5, 12, 12)
+    assert found["headline"]["verdict"] == "no difference shown"
+    assert all(text.startswith("No difference shown") for text in found["sentences"])
+    write_report(run)
+    assert "<h1>No difference shown</h1>" in (run.path / "report.html").read_text()
+
+
+def test_a_second_evaluation_repeats_every_number_whatever_the_batch(run):
+    judge = Planted(coin)
+    first = evaluate(run, [judge], SMALL).results
+    lines = (run.path / "eval" / "eval_samples.jsonl").read_text()
+    assert numbers(evaluate(run, [judge], SMALL).results) == numbers(first)
+    assert first["drift"]["kl"] > 0 and first["drift"]["same"] < 1 and first["drift"]["answers"] == 6
+    other = evaluate(run, [judge], Sampling(prompts=6, samples=2, max_tokens=5, batch_size=3)).results
+    texts = [[json.loads(x)[side] for x in lines.splitlines()] for side in ("before", "after")]
+    again = (run.path / "eval" / "eval_samples.jsonl").read_text().splitlines()
+    assert texts == [[json.loads(x)[side] for x in again] for side in ("before", "after")]
+    assert other["winrates"][0]["rate"] == first["winrates"][0]["rate"]
+    assert other["drift"]["kl"] == pytest.approx(first["drift"]["kl"], rel=1e-4)
+
+
+def test_the_lines_beside_the_results_are_enough_to_compute_them_again(run):
+    found = evaluate(run, [Planted(coin)], SMALL).results
+    pairs, samples = (
+        [json.loads(x) for x in (run.path / "eval" / f"eval_{name}.jsonl").read_text().splitlines()]
+        for name in ("pairs", "samples")
+    )
+    right = [0.5 * (1 + (p["margin"] > 0) - (p["margin"] < 0)) for p in pairs]
+    assert sum(right) / len(right) == pytest.approx(found["pairs"]["rewards"]["accuracy"])
+    logits = [s["verdicts"]["planted"]["logit"] for s in samples]
+    rate = sum(0.5 * (1 + (x > 0) - (x < 0)) for x in logits) / len(logits)
+    assert rate == pytest.approx(found["winrates"][0]["rate"])
+    kl = [s["kl"] for s in samples if s["kl"] is not None]
+    assert sum(kl) / len(kl) == pytest.approx(found["drift"]["kl"])
+
+
+def test_another_reference_is_refused(run):
+    manifest = run.manifest()
+    manifest["reference"]["digest"] = "0" * 64
+    write_json(run.path / "manifest.json", manifest)
+    with pytest.raises(UserError, match=r"its reference had digest 000000000000, the one here has \w{12}; rewards"):
+        reopen(run)
+
+
+class Outside(HTMLParser):
+    """Collects what a page would load or run, and its text."""
+
+    def __init__(self):
+        super().__init__()
+        self.links, self.tags, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [
+            v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "data") and not v.startswith("#")
+        ]
+        self.links += [k for k, _ in attrs if k.startswith("on")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_escapes_everything_and_loads_nothing(run):
+    evil = '<script>alert(1)</script><img src=x onerror=y> | ``` $x^2$ & "q"'
+    judge = Planted(coin, name=evil)
+    evaluate(run, [judge], SMALL)
+    file = run.path / "eval" / "eval_samples.jsonl"
+    lines = [
+        json.loads(x) | {"prompt": evil, "before": evil, "after": f"</p>{evil}"} for x in file.read_text().splitlines()
+    ]
+    file.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    text = write_report(run).read_text()
+    page = Outside()
+    page.feed(text)
+    assert page.links == [] and not {"script", "img", "link", "iframe", "object"} & set(page.tags)
+    assert not re.search(r"https?:|@import|url\((?!#)", text)
+    assert page.text.count("<script>alert(1)</script>") > 10
+    markdown = (run.path / "report.md").read_text()
+    outside_fences = re.sub(r"^(`{3,})\n.*?\n\1$", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    assert not re.search(r"(?<!\\)<script", outside_fences)
+    rows = [line for line in outside_fences.splitlines() if line.startswith("| ")]
+    assert rows and all(len(re.findall(r"(?<!\\)\|", row)) >= 3 for row in rows)
+
+
+def test_report_can_be_made_again_to_the_byte(run):
+    evaluate(run, [Planted(coin)], SMALL)
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+
+
+ARGS = ["--prompts", "6", "--samples", "1", "--max-tokens", "5"]
+
+
+def test_the_command_writes_everything_and_fails_when_a_judge_does(run, tmp_path, capsys):
+    reward = tmp_path / "reward.py"
+    reward.write_text("def half(prompt, answer):\n    return len(answer) if prompt < 'q12' else None\n")
+    assert cli(["eval", str(run.path), "--judge", "longest", "--json", *ARGS]) == 0
+    assert json.loads(capsys.readouterr().out)["headline"] == latest_results(run)["headline"]
+    assert (run.path / "report.html").exists() and (run.path / "report.md").exists()
+    assert cli(["eval", str(run.path), "--judge", f"{reward}:half", *ARGS]) == 1
+    assert "of reward.py:half's verdicts are invalid, more than --max-invalid 0.1" in capsys.readouterr().err
+    assert cli(["eval", str(run.path), "--judge", f"{reward}:half", "--max-invalid", "1", *ARGS]) == 0
+    capsys.readouterr()
+    assert cli(["eval", str(run.path), "--data", str(tmp_path / "none.jsonl"), *ARGS]) == 2
+    assert "none.jsonl: no such file or folder" in capsys.readouterr().err
+
+
+def test_capability_checks_say_what_to_install(run, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli(["eval", str(run.path), "--tasks", "arc_easy"]) == 2
+    assert "pip install 'mlxdpo[tasks]'" in capsys.readouterr().err
+
+
+def test_compare_pairs_by_item_and_fails_on_a_regression_only(run, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"has no evaluation; run `mlxdpo eval .*run` first"):
+        compare(run, run)
+    evaluate(run, [Planted(coin)], SMALL)
+    assert compare(run, run).regressed == [] and sentence(compare(run, run)).startswith("No difference shown")
+    assert cli(["compare", str(run.path), str(run.path)]) == 0
+    worse = trained(tmp_path, "worse")
+    evaluate(worse, [Planted(coin)], SMALL)
+    for name, sign in ((run, 1.0), (worse, -1.0)):
+        file = name.path / "eval" / "eval_pairs.jsonl"
+        lines = [json.loads(x) for x in file.read_text().splitlines()]
+        shown = [x | {"margin": sign * (1.0 if i else -1.0)} for i, x in enumerate(lines)]
+        file.write_text("".join(json.dumps(x) + "\n" for x in shown[::-1]))
+    found = compare(run, worse)
+    accuracy = found.changes[0]
+    assert (accuracy.items, accuracy.gained, accuracy.lost, accuracy.verdict) == (18, 1, 17, "worse")
+    assert accuracy.change == pytest.approx(-16 / 18) and accuracy.p == pytest.approx(2 * 19 / 2**18)
+    assert [f["flip"] for f in found.flips if f["measure"] == "held-out accuracy"].count("lost") == 17
+    capsys.readouterr()
+    assert cli(["compare", str(run.path), str(worse.path)]) == 1
+    assert "Worse: held-out accuracy" in capsys.readouterr().out
+    assert cli(["compare", str(worse.path), str(run.path), "--json"]) == 0
+    assert "held-out accuracy" in json.loads(capsys.readouterr().out)["sentence"]
+
+
+def test_a_win_that_becomes_a_tie_is_lost_and_counts_in_the_p_value(run, tmp_path):
+    """Six outcomes fall from won to tied: an interval below 0 beside a p-value of 1 would contradict itself."""
+    other = trained(tmp_path, "other")
+    for one, margin in ((run, 1.0), (other, 0.0)):
+        evaluate(one, [Planted(coin)], SMALL)
+        file = one.path / "eval" / "eval_pairs.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        shown = [line | {"margin": margin if i < 6 else -1.0} for i, line in enumerate(lines)]
+        file.write_text("".join(json.dumps(line) + "\n" for line in shown))
+    found = compare(run, other)
+    accuracy, flips = found.changes[0], [f["flip"] for f in found.flips if f["measure"] == "held-out accuracy"]
+    assert (accuracy.gained, accuracy.lost, accuracy.change) == (0, 6, pytest.approx(-3 / 18))
+    assert accuracy.p == pytest.approx(2 / 2**6) and flips == ["lost"] * 6
+    back = compare(other, run).changes[0]
+    assert (back.gained, back.lost, back.p) == (6, 0, accuracy.p)
+
+
+def test_runs_sampled_with_different_settings_are_not_compared(run, tmp_path):
+    other = trained(tmp_path, "other")
+    evaluate(run, [Planted(coin)], SMALL)
+    evaluate(other, [Planted(coin)], Sampling(prompts=6, samples=2, max_tokens=4))
+    with pytest.raises(UserError, match="max_tokens 5 and 4; evaluate both alike"):
+        compare(run, other)
+
+
+def test_a_local_judge_reads_its_verdict_from_one_position(tmp_path, cache):
+    from tiny_models import tiny_model
+
+    from mlxdpo.forward.architectures import split
+    from mlxdpo.forward.next_token import next_logits
+
+    model, rows = tiny_model("llama", 300, 0), [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10]]
+    assert split(model) is not None
+    found = next_logits(model, rows, [20, 30])
+    for row, logits in zip(rows, found, strict=True):
+        assert logits.tolist() == pytest.approx(model(mx.array([row]))[0, -1, mx.array([20, 30])].tolist(), abs=1e-5)
+    assert next_logits(model, rows[::-1], [20, 30], tokens=1)[::-1].ravel().tolist() == pytest.approx(
+        found.ravel().tolist(), abs=1e-5
+    )
+    recipe(tmp_path)  # writes a model folder
+    from mlxdpo_eval.judges import Question, open_judge
+
+    judge = open_judge(f"local:{tmp_path / 'llama'}")
+    questions = [Question("p", "short", "a longer answer"), Question("p", "{braces}", "x")]
+    verdicts = judge.ask(questions)
+    assert all(v.logit is not None and 0 < v.probability < 1 for v in verdicts)
+    assert [v.logit for v in judge.ask(questions[::-1])][::-1] == pytest.approx([v.logit for v in verdicts], abs=1e-4)
+
+
+def test_a_sweep_has_a_point_for_each_checkpoint_and_the_adapter_stays(tmp_path, cache):
+    run = trained(tmp_path, train={"steps": 4, "save_every": 2, "keep": 9})
+    opened = reopen(run)
+    final = {k: v.tolist() for k, v in tree_flatten(opened.policy.model.trainable_parameters())}
+    names = list(at_checkpoints(opened))
+    assert names == [path.name for path in sorted(run.checkpoints.glob("step-*"))] and len(names) >= 2
+    assert {k: v.tolist() for k, v in tree_flatten(opened.policy.model.trainable_parameters())} == final
+    points = sweep(run, Planted(coin), SMALL)
+    assert [p.name for p in points] == [*names[:-1], f"{names[-1]} = adapter"]  # once, not twice
+    assert points[-1].kl == pytest.approx(evaluate(run, [], SMALL).results["drift"]["kl"])
+    write_report(run)
+    assert "no other beats it" in (run.path / "report.html").read_text()
+    assert cli(["frontier", str(run.path), "--judge", "longest", "--prompts", "3", "--max-tokens", "4"]) == 0
+
+
+def test_an_untrained_run_is_a_point_without_drift(run):
+    (*others, last) = sweep(untrain(run), Planted(coin), SMALL)
+    assert last.name == "adapter" and "adapter" not in "".join(p.name for p in others)
+    assert (last.kl, last.reward) == (0.0, 0.5)

@@ -1,0 +1,139 @@
+"""GGUF: what is written is read back from the file alone, and llama.cpp itself tokenises and continues alike."""
+
+import importlib.util
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_exports import greedy_of, ids_of, known_tokenizer, logits_of, trained_run
+from tiny_models import CONFIGS, SHAPES, tiny_model, write_model
+from tiny_tokenizers import chatml_tokenizer
+
+from mlxdpo.exporters import export
+from mlxdpo.exporters.gguf import frequency_factors, hf_name, permute, read, rope_of
+from mlxdpo.exporters.gguf_tokens import RULES, rule_name
+from mlxdpo.exporters.source import Choices
+from mlxdpo.model.adapters import load_run
+from mlxdpo.model.builtin import unpermute
+from mlxdpo.types import UserError
+
+gguf = pytest.importorskip("gguf", reason="the optional gguf package is not installed")
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 64
+FAMILIES = {
+    "llama": ("llama", "smollm", {}),
+    "llama 3": ("llama", "llama-bpe", {"rope_scaling": LLAMA3, "tie_word_embeddings": False}),
+    "qwen2": ("qwen2", "qwen2", {}),
+    "qwen3": ("qwen3", "qwen2", {}),
+    "gpt-2 rule": ("llama", "gpt-2", {}),
+}
+QWEN2 = SHAPES["qwen2"] | {"architectures": ["Qwen2ForCausalLM"]}  # with biases, and heads of hidden / heads
+# llama.cpp's own runtime, where a wheel of it is installed.
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp (llama.cpp) is not installed"
+)
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def exported(request, tmp_path, cache, monkeypatch):
+    """A run of the family, exported as GGUF."""
+    kind, rule, changes = FAMILIES[request.param]
+    monkeypatch.setitem(CONFIGS, "qwen2", QWEN2)
+    write_model(tmp_path / kind, known_tokenizer(rule), kind, vocab_size=320, **changes)
+    run = trained_run(tmp_path, kind)
+    return run, export(run, ["gguf"], tmp_path / "out")
+
+
+def test_the_file_alone_is_the_run(exported):
+    run, done = exported
+    figures = done.targets["gguf"]
+    assert figures.kept and figures.fidelity.token_kl < 1e-6 and list(figures.files) == ["model.gguf"]
+    policy, ids = load_run(run), ids_of()
+    model = read(done.out / "gguf" / "model.gguf", policy.config)
+    assert abs(logits_of(model, ids) - logits_of(policy.model, ids)).max() < 1e-4
+    assert (greedy_of(model, ids) == greedy_of(policy.model, ids)).all()
+
+
+def test_the_tokenizer_is_the_run_s(exported):
+    run, done = exported
+    reader = gguf.GGUFReader(done.out / "gguf" / "model.gguf")
+    value = lambda key: reader.get_field(f"tokenizer.{key}").contents()  # noqa: E731
+    tokenizer = load_run(run).tokenizer
+    tokens = value("ggml.tokens")
+    for text, i in tokenizer.get_vocab().items():
+        assert tokens[i] == text
+    kinds = value("ggml.token_type")
+    assert kinds[tokenizer.convert_tokens_to_ids("<|im_end|>")] == 3
+    assert kinds[tokenizer.convert_tokens_to_ids("<think>")] == 4 and kinds[len(tokenizer)] == 5
+    assert len(tokens) == load_run(run).config["vocab_size"]
+    assert value("ggml.eos_token_id") == tokenizer.eos_token_id and value("ggml.pre") in RULES
+    assert value("chat_template") == tokenizer.chat_template and not value("ggml.add_bos_token")
+    assert " ".join(json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"][0]) == value("ggml.merges")[0]
+
+
+@needs_llama_cpp
+def test_llama_cpp_tokenises_and_continues_alike(exported):
+    from llama_cpp_side import LlamaCpp
+
+    run, done = exported
+    policy = load_run(run)
+    with LlamaCpp(done.out / "gguf" / "model.gguf") as server:
+        for text in ("the user 123 red\n\n blue", "A b<|im_end|>\n  <think> it's", "Überraschung 4:"):
+            assert server.tokens(text) == policy.tokenizer.encode(text), text
+        ids = ids_of(rows=2)
+        assert server.greedy(ids.tolist(), 8) == greedy_of(policy.model, ids, 8).tolist()
+        compared = 0
+        for row in (ids[i, :n].tolist() for i in range(2) for n in range(12, 25, 3)):
+            z = policy.model(mx.array([row]))[0, -1].astype(mx.float32)
+            ours, theirs = (z - mx.logsumexp(z)).tolist(), server.likeliest(row, 20)
+            compared += len(theirs)
+            assert all(abs(ours[i] - logp) < 1e-3 for i, logp in theirs.items())
+        assert compared >= 40
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_smaller_numbers_pass_through_the_gate(kind, tmp_path, cache):
+    write_model(tmp_path / "llama", known_tokenizer(), vocab_size=320)
+    run = trained_run(tmp_path)
+    exact, small = (
+        export(run, ["gguf"], tmp_path / name, choices=Choices(gguf_type=name)).targets["gguf"]
+        for name in ("f32", kind)
+    )
+    assert small.kept and exact.fidelity.token_kl < small.fidelity.token_kl
+    assert sum(small.files.values()) < sum(exact.files.values())
+
+
+def test_other_families_and_rules_are_refused_in_a_sentence(tmp_path, cache):
+    for kind, sentence in (("gemma3_text", "is a gemma3_text model"), ("llama", "a rule without a name")):
+        write_model(tmp_path / kind / kind, chatml_tokenizer(), kind)
+        with pytest.raises(UserError, match=sentence):
+            export(trained_run(tmp_path / kind, kind), ["gguf"], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_rules_are_recognised_to_the_letter(rule):
+    specification = json.loads(known_tokenizer(rule).backend_tokenizer.to_str())
+    assert rule_name(specification) == rule
+    specification["pre_tokenizer"]["pretokenizers"][-1]["add_prefix_space"] = True
+    assert rule_name(specification) is None
+
+
+def test_rows_are_reordered_and_back():
+    rows = mx.array(np.random.default_rng(0).normal(size=(16, 3)))
+    there = permute(rows, 2)
+    assert mx.array_equal(unpermute(there, 2), rows)
+    assert mx.array_equal(there[1], rows[4]) and mx.array_equal(there[8], rows[8])
+    assert hf_name("blk.11.ffn_down.weight") == "model.layers.11.mlp.down_proj.weight"
+
+
+def test_llama_3_factors_are_mlx_lm_s():
+    scaling = LLAMA3 | {"original_max_position_embeddings": 8192}
+    model = tiny_model("llama", head_dim=64, hidden_size=64, rope_theta=500000.0, rope_scaling=scaling)
+    config = {"head_dim": 64, "rope_theta": 500000.0, "rope_scaling": scaling}
+    plain = 500000.0 ** (np.arange(0, 64, 2) / 64)
+    want = np.array(model.model.layers[0].self_attn.rope._freqs) / plain
+    assert np.allclose(frequency_factors(config), want, rtol=1e-5) and rope_of(config).kind == "llama3"
+    with pytest.raises(UserError, match="rope scaling `yarn` is not known"):
+        rope_of({"rope_scaling": {"rope_type": "yarn"}})

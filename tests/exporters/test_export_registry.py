@@ -1,0 +1,43 @@
+"""What every export target must bring, whoever wrote it. The tests walk the registry, so a target without it fails."""
+
+from pathlib import Path
+
+import pytest
+from tiny_exports import known_tokenizer, trained_run
+from tiny_models import write_model
+
+from mlxdpo.exporters import EXPORTERS, export
+from mlxdpo.exporters.sections import USAGE
+
+PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text("utf-8")
+
+
+def test_every_target_says_how_it_is_loaded():
+    assert set(USAGE) == set(EXPORTERS)
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_every_target_has_a_row_in_the_documentation(name):
+    assert f"\n| `{name}` |" in PAGE
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that every target takes: layers that packing divides, a tokenizer that llama.cpp knows."""
+    folder = tmp_path_factory.mktemp("exports")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDPO_CACHE", str(folder / "cache"))
+        write_model(folder / "llama", known_tokenizer(), hidden_size=64, head_dim=16, vocab_size=320)
+        yield trained_run(folder)
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_every_target_is_an_export_by_itself(name, run, tmp_path):
+    """Written, loaded again, measured; its card says how to load it. In 4 bits the tiny run is lost, so: forced."""
+    if name == "gguf":
+        pytest.importorskip("gguf", reason="the optional gguf package is not installed")
+    done = export(run, [name], tmp_path / "out", force=name == "quantized")
+    target = done.targets[name]
+    assert target.kept and target.files and done.relation == target.relation
+    assert target.fidelity.passed or name == "quantized"
+    assert USAGE[name](done, target) in (tmp_path / "out" / "README.md").read_text()

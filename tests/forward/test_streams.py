@@ -1,0 +1,319 @@
+"""Parts of a batch side by side: the same numbers as the whole batch, each part and its gradient in its own lane."""
+
+import itertools
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from test_fast_path import apart, gradients, moved
+from test_packed import ragged, weighted
+from tiny_models import tiny_model
+
+from mlxdpo.config import LoraConfig, LossConfig
+from mlxdpo.data import batching
+from mlxdpo.data.batching import LEAST, collate, cut_by_prompts
+from mlxdpo.data.examples import Examples
+from mlxdpo.forward import logprobs, streams
+from mlxdpo.forward.architectures import FAMILIES
+from mlxdpo.forward.logprobs import PLAIN, PLAIN_DETAILS, detailed, fast_forward, ways_for
+from mlxdpo.forward.rewards import fast_rewards, reward_ways
+from mlxdpo.forward.shared_prefix import checkpointed
+from mlxdpo.losses import resolve
+from mlxdpo.machine import openblas
+from mlxdpo.model.reward_head import NAME, attach_head
+from mlxdpo.training.plan import layout_of
+from mlxdpo.training.step import make_gradient, make_scorer
+from mlxdpo.types import Example
+
+THREADS = openblas.blas_threads()
+LONG = ((90, 150, 60), ((40, 35, 21), (22, 30, 41), (60, 33, 13)))
+
+
+def cut(lanes, number, *shape):
+    """A ragged batch whole, and in that many parts."""
+    whole = ragged(*(shape or LONG))
+    lanes(number)
+    parts = ragged(*(shape or LONG))
+    assert not whole.parts and len(parts.parts) == number
+    return whole, parts
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+@pytest.mark.parametrize("checkpoint", [None, checkpointed])
+@pytest.mark.parametrize("packs", [True, False])
+def test_value_and_gradient_are_those_of_the_whole_batch(kind, checkpoint, packs, lanes, monkeypatch):
+    monkeypatch.setattr(logprobs, "pays", lambda *shapes: packs)
+    model, (whole, parts) = moved(tiny_model(kind), LoraConfig(rank=4)), cut(lanes, 3)
+    value, wanted = gradients(model, weighted(fast_forward(checkpoint), whole))
+    fast, got = gradients(model, weighted(fast_forward(checkpoint), parts))
+    assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < (5e-5 if kind == "gemma" else 1e-5)
+
+
+@pytest.mark.parametrize("ways", [PLAIN, PLAIN_DETAILS, reward_ways(fast=False)], ids=["logps", "details", "rewards"])
+def test_the_plain_way_walks_in_lanes_too(ways, lanes):
+    """A model whose parts are not known is one block: nothing ties its lanes, and the numbers are the same."""
+    model, (whole, parts) = attach_head(tiny_model("llama")), cut(lanes, 2)
+    model[NAME].weight = mx.random.normal(model[NAME].weight.shape)
+    one, other = (ways.score(model, batch) for batch in (whole, parts))
+    for a, b in zip(tree_flatten(one), tree_flatten(other), strict=True):
+        assert np.allclose(a[1], b[1], rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["dora", "full"])
+def test_dora_and_a_trained_head(method, lanes):
+    model, (whole, parts) = moved(tiny_model("llama"), LoraConfig(method=method, rank=4)), cut(lanes, 2)
+    (value, wanted), (fast, got) = (gradients(model, weighted(fast_forward(), batch)) for batch in (whole, parts))
+    assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < 1e-5
+
+
+def test_a_prompt_without_a_shared_prefix_walks_beside_one_that_has_it(lanes):
+    """The lanes' states are not alike: one array in the first, two in the second."""
+    model, (whole, parts) = moved(tiny_model("llama"), LoraConfig(rank=4)), cut(lanes, 2, (5, 90), ((95, 60), (70, 31)))
+    assert [part.prefix.shape[1] > 0 for part in parts.parts] == [False, True]
+    (value, wanted), (fast, got) = (gradients(model, weighted(fast_forward(), batch)) for batch in (whole, parts))
+    assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("knobs", [{}, {"ld_alpha": 0.5}, {"wpo": True}], ids=str)
+def test_everything_a_step_is_made_of(knobs, lanes):
+    """Losses, gradients and whatever modifiers ask of the pairs, in a batch that is filled up."""
+    model, pairs, loss = moved(tiny_model("qwen3"), LoraConfig(rank=4)), pairs_of(*LONG), resolve(LossConfig(**knobs))
+    ref = np.random.default_rng(2).normal(-300, 3, (len(pairs), 4)).astype(np.float32)
+    ways, batches = detailed(ways_for(model)) if knobs else ways_for(model), []
+    for number in (1, 2):
+        lanes(number)
+        batches.append(collate(pairs, tuple(range(len(pairs))), len(pairs) + 2, ref))
+    assert [len(batch.parts) for batch in batches] == [0, 2] and len(batches[1].weight) == len(pairs) + 2
+    gradient = make_gradient(model, loss, ways.train)
+    one, other = (gradient(batch, mx.array(0.2)) for batch in batches)
+    for name, wanted in one.pairs._asdict().items():
+        assert wanted is None or np.allclose(getattr(other.pairs, name), wanted, rtol=1e-5, atol=1e-3), name
+    assert np.allclose(other.losses, one.losses, rtol=1e-4, atol=1e-4)
+    flat = [np.concatenate([np.array(g).ravel() for _, g in tree_flatten(found.gradients)]) for found in (one, other)]
+    assert apart(flat[1], flat[0]) < 1e-4
+
+
+def pairs_of(prompts, completions):
+    """Examples of these lengths, in which each pair's rejected answer is the next one's chosen."""
+    draw, made = np.random.default_rng(0), []
+    ids = lambda n: draw.integers(1, 300, n).astype(np.int32)  # noqa: E731
+    for prompt, lengths in zip(map(ids, prompts), completions, strict=True):
+        made += [Example(prompt, a, b, "") for a, b in itertools.pairwise([ids(n) for n in lengths])]
+    return made
+
+
+def test_scores_and_rewards(lanes):
+    model, (whole, parts) = tiny_model("llama"), cut(lanes, 3)
+    one, other = (make_scorer(model)(batch) for batch in (whole, parts))
+    assert np.allclose(one.chosen, other.chosen, atol=1e-3) and np.allclose(one.rejected, other.rejected, atol=1e-3)
+    attach_head(model)
+    model[NAME].weight = mx.random.normal(model[NAME].weight.shape)
+    one, other = (np.array(fast_rewards()(model, batch)) for batch in (whole, parts))
+    assert one.shape == whole.length.shape and np.allclose(one, other, rtol=1e-5, atol=1e-4)
+
+
+def test_dropout_is_the_same_each_time(lanes):
+    model, (_, parts) = moved(tiny_model("llama"), LoraConfig(rank=4, dropout=0.5)), cut(lanes, 2)
+    model.train()
+    gradient = make_gradient(model, resolve(LossConfig()), ways_for(model, checkpoint=True).train)
+    found = []
+    for seed in (3, 3, 4):
+        mx.random.seed(seed)
+        found.append(np.array(gradient(parts, mx.array(1.0)).losses))
+    assert (found[0] == found[1]).all() and (found[0] != found[2]).any()
+
+
+class Seen:
+    """Which stream is current whenever a function of this project that MLX differentiates is called."""
+
+    def __init__(self):
+        self.streams = []
+
+    def __call__(self, function):
+        def noting(*args):
+            self.streams.append(mx.default_stream(mx.cpu))
+            return function(*args)
+
+        return noting
+
+
+def in_lane(gradient):
+    """Write `gradient`'s forward pass down in lane 1 and differentiate it outside; which streams were current."""
+    seen, forward = Seen(), []
+
+    def function(x):
+        forward.append(mx.default_stream(mx.cpu))
+        return mx.sin(x)
+
+    run = streams.with_gradient(function, seen(gradient))
+
+    def loss(x):
+        with streams.lane(1):
+            y = run(x)
+        return y.sum()
+
+    return mx.grad(loss)(mx.array([0.3, 0.7])), forward, seen.streams
+
+
+def test_a_gradient_of_our_own_is_computed_in_the_lane_of_its_forward_pass():
+    got, forward, backward = in_lane(lambda primals, cotangent, _: cotangent * mx.cos(primals))
+    assert np.allclose(got, np.cos([0.3, 0.7]))
+    assert forward == backward != [mx.default_stream(mx.cpu)] and len(forward) == 1
+
+
+def test_every_function_with_a_gradient_of_its_own_keeps_its_lane():
+    """Attention, SwiGLU and the head's log-probs come from `with_gradient`; nothing else differentiates by hand."""
+    root = Path(streams.__file__).parent
+    by_hand = [file.name for file in root.rglob("*.py") if "custom_function" in file.read_text("utf-8")]
+    assert by_hand == ["streams.py"]
+
+
+def test_a_block_under_a_checkpoint_is_computed_again_in_its_lane():
+    seen, layer = Seen(), nn.Linear(2, 2)
+
+    def loss(x):
+        with streams.lane(1):
+            y = checkpointed(layer, seen(layer))(x)
+        return y.sum()
+
+    mx.eval(mx.grad(loss)(mx.ones((1, 2))))
+    assert len(seen.streams) == 2 and seen.streams[0] == seen.streams[1] != mx.default_stream(mx.cpu)
+
+
+def test_lanes_abreast_change_neither_values_nor_gradients():
+    first, second = mx.array([1.0, 2.0]), mx.array([3.0])
+
+    def total(first, second):
+        (a, b), (c,) = streams.abreast([(first, first * first), (second,)])
+        return (a + 3 * b).sum() + 5 * c.sum()
+
+    value, gradients = mx.value_and_grad(total, argnums=(0, 1))(first, second)
+    assert value.item() == 3 + 15 + 15
+    assert gradients[0].tolist() == [7, 13] and gradients[1].tolist() == [5]
+    alone = [(first,)]
+    assert streams.abreast(alone) == alone
+
+
+def test_lanes_wait_for_each_other_on_the_way_there_and_back(monkeypatch):
+    """Without that MLX computes them one after the other, and nothing but the clock would say so."""
+    tied, depends = [], mx.depends
+    monkeypatch.setattr(mx, "depends", lambda own, others: tied.append((len(own), len(others))) or depends(own, others))
+
+    def total(first, second):
+        (a, b), (c,) = streams.abreast([(first, first), (second,)])
+        return (a * b).sum() + c.sum()
+
+    mx.eval(mx.grad(total, argnums=(0, 1))(mx.ones(2), mx.ones(1)))
+    assert tied == [(2, 1), (1, 2)] * 2
+
+
+def test_a_model_is_walked_abreast_block_by_block(lanes, monkeypatch):
+    widths, abreast = [], streams.abreast
+    monkeypatch.setattr(streams, "abreast", lambda states: widths.append(len(states)) or abreast(states))
+    model, (_, parts) = tiny_model("llama"), cut(lanes, 3)
+    mx.eval(fast_forward()(model, parts))
+    assert widths == [3] * len(model.layers)
+
+
+def test_what_is_in_lanes_is_evaluated_with_single_threads_and_nothing_else(lanes, monkeypatch):
+    entered = []
+
+    @contextmanager
+    def noting():
+        entered.append(1)
+        yield
+
+    monkeypatch.setattr(streams, "single_blas", noting)
+    model, (whole, parts) = moved(tiny_model("llama"), LoraConfig(rank=4)), cut(lanes, 2)
+    gradient, scorer = make_gradient(model, resolve(LossConfig()), ways_for(model).train), make_scorer(model)
+    for batch, times in ((whole, 0), (parts, 2)):
+        gradient(batch, mx.array(1.0))
+        scorer(batch)
+        assert len(entered) == times
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), most=st.integers(1, 5))
+def test_cuts_part_no_prompt(data, most):
+    prompts = np.array(data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=12)))
+    rows = np.array([[10 * p + data.draw(st.integers(0, 3)), 10 * p + data.draw(st.integers(4, 6))] for p in prompts])
+    size = lambda number: 1 + number * 37 % 211  # noqa: E731
+    lengths = np.array([[size(p), size(a), size(b)] for p, (a, b) in zip(prompts, rows, strict=True)])
+    cuts = cut_by_prompts(prompts, rows, lengths, most)
+    assert [i for cut in cuts for i in range(len(prompts))[cut]] == list(range(len(prompts)))
+    assert 1 <= len(cuts) <= most
+    for one, other in itertools.combinations(cuts, 2):
+        assert not set(prompts[one]) & set(prompts[other])
+    distinct = sum(map(size, {*prompts})) + sum(map(size, {*rows.ravel()}))
+    assert len(cuts) == 1 or distinct >= 2 * LEAST
+
+
+def test_cuts_are_as_even_as_prompts_allow():
+    lengths = np.array([[300, 50, 50]] * 4)
+    rows = np.arange(8).reshape(4, 2)
+    assert cut_by_prompts(np.arange(4), rows, lengths, 2) == [slice(0, 2), slice(2, 4)]
+    assert cut_by_prompts(np.array([0, 0, 0, 1]), rows, lengths, 2) == [slice(0, 3), slice(3, 4)]
+    assert cut_by_prompts(np.array([0, 1, 0, 2]), rows, lengths, 3) == [slice(0, 3), slice(3, 4)]
+    assert cut_by_prompts(np.array([0, 1, 1, 0]), rows, lengths, 2) == [slice(0, 4)]  # the first prompt comes last, too
+    assert len(cut_by_prompts(np.arange(4), rows, lengths // 20, 2)) == 1  # too small to gain by it
+
+
+def test_a_plan_knows_the_parts_that_collate_makes(lanes):
+    pairs = pairs_of(*LONG)
+    for number in (1, 2, 3):
+        lanes(number)
+        indices = tuple(range(len(pairs)))
+        found = layout_of(Examples.of(pairs), indices, True).layout.parts
+        assert found == max(1, len(collate(pairs, indices, len(pairs)).parts)) == number
+
+
+def test_a_batch_in_one_lane_is_laid_out_once(lanes, monkeypatch):
+    """On a Mac a batch costs what it did before there were lanes."""
+    calls, laid_out, pairs = [], batching._laid_out, pairs_of(*LONG)
+    monkeypatch.setattr(batching, "_laid_out", lambda *a: calls.append(1) or laid_out(*a))
+    for number, times in ((1, 1), (2, 3)):
+        lanes(number)
+        calls.clear()
+        collate(pairs, tuple(range(len(pairs))), len(pairs))
+        assert len(calls) == times
+
+
+def test_a_gpu_has_one_lane(monkeypatch):
+    monkeypatch.undo()  # of the fixture that every test has
+    monkeypatch.setattr(openblas, "blas_threads", lambda: 8)
+    for kind, wanted in (("cpu", 8), ("metal", 1), ("cuda", 1)):
+        monkeypatch.setattr(openblas, "this_machine", lambda kind=kind: SimpleNamespace(kind=kind))
+        assert openblas.stream_count() == wanted
+
+
+SAY = "import mlxdpo, os; from mlxdpo.machine import openblas; print(openblas.stream_count(), os.environ.get('MLX_BFS_MAX_WIDTH'))"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenBLAS is a matter of Linux")
+def test_a_process_that_is_given_one_core_takes_one_and_a_variable_that_is_set_stays(monkeypatch):
+    monkeypatch.delenv("MLX_BFS_MAX_WIDTH", raising=False)  # this process has set it for itself
+    found = []
+    for more in ({"OPENBLAS_NUM_THREADS": "1"}, {"OPENBLAS_NUM_THREADS": "2", "MLX_BFS_MAX_WIDTH": "7"}):
+        ran = subprocess.run([sys.executable, "-c", SAY], env=os.environ | more, capture_output=True, check=True)
+        found.append(ran.stdout.split())
+    wide = b"100" if openblas._installed("mlx-cpu") else b"None"
+    assert found[0] == [b"1", wide] and found[1][1] == b"7"
+
+
+@pytest.mark.skipif(THREADS < 2, reason="the BLAS has one thread here")
+def test_a_matmul_in_lanes_takes_one_thread(lanes):
+    during = []
+    with pytest.raises(KeyboardInterrupt), openblas.single_blas():
+        during.append(openblas.blas_threads())
+        raise KeyboardInterrupt
+    assert during == [1] and openblas.blas_threads() == THREADS

@@ -1,0 +1,245 @@
+"""`mlxdpo doctor`: its golden numbers are made again, every check holds here, and a fault planted for it is found."""
+
+import json
+import shutil
+import types
+
+import float64_llama
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxdpo.cli import run
+from mlxdpo.commands import doctor
+from mlxdpo.forward import fused_head as heads
+from mlxdpo.forward import packed
+from mlxdpo.machine.device import Machine
+from mlxdpo.machine.openblas import Blas
+from mlxdpo.selfcheck import CHECKS, Check, Finding, golden_model, machine, material, numbers, run_checks, training
+from mlxdpo.selfcheck.registry import plain
+
+
+@pytest.fixture(autouse=True)
+def quiet_cache(cache):
+    """The cache folder of these tests."""
+
+
+def test_weights_and_words_are_those_of_the_float64_side():
+    assert golden_model.bytes_of("model.norm.weight", 500).tolist() == float64_llama.drawn("model.norm.weight", 500)
+    for name in ("model.norm.weight", "model.embed_tokens.weight", "a.lora_b", "a.q_proj.weight"):
+        assert np.array_equal(golden_model.value(name, (5, 7)), float64_llama.array(name, 5, 7))
+    assert material.LENGTHS == float64_llama.LENGTHS
+    for example, (prompt, chosen, rejected) in zip(material.examples(), float64_llama.pairs(), strict=True):
+        assert [a.tolist() for a in (example.prompt, example.chosen, example.rejected)] == [prompt, chosen, rejected]
+
+
+def test_no_weight_is_rounded_by_bfloat16():
+    model = golden_model.arithmetic_model()
+    arrays = [a for _, a in golden_model.tree_flatten(model.parameters())]
+    assert all(mx.array_equal(a, a.astype(mx.bfloat16).astype(mx.float32)).item() for a in arrays)
+
+
+def test_the_golden_file_is_what_float64_numpy_gives():
+    made, stored = float64_llama.golden(), json.loads(float64_llama.FILE.read_text("utf-8"))
+    assert made.keys() == stored.keys() and made["gradient"].keys() == stored["gradient"].keys()
+    for name in ("policy", "reference", "loss", "probed"):
+        assert np.allclose(made[name], stored[name], rtol=1e-11, atol=0)
+    for name, slopes in made["gradient"].items():
+        assert np.allclose(slopes, stored["gradient"][name], rtol=1e-6, atol=1e-9), name
+
+
+def test_the_golden_pairs_exercise_what_training_does():
+    rows = material.batch()
+    assert rows.prefix.shape[1] > 0 and len(rows.chosen) == 4 and len(rows.group) == 7  # a completion in two pairs
+    policy, reference = (np.array(float64_llama.golden()[name]) for name in ("policy", "reference"))
+    assert np.abs(policy - reference).min() > 0.2  # the adapters matter in every row
+
+
+def worse(number, **changes):
+    """The golden file with changes."""
+    return lambda: dict(number) | changes
+
+
+def shifted(name, at, by):
+    """The golden file with one number off."""
+    stored = json.loads(float64_llama.FILE.read_text("utf-8"))
+    values = np.array(stored[name])
+    values[at] += by
+    return worse(stored, **{name: values.tolist()})
+
+
+def wrong_gradient():
+    stored = json.loads(float64_llama.FILE.read_text("utf-8"))
+    gradient = {key: [value * 1.01 for value in values] for key, values in stored["gradient"].items()}
+    return worse(stored, gradient=gradient)
+
+
+def drifting():
+    """Batches whose shape never comes back."""
+    turns = iter([(0, 1), (2,), (3,), (0, 2), (1, 3), (0, 1, 2, 3)])
+    real = material.batch
+    return lambda indices: real(indices=next(turns))
+
+
+def tilted_head(real):
+    """The fused head with a gradient 1 % too long."""
+
+    def rows(*given):
+        logp, row, *rest = real(*given)
+        return logp, row * 1.01, *rest
+
+    return rows
+
+
+def deaf_head(real):
+    """A head that gives every token the same 0.01 nats too many."""
+
+    def softmax(z, y):
+        logp, *rest = real(z, y)
+        return logp + 0.01, *rest
+
+    return softmax
+
+
+def on(kind):
+    return lambda: Machine(kind, "a machine", 32 << 30, "system")
+
+
+CUT = lambda layer, function: lambda *given: function(*map(mx.stop_gradient, given))  # noqa: E731
+HOT = packed.Packed.attend
+FULL = types.SimpleNamespace(free=1e8)
+# For each check, one or more faults: where something is put in the place of something else.
+FAULTS = {
+    "versions": [(machine.importlib.metadata, "requires", lambda name: ["numpy>=99"]),
+                 (machine.importlib.metadata, "requires", lambda name: ["no-such-thing>=1"])],
+    "device": [(machine, "gpu_here", lambda: "another")],
+    "BLAS": [(machine, "preload_blas", lambda: Blas(False, "no OpenBLAS"))],
+    "matmul rate": [(machine, "matmul_rate", lambda repeats: 6e9), (machine, "_matmul_error", lambda: 0.1)],
+    "memory": [(mx, "get_active_memory", lambda: 0),
+               (machine, "this_machine", lambda: Machine("cpu", "", 1 << 30, ""))],
+    "wired limit": [(mx, "set_wired_limit", lambda limit: 0)],
+    "mx.compile": [(mx, "compile", lambda function: lambda x: function(x) * 1.001)],
+    "cache folder": [(machine.shutil, "disk_usage", lambda folder: FULL)],
+    "log-probs float32 = golden": [(numbers, "golden", shifted("policy", (3, 0), 1e-3)),
+                                   (numbers, "golden", shifted("reference", (0, 1), -1e-3)),
+                                   (heads, "_softmax", deaf_head(heads._softmax))],
+    "log-probs bfloat16 = golden": [(numbers, "golden", shifted("policy", (2, 1), 0.6))],
+    "log-probs float16 = golden": [(numbers, "golden", shifted("policy", (2, 1), 0.1))],
+    "loss and gradient = golden": [(numbers, "golden", worse(float64_llama.golden(), loss=0.7)),
+                                   (numbers, "golden", wrong_gradient()),
+                                   (heads, "_rows", tilted_head(heads._rows))],
+    "fused = plain": [(heads, "_rows", tilted_head(heads._rows)), (heads, "_softmax", deaf_head(heads._softmax))],
+    "checkpoint = not": [(numbers, "checkpointed", CUT)],
+    "packed = padded": [(packed.Packed, "attend", lambda self, q, k, v, scale: HOT(self, q, k, v, scale * 1.01))],
+    "training starts at ln 2 and falls": [(training, "make_update", lambda *given: lambda *step: None),
+                                          (training, "reference", lambda: np.add(material.reference(), [1.0, 0.0]))],
+    "a tiny step": [(training, "SLOWEST", 0.0)],
+    "one trace for each shape": [(training, "batch", drifting)],
+    "safetensors round trip": [(training, "load_arrays", lambda model, folder: None)],
+}  # fmt: skip
+PLANTED = [(name, *fault) for name, faults in FAULTS.items() for fault in faults]
+
+
+def test_every_check_has_a_fault_planted_for_it():
+    assert FAULTS.keys() == CHECKS.keys()
+
+
+@pytest.mark.parametrize(("name", "place", "what", "instead"), PLANTED, ids=[f"{f[0]}: {f[2]}" for f in PLANTED])
+def test_a_planted_fault_is_found(name, place, what, instead, monkeypatch, capsys):
+    kind = {"wired limit": "metal", "BLAS": "cpu"}.get(name)
+    if kind:
+        monkeypatch.setattr(machine, "this_machine", on(kind))
+    if name == "one trace for each shape":
+        monkeypatch.setattr(training, "compiles", lambda: True)
+    monkeypatch.setattr(place, what, instead() if instead is drifting else instead)
+    (result,) = run_checks([CHECKS[name]])
+    assert not result.ok and result.advice == CHECKS[name].advice and len(result.advice) > 20
+    assert "Error" not in result.figure  # it was measured, not thrown
+
+
+def test_a_healthy_metal_machine_keeps_its_wired_limit(monkeypatch):
+    limits = [0]
+    monkeypatch.setattr(mx, "set_wired_limit", lambda new: limits.append(new) or limits[-2])
+    monkeypatch.setattr(machine, "this_machine", on("metal"))
+    assert run_checks([CHECKS["wired limit"]])[0].ok and limits == [0, int((32 << 30) * 0.9), 0]
+
+
+def test_without_a_compiler_nothing_is_wrong(monkeypatch):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine, "this_machine", on("cpu"))
+    (result,) = run_checks([CHECKS["mx.compile"]])
+    assert result.ok and "no g++" in result.figure
+
+
+def test_where_compiling_does_nothing_no_traces_are_asked_for(monkeypatch):
+    assert training.compiles() == bool(mx.default_device() == mx.gpu or shutil.which("g++"))
+    monkeypatch.setattr(mx, "compile", lambda function, **options: function)
+    monkeypatch.setattr(training, "most_traces", lambda: None)
+    monkeypatch.setattr(training, "count_traces", lambda: 6)
+    assert not training.compiles() and run_checks([CHECKS["one trace for each shape"]])[0].ok
+    monkeypatch.setattr(training, "most_traces", lambda: 24)  # a GPU that does not compile is a fault
+    assert not run_checks([CHECKS["one trace for each shape"]])[0].ok
+
+
+def test_an_unwritable_cache_is_found(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLXDPO_CACHE", str(tmp_path / "file"))
+    (result,) = run_checks([CHECKS["cache folder"]])
+    assert not result.ok and result.figure.startswith("FileExistsError")
+
+
+def test_what_the_cache_holds_is_told(monkeypatch, tmp_path):
+    """Two files of 0.3 GB, one of them below; a link counts as a link."""
+    monkeypatch.setenv("MLXDPO_CACHE", str(tmp_path))
+    (tmp_path / "pairs").mkdir()
+    for file in (tmp_path / "a", tmp_path / "pairs" / "b"):
+        with file.open("wb") as open_file:
+            open_file.truncate(300_000_000)  # holes: no disk is filled
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (result,) = run_checks([CHECKS["cache folder"]])
+    assert result.figure.endswith(" GB free, 0.6 GB kept, which may be deleted")
+
+
+def test_all_checks_hold_here_and_the_table_is_markdown(capsys):
+    assert run(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(CHECKS) + 5 and {line.count("|") for line in lines} == {6}
+    assert len({len(line) for line in lines}) == 1  # it can be read as it stands
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[5:]]
+    assert [row[0] for row in cells] == list(CHECKS) and {row[1] for row in cells} == {"ok"}
+    assert all(row[2] and row[3] and float(row[4]) < 30 for row in cells)
+
+
+def test_a_failing_and_a_raising_check_are_rows_with_a_sentence_and_exit_status_1(monkeypatch, capsys):
+    def broken():
+        raise ValueError("no | such `thing`\nin two <b>lines</b>")
+
+    def failing():
+        return Finding(False, "3 off", "2")
+
+    for planted in (Check("broken", "mend it", broken), Check("failing", "do this", failing)):
+        monkeypatch.setitem(CHECKS, planted.name, planted)
+    for name in [name for name in CHECKS if name not in ("broken", "failing", "cache folder")]:
+        monkeypatch.delitem(CHECKS, name)
+    assert run(["doctor"]) == 1
+    told = capsys.readouterr()
+    assert "Traceback" not in told.out + told.err
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.out.splitlines() if line.startswith("| ")]
+    assert [row[:4] for row in rows[-2:]] == [
+        ["broken", "FAIL", "ValueError: no / such 'thing' in two (b)lines(/b)", "no error"],
+        ["failing", "FAIL", "3 off", "2"],
+    ]
+    assert told.out.splitlines()[-2].startswith("FAIL broken (ValueError: ") and told.out.endswith("do this\n")
+    assert run(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [(one["check"], one["ok"], one["advice"]) for one in found["checks"]][1:] == [
+        ("broken", False, "mend it"), ("failing", False, "do this"),
+    ]  # fmt: skip
+    assert len(found["problems"]) == 2
+
+
+def test_text_is_safe_to_paste(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine.Path, "home", lambda: tmp_path)
+    assert plain(f"{tmp_path}/x  a|b\n`c` *d*") == "~/x a/b 'c' xdx"
+    assert plain("y" * 250) == "y" * 200 + " ... (50 more characters)"
+    assert doctor.table([("a", "b", "c", "d", "e")])[1].strip("|-") == ""
