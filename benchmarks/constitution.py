@@ -23,13 +23,13 @@ from mlxdpo.cli import run as command  # isort: skip
 from mlxdpo.commands.eval import named_rewards
 from mlxdpo.config import DataConfig
 from mlxdpo.data.read import prompt_key
-from mlxdpo.inference.trained_run import distinct_prompts, prompt_text, reopen
+from mlxdpo.inference.trained_run import distinct_prompts, open_trained_run, prompt_text
 from mlxdpo.io.atomic import write_json, write_text
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.online.collect import read_prompts
 from mlxdpo.runs import Run
 from mlxdpo.types import Message, Preference
-from mlxdpo_eval.judges import Judge, Trio, ask_both, open_judge
+from mlxdpo_eval.judges import AnswerPair, Judge, ask_both, open_judge
 from mlxdpo_eval.sampling import Answers, Sampling, draw, first_of_each
 from mlxdpo_eval.winrate import WinRate, judge_answers, win_rate
 
@@ -98,7 +98,9 @@ def of_revisions(judge: Judge, rows: Sequence[dict[str, Any]]) -> WinRate:
     names, texts = [prompt_key(one).hex() for one in asked], [prompt_text(one) for one in asked]
     old, new = ([row[side] for row in rows] for side in ("rejected", "chosen"))
     before, after = (_answers(names, texts, side) for side in (old, new))
-    return win_rate(judge, ask_both(judge, [Trio(*trio) for trio in zip(texts, old, new, strict=True)]), before, after)
+    return win_rate(
+        judge, ask_both(judge, [AnswerPair(*trio) for trio in zip(texts, old, new, strict=True)]), before, after
+    )
 
 
 def _answers(names: list[str], prompts: list[str], texts: list[str]) -> Answers:
@@ -112,7 +114,7 @@ def answered(run: Run, heldout: Path, out: Path, tokens: int, samples: int) -> l
         asked = read_prompts(DataConfig(), str(heldout)).asked
         rows = distinct_prompts([Preference(one.prompt, "", "", one.where) for one in asked], len(asked))
         sampling = Sampling(samples=samples, max_tokens=tokens, temperature=0.7, batch_size=16)
-        write_json(file, [part._asdict() for part in draw(reopen(run), rows, sampling)])
+        write_json(file, [part._asdict() for part in draw(open_trained_run(run), rows, sampling)])
     return [Answers(**part) for part in json.loads(file.read_text("utf-8"))]
 
 

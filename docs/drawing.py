@@ -34,8 +34,8 @@ SAYS = {
     0: "vocabulary and machine",
 }
 SHADES = ("#b5533c", "#c98a2b", "#7d8c3a", "#3f8f7a", "#3f78a8", "#6b5b95")
-COLOURS = {level: SHADES[(11 - level) // 2] for level in LEVELS} | {-1: "#888888"}
-CAPTION = "a dot: the row's room imports the column's; right of the diagonal is down, and only the roof has circles"
+COLOURS = {level: SHADES[(11 - level) // 2] for level in LEVELS if level >= 0} | {-1: "#888888"}
+CAPTION = "a dot: the row's room imports the column's; right of the diagonal is down"
 CELL, LEFT, TOP, WIDTH = 17, 380, 150, 150
 
 

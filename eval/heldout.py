@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlxdpo import Opened, PairLogps, Preference, Several, prompt_name, prompt_text
+from mlxdpo import BestOfK, PairLogps, Preference, TrainedRun, prompt_name, prompt_text
 from mlxdpo_eval.metrics.best_of_k import BestOf, Ties, best_of, first_is_right, ties_score
 from mlxdpo_eval.metrics.calibration import Calibration, calibration
 from mlxdpo_eval.metrics.length import LengthReport, length_report
@@ -49,7 +49,7 @@ class Records(NamedTuple):
     ties: Ties | None
 
 
-def pairing(records: Sequence[Several]) -> Pairing:
+def pairing(records: Sequence[BestOfK]) -> Pairing:
     """Every right completion against every wrong one of its record."""
     found = [((r, i, j), pair) for r, record in enumerate(records) for i, j, pair in record.pairs()]
     first = [pair for (r, i, j), pair in found if (i, j) == (0, records[r].right)]
@@ -57,7 +57,7 @@ def pairing(records: Sequence[Several]) -> Pairing:
 
 
 def best_of_records(
-    records: Sequence[Several],
+    records: Sequence[BestOfK],
     paired: Pairing,
     kept: Sequence[Preference],
     logps: PairLogps,
@@ -87,7 +87,7 @@ def best_of_records(
 
 
 def _scores(
-    records: Sequence[Several], paired: Pairing, kept: Sequence[Preference], logps: PairLogps
+    records: Sequence[BestOfK], paired: Pairing, kept: Sequence[Preference], logps: PairLogps
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Per record the reward and the tokens of each completion; NaN where it was in no scored pair."""
     place_of = {id(row): place for row, place in zip(paired.rows, paired.places, strict=True)}
@@ -99,7 +99,7 @@ def _scores(
     return rewards, lengths
 
 
-def _ties(scored: Sequence[tuple[Several, np.ndarray]]) -> Ties | None:
+def _ties(scored: Sequence[tuple[BestOfK, np.ndarray]]) -> Ties | None:
     """RewardBench 2 names a tied question "tied:7" and its version with one right answer "ref:7"."""
     kinds: dict[str, dict[str, tuple[Any, int]]] = {"tied": {}, "ref": {}}
     for record, rewards in scored:
@@ -124,7 +124,7 @@ class Heldout(NamedTuple):
 
 
 def heldout(
-    opened: Opened, rows: Sequence[Preference], logps: PairLogps, columns: Mapping[str, Sequence[Hashable]]
+    opened: TrainedRun, rows: Sequence[Preference], logps: PairLogps, columns: Mapping[str, Sequence[Hashable]]
 ) -> Heldout:
     """All metrics of scored pairs, sliced by `columns` (one entry per pair). Raises `ValueError` for none."""
     beta, names = opened.config.loss.beta, np.array([prompt_name(row.prompt) for row in rows])
@@ -141,7 +141,7 @@ def heldout(
     )
 
 
-def pair_lines(opened: Opened, rows: Sequence[Preference], logps: PairLogps) -> list[dict[str, Any]]:
+def pair_lines(opened: TrainedRun, rows: Sequence[Preference], logps: PairLogps) -> list[dict[str, Any]]:
     """One line per pair with everything its metrics come from."""
     fields = [name for name in logps._fields]
     lines = []

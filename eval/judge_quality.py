@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mlxdpo_eval.judges import BothOrders, Judge, ask_both
+from mlxdpo_eval.judges.both import AnswerPair
 from mlxdpo_eval.metrics.intervals import Interval
 from mlxdpo_eval.metrics.judge_bias import Agreement, agreement, retest
 from mlxdpo_eval.metrics.ppi import Debiased, debiased
 
-from .judges import Both, Judge, ask_both
-from .judges.both import Trio
 from .judges.votes import Ballots, Vote
 from .sampling import Answers
 from .voting import is_of
@@ -43,7 +43,7 @@ class Retest(NamedTuple):
 
 
 def retested(
-    judge: Judge, trios: Sequence[Trio], found: Sequence[Both], prompts: Sequence[str], count: int
+    judge: Judge, trios: Sequence[AnswerPair], found: Sequence[BothOrders], prompts: Sequence[str], count: int
 ) -> Retest | None:
     """Ask `count` of the comparisons again, evenly spaced over those with a verdict; None where there are none.
 
@@ -79,7 +79,7 @@ class Humans(NamedTuple):
 
 
 def humans(
-    judge: Judge, found: Sequence[Both], before: Answers, ballots: Ballots, adapter: str | None = None
+    judge: Judge, found: Sequence[BothOrders], before: Answers, ballots: Ballots, adapter: str | None = None
 ) -> Humans | None:
     """Judge against people. `found`: the judge's verdicts on the evaluation's pairs; None without a usable vote.
 
@@ -104,12 +104,14 @@ def humans(
     )
 
 
-def _trio(vote: Vote) -> Trio:
+def _trio(vote: Vote) -> AnswerPair:
     before, after = (vote.b, vote.a) if vote.tuned == "a" else (vote.a, vote.b)
-    return Trio(vote.prompt, before, after)
+    return AnswerPair(vote.prompt, before, after)
 
 
-def _corrected(voted: Sequence[tuple[str, int, int]], found: Sequence[Both], names: Sequence[str]) -> Debiased | None:
+def _corrected(
+    voted: Sequence[tuple[str, int, int]], found: Sequence[BothOrders], names: Sequence[str]
+) -> Debiased | None:
     """PPI++ with the judge alone on the prompts that nobody voted on."""
     seen = {name for name, _, _ in voted}
     alone = [

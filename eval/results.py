@@ -12,26 +12,26 @@ from typing import Any
 
 import numpy as np
 
-from mlxdpo import Opened, Run, write_json, write_text
+from mlxdpo import Run, TrainedRun, write_json, write_text
+from mlxdpo_eval.judges import BothOrders
 from mlxdpo_eval.metrics.intervals import clustered_mean
 from mlxdpo_eval.metrics.texts import length_ratio, text_report
 
-from .judges import Both
 from .sampling import Answers
 
 # Results as JSON values: named tuples become objects, NumPy numbers become numbers, what is no number becomes null.
 
 
-def plain(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """A value that JSON can hold; infinity and NaN are null, because not every reader can parse them."""
     if hasattr(value, "_asdict"):
-        return plain(value._asdict())
+        return to_json(value._asdict())
     if isinstance(value, Mapping):
-        return {str(name): plain(inner) for name, inner in value.items()}
+        return {str(name): to_json(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
+        return [to_json(inner) for inner in value]
     if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
+        return to_json(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -43,7 +43,7 @@ FORMAT = 2  # of results files
 def save(run: Run, results: Mapping[str, Any], seconds: float) -> tuple[Path, dict[str, Any]]:
     """The results file; only `when` differs between two runs of the same evaluation."""
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
-    written = plain(results) | {"when": {"created": now.isoformat(), "seconds": round(seconds, 1)}}
+    written = to_json(results) | {"when": {"created": now.isoformat(), "seconds": round(seconds, 1)}}
     file = run.path / "eval" / f"results_{now:%Y-%m-%dT%H-%M-%S}.json"
     write_json(file, written)
     return file, written
@@ -65,7 +65,7 @@ def drift(before: Answers, after: Answers, kl_of: Answers, kl: Sequence[float]) 
     }
 
 
-def describe(opened: Opened) -> dict[str, Any]:
+def describe(opened: TrainedRun) -> dict[str, Any]:
     """Whose numbers these are: model, reference, adapter, objective, data."""
     config, manifest = opened.config, opened.run.manifest()
     adapter = opened.run.adapter / "adapters.safetensors"
@@ -84,7 +84,7 @@ def describe(opened: Opened) -> dict[str, Any]:
 
 
 def sample_lines(
-    before: Answers, after: Answers, kl: Mapping[str, float], found: Mapping[str, Sequence[Both]]
+    before: Answers, after: Answers, kl: Mapping[str, float], found: Mapping[str, Sequence[BothOrders]]
 ) -> list[dict[str, Any]]:
     """One line per pair of answers; `kl` stands at the first answer of each prompt, `found` holds verdicts by judge."""
     lines, numbers = [], dict[str, int]()

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from mlxdpo import Opened, Preference
+from mlxdpo import Preference, TrainedRun
+from mlxdpo_eval.judges import AnswerPair, Judge, Scalar, ask_both
 from mlxdpo_eval.metrics.drift import text_stats
 from mlxdpo_eval.metrics.intervals import Interval, clustered_mean, paired_difference
-from mlxdpo_eval.results import plain
+from mlxdpo_eval.results import to_json
 
-from .judges import Judge, Scalar, Trio, ask_both
 from .sampling import Answers, Sampling, draw_tuned, on_policy_kl
 
 Measured = Mapping[str, Any]
@@ -27,7 +27,7 @@ BASES = ("from_previous", "from_start")
 
 
 def measure_round(
-    opened: Opened, rows: Sequence[Preference], judges: Sequence[Judge], sampling: Sampling, start: Measured | None
+    opened: TrainedRun, rows: Sequence[Preference], judges: Sequence[Judge], sampling: Sampling, start: Measured | None
 ) -> dict[str, Any]:
     """The answers of the model in `opened.policy` with each judge's score and their KL to `opened.reference`, nats.
 
@@ -50,7 +50,7 @@ def measure_round(
         for i, name in enumerate(answers.names)
     ]
     settings = {"seed": sampling.seed, "max_tokens": sampling.max_tokens, "temperature": sampling.temperature}
-    return {"judges": [judge.name for judge in judges], "settings": settings, "answers": plain(lines)}
+    return {"judges": [judge.name for judge in judges], "settings": settings, "answers": to_json(lines)}
 
 
 def _scores(judge: Judge, answers: Answers, start: Measured | None) -> list[float | None]:
@@ -60,7 +60,7 @@ def _scores(judge: Judge, answers: Answers, start: Measured | None) -> list[floa
     if start is None:
         return [0.5] * len(answers.texts)
     before = [line["text"] for line in start["answers"]]
-    asked = [Trio(*one) for one in zip(answers.prompts, before, answers.texts, strict=True)]
+    asked = [AnswerPair(*one) for one in zip(answers.prompts, before, answers.texts, strict=True)]
     return [None if b.logit is None else (1 + float(np.sign(b.logit))) / 2 for b in ask_both(judge, asked)]
 
 
@@ -84,7 +84,7 @@ def weigh(measured: Sequence[Measured], max_kl: float) -> tuple[dict[str, Any], 
         "prompts": len(set(names)),
     }
     over = clustered_mean(kl - max_kl * lengths, names)
-    return plain(row), _reason(judged, number) or _drifted(over, row["kl_per_token"], max_kl)
+    return to_json(row), _reason(judged, number) or _drifted(over, row["kl_per_token"], max_kl)
 
 
 def _judged(measured: Sequence[Measured], place: int) -> dict[str, Any]:

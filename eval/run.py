@@ -15,28 +15,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxdpo import (
+    BestOfK,
     PairLogps,
     Preference,
     Run,
-    Several,
     distinct_prompts,
     encode_pairs,
     folder_digest,
     heldout_pairs,
     heldout_records,
+    open_trained_run,
     pair_logps,
     prompt_name,
-    reopen,
     versions,
 )
 from mlxdpo_eval.heldout import Pairing, Records, best_of_records, pairing
 from mlxdpo_eval.judge_quality import humans, retested
+from mlxdpo_eval.judges import BothOrders, Judge
 from mlxdpo_eval.metrics.slices import picked, slicing
 from mlxdpo_eval.report.blocks import Headline, of_answers, of_best, of_pairs, of_votes
 from mlxdpo_eval.results import FORMAT, describe, drift, sample_lines, save, write_lines
 
 from .heldout import Heldout, heldout, pair_lines
-from .judges import Both, Judge
 from .judges.program import OWN, reward_judge
 from .judges.votes import Ballots, read_ballots
 from .sampling import Answers, Sampling, draw, first_of_each, on_policy_kl, usual_length
@@ -48,7 +48,7 @@ Columns = Mapping[str, Sequence[Hashable]]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvalOptions:
     """What to look at besides the run itself: `data` of one's own, a file of human `votes`, columns to slice by.
 
     `retest` comparisons are asked of each judge a second time.
@@ -64,7 +64,7 @@ class Judged(NamedTuple):
     """One judge's result, its verdicts, and its control: untuned answers against untuned answers."""
 
     result: WinRate
-    found: list[Both]
+    found: list[BothOrders]
     control: WinRate
 
 
@@ -82,7 +82,7 @@ class Material(NamedTuple):
     rows: list[Preference]
     left_out: list[str]
     source: str
-    records: list[Several]
+    records: list[BestOfK]
     paired: Pairing | None
 
 
@@ -95,14 +95,14 @@ class Found(NamedTuple):
     votes: VoteRun | None
 
 
-AS_IT_IS = Wanted()
+AS_IT_IS = EvalOptions()
 
 
 def evaluate(
     run: Run,
     judges: Sequence[Judge],
     sampling: Sampling,
-    wanted: Wanted = AS_IT_IS,
+    wanted: EvalOptions = AS_IT_IS,
     say: Say = lambda text: None,
 ) -> Evaluation:
     """Measure a run and write everything.
@@ -114,7 +114,7 @@ def evaluate(
     material = _material(run, wanted.data)
     columns = slicing([row.columns for row in material.rows], wanted.slices)
     ballots = None if wanted.votes is None else read_ballots(wanted.votes)
-    opened = reopen(run)
+    opened = open_trained_run(run)
     rows, examples, encoding = encode_pairs(opened, material.rows)
     say(f"scoring {len(rows)} held-out pairs ({material.source})")
     logps = pair_logps(opened, examples)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlxdpo import Example, Opened, Preference, UserError, encode_prompt, generate, prompt_name, prompt_text
+from mlxdpo import Example, Preference, TrainedRun, UserError, encode_prompt, generate, prompt_name, prompt_text
 from mlxdpo_eval.metrics.drift import sequence_kl
 
 NUMBERS = 1 << 28  # logits of policy and reference together that a forward pass may hold: 1 GB in float32
@@ -51,7 +51,7 @@ def usual_length(examples: Sequence[Example]) -> int:
     return min(LONGEST, int(np.ceil(np.quantile(lengths, 0.95))))
 
 
-def draw(opened: Opened, rows: Sequence[Preference], sampling: Sampling) -> tuple[Answers, Answers, Answers]:
+def draw(opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling) -> tuple[Answers, Answers, Answers]:
     """(before, after, control): `samples` answers a prompt before and after, one more from before as control.
 
     The k-th answer to a prompt meets the same noise before and after. Raises `UserError` for a prompt that the
@@ -61,7 +61,7 @@ def draw(opened: Opened, rows: Sequence[Preference], sampling: Sampling) -> tupl
     return before, draw_tuned(opened, rows, sampling), control
 
 
-def draw_start(opened: Opened, rows: Sequence[Preference], sampling: Sampling) -> tuple[Answers, Answers]:
+def draw_start(opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling) -> tuple[Answers, Answers]:
     """Before and control of `draw`."""
     k = sampling.samples
     with opened.start() as model:
@@ -70,12 +70,12 @@ def draw_start(opened: Opened, rows: Sequence[Preference], sampling: Sampling) -
     return _where(drawn, [not x for x in last]), _where(drawn, last)
 
 
-def draw_tuned(opened: Opened, rows: Sequence[Preference], sampling: Sampling) -> Answers:
+def draw_tuned(opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling) -> Answers:
     """After of `draw`: answers of the weights that are in `opened.policy` now."""
     return _draw(opened, opened.policy.model, rows, sampling.samples, sampling)
 
 
-def _draw(opened: Opened, model: Any, rows: Sequence[Preference], count: int, sampling: Sampling) -> Answers:
+def _draw(opened: TrainedRun, model: Any, rows: Sequence[Preference], count: int, sampling: Sampling) -> Answers:
     data, tokenizer = opened.config.data, opened.policy.tokenizer
     ids = [encode_prompt(row.prompt, tokenizer, data, row.tools).tolist() for row in rows]
     repeated = [(row, one) for row, one in zip(rows, ids, strict=True) for _ in range(count)]
@@ -109,7 +109,7 @@ def first_of_each(answers: Answers) -> Answers:
     return _where(answers, [not (name in seen or seen.add(name)) for name in answers.names])
 
 
-def on_policy_kl(opened: Opened, answers: Answers, temperature: float) -> list[float]:
+def on_policy_kl(opened: TrainedRun, answers: Answers, temperature: float) -> list[float]:
     """KL(policy || reference) along each of the tuned policy's own answers: nats per sequence, exact per step.
 
     `temperature` is the one the answers were drawn at: both distributions are taken at it, so that they are the
@@ -132,7 +132,7 @@ def _length(answers: Answers, i: int) -> int:
     return len(answers.ids[i]) + len(answers.tokens[i])
 
 
-def _kl_of(opened: Opened, answers: Answers, here: list[int], temperature: float) -> list[float]:
+def _kl_of(opened: TrainedRun, answers: Answers, here: list[int], temperature: float) -> list[float]:
     tokens, mask = _padded(answers, here)
     first = min(len(answers.ids[i]) for i in here) - 1  # before it there is only prompt
     opened.policy.model.eval()  # dropout on the adapters would make it another policy

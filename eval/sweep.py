@@ -13,10 +13,19 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxdpo import Opened, Run, at_checkpoints, distinct_prompts, encode_pairs, heldout_pairs, reopen, write_json
+from mlxdpo import (
+    Run,
+    TrainedRun,
+    at_checkpoints,
+    distinct_prompts,
+    encode_pairs,
+    heldout_pairs,
+    open_trained_run,
+    write_json,
+)
 from mlxdpo_eval.metrics.intervals import clustered_mean
 from mlxdpo_eval.metrics.pareto import Point
-from mlxdpo_eval.results import plain
+from mlxdpo_eval.results import to_json
 
 from .judges import Judge
 from .sampling import Answers, Sampling, draw_start, draw_tuned, first_of_each, on_policy_kl, usual_length
@@ -32,7 +41,7 @@ def sweep(run: Run, judge: Judge, sampling: Sampling, say: Say = lambda text: No
     A checkpoint on whose answers the judge gives no valid verdict has no point. Raises `UserError` where the run's
     model or reference is another one, or there are no held-out pairs.
     """
-    opened = reopen(run)
+    opened = open_trained_run(run)
     rows, examples, _ = encode_pairs(opened, heldout_pairs(run)[0])
     sampling = sampling if sampling.max_tokens else replace(sampling, max_tokens=usual_length(examples))
     prompts = distinct_prompts(rows, sampling.prompts)
@@ -51,17 +60,17 @@ def sweep(run: Run, judge: Judge, sampling: Sampling, say: Say = lambda text: No
         seen = seen or here
     points = [p for p in (found if seen else [*found, point(FINAL)]) if p is not None]
     told = {"judge": judge.name, "prompts": len(prompts), "samples": sampling.samples, "seed": sampling.seed}
-    write_json(run.path / "eval" / "frontier.json", plain(told | {"points": points}))
+    write_json(run.path / "eval" / "frontier.json", to_json(told | {"points": points}))
     return points
 
 
-def _weights(opened: Opened) -> list[mx.array]:
+def _weights(opened: TrainedRun) -> list[mx.array]:
     """The tuned arrays that are in the model now."""
     return [array for _, array in tree_flatten(opened.policy.model.trainable_parameters())]
 
 
 def _point(
-    opened: Opened, judge: Judge, name: str, before: Answers, after: Answers, sampling: Sampling
+    opened: TrainedRun, judge: Judge, name: str, before: Answers, after: Answers, sampling: Sampling
 ) -> Point | None:
     first = first_of_each(after)
     kl = on_policy_kl(opened, first, sampling.temperature)

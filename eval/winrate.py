@@ -15,6 +15,7 @@ import numpy as np
 from scipy import special
 
 from mlxdpo_eval.judge_quality import Humans, Retest
+from mlxdpo_eval.judges import AnswerPair, BothOrders, Judge, Scalar, ask_both
 from mlxdpo_eval.metrics.intervals import (
     Interval,
     cluster_bootstrap,
@@ -27,7 +28,6 @@ from mlxdpo_eval.metrics.length import Controlled, length_controlled
 from mlxdpo_eval.metrics.sequential import minimum_detectable
 from mlxdpo_eval.metrics.slices import Slices, slice_report
 
-from .judges import Both, Judge, Scalar, Trio, ask_both
 from .sampling import Answers
 
 
@@ -80,19 +80,19 @@ class WinRate(NamedTuple):
         return failed / asked if asked else 0.0
 
 
-def judge_answers(judge: Judge, before: Answers, after: Answers) -> list[Both]:
+def judge_answers(judge: Judge, before: Answers, after: Answers) -> list[BothOrders]:
     """The judge's verdicts on each pair of answers, both orders."""
     return ask_both(judge, trios(before, after))
 
 
-def trios(before: Answers, after: Answers) -> list[Trio]:
+def trios(before: Answers, after: Answers) -> list[AnswerPair]:
     """The pairs of answers as a judge is asked about them."""
-    return [Trio(*pair) for pair in zip(before.prompts, before.texts, after.texts, strict=True)]
+    return [AnswerPair(*pair) for pair in zip(before.prompts, before.texts, after.texts, strict=True)]
 
 
 def win_rate(
     judge: Judge,
-    found: Sequence[Both],
+    found: Sequence[BothOrders],
     before: Answers,
     after: Answers,
     columns: Mapping[str, Sequence[Hashable]] | None = None,
@@ -139,7 +139,7 @@ def _bounds(won: np.ndarray, failed: int) -> tuple[float | None, float | None]:
     return (float(won.sum() / total), float((won.sum() + failed) / total)) if total else (None, None)
 
 
-def _position(found: Sequence[Both], names: Sequence[str]) -> Position | None:
+def _position(found: Sequence[BothOrders], names: Sequence[str]) -> Position | None:
     asked = [
         (b.first, b.second, name) for b, name in zip(found, names, strict=True) if b.logit is not None and not b.same
     ]

@@ -18,7 +18,7 @@ look_wide()
 if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it is asked for
     from mlxdpo.config import Config as Config
     from mlxdpo.config import load_config as load_config
-    from mlxdpo.data.best_of_k import Several as Several
+    from mlxdpo.data.best_of_k import BestOfK as BestOfK
     from mlxdpo.data.encode import encode as encode
     from mlxdpo.data.encode import encode_prompt as encode_prompt
     from mlxdpo.exporters import export as export
@@ -26,17 +26,17 @@ if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it
     from mlxdpo.forward.next_token import next_logits as next_logits
     from mlxdpo.inference.generate import generate as generate
     from mlxdpo.inference.reward_model import open_reward_model as open_reward_model
-    from mlxdpo.inference.trained_run import Opened as Opened
     from mlxdpo.inference.trained_run import PairLogps as PairLogps
+    from mlxdpo.inference.trained_run import TrainedRun as TrainedRun
     from mlxdpo.inference.trained_run import at_checkpoints as at_checkpoints
     from mlxdpo.inference.trained_run import distinct_prompts as distinct_prompts
     from mlxdpo.inference.trained_run import encode_pairs as encode_pairs
     from mlxdpo.inference.trained_run import heldout_pairs as heldout_pairs
     from mlxdpo.inference.trained_run import heldout_records as heldout_records
+    from mlxdpo.inference.trained_run import open_trained_run as open_trained_run
     from mlxdpo.inference.trained_run import pair_logps as pair_logps
     from mlxdpo.inference.trained_run import prompt_name as prompt_name
     from mlxdpo.inference.trained_run import prompt_text as prompt_text
-    from mlxdpo.inference.trained_run import reopen as reopen
     from mlxdpo.io.atomic import append_line as append_line
     from mlxdpo.io.atomic import write_json as write_json
     from mlxdpo.io.atomic import write_text as write_text
@@ -79,10 +79,10 @@ _DOOR = {
     "export": "mlxdpo.exporters",
     "open_reward_model": "mlxdpo.inference.reward_model",
     # what the evaluation (eval/) needs besides
-    "Several": "mlxdpo.data.best_of_k",
+    "BestOfK": "mlxdpo.data.best_of_k",
     "encode_prompt": "mlxdpo.data.encode",
     "next_logits": "mlxdpo.forward.next_token",
-    "Opened": "mlxdpo.inference.trained_run",
+    "TrainedRun": "mlxdpo.inference.trained_run",
     "PairLogps": "mlxdpo.inference.trained_run",
     "at_checkpoints": "mlxdpo.inference.trained_run",
     "distinct_prompts": "mlxdpo.inference.trained_run",
@@ -92,7 +92,7 @@ _DOOR = {
     "pair_logps": "mlxdpo.inference.trained_run",
     "prompt_name": "mlxdpo.inference.trained_run",
     "prompt_text": "mlxdpo.inference.trained_run",
-    "reopen": "mlxdpo.inference.trained_run",
+    "open_trained_run": "mlxdpo.inference.trained_run",
     "append_line": "mlxdpo.io.atomic",
     "write_json": "mlxdpo.io.atomic",
     "write_text": "mlxdpo.io.atomic",

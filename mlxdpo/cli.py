@@ -81,9 +81,9 @@ def run(arguments: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (OSError, MemoryError, RuntimeError) as error:
-        from mlxdpo.commands.trouble import told
+        from mlxdpo.commands.os_errors import error_message
 
-        if (sentence := told(error)) is None:
+        if (sentence := error_message(error)) is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)
         return 1

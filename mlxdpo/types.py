@@ -90,7 +90,7 @@ class Preference:
 
 
 @dataclass(frozen=True, slots=True)
-class Opinion:
+class UnpairedExample:
     """One prompt with one completion and a thumb up or down (KTO, arXiv 2402.01306)."""
 
     prompt: Text

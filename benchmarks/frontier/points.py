@@ -22,7 +22,7 @@ from mlxdpo.data.encode import encode_prompt
 from mlxdpo.demo.material import bundled
 from mlxdpo.demo.rewards import REWARDS
 from mlxdpo.forward import fused_head as heads
-from mlxdpo.forward.architectures import split
+from mlxdpo.forward.architectures import model_parts
 from mlxdpo.io.atomic import append_line
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.model.adapters import adapters_off, attach_lora, load_arrays
@@ -75,7 +75,7 @@ def divergence(model: nn.Module, rows: Rows) -> list[float]:
 
     Layers below the first adapter are computed once for both. Raises `ValueError` for a model without known parts.
     """
-    trunk = split(model)
+    trunk = model_parts(model)
     if trunk is None:
         raise ValueError(f"{type(model).__module__}: the parts of this model are not known (model/trunk.py)")
     rows, result = with_lower(model, rows, ROWS), []

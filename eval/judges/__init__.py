@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from mlxdpo import UserError
+from mlxdpo_eval.judges.both import AnswerPair, BothOrders, ask_both
 
-from .both import Both, Trio, ask_both
 from .endpoint import endpoint_judge
 from .local import local_judge
 from .program import OWN, Reward, file_judge, reward_judge
@@ -24,7 +24,7 @@ from .protocol import Judge, Question, Scalar, Verdict
 from .reward_model import reward_model_judge
 from .votes import votes_judge
 
-__all__ = ["JUDGES", "Both", "Judge", "Question", "Scalar", "Trio", "Verdict", "ask_both", "open_judge"]
+__all__ = ["JUDGES", "AnswerPair", "BothOrders", "Judge", "Question", "Scalar", "Verdict", "ask_both", "open_judge"]
 
 JUDGES: dict[str, Callable[[str], Judge]] = {
     "local": local_judge,

@@ -46,7 +46,7 @@ def _scalar(judge: Scalar, prompts: Texts, answers: Sequence[Texts]) -> list[lis
 
 def _compared(judge: Judge, prompts: Texts, answers: Sequence[Texts]) -> list[list[float]]:
     games = [(n, a, b) for n, own in enumerate(answers) for a, b in itertools.combinations(range(len(own)), 2)]
-    found = ask_both(judge, [Trio(prompts[n], answers[n][b], answers[n][a]) for n, a, b in games])
+    found = ask_both(judge, [AnswerPair(prompts[n], answers[n][b], answers[n][a]) for n, a, b in games])
     won: list[list[list[float]]] = [[[] for _ in own] for own in answers]
     for (n, a, b), both in zip(games, found, strict=True):
         if both.logit is not None:
@@ -59,7 +59,7 @@ def _compared(judge: Judge, prompts: Texts, answers: Sequence[Texts]) -> list[li
 CHUNK = 64  # questions between two writes to the cache: what an interruption may lose
 
 
-class Trio(NamedTuple):
+class AnswerPair(NamedTuple):
     """A prompt with the answers before and after tuning."""
 
     prompt: str
@@ -67,7 +67,7 @@ class Trio(NamedTuple):
     after: str
 
 
-class Both(NamedTuple):
+class BothOrders(NamedTuple):
     """Logits that `after` is better, shown first and shown second; None with the reason. `same`: equal answers."""
 
     first: float | None
@@ -82,7 +82,7 @@ class Both(NamedTuple):
         return None if self.first is None or self.second is None else (self.first + self.second) / 2
 
 
-def ask_both(judge: Judge, trios: Sequence[Trio], *, cached: bool = True) -> list[Both]:
+def ask_both(judge: Judge, trios: Sequence[AnswerPair], *, cached: bool = True) -> list[BothOrders]:
     """The verdict on each trio, in order; each distinct question is asked once, known ones not at all.
 
     With `cached` off all are asked and none is kept: to see whether the judge repeats itself.
@@ -93,14 +93,14 @@ def ask_both(judge: Judge, trios: Sequence[Trio], *, cached: bool = True) -> lis
     return [_both(*(verdicts.get(q) for q in pair)) for pair in orders]
 
 
-def _both(shown_first: Verdict | None, shown_second: Verdict | None) -> Both:
+def _both(shown_first: Verdict | None, shown_second: Verdict | None) -> BothOrders:
     if shown_first is None or shown_second is None:
-        return Both(0.0, 0.0, same=True)
+        return BothOrders(0.0, 0.0, same=True)
     for verdict in (shown_first, shown_second):
         if verdict.logit is None:
-            return Both(None, None, verdict.reason, verdict.absent)
+            return BothOrders(None, None, verdict.reason, verdict.absent)
     assert shown_first.logit is not None and shown_second.logit is not None
-    return Both(shown_first.logit, -shown_second.logit)
+    return BothOrders(shown_first.logit, -shown_second.logit)
 
 
 def _answers(judge: Judge, questions: list[Question], cached: bool) -> dict[Question, Verdict]:

@@ -21,8 +21,8 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from mlxdpo import UserError
+from mlxdpo_eval.judges.protocol import Judge, Question, Verdict, certain, invalid
 
-from .protocol import Judge, Question, Verdict, invalid, sure
 from .wording import LABELS, WORDING, worded
 
 KEY = "MLXDPO_JUDGE_KEY"
@@ -137,7 +137,7 @@ def _hard(text: str) -> Verdict:
     said = text.strip().strip(".:*()[]\"'").upper()
     if said not in LABELS:
         return invalid("the answer is no label")
-    return sure(1.0 if said == LABELS[0] else -1.0)
+    return certain(1.0 if said == LABELS[0] else -1.0)
 
 
 def _parts(url: str) -> SplitResult | None:

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxdpo import UserError
-
-from .protocol import Judge, Question, Verdict, invalid, sure
+from mlxdpo_eval.judges.protocol import Judge, Question, Verdict, certain, invalid
 
 LARGEST = 1e100  # beyond it, squares in an interval overflow
 Reward = Callable[[str, str], float]
@@ -56,7 +55,7 @@ class RewardJudge:
     def _verdict(self, question: Question) -> Verdict:
         first, why_first = _number(self.reward, question.prompt, question.first)
         second, why_second = _number(self.reward, question.prompt, question.second)
-        return invalid(why_first or why_second) if why_first or why_second else sure(first - second)
+        return invalid(why_first or why_second) if why_first or why_second else certain(first - second)
 
 
 def _number(reward: Reward, prompt: str, answer: str) -> tuple[float, str]:

@@ -36,7 +36,7 @@ class Verdict(NamedTuple):
         return 1 / (1 + odds) if self.logit > 0 else odds / (1 + odds)
 
 
-def sure(sign: float) -> Verdict:
+def certain(sign: float) -> Verdict:
     """The verdict of a judge that knows no degrees: the first is better (above 0), worse (below 0), or neither."""
     return Verdict(SURE * ((sign > 0) - (sign < 0)))
 

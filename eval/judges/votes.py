@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxdpo import Message, UserError, prompt_name, prompt_text
-
-from .protocol import Judge, Question, Verdict, sure
+from mlxdpo_eval.judges.protocol import Judge, Question, Verdict, certain
 
 OUTCOMES = {"a": 1, "b": -1, "tie": 0, "both_bad": 0}
 SIDES = ("a", "b")
@@ -82,7 +81,7 @@ class VotesJudge:
 
     def _verdict(self, question: Question) -> Verdict:
         found = self.votes.get(question)
-        return sure(sum(found)) if found else Verdict(None, "no vote", absent=True)
+        return certain(sum(found)) if found else Verdict(None, "no vote", absent=True)
 
 
 def votes_judge(file: str) -> Judge:

@@ -18,9 +18,9 @@ from mlxdpo_eval.report.blocks import (
     share,
     within,
 )
+from mlxdpo_eval.report.judge_section import cards, votes
 from mlxdpo_eval.report.plots import figures, reward_over_drift
-from mlxdpo_eval.report.trust import cards, votes
-from mlxdpo_eval.results import plain
+from mlxdpo_eval.results import to_json
 
 SHOWN = 8  # samples: the first ones, not the best ones
 OF_JUDGING = ("judges", "slices", "retest")  # settings that the answers do not depend on
@@ -199,7 +199,12 @@ def _drift(results: Result) -> list[Any]:
 def _frontier(found: Result) -> list[Any]:
     points, best = read_points(found)
     rows = [
-        (p.name, both(p.kl, plain(p.kl_interval)), both(p.reward, plain(p.reward_interval)), "yes" if p in best else "")
+        (
+            p.name,
+            both(p.kl, to_json(p.kl_interval)),
+            both(p.reward, to_json(p.reward_interval)),
+            "yes" if p in best else "",
+        )
         for p in points
     ]
     note = f"{found['prompts']} prompts, {found['samples']} answers each, the same noise at every point."

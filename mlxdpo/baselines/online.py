@@ -27,8 +27,9 @@ from mlxdpo.baselines.rollouts import Actor, Drawn, Reference, Reward, checked_s
 from mlxdpo.baselines.settings import check_settings
 from mlxdpo.baselines.updates import Metrics, Mover, ppo_update, rloo_update
 from mlxdpo.config import Config
-from mlxdpo.data.encode import encode_prompt, template_digest
+from mlxdpo.data.encode import encode_prompt
 from mlxdpo.data.read import heldout_source, prompt_key, read_preferences, split_heldout
+from mlxdpo.data.template import template_digest
 from mlxdpo.distributed.launcher import processes
 from mlxdpo.io.checksum import load_sealed, save_sealed
 from mlxdpo.io.digest import folder_digest
@@ -90,7 +91,7 @@ def tune_on_samples(
         if config.model.adapter is None:
             attach_lora(policy.model, config.lora, config.train.seed)
         actor = Actor(policy.model, _critic(config, policy.model))
-        checkpoint.sweep(run.path)
+        checkpoint.remove_unfinished(run.path)
         progress = _restored(run, actor, optimizer) if resume else Progress()
         mover = Mover(make_update(actor, optimizer), config.optim.clip, config.train.batch_size)
         work = _Work(config, policy, actor, reference, reward, prompts, mover)

@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxdpo.forward import fused_head as heads
-from mlxdpo.forward.architectures import Trunk, split
+from mlxdpo.forward.architectures import ModelParts, model_parts
 from mlxdpo.forward.shared_prefix import hidden_states
 from mlxdpo.model.reward_head import normed_states
 
@@ -61,7 +61,7 @@ def lay_out(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int
     return Rows(*map(mx.array, (tokens, at, targets, mask)))
 
 
-def frozen_layers(model: nn.Module, trunk: Trunk) -> int:
+def frozen_layers(model: nn.Module, trunk: ModelParts) -> int:
     """How many layers from the bottom give the same states whatever is trained; 0 when the embedding is trained."""
     if any("embed" in name for name, _ in tree_flatten(model.trainable_parameters())):
         return 0
@@ -71,7 +71,7 @@ def frozen_layers(model: nn.Module, trunk: Trunk) -> int:
 
 def with_lower(model: nn.Module, rows: Rows, size: int) -> Rows:
     """The rows with the states below the first trained layer, `size` rows at once; as they are where there is none."""
-    trunk = split(model)
+    trunk = model_parts(model)
     count = 0 if trunk is None else frozen_layers(model, trunk)
     if trunk is None or count == 0:
         return rows
@@ -88,7 +88,7 @@ def token_pass(model: nn.Module, rows: Rows, head: HeadPass = heads.token_logps)
 
     `head` is `heads.score_logps` for who needs no gradient. What stands where the mask is 0 means nothing.
     """
-    trunk = split(model)
+    trunk = model_parts(model)
     if trunk is None:
         return _plain(model, rows)
     if (lower := rows.lower) is not None:

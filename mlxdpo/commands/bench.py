@@ -101,7 +101,7 @@ def measure(config: BenchConfig, size: Size) -> dict[str, Any]:
     batch = random_batch(size, int(model.args.vocab_size))
     weights = count_weights(model, config.lora.method == "full")
     at = flops.work([(size.prompt, (size.completion, size.completion))] * size.pairs)
-    counts = {"step": flops.step(weights, at), "forward": flops.forward(weights, at)}
+    counts = {"step": flops.step_flops(weights, at), "forward": flops.forward_flops(weights, at)}
     passes = {}
     for name, once in _passes(model, batch, size).items():
         seconds, rate, peak = in_turn(once, size.repeats, dtype)
@@ -150,11 +150,11 @@ def _passes(model: Any, batch: Batch, size: Size) -> dict[str, Callable[[], None
     """
     import mlx.core as mx
 
-    from mlxdpo.forward.logprobs import ways_for
+    from mlxdpo.forward.logprobs import forward_fns
     from mlxdpo.losses import resolve
     from mlxdpo.training.step import gradient_norm, make_gradient, make_optimizer, make_scorer, make_update
 
-    ways = ways_for(model, size.checkpoint)
+    ways = forward_fns(model, size.checkpoint)
     gradient = make_gradient(model, resolve(LossConfig()), ways.train)
     update, scorer = make_update(model, make_optimizer(OptimConfig())), make_scorer(model, ways.score)
 
@@ -217,7 +217,7 @@ def show(found: dict[str, Any]) -> None:
     """Print it for a person."""
     from rich.table import Table
 
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.terminal import console
 
     machine = found["machine"]
     console.print(f"{machine['kind']}: {machine['name']}; {found['model']}")

@@ -55,8 +55,8 @@ def run(
         Print the report as JSON.
     """
     from mlxdpo.commands.interrupt import stop_flag
-    from mlxdpo.commands.screen import console, counted
-    from mlxdpo.online.collect.ending import said
+    from mlxdpo.commands.terminal import console, counted
+    from mlxdpo.online.collect.write_outputs import said
 
     recipe = path.suffix in (".yaml", ".yml") and path.is_file()
     config = load_config(path) if recipe else Run.open(path).config()
@@ -89,7 +89,7 @@ def _events(
 ) -> Iterator[Event]:
     prompts, (spec, numbers), drawing, out = asked
     if spec.startswith("votes:"):
-        from mlxdpo.commands.voted import voted_pairs
+        from mlxdpo.commands.votes_to_pairs import voted_pairs
         from mlxdpo.inference.run_prompts import gallery
         from mlxdpo.io.digest import folder_digest
 

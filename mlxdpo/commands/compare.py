@@ -25,13 +25,13 @@ def run(first: Path, second: Path, /, *, json: bool = False) -> int:
     json
         Print the comparison as JSON, every flip included.
     """
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.terminal import console
     from mlxdpo_eval.compare import compare, sentence
-    from mlxdpo_eval.results import plain
+    from mlxdpo_eval.results import to_json
 
     found = compare(Run.open(first), Run.open(second))
     if json:
-        print(jsonlib.dumps(plain(found) | {"sentence": sentence(found)}, ensure_ascii=False))
+        print(jsonlib.dumps(to_json(found) | {"sentence": sentence(found)}, ensure_ascii=False))
         return 1 if found.regressed else 0
     console.print(_table(found))
     for flip in found.flips[:FLIPS]:

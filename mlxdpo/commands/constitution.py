@@ -10,10 +10,10 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from mlxdpo.config import Config, ModelConfig, load_config
-from mlxdpo.online.constitution.settings import Asking
+from mlxdpo.online.constitution.settings import SamplingSettings
 from mlxdpo.types import Event, UserError
 
-AS_IT_IS = Asking()
+AS_IT_IS = SamplingSettings()
 
 
 def run(
@@ -23,7 +23,7 @@ def run(
     prompts: str,
     out: Path,
     constitution: Path | None = None,
-    asking: Annotated[Asking, Parameter(name="*")] = AS_IT_IS,
+    asking: Annotated[SamplingSettings, Parameter(name="*")] = AS_IT_IS,
     feedback: str | None = None,
     before: bool = False,
     json: bool = False,
@@ -53,8 +53,8 @@ def run(
         Print the report as JSON.
     """
     from mlxdpo.commands.interrupt import stop_flag
-    from mlxdpo.commands.screen import console, counted
-    from mlxdpo.online.constitution.ending import RECIPE, said
+    from mlxdpo.commands.terminal import console, counted
+    from mlxdpo.online.constitution.write_outputs import RECIPE, said
 
     with stop_flag() as should_stop:
         report = None
@@ -74,10 +74,15 @@ def run(
 
 
 def _events(
-    path: str, prompts: str, out: Path, chosen: tuple[Path | None, str | None, bool], asking: Asking, should_stop: Any
+    path: str,
+    prompts: str,
+    out: Path,
+    chosen: tuple[Path | None, str | None, bool],
+    asking: SamplingSettings,
+    should_stop: Any,
 ) -> Iterator[Event]:
     from mlxdpo.online.collect import read_prompts
-    from mlxdpo.online.constitution import apply, load_constitution
+    from mlxdpo.online.constitution import apply_constitution, load_constitution
 
     file, feedback, before = chosen
     rules = load_constitution(file)
@@ -88,7 +93,9 @@ def _events(
         raise UserError(f"--feedback {feedback} has nothing to compare with --labels none; drop one of them")
     data = config.data.model_copy(update={"columns": {}, "format": "auto"})
     found = read_prompts(data, prompts)
-    return apply(_source(config, run, path, before), found, rules, asking, out, _feedback(feedback), should_stop)
+    return apply_constitution(
+        _source(config, run, path, before), found, rules, asking, out, _feedback(feedback), should_stop
+    )
 
 
 def _config(path: str) -> tuple[Config, Any]:

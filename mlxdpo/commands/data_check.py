@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from cyclopts import Parameter
 
 from mlxdpo.config import DataConfig, ModelConfig, Section
-from mlxdpo.types import Opinion, Preference, UserError
+from mlxdpo.types import Preference, UnpairedExample, UserError
 
 if TYPE_CHECKING:
     from mlxdpo.data.encode import Shown
@@ -69,9 +69,9 @@ class Seen(NamedTuple):
     names: tuple[str, ...]
 
 
-def _as_seen(rows: Sequence[Preference | Opinion], data: DataConfig, model: ModelConfig) -> Seen:
+def _as_seen(rows: Sequence[Preference | UnpairedExample], data: DataConfig, model: ModelConfig) -> Seen:
     from mlxdpo.data.dataset import token_counts
-    from mlxdpo.data.encode import describe, encode_all
+    from mlxdpo.data.encode import encode_all, shown_example
     from mlxdpo.model.policy import find_model, load_tokenizer
 
     tokenizer = load_tokenizer(find_model(model.path, model.revision), model.path, model.trust_remote_code)
@@ -82,11 +82,11 @@ def _as_seen(rows: Sequence[Preference | Opinion], data: DataConfig, model: Mode
         raise UserError(f"{data.path}: no row is left after encoding ({'; '.join(report.lines())})")
     names = ("chosen", "rejected") if isinstance(rows[0], Preference) else ("completion",)
     counts = [lengths[: 1 + len(names)] for lengths in token_counts(unlimited)]
-    return Seen(counts, describe(limited[0], tokenizer), report.lines(), names)
+    return Seen(counts, shown_example(limited[0], tokenizer), report.lines(), names)
 
 
 def _show(sentences: list[str], seen: Seen | None, bad: int) -> None:
-    from mlxdpo.commands.screen import console, show_pair
+    from mlxdpo.commands.terminal import console, show_pair
 
     for sentence in sentences:
         console.print(sentence)

@@ -15,7 +15,7 @@ def run(*, json: bool = False) -> None:
     """
     from rich.table import Table
 
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.terminal import console
     from mlxdpo.data.formats import FORMATS
 
     rows = [

@@ -33,7 +33,7 @@ def run(*, seed: Seed = 0, shuffle_labels: bool = False, flip_labels: bool = Fal
     """
     if shuffle_labels and flip_labels:
         raise UserError("--shuffle-labels and --flip-labels are two different controls; give one")
-    from mlxdpo.commands import screen
+    from mlxdpo.commands import terminal
     from mlxdpo.commands.train import follow_training
     from mlxdpo.demo.material import as_they_are, flipped, prepare, shuffled
     from mlxdpo.demo.measure import measure
@@ -44,13 +44,13 @@ def run(*, seed: Seed = 0, shuffle_labels: bool = False, flip_labels: bool = Fal
     folder = out or _free(Path("runs/demo"))
     if status := follow_training(prepare(folder, seed, labels), None):
         return status
-    screen.console.print("sampling before and after ...")
+    terminal.console.print("sampling before and after ...")
     result, before, after = measure(Run.open(folder), seed)
-    screen.console.print(table(result))
-    screen.console.print(f"the first {SHOWN} held-out openings (not a selection):", style="bold")
-    screen.console.print(side_by_side(before, after))
-    screen.console.print(f"figures: {folder}/eval/demo.json, samples: {folder}/samples/")
-    screen.console.print(f"done in {screen.clock(time.monotonic() - started)}")
+    terminal.console.print(table(result))
+    terminal.console.print(f"the first {SHOWN} held-out openings (not a selection):", style="bold")
+    terminal.console.print(side_by_side(before, after))
+    terminal.console.print(f"figures: {folder}/eval/demo.json, samples: {folder}/samples/")
+    terminal.console.print(f"done in {terminal.clock(time.monotonic() - started)}")
     return 0
 
 

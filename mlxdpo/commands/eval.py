@@ -87,22 +87,22 @@ def run(
     json
         Print the results as JSON.
     """
-    from mlxdpo.commands.screen import console, warn
-    from mlxdpo_eval.run import Wanted
+    from mlxdpo.commands.terminal import console, warn
+    from mlxdpo_eval.run import EvalOptions
 
     source = Run.open(path)
     say: Callable[[str], None] = warn if json else (lambda text: console.print(text, style="dim", markup=False))
     if tasks:
         return _capability(source, tasks.split(","), (limit, include), say, json)
     file = votes or next((f for f in (path / "votes.jsonl",) if f.exists()), None)
-    wanted = Wanted(data, file, tuple(slices or ()), retest or 0)
+    wanted = EvalOptions(data, file, tuple(slices or ()), retest or 0)
     found = _evaluate(source, judge or [], answering, wanted, say)
     _tell(found, path, json)
     return _status(found, max_invalid)
 
 
 def _status(found: Any, max_invalid: float) -> int:
-    from mlxdpo.commands.screen import warn
+    from mlxdpo.commands.terminal import warn
 
     share, name = found.worst_judge
     if share > max_invalid:
@@ -111,7 +111,7 @@ def _status(found: Any, max_invalid: float) -> int:
 
 
 def _tell(found: Any, path: Path, json: bool) -> None:
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.terminal import console
 
     if json:
         print(jsonlib.dumps(found.results, ensure_ascii=False))
@@ -157,12 +157,12 @@ def _capability(
 ) -> int:
     """`how` holds the limit of questions and the folder of own tasks."""
     from mlxdpo.inference.lm_eval_harness import find_tasks, run_tasks
-    from mlxdpo.inference.trained_run import reopen
+    from mlxdpo.inference.trained_run import open_trained_run
     from mlxdpo.io.atomic import write_json
 
     limit, include = how
     known = find_tasks(tasks, include)
-    opened = reopen(run)
+    opened = open_trained_run(run)
     say(f"after: {', '.join(tasks)}")
     after = run_tasks(opened.policy.model, opened.policy.tokenizer, tasks, known, limit)
     say("before")
@@ -177,7 +177,7 @@ def _capability(
 def _show(before: dict[str, Any], after: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.terminal import console
 
     sheet = Table("task", "measure", "before", "after", title="capabilities (standard errors by lm-evaluation-harness)")
     for task, measures in before.items():

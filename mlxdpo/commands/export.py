@@ -101,7 +101,7 @@ def run(
     json
         Print the record as JSON.
     """
-    from mlxdpo.commands.screen import console, warn
+    from mlxdpo.commands.terminal import console, warn
     from mlxdpo.exporters import export
     from mlxdpo.exporters.sections import Licences
     from mlxdpo.exporters.source import Choices
@@ -129,7 +129,7 @@ def run(
 
 def report(exported: Exported, json: bool) -> None:
     """The figures on standard output, failures on standard error."""
-    from mlxdpo.commands.screen import console, warn
+    from mlxdpo.commands.terminal import console, warn
 
     if json:
         print((exported.out / "export.json").read_text("utf-8"), end="")
@@ -199,7 +199,7 @@ def tell(exported: Exported, console: Any) -> None:
 
 def publish(out: Path, publishing: Publishing, json: bool) -> None:
     """Upload, propose or list, as asked."""
-    from mlxdpo.commands.screen import console, warn
+    from mlxdpo.commands.terminal import console, warn
     from mlxdpo.exporters.hub import dry_run, propose, push
 
     say = warn if json else (lambda text: console.print(text, markup=False))

@@ -33,10 +33,10 @@ def run(
     json
         Print the points as JSON.
     """
-    from mlxdpo.commands.screen import console, warn
+    from mlxdpo.commands.terminal import console, warn
     from mlxdpo_eval.judges import open_judge
     from mlxdpo_eval.metrics.pareto import pareto
-    from mlxdpo_eval.results import plain
+    from mlxdpo_eval.results import to_json
     from mlxdpo_eval.sampling import Sampling
     from mlxdpo_eval.sweep import named, sweep
 
@@ -47,7 +47,7 @@ def run(
         points += named(sweep(source, open_judge(judge, rewards_of(source)), sampling, warn), source)
     best = pareto(points)
     if json:
-        print(jsonlib.dumps(plain([p._asdict() | {"best": p in best} for p in points]), ensure_ascii=False))
+        print(jsonlib.dumps(to_json([p._asdict() | {"best": p in best} for p in points]), ensure_ascii=False))
         return
     for p in sorted(points, key=lambda p: p.kl):
         bounds = "" if p.reward_interval is None else f" [{p.reward_interval.low:.3f}, {p.reward_interval.high:.3f}]"

@@ -48,7 +48,7 @@ def run(
     json
         One JSON object per prompt.
     """
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.terminal import console
     from mlxdpo.data.encode import encode_prompt
     from mlxdpo.inference.generate import generate
     from mlxdpo.model.adapters import load_run, load_start

@@ -31,7 +31,7 @@ def run(*, peft: Path, config: Annotated[ImportConfig, Parameter(name="*")] = UN
     out
         Adapter folder to make.
     """
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.terminal import console
     from mlxdpo.exporters.importing import import_peft
 
     found = import_peft(peft, config.model, out)

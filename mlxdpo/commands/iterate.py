@@ -42,9 +42,9 @@ def run(
     json
         Print the rounds as JSON.
     """
-    from mlxdpo.commands import screen
+    from mlxdpo.commands import terminal
     from mlxdpo.commands.interrupt import stop_flag
-    from mlxdpo.commands.track import check_installed
+    from mlxdpo.commands.trackers import check_installed
     from mlxdpo.online.rounds import iterate
     from mlxdpo.online.rounds.plan import check
 
@@ -57,13 +57,13 @@ def run(
             if event.kind == "begin":
                 folder = event.values["folder"]
                 said = f"{folder}: {event.values['prompts']} prompts to learn from, {event.values['heldout']} held out"
-                (screen.warn if json else screen.console.print)(said)
+                (terminal.warn if json else terminal.console.print)(said)
             elif event.kind == "round" and not json:
                 _show(event.values["rows"])
             elif event.kind == "over":
                 done = event.values
     if done is None:
-        screen.warn(f"stopped; go on with: mlxdpo iterate --resume {folder}")
+        terminal.warn(f"stopped; go on with: mlxdpo iterate --resume {folder}")
         return 130
     _tell(folder, done, json)
     return 0
@@ -87,7 +87,7 @@ def _hands(config: Config, quiet: bool) -> Any:
     """The stages as this command does them: shown, tracked, and judged by what the recipe names."""
     from mlxdpo.commands.collect import ranker_of
     from mlxdpo.commands.eval import named_rewards
-    from mlxdpo.commands.screen import counted
+    from mlxdpo.commands.terminal import counted
     from mlxdpo.online.rounds import Hands
     from mlxdpo_eval.judges import open_judge
     from mlxdpo_eval.rounds import measure_round, weigh
@@ -104,7 +104,7 @@ def _hands(config: Config, quiet: bool) -> Any:
     def gather(source: Any, prompts: Any, drawing: Any, out: Path, stop: Callable[[], bool]) -> Iterator[Event]:
         """Drawn and ranked, or from votes."""
         if ranker is None:
-            from mlxdpo.commands.voted import voted_pairs
+            from mlxdpo.commands.votes_to_pairs import voted_pairs
 
             return voted_pairs(Path(how.judge.removeprefix("votes:")), out, prompts.heldout, {"run": "start"})
         from mlxdpo.online.collect import collect
@@ -124,8 +124,8 @@ def _hands(config: Config, quiet: bool) -> Any:
 
 
 def _training(config: Config, resume: Any, warm: Path | None, stop: Callable[[], bool], quiet: bool) -> Iterator[Event]:
-    from mlxdpo.commands.screen import follow
-    from mlxdpo.commands.track import tracked
+    from mlxdpo.commands.terminal import follow
+    from mlxdpo.commands.trackers import tracked
     from mlxdpo.training.run import train
 
     events = train(config, resume=resume, warm=warm, should_stop=stop)
@@ -133,7 +133,7 @@ def _training(config: Config, resume: Any, warm: Path | None, stop: Callable[[],
 
 
 def _say(quiet: bool, text: str) -> None:
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.terminal import console
 
     if not quiet:
         console.print(text, style="dim", markup=False)
@@ -143,7 +143,7 @@ def _show(rows: Any) -> None:
     """A table where it fits, else a line for the newest round."""
     from rich.table import Table
 
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.terminal import console
     from mlxdpo_eval.report.rounds import cells, header
 
     if console.is_terminal and console.width >= WIDE:
@@ -158,7 +158,7 @@ def _show(rows: Any) -> None:
 
 
 def _tell(folder: Any, done: Any, json: bool) -> None:
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.terminal import console
     from mlxdpo.io.json_file import read_json
     from mlxdpo_eval.report.rounds import verdict, write_rounds
 

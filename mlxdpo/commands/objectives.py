@@ -118,7 +118,7 @@ def run(name: str | None = None, /, *, json: bool = False, markdown: bool = Fals
 def _list(rows: list[dict[str, Any]]) -> None:
     from rich.table import Column, Table
 
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.terminal import console
 
     table = Table(Column("loss.name", no_wrap=True), "what", "arXiv", "knobs", "at the start")
     for row in rows:
@@ -129,7 +129,7 @@ def _list(rows: list[dict[str, Any]]) -> None:
 
 
 def _show(row: dict[str, Any], formula: str) -> None:
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.terminal import console
     from mlxdpo.config import LossConfig
 
     console.print(f"{row['name']}: {row['title']}", style="bold")

@@ -61,8 +61,8 @@ def show(found: Forecast) -> None:
     """Print it for a person."""
     from rich.table import Table
 
-    from mlxdpo.commands.screen import console
-    from mlxdpo.training.plan import sentence
+    from mlxdpo.commands.terminal import console
+    from mlxdpo.training.plan import plan_sentence
 
     memory, outlook = found.memory, found.outlook
     table = Table("memory", "GB")
@@ -72,7 +72,7 @@ def show(found: Forecast) -> None:
     table.add_row("this machine", _gb(found.machine))
     console.print(table)
     console.print(f"{outlook.steps} optimizer steps; longest row {outlook.longest} tokens")
-    console.print(sentence(outlook))
+    console.print(plan_sentence(outlook))
     if found.fits:
         console.print("it fits")
         return

@@ -19,7 +19,7 @@ def run(repo: str, /, *, revision: str | None = None, out: Path | None = None, b
     base
         Base model (folder, Hub id or `smollm2`) instead of the one that the repository names.
     """
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.terminal import console
     from mlxdpo.exporters.pull import pull
 
     found = pull(repo, revision=revision, out=out, base=base, say=lambda text: console.print(text, markup=False))

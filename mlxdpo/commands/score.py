@@ -48,7 +48,7 @@ def run(
     batch_size
         Pairs computed at once.
     """
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.terminal import console
     from mlxdpo.data.encode import encode_all
     from mlxdpo.data.planning import outline, plan_straight
     from mlxdpo.data.read import read_pairs
@@ -78,7 +78,7 @@ def score_all(model: Any, examples: list, batches: list, batch_size: int) -> lis
     """(chosen, rejected) summed log-probs of each pair, nats, in the order given."""
     from rich.progress import track
 
-    from mlxdpo.commands.screen import console
+    from mlxdpo.commands.terminal import console
     from mlxdpo.data.batching import collate
     from mlxdpo.model.adapters import dropout_off
     from mlxdpo.training.step import make_scorer

@@ -12,7 +12,7 @@ from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
-    from mlxdpo.distributed.group import Peers
+    from mlxdpo.distributed.group import Group
 
 Overrides = Annotated[Config, Parameter(name="*")]
 NOTHING = Config()  # no setting given
@@ -30,11 +30,11 @@ def run(recipe: Path | None = None, /, *, config: Overrides = NOTHING, resume: P
     resume
         Run directory to go on with, exactly where its last checkpoint stands.
     """
-    from mlxdpo.commands.trouble import told
+    from mlxdpo.commands.os_errors import error_message
     from mlxdpo.distributed.group import joined
     from mlxdpo.training.distributed import asked_for
 
-    with joined(told) as peers:
+    with joined(error_message) as peers:
         settings, existing = asked_for(peers, lambda: _asked(recipe, config, resume))
         if peers.first:
             return follow_training(settings, existing, peers)
@@ -53,7 +53,7 @@ def _asked(recipe: Path | None, config: Config, resume: Path | None) -> tuple[Co
     return existing.config(), existing
 
 
-def _follow_the_first(config: Config, resume: Run | None, peers: Peers) -> int:
+def _follow_the_first(config: Config, resume: Run | None, peers: Group) -> int:
     """Train with process 0, which shows what happens."""
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.distributed.group import PeerLost
@@ -74,33 +74,33 @@ def _goes_on(path: Path | None) -> str:
     return "start again" if path is None else f"go on from the last checkpoint with: mlxdpo train --resume {path}"
 
 
-def follow_training(config: Config, resume: Run | None, peers: Peers | None = None) -> int:
+def follow_training(config: Config, resume: Run | None, peers: Group | None = None) -> int:
     """Train with everything shown and tracked; 0 when done, 130 when interrupted."""
-    from mlxdpo.commands import screen
+    from mlxdpo.commands import terminal
     from mlxdpo.commands.interrupt import stop_flag
-    from mlxdpo.commands.track import check_installed, tracked
+    from mlxdpo.commands.trackers import check_installed, tracked
     from mlxdpo.distributed.group import ALONE, PeerLost
     from mlxdpo.machine.openblas import preload_blas
     from mlxdpo.training.run import train
 
     if not preload_blas().fast:
-        screen.warn(preload_blas().note)
+        terminal.warn(preload_blas().note)
     check_installed(config)
     path, finished = resume.path if resume else None, False
     with stop_flag() as should_stop:
         events = train(config, resume=resume, should_stop=should_stop, peers=peers or ALONE)
         try:
-            for event in tracked(screen.follow(events), config):
+            for event in tracked(terminal.follow(events), config):
                 if event.kind == "start":
                     path = event.values["run"].path
                 elif event.kind == "done":
                     finished = True
-                    screen.console.print(f"done: {event.values['adapter']} holds {event.values['from']}")
+                    terminal.console.print(f"done: {event.values['adapter']} holds {event.values['from']}")
         except PeerLost as lost:
             raise PeerLost(f"{lost}; {_goes_on(path)}") from lost
     if not finished:
         way = "nothing was begun, start again" if path is None else f"go on with: mlxdpo train --resume {path}"
-        screen.console.print(f"stopped; {way}")
+        terminal.console.print(f"stopped; {way}")
         return 130
-    screen.console.print(f"see it: mlxdpo generate {path} --prompt '...'   (--before for the untuned model)")
+    terminal.console.print(f"see it: mlxdpo generate {path} --prompt '...'   (--before for the untuned model)")
     return 0

@@ -21,7 +21,7 @@ SAMPLE = 2000  # batches that are looked at
 CUTS = 128  # places between sorted batches where one frame may end and the next begin
 
 
-class Need(NamedTuple):
+class BatchSize(NamedTuple):
     """What a batch holds.
 
     prompts, rows, pairs  how many of each
@@ -40,7 +40,7 @@ class Need(NamedTuple):
     scored: int
 
 
-class Frame(NamedTuple):
+class BatchShape(NamedTuple):
     """The shapes of a `Batch`: G, P, R, S, M, N and B."""
 
     prompts: int
@@ -51,7 +51,7 @@ class Frame(NamedTuple):
     scored: int
     pairs: int
 
-    def holds(self, need: Need) -> bool:
+    def holds(self, need: BatchSize) -> bool:
         """Whether a batch fits."""
         counts = self.prompts >= need.prompts and self.rows >= need.rows and self.pairs >= need.pairs
         # A row's suffix needs a token of the prompt to predict its first completion token from.
@@ -76,7 +76,7 @@ def shared_prefix(shortest: int) -> int:
     return max(shortest // PREFIX_STEP * PREFIX_STEP - 1, 0)
 
 
-def need_of(examples: Examples, indices: Indices) -> Need:
+def batch_size_of(examples: Examples, indices: Indices) -> BatchSize:
     """What the batch of these pairs holds, without touching a token."""
     index = np.array(indices)
     _, first = np.unique(examples.row_numbers[index].ravel(), return_index=True)
@@ -85,10 +85,10 @@ def need_of(examples: Examples, indices: Indices) -> Need:
     prompts, of = np.unique(np.repeat(examples.prompt_numbers[index], 2)[first], return_index=True)
     longest, distinct = int((prompt + completion).max()) - 1, int(prompt[of].sum() + (completion - 1).sum())
     counts = (len(prompts), len(first), len(indices))
-    return Need(*counts, int(prompt.min()), longest, distinct, int(completion.sum()))
+    return BatchSize(*counts, int(prompt.min()), longest, distinct, int(completion.sum()))
 
 
-def frame_of(needs: Sequence[Need], batch_size: int) -> Frame:
+def shape_for(needs: Sequence[BatchSize], batch_size: int) -> BatchShape:
     """The smallest frame that holds all of `needs`, lengths rounded up."""
     prompts, rows, pairs, longest, scored = (
         max(getattr(need, name) for need in needs) for name in ("prompts", "rows", "pairs", "longest", "scored")
@@ -96,34 +96,34 @@ def frame_of(needs: Sequence[Need], batch_size: int) -> Frame:
     shared = shared_prefix(min(need.shortest for need in needs))
     rest = max(need.distinct - need.prompts * shared for need in needs)
     room = batch_size if pairs <= batch_size else bucket(pairs)
-    return Frame(prompts, shared, rows, bucket(longest - shared), bucket(rest), bucket(scored), room)
+    return BatchShape(prompts, shared, rows, bucket(longest - shared), bucket(rest), bucket(scored), room)
 
 
-def choose_frame(need: Need, frames: Iterable[Frame], batch_size: int) -> Frame:
+def choose_shape(need: BatchSize, frames: Iterable[BatchShape], batch_size: int) -> BatchShape:
     """The cheapest of `frames` that holds a batch, or one of its own where there are none to choose from.
 
     Raises `ValueError` when there are frames and none holds it.
     """
     if not frames:
-        return frame_of([need], batch_size)
+        return shape_for([need], batch_size)
     fitting = [frame for frame in frames if frame.holds(need)]
     if not fitting:
         raise ValueError(f"no frame holds a batch of {need}")
     return min(fitting, key=lambda frame: (frame.tokens, frame.rows * frame.width))
 
 
-def frames_for(examples: Examples, batches: Sequence[Indices], batch_size: int) -> tuple[Frame, ...]:
+def batch_shapes_for(examples: Examples, batches: Sequence[Indices], batch_size: int) -> tuple[BatchShape, ...]:
     """The frames of a run on this machine, from its first batches; none where nothing is compiled."""
     limit = most_traces()
-    return plan_frames(examples, batches[:SAMPLE], batch_size, limit) if limit and batches else ()
+    return plan_shapes(examples, batches[:SAMPLE], batch_size, limit) if limit and batches else ()
 
 
-def plan_frames(examples: Examples, batches: Sequence[Indices], batch_size: int, limit: int) -> tuple[Frame, ...]:
+def plan_shapes(examples: Examples, batches: Sequence[Indices], batch_size: int, limit: int) -> tuple[BatchShape, ...]:
     """At most `limit` frames for batches like these; the last holds every batch that can be made of the examples."""
-    needs = sorted((need_of(examples, indices) for indices in batches), key=lambda need: (need.distinct, need))
+    needs = sorted((batch_size_of(examples, indices) for indices in batches), key=lambda need: (need.distinct, need))
     distinct = np.array([need.distinct for need in needs])
     ends = cut_points(distinct, limit - 1)
-    frames = [frame_of(needs[a:b], batch_size) for a, b in zip([0, *ends], ends, strict=False)]
+    frames = [shape_for(needs[a:b], batch_size) for a, b in zip([0, *ends], ends, strict=False)]
     return tuple(dict.fromkeys([*frames, _anything(examples, batch_size)]))
 
 
@@ -151,8 +151,8 @@ def cut_points(sizes: np.ndarray, count: int) -> list[int]:
     return ends[::-1]
 
 
-def _anything(examples: Examples, batch_size: int) -> Frame:
+def _anything(examples: Examples, batch_size: int) -> BatchShape:
     rows, lengths = 2 * batch_size, examples.lengths
     longest, completion = int(examples.row_lengths.max()) - 1, int(lengths[:, 1:].max())
     pairs = bucket(max(rows * (rows - 1), batch_size))  # contradicting pairs are two
-    return Frame(batch_size, 0, rows, bucket(longest), bucket(rows * longest), bucket(rows * completion), pairs)
+    return BatchShape(batch_size, 0, rows, bucket(longest), bucket(rows * longest), bucket(rows * completion), pairs)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlxdpo.data.batch_shapes import Frame, Need, choose_frame
+from mlxdpo.data.batch_shapes import BatchShape, BatchSize, choose_shape
 from mlxdpo.data.planning import Indices
 from mlxdpo.machine import openblas
 from mlxdpo.types import Batch, Example, Extras
@@ -50,7 +50,7 @@ def collate(
     indices: Indices,
     batch_size: int,
     ref: np.ndarray | None = None,
-    frames: Sequence[Frame] = (),
+    frames: Sequence[BatchShape] = (),
 ) -> Batch:
     """Lay the pairs `indices` out as a batch over distinct rows, in the cheapest of `frames` or in one of its own.
 
@@ -83,13 +83,13 @@ def _laid_out(
     indices: Indices,
     batch_size: int,
     ref: np.ndarray | None = None,
-    frames: Sequence[Frame] = (),
+    frames: Sequence[BatchShape] = (),
 ) -> Batch:
     """What `collate` says, in one piece."""
     pairs = [examples[i] for i in indices]
     rows, place = distinct_rows(pairs)
     firsts = [next(row for row in rows if row.group == g) for g in range(rows[-1].group + 1)]
-    frame = choose_frame(_need(rows, firsts, len(pairs)), frames, batch_size)
+    frame = choose_shape(_need(rows, firsts, len(pairs)), frames, batch_size)
     values, length = np.zeros(frame.rows, np.float32), np.ones(frame.rows, np.float32)
     if ref is not None:
         values[place] = ref[list(indices), :2]
@@ -108,9 +108,9 @@ def _laid_out(
     return Batch(*laid_out, per_prompt=per_prompt, extras=Extras(*map(mx.array, extras)), ref_shared=shared)
 
 
-def _need(rows: Sequence[Row], firsts: Sequence[Row], pairs: int) -> Need:
+def _need(rows: Sequence[Row], firsts: Sequence[Row], pairs: int) -> BatchSize:
     distinct = sum(len(row.prompt) for row in firsts) + sum(len(row.completion) - 1 for row in rows)
-    return Need(
+    return BatchSize(
         len(firsts),
         len(rows),
         pairs,
@@ -144,7 +144,7 @@ def distinct_rows(pairs: Sequence[Example]) -> tuple[list[Row], np.ndarray]:
     return rows, np.array(place, np.int32)
 
 
-def _layout(rows: Sequence[Row], firsts: Sequence[Row], frame: Frame) -> tuple[np.ndarray, ...]:
+def _layout(rows: Sequence[Row], firsts: Sequence[Row], frame: BatchShape) -> tuple[np.ndarray, ...]:
     """The arrays of a `Batch` from `prefix` to `scored`; `firsts` are the first rows of the prompts."""
     prefix = np.zeros((frame.prompts, frame.shared), np.int32)
     prefix[: len(firsts)] = [row.prompt[: frame.shared] for row in firsts]

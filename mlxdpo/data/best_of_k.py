@@ -22,7 +22,7 @@ _SHAPE = "best-of-k"
 _READ = {"prompt", "chosen", "rejected", "completions", "n_correct"}
 
 
-class Several(NamedTuple):
+class BestOfK(NamedTuple):
     """One prompt with k completions, the first `right` of them right; `columns` are the record's other columns."""
 
     prompt: Text
@@ -40,7 +40,7 @@ class Several(NamedTuple):
         ]
 
 
-def holds_several(path: str, split: str) -> bool:
+def holds_best_of_k(path: str, split: str) -> bool:
     """Whether the source's rows are such records. A pipe, which can be read only once, is taken to hold pairs."""
     if Path(path).is_fifo():
         return False
@@ -48,7 +48,7 @@ def holds_several(path: str, split: str) -> bool:
     return any(not isinstance(row, BadRow) and _texts(row) is not None for _, row in rows)
 
 
-def read_several(path: str, split: str, policy: Literal["stop", "skip"]) -> tuple[list[Several], Report]:
+def read_best_of_k(path: str, split: str, policy: Literal["stop", "skip"]) -> tuple[list[BestOfK], Report]:
     """All records of a source, and what became of its rows. Columns have the names above: `data.columns` is for pairs.
 
     Raises `UserError` at the first bad record where `policy` is stop. A record in which a wrong completion is a right
@@ -65,7 +65,7 @@ def read_several(path: str, split: str, policy: Literal["stop", "skip"]) -> tupl
     return records, report
 
 
-def _record(where: str, row: Mapping[str, Any] | BadRow) -> Several:
+def _record(where: str, row: Mapping[str, Any] | BadRow) -> BestOfK:
     if isinstance(row, BadRow):
         raise row
     found = _texts(row)
@@ -80,7 +80,7 @@ def _record(where: str, row: Mapping[str, Any] | BadRow) -> Several:
         raise BadRow(reasons.IDENTICAL, f'"{fields.printable(min(shared))}" is both right and wrong')
     completions = tuple(answer({"completion": text}, "completion", prompt) for text in [*right, *wrong])
     kept = {name: value for name, value in row.items() if name not in _READ}
-    return Several(prompt, completions, len(right), where, kept)
+    return BestOfK(prompt, completions, len(right), where, kept)
 
 
 def _texts(row: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[str]] | None:

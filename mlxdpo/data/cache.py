@@ -24,7 +24,7 @@ from mlxdpo.data.sources import fingerprint
 from mlxdpo.data.template import Writer
 from mlxdpo.io.atomic import sync_folder
 from mlxdpo.machine.device import cache_folder
-from mlxdpo.types import Extras, Message, Opinion, Preference, Text
+from mlxdpo.types import Extras, Message, Preference, Text, UnpairedExample
 
 # Clean rows between reading and encoding, in a nameless temporary file.
 #
@@ -32,10 +32,10 @@ from mlxdpo.types import Extras, Message, Opinion, Preference, Text
 # wait on disk, and a source is read once (a pipe, or a Hub data set that streams, cannot be read twice).
 
 PORTION = 1000
-KINDS = {kind.__name__: kind for kind in (Preference, Opinion)}
+KINDS = {kind.__name__: kind for kind in (Preference, UnpairedExample)}
 FIELDS = {
     "Preference": ("prompt", "chosen", "rejected", "where", "tools", "extras"),
-    "Opinion": ("prompt", "completion", "desirable", "where", "tools", "extras"),
+    "UnpairedExample": ("prompt", "completion", "desirable", "where", "tools", "extras"),
 }
 
 
@@ -51,7 +51,7 @@ class Spool:
         self.prompts: set[bytes] = set()
         self.count = 0
 
-    def filling(self, rows: Iterable[Preference | Opinion]) -> Iterator[None]:
+    def filling(self, rows: Iterable[Preference | UnpairedExample]) -> Iterator[None]:
         """Take up rows, pausing after every `PORTION` for a caller who shows how far it is, or stops it."""
         for row in rows:
             key = prompt_key(row.prompt)
@@ -64,7 +64,7 @@ class Spool:
             if self.count % PORTION == 0:
                 yield
 
-    def rows(self, wanted: Callable[[bytes], bool] = lambda key: True) -> Iterator[Preference | Opinion]:
+    def rows(self, wanted: Callable[[bytes], bool] = lambda key: True) -> Iterator[Preference | UnpairedExample]:
         """The rows whose prompt's key is wanted, in order."""
         self._file.seek(0)
         for line in self._file:

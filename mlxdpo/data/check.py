@@ -19,9 +19,9 @@ from mlxdpo.data.formats import FORMATS
 from mlxdpo.data.read import prompt_key, prompts_in_both
 from mlxdpo.data.report import Report
 from mlxdpo.data.transforms import balance
-from mlxdpo.types import Opinion, Preference, Text
+from mlxdpo.types import Preference, Text, UnpairedExample
 
-Rows = Sequence[Preference] | Sequence[Opinion]
+Rows = Sequence[Preference] | Sequence[UnpairedExample]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def examine(
     )
 
 
-def _kind(row: Preference | Opinion, report: Report) -> str:
+def _kind(row: Preference | UnpairedExample, report: Report) -> str:
     """pairs; opinions where rows say whether they are liked; else demonstrations, which are to be imitated."""
     if isinstance(row, Preference):
         return "pairs"
@@ -126,8 +126,8 @@ def _kind(row: Preference | Opinion, report: Report) -> str:
     return "demonstrations" if silent else "opinions"
 
 
-def _characters(row: Preference | Opinion) -> tuple[int, ...]:
-    if isinstance(row, Opinion):
+def _characters(row: Preference | UnpairedExample) -> tuple[int, ...]:
+    if isinstance(row, UnpairedExample):
         return _size(row.prompt), _size(row.completion)
     return _size(row.prompt), _size(row.chosen), _size(row.rejected)
 

@@ -21,12 +21,12 @@ from mlxdpo.data.messages import (
     split_transcripts,
 )
 from mlxdpo.data.report import BadRow
-from mlxdpo.types import Message, Opinion, Preference, Text
+from mlxdpo.types import Message, Preference, Text, UnpairedExample
 
-Items = Sequence[Preference | Opinion]
+Items = Sequence[Preference | UnpairedExample]
 
 
-def text(row: Row) -> Items:
+def text_pair(row: Row) -> Items:
     """Plain prompt and completions, as they stand."""
     prompt = prompt_of(row.values, "prompt")
     return [_pair(row, prompt, answer(row.values, "chosen", prompt), answer(row.values, "rejected", prompt))]
@@ -59,7 +59,7 @@ def turns(row: Row) -> Items:
     """A text prompt beside whole conversations that repeat it, or beside the assistant turn alone."""
     conversations = [fields.messages(row.values, name) for name in ("chosen", "rejected")]
     if all(len(turns) == 1 for turns in conversations):
-        return text(row)
+        return text_pair(row)
     prompt, chosen, rejected = split_last_turns(row.values)
     asked, said = (
         _squeezed(fields.text(row.values, "prompt")),
@@ -89,14 +89,14 @@ def opinion(row: Row) -> Items:
     completion = answer(row.values, "completion", prompt)
     if not isinstance(completion, str):
         prompt = as_turns(prompt)
-    return [Opinion(prompt, completion, fields.flag(row.values, "label"), row.where)]
+    return [UnpairedExample(prompt, completion, fields.flag(row.values, "label"), row.where)]
 
 
 def demonstration(row: Row) -> Items:
     """One completion that is worth imitating."""
     prompt = prompt_of(row.values, "prompt")
     completion = answer(row.values, "completion", prompt)
-    return [Opinion(prompt if isinstance(completion, str) else as_turns(prompt), completion, True, row.where)]
+    return [UnpairedExample(prompt if isinstance(completion, str) else as_turns(prompt), completion, True, row.where)]
 
 
 def conversation(row: Row) -> Items:
@@ -106,7 +106,9 @@ def conversation(row: Row) -> Items:
     at = [i for i, turn in enumerate(turns) if turn.role == "assistant" and i > asked]
     if not at:
         raise BadRow(reasons.NOT_ONE_ANSWER, '"messages" has no assistant turn behind a user turn; expected one')
-    return [Opinion(prompt_turns(turns[:i]), one_answer(turns[i : i + 1], "messages"), True, row.where) for i in at]
+    return [
+        UnpairedExample(prompt_turns(turns[:i]), one_answer(turns[i : i + 1], "messages"), True, row.where) for i in at
+    ]
 
 
 def signed_strength(row: Row) -> Items:

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data.cache import Spool, draft, encoding_key, pairs_folder, publish, source_key
-from mlxdpo.data.encode import encode_stream, template_digest
+from mlxdpo.data.encode import encode_stream
 from mlxdpo.data.examples import Examples, open_examples, writing
 from mlxdpo.data.read import heldout_prompts, heldout_source, stream_rows
 from mlxdpo.data.report import Report
-from mlxdpo.data.template import Writer, probe
-from mlxdpo.data.transforms import PAIRS, Take
+from mlxdpo.data.template import Writer, probe, template_digest
+from mlxdpo.data.transforms import PAIRS, Transform
 from mlxdpo.io.atomic import write_text
 from mlxdpo.io.checksum import read_sealed_json, with_seal
 from mlxdpo.machine.device import cache_folder
@@ -60,7 +60,7 @@ class Split(NamedTuple):
     key: str | None
     seed: int
     clean: Clean | None
-    take: Take
+    take: Transform
 
 
 class Sofar(NamedTuple):
@@ -85,7 +85,7 @@ def ended(steps: Generator[Any, None, Made]) -> Made:
             return end.value
 
 
-def read_split(data: DataConfig, seed: int, take: Take = PAIRS) -> Split:
+def read_split(data: DataConfig, seed: int, take: Transform = PAIRS) -> Split:
     """Read and clean training and held-out rows and `take` what the stage needs of them, unless it was encoded before.
 
     Raises `UserError` when there are none, or not of the kind that is needed.
@@ -93,7 +93,7 @@ def read_split(data: DataConfig, seed: int, take: Take = PAIRS) -> Split:
     return ended(reading(data, seed, take))
 
 
-def reading(data: DataConfig, seed: int, take: Take) -> Generator[Sofar, None, Split]:
+def reading(data: DataConfig, seed: int, take: Transform) -> Generator[Sofar, None, Split]:
     """`read_split`, saying now and then how far it is."""
     if not data.path:
         raise UserError("no data given; pass --data with a file, a folder, or a Hub dataset id")
@@ -102,12 +102,12 @@ def reading(data: DataConfig, seed: int, take: Take) -> Generator[Sofar, None, S
     return Split(key, seed, None if known else (yield from _read(data, take)), take)
 
 
-def _key(data: DataConfig, seed: int, take: Take) -> str | None:
+def _key(data: DataConfig, seed: int, take: Transform) -> str | None:
     source = source_key(data, seed)
     return source if source is None or take is PAIRS else f"{source}-{take.name}"
 
 
-def _read(data: DataConfig, take: Take) -> Generator[Sofar, None, Clean]:
+def _read(data: DataConfig, take: Transform) -> Generator[Sofar, None, Clean]:
     source, reports, spools = heldout_source(data), {}, []
     for name, place in (("data", ()), ("held-out data", source)):
         if place is None:

@@ -17,8 +17,8 @@ import numpy as np
 from mlxdpo.config import DataConfig
 from mlxdpo.data.render import Rendered, checked_unicode, render
 from mlxdpo.data.report import BadRow, Report
-from mlxdpo.data.template import Writer, probe, template_digest, unwrap
-from mlxdpo.types import Example, Extras, Opinion, Preference, Text, UserError
+from mlxdpo.data.template import Writer, probe, unwrap
+from mlxdpo.types import Example, Extras, Preference, Text, UnpairedExample, UserError
 
 # Rows that are too long: what is cut, what is dropped, and that it is counted.
 
@@ -67,8 +67,6 @@ def _allow(policy: str, part: Literal["prompt", "completion"], where: str, what:
         raise DroppedRow(f"{part} too long", what)
 
 
-__all__ = ["Shown", "describe", "encode", "encode_all", "encode_prompt", "encode_stream", "template_digest"]
-
 CHUNK = 1000  # rows tokenised in one call: the tokenizer's threads are kept busy
 
 
@@ -80,7 +78,7 @@ class Shown(NamedTuple):
 
 
 def encode(
-    row: Preference | Opinion,
+    row: Preference | UnpairedExample,
     tokenizer: Any,
     data: DataConfig,
     report: Report,
@@ -89,7 +87,7 @@ def encode(
 ) -> Example | None:
     """Token ids of one row, or None for one that is left out (counted in `report` with its reason).
 
-    The example of an `Opinion` has its completion twice, and its thumb in `extras`.
+    The example of an `UnpairedExample` has its completion twice, and its thumb in `extras`.
 
     Raises `UserError` for a bad row when `data.on_bad_row` is stop, and for settings the tokenizer cannot
     serve. `encode_all` is the fast way for many.
@@ -98,7 +96,7 @@ def encode(
 
 
 def encode_all(
-    rows: Sequence[Preference | Opinion],
+    rows: Sequence[Preference | UnpairedExample],
     tokenizer: Any,
     data: DataConfig,
     *,
@@ -113,7 +111,7 @@ def encode_all(
 
 
 def encode_stream(
-    rows: Iterable[Preference | Opinion], writer: Writer, data: DataConfig, report: Report
+    rows: Iterable[Preference | UnpairedExample], writer: Writer, data: DataConfig, report: Report
 ) -> Iterator[Example]:
     """`encode` for more rows than fit in memory, in order, a chunk at a time; `writer` is what `probe` found."""
     left = iter(rows)
@@ -138,7 +136,7 @@ def encode_prompt(
     return np.array(_begin(ids, writer) if rendered.plain else _one_bos(ids, writer), np.int32)
 
 
-def describe(example: Example, tokenizer: Any) -> Shown:
+def shown_example(example: Example, tokenizer: Any) -> Shown:
     """The pair as text, special tokens visible, in segments of unscored and scored text."""
     return Shown(*(_segments(example.prompt, c, tokenizer) for c in (example.chosen, example.rejected)))
 
@@ -157,7 +155,7 @@ def _decode(ids: np.ndarray, tokenizer: Any) -> str:
 
 
 def _encode_chunk(
-    rows: Sequence[Preference | Opinion], writer: Writer, data: DataConfig, report: Report
+    rows: Sequence[Preference | UnpairedExample], writer: Writer, data: DataConfig, report: Report
 ) -> list[Example | None]:
     """Render every row, tokenise all texts in one call, then cut each row into prompt and completions.
 
@@ -182,7 +180,7 @@ def _encode_chunk(
 
 
 def _example(
-    row: Preference | Opinion,
+    row: Preference | UnpairedExample,
     ids: list[list[int]],
     rendered: Rendered,
     writer: Writer,
@@ -191,7 +189,7 @@ def _example(
     report: Report,
 ) -> Example | None:
     try:
-        prompt, completions = split(ids, rendered, writer, changes)
+        prompt, completions = split_completion(ids, rendered, writer, changes)
         _differ(completions)
         prompt, completions = fit(row.where, prompt, completions, writer.bos, data, changes)
         _differ(completions)  # truncation may have cut off where they differ
@@ -204,8 +202,8 @@ def _example(
     return Example(prompt, completions[0], completions[-1], row.where, _said_by(row))
 
 
-def _said_by(row: Preference | Opinion) -> Extras:
-    return row.extras._replace(desirable=float(row.desirable)) if isinstance(row, Opinion) else row.extras
+def _said_by(row: Preference | UnpairedExample) -> Extras:
+    return row.extras._replace(desirable=float(row.desirable)) if isinstance(row, UnpairedExample) else row.extras
 
 
 def _differ(completions: list[np.ndarray]) -> None:
@@ -213,7 +211,7 @@ def _differ(completions: list[np.ndarray]) -> None:
         raise BadRow("identical after tokenisation", "chosen and rejected are the same tokens")
 
 
-def split(
+def split_completion(
     ids: list[list[int]], rendered: Rendered, writer: Writer, changes: list[str]
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Ids of the prompt text and of each full text → prompt (P,) and completions, int32, each with one EOS.

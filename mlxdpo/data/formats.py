@@ -16,16 +16,16 @@ from mlxdpo.data import converters, fields, reasons
 from mlxdpo.data.converters import Items
 from mlxdpo.data.fields import Kind, Row, describe, is_number
 from mlxdpo.data.report import BadRow
-from mlxdpo.types import Extras, Opinion, Preference, UserError
+from mlxdpo.types import Extras, Preference, UnpairedExample, UserError
 
 # What a row says of its pair besides texts: columns that `data.columns` names as probability, weight or margin.
 #
 # Only a named column counts: published sets have columns of these names that mean something else.
 
-Item = Preference | Opinion
+Item = Preference | UnpairedExample
 
 
-class Said(NamedTuple):
+class ExtraColumn(NamedTuple):
     """A column: the field of `Extras` it fills, what its numbers must be, and a test of them."""
 
     field: str
@@ -34,9 +34,9 @@ class Said(NamedTuple):
 
 
 COLUMNS = {
-    "probability": Said("label", "a probability from 0 to 1", lambda x: 0 <= x <= 1),
-    "weight": Said("weight", "a number of at least 0", lambda x: x >= 0),
-    "margin": Said("margin", "a number", lambda x: True),
+    "probability": ExtraColumn("label", "a probability from 0 to 1", lambda x: 0 <= x <= 1),
+    "weight": ExtraColumn("weight", "a number of at least 0", lambda x: x >= 0),
+    "margin": ExtraColumn("margin", "a number", lambda x: True),
 }
 
 
@@ -59,7 +59,7 @@ def with_extras(items: Sequence[Item], rows: Sequence[Row], columns: Mapping[str
     yield from (dataclasses.replace(item, extras=extras) for item in items)
 
 
-def _number(value: Any, name: str, said: Said) -> float:
+def _number(value: Any, name: str, said: ExtraColumn) -> float:
     if not is_number(value):
         raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {describe(value)}; expected {said.expected}')
     if not said.fits(float(value)):
@@ -165,7 +165,7 @@ _ALL = (  # the order is the order of detection: the more specific shape first
         _SYSTEM | _PROMPT | _TEXTS,
         converters.system_text,
     ),
-    Format("text", "a prompt and two texts", "trl-lib/tldr-preference", _PROMPT | _TEXTS, converters.text),
+    Format("text", "a prompt and two texts", "trl-lib/tldr-preference", _PROMPT | _TEXTS, converters.text_pair),
     Format(
         "orca",
         "a question and two texts, perhaps a system prompt",
@@ -179,7 +179,7 @@ _ALL = (  # the order is the order of detection: the more specific shape first
         "prompt messages and two answers, messages or text",
         "TRL's conversational rows with an explicit prompt",
         {"prompt": fields.MESSAGES} | _ANSWERS,
-        converters.text,
+        converters.text_pair,
     ),
     Format(
         "turns",

@@ -28,10 +28,10 @@ from mlxdpo.data.formats import (
 from mlxdpo.data.messages import as_turns
 from mlxdpo.data.report import BadRow, Report
 from mlxdpo.data.sources import READERS, Found, is_hub_id, read_rows
-from mlxdpo.types import Opinion, Preference, Text, UserError
+from mlxdpo.types import Preference, Text, UnpairedExample, UserError
 
-Item = Preference | Opinion
-One = TypeVar("One", Preference, Opinion)
+Item = Preference | UnpairedExample
+One = TypeVar("One", Preference, UnpairedExample)
 Rows = Callable[[Iterable[Item], Report], Iterator[Item]]
 """What is made of clean rows: some are taken as they are, some as others, some left out and counted."""
 
@@ -81,7 +81,7 @@ def _kept(items: Iterable[Any], report: Report, source: str) -> Iterator[Any]:
 
 def read_preferences(
     data: DataConfig, path: str | None = None, split: str | None = None
-) -> tuple[list[Preference] | list[Opinion], Report]:
+) -> tuple[list[Preference] | list[UnpairedExample], Report]:
     """`stream_preferences` in a list. Raises the same `UserError`s."""
     items, report = stream_preferences(data, path, split)
     rows: list[Any] = list(items)
@@ -226,7 +226,7 @@ def distinct(items: Iterable[Item], report: Report, sentence: str) -> Iterator[I
 
 
 def _keys(item: Item) -> tuple[bytes, bytes]:
-    if isinstance(item, Opinion):
+    if isinstance(item, UnpairedExample):
         labels = item.desirable, not item.desirable
         return tuple(_digest(repr((item.prompt, item.tools, item.completion, label))) for label in labels)  # type: ignore[return-value]
     orders = (item.chosen, item.rejected), (item.rejected, item.chosen)
@@ -237,10 +237,10 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
 
 
-def unpaired(pairs: Iterable[Preference]) -> list[Opinion]:
+def unpaired(pairs: Iterable[Preference]) -> list[UnpairedExample]:
     """Each pair as two opinions, for unpaired objectives: the chosen desirable, the rejected not."""
     return [
-        Opinion(pair.prompt, completion, desirable, pair.where, pair.tools, pair.columns, pair.extras)
+        UnpairedExample(pair.prompt, completion, desirable, pair.where, pair.tools, pair.columns, pair.extras)
         for pair in pairs
         for completion, desirable in ((pair.chosen, True), (pair.rejected, False))
     ]

@@ -18,13 +18,13 @@ from mlxdpo.config import DataConfig
 from mlxdpo.data.examples import Examples
 from mlxdpo.data.read import Item, distinct, pairs_only, unpaired
 from mlxdpo.data.report import BadRow, Report
-from mlxdpo.types import Example, Extras, Opinion, Preference, UserError
+from mlxdpo.types import Example, Extras, Preference, UnpairedExample, UserError
 
 CHUNK = 1000  # rows among which the completion of another prompt is looked for
 END = np.zeros(1, np.int32)  # any token: it stands for what would come next
 
 
-class Take(NamedTuple):
+class Transform(NamedTuple):
     """Which rows are taken, and how their examples are laid out; `name` is part of what encoded data are kept under.
 
     The last argument of `lay_out` are examples of another part of the data (training, for held-out ones).
@@ -52,28 +52,28 @@ def with_end(
         yield replace(e, chosen=chosen, rejected=rejected)
 
 
-def demonstrations(items: Iterable[Item], report: Report) -> Iterator[Opinion]:
+def demonstrations(items: Iterable[Item], report: Report) -> Iterator[UnpairedExample]:
     """The completions to imitate: the chosen one of a pair, single ones unless they have a thumb down; each once."""
     return _kept_once(_worth_imitating(items, report), report)
 
 
-def _worth_imitating(items: Iterable[Item], report: Report) -> Iterator[Opinion]:
+def _worth_imitating(items: Iterable[Item], report: Report) -> Iterator[UnpairedExample]:
     for item in items:
         if isinstance(item, Preference):
-            yield Opinion(item.prompt, item.chosen, True, item.where, item.tools, item.columns, item.extras)
+            yield UnpairedExample(item.prompt, item.chosen, True, item.where, item.tools, item.columns, item.extras)
         elif item.desirable:
             yield item
         else:
             report.refuse(item.where, BadRow("thumb down", "a completion with a thumb down is not imitated"), "skip")
 
 
-def opinions(items: Iterable[Item], report: Report) -> Iterator[Opinion]:
+def opinions(items: Iterable[Item], report: Report) -> Iterator[UnpairedExample]:
     """Completions with a thumb; a pair is two, the chosen one up and the rejected one down. Each opinion once."""
     single = (one for item in items for one in (unpaired([item]) if isinstance(item, Preference) else (item,)))
     return _kept_once(single, report)
 
 
-def _kept_once(items: Iterable[Opinion], report: Report) -> Iterator[Opinion]:
+def _kept_once(items: Iterable[UnpairedExample], report: Report) -> Iterator[UnpairedExample]:
     """A completion may stand in several pairs of its prompt."""
     return distinct(items, report, "the same completion stands in an earlier pair")  # type: ignore[return-value]
 
@@ -136,12 +136,12 @@ def balance(desirable: np.ndarray, up: float, down: float) -> str:
     return f"{said}; KTO's authors advise 1 to 1.5, as with loss.{side}_weight {value:.3g}"
 
 
-PAIRS = Take("pairs", pairs_only, as_encoded)
-REWARDED = Take("rewarded", pairs_only, with_end)
-DEMONSTRATIONS = Take("demonstrations", demonstrations, as_encoded)
-THUMBS = Take("thumbs", opinions, as_encoded)
+PAIRS = Transform("pairs", pairs_only, as_encoded)
+REWARDED = Transform("rewarded", pairs_only, with_end)
+DEMONSTRATIONS = Transform("demonstrations", demonstrations, as_encoded)
+THUMBS = Transform("thumbs", opinions, as_encoded)
 
 
-def thumbs_with_kl(seed: int) -> Take:
-    """Opinions whose examples carry the completion of another prompt."""
-    return Take(f"thumbs-{seed}", opinions, functools.partial(mismatched, seed=seed))
+def thumbs_with_kl(seed: int) -> Transform:
+    """Rows whose examples carry the completion of another prompt."""
+    return Transform(f"thumbs-{seed}", opinions, functools.partial(mismatched, seed=seed))

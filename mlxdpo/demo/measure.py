@@ -16,7 +16,7 @@ from mlxdpo.data.planning import outline, plan_straight
 from mlxdpo.data.read import heldout_source, read_pairs
 from mlxdpo.demo.rewards import REWARDS
 from mlxdpo.forward import streams
-from mlxdpo.forward.logprobs import score_pairs, ways_for
+from mlxdpo.forward.logprobs import forward_fns, score_pairs
 from mlxdpo.inference.generate import Completion, generate
 from mlxdpo.io.atomic import write_json, write_text
 from mlxdpo.io.json_file import read_lines
@@ -103,13 +103,13 @@ def heldout_margins(policy: Policy, config: Config) -> tuple[list[float], list[s
     source = heldout_source(config.data)
     rows, _ = read_pairs(config.data, *(source or ()))
     examples, _ = encode_all(rows, policy.tokenizer, config.data, eos_ids=policy.eos_ids)
-    margins, ways = np.zeros(len(examples)), ways_for(policy.model)
+    margins, ways = np.zeros(len(examples)), forward_fns(policy.model)
     for indices in plan_straight(outline(examples, config.data.group), PAIRS):
         batch = collate(examples, indices, PAIRS)
         tuned = score_pairs(policy.model, batch, ways.score)
         with adapters_off(policy.model):
             start = score_pairs(policy.model, batch, ways.score)
-        streams.evaluate(batch.parts, tuned, start)
+        streams.evaluate_parts(batch.parts, tuned, start)
         chosen, rejected = tuned.chosen - start.chosen, tuned.rejected - start.rejected
         margins[list(indices)] = np.array(chosen - rejected)[: len(indices)]
     return (config.loss.beta * margins).tolist(), [str(row.prompt) for row in rows]

@@ -25,7 +25,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxdpo.distributed import heartbeat, launcher
-from mlxdpo.distributed.heartbeat import Lifeline, Wire
+from mlxdpo.distributed.heartbeat import Heartbeat, Wire
 from mlxdpo.types import UserError
 
 CHUNK = 32 << 20  # bytes summed at once: large enough for a network, small beside a model
@@ -37,7 +37,7 @@ class PeerLost(Exception):
 
 
 @dataclass(frozen=True)
-class Peers:
+class Group:
     """The process `rank` of `size`. `all_sum` adds up an evaluated array over all of them and gives it evaluated."""
 
     rank: int
@@ -89,7 +89,7 @@ class Peers:
         return [row.tobytes() for row in np.array(self.sum(mx.array(table)))]
 
 
-ALONE = Peers(0, 1, lambda array: array)
+ALONE = Group(0, 1, lambda array: array)
 
 
 def deal(costs: Sequence[float], size: int) -> list[int]:
@@ -140,7 +140,7 @@ class Caller:
 
     def __init__(self, group: mx.distributed.Group):
         self.group = group
-        self.line: Lifeline | None = None
+        self.line: Heartbeat | None = None
         self.asked: queue.SimpleQueue[mx.array] = queue.SimpleQueue()
         self.answers: queue.SimpleQueue[mx.array | Exception] = queue.SimpleQueue()
         threading.Thread(target=self._answer, daemon=True, name="all_sum").start()
@@ -190,7 +190,7 @@ class Caller:
 
 
 @contextlib.contextmanager
-def joined(told: Callable[[BaseException], str | None] = lambda error: None) -> Iterator[Peers]:
+def joined(told: Callable[[BaseException], str | None] = lambda error: None) -> Iterator[Group]:
     """The group that `mlx.launch` started this process in; `ALONE` where it did not.
 
     While it lasts process 0 speaks for all: another one that must stop hands over its reason, and ends after it.
@@ -218,11 +218,11 @@ def joined(told: Callable[[BaseException], str | None] = lambda error: None) -> 
         line.close("left")
 
 
-def _connect() -> tuple[Peers, Lifeline]:
+def _connect() -> tuple[Group, Heartbeat]:
     """The group, and the lines to it. Raises `UserError` when the processes do not reach each other."""
     try:
         caller = Caller(mx.distributed.init(strict=True))
-        peers = Peers(caller.group.rank(), caller.group.size(), caller)
+        peers = Group(caller.group.rank(), caller.group.size(), caller)
         address = launcher.address_of_first()
         server, token = (heartbeat.listen(address) if peers.first else None), secrets.token_hex(16)
         where = (address or socket.gethostname(), server.getsockname()[1] if server else 0, token)
@@ -239,7 +239,7 @@ def _connect() -> tuple[Peers, Lifeline]:
     return peers, caller.line
 
 
-def _end(peers: Peers, line: Lifeline, end: str, reason: str, status: int) -> None:
+def _end(peers: Group, line: Heartbeat, end: str, reason: str, status: int) -> None:
     """Let process 0 say why, or, when it is the one that is gone, process 1; then end the process."""
     if peers.first:
         print("interrupted" if status == 130 else f"error: {reason}", file=sys.stderr)

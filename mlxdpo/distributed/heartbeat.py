@@ -52,7 +52,7 @@ class Wire:
             self.ended, self.words = said.get("end", self.ended), said.get("words", self.words)
 
 
-class Lifeline:
+class Heartbeat:
     """The wires of one process: to all others in process 0, to process 0 in the others."""
 
     def __init__(self, wires: list[Wire]):
@@ -109,7 +109,7 @@ def listen(address: str) -> socket.socket:
     return server
 
 
-def accept(server: socket.socket, size: int, token: str) -> Lifeline:
+def accept(server: socket.socket, size: int, token: str) -> Heartbeat:
     """Wait for the `size` - 1 others. Who does not know the token is hung up on. Raises `TimeoutError`."""
     found: dict[int, Wire] = {}
     until = time.monotonic() + PATIENCE
@@ -125,7 +125,7 @@ def accept(server: socket.socket, size: int, token: str) -> Lifeline:
             else:
                 connection.close()
     server.close()
-    return Lifeline([found[rank] for rank in sorted(found)])
+    return Heartbeat([found[rank] for rank in sorted(found)])
 
 
 def _hello(connection: socket.socket) -> dict[str, Any] | None:
@@ -140,10 +140,10 @@ def _hello(connection: socket.socket) -> dict[str, Any] | None:
         return None
 
 
-def call(address: str, port: int, rank: int, size: int, token: str) -> Lifeline:
+def call(address: str, port: int, rank: int, size: int, token: str) -> Heartbeat:
     """The side of the others. Raises `OSError` when process 0 cannot be reached."""
     connection = socket.create_connection((address, port), timeout=PATIENCE / 2)
     connection.settimeout(5.0)
     wire = Wire(connection, f"process 0 of {size} ({address})")
     wire.send(rank=rank, token=token, host=socket.gethostname())
-    return Lifeline([wire])
+    return Heartbeat([wire])

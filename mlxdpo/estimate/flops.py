@@ -51,16 +51,16 @@ def work(prompts: Iterable[tuple[int, Iterable[int]]]) -> Work:
     return Work(tokens, pairs, scored)
 
 
-def forward(weights: Weights, at: Work) -> int:
+def forward_flops(weights: Weights, at: Work) -> int:
     """Operations of one pass without gradients."""
     blocks = 2 * at.tokens * (weights.linear + weights.adapters)
     return blocks + 4 * at.pairs * weights.attention * weights.layers + 2 * at.scored * weights.head
 
 
-def step(weights: Weights, at: Work) -> int:
+def step_flops(weights: Weights, at: Work) -> int:
     """Operations of a training step."""
-    inputs = forward(weights, at) + 4 * at.pairs * weights.attention * weights.layers
+    inputs = forward_flops(weights, at) + 4 * at.pairs * weights.attention * weights.layers
     trained = 2 * at.tokens * weights.adapters
     if weights.full:
         trained = 2 * at.tokens * weights.linear + 2 * at.scored * weights.head
-    return forward(weights, at) + inputs + trained
+    return forward_flops(weights, at) + inputs + trained

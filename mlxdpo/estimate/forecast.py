@@ -11,19 +11,26 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import Config, LoraConfig, ModelConfig
-from mlxdpo.data.batch_shapes import frames_for
+from mlxdpo.data.batch_shapes import batch_shapes_for
 from mlxdpo.data.dataset import Dataset, encode_split, read_split
 from mlxdpo.estimate.memory import Frozen, Layouts, Memory, Setting, Shape, Trained, predict
-from mlxdpo.forward.architectures import FAMILIES, Trunk, split
+from mlxdpo.forward.architectures import FAMILIES, ModelParts, model_parts
 from mlxdpo.forward.fused_head import is_frozen
 from mlxdpo.forward.logprobs import CHECKED
-from mlxdpo.forward.packed import packs
+from mlxdpo.forward.packed import can_pack
 from mlxdpo.forward.patch_mlx_lm import SHORT
 from mlxdpo.machine.device import default_dtype, this_machine
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.policy import load_tokenizer
 from mlxdpo.model.skeleton import Skeleton, dora_extra, make_trainable, read_skeleton
-from mlxdpo.training.plan import Layout, Outlook, drawn, heldout_batches, look_ahead, training_batches
+from mlxdpo.training.plan import (
+    BatchLayout,
+    PlanSummary,
+    heldout_batches,
+    planned_batches,
+    summarize_plan,
+    training_batches,
+)
 from mlxdpo.training.stages import stage_of
 from mlxdpo.training.step import make_optimizer
 from mlxdpo.types import UserError
@@ -70,7 +77,7 @@ class Forecast(NamedTuple):
     """What a run costs. `machine` is this machine's memory in bytes; `advice` is empty when it fits."""
 
     memory: Memory
-    outlook: Outlook
+    outlook: PlanSummary
     machine: int
     fits: bool
     advice: tuple[Change, ...]
@@ -101,23 +108,25 @@ def forecast(config: Config, machine: int | None = None) -> Forecast:
     return Forecast(memory, outlook, size, fits, () if fits else advise(config, parts, data))
 
 
-def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, Outlook]:
+def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, PlanSummary]:
     """The parts of a prediction and the numbers of its plan. Makes the skeleton trainable."""
     model = skeleton.model
     lora = config.lora if config.model.adapter is None else read_settings(Path(config.model.adapter))
-    trunk = split(model)
-    packed = trunk is not None and packs(trunk)
+    trunk = model_parts(model)
+    packed = trunk is not None and can_pack(trunk)
     make_trainable(model, lora)
     size, first, straight = (
         config.train.batch_size,
         training_batches(config, data.train),
         heldout_batches(config, data.heldout),
     )
-    found = drawn(data.train, first, packed, trunk is None, frames_for(data.train, first, size))
-    heldout = drawn(data.heldout, straight, packed, trunk is None, frames_for(data.heldout, straight, size))
-    outlook = look_ahead(config, data.train, found)
+    found = planned_batches(data.train, first, packed, trunk is None, batch_shapes_for(data.train, first, size))
+    heldout = planned_batches(
+        data.heldout, straight, packed, trunk is None, batch_shapes_for(data.heldout, straight, size)
+    )
+    outlook = summarize_plan(config, data.train, found)
     training = tuple({one.layout: None for one in found})
-    checked = drawn(data.train, [first[0][:CHECKED]], packed, trunk is None)
+    checked = planned_batches(data.train, [first[0][:CHECKED]], packed, trunk is None)
     layouts = Layouts(training, (*training, *{one.layout: None for one in heldout}), checked[0].layout)
     train = config.train
     setting = Setting(train.checkpoint, STATES[config.optim.name], train.accumulate, _light(model))
@@ -158,7 +167,7 @@ def shape_of(skeleton: Skeleton, config: ModelConfig) -> Shape:
     )
 
 
-def trained_of(model: Any, lora: LoraConfig, trunk: Trunk | None) -> Trained:
+def trained_of(model: Any, lora: LoraConfig, trunk: ModelParts | None) -> Trained:
     """What a model that was made trainable trains."""
     size = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
     if lora.method == "dora":
@@ -226,7 +235,7 @@ def _changes(config: Config, parts: Parts) -> list[tuple[str, dict[str, dict[str
 def shortened(layouts: Layouts, longest: int) -> Layouts:
     """About what rows of at most `longest` tokens would give: longer batches scaled down in every dimension."""
 
-    def scaled(at: Layout) -> Layout:
+    def scaled(at: BatchLayout) -> BatchLayout:
         """One batch."""
         share = min(1.0, longest / (at.shared + at.width))
         shared, width, rest, scored = (round(size * share) for size in (at.shared, at.width, at.rest, at.scored))

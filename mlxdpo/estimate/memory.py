@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlxdpo.forward.fused_head import chunk_of
-from mlxdpo.training.plan import Layout
+from mlxdpo.training.plan import BatchLayout
 
 AHEAD = 3  # chunks whose arrays exist at once, where there are several: MLX allocates before it computes
 LOGITS = 2  # float32 arrays of a chunk's logits that exist at once: themselves and their exponentials
@@ -84,9 +84,9 @@ class Frozen(NamedTuple):
 class Layouts(NamedTuple):
     """The distinct batch shapes of a run: trained on, only scored (reference, held-out), and the very first batch."""
 
-    training: tuple[Layout, ...]
-    scoring: tuple[Layout, ...]
-    first: Layout
+    training: tuple[BatchLayout, ...]
+    scoring: tuple[BatchLayout, ...]
+    first: BatchLayout
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Memory:
         return max(self.phases.values())
 
 
-def attention_kept(shape: Shape, at: Layout, light: float) -> int:
+def attention_kept(shape: Shape, at: BatchLayout, light: float) -> int:
     """Bytes that one block's attention keeps: queries, keys, values, and scores or what stands for them."""
     queries, pairs = _queries(at), _scores(at)
     keys = queries + (0 if at.plain else at.rows * at.shared)  # each row has its prompt's keys before its own
@@ -125,25 +125,25 @@ def attention_kept(shape: Shape, at: Layout, light: float) -> int:
     return kept if _keys(at) >= light else kept + shape.heads * pairs * FLOAT
 
 
-def _keys(at: Layout) -> int:
+def _keys(at: BatchLayout) -> int:
     """Keys that a row's last token sees."""
     return at.shared + at.width
 
 
-def _queries(at: Layout) -> int:
+def _queries(at: BatchLayout) -> int:
     if at.plain:
         return at.tokens
     return at.prompts * at.shared + at.rows * at.width
 
 
-def _scores(at: Layout) -> int:
+def _scores(at: BatchLayout) -> int:
     """Query-key pairs of one head, computed as whole squares."""
     if at.plain:
         return at.rows * (at.shared + at.width) ** 2
     return at.prompts * at.shared**2 + at.rows * at.width * (at.shared + at.width)
 
 
-def block_kept(shape: Shape, trained: Trained, at: Layout, light: float) -> int:
+def block_kept(shape: Shape, trained: Trained, at: BatchLayout, light: float) -> int:
     """Bytes that one trained block keeps for its backward pass."""
     sizes = {
         "attention": shape.hidden,
@@ -158,7 +158,7 @@ def block_kept(shape: Shape, trained: Trained, at: Layout, light: float) -> int:
     return at.tokens * (streams + floats * FLOAT) + attention_kept(shape, at, light)
 
 
-def idle(shape: Shape, trained: Trained, at: Layout, light: float) -> int:
+def idle(shape: Shape, trained: Trained, at: BatchLayout, light: float) -> int:
     """Bytes of `block_kept` that the uppermost block saves: of its prefix only keys and values are looked at."""
     if at.packed or at.plain:
         return 0
@@ -171,7 +171,7 @@ def idle(shape: Shape, trained: Trained, at: Layout, light: float) -> int:
     return count * (token + shape.heads * at.shared * shape.item)
 
 
-def kept(shape: Shape, trained: Trained, at: Layout, setting: Setting) -> int:
+def kept(shape: Shape, trained: Trained, at: BatchLayout, setting: Setting) -> int:
     """Bytes that all blocks keep together, and the scored states beside them."""
     stream = at.tokens * shape.hidden * shape.item
     states = 2 * at.scored * shape.hidden * FLOAT
@@ -181,7 +181,7 @@ def kept(shape: Shape, trained: Trained, at: Layout, setting: Setting) -> int:
     return trained.layers * block - idle(shape, trained, at, setting.light) + states
 
 
-def block_backward(shape: Shape, trained: Trained, at: Layout, setting: Setting) -> int:
+def block_backward(shape: Shape, trained: Trained, at: BatchLayout, setting: Setting) -> int:
     """Bytes beside `kept` while the uppermost block is differentiated.
 
     Either its MLP, all of its activations still there: cotangents of the product, of gate and of up, and the sigmoid;
@@ -199,16 +199,16 @@ def block_backward(shape: Shape, trained: Trained, at: Layout, setting: Setting)
     return again + stream + max(mlp, attention - freed, 0)
 
 
-def head_forward(shape: Shape, at: Layout) -> int:
+def head_forward(shape: Shape, at: BatchLayout) -> int:
     """Bytes of one chunk of logits, in the model's dtype and in float32, and of its exponentials."""
     if at.plain:
-        return plain_logits(shape, at)
+        return plain_logits_memory(shape, at)
     raw = shape.item if shape.item != FLOAT else 0
     chunk = min(at.scored, chunk_of(shape.vocabulary) * AHEAD * at.parts)
     return chunk * shape.vocabulary * (LOGITS * FLOAT + raw)
 
 
-def head_backward(shape: Shape, trained: Trained, at: Layout) -> int:
+def head_backward(shape: Shape, trained: Trained, at: BatchLayout) -> int:
     """Bytes for a trained head: its chunk again with the logits' cotangent, and the gradient of its weights; every
     further part of the batch has a chunk, and gradients of head and embedding, of its own."""
     if not trained.head:
@@ -218,20 +218,20 @@ def head_backward(shape: Shape, trained: Trained, at: Layout) -> int:
     return chunk + gradients * trained.full * shape.vocabulary * shape.hidden * FLOAT
 
 
-def plain_logits(shape: Shape, at: Layout) -> int:
+def plain_logits_memory(shape: Shape, at: BatchLayout) -> int:
     """Bytes of full rows' logits and of their part behind the shared prefix, in the model's dtype, and of the scored
     ones in float32, twice."""
     full = at.rows * (at.shared + 2 * at.width) * shape.vocabulary * shape.item
     return full + 2 * at.scored * shape.vocabulary * FLOAT
 
 
-def plain_check(shape: Shape, at: Layout, light: float) -> int:
+def plain_check(shape: Shape, at: BatchLayout, light: float) -> int:
     """Bytes of the plain way, which the start compares the fast one with on its first pairs, before it attends in
     chunks of its own."""
-    return forward(shape, at._replace(plain=True, packed=False), 0 if light == 0 else math.inf)
+    return forward_memory(shape, at._replace(plain=True, packed=False), 0 if light == 0 else math.inf)
 
 
-def forward(shape: Shape, at: Layout, light: float) -> int:
+def forward_memory(shape: Shape, at: BatchLayout, light: float) -> int:
     """Bytes beside the weights of a pass without gradients: one block's insides, or a chunk of the head."""
     tokens = at.tokens
     stream = 2 * tokens * shape.hidden * shape.item
@@ -241,7 +241,7 @@ def forward(shape: Shape, at: Layout, light: float) -> int:
     return stream + max(block, head_forward(shape, at))
 
 
-def step(shape: Shape, trained: Trained, at: Layout, setting: Setting) -> int:
+def step_memory(shape: Shape, trained: Trained, at: BatchLayout, setting: Setting) -> int:
     """Bytes beside weights, states and gradients at the worst moment of a batch."""
     backward = max(block_backward(shape, trained, at, setting), head_backward(shape, trained, at))
     return kept(shape, trained, at, setting) + max(head_forward(shape, at), backward)
@@ -250,12 +250,12 @@ def step(shape: Shape, trained: Trained, at: Layout, setting: Setting) -> int:
 def predict(shape: Shape, trained: Trained, frozen: Frozen, setting: Setting, steps: int, layouts: Layouts) -> Memory:
     """The parts and phases of a run."""
     size, states = trained.size, setting.states * trained.size
-    worst = max(layouts.training, key=lambda at: step(shape, trained, at, setting))
+    worst = max(layouts.training, key=lambda at: step_memory(shape, trained, at, setting))
     activations = kept(shape, trained, worst, setting)
     backward = block_backward(shape, trained, worst, setting)
     head, head_again = head_forward(shape, worst), head_backward(shape, trained, worst)
-    reference = max(forward(shape, at, setting.light) for at in layouts.scoring)
-    check = max(f(shape, layouts.first, setting.light) for f in (plain_check, forward))
+    reference = max(forward_memory(shape, at, setting.light) for at in layouts.scoring)
+    check = max(f(shape, layouts.first, setting.light) for f in (plain_check, forward_memory))
     start = frozen.weights + trained.full * size  # adapters come later
     resting = frozen.weights + size + states
     # While a window is computed, the loop still holds the gradients of the one before, and the sum of this one's.

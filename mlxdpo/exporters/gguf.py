@@ -95,7 +95,7 @@ def library() -> Any:
     return importlib.import_module("gguf")
 
 
-def refuse(source: Source) -> None:
+def refuse_gguf(source: Source) -> None:
     """Raise `UserError` where a faithful file cannot be written: the library, the family, the tokenizer, a bias."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError("gguf: the gguf package is not installed; run `pip install gguf`")
@@ -113,18 +113,18 @@ def refuse(source: Source) -> None:
         )
     rope_of(config)
     refuse_tokenizer(source.base, source.base_name)
-    hf.refuse(source)
+    hf.refuse_hf(source)
 
 
-def write(source: Source, folder: Path) -> str | None:
+def write_gguf(source: Source, folder: Path) -> str | None:
     """Write `model.gguf` by way of fused Hugging Face weights, which are removed again."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fused-") as name:
-        hf.write(source, Path(name))
-        kind = convert(Path(name), folder / FILE, source.choices.gguf_type, source.base_name)
+        hf.write_hf(source, Path(name))
+        kind = convert_to_gguf(Path(name), folder / FILE, source.choices.gguf_type, source.base_name)
     return f"{kind}, from fused weights"
 
 
-def convert(source: Path, target: Path, kind: str, name: str) -> str:
+def convert_to_gguf(source: Path, target: Path, kind: str, name: str) -> str:
     """A Hugging Face folder as one GGUF file of number type `kind` (auto: the type of its own matrices).
 
     Vectors are float32 in every GGUF, and so are matrices whose width does not divide into q8_0's blocks of 32.
@@ -223,12 +223,12 @@ def _write_shape(writer: Any, config: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_factor(rope.factor)
 
 
-def reload(source: Source, folder: Path) -> nn.Module:
+def reload_gguf(source: Source, folder: Path) -> nn.Module:
     """The file as a model again, from its own metadata and tensors."""
-    return read(folder / FILE, read_json(source.base / "config.json"))
+    return read_gguf(folder / FILE, read_json(source.base / "config.json"))
 
 
-def read(file: Path, original: Mapping[str, Any]) -> nn.Module:
+def read_gguf(file: Path, original: Mapping[str, Any]) -> nn.Module:
     """A GGUF file in mlx-lm's definition of its family, float32.
 
     `original` lends what the file holds in another form only: Llama 3's rope scaling, there a table of factors.

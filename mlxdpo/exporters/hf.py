@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxdpo.exporters.deltas import Change, base_of, dequantised, expert_change, plain_weight
+from mlxdpo.exporters.merge_weights import Change, base_of, dequantised, expert_change, plain_weight
 from mlxdpo.exporters.names import weight_files
 from mlxdpo.exporters.source import Source, side_files
 from mlxdpo.io.atomic import write_json
@@ -71,7 +71,7 @@ def raw_bytes(array: mx.array) -> bytes:
 UNLIKE = 0.5
 
 
-def refuse(source: Source) -> None:
+def refuse_hf(source: Source) -> None:
     """Raise `UserError` for a run whose weights cannot be written in their original form."""
     if not source.choices.base and source.stored_quantised:
         _refuse_stacks(source)
@@ -79,7 +79,7 @@ def refuse(source: Source) -> None:
     stored_changes(source)
 
 
-def write(source: Source, folder: Path) -> str | None:
+def write_hf(source: Source, folder: Path) -> str | None:
     """Write a folder that `transformers` and mlx-lm load; returns a remark on where the numbers come from."""
     if not source.choices.base and source.stored_quantised:
         for file in weight_files(source.folder):
@@ -99,7 +99,7 @@ def write(source: Source, folder: Path) -> str | None:
     return "the quantised layers of the run, dequantised" if source.quantised else None
 
 
-def reload(source: Source, folder: Path) -> nn.Module:
+def reload_hf(source: Source, folder: Path) -> nn.Module:
     """The written folder as mlx-lm loads it."""
     from mlx_lm.utils import load_model
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlxdpo.config import LoraConfig, ModelConfig
-from mlxdpo.exporters.peft import Adapter, attach, read, scale_of
+from mlxdpo.exporters.peft import Adapter, attach, read_peft, scale_of
 from mlxdpo.io.atomic import sync_folder
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, save_adapter
 from mlxdpo.model.policy import load_policy
@@ -32,7 +32,7 @@ def import_peft(folder: Path, model: ModelConfig, out: Path) -> Imported:
         raise UserError(f"{out} is already there; choose another --out")
     if model.adapter is not None:
         raise UserError(f"--adapter {model.adapter}: a PEFT adapter goes onto the bare model; drop --adapter")
-    adapter = read(folder)
+    adapter = read_peft(folder)
     policy = load_policy(model)
     lora = attach(policy, adapter)
     out.parent.mkdir(parents=True, exist_ok=True)

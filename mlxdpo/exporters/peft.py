@@ -32,7 +32,7 @@ EMBEDDED = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
 IN_BLOCK = re.compile(r"^(?P<before>.*?\blayers)\.(?P<layer>\d+)\.(?P<module>.+)$")
 
 
-def refuse(source: Source) -> None:
+def refuse_peft(source: Source) -> None:
     """Raise `UserError` for what PEFT has no form of."""
     if source.method == "full":
         raise UserError("peft: the run trained every weight, so there is no adapter; export --to hf")
@@ -61,7 +61,7 @@ def _refuse_module(source: Source, name: str, module: Any) -> None:
         )
 
 
-def write(source: Source, folder: Path) -> str | None:
+def write_peft(source: Source, folder: Path) -> str | None:
     """Write `adapter_model.safetensors` and `adapter_config.json`."""
     arrays: dict[str, mx.array] = {}
     for name, module in source.adapted.items():
@@ -118,14 +118,14 @@ def targets(adapted: list[str], modules: list[str]) -> dict[str, Any]:
     return {"target_modules": adapted, "layers_to_transform": None, "layers_pattern": None}
 
 
-def reload(source: Source, folder: Path) -> nn.Module:
+def reload_peft(source: Source, folder: Path) -> nn.Module:
     """The base with the adapter, read back from what was written for PEFT."""
     path = source.choices.base or source.opened.config.model.path
     config = source.opened.config.model.model_copy(update={"path": path, "adapter": None, "quantize": None})
     if source.choices.base:
         config = config.model_copy(update={"revision": None})
     policy = load_policy(config)
-    attach(policy, read(folder))
+    attach(policy, read_peft(folder))
     return policy.model
 
 
@@ -137,7 +137,7 @@ class Adapter(NamedTuple):
     modules: dict[str, dict[str, mx.array]]
 
 
-def read(folder: Path) -> Adapter:
+def read_peft(folder: Path) -> Adapter:
     """Read a PEFT adapter folder. Raises `UserError` for what is no LoRA adapter, or more than one."""
     if not (folder / SETTINGS).exists() or not (folder / WEIGHTS).exists():
         raise UserError(f"{folder}: no PEFT adapter there; expected {SETTINGS} and {WEIGHTS}{pickled_in(folder)}")

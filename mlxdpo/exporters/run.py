@@ -17,12 +17,12 @@ import mlx.nn as nn
 
 from mlxdpo.exporters import gguf, hf, mlx, peft
 from mlxdpo.exporters.card import write_card
-from mlxdpo.exporters.outgoing import CARD
 from mlxdpo.exporters.record import RECORD, Exported, Target, write_record
 from mlxdpo.exporters.sections import REPO, Licences
 from mlxdpo.exporters.source import Choices, Source
-from mlxdpo.exporters.verify import Yardstick, measure, yardstick
-from mlxdpo.inference.trained_run import Opened, encode_pairs, heldout_pairs, reopen
+from mlxdpo.exporters.upload_rules import CARD
+from mlxdpo.exporters.verify import RunReference, measure, run_reference
+from mlxdpo.inference.trained_run import TrainedRun, encode_pairs, heldout_pairs, open_trained_run
 from mlxdpo.machine.device import versions
 from mlxdpo.runs import Run
 from mlxdpo.types import Example, UserError
@@ -43,11 +43,11 @@ def _accepts(source: Source) -> None:
 
 EXPORTERS = {
     "mlx": Exporter(_accepts, mlx.write_adapter, mlx.reload_adapter, "adapter"),
-    "peft": Exporter(peft.refuse, peft.write, peft.reload, "adapter"),
-    "hf": Exporter(hf.refuse, hf.write, hf.reload, "finetune"),
+    "peft": Exporter(peft.refuse_peft, peft.write_peft, peft.reload_peft, "adapter"),
+    "hf": Exporter(hf.refuse_hf, hf.write_hf, hf.reload_hf, "finetune"),
     "fused": Exporter(_accepts, mlx.write_fused, mlx.reload_model, "finetune"),
     "quantized": Exporter(mlx.refuse_quantized, mlx.write_quantized, mlx.reload_model, "quantized"),
-    "gguf": Exporter(gguf.refuse, gguf.write, gguf.reload, "quantized"),
+    "gguf": Exporter(gguf.refuse_gguf, gguf.write_gguf, gguf.reload_gguf, "quantized"),
 }
 # The Hub's libraries look at the root of a repository: transformers first (it would take a PEFT adapter beside its own
 # weights for the thing to load), then PEFT. Everything else is asked for by its folder.
@@ -79,13 +79,13 @@ def export(
     names, out = _known(to), Path(out)
     _check_out(out)
     rows, _, where = heldout_pairs(run, data)
-    opened = reopen(run)
+    opened = open_trained_run(run)
     source = Source(opened, choices)
     for name in names:
         EXPORTERS[name].refuse(source)
     examples = _some(opened, rows, pairs)
     say(f"measuring the run on {len(examples)} pairs of {where}")
-    yard = yardstick(opened, examples)
+    yard = run_reference(opened, examples)
     with _aside(out) as folder:
         targets = {}
         for name in names:
@@ -121,7 +121,7 @@ def _check_out(out: Path) -> None:
         raise UserError(f"{out} holds something that is no earlier export; choose another --out")
 
 
-def _some(opened: Opened, rows: list, pairs: int) -> list[Example]:
+def _some(opened: TrainedRun, rows: list, pairs: int) -> list[Example]:
     """Every k-th of the held-out pairs, so that a sorted file is met all over."""
     chosen = rows if not pairs or pairs >= len(rows) else [rows[i * len(rows) // pairs] for i in range(pairs)]
     return encode_pairs(opened, chosen)[1]
@@ -163,7 +163,7 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _make(name: str, source: Source, yard: Yardstick, folder: Path, force: bool) -> Target:
+def _make(name: str, source: Source, yard: RunReference, folder: Path, force: bool) -> Target:
     folder.mkdir(exist_ok=True)
     before = set(_files(folder))
     exporter = EXPORTERS[name]

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from mlxdpo.config import Config, names_of
 from mlxdpo.exporters.findings import Finding, Findings
-from mlxdpo.exporters.outgoing import CURVE, RUN
-from mlxdpo.exporters.published import command, is_hub_id, public_name, without_paths
 from mlxdpo.exporters.record import Exported, Target
+from mlxdpo.exporters.redact import command, is_hub_id, public_name, without_paths
+from mlxdpo.exporters.upload_rules import CURVE, RUN
 from mlxdpo.losses import LOSSES
 from mlxdpo.model.policy import BUILTIN, find_model
 

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import mlx.nn as nn
 import yaml
 
-from mlxdpo.exporters.deltas import Change, adapted, changes
+from mlxdpo.exporters.merge_weights import Change, adapted, changes
 from mlxdpo.exporters.names import Origins, origins
-from mlxdpo.exporters.published import is_hub_id
-from mlxdpo.inference.trained_run import Opened
+from mlxdpo.exporters.redact import is_hub_id
+from mlxdpo.inference.trained_run import TrainedRun
 from mlxdpo.io.json_file import read_json
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.policy import find_model
@@ -40,7 +40,7 @@ class Choices:
 class Source:
     """A run, opened to be exported."""
 
-    opened: Opened
+    opened: TrainedRun
     choices: Choices
 
     @property

@@ -16,10 +16,10 @@ import numpy as np
 
 from mlxdpo.exporters.record import Fidelity
 from mlxdpo.forward import fused_head as heads
-from mlxdpo.forward.architectures import Trunk, split
+from mlxdpo.forward.architectures import ModelParts, model_parts
 from mlxdpo.forward.elementwise import exp
 from mlxdpo.forward.shared_prefix import hidden_states
-from mlxdpo.inference.trained_run import Opened
+from mlxdpo.inference.trained_run import TrainedRun
 from mlxdpo.machine.device import this_machine
 from mlxdpo.model.adapters import dropout_off
 from mlxdpo.model.policy import cast
@@ -34,7 +34,7 @@ Logits = Callable[[], mx.array]
 """Gives the (n, V) float32 logits of a batch's scored positions."""
 
 
-class Rows(NamedTuple):
+class VerifiedRows(NamedTuple):
     """Padded rows: `inputs` (R, T) tokens; `at` (2, n) row and column of each scored position; `targets` (n,)."""
 
     which: tuple[int, ...]
@@ -43,10 +43,10 @@ class Rows(NamedTuple):
     targets: mx.array
 
 
-class Yardstick(NamedTuple):
+class RunReference(NamedTuple):
     """The run on held-out pairs: per batch its logits; `logps` and `reference` (2B,) summed nats, chosen first."""
 
-    batches: list[Rows]
+    batches: list[VerifiedRows]
     logits: list[Logits]
     logps: np.ndarray
     reference: np.ndarray
@@ -56,7 +56,7 @@ class Yardstick(NamedTuple):
     dtype: mx.Dtype
 
 
-def yardstick(opened: Opened, examples: Sequence[Example]) -> Yardstick:
+def run_reference(opened: TrainedRun, examples: Sequence[Example]) -> RunReference:
     """Score the run and its reference once; artefacts are then held against them one at a time.
 
     Where the model's parts are known, its last states are kept, so that an artefact costs one forward pass.
@@ -69,10 +69,10 @@ def yardstick(opened: Opened, examples: Sequence[Example]) -> Yardstick:
     logps = _sums(batches, logits, len(examples))
     reference, kl = _held_against(batches, logits, lambda rows: _of_reference(opened, rows), len(examples))
     tokens = sum(rows.at.shape[1] for rows in batches)
-    return Yardstick(batches, logits, logps, reference, kl, tokens, opened.config.loss.beta, dtype)
+    return RunReference(batches, logits, logps, reference, kl, tokens, opened.config.loss.beta, dtype)
 
 
-def measure(yard: Yardstick, artefact: nn.Module, force: bool = False) -> Fidelity:
+def measure(yard: RunReference, artefact: nn.Module, force: bool = False) -> Fidelity:
     """How an artefact behaves; it is run in the run's number type, so that only what was written differs."""
     cast(artefact, yard.dtype)
     if this_machine().kind == "cpu":  # its packed matmuls are fifty times slower, and give the same numbers
@@ -136,7 +136,7 @@ def _accuracy(margins: np.ndarray) -> float:
     return float(((np.sign(margins) + 1) / 2).mean())
 
 
-def _batches(examples: Sequence[Example], vocabulary: int) -> Iterator[Rows]:
+def _batches(examples: Sequence[Example], vocabulary: int) -> Iterator[VerifiedRows]:
     """Rows of like length, as many as `LOGITS` allows; row i is a chosen completion, row B + i its rejected one."""
     pairs = [(e.prompt, e.chosen) for e in examples] + [(e.prompt, e.rejected) for e in examples]
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
@@ -147,7 +147,7 @@ def _batches(examples: Sequence[Example], vocabulary: int) -> Iterator[Rows]:
         yield _rows(tuple(here), [pairs[i] for i in here], longest)
 
 
-def _rows(which: tuple[int, ...], pairs: list[tuple[np.ndarray, np.ndarray]], longest: int) -> Rows:
+def _rows(which: tuple[int, ...], pairs: list[tuple[np.ndarray, np.ndarray]], longest: int) -> VerifiedRows:
     inputs, at, targets = np.zeros((len(pairs), longest), np.int32), [], []
     for row, (prompt, completion) in enumerate(pairs):
         ids = np.concatenate([prompt, completion])
@@ -155,14 +155,14 @@ def _rows(which: tuple[int, ...], pairs: list[tuple[np.ndarray, np.ndarray]], lo
         first = max(len(prompt) - 1, 0)
         at += [(row, column) for column in range(first, len(ids) - 1)]
         targets.append(ids[first + 1 :])
-    return Rows(which, mx.array(inputs), np.array(at).T, mx.array(np.concatenate(targets)))
+    return VerifiedRows(which, mx.array(inputs), np.array(at).T, mx.array(np.concatenate(targets)))
 
 
-def _ask(model: nn.Module, rows: Rows) -> mx.array:
+def _ask(model: nn.Module, rows: VerifiedRows) -> mx.array:
     """(n, V) float32 logits, computed; where the model's parts are known, only scored positions meet the head."""
     i, j = (mx.array(index) for index in rows.at)
     with dropout_off(model):
-        if (trunk := split(model)) is None:
+        if (trunk := model_parts(model)) is None:
             logits = model(rows.inputs)[i, j].astype(mx.float32)
         else:
             logits = heads.logits(trunk.head, _states(trunk, rows, i, j))
@@ -170,14 +170,14 @@ def _ask(model: nn.Module, rows: Rows) -> mx.array:
     return logits
 
 
-def _of_reference(opened: Opened, rows: Rows) -> mx.array:
+def _of_reference(opened: TrainedRun, rows: VerifiedRows) -> mx.array:
     with opened.reference() as model:
         return _ask(model, rows)
 
 
-def _kept(model: nn.Module, rows: Rows) -> Logits:
+def _kept(model: nn.Module, rows: VerifiedRows) -> Logits:
     """The same to be asked again, with the last states at the scored positions kept where the parts are known."""
-    if (trunk := split(model)) is None:
+    if (trunk := model_parts(model)) is None:
         return lambda: _ask(model, rows)
     with dropout_off(model):
         states = _states(trunk, rows, *(mx.array(index) for index in rows.at))
@@ -185,23 +185,23 @@ def _kept(model: nn.Module, rows: Rows) -> Logits:
     return lambda: heads.logits(trunk.head, states)
 
 
-def _states(trunk: Trunk, rows: Rows, i: mx.array, j: mx.array) -> mx.array:
+def _states(trunk: ModelParts, rows: VerifiedRows, i: mx.array, j: mx.array) -> mx.array:
     return trunk.norm(hidden_states(trunk, rows.inputs[:, :0], rows.inputs, lambda h: h)[i, j])
 
 
-def _sums(batches: list[Rows], logits: list[Logits], pairs: int) -> np.ndarray:
+def _sums(batches: list[VerifiedRows], logits: list[Logits], pairs: int) -> np.ndarray:
     sums = np.zeros(2 * pairs)
     for rows, ask in zip(batches, logits, strict=True):
         _add(sums, rows, heads.target_logps(ask(), rows.targets))
     return sums
 
 
-def _add(sums: np.ndarray, rows: Rows, logps: mx.array) -> None:
+def _add(sums: np.ndarray, rows: VerifiedRows, logps: mx.array) -> None:
     np.add.at(sums, np.array(rows.which)[rows.at[0]], np.array(logps, np.float64))
 
 
 def _held_against(
-    batches: list[Rows], own: list[Logits], other: Callable[[Rows], mx.array], pairs: int
+    batches: list[VerifiedRows], own: list[Logits], other: Callable[[VerifiedRows], mx.array], pairs: int
 ) -> tuple[np.ndarray, float]:
     """(2B,) summed log-probs under `other`, and the mean token KL(own || other), nats."""
     sums, total, count = np.zeros(2 * pairs), 0.0, 0

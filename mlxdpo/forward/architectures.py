@@ -17,7 +17,7 @@ from mlxdpo.forward.fused_head import Head, head_of
 Mask = str | mx.array
 
 
-class Trunk(NamedTuple):
+class ModelParts(NamedTuple):
     """Parts of a model. `windows` holds each layer's sliding window in tokens, or None where it sees everything."""
 
     embed: Callable[[mx.array], mx.array]
@@ -60,17 +60,17 @@ def _gemma3_windows(model: Any) -> list[int | None]:
     return [None if i % every == every - 1 else model.window_size for i in range(len(model.layers))]
 
 
-PLAIN = Family()
+STANDARD = Family()
 FAMILIES: dict[str, Family] = {
     "llama": Family(windows=_llama_windows),
     "smollm3": Family(windows=_llama_windows),
-    "qwen2": PLAIN,
-    "qwen3": PLAIN,
-    "qwen3_moe": PLAIN,
-    "mixtral": PLAIN,
-    "phi3": PLAIN,
-    "olmo2": PLAIN,
-    "starcoder2": PLAIN,
+    "qwen2": STANDARD,
+    "qwen3": STANDARD,
+    "qwen3_moe": STANDARD,
+    "mixtral": STANDARD,
+    "phi3": STANDARD,
+    "olmo2": STANDARD,
+    "starcoder2": STANDARD,
     "gemma": Family(scale=_root),
     "gemma2": Family(scale=_root, softcap=lambda args: args.final_logit_softcapping, array=True),
     "gemma3_text": Family(scale=_rounded_root, windows=_gemma3_windows),
@@ -79,14 +79,14 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def split(model: Any) -> Trunk | None:
+def model_parts(model: Any) -> ModelParts | None:
     """The parts of `model`, or None when its architecture is not on the white list."""
     family = FAMILIES.get(type(model).__module__.rsplit(".", 1)[-1])
     inner = getattr(model, "model", None)
     if family is None or inner is None:
         return None
     args = model.args
-    return Trunk(
+    return ModelParts(
         embed=lambda tokens: family.scale(args, inner.embed_tokens(tokens)),
         layers=inner.layers,
         windows=family.windows(inner),

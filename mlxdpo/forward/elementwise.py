@@ -31,7 +31,7 @@ def exp(x: mx.array) -> mx.array:
     return exp2(x * LOG2E) if this_machine().kind == "cpu" else mx.exp(x)
 
 
-def sigmoid(x: mx.array) -> mx.array:
+def stable_sigmoid(x: mx.array) -> mx.array:
     """1 / (1 + e ** -x). Without a floor: far from 0 it is 0 or 1, and too rarely met for a slow pow to matter."""
     if this_machine().kind != "cpu":
         return mx.sigmoid(x)
@@ -42,12 +42,12 @@ def sigmoid(x: mx.array) -> mx.array:
 
 
 def _product(gate: mx.array, x: mx.array) -> mx.array:
-    return gate * sigmoid(gate) * x
+    return gate * stable_sigmoid(gate) * x
 
 
 def _backward(primals: Any, cotangent: Any, _: Any) -> tuple[mx.array, mx.array]:
     gate, x = primals
-    s = sigmoid(gate)  # again: keeping it costs a tenth more memory and gains a hundredth of a step
+    s = stable_sigmoid(gate)  # again: keeping it costs a tenth more memory and gains a hundredth of a step
     slope = cotangent * s
     return slope * x * (1 + gate * (1 - s)), slope * gate
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxdpo.forward.elementwise import exp
-from mlxdpo.forward.streams import here, with_gradient
+from mlxdpo.forward.streams import pin_to_stream, with_gradient
 from mlxdpo.machine.device import this_machine
 
 LOGITS = 64 << 20  # bytes of float32 logits that are made at a time, whatever the vocabulary
@@ -72,7 +72,7 @@ def token_logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
     if is_frozen(head):
         return _fused(head, _with_row)(h, y)[0]
     module = head.module()
-    logps = nn.utils.checkpoint(module, here(lambda hh, yy: _logps(head, hh, yy)))
+    logps = nn.utils.checkpoint(module, pin_to_stream(lambda hh, yy: _logps(head, hh, yy)))
     return mx.concatenate([logps(h[at], y[at]) for at in _chunks(head, h)])
 
 

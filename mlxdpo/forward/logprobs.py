@@ -17,10 +17,10 @@ from mlx.utils import tree_flatten
 
 from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward import streams
-from mlxdpo.forward.architectures import Trunk, split
-from mlxdpo.forward.packed import Layout, packed_passage, packs, pays
-from mlxdpo.forward.shared_prefix import checkpointed, passage, spreader
-from mlxdpo.forward.streams import Passage, walk
+from mlxdpo.forward.architectures import ModelParts, model_parts
+from mlxdpo.forward.packed import PackedLayout, can_pack, packed_layers, packing_is_worth_it
+from mlxdpo.forward.shared_prefix import checkpointed, padded_layers, spreader
+from mlxdpo.forward.streams import LayerPlan, run_layers
 from mlxdpo.types import Batch, Pairs
 
 CHECKED = 2  # pairs that the fast way has to get right
@@ -32,7 +32,7 @@ Forward = Callable[[nn.Module, Batch], Any]
 """(model, batch) -> (R,) summed completion log-probs, nats; or `Rows`, where a modifier asks for more."""
 
 
-def token_logps(model: nn.Module, tokens: mx.array) -> mx.array:
+def next_token_logps(model: nn.Module, tokens: mx.array) -> mx.array:
     """(R, T) token ids -> (R, T-1) float32: log p(tokens[:, t+1] | tokens[:, :t+1]), nats."""
     # The CPU falls back to reducing in the logits' own dtype, so they are brought to float32 first.
     return heads.target_logps(model(tokens[:, :-1]).astype(mx.float32), tokens[:, 1:])
@@ -44,7 +44,7 @@ def completion_logps(model: nn.Module, tokens: mx.array, mask: mx.array) -> mx.a
     Source: log pi(y|x) of arXiv 2305.18290 eq. 7, a sum over the completion's tokens. The plainest way there is: the
     yardstick of the two below.
     """
-    return (token_logps(model, tokens) * mask).sum(axis=-1)
+    return (next_token_logps(model, tokens) * mask).sum(axis=-1)
 
 
 def plain_forward(model: nn.Module, batch: Batch) -> mx.array:
@@ -52,12 +52,12 @@ def plain_forward(model: nn.Module, batch: Batch) -> mx.array:
 
     def logps(part: Batch) -> mx.array:
         """(R,) log-probs of a part's rows."""
-        return _by_row(heads.target_logps(plain_logits(model, part), part.targets), part)
+        return _by_row(heads.target_logps(scored_logits(model, part), part.targets), part)
 
-    return whole_rows(streams.each(logps, batch.parts or (batch,)), batch)
+    return whole_rows(streams.map_streams(logps, batch.parts or (batch,)), batch)
 
 
-def plain_logits(model: nn.Module, batch: Batch) -> mx.array:
+def scored_logits(model: nn.Module, batch: Batch) -> mx.array:
     """(N, V) float32 logits of the scored positions, out of full rows."""
     shared = batch.prefix.shape[1]
     rows = mx.concatenate([batch.prefix[batch.group], batch.suffix], axis=1) if shared else batch.suffix
@@ -65,15 +65,15 @@ def plain_logits(model: nn.Module, batch: Batch) -> mx.array:
     return logits.reshape(-1, logits.shape[-1])[batch.home[batch.positions]].astype(mx.float32)
 
 
-def plain_details(model: nn.Module, batch: Batch) -> Rows:
+def plain_details(model: nn.Module, batch: Batch) -> RowDetails:
     """`plain_forward` with all that a modifier may ask."""
 
-    def details(part: Batch) -> Rows:
+    def details(part: Batch) -> RowDetails:
         """The same of a part."""
-        logits = plain_logits(model, part)
+        logits = scored_logits(model, part)
         return _details(heads.target_logps(logits, part.targets), heads.target_squares(logits), part)
 
-    return _whole_details(streams.each(details, batch.parts or (batch,)), batch)
+    return _whole_details(streams.map_streams(details, batch.parts or (batch,)), batch)
 
 
 def fast_forward(checkpoint: Callable[..., Any] | None = None, *, head: Any = heads.token_logps) -> Forward:
@@ -83,7 +83,7 @@ def fast_forward(checkpoint: Callable[..., Any] | None = None, *, head: Any = he
     who needs no backward pass.
     """
 
-    def logps(trunk: Trunk, states: mx.array, batch: Batch) -> mx.array:
+    def logps(trunk: ModelParts, states: mx.array, batch: Batch) -> mx.array:
         """(R,) log-probs of a part's rows."""
         return _by_row(head(trunk.head, trunk.norm(states[batch.positions]), batch.targets), batch)
 
@@ -92,10 +92,10 @@ def fast_forward(checkpoint: Callable[..., Any] | None = None, *, head: Any = he
 
 def fast_details(
     checkpoint: Callable[..., Any] | None = None, *, head: Any = heads.token_logps_and_squares
-) -> Callable[[nn.Module, Batch], Rows]:
+) -> Callable[[nn.Module, Batch], RowDetails]:
     """`fast_forward` with all that a modifier may ask."""
 
-    def details(trunk: Trunk, states: mx.array, batch: Batch) -> Rows:
+    def details(trunk: ModelParts, states: mx.array, batch: Batch) -> RowDetails:
         """Log-probs of a part's rows, of parts of them, and how concentrated the policy is."""
         logps, squares = head(trunk.head, trunk.norm(states[batch.positions]), batch.targets)
         return _details(logps, squares, batch)
@@ -107,28 +107,28 @@ def in_parts(
     model: nn.Module,
     batch: Batch,
     checkpoint: Callable[..., Any] | None,
-    measure: Callable[[Trunk, mx.array, Batch], Any],
+    measure: Callable[[ModelParts, mx.array, Batch], Any],
 ) -> list[Any]:
     """What `measure` makes of the states of each part of a batch: (M, D), those of its `rest`, before the last norm.
 
     Parts are computed side by side (`lanes`); a batch without any is its only one.
     """
-    trunk = split(model)
+    trunk = model_parts(model)
     assert trunk is not None  # whoever chose this path asked first
     parts = batch.parts or (batch,)
-    states = walk([functools.partial(_passage, trunk, part, checkpoint) for part in parts])
-    return streams.each(lambda part, found: measure(trunk, found, part), parts, states)
+    states = run_layers([functools.partial(_layer_plan, trunk, part, checkpoint) for part in parts])
+    return streams.map_streams(lambda part, found: measure(trunk, found, part), parts, states)
 
 
-def _passage(trunk: Trunk, batch: Batch, checkpoint: Callable[..., Any] | None) -> Passage:
+def _layer_plan(trunk: ModelParts, batch: Batch, checkpoint: Callable[..., Any] | None) -> LayerPlan:
     """The way of a batch through the blocks: packed where that pays, else as padded rows."""
     spread = spreader(batch.group, batch.per_prompt or None)
     prompts, rows = batch.prefix.shape, batch.rows.shape
-    if packs(trunk) and pays(prompts, rows, len(batch.rest)):
-        layout = Layout(prompts, batch.rows, batch.home, batch.place, spread)
+    if can_pack(trunk) and packing_is_worth_it(prompts, rows, len(batch.rest)):
+        layout = PackedLayout(prompts, batch.rows, batch.home, batch.place, spread)
         tokens = mx.concatenate([batch.prefix.reshape(-1), batch.rest])
-        return packed_passage(trunk, tokens, layout, checkpoint)
-    padded = passage(trunk, batch.prefix, batch.suffix, spread, checkpoint)
+        return packed_layers(trunk, tokens, layout, checkpoint)
+    padded = padded_layers(trunk, batch.prefix, batch.suffix, spread, checkpoint)
     return padded._replace(leave=lambda *hs: padded.leave(*hs).reshape(-1, hs[-1].shape[-1])[batch.home])
 
 
@@ -137,10 +137,10 @@ def whole_rows(parts: Sequence[mx.array], batch: Batch) -> mx.array:
     return widened(_joined(parts), batch.length.shape[0])
 
 
-def _whole_details(parts: Sequence[Rows], batch: Batch) -> Rows:
+def _whole_details(parts: Sequence[RowDetails], batch: Batch) -> RowDetails:
     rows, pairs = batch.length.shape[0], batch.chosen.shape[0]
     columns = map(_joined, zip(*parts, strict=True))
-    return Rows(*(widened(a, count) for a, count in zip(columns, (rows, pairs, rows), strict=True)))
+    return RowDetails(*(widened(a, count) for a, count in zip(columns, (rows, pairs, rows), strict=True)))
 
 
 def _joined(parts: Sequence[mx.array]) -> mx.array:
@@ -160,7 +160,7 @@ def _by_row(logps: mx.array, batch: Batch) -> mx.array:
     return mx.zeros(batch.length.shape).at[batch.owner].add(logps * batch.scored)
 
 
-class Rows(NamedTuple):
+class RowDetails(NamedTuple):
     """What modifiers ask of a batch besides summed log-probs.
 
     logps    (R,) summed completion log-probs, nats
@@ -173,8 +173,8 @@ class Rows(NamedTuple):
     squares: mx.array
 
 
-def _details(logps: mx.array, squares: mx.array, batch: Batch) -> Rows:
-    return Rows(_by_row(logps, batch), _shared(logps, batch), _by_row(squares, batch))
+def _details(logps: mx.array, squares: mx.array, batch: Batch) -> RowDetails:
+    return RowDetails(_by_row(logps, batch), _shared(logps, batch), _by_row(squares, batch))
 
 
 def _shared(logps: mx.array, batch: Batch) -> mx.array:
@@ -193,36 +193,36 @@ def _shared(logps: mx.array, batch: Batch) -> mx.array:
     return mx.where(batch.length[rows] == shorter, _by_row(logps, batch)[rows], part)
 
 
-class Ways(NamedTuple):
+class ForwardFns(NamedTuple):
     """How a model is run: `train` under differentiation, `score` without. Both give the same numbers, to the bit."""
 
     train: Forward
     score: Forward
 
 
-PLAIN = Ways(plain_forward, plain_forward)
-PLAIN_DETAILS = Ways(plain_details, plain_details)  # type: ignore[arg-type]
+PLAIN_FORWARD = ForwardFns(plain_forward, plain_forward)
+PLAIN_DETAILS = ForwardFns(plain_details, plain_details)  # type: ignore[arg-type]
 
 
-def ways_for(model: nn.Module, checkpoint: bool = False) -> Ways:
+def forward_fns(model: nn.Module, checkpoint: bool = False) -> ForwardFns:
     """The fast way where the model's parts are known, else the plain one, which knows no checkpointing."""
-    if split(model) is None:
-        return PLAIN
-    return Ways(fast_forward(checkpointed if checkpoint else None), fast_forward(head=heads.score_logps))
+    if model_parts(model) is None:
+        return PLAIN_FORWARD
+    return ForwardFns(fast_forward(checkpointed if checkpoint else None), fast_forward(head=heads.score_logps))
 
 
-def detailed(ways: Ways, checkpoint: bool = False) -> Ways:
+def detailed_fns(ways: ForwardFns, checkpoint: bool = False) -> ForwardFns:
     """The same way through the model, giving `Rows`: for modifiers that ask more than summed log-probs."""
-    if ways is PLAIN:
+    if ways is PLAIN_FORWARD:
         return PLAIN_DETAILS
     train, score = fast_details(checkpointed if checkpoint else None), fast_details(head=heads.score_logps_and_squares)
-    return Ways(train, score)  # type: ignore[arg-type]
+    return ForwardFns(train, score)  # type: ignore[arg-type]
 
 
 def score_pairs(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Pairs:
     """Everything an objective needs of a batch; each field (B,)."""
-    found = (forward or ways_for(model).train)(model, batch)
-    rows = found if isinstance(found, Rows) else None
+    found = (forward or forward_fns(model).train)(model, batch)
+    rows = found if isinstance(found, RowDetails) else None
     logps: mx.array = rows.logps if rows else found
     chosen, rejected, length, extras = batch.chosen, batch.rejected, batch.length, batch.extras
     both = logps[chosen], logps[rejected], batch.ref[chosen], batch.ref[rejected], length[chosen], length[rejected]

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxdpo.forward import fused_head as heads
-from mlxdpo.forward.architectures import split
+from mlxdpo.forward.architectures import model_parts
 from mlxdpo.forward.shared_prefix import hidden_states
 from mlxdpo.model.adapters import dropout_off
 
@@ -42,7 +42,7 @@ def _portion(model: nn.Module, rows: list[Sequence[int]], ids: Sequence[int]) ->
     for row, given in zip(padded, rows, strict=True):
         row[: len(given)] = given
     last, tokens = mx.array([len(row) - 1 for row in rows]), mx.array(padded)
-    if (trunk := split(model)) is not None:
+    if (trunk := model_parts(model)) is not None:
         states = hidden_states(trunk, tokens[:, :0], tokens, lambda h: h)
         logits = heads.logits(trunk.head, trunk.norm(states[mx.arange(len(rows)), last]))
     else:

@@ -17,15 +17,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxdpo.forward.architectures import Trunk
-from mlxdpo.forward.patch_mlx_lm import attention_files, light_or_own, switched
-from mlxdpo.forward.streams import Passage, walk
+from mlxdpo.forward.architectures import ModelParts
+from mlxdpo.forward.patch_mlx_lm import attention_files, own_attention, patched
+from mlxdpo.forward.streams import LayerPlan, run_layers
 
 Spread = Callable[[mx.array], mx.array]
-LEAST = 0.03  # share of tokens that packing must save to pay for laying rows out in every layer
+LEAST_SAVING = 0.03  # share of tokens that packing must save to pay for laying rows out in every layer
 
 
-class Layout:
+class PackedLayout:
     """Where the tokens of a batch stand: G prompts of P tokens, then M others that make up R rows of S.
 
     `rows` (R, S), `home` (M,) and `place` (M,) are a `Batch`'s; `spread` gives each row its prompt's array.
@@ -41,7 +41,7 @@ class Layout:
 class Packed:
     """The cache object of one layer's call: brings each token's position and knows the rows when attention comes."""
 
-    def __init__(self, layout: Layout, trunk: Trunk, window: int | None):
+    def __init__(self, layout: PackedLayout, trunk: ModelParts, window: int | None):
         self.layout, self.trunk, self.window, self.offset = layout, trunk, window, layout.offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -56,9 +56,9 @@ class Packed:
         (rq, rk, rv), done = (_rows(a[count * shared :][layout.rows]) for a in (q, k, v)), []
         if shared:
             pq, pk, pv = (_rows(a[: count * shared].reshape(count, shared, *a.shape[1:])) for a in (q, k, v))
-            done.append(light_or_own(pq, pk, pv, None, scale, mask(shared, 0, self.window)))
+            done.append(own_attention(pq, pk, pv, None, scale, mask(shared, 0, self.window)))
             rk, rv = (mx.concatenate([layout.spread(a), b], axis=2) for a, b in ((pk, rk), (pv, rv)))
-        done.append(light_or_own(rq, rk, rv, None, scale, mask(layout.rows.shape[1], shared, self.window)))
+        done.append(own_attention(rq, rk, rv, None, scale, mask(layout.rows.shape[1], shared, self.window)))
         flat = [a.swapaxes(1, 2).reshape(-1, a.shape[1], a.shape[3]) for a in done]
         flat[-1] = flat[-1][layout.home]
         return mx.concatenate(flat)[:, :, None]
@@ -69,43 +69,45 @@ def _rows(a: mx.array) -> mx.array:
     return a.swapaxes(1, 2)
 
 
-def packs(trunk: Trunk) -> bool:
+def can_pack(trunk: ModelParts) -> bool:
     """Whether the layers call attention by name, so that packing is possible."""
     return bool(attention_files(trunk.layers[0]))
 
 
-def pays(prompts: tuple[int, int], rows: tuple[int, int], rest: int) -> bool:
+def packing_is_worth_it(prompts: tuple[int, int], rows: tuple[int, int], rest: int) -> bool:
     """Whether packing saves enough: `prompts` (G, P), `rows` (R, S) and M distinct tokens behind the prefixes."""
     shared = prompts[0] * prompts[1]
-    return shared + rest < (1 - LEAST) * (shared + rows[0] * rows[1])
+    return shared + rest < (1 - LEAST_SAVING) * (shared + rows[0] * rows[1])
 
 
 def packed_states(
-    trunk: Trunk,
+    trunk: ModelParts,
     tokens: mx.array,
-    layout: Layout,
+    layout: PackedLayout,
     checkpoint: Callable[..., Any] | None = None,
 ) -> mx.array:
     """(G * P + M,) token ids -> (M, D) states behind the prefixes, before the last norm.
 
     `checkpoint` is `prefix.checkpointed`, to compute each layer again in the backward pass.
     """
-    return walk([lambda: packed_passage(trunk, tokens, layout, checkpoint)])[0]
+    return run_layers([lambda: packed_layers(trunk, tokens, layout, checkpoint)])[0]
 
 
-def packed_passage(
-    trunk: Trunk, tokens: mx.array, layout: Layout, checkpoint: Callable[..., Any] | None = None
-) -> Passage:
+def packed_layers(
+    trunk: ModelParts, tokens: mx.array, layout: PackedLayout, checkpoint: Callable[..., Any] | None = None
+) -> LayerPlan:
     """The way of `packed_states`."""
     run, layers = checkpoint or (lambda layer, function: function), zip(trunk.layers, trunk.windows, strict=True)
     blocks = [run(layer, _alone(trunk, layer, window, layout)) for layer, window in layers]
-    return Passage((trunk.embed(tokens[:, None]),), blocks, lambda h: h[layout.prompts[0] * layout.prompts[1] :, 0])
+    return LayerPlan((trunk.embed(tokens[:, None]),), blocks, lambda h: h[layout.prompts[0] * layout.prompts[1] :, 0])
 
 
-def _alone(trunk: Trunk, layer: nn.Module, window: int | None, layout: Layout) -> Callable[..., tuple[mx.array]]:
+def _alone(
+    trunk: ModelParts, layer: nn.Module, window: int | None, layout: PackedLayout
+) -> Callable[..., tuple[mx.array]]:
     def one(h: mx.array) -> tuple[mx.array]:
         """The layer on all tokens at once."""
-        with switched(attention_files(layer)):  # in here, because a checkpoint calls it again in the backward pass
+        with patched(attention_files(layer)):  # in here, because a checkpoint calls it again in the backward pass
             return (layer(h, None, Packed(layout, trunk, window)),)
 
     return one

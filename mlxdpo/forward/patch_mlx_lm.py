@@ -28,7 +28,7 @@ SHORT = 512  # tokens: up to here a CPU had better keep the softmax
 NAME = "scaled_dot_product_attention"
 
 
-def pays(kind: str, length: int, masked: bool) -> bool:
+def chunking_is_faster(kind: str, length: int, masked: bool) -> bool:
     """Whether chunks beat MLX's own attention: the one place of that rule.
 
     `kind` is `Machine.kind`, `length` the number of keys in tokens, `masked` whether the call carries what MLX's
@@ -58,7 +58,7 @@ def causal_window(mask: mx.array, queries: int, keys: int) -> int | None:
     return window if window and mx.array_equal(mask, expected).item() else None
 
 
-def light_or_own(
+def own_attention(
     queries: mx.array,
     keys: Any,
     values: Any,
@@ -77,7 +77,7 @@ def light_or_own(
     if hasattr(cache, "bits") or sinks is not None or mask is None:
         return own()
     masked, L, T = isinstance(mask, mx.array), queries.shape[2], keys.shape[2]
-    if T < L or not pays(this_machine().kind, T, masked):
+    if T < L or not chunking_is_faster(this_machine().kind, T, masked):
         return own()
     window = causal_window(mask, L, T) if masked else T
     if window is None or not (masked or mask == "causal"):
@@ -88,7 +88,7 @@ def light_or_own(
 
 
 NAMES = (NAME, "swiglu")
-OWN, LIGHT = (base.scaled_dot_product_attention, activations.swiglu), (light_or_own, swiglu)
+OWN, LIGHT = (base.scaled_dot_product_attention, activations.swiglu), (own_attention, swiglu)
 _users: Counter[ModuleType] = Counter()
 _lock = threading.Lock()
 
@@ -100,26 +100,26 @@ def attention_files(model: nn.Module) -> list[ModuleType]:
     (gemma2): their attention stays what it is.
     """
     names = {parent.__module__ for layer in model.modules() for parent in type(layer).__mro__}
-    ours = (base.scaled_dot_product_attention, light_or_own)
+    ours = (base.scaled_dot_product_attention, own_attention)
     files = [sys.modules[name] for name in sorted(names)]
     return [file for file in files if file is not base and vars(file).get(NAME) in ours]
 
 
 @contextmanager
-def light_attention(model: nn.Module, longest: int) -> Iterator[bool]:
+def chunked_attention_on(model: nn.Module, longest: int) -> Iterator[bool]:
     """While it lasts, `model` attends in chunks wherever `pays` says so; `longest` is its longest row in tokens.
 
     Yields whether anything was switched. Another model of the same file is switched with it (same values, other order
     of sums); one of another file is not touched. A function compiled inside keeps what it was traced with, so trace
     inside.
     """
-    files = attention_files(model) if pays(this_machine().kind, longest, masked=True) else []
-    with switched(files):
+    files = attention_files(model) if chunking_is_faster(this_machine().kind, longest, masked=True) else []
+    with patched(files):
         yield bool(files)
 
 
 @contextmanager
-def switched(files: Sequence[ModuleType]) -> Iterator[None]:
+def patched(files: Sequence[ModuleType]) -> Iterator[None]:
     """While it lasts, the layers of mlx-lm's model `files` call `light_or_own`, and SwiGLU with its own gradient.
 
     It replaces names in each file and puts them back, also after an exception; it can be nested, and left in any

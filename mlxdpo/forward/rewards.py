@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxdpo.forward import streams
-from mlxdpo.forward.architectures import Trunk
-from mlxdpo.forward.logprobs import Forward, Ways, in_parts, whole_rows
+from mlxdpo.forward.architectures import ModelParts
+from mlxdpo.forward.logprobs import Forward, ForwardFns, in_parts, whole_rows
 from mlxdpo.forward.shared_prefix import checkpointed
 from mlxdpo.model.reward_head import normed_states, rewards
 from mlxdpo.types import Batch
@@ -32,7 +32,7 @@ def fast_rewards(checkpoint: Callable[..., Any] | None = None) -> Forward:
     def forward(model: nn.Module, batch: Batch) -> mx.array:
         """(R,) rewards of the batch's rows."""
 
-        def measure(trunk: Trunk, states: mx.array, part: Batch) -> mx.array:
+        def measure(trunk: ModelParts, states: mx.array, part: Batch) -> mx.array:
             """(R,) rewards of a part's rows."""
             return rewards(model, trunk.norm(states[last_places(part)]))
 
@@ -51,11 +51,11 @@ def plain_rewards(model: nn.Module, batch: Batch) -> mx.array:
         states = normed_states(model, rows)[:, shared:]
         return rewards(model, states.reshape(-1, states.shape[-1])[part.home[last_places(part)]])
 
-    return whole_rows(streams.each(measure, batch.parts or (batch,)), batch)
+    return whole_rows(streams.map_streams(measure, batch.parts or (batch,)), batch)
 
 
-def reward_ways(fast: bool, checkpoint: bool = False) -> Ways:
+def reward_fns(fast: bool, checkpoint: bool = False) -> ForwardFns:
     """How rewards are computed where log-probs take the `fast` way, and where they do not."""
     if not fast:
-        return Ways(plain_rewards, plain_rewards)
-    return Ways(fast_rewards(checkpointed if checkpoint else None), fast_rewards())
+        return ForwardFns(plain_rewards, plain_rewards)
+    return ForwardFns(fast_rewards(checkpointed if checkpoint else None), fast_rewards())

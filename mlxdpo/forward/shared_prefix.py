@@ -14,9 +14,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxdpo.forward.architectures import Trunk
-from mlxdpo.forward.patch_mlx_lm import attention_files, switched
-from mlxdpo.forward.streams import Passage, here, walk
+from mlxdpo.forward.architectures import ModelParts
+from mlxdpo.forward.patch_mlx_lm import attention_files, patched
+from mlxdpo.forward.streams import LayerPlan, pin_to_stream, run_layers
 
 
 class Capture:
@@ -60,7 +60,7 @@ def spreader(group: mx.array, rows_per_prompt: int | None) -> Callable[[mx.array
 
 
 def hidden_states(
-    trunk: Trunk,
+    trunk: ModelParts,
     prefix: mx.array,
     suffix: mx.array,
     spread: Callable[[mx.array], mx.array],
@@ -70,40 +70,42 @@ def hidden_states(
 
     `checkpoint` is `checkpointed`, to compute each layer again in the backward pass instead of keeping its insides.
     """
-    return walk([lambda: passage(trunk, prefix, suffix, spread, checkpoint)])[0]
+    return run_layers([lambda: padded_layers(trunk, prefix, suffix, spread, checkpoint)])[0]
 
 
-def passage(
-    trunk: Trunk,
+def padded_layers(
+    trunk: ModelParts,
     prefix: mx.array,
     suffix: mx.array,
     spread: Callable[[mx.array], mx.array],
     checkpoint: Callable[..., Any] | None = None,
-) -> Passage:
+) -> LayerPlan:
     """The way of `hidden_states`."""
     run, layers = checkpoint or (lambda layer, function: function), zip(trunk.layers, trunk.windows, strict=True)
     if not prefix.shape[1]:
         masks = {window: trunk.mask(suffix.shape[1], 0, window) for window in trunk.windows}
         alone = [run(layer, _single(layer, masks[window])) for layer, window in layers]
-        return Passage((trunk.embed(suffix),), alone, lambda hs: hs)
+        return LayerPlan((trunk.embed(suffix),), alone, lambda hs: hs)
     both = [run(layer, _joint(trunk, layer, window, spread)) for layer, window in layers]
-    return Passage((trunk.embed(prefix), trunk.embed(suffix)), both, lambda hp, hs: hs)
+    return LayerPlan((trunk.embed(prefix), trunk.embed(suffix)), both, lambda hp, hs: hs)
 
 
 def _single(layer: Any, mask: Any) -> Callable[..., tuple[mx.array]]:
     def alone(hs: mx.array) -> tuple[mx.array]:
         """The layer on full rows, nothing shared."""
-        with switched(attention_files(layer)):
+        with patched(attention_files(layer)):
             return (layer(hs, mask, None),)
 
     return alone
 
 
-def _joint(trunk: Trunk, layer: Any, window: int | None, spread: Callable[[mx.array], mx.array]) -> Callable[..., Any]:
+def _joint(
+    trunk: ModelParts, layer: Any, window: int | None, spread: Callable[[mx.array], mx.array]
+) -> Callable[..., Any]:
     def both(hp: mx.array, hs: mx.array) -> tuple[mx.array, mx.array]:
         """The layer on prefixes, then on the suffixes that look back at them."""
         captured, before = Capture(), hp.shape[1]
-        with switched(attention_files(layer)):  # in here: a checkpoint calls this again in the backward pass
+        with patched(attention_files(layer)):  # in here: a checkpoint calls this again in the backward pass
             hp = layer(hp, trunk.mask(before, 0, window), captured)
             return hp, layer(hs, trunk.mask(hs.shape[1], before, window), Prefixed(captured, spread))
 
@@ -112,4 +114,4 @@ def _joint(trunk: Trunk, layer: Any, window: int | None, spread: Callable[[mx.ar
 
 def checkpointed(layer: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of `layer`, computed again in the backward pass; the trained arrays enter as inputs."""
-    return nn.utils.checkpoint(layer, here(function))
+    return nn.utils.checkpoint(layer, pin_to_stream(function))

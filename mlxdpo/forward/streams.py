@@ -27,7 +27,7 @@ from mlxdpo.machine.openblas import single_blas
 # The way of a batch through a model's blocks, written down before it is gone, so that several can be gone abreast.
 
 
-class Passage(NamedTuple):
+class LayerPlan(NamedTuple):
     """What enters the first block, each block as a function of what enters it, and how to read the states at the end.
 
     The arrays of a state are (..., D) hidden states; every block gives as many as it takes.
@@ -38,38 +38,38 @@ class Passage(NamedTuple):
     leave: Callable[..., mx.array]
 
 
-def walk(passages: Sequence[Callable[[], Passage]]) -> list[mx.array]:
+def run_layers(passages: Sequence[Callable[[], LayerPlan]]) -> list[mx.array]:
     """The states at the end of each passage, the n-th gone in lane n, all of them block by block."""
-    opened = each(lambda passage: passage(), passages)
+    opened = map_streams(lambda passage: passage(), passages)
     states = [passage.enter for passage in opened]
     for blocks in zip(*(passage.blocks for passage in opened), strict=True):
-        states = abreast(each(lambda block, state: block(*state), blocks, states))
-    return each(lambda passage, state: passage.leave(*state), opened, states)
+        states = interleave(map_streams(lambda block, state: block(*state), blocks, states))
+    return map_streams(lambda passage, state: passage.leave(*state), opened, states)
 
 
 State = tuple[mx.array, ...]
 
 
-def lane(number: int) -> AbstractContextManager[Any]:
+def stream(number: int) -> AbstractContextManager[Any]:
     """Inside it operations are written down for that lane; lane 0 is where everything else is."""
-    return mx.stream(_stream(number)) if number else contextlib.nullcontext()
+    return mx.stream(_mlx_stream(number)) if number else contextlib.nullcontext()
 
 
 @functools.cache
-def _stream(number: int) -> mx.ThreadLocalStream:
+def _mlx_stream(number: int) -> mx.ThreadLocalStream:
     return mx.new_thread_local_stream(mx.cpu)
 
 
-def each(function: Callable[..., Any], *columns: Iterable[Any]) -> list[Any]:
+def map_streams(function: Callable[..., Any], *columns: Iterable[Any]) -> list[Any]:
     """`map`, the n-th call in lane n."""
     results = []
     for number, items in enumerate(zip(*columns, strict=True)):
-        with lane(number):
+        with stream(number):
             results.append(function(*items))
     return results
 
 
-def abreast(states: Sequence[State]) -> list[State]:
+def interleave(states: Sequence[State]) -> list[State]:
     """The states of all lanes, none of which can be used before all are there; the same for their gradients."""
     if len(states) == 1:
         return list(states)
@@ -78,7 +78,7 @@ def abreast(states: Sequence[State]) -> list[State]:
 
     def tie(*flat: mx.array) -> State:
         """Each lane's arrays, dependent on all others."""
-        tied = each(lambda cut: mx.depends(list(flat[cut]), [*flat[: cut.start], *flat[cut.stop :]]), cuts)
+        tied = map_streams(lambda cut: mx.depends(list(flat[cut]), [*flat[: cut.start], *flat[cut.stop :]]), cuts)
         return tuple(array for lane in tied for array in lane)
 
     run = mx.custom_function(tie)
@@ -87,7 +87,7 @@ def abreast(states: Sequence[State]) -> list[State]:
     return [flat[cut] for cut in cuts]
 
 
-def here(function: Callable[..., Any]) -> Callable[..., Any]:
+def pin_to_stream(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, whose operations go to the lane that is current now, whenever it is called.
 
     For what MLX calls in its backward pass: gradients of our own and blocks under a checkpoint.
@@ -113,13 +113,13 @@ def with_gradient(function: Callable[..., Any], gradient: Callable[..., Any]) ->
     def run(*args: Any) -> Any:
         """One call, one lane."""
         call = mx.custom_function(function)
-        call.vjp(here(gradient))
+        call.vjp(pin_to_stream(gradient))
         return call(*args)
 
     return run
 
 
-def evaluate(parts: Sequence[Any], *found: Any) -> None:
+def evaluate_parts(parts: Sequence[Any], *found: Any) -> None:
     """Evaluate what was found of a batch with these `parts`: in lanes, a matmul takes one thread."""
     with single_blas() if parts else contextlib.nullcontext():
         mx.eval(*found)

@@ -23,14 +23,14 @@ from mlxdpo.data.report import Report
 from mlxdpo.data.template import probe
 from mlxdpo.data.transforms import with_end
 from mlxdpo.forward import streams
-from mlxdpo.forward.architectures import split
-from mlxdpo.forward.rewards import reward_ways
+from mlxdpo.forward.architectures import model_parts
+from mlxdpo.forward.rewards import reward_fns
 from mlxdpo.io.digest import file_digest, folder_digest
 from mlxdpo.model.adapters import dropout_off, load_adapter
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.model.reward_head import FILE, load_head
 from mlxdpo.runs import Run
-from mlxdpo.types import Example, Opinion, Text, UserError
+from mlxdpo.types import Example, Text, UnpairedExample, UserError
 
 # An answer that is too long is judged by what fits: it is better to have a number than none.
 READING = {"on_bad_row": "skip", "on_long_prompt": "trim", "on_long_completion": "truncate"}
@@ -52,12 +52,12 @@ class RewardModel:
         """
         values = np.full(len(prompts), np.nan)
         examples = list(with_end(self._encoded(prompts, completions), self.data, Report()))
-        way = reward_ways(split(self.policy.model) is not None).score
+        way = reward_fns(model_parts(self.policy.model) is not None).score
         with dropout_off(self.policy.model) as model:
             for indices in plan_straight(outline(examples, self.data.group), self.batch_size):
                 batch = collate(examples, indices, self.batch_size)
                 rewards = way(model, batch)[batch.chosen]
-                streams.evaluate(batch.parts, rewards)
+                streams.evaluate_parts(batch.parts, rewards)
                 values[[int(examples[i].where) for i in indices]] = np.array(rewards, np.float64)[: len(indices)]
         return values
 
@@ -67,9 +67,9 @@ class RewardModel:
         return encode_stream(_rows(prompts, completions), writer, self.data, Report())
 
 
-def _rows(prompts: Sequence[Text], completions: Sequence[Text]) -> Iterator[Opinion]:
+def _rows(prompts: Sequence[Text], completions: Sequence[Text]) -> Iterator[UnpairedExample]:
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        yield Opinion(prompt, completion, True, str(number))
+        yield UnpairedExample(prompt, completion, True, str(number))
 
 
 def open_reward_model(run: Run, batch_size: int = 16) -> RewardModel:

@@ -18,14 +18,14 @@ import numpy as np
 
 from mlxdpo.config import Config
 from mlxdpo.data.batching import collate
-from mlxdpo.data.best_of_k import Several, holds_several, read_several
+from mlxdpo.data.best_of_k import BestOfK, holds_best_of_k, read_best_of_k
 from mlxdpo.data.encode import encode, encode_all
 from mlxdpo.data.messages import as_turns
 from mlxdpo.data.planning import outline, plan_straight
 from mlxdpo.data.read import heldout_source, prompt_key, read_pairs, split_heldout
 from mlxdpo.data.report import Report
 from mlxdpo.forward import streams
-from mlxdpo.forward.logprobs import score_pairs, ways_for
+from mlxdpo.forward.logprobs import forward_fns, score_pairs
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.model.adapters import adapters_off, dropout_off, load_arrays, load_run, load_start, read_settings
 from mlxdpo.model.policy import Policy
@@ -39,7 +39,7 @@ Side = Callable[[], contextlib.AbstractContextManager[nn.Module]]
 LOCKED = ("digest", "dtype", "quantization", "adapter")
 
 
-class Opened(NamedTuple):
+class TrainedRun(NamedTuple):
     """A run's models: `policy` tuned; `start` as training found it; `reference` what rewards are measured against."""
 
     run: Run
@@ -60,7 +60,7 @@ class PairLogps(NamedTuple):
     rejected_len: np.ndarray
 
 
-def reopen(run: Run) -> Opened:
+def open_trained_run(run: Run) -> TrainedRun:
     """Load a run's tuned model and its reference; one set of weights in memory where adapters can be switched off.
 
     Raises `UserError` when model or reference are not the ones in the run's manifest.
@@ -72,13 +72,13 @@ def reopen(run: Run) -> Opened:
     )
     if config.reference.model is None:
         check_reference(run, policy, config.model.adapter)
-        return Opened(run, config, policy, start, start)
+        return TrainedRun(run, config, policy, start, start)
     other, adapter = find_reference(config, policy)
     check_reference(run, other, adapter)
-    return Opened(run, config, policy, start, partial(contextlib.nullcontext, other.model))
+    return TrainedRun(run, config, policy, start, partial(contextlib.nullcontext, other.model))
 
 
-def at_checkpoints(opened: Opened) -> Iterator[str]:
+def at_checkpoints(opened: TrainedRun) -> Iterator[str]:
     """Put the weights of each kept checkpoint into `opened.policy`, oldest first, and yield its name meanwhile.
 
     Afterwards the run's own adapter is back, also when the caller stops half-way.
@@ -127,15 +127,15 @@ def heldout_pairs(run: Run, data: str | None = None) -> tuple[list[Preference], 
     return rows, report, f"the {config.data.eval_fraction:.0%} of {_called(config.data.path)} that training held out"
 
 
-def heldout_records(run: Run, data: str) -> tuple[list[Several], Report, str] | None:
+def heldout_records(run: Run, data: str) -> tuple[list[BestOfK], Report, str] | None:
     """Best-of-k records of `data`, what became of the rows, and the source in words; None where it holds pairs.
 
     Raises `UserError` for a source that cannot be read, and when none of its records can be used.
     """
     config = run.config().data
-    if not holds_several(data, config.split):
+    if not holds_best_of_k(data, config.split):
         return None
-    records, report = read_several(data, config.split, config.on_bad_row)
+    records, report = read_best_of_k(data, config.split, config.on_bad_row)
     if not records:
         raise UserError(f"{data}: none of its {report.read} records can be used; {'; '.join(report.lines())}")
     return records, report, _called(data)
@@ -146,7 +146,7 @@ def _called(source: str) -> str:
     return Path(source).name if Path(source).exists() else source
 
 
-def encode_pairs(opened: Opened, rows: Sequence[Preference]) -> tuple[list[Preference], list[Example], Report]:
+def encode_pairs(opened: TrainedRun, rows: Sequence[Preference]) -> tuple[list[Preference], list[Example], Report]:
     """Rows and their token ids, one for one, without those that do not fit (counted in the report)."""
     tokenizer, eos, data = opened.policy.tokenizer, opened.policy.eos_ids, opened.config.data
     examples, report = encode_all(rows, tokenizer, data, eos_ids=eos)
@@ -158,18 +158,18 @@ def encode_pairs(opened: Opened, rows: Sequence[Preference]) -> tuple[list[Prefe
     return [row for row, _ in kept], [example for _, example in kept], report
 
 
-def pair_logps(opened: Opened, examples: Sequence[Example], batch_size: int = 8) -> PairLogps:
+def pair_logps(opened: TrainedRun, examples: Sequence[Example], batch_size: int = 8) -> PairLogps:
     """Log-probs of every pair, in the order given, `batch_size` pairs at once."""
-    values, ways = np.zeros((4, len(examples))), ways_for(opened.policy.model)
+    values, ways = np.zeros((4, len(examples))), forward_fns(opened.policy.model)
     for indices in plan_straight(outline(examples, opened.config.data.group), batch_size):
         batch = collate(examples, indices, batch_size)
         with dropout_off(opened.policy.model) as model:
             tuned = score_pairs(model, batch, ways.score)
-            streams.evaluate(batch.parts, tuned.chosen, tuned.rejected)
+            streams.evaluate_parts(batch.parts, tuned.chosen, tuned.rejected)
         with opened.reference() as model, dropout_off(model):
-            base = score_pairs(model, batch, ways_for(model).score)
+            base = score_pairs(model, batch, forward_fns(model).score)
             both = mx.stack([tuned.chosen, tuned.rejected, base.chosen, base.rejected])
-            streams.evaluate(batch.parts, both)
+            streams.evaluate_parts(batch.parts, both)
         values[:, list(indices)] = np.array(both)[:, : len(indices)]
     lengths = [np.array([len(getattr(e, side)) for e in examples], np.float64) for side in ("chosen", "rejected")]
     return PairLogps(*values, *lengths)

@@ -1,5 +1,5 @@
 """Every objective by name. Adding one: a function in its family's file, an entry here, and in the tests a golden row
-(`tests/support/goldens.py`) and a formula (`tests/support/formulas.py`); `mlxdpo objectives`, the tables and the checks follow.
+and a formula (`tests/support`); `mlxdpo objectives`, the tables and the checks follow.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def has_room(size: int) -> bool:
         return False
 
 
-class Headroom:
+class MemoryGuard:
     """What the steps so far took at their peak, and whether another one like that fits.
 
     A step larger than any before it is not foreseen here; `mlxdpo plan` foresees the largest one.

@@ -8,9 +8,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import LossConfig
-from mlxdpo.forward.architectures import split
-from mlxdpo.forward.logprobs import fast_forward, plain_forward, score_pairs, ways_for
-from mlxdpo.forward.packed import Layout, packed_states
+from mlxdpo.forward.architectures import model_parts
+from mlxdpo.forward.logprobs import fast_forward, forward_fns, plain_forward, score_pairs
+from mlxdpo.forward.packed import PackedLayout, packed_states
 from mlxdpo.forward.shared_prefix import checkpointed, hidden_states, spreader
 from mlxdpo.losses.loss import resolve
 from mlxdpo.machine.device import this_machine
@@ -35,7 +35,7 @@ def limit_of(dtype: str) -> float:
 def off_golden(dtype: str) -> float:
     """The largest distance of any golden log-prob, of policy and reference, nats."""
     tuned = model(dtype)
-    score, wanted = ways_for(tuned).score, golden()
+    score, wanted = forward_fns(tuned).score, golden()
     policy = score_pairs(tuned, batch(), score)
     with adapters_off(tuned):
         frozen = score_pairs(tuned, batch(), score)
@@ -70,7 +70,7 @@ def log_probs_float16() -> Finding:
 def loss_and_gradient() -> Finding:
     """DPO's loss (arXiv 2305.18290 eq. 7) and entries of its gradient against float64 numpy."""
     tuned, rows, wanted = model(), batch(reference()), golden()
-    step = make_gradient(tuned, resolve(LossConfig(name="sigmoid", beta=BETA)), ways_for(tuned).train)
+    step = make_gradient(tuned, resolve(LossConfig(name="sigmoid", beta=BETA)), forward_fns(tuned).train)
     found = step(rows, mx.array(1 / len(examples())))
     gap = abs(float(found.losses.mean().item()) - wanted["loss"])
     arrays = dict(tree_flatten(found.gradients))
@@ -118,14 +118,14 @@ def packed_is_padded() -> Finding:
 
 
 def _packed(tuned: nn.Module) -> mx.array:
-    rows, trunk = batch(), split(tuned)
+    rows, trunk = batch(), model_parts(tuned)
     assert trunk is not None
-    layout = Layout(rows.prefix.shape, rows.rows, rows.home, rows.place, spreader(rows.group, None))  # type: ignore[arg-type]
+    layout = PackedLayout(rows.prefix.shape, rows.rows, rows.home, rows.place, spreader(rows.group, None))  # type: ignore[arg-type]
     return packed_states(trunk, mx.concatenate([rows.prefix.reshape(-1), rows.rest]), layout)[rows.positions]
 
 
 def _padded(tuned: nn.Module) -> mx.array:
-    rows, trunk = batch(), split(tuned)
+    rows, trunk = batch(), model_parts(tuned)
     assert trunk is not None
     states = hidden_states(trunk, rows.prefix, rows.suffix, spreader(rows.group, None))
     return states.reshape(-1, states.shape[-1])[rows.home[rows.positions]]

@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import LossConfig, OptimConfig
-from mlxdpo.forward.logprobs import score_pairs, ways_for
+from mlxdpo.forward.logprobs import forward_fns, score_pairs
 from mlxdpo.losses.loss import resolve
 from mlxdpo.machine.device import cache_folder, most_traces
 from mlxdpo.model.adapters import load_arrays, save_adapter
@@ -34,7 +34,7 @@ SHAPES = ((0, 1), (2,))  # pairs of two batches whose arrays have other shapes
 def steps() -> tuple[list[float], list[float]]:
     """Losses (nats) and seconds of `STEPS` optimizer steps from fresh adapters on the golden pairs."""
     tuned = arithmetic_model(moved=False)
-    gradient = make_gradient(tuned, resolve(LossConfig(name="sigmoid", beta=BETA)), ways_for(tuned).train)
+    gradient = make_gradient(tuned, resolve(LossConfig(name="sigmoid", beta=BETA)), forward_fns(tuned).train)
     optim = OptimConfig(lr=1e-2)
     update, rows, share = make_update(tuned, make_optimizer(optim)), batch(reference()), mx.array(1 / len(examples()))
     losses, seconds = [], []
@@ -69,7 +69,7 @@ def count_traces(compile_: Callable[..., Any] = mx.compile) -> int:
     Tracing happens at the call; nothing is evaluated, because a CPU would need a compiler for that.
     """
     tuned, traced = model(), []
-    way = ways_for(tuned).score
+    way = forward_fns(tuned).score
 
     def score(rows: Batch) -> Any:
         """Runs in Python only while it is traced."""

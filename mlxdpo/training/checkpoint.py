@@ -87,7 +87,7 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
         shutil.rmtree(old.rename(folder / f".draft-{old.name}"))  # a step-N is whole until it is gone
 
 
-def sweep(run: Path) -> None:
+def remove_unfinished(run: Path) -> None:
     """Remove what a killed run left half done below its directory. Only at the start: nobody else writes there then."""
     for draft in (run / "checkpoints").glob(".draft-*"):
         shutil.rmtree(draft)

@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from mlxdpo.config import Config, load_config
-from mlxdpo.distributed.group import Peers, recut
+from mlxdpo.distributed.group import Group, recut
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
 from mlxdpo.training.checkpoint import Progress
 from mlxdpo.training.manifest import check_same
-from mlxdpo.training.window import Job
+from mlxdpo.training.window import TrainState
 from mlxdpo.types import UserError
 
 PARTS = ("settings", "model", "reference", "template", "data")
 
 
-def asked_for(peers: Peers, ask: Callable[[], tuple[Config, Run | None]]) -> tuple[Config, Run | None]:
+def asked_for(peers: Group, ask: Callable[[], tuple[Config, Run | None]]) -> tuple[Config, Run | None]:
     """What process 0 was asked to do: its recipe, and the run to go on with. The others need not have the files."""
     if not peers.first:
         said = json.loads(peers.share(b""))
@@ -42,7 +42,7 @@ def asked_for(peers: Peers, ask: Callable[[], tuple[Config, Run | None]]) -> tup
     return config, resume
 
 
-def for_all(config: Config, peers: Peers) -> tuple[Config, str]:
+def config_for_group(config: Config, peers: Group) -> tuple[Config, str]:
     """The recipe with a step's pairs in batches enough for all processes, and what to say about that, if anything."""
     train = config.train
     if peers.size == 1 or train.accumulate >= peers.size:
@@ -53,7 +53,7 @@ def for_all(config: Config, peers: Peers) -> tuple[Config, str]:
     return config.model_copy(update={"train": smaller}), note
 
 
-def check_alike(peers: Peers, config: Config, manifest: Mapping[str, Any]) -> None:
+def check_alike(peers: Group, config: Config, manifest: Mapping[str, Any]) -> None:
     """Raise `UserError` in every process when one of them has other settings, weights, versions or data."""
     if peers.size == 1:
         return
@@ -71,7 +71,7 @@ def check_alike(peers: Peers, config: Config, manifest: Mapping[str, Any]) -> No
             )
 
 
-def open_run(peers: Peers, config: Config, resume: Run | None) -> Run:
+def open_run(peers: Group, config: Config, resume: Run | None) -> Run:
     """The run directory, which process 0 makes; the others learn its name."""
     if peers.size == 1:
         return resume or Run.create(config)
@@ -80,7 +80,7 @@ def open_run(peers: Peers, config: Config, resume: Run | None) -> Run:
 
 
 @contextlib.contextmanager
-def holding(peers: Peers, run: Run, manifest: Mapping[str, Any]) -> Iterator[None]:
+def holding(peers: Group, run: Run, manifest: Mapping[str, Any]) -> Iterator[None]:
     """The run directory, held for writing by process 0, with the manifest written into it.
 
     Raises `UserError` when another process holds it, or when it began with another model, template or data.
@@ -95,7 +95,7 @@ def holding(peers: Peers, run: Run, manifest: Mapping[str, Any]) -> Iterator[Non
         yield
 
 
-def restored(job: Job) -> tuple[Job, Progress]:
+def restored(job: TrainState) -> tuple[TrainState, Progress]:
     """The job brought to its last checkpoint, which process 0 reads out to the others, and where that is.
 
     Another process's job then looks for checkpoints in a copy of its own.

@@ -15,7 +15,7 @@ PER_TOKEN, SUMMED = 0.1, 2.0  # nats below the reference, both at once: a short 
 STEPS = 10  # steps that count as one look where no pairs are held out
 
 
-class Watch:
+class LikelihoodWatch:
     """Looks at what is scored anyway and speaks once."""
 
     def __init__(self, loss: Loss, heldout: bool):

@@ -14,16 +14,16 @@ from mlxdpo.data.planning import Indices, outline
 from mlxdpo.distributed.group import PeerLost
 from mlxdpo.training import checkpoint
 from mlxdpo.training.checkpoint import Progress
-from mlxdpo.training.likelihood_warning import Watch
+from mlxdpo.training.likelihood_warning import LikelihoodWatch
 from mlxdpo.training.metrics import Scored, pair_metrics, thumb_metrics, token_means
 from mlxdpo.training.plan import Plan, learning_rate
-from mlxdpo.training.reference_sync import Moving
+from mlxdpo.training.reference_sync import ReferenceSync
 from mlxdpo.training.step import gradient_norm, make_update
-from mlxdpo.training.window import Job, Tools, check_finite, compute_window, evaluate
+from mlxdpo.training.window import CompiledFns, TrainState, check_finite, compute_window, evaluate_heldout
 from mlxdpo.types import Event
 
 
-def metrics(job: Job, found: Scored, prefix: str = "") -> dict[str, float]:
+def metrics(job: TrainState, found: Scored, prefix: str = "") -> dict[str, float]:
     """TRL's metrics of what was scored."""
     beta = job.config.loss.beta
     if not job.loss.paired:
@@ -37,7 +37,7 @@ def metrics(job: Job, found: Scored, prefix: str = "") -> dict[str, float]:
     return {f"{prefix}{name}": value for name, value in values.items()}
 
 
-def run_loop(job: Job, progress: Progress, should_stop: Callable[[], bool]) -> Iterator[Event]:
+def run_loop(job: TrainState, progress: Progress, should_stop: Callable[[], bool]) -> Iterator[Event]:
     """Walk from `progress` to the last step; yields "step", "eval", "checkpoint", "note" and "interrupted" events.
 
     Asked to stop, it drops the unfinished window, saves the last whole step and returns: going on from there
@@ -45,13 +45,13 @@ def run_loop(job: Job, progress: Progress, should_stop: Callable[[], bool]) -> I
     bad gradient reaches the weights.
     """
     plan = Plan(job.config, outline(job.train.examples, job.config.data.group))
-    tools = Tools(job)
-    update, watch = make_update(job.model, job.optimizer), Watch(job.loss, bool(job.heldout.examples))
+    tools = CompiledFns(job)
+    update, watch = make_update(job.model, job.optimizer), LikelihoodWatch(job.loss, bool(job.heldout.examples))
     moving, scorer = tools.moving, tools.scorer
     if progress.step:
         moving.restore(checkpoint.folder_of(job.checkpoints, progress.step))
     elif job.heldout.examples:
-        yield Event("eval", 0, metrics(job, evaluate(job, scorer, moving), "eval_"))
+        yield Event("eval", 0, metrics(job, evaluate_heldout(job, scorer, moving), "eval_"))
     while progress.step < plan.total and not _patience_over(job, progress):
         started, batches = time.perf_counter(), plan.window(progress.step)
         try:
@@ -75,7 +75,7 @@ def run_loop(job: Job, progress: Progress, should_stop: Callable[[], bool]) -> I
         if moving.due(progress.step):
             moving.move()
         if job.heldout.examples and _due(progress.step, job.config.train.eval_every, plan.total):
-            found = evaluate(job, scorer, moving)
+            found = evaluate_heldout(job, scorer, moving)
             warning = watch.evaluation(found)
             values = metrics(job, found, "eval_")
             progress = _compare(progress, values["eval_loss"])
@@ -94,7 +94,7 @@ def run_loop(job: Job, progress: Progress, should_stop: Callable[[], bool]) -> I
         yield Event("note", progress.step, {"text": text})
 
 
-def _align(job: Job) -> None:
+def _align(job: TrainState) -> None:
     """Give every process the weights of process 0: on unlike machines the same update may round differently."""
     if job.peers.size > 1:
         trained = job.model.trainable_parameters()
@@ -102,13 +102,13 @@ def _align(job: Job) -> None:
         mx.eval(job.model.parameters())
 
 
-def _save(job: Job, moving: Moving, progress: Progress) -> Path:
+def _save(job: TrainState, moving: ReferenceSync, progress: Progress) -> Path:
     if not job.peers.first:
         return checkpoint.folder_of(job.checkpoints, progress.step)
     return checkpoint.save(job.checkpoints, job.model, job.config.lora, job.optimizer, progress, moving.save)
 
 
-def _advance(job: Job, progress: Progress, batches: Sequence[Indices], seconds: float) -> Progress:
+def _advance(job: TrainState, progress: Progress, batches: Sequence[Indices], seconds: float) -> Progress:
     examples = [job.train.examples[i] for indices in batches for i in indices]
     tokens = sum(2 * len(e.prompt) + len(e.chosen) + len(e.rejected) for e in examples)
     return replace(
@@ -126,7 +126,7 @@ def _compare(progress: Progress, loss: float) -> Progress:
     return replace(progress, waited=progress.waited + 1)
 
 
-def _patience_over(job: Job, progress: Progress) -> bool:
+def _patience_over(job: TrainState, progress: Progress) -> bool:
     patience = job.config.train.patience
     return patience is not None and progress.waited >= patience
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxdpo.config import Config, OptimConfig
-from mlxdpo.data.batch_shapes import Frame, choose_frame, need_of
+from mlxdpo.data.batch_shapes import BatchShape, batch_size_of, choose_shape
 from mlxdpo.data.batching import cut_by_prompts
 from mlxdpo.data.examples import Examples
 from mlxdpo.data.planning import (
@@ -28,21 +28,21 @@ from mlxdpo.data.planning import (
     plan_straight,
     steps_per_epoch,
 )
-from mlxdpo.forward.packed import pays
+from mlxdpo.forward.packed import packing_is_worth_it
 from mlxdpo.machine import openblas
 from mlxdpo.training.checkpoint import Progress
 
 
-class Drawn(NamedTuple):
+class PlannedBatch(NamedTuple):
     """A batch's shape, its pairs, its distinct rows and the distinct tokens that are really there."""
 
-    layout: Layout
+    layout: BatchLayout
     pairs: int
     rows: int
     tokens: int
 
 
-class Outlook(NamedTuple):
+class PlanSummary(NamedTuple):
     """One pass, or as much of it as the run takes.
 
     steps        optimizer steps of the run
@@ -62,23 +62,25 @@ class Outlook(NamedTuple):
     longest: int
 
 
-def layout_of(examples: Examples, indices: Indices, packs: bool, frames: Sequence[Frame] = ()) -> Drawn:
+def planned_batch(examples: Examples, indices: Indices, packs: bool, frames: Sequence[BatchShape] = ()) -> PlannedBatch:
     """The shape that `data.batching.collate` gives these pairs; `packs` says whether the model can run them packed."""
-    need = need_of(examples, indices)
-    frame = choose_frame(need, frames, len(indices))
-    packed = packs and pays((frame.prompts, frame.shared), (frame.rows, frame.width), frame.rest)
+    need = batch_size_of(examples, indices)
+    frame = choose_shape(need, frames, len(indices))
+    packed = packs and packing_is_worth_it((frame.prompts, frame.shared), (frame.rows, frame.width), frame.rest)
     index = np.array(indices)
     numbers = (examples.prompt_numbers[index], examples.row_numbers[index], examples.lengths[index])
     parts = len(cut_by_prompts(*numbers, openblas.stream_count()))
-    layout = Layout(frame.prompts, frame.shared, frame.rows, frame.width, frame.rest, frame.scored, packed, parts=parts)
-    return Drawn(layout, len(indices), need.rows, need.distinct)
+    layout = BatchLayout(
+        frame.prompts, frame.shared, frame.rows, frame.width, frame.rest, frame.scored, packed, parts=parts
+    )
+    return PlannedBatch(layout, len(indices), need.rows, need.distinct)
 
 
-def drawn(
-    examples: Examples, batches: Sequence[Indices], packs: bool, plain: bool, frames: Sequence[Frame] = ()
-) -> list[Drawn]:
+def planned_batches(
+    examples: Examples, batches: Sequence[Indices], packs: bool, plain: bool, frames: Sequence[BatchShape] = ()
+) -> list[PlannedBatch]:
     """`layout_of` each batch; `plain` for a model whose parts are not known."""
-    found = [layout_of(examples, indices, packs, frames) for indices in batches]
+    found = [planned_batch(examples, indices, packs, frames) for indices in batches]
     return [one._replace(layout=one.layout._replace(plain=True)) for one in found] if plain else found
 
 
@@ -94,7 +96,7 @@ def heldout_batches(config: Config, examples: Examples) -> list[Indices]:
     return plan_straight(outline(examples, config.data.group), config.train.batch_size)
 
 
-def sentence(outlook: Outlook) -> str:
+def plan_sentence(outlook: PlanSummary) -> str:
     """What a person wants to know of a plan before it is carried out."""
     return (
         f"a pass: {outlook.pairs} pairs as {outlook.rows} distinct rows of at most {2 * outlook.pairs}, "
@@ -103,10 +105,10 @@ def sentence(outlook: Outlook) -> str:
     )
 
 
-def look_ahead(config: Config, examples: Examples, found: Sequence[Drawn]) -> Outlook:
+def summarize_plan(config: Config, examples: Examples, found: Sequence[PlannedBatch]) -> PlanSummary:
     """The numbers of a plan whose batches were `drawn`."""
     tokens, computed = sum(one.tokens for one in found), sum(one.layout.tokens for one in found)
-    return Outlook(
+    return PlanSummary(
         steps=total_steps(config, outline(examples, config.data.group)),
         pairs=sum(one.pairs for one in found),
         rows=sum(one.rows for one in found),
@@ -162,7 +164,7 @@ class Plan:
         }
 
 
-class Layout(NamedTuple):
+class BatchLayout(NamedTuple):
     """A batch: G prompts of P shared tokens, R rows of S behind them made of M distinct tokens, N scored ones.
 
     `packed` says that matmuls see the M tokens and not the R * S padded ones; `plain` full rows and full logits;

@@ -7,18 +7,27 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxdpo.config import Config
-from mlxdpo.data.batch_shapes import SAMPLE, frames_for
+from mlxdpo.data.batch_shapes import SAMPLE, batch_shapes_for
 from mlxdpo.data.dataset import Dataset
 from mlxdpo.data.examples import Examples
 from mlxdpo.data.planning import first_epoch
-from mlxdpo.forward.architectures import split
-from mlxdpo.forward.logprobs import CHECKED, PLAIN, Ways, _tolerance, detailed, plain_forward, score_pairs, ways_for
-from mlxdpo.forward.packed import packs
+from mlxdpo.forward.architectures import model_parts
+from mlxdpo.forward.logprobs import (
+    CHECKED,
+    PLAIN_FORWARD,
+    ForwardFns,
+    _tolerance,
+    detailed_fns,
+    forward_fns,
+    plain_forward,
+    score_pairs,
+)
+from mlxdpo.forward.packed import can_pack
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import adapters_off, dropout_off
 from mlxdpo.model.policy import Policy
-from mlxdpo.training.plan import Outlook, drawn, look_ahead, training_batches
-from mlxdpo.training.window import Job, Part, first
+from mlxdpo.training.plan import PlanSummary, planned_batches, summarize_plan, training_batches
+from mlxdpo.training.window import ReferencedPairs, TrainState, first_pairs
 from mlxdpo.types import Batch, Pairs, UserError
 
 
@@ -48,16 +57,18 @@ def check_window(policy: Policy, longest: int) -> None:
         )
 
 
-def choose_ways(model: nn.Module, data: Dataset, config: Config) -> tuple[Ways, str]:
+def choose_forward(model: nn.Module, data: Dataset, config: Config) -> tuple[ForwardFns, str]:
     """How to run the model, and why not the fast way: it is asked to give the plain way's log-probs on real rows.
 
     Raises `UserError` when the recipe wants checkpointing and only the plain way is left.
     """
-    ways, name = ways_for(model, config.train.checkpoint), type(model).__module__.rsplit(".", 1)[-1]
+    ways, name = forward_fns(model, config.train.checkpoint), type(model).__module__.rsplit(".", 1)[-1]
     note = f"{name}: no fast way is known for this architecture, so full rows and full logits are computed"
-    if ways is not PLAIN:
+    if ways is not PLAIN_FORWARD:
         with dropout_off(model):
-            batch = _first_batch(Part(data.train, np.zeros((len(data.train), 2), np.float32)), config, CHECKED)
+            batch = _first_batch(
+                ReferencedPairs(data.train, np.zeros((len(data.train), 2), np.float32)), config, CHECKED
+            )
             fast = ways.score(model, batch)
             mx.eval(fast)  # one after the other: full logits of full rows would be the peak of a small run
             gap = mx.abs(fast - plain_forward(model, batch)).max().item()
@@ -66,18 +77,20 @@ def choose_ways(model: nn.Module, data: Dataset, config: Config) -> tuple[Ways, 
         note = f"{name}: the fast way is {gap:.3g} nats off here, so full rows and full logits are computed"
     if config.train.checkpoint:
         raise UserError(f"train.checkpoint needs the fast way, but {note}; set train.checkpoint false")
-    return PLAIN, note
+    return PLAIN_FORWARD, note
 
 
-def preview(model: nn.Module, data: Dataset, config: Config, ways: Ways) -> Outlook:
+def preview_plan(model: nn.Module, data: Dataset, config: Config, ways: ForwardFns) -> PlanSummary:
     """What the first pass amounts to; of a long one, its first `SAMPLE` batches."""
     batches = training_batches(config, data.train)[:SAMPLE]
-    frames, trunk = frames_for(data.train, batches, config.train.batch_size), split(model)
-    packed = ways is not PLAIN and trunk is not None and packs(trunk)
-    return look_ahead(config, data.train, drawn(data.train, batches, packed, ways is PLAIN, frames))
+    frames, trunk = batch_shapes_for(data.train, batches, config.train.batch_size), model_parts(model)
+    packed = ways is not PLAIN_FORWARD and trunk is not None and can_pack(trunk)
+    return summarize_plan(
+        config, data.train, planned_batches(data.train, batches, packed, ways is PLAIN_FORWARD, frames)
+    )
 
 
-def _first_batch(part: Part, config: Config, most: int | None = None) -> Batch:
+def _first_batch(part: ReferencedPairs, config: Config, most: int | None = None) -> Batch:
     """The first batch of a run, or `most` pairs of it: a short run's reference holds only the pairs it visits."""
     train = config.train
     examples, group = Examples.of(part.examples), config.data.group
@@ -85,7 +98,7 @@ def _first_batch(part: Part, config: Config, most: int | None = None) -> Batch:
     return part.batch(plan.windows[0][0][:most], most or train.batch_size)
 
 
-def check(job: Job) -> None:
+def check_start(job: TrainState) -> None:
     """Before the first step policy and reference agree, so the objective has a known value (sigmoid: ln 2).
 
     Raises `UserError` naming the cause when it has not. Dropout is off here: it may differ by design. Where no
@@ -97,7 +110,7 @@ def check(job: Job) -> None:
     batch, wanted = _first_batch(job.train, job.config), job.loss.start()
     count = int(batch.weight.sum().item())
     with dropout_off(job.model):
-        pairs = first(score_pairs(job.model, batch, job.ways.score), count)
+        pairs = first_pairs(score_pairs(job.model, batch, job.ways.score), count)
         if _gap(pairs) <= _tolerance(job.model):
             _check_value(job, pairs, wanted)
             return
@@ -109,13 +122,13 @@ def check(job: Job) -> None:
     )
 
 
-def _check_alone(job: Job) -> None:
+def _check_alone(job: TrainState) -> None:
     """A loss that asks no reference and still has a known first value."""
     if (wanted := job.loss.start()) is None:
         return
     batch = _first_batch(job.train, job.config)
     with dropout_off(job.model):
-        pairs = first(score_pairs(job.model, batch, job.ways.score), int(batch.weight.sum().item()))
+        pairs = first_pairs(score_pairs(job.model, batch, job.ways.score), int(batch.weight.sum().item()))
     if abs((value := _value(job, pairs)) - wanted) > 1e-4 * max(1.0, wanted):
         raise UserError(
             f"before the first step the loss is {value:.6f} instead of {wanted:.6f}: the head does not start at zero; "
@@ -123,7 +136,7 @@ def _check_alone(job: Job) -> None:
         )
 
 
-def _check_value(job: Job, pairs: Pairs, wanted: float | None) -> None:
+def _check_value(job: TrainState, pairs: Pairs, wanted: float | None) -> None:
     """The loss of a policy that is its reference, to the bit: rounding in 16 bits is not asked about here."""
     ref = {"chosen": pairs.ref_chosen, "rejected": pairs.ref_rejected, "shared": pairs.ref_shared}
     value = _value(job, pairs._replace(**ref))
@@ -134,15 +147,15 @@ def _check_value(job: Job, pairs: Pairs, wanted: float | None) -> None:
         )
 
 
-def _value(job: Job, pairs: Pairs) -> float:
+def _value(job: TrainState, pairs: Pairs) -> float:
     """Mean loss, before weights of pairs."""
     losses = job.loss(pairs._replace(weight=mx.ones_like(pairs.chosen)))
     return float(losses.mean())
 
 
-def with_details(ways: Ways, loss: Loss, config: Config) -> Ways:
+def with_details(ways: ForwardFns, loss: Loss, config: Config) -> ForwardFns:
     """The ways of a model, giving more than summed log-probs where a modifier of the loss asks for it."""
-    return detailed(ways, config.train.checkpoint) if loss.needs & {"shared", "squares"} else ways
+    return detailed_fns(ways, config.train.checkpoint) if loss.needs & {"shared", "squares"} else ways
 
 
 def _gap(pairs: Pairs) -> float:
@@ -153,7 +166,7 @@ def _gap(pairs: Pairs) -> float:
     return float(np.nan_to_num(gaps, nan=np.inf, posinf=np.inf).max())
 
 
-def _cause(job: Job, batch: Batch) -> str:
+def _cause(job: TrainState, batch: Batch) -> str:
     if not np.isfinite(np.array(batch.ref)).all():
         return "the reference's log-probs are not finite numbers; look at the weights, or set model.dtype float32"
     if job.config.model.adapter is None and job.config.lora.method != "full":

@@ -20,12 +20,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlxdpo.config import Config, ModelConfig
-from mlxdpo.data.batch_shapes import Frame
+from mlxdpo.data.batch_shapes import BatchShape
 from mlxdpo.data.batching import collate
-from mlxdpo.data.encode import template_digest
 from mlxdpo.data.examples import Examples, row_digest
 from mlxdpo.data.planning import Indices
-from mlxdpo.distributed.group import ALONE, Peers
+from mlxdpo.data.template import template_digest
+from mlxdpo.distributed.group import ALONE, Group
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import load_sealed, save_sealed, sealed
 from mlxdpo.machine.device import cache_folder, this_machine, versions
@@ -109,9 +109,9 @@ def with_reference(
     identity: Mapping[str, Any],
     batches: Sequence[Indices],
     batch_size: int,
-    frames: Sequence[Frame] = (),
+    frames: Sequence[BatchShape] = (),
     rows: np.ndarray | None = None,
-    peers: Peers = ALONE,
+    peers: Group = ALONE,
 ) -> Generator[tuple[int, np.ndarray | None], None, None]:
     """Score what the table lacks, batch by batch, saving as it goes.
 
@@ -160,7 +160,7 @@ def with_reference(
 
 
 def _score(
-    examples: Sequence[Example], scorer: Scorer, size: int, frames: Sequence[Frame], columns: int, indices: Indices
+    examples: Sequence[Example], scorer: Scorer, size: int, frames: Sequence[BatchShape], columns: int, indices: Indices
 ) -> np.ndarray:
     """(pairs, columns) log-probs of one batch."""
     pairs = scorer(collate(examples, indices, size, frames=frames))
@@ -173,7 +173,7 @@ def _round(
     place: np.ndarray,
     known: np.ndarray,
     score_one: Callable[[Indices], np.ndarray],
-    peers: Peers,
+    peers: Group,
 ) -> dict[int, np.ndarray]:
     """Log-probs by number of the batch: of `start` alone, or of the next that one process would score from there on,
     each scored by one of several."""

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlxdpo.config import Config
 from mlxdpo.forward import streams
-from mlxdpo.forward.logprobs import Forward, Rows
+from mlxdpo.forward.logprobs import Forward, RowDetails
 from mlxdpo.io.checksum import load_sealed, save_sealed
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import dropout_off
@@ -30,7 +30,7 @@ Arrays = dict[str, mx.array]
 FILE = "reference.safetensors"
 
 
-def check_moving(config: Config, loss: Loss) -> None:
+def check_reference_sync(config: Config, loss: Loss) -> None:
     """Raise `UserError` where a moving reference cannot be had."""
     every, mix = config.reference.sync_every, config.reference.sync_mix
     if every is None:
@@ -49,7 +49,7 @@ def check_moving(config: Config, loss: Loss) -> None:
         )
 
 
-class Moving:
+class ReferenceSync:
     """The reference of a run with `reference.sync_every`; `arrays` are what it has in place of the trained ones.
 
     Until the first update it is where training starts: the log-probs scored there are still right.
@@ -60,7 +60,7 @@ class Moving:
         self.every, self.mix, self.method = config.reference.sync_every, config.reference.sync_mix, config.lora.method
         # A fresh adapter's product is zero: nothing to mix. A reference that stays needs no second set of weights.
         fresh = self.method != "full" and config.model.adapter is None
-        self.arrays: Arrays = {} if fresh or self.every is None else trained(model)
+        self.arrays: Arrays = {} if fresh or self.every is None else trained_arrays(model)
         self.moved = False
 
     def due(self, step: int) -> bool:
@@ -69,7 +69,7 @@ class Moving:
 
     def move(self) -> None:
         """Take over the policy's weights by their share."""
-        policy = trained(self.model)
+        policy = trained_arrays(self.model)
         self.arrays = policy if self.mix == 1 else self._mixed(policy)
         self.moved = True
         mx.eval(self.arrays)
@@ -85,8 +85,8 @@ class Moving:
             return batch
         with swapped_in(self.model, self.arrays), dropout_off(self.model):
             found = self.score(self.model, batch)
-            streams.evaluate(batch.parts, found)
-        if isinstance(found, Rows):
+            streams.evaluate_parts(batch.parts, found)
+        if isinstance(found, RowDetails):
             return batch._replace(ref=found.logps, ref_shared=found.shared)
         return batch._replace(ref=found)
 
@@ -104,7 +104,7 @@ class Moving:
             self.arrays = saved
 
 
-def trained(model: nn.Module) -> Arrays:
+def trained_arrays(model: nn.Module) -> Arrays:
     """The trained arrays by name. Updates replace arrays and never change one, so they need no copy."""
     return dict(tree_flatten(model.trainable_parameters()))
 
@@ -122,7 +122,7 @@ def _beside(name: str, old: mx.array | None, new: mx.array, mix: float) -> mx.ar
 @contextlib.contextmanager
 def swapped_in(model: nn.Module, arrays: Mapping[str, mx.array]) -> Iterator[Any]:
     """The model with other arrays in place of its trained ones, while the context lasts."""
-    own = list(trained(model).items())
+    own = list(trained_arrays(model).items())
     model.load_weights(list(arrays.items()), strict=False)
     try:
         yield model

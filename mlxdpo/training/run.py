@@ -15,16 +15,16 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxdpo.config import Config
-from mlxdpo.data.batch_shapes import frames_for
+from mlxdpo.data.batch_shapes import batch_shapes_for
 from mlxdpo.data.dataset import Dataset, Made, Sofar, encoding, reading
 from mlxdpo.data.examples import Examples
 from mlxdpo.data.planning import Indices
-from mlxdpo.distributed.group import ALONE, Peers
-from mlxdpo.forward.logprobs import Ways
-from mlxdpo.forward.patch_mlx_lm import light_attention
+from mlxdpo.distributed.group import ALONE, Group
+from mlxdpo.forward.logprobs import ForwardFns
+from mlxdpo.forward.patch_mlx_lm import chunked_attention_on
 from mlxdpo.losses import Loss
 from mlxdpo.machine.device import wire_memory
-from mlxdpo.machine.memory_guard import Headroom
+from mlxdpo.machine.memory_guard import MemoryGuard
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter, with_adapter
 from mlxdpo.model.policy import load_policy
 from mlxdpo.runs import Run
@@ -34,10 +34,10 @@ from mlxdpo.training.loop import run_loop
 from mlxdpo.training.manifest import describe_run
 from mlxdpo.training.plan import heldout_batches, training_batches
 from mlxdpo.training.reference import Scorer, find_reference, shared_rows, with_reference
-from mlxdpo.training.reference_sync import check_moving
+from mlxdpo.training.reference_sync import check_reference_sync
 from mlxdpo.training.stages import Stage, stage_of
 from mlxdpo.training.step import make_optimizer, make_scorer
-from mlxdpo.training.window import Job, Part
+from mlxdpo.training.window import ReferencedPairs, TrainState
 from mlxdpo.types import Event
 
 Stop = Callable[[], bool]
@@ -49,7 +49,7 @@ def train(
     resume: Run | None = None,
     warm: Path | None = None,
     should_stop: Stop = lambda: False,
-    peers: Peers = ALONE,
+    peers: Group = ALONE,
 ) -> Iterator[Event]:
     """Run a recipe, or go on with `resume`; yields what happens and writes the run directory.
 
@@ -61,7 +61,7 @@ def train(
     """
     stage = stage_of(config)
     loss = stage.loss(config)
-    check_moving(config, loss)
+    check_reference_sync(config, loss)
     optimizer = make_optimizer(config.optim)  # all this before the model: a typing error should not cost a download
     rows = yield from _read(reading(config.data, config.train.seed, stage.take(config, loss)), should_stop)
     if rows is None:
@@ -69,7 +69,7 @@ def train(
     wire_memory()
     policy = load_policy(config.model)
     asked = with_adapter(config, policy.model)
-    config, cut = distributed.for_all(asked, peers)
+    config, cut = distributed.config_for_group(asked, peers)
     reference, adapter = find_reference(config, policy)
     data = yield from _read(encoding(rows, config.data, policy.tokenizer, policy.eos_ids), should_stop)
     if data is None:
@@ -78,19 +78,19 @@ def train(
     preflight.check_heldout(config, data)
     longest = preflight.longest_row(data)
     preflight.check_window(policy, longest)
-    ways, note = preflight.choose_ways(policy.model, data, config)
+    ways, note = preflight.choose_forward(policy.model, data, config)
     manifest = describe_run(config, policy, reference, adapter, data)
     distributed.check_alike(peers, config, manifest)
     run = distributed.open_run(peers, asked, resume)
-    outlook = preflight.preview(policy.model, data, config, ways)
+    outlook = preflight.preview_plan(policy.model, data, config, ways)
     begun = {"run": run, "config": config, "data": data, "policy": policy, "outlook": outlook}
     yield Event("start", 0, begun | {"shown": stage.shown(data.train[0], loss)})
     notes = filter(None, (cut, note, stage.remark(data, config, loss)))
     yield from (Event("note", 0, {"text": text}) for text in notes)
     # Entered before anything is traced: a trace keeps the attention it was made with.
-    lights = (light_attention(policy.model, longest), light_attention(reference.model, longest))
+    lights = (chunked_attention_on(policy.model, longest), chunked_attention_on(reference.model, longest))
     with distributed.holding(peers, run, manifest), lights[0], lights[1]:
-        own = ways if reference is policy else preflight.choose_ways(reference.model, data, config)[0]
+        own = ways if reference is policy else preflight.choose_forward(reference.model, data, config)[0]
         scorer = make_scorer(reference.model, preflight.with_details(own, loss, config).score)
         with dropout_off(reference.model):
             parts = yield from _parts(config, loss, scorer, manifest["reference"], data, should_stop, peers)
@@ -101,7 +101,7 @@ def train(
             gc.collect()
             mx.clear_cache()
         ways = _attach(policy.model, stage, preflight.with_details(ways, loss, config), config)
-        job = Job(config, policy.model, optimizer, loss, *parts, run.checkpoints, ways, peers)
+        job = TrainState(config, policy.model, optimizer, loss, *parts, run.checkpoints, ways, peers)
         yield from _train(job, stage, run, resume is not None, warm, should_stop)
 
 
@@ -119,7 +119,7 @@ def _read(steps: Generator[Sofar, None, Made], should_stop: Stop) -> Generator[E
             return None
 
 
-def _attach(model: nn.Module, stage: Stage, ways: Ways, config: Config) -> Ways:
+def _attach(model: nn.Module, stage: Stage, ways: ForwardFns, config: Config) -> ForwardFns:
     """Give the model what is trained, and the ways to run it that the stage needs."""
     if config.model.adapter is None:
         attach_lora(model, config.lora, config.train.seed)
@@ -127,21 +127,23 @@ def _attach(model: nn.Module, stage: Stage, ways: Ways, config: Config) -> Ways:
     return stage.ways(ways, config)
 
 
-def _train(job: Job, stage: Stage, run: Run, resumed: bool, warm: Path | None, should_stop: Stop) -> Iterator[Event]:
+def _train(
+    job: TrainState, stage: Stage, run: Run, resumed: bool, warm: Path | None, should_stop: Stop
+) -> Iterator[Event]:
     """From the start or the last checkpoint to the final adapter."""
     progress = Progress()
     if warm is not None:
         checkpoint.restore_optimizer(warm, job.optimizer)
     if job.peers.first:
-        checkpoint.sweep(run.path)
+        checkpoint.remove_unfinished(run.path)
     if resumed:
         job, progress = distributed.restored(job)
         if job.peers.first:
             run.log({"resumed_from": progress.step})
         yield Event("resumed", progress.step, {})
     if progress.step == 0 and job.config.reference.model is None:
-        preflight.check(job)
-    step, room = progress.step, Headroom()
+        preflight.check_start(job)
+    step, room = progress.step, MemoryGuard()
     for event in run_loop(job, progress, lambda: should_stop() or room.short()):
         if event.kind in ("step", "eval"):
             event = event._replace(values=stage.report(event.values, job.config))
@@ -156,29 +158,29 @@ def _train(job: Job, stage: Stage, run: Run, resumed: bool, warm: Path | None, s
 
 
 def _parts(
-    config: Config, loss: Loss, scorer: Scorer, identity: dict, data: Dataset, should_stop: Stop, peers: Peers
-) -> Generator[Event, None, tuple[Part, Part] | None]:
+    config: Config, loss: Loss, scorer: Scorer, identity: dict, data: Dataset, should_stop: Stop, peers: Group
+) -> Generator[Event, None, tuple[ReferencedPairs, ReferencedPairs] | None]:
     """Training and held-out pairs with what the loss asks of a reference, or None when asked to stop."""
     if "reference" not in loss.needs:
         return _without_reference(config, data)
     return (yield from _score_reference(config, loss, scorer, identity, data, should_stop, peers))
 
 
-def _without_reference(config: Config, data: Dataset) -> tuple[Part, Part]:
+def _without_reference(config: Config, data: Dataset) -> tuple[ReferencedPairs, ReferencedPairs]:
     """Training and held-out pairs where no reference is asked."""
 
-    def part(examples: Examples, batches: list[Indices]) -> Part:
+    def part(examples: Examples, batches: list[Indices]) -> ReferencedPairs:
         """Zeros in the place of log-probs."""
-        frames = frames_for(examples, batches, config.train.batch_size)
-        return Part(examples, np.zeros((len(examples), 2), np.float32), frames)
+        frames = batch_shapes_for(examples, batches, config.train.batch_size)
+        return ReferencedPairs(examples, np.zeros((len(examples), 2), np.float32), frames)
 
     train, heldout = data.train, data.heldout
     return part(train, training_batches(config, train)), part(heldout, heldout_batches(config, heldout))
 
 
 def _score_reference(
-    config: Config, loss: Loss, scorer: Scorer, identity: dict, data: Dataset, should_stop: Stop, peers: Peers
-) -> Generator[Event, None, tuple[Part, Part] | None]:
+    config: Config, loss: Loss, scorer: Scorer, identity: dict, data: Dataset, should_stop: Stop, peers: Group
+) -> Generator[Event, None, tuple[ReferencedPairs, ReferencedPairs] | None]:
     """The reference's log-probs of training and held-out pairs, or None when asked to stop."""
     train, parts = config.train, []
     plans: list[tuple[str, Examples, list[Indices]]] = [
@@ -186,7 +188,7 @@ def _score_reference(
         ("held-out", data.heldout, heldout_batches(config, data.heldout)),
     ]
     for name, examples, batches in plans:
-        frames = frames_for(examples, batches, train.batch_size)
+        frames = batch_shapes_for(examples, batches, train.batch_size)
         rows = shared_rows(examples) if "shared" in loss.needs else None
         scoring = with_reference(examples, scorer, identity, batches, train.batch_size, frames, rows, peers)
         logps = None
@@ -197,12 +199,12 @@ def _score_reference(
                 scoring.close()  # saves what was scored
                 yield Event("interrupted", 0, {})
                 return None
-        parts.append(Part(examples, logps, frames))
+        parts.append(ReferencedPairs(examples, logps, frames))
         yield Event("referenced", 0, {"part": name, "total": len(examples)})
     return parts[0], parts[1]
 
 
-def _keep(job: Job, stage: Stage, run: Run, step: int) -> Event:
+def _keep(job: TrainState, stage: Stage, run: Run, step: int) -> Event:
     """Fill adapter/ (and what else the stage keeps) with the last step or the best one, as the recipe asks."""
     source = checkpoint.folder_of(run.checkpoints, step)
     if not job.peers.first:

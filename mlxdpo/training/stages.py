@@ -13,9 +13,19 @@ import mlx.nn as nn
 
 from mlxdpo.config import Config, LossConfig
 from mlxdpo.data.dataset import Dataset
-from mlxdpo.data.transforms import DEMONSTRATIONS, END, PAIRS, REWARDED, THUMBS, Take, balance, thumbs, thumbs_with_kl
-from mlxdpo.forward.logprobs import PLAIN, Ways
-from mlxdpo.forward.rewards import reward_ways
+from mlxdpo.data.transforms import (
+    DEMONSTRATIONS,
+    END,
+    PAIRS,
+    REWARDED,
+    THUMBS,
+    Transform,
+    balance,
+    thumbs,
+    thumbs_with_kl,
+)
+from mlxdpo.forward.logprobs import PLAIN_FORWARD, ForwardFns
+from mlxdpo.forward.rewards import reward_fns
 from mlxdpo.losses import Loss, resolve
 from mlxdpo.losses.reward import reward_loss
 from mlxdpo.model.reward_head import attach_head, detach_head, save_head
@@ -43,8 +53,8 @@ class Stage(NamedTuple):
 
     idle: tuple[str, ...]
     loss: Callable[[Config], Loss]
-    take: Callable[[Config, Loss], Take]
-    ways: Callable[[Ways, Config], Ways]
+    take: Callable[[Config, Loss], Transform]
+    ways: Callable[[ForwardFns, Config], ForwardFns]
     attach: Callable[[nn.Module], Any]
     report: Callable[[Values, Config], dict[str, Any]]
     keep: Callable[[nn.Module, Run], None]
@@ -72,7 +82,7 @@ def _nothing(*_: Any) -> None:
     """Nothing to attach, nothing to keep."""
 
 
-def _preferences(config: Config, loss: Loss) -> Take:
+def _preferences(config: Config, loss: Loss) -> Transform:
     if loss.paired:
         return PAIRS
     return thumbs_with_kl(config.train.seed) if loss.mismatched else THUMBS
@@ -151,7 +161,7 @@ STAGES: dict[str, Stage] = {
         idle=("loss", "reference", "rollout", *IN_ROUNDS),
         loss=lambda config: reward_loss(config.reward.margin, config.reward.center, config.data.columns),
         take=lambda config, loss: REWARDED,
-        ways=lambda ways, config: reward_ways(ways is not PLAIN, config.train.checkpoint),
+        ways=lambda ways, config: reward_fns(ways is not PLAIN_FORWARD, config.train.checkpoint),
         attach=attach_head,
         report=_reward_report,
         keep=_keep_head,

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlxdpo.config import OptimConfig
 from mlxdpo.forward import streams
-from mlxdpo.forward.logprobs import Forward, score_pairs, ways_for
+from mlxdpo.forward.logprobs import Forward, forward_fns, score_pairs
 from mlxdpo.losses import Loss
 from mlxdpo.machine.device import compiled
 from mlxdpo.types import Batch, Pairs, UserError
@@ -63,13 +63,13 @@ def make_optimizer(config: OptimConfig) -> optim.Optimizer:
 
 def make_scorer(model: nn.Module, forward: Forward | None = None) -> Callable[[Batch], Pairs]:
     """Compiled forward pass: a batch's `Pairs`, evaluated."""
-    way = forward or ways_for(model).score
+    way = forward or forward_fns(model).score
     score = compiled(lambda batch: score_pairs(model, batch, way), inputs=[model.state])
 
     def scorer(batch: Batch) -> Pairs:
         """The pairs of a batch, evaluated."""
         pairs = score(batch)
-        streams.evaluate(batch.parts, pairs)
+        streams.evaluate_parts(batch.parts, pairs)
         return pairs
 
     return scorer
@@ -104,7 +104,7 @@ def make_gradient(model: nn.Module, loss: Loss, forward: Forward | None = None) 
         """Evaluated by who uses it, unless it was written down in lanes."""
         found = Gradient(*traced(batch, share, seen))
         if batch.parts:
-            streams.evaluate(batch.parts, found)
+            streams.evaluate_parts(batch.parts, found)
         return found
 
     return run

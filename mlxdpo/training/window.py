@@ -18,16 +18,16 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlxdpo.config import Config
-from mlxdpo.data.batch_shapes import Frame
+from mlxdpo.data.batch_shapes import BatchShape
 from mlxdpo.data.batching import collate
 from mlxdpo.data.examples import Examples
 from mlxdpo.data.planning import Indices, outline, plan_straight
-from mlxdpo.distributed.group import ALONE, Peers
-from mlxdpo.forward.logprobs import Ways, widened
+from mlxdpo.distributed.group import ALONE, Group
+from mlxdpo.forward.logprobs import ForwardFns, widened
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import dropout_off
 from mlxdpo.training.metrics import Scored, join
-from mlxdpo.training.reference_sync import Moving
+from mlxdpo.training.reference_sync import ReferenceSync
 from mlxdpo.training.step import Gradients, add, make_gradient, make_scorer
 from mlxdpo.types import Batch, Example, Pairs, UserError
 
@@ -39,26 +39,26 @@ from mlxdpo.types import Batch, Example, Pairs, UserError
 WIDEST = 2  # numbers that a field of `Pairs` has of each pair, at most
 
 
-def first(pairs: Pairs, count: int) -> Pairs:
+def first_pairs(pairs: Pairs, count: int) -> Pairs:
     """The first `count` pairs: what follows only fills a batch."""
     return Pairs(*(None if a is None else a[..., :count] for a in pairs))
 
 
-def together(parts: Sequence[Pairs]) -> Pairs:
+def concatenate_pairs(parts: Sequence[Pairs]) -> Pairs:
     """The pairs of several batches in one."""
     columns = zip(*parts, strict=True)
     return Pairs(*(None if column[0] is None else mx.concatenate(column, axis=-1) for column in columns))
 
 
-def gathered(peers: Peers, parts: Sequence[Pairs | None], counts: Sequence[int]) -> Pairs:
+def gathered(peers: Group, parts: Sequence[Pairs | None], counts: Sequence[int]) -> Pairs:
     """The pairs of several batches in one, of which `parts` holds this process's own."""
     if peers.size == 1:
-        return together(parts)  # type: ignore[arg-type]
-    columns = taken(peers.sum(mx.array(table(Pairs, parts, counts))))
+        return concatenate_pairs(parts)  # type: ignore[arg-type]
+    columns = taken(peers.sum(mx.array(gather_table(Pairs, parts, counts))))
     return Pairs(*(None if column is None else mx.array(column) for column in columns))
 
 
-def table(kind: type[NamedTuple], parts: Sequence[Any], counts: Sequence[int]) -> np.ndarray:
+def gather_table(kind: type[NamedTuple], parts: Sequence[Any], counts: Sequence[int]) -> np.ndarray:
     """(fields, 1 + 2, pairs) float32: what is known of the pairs of each batch, to be summed over the processes.
 
     Zeros for the batches of others (None). The first row says how many numbers of each pair a field has, 0 for None.
@@ -88,12 +88,12 @@ def taken(summed: mx.array) -> list[np.ndarray | None]:
     return result
 
 
-def look_over(
+def step_statistics(
     loss: Loss,
     batches: Sequence[Sequence[Example]],
     laid_out: Callable[[], Iterable[Batch | None]],
     scorer: Callable[[Batch], Pairs],
-    peers: Peers = ALONE,
+    peers: Group = ALONE,
 ) -> list[mx.array | None]:
     """For each batch of a step what the loss takes from all of the step's pairs, (K, pairs of the batch), or None.
 
@@ -104,10 +104,10 @@ def look_over(
         return [None] * len(batches)
     if loss.looks_at_logps:
         scored = zip(laid_out(), batches, strict=True)
-        parts = [None if batch is None else first(scorer(batch), len(examples)) for batch, examples in scored]
+        parts = [None if batch is None else first_pairs(scorer(batch), len(examples)) for batch, examples in scored]
         seen = loss.look(gathered(peers, parts, [len(examples) for examples in batches]))
     else:
-        seen = loss.look(together([_lengths(examples) for examples in batches]))
+        seen = loss.look(concatenate_pairs([_lengths(examples) for examples in batches]))
     assert seen is not None
     ends = [sum(map(len, batches[: n + 1])) for n in range(len(batches) - 1)]
     return list(mx.split(seen, ends, axis=1)) if ends else [seen]
@@ -130,7 +130,7 @@ class NonFiniteError(UserError):
 
 
 @dataclass(frozen=True)
-class Part:
+class ReferencedPairs:
     """Pairs with the reference's log-probs of their completions, (N, 2) float32, nats, and the shapes of batches.
 
     (N, 4) for LD-DPO, zeros where the loss asks no reference.
@@ -138,7 +138,7 @@ class Part:
 
     examples: Sequence[Example]
     ref: np.ndarray
-    frames: tuple[Frame, ...] = ()
+    frames: tuple[BatchShape, ...] = ()
 
     def batch(self, indices: Indices, batch_size: int) -> Batch:
         """The pairs `indices`, laid out."""
@@ -146,20 +146,20 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainState:
     """Everything a loop needs, put together by `train`."""
 
     config: Config
     model: nn.Module
     optimizer: optim.Optimizer
     loss: Loss
-    train: Part
-    heldout: Part
+    train: ReferencedPairs
+    heldout: ReferencedPairs
     checkpoints: Path
-    ways: Ways
-    peers: Peers = ALONE
+    ways: ForwardFns
+    peers: Group = ALONE
 
-    def mine(self, part: Part, batches: Sequence[Indices]) -> list[bool]:
+    def mine(self, part: ReferencedPairs, batches: Sequence[Indices]) -> list[bool]:
         """Which of the batches this process computes: all, or its share of the tokens."""
         if self.peers.size == 1:
             return [True] * len(batches)
@@ -167,13 +167,13 @@ class Job:
         return self.peers.mine([float(lengths[list(indices)].sum()) for indices in batches])
 
 
-class Tools:
+class CompiledFns:
     """What computes the steps of a job: compiled functions over its model, and the reference, which may move."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: TrainState):
         self.gradient = make_gradient(job.model, job.loss, job.ways.train)
         self.scorer = make_scorer(job.model, job.ways.score)
-        self.moving = Moving(job.model, job.config, job.ways.score)
+        self.moving = ReferenceSync(job.model, job.config, job.ways.score)
 
 
 def scored(losses: mx.array, pairs: Pairs, count: int) -> Scored:
@@ -182,7 +182,7 @@ def scored(losses: mx.array, pairs: Pairs, count: int) -> Scored:
     return Scored(*(np.array(a, np.float64)[:count] for a in (losses, *pairs[:6], *desirable)))
 
 
-def evaluate(job: Job, scorer: Callable[[Batch], Pairs], moving: Moving) -> Scored:
+def evaluate_heldout(job: TrainState, scorer: Callable[[Batch], Pairs], moving: ReferenceSync) -> Scored:
     """The held-out pairs; an objective that looks at all pairs of a step looks at all of these."""
     size, parts = job.config.train.batch_size, []
     batches = plan_straight(outline(job.heldout.examples, job.config.data.group), size)
@@ -192,7 +192,7 @@ def evaluate(job: Job, scorer: Callable[[Batch], Pairs], moving: Moving) -> Scor
             continue
         batch = moving.refreshed(job.heldout.batch(indices, size))
         with dropout_off(job.model):
-            parts.append(first(scorer(batch), len(indices)))
+            parts.append(first_pairs(scorer(batch), len(indices)))
     pairs = gathered(job.peers, parts, [len(indices) for indices in batches])
     found = scored(job.loss(pairs), pairs, len(job.heldout.examples))
     check_finite(job.heldout, batches, found)
@@ -200,7 +200,7 @@ def evaluate(job: Job, scorer: Callable[[Batch], Pairs], moving: Moving) -> Scor
 
 
 def compute_window(
-    job: Job, tools: Tools, batches: Sequence[Indices], step: int, should_stop: Callable[[], bool]
+    job: TrainState, tools: CompiledFns, batches: Sequence[Indices], step: int, should_stop: Callable[[], bool]
 ) -> tuple[Scored, Gradients] | None:
     """Pairs and summed gradient of one window, or None when asked to stop in the middle."""
     settings, peers, parts, total = job.config.train, job.peers, [], None
@@ -217,7 +217,7 @@ def compute_window(
 
     examples = [[job.train.examples[i] for i in indices] for indices in batches] if job.loss.looks else batches
     with dropout_off(job.model):  # what couples the pairs is taken without noise
-        seen = look_over(job.loss, examples, own, tools.scorer, peers)  # type: ignore[arg-type]
+        seen = step_statistics(job.loss, examples, own, tools.scorer, peers)  # type: ignore[arg-type]
     for number, indices in enumerate(batches):
         if should_stop():
             return None if peers.size == 1 else _summed(job, batches, [], None, stop=True)
@@ -235,7 +235,7 @@ def compute_window(
 
 
 def _summed(
-    job: Job, batches: Sequence[Indices], parts: Sequence[Scored | None], own: Gradients | None, stop: bool
+    job: TrainState, batches: Sequence[Indices], parts: Sequence[Scored | None], own: Gradients | None, stop: bool
 ) -> tuple[Scored, Gradients] | None:
     """What all processes found out about a window, or None when one of them was asked to stop in it.
 
@@ -245,7 +245,7 @@ def _summed(
     counts = [len(indices) for indices in batches]
     found = {
         "stopped": mx.array([float(stop)]),
-        "pairs": mx.array(table(Scored, parts or [None] * len(batches), counts)),
+        "pairs": mx.array(gather_table(Scored, parts or [None] * len(batches), counts)),
         "gradients": tree_map(mx.zeros_like, job.model.trainable_parameters()) if own is None else own,
     }
     found = job.peers.sum(found)
@@ -257,7 +257,7 @@ def _summed(
     return pairs, found["gradients"]
 
 
-def check_finite(part: Part, batches: Sequence[Indices], pairs: Scored, norm: float = 0.0) -> None:
+def check_finite(part: ReferencedPairs, batches: Sequence[Indices], pairs: Scored, norm: float = 0.0) -> None:
     """Raise `NonFiniteError` naming the pairs whose numbers, or the gradient of which, are not finite."""
     if math.isfinite(norm) and np.isfinite(pairs.losses).all():
         return

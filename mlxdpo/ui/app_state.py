@@ -17,7 +17,7 @@ NOBODY, CHECKPOINT, OTHER = "none", "checkpoint: ", "run: "
 
 
 @dataclass
-class Desk:
+class AppState:
     """One per process. `first` is the run that the page opens with."""
 
     runs: Path

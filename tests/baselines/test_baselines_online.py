@@ -21,7 +21,7 @@ from mlxdpo.config import LoraConfig, OptimConfig, RolloutConfig
 from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward.logprobs import completion_logps
 from mlxdpo.inference.generate import generate
-from mlxdpo.inference.trained_run import at_checkpoints, reopen
+from mlxdpo.inference.trained_run import at_checkpoints, open_trained_run
 from mlxdpo.model.adapters import adapters_off, attach_lora, load_run
 from mlxdpo.runs import Run
 from mlxdpo.training.step import make_optimizer, make_update
@@ -190,7 +190,7 @@ def test_the_run_directory_is_like_any_other(tmp_path, cache):
     assert all("critic" not in name for name in tuned) and any(
         np.abs(np.array(a)).max() > 0 for n, a in tuned.items() if "lora_b" in n
     )
-    opened = reopen(run)
+    opened = open_trained_run(run)
     names = [name for name in at_checkpoints(opened)]
     assert names == ["step-000002", "step-000004", "step-000005"]
     assert all((run.checkpoints / name / "critic.safetensors").exists() for name in names)

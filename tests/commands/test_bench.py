@@ -12,7 +12,7 @@ from tiny_tokenizers import chatml_tokenizer
 from mlxdpo.cli import run
 from mlxdpo.commands.bench import count_weights
 from mlxdpo.config import LoraConfig
-from mlxdpo.estimate.flops import Weights, Work, forward, step, work
+from mlxdpo.estimate.flops import Weights, Work, forward_flops, step_flops, work
 from mlxdpo.model.adapters import attach_lora
 
 # A block of the tiny llama: q 32x32, k and v 32x16, o 32x32, three maps between 32 and 64.
@@ -32,10 +32,10 @@ def test_pairs_are_what_a_causal_mask_shows(prompt, completions):
 
 def test_operations_by_hand():
     weights, at = Weights(linear=10, adapters=3, head=7, attention=5, layers=2), Work(tokens=4, pairs=6, scored=2)
-    assert forward(weights, at) == 2 * 4 * 13 + 4 * 6 * 5 * 2 + 2 * 2 * 7
-    assert step(weights, at) == 2 * forward(weights, at) + 4 * 6 * 5 * 2 + 2 * 4 * 3
+    assert forward_flops(weights, at) == 2 * 4 * 13 + 4 * 6 * 5 * 2 + 2 * 2 * 7
+    assert step_flops(weights, at) == 2 * forward_flops(weights, at) + 4 * 6 * 5 * 2 + 2 * 4 * 3
     full = weights._replace(full=True, adapters=0)
-    assert step(full, at) == 2 * forward(full, at) + 4 * 6 * 5 * 2 + 2 * 4 * 10 + 2 * 2 * 7
+    assert step_flops(full, at) == 2 * forward_flops(full, at) + 4 * 6 * 5 * 2 + 2 * 4 * 10 + 2 * 2 * 7
 
 
 def test_a_model_is_counted_as_it_is():

@@ -11,7 +11,7 @@ from tiny_runs import finish, recipe, write_pairs
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.cli import run
-from mlxdpo.commands import screen
+from mlxdpo.commands import terminal
 from mlxdpo.config import ModelConfig
 from mlxdpo.data.encode import encode_all
 from mlxdpo.data.read import read_pairs
@@ -145,5 +145,5 @@ def test_doctor_reports_the_fast_blas(capsys):
 
 
 def test_the_clock_and_the_numbers_of_a_line():
-    assert [screen.clock(s) for s in (0, 61, 3723)] == ["0:00", "1:01", "1:02:03"]
-    assert screen.numbers({"loss": 0.69314, "rewards/margins": 0.01, "other": 1}) == "loss 0.6931  margin +0.0100"
+    assert [terminal.clock(s) for s in (0, 61, 3723)] == ["0:00", "1:01", "1:02:03"]
+    assert terminal.numbers({"loss": 0.69314, "rewards/margins": 0.01, "other": 1}) == "loss 0.6931  margin +0.0100"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlxdpo.commands import track
+from mlxdpo.commands import trackers
 from mlxdpo.config import load_config
 from mlxdpo.runs import Run
 from mlxdpo.types import Event, UserError
@@ -10,8 +10,8 @@ from mlxdpo.types import Event, UserError
 
 def test_numbers_go_to_the_tracker_and_it_is_closed(tmp_path, monkeypatch):
     seen, closed = [], []
-    tracker = track.Tracker(lambda values, step: seen.append((step, values)), lambda: closed.append(1))
-    monkeypatch.setitem(track.TRACKERS, "tensorboard", lambda path, config: tracker)
+    tracker = trackers.Tracker(lambda values, step: seen.append((step, values)), lambda: closed.append(1))
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", lambda path, config: tracker)
     config = load_config(None, {"log": {"trackers": ["tensorboard"]}})
     events = [
         Event("start", 0, {"run": Run(tmp_path)}),
@@ -19,7 +19,7 @@ def test_numbers_go_to_the_tracker_and_it_is_closed(tmp_path, monkeypatch):
         Event("note", 1, {"text": "x"}),
         Event("eval", 1, {"eval_loss": 0.6}),
     ]
-    assert list(track.tracked(events, config)) == events
+    assert list(trackers.tracked(events, config)) == events
     assert seen == [(1, {"loss": 0.5}), (1, {"eval_loss": 0.6})] and closed == [1]
 
     def broken():
@@ -27,18 +27,18 @@ def test_numbers_go_to_the_tracker_and_it_is_closed(tmp_path, monkeypatch):
         raise UserError("stop")
 
     with pytest.raises(UserError):
-        list(track.tracked(broken(), config))
+        list(trackers.tracked(broken(), config))
     assert closed == [1, 1]
 
 
 def test_a_missing_library_is_named_with_the_command_that_brings_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"log.trackers has wandb, but wandb is not installed: pip install wandb"):
-        track.check_installed(load_config(None, {"log": {"trackers": ["wandb"]}}))
+        trackers.check_installed(load_config(None, {"log": {"trackers": ["wandb"]}}))
 
 
 def test_tensorboard_writes_its_own_files(tmp_path):
     pytest.importorskip("tensorboardX")
     config = load_config(None, {"log": {"trackers": ["tensorboard"]}})
-    list(track.tracked([Event("start", 0, {"run": Run(tmp_path)}), Event("step", 1, {"loss": 0.5})], config))
+    list(trackers.tracked([Event("start", 0, {"run": Run(tmp_path)}), Event("step", 1, {"loss": 0.5})], config))
     assert list((tmp_path / "tensorboard").glob("events*"))

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from tiny_models import tiny_model
 
 from mlxdpo.config import LoraConfig
-from mlxdpo.data.batch_shapes import Frame, choose_frame, cut_points, frame_of, frames_for, need_of, plan_frames
+from mlxdpo.data.batch_shapes import (
+    BatchShape,
+    batch_shapes_for,
+    batch_size_of,
+    choose_shape,
+    cut_points,
+    plan_shapes,
+    shape_for,
+)
 from mlxdpo.data.batching import collate
 from mlxdpo.data.examples import Examples
 from mlxdpo.data.planning import outline, plan_epoch, plan_straight
@@ -43,11 +51,11 @@ def epochs(examples, size, count):
 def test_every_batch_of_every_epoch_has_one_of_a_few_shapes(seed, ranked, size, limit):
     examples = real_lengths(30, seed, ranked)
     first, *later = epochs(examples, size, 4)
-    frames = plan_frames(examples, first, size, limit)
+    frames = plan_shapes(examples, first, size, limit)
     assert len(frames) <= limit
     for indices in itertools.chain(first, *later, plan_straight(outline(examples, "prompt"), size)):
-        need = need_of(examples, indices)
-        frame = choose_frame(need, frames, size)
+        need = batch_size_of(examples, indices)
+        frame = choose_shape(need, frames, size)
         assert frame in frames and frame.holds(need)
 
 
@@ -60,8 +68,8 @@ def shapes_of(batch):
 def test_the_batch_has_the_shape_of_its_frame(seed, ranked):
     examples = real_lengths(12, seed, ranked)
     (first,) = epochs(examples, 3, 1)
-    for frames, indices in itertools.product(((), plan_frames(examples, first, 3, 3)), first):
-        frame = choose_frame(need_of(examples, indices), frames, 3)
+    for frames, indices in itertools.product(((), plan_shapes(examples, first, 3, 3)), first):
+        frame = choose_shape(batch_size_of(examples, indices), frames, 3)
         batch = collate(examples, indices, 3, frames=frames)
         assert shapes_of(batch) == tuple(frame)
         assert batch.place.shape == batch.home.shape == (frame.rest,) and batch.group.shape == (frame.rows,)
@@ -71,7 +79,7 @@ def test_a_frame_changes_no_number():
     examples, model = real_lengths(8, 1, 2), tiny_model("llama")
     attach_lora(model, LoraConfig(rank=4), 0)
     (batches,) = epochs(examples, 3, 1)
-    frames = plan_frames(examples, batches, 3, 2)
+    frames = plan_shapes(examples, batches, 3, 2)
     for indices in batches:
         alone, framed = collate(examples, indices, 3), collate(examples, indices, 3, frames=frames)
         for forward in (plain_forward, fast_forward()):
@@ -104,29 +112,29 @@ def test_pairs_that_contradict_each_other_fit_too():
     examples = Examples.of([Example(prompt, a, b, "") for a, b in itertools.permutations(answers, 2)])
     (batches,) = epochs(examples, 3, 1)
     assert batches == [tuple(range(30))]
-    alone = plan_frames(examples, [(0,)], 3, 2)  # as if the first epoch had held only small batches
-    assert choose_frame(need_of(examples, batches[0]), alone, 3).pairs >= 30
+    alone = plan_shapes(examples, [(0,)], 3, 2)  # as if the first epoch had held only small batches
+    assert choose_shape(batch_size_of(examples, batches[0]), alone, 3).pairs >= 30
 
 
 def test_a_few_frames_waste_little():
     examples = real_lengths(600, 3)
     (batches,) = epochs(examples, 4, 1)
-    needs = [need_of(examples, indices) for indices in batches]
-    frames = plan_frames(examples, batches, 4, 24)
-    computed = sum(choose_frame(need, frames, 4).tokens for need in needs)
-    assert computed < 1.08 * sum(frame_of([need], 4).tokens for need in needs)
+    needs = [batch_size_of(examples, indices) for indices in batches]
+    frames = plan_shapes(examples, batches, 4, 24)
+    computed = sum(choose_shape(need, frames, 4).tokens for need in needs)
+    assert computed < 1.08 * sum(shape_for([need], 4).tokens for need in needs)
 
 
 def test_nothing_is_compiled_on_a_cpu(monkeypatch):
     examples = real_lengths(9, 0)
     (batches,) = epochs(examples, 3, 1)
     monkeypatch.setattr("mlxdpo.data.batch_shapes.most_traces", lambda: None)
-    assert frames_for(examples, batches, 3) == ()
+    assert batch_shapes_for(examples, batches, 3) == ()
     monkeypatch.setattr("mlxdpo.data.batch_shapes.most_traces", lambda: 4)
-    assert 1 < len(frames_for(examples, batches, 3)) <= 4 and frames_for(Examples.of([]), [], 3) == ()
+    assert 1 < len(batch_shapes_for(examples, batches, 3)) <= 4 and batch_shapes_for(Examples.of([]), [], 3) == ()
 
 
 def test_a_batch_that_no_frame_holds_is_an_error():
     examples = real_lengths(3, 0)
-    with pytest.raises(ValueError, match="no frame holds a batch of Need"):
-        choose_frame(need_of(examples, (0, 1, 2)), [Frame(1, 0, 2, 8, 8, 8, 1)], 3)
+    with pytest.raises(ValueError, match="no frame holds a batch of BatchSize"):
+        choose_shape(batch_size_of(examples, (0, 1, 2)), [BatchShape(1, 0, 2, 8, 8, 8, 1)], 3)

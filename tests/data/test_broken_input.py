@@ -22,7 +22,7 @@ from mlxdpo.io.atomic import append_line
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.policy import find_model, load_policy
 from mlxdpo.runs import Run
-from mlxdpo.types import Extras, Message, Opinion, Preference, UserError
+from mlxdpo.types import Extras, Message, Preference, UnpairedExample, UserError
 from mlxdpo.ui.guard import Gate
 from mlxdpo.ui.input_checks import problem
 from mlxdpo.ui.runs.curves import Tail, follow
@@ -342,7 +342,7 @@ def test_rows_come_out_of_the_spool_as_they_went_in(tmp_path):
     rows = [
         Preference(turns, answer, (Message("assistant", "no"),), "a:1", ({"type": "function"},), {}, Extras(0.75, 2.0)),
         Preference("p", " a", " b\n", "a:2"),
-        Opinion("p", "c", False, "a:3"),
+        UnpairedExample("p", "c", False, "a:3"),
     ]
     spool = Spool(tmp_path)
     list(spool.filling(rows))

@@ -9,7 +9,7 @@ from mlxdpo.data import reasons
 from mlxdpo.data.check import Spread, examine, lines, spread
 from mlxdpo.data.read import read_preferences
 from mlxdpo.data.report import Report
-from mlxdpo.types import Message, Opinion, Preference
+from mlxdpo.types import Message, Preference, UnpairedExample
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,11 @@ def test_sentences_of_pairs():
 
 
 def test_opinions_have_a_desirable_share_and_no_length_bias():
-    rows = [Opinion("a", "xx", True, "x:1"), Opinion("b", "x", False, "x:2"), Opinion("c", "x", True, "x:3")]
+    rows = [
+        UnpairedExample("a", "xx", True, "x:1"),
+        UnpairedExample("b", "x", False, "x:2"),
+        UnpairedExample("c", "x", True, "x:3"),
+    ]
     found = examine(rows, Report(read=3, kept=3, format="unpaired"), "x.jsonl", tokens=[(1, 2)] * 3, limit=2)
     assert (found.kind, found.longer, found.always_longer, found.over_limit) == ("opinions", None, None, 3)
     assert found.desirable == 2 / 3
@@ -90,7 +94,7 @@ def test_opinions_have_a_desirable_share_and_no_length_bias():
 
 
 def test_demonstrations_have_no_thumbs_to_speak_of():
-    found = examine([Opinion("a", "xx", True, "x:1")], Report(read=1, kept=1, format="completion"), "x.jsonl")
+    found = examine([UnpairedExample("a", "xx", True, "x:1")], Report(read=1, kept=1, format="completion"), "x.jsonl")
     assert (found.kind, found.desirable) == ("demonstrations", None)
     assert lines(found)[0].startswith("x.jsonl: 1 demonstrations from 1 rows") and "desirable" not in " ".join(
         lines(found)

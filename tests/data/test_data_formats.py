@@ -6,7 +6,7 @@ import pytest
 from row_shapes import FIXTURES, KNOWN_SETS, items_of, turns
 
 from mlxdpo.data.formats import FORMATS, detect, detect_by_names, named_format
-from mlxdpo.types import Message, Opinion, Preference, UserError
+from mlxdpo.types import Message, Preference, UnpairedExample, UserError
 
 PAIR = FIXTURES["text"][0]
 CHAT = FIXTURES["implicit"][0]
@@ -31,7 +31,7 @@ def test_each_shape_is_detected_as_itself_and_says_what_it_is(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_shape_gives_the_better_completion_as_chosen(name):
     [item] = items_of(FIXTURES[name])
-    if isinstance(item, Opinion):
+    if isinstance(item, UnpairedExample):
         assert (said(item.prompt), said(item.completion), item.desirable) == ("Hi?", "Good.", True)
     elif name == "hh":
         assert said(item.prompt) == "Hi? | Yes? | Go on."
@@ -47,7 +47,7 @@ def test_known_sets_are_read_as_their_shape_with_the_right_sides(name):
     shape, rows = KNOWN_SETS[name]
     assert detect(rows[0]) is FORMATS[shape]
     [item] = items_of(rows)
-    better = item.completion if isinstance(item, Opinion) else item.chosen
+    better = item.completion if isinstance(item, UnpairedExample) else item.chosen
     assert said(better) == "Good."
     assert "Hi?" in said(item.prompt)
     if isinstance(item, Preference):

@@ -10,7 +10,7 @@ from row_shapes import FIXTURES
 from mlxdpo.config import DataConfig
 from mlxdpo.data.formats import FORMATS
 from mlxdpo.data.read import read_preferences
-from mlxdpo.types import Opinion, Preference, UserError
+from mlxdpo.types import Preference, UnpairedExample, UserError
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_random_rows_raise_nothing_but_one_printable_sentence(read, rows, name, 
 
 
 def _sound(row):
-    sides = (row.completion,) if isinstance(row, Opinion) else (row.chosen, row.rejected)
+    sides = (row.completion,) if isinstance(row, UnpairedExample) else (row.chosen, row.rejected)
     if isinstance(row, Preference):
         assert row.chosen != row.rejected
     for side in sides:

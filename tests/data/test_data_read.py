@@ -13,7 +13,7 @@ from mlxdpo.data.read import (
     read_preferences,
     unpaired,
 )
-from mlxdpo.types import Message, Opinion, Preference, UserError
+from mlxdpo.types import Message, Preference, UnpairedExample, UserError
 
 PAIR = FIXTURES["text"][0]
 
@@ -200,8 +200,8 @@ def test_where_the_heldout_pairs_are(tmp_path):
 def test_pairs_as_opinions():
     row = Preference("Hi?", "Good.", "Bad.", "x:1", columns={"n": 1})
     assert unpaired([row]) == [
-        Opinion("Hi?", "Good.", True, "x:1", columns={"n": 1}),
-        Opinion("Hi?", "Bad.", False, "x:1", columns={"n": 1}),
+        UnpairedExample("Hi?", "Good.", True, "x:1", columns={"n": 1}),
+        UnpairedExample("Hi?", "Bad.", False, "x:1", columns={"n": 1}),
     ]
 
 

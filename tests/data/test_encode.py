@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxdpo.config import DataConfig
-from mlxdpo.data.encode import describe, encode, encode_all, encode_prompt, template_digest
+from mlxdpo.data.encode import encode, encode_all, encode_prompt, shown_example
 from mlxdpo.data.report import Report
-from mlxdpo.data.template import probe
+from mlxdpo.data.template import probe, template_digest
 from mlxdpo.types import Example, Message, Preference, UserError
 
 FAMILIES = {
@@ -442,7 +442,7 @@ def test_many_rows_and_one_row_give_the_same(name, prompt, chosen, rejected):
 def test_a_pair_is_shown_with_its_mask():
     example, _ = one(chat_row(turns("Why?"), "So 🌍.", "No."), family("chatml"))
     before = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    shown = describe(example, family("chatml"))
+    shown = shown_example(example, family("chatml"))
     assert shown.chosen == [(before, False), ("So 🌍.<|im_end|>", True)]
     assert shown.rejected == [(before, False), ("No.<|im_end|>", True)]
 
@@ -452,7 +452,7 @@ def test_a_character_with_bytes_on_both_sides_is_not_torn():
     ids = np.array(tokenizer("a🌍b", add_special_tokens=False)["input_ids"], np.int32)
     assert len(ids) == 6  # four of them are bytes of the globe
     example = Example(ids[:3], ids[3:], ids[3:5], "p.jsonl:1")
-    assert describe(example, tokenizer).chosen == [("a", False), ("🌍b", True)]
+    assert shown_example(example, tokenizer).chosen == [("a", False), ("🌍b", True)]
 
 
 def test_the_digest_names_what_turns_text_into_ids():

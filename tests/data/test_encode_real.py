@@ -25,9 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxdpo.config import DataConfig
-from mlxdpo.data.encode import describe, encode, encode_all, encode_prompt, template_digest
+from mlxdpo.data.encode import encode, encode_all, encode_prompt, shown_example
 from mlxdpo.data.report import Report
-from mlxdpo.data.template import probe
+from mlxdpo.data.template import probe, template_digest
 from mlxdpo.machine.device import cache_folder
 from mlxdpo.types import Message, Preference, UserError
 
@@ -230,7 +230,7 @@ def test_chat_rows_are_scored_exactly_through_the_end_of_the_turn(name, kind, an
     assert text(tokenizer, example.prompt) == written(name, PROMPTS[kind])
     assert text(tokenizer, example.chosen) == answers[0] + FAMILIES[name].end
     assert text(tokenizer, example.rejected) == answers[1] + FAMILIES[name].end
-    shown = describe(example, tokenizer)
+    shown = shown_example(example, tokenizer)
     assert [scored for _, scored in shown.chosen] == [False, True]
     assert shown.rejected[1][0] == answers[1] + FAMILIES[name].end
     assert encode_prompt(PROMPTS[kind], tokenizer, DataConfig()).tolist() == example.prompt.tolist()
@@ -316,7 +316,7 @@ def test_llama2_has_no_template():
         encode(row(turns("Why?"), "So.", "No."), tokenizer, DataConfig(), Report())
     example = encode(Preference("Why?", " So.", " No.", "p.jsonl:1"), tokenizer, DataConfig(), Report())
     assert text(tokenizer, np.concatenate([example.prompt, example.chosen])) == "<s> Why? So.</s>"
-    assert describe(example, tokenizer).chosen == [("<s> Why?", False), (" So.</s>", True)]
+    assert shown_example(example, tokenizer).chosen == [("<s> Why?", False), (" So.</s>", True)]
 
 
 @pytest.mark.parametrize("answers", ANSWERS.values(), ids=list(ANSWERS))
@@ -324,7 +324,7 @@ def test_llama2_has_no_template():
 def test_sentencepiece_chat(kind, answers):
     tokenizer, report = load("mistral"), Report()
     example = encode(row(PROMPTS[kind], *answers), tokenizer, DataConfig(), report)
-    for side, answer in zip(describe(example, tokenizer), answers, strict=True):
+    for side, answer in zip(shown_example(example, tokenizer), answers, strict=True):
         assert side[-1] == (" " + answer + "</s>", True)
         assert side[0][0].endswith(PROMPTS[kind][-1].content + " [/INST]") and side[0][0].startswith("<s>")
     assert report.changed == {}

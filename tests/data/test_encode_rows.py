@@ -13,7 +13,7 @@ from mlxdpo.data import encode as encoding
 from mlxdpo.data.encode import encode, encode_all, encode_prompt, encode_stream
 from mlxdpo.data.report import Report
 from mlxdpo.data.template import probe
-from mlxdpo.types import Extras, Message, Opinion, Preference, UserError
+from mlxdpo.types import Extras, Message, Preference, UnpairedExample, UserError
 
 base, chatml = functools.cache(tiny.base_tokenizer), functools.cache(tiny.chatml_tokenizer)
 
@@ -29,7 +29,10 @@ def chat(prompt: str, chosen: str, rejected: str) -> Preference:
 
 def test_a_single_answer_stands_on_both_sides_with_its_thumb():
     """Also one that another row's answer equals: nothing is compared."""
-    rows = [Opinion("1", " 2", good, f"p.jsonl:{i}", extras=Extras(weight=3.0)) for i, good in enumerate((True, False))]
+    rows = [
+        UnpairedExample("1", " 2", good, f"p.jsonl:{i}", extras=Extras(weight=3.0))
+        for i, good in enumerate((True, False))
+    ]
     examples, report = encode_all(rows, base(), DataConfig())
     assert [text(base(), e.chosen) for e in examples] == [" 2</s>"] * 2
     assert all(e.chosen.tolist() == e.rejected.tolist() for e in examples)

@@ -8,7 +8,7 @@ from tiny_models import write_model
 from tiny_runs import finish, recipe, stop_after, write_pairs
 from tiny_tokenizers import chatml_tokenizer
 
-from mlxdpo.commands import screen
+from mlxdpo.commands import terminal
 from mlxdpo.commands.train import follow_training
 from mlxdpo.config import DataConfig
 from mlxdpo.data.cache import pairs_folder
@@ -97,9 +97,9 @@ def test_stopped_before_there_is_a_run_the_terminal_says_so(tmp_path, monkeypatc
 
 def test_the_moving_line_names_what_is_done(monkeypatch):
     seen = []
-    monkeypatch.setattr(screen.Progress, "update", lambda self, task, **told: seen.append(told))
+    monkeypatch.setattr(terminal.Progress, "update", lambda self, task, **told: seen.append(told))
     sofar = [Sofar("reading", 2000, None), Sofar("encoding", 1000, 5000)]
-    list(screen.follow(Event("reading", 0, at._asdict()) for at in sofar))
+    list(terminal.follow(Event("reading", 0, at._asdict()) for at in sofar))
     assert seen == [
         {"description": "reading", "completed": 2000, "total": None},
         {"description": "encoding", "completed": 1000, "total": 5000},

@@ -11,9 +11,9 @@ import tiny_tokenizers as tiny
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxdpo.config import DataConfig
-from mlxdpo.data.encode import describe, encode, encode_prompt, template_digest
+from mlxdpo.data.encode import encode, encode_prompt, shown_example
 from mlxdpo.data.report import Report
-from mlxdpo.data.template import _first, _start, probe
+from mlxdpo.data.template import _first, _start, probe, template_digest
 from mlxdpo.types import Example, Message, Preference, UserError
 
 DATA = DataConfig()
@@ -144,7 +144,7 @@ def test_a_shown_pair_is_not_tidied_nor_torn():
     tokenizer.clean_up_tokenization_spaces = True
     ids = np.array(tokenizer("ab🌍 . c", add_special_tokens=False)["input_ids"], np.int32)
     example = Example(ids[:4], ids[4:], ids[4:], "p.jsonl:1")
-    assert describe(example, tokenizer).chosen == [("ab", False), ("🌍 . c", True)]
+    assert shown_example(example, tokenizer).chosen == [("ab", False), ("🌍 . c", True)]
 
 
 class Plain:

@@ -14,7 +14,7 @@ from mlxdpo.data.dataset import encode_split, read_split
 from mlxdpo.data.read import stream_rows
 from mlxdpo.data.report import Report
 from mlxdpo.data.transforms import DEMONSTRATIONS, END, PAIRS, REWARDED, THUMBS, balance, mismatched, thumbs_with_kl
-from mlxdpo.types import Example, Extras, Opinion, UserError
+from mlxdpo.types import Example, Extras, UnpairedExample, UserError
 
 pytestmark = pytest.mark.usefixtures("cache")
 RANKED = {"prompt": "q", "completions": ["best", "good", "bad"], "scores": [3, 2, 1]}
@@ -175,4 +175,4 @@ def test_opinions_without_a_kl_term_hold_their_completion_twice(tmp_path):
     data = write(tmp_path / "d.jsonl", [{"prompt": "q:", "completion": "a", "label": False}])
     [example] = encoded(data, THUMBS).train
     assert np.array_equal(example.chosen, example.rejected) and example.extras.desirable == 0.0
-    assert isinstance(taken(data, THUMBS)[0][0], Opinion)
+    assert isinstance(taken(data, THUMBS)[0][0], UnpairedExample)

@@ -24,7 +24,7 @@ from mlxdpo.io.json_file import read_lines
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
 from mlxdpo.training.metrics import Scored
-from mlxdpo.training.window import NonFiniteError, check_finite, gathered, table, taken, together
+from mlxdpo.training.window import NonFiniteError, check_finite, concatenate_pairs, gather_table, gathered, taken
 from mlxdpo.types import Example, Pairs, UserError
 
 SIZES = [1, 2, 3, 8]
@@ -113,7 +113,7 @@ def test_pairs_come_together_in_the_order_of_the_plan_to_the_bit(size, shared):
     counts = [3, 1, 2, 3, 2]
     parts = [numbers(count, n, shared) for n, count in enumerate(counts)]
     parts[2] = parts[2]._replace(chosen=mx.array([float("nan"), float("inf")]))
-    whole = together(parts)
+    whole = concatenate_pairs(parts)
 
     def work(peers):
         mine = peers.mine([float(c) for c in counts])
@@ -129,9 +129,9 @@ def test_pairs_come_together_in_the_order_of_the_plan_to_the_bit(size, shared):
 
 def test_a_batch_that_two_computed_or_none_is_noticed():
     parts = [numbers(2, 0, False), numbers(1, 1, False)]
-    once = table(Pairs, parts, [2, 1])
+    once = gather_table(Pairs, parts, [2, 1])
     assert np.array_equal(taken(mx.array(once))[0], np.concatenate([np.array(p.chosen) for p in parts]))
-    for wrong in (table(Pairs, [parts[0], None], [2, 1]), once + table(Pairs, [parts[0], None], [2, 1])):
+    for wrong in (gather_table(Pairs, [parts[0], None], [2, 1]), once + gather_table(Pairs, [parts[0], None], [2, 1])):
         with pytest.raises(RuntimeError, match="computed by two processes or by none"):
             taken(mx.array(wrong))
 
@@ -144,7 +144,7 @@ def test_a_pair_that_is_not_finite_in_another_process_is_named_in_all():
 
     def work(peers):
         own = [Scored(*good), None] if peers.first else [None, Scored(*bad)]
-        summed = taken(peers.sum(mx.array(table(Scored, own, [2, 2]))))
+        summed = taken(peers.sum(mx.array(gather_table(Scored, own, [2, 2]))))
         with pytest.raises(NonFiniteError, match=r"at pairs\.jsonl:2; the weights"):
             check_finite(part, batches, Scored(*summed))
         return True

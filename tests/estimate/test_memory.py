@@ -17,12 +17,12 @@ from mlxdpo.data.examples import Examples
 from mlxdpo.estimate import memory
 from mlxdpo.estimate.forecast import trained_of
 from mlxdpo.estimate.memory import Frozen, Layouts, Setting, Shape, Trained, predict
-from mlxdpo.forward.architectures import split
-from mlxdpo.forward.logprobs import score_pairs, ways_for
+from mlxdpo.forward.architectures import model_parts
+from mlxdpo.forward.logprobs import forward_fns, score_pairs
 from mlxdpo.forward.patch_mlx_lm import SHORT
 from mlxdpo.machine.device import this_machine
 from mlxdpo.model.adapters import attach_lora
-from mlxdpo.training.plan import Layout, layout_of
+from mlxdpo.training.plan import BatchLayout, planned_batch
 from mlxdpo.types import Example
 
 # D 8, F 16, two heads of 4 over one key head, V 50, float32, two blocks.
@@ -30,7 +30,7 @@ TINY = Shape(layers=2, hidden=8, inner=16, heads=2, kv_heads=1, head_dim=4, voca
 LORA = Trained(layers=2, size=1000, ranks=14, inputs=frozenset({"attention", "out", "mlp", "inner"}))
 SQUARES = Setting(checkpoint=False, states=2, accumulate=1, light=math.inf)
 # One prompt of 3 shared tokens, two rows of 5 behind it.
-ROWS = Layout(prompts=1, shared=3, rows=2, width=5, rest=9, scored=6)
+ROWS = BatchLayout(prompts=1, shared=3, rows=2, width=5, rest=9, scored=6)
 
 
 def total(at=ROWS, setting=SQUARES, trained=LORA, frozen=5000, steps=1):
@@ -94,7 +94,7 @@ def test_parts_by_hand():
 
 sizes = partial(st.integers, 1)
 layouts = st.builds(
-    Layout, prompts=sizes(4), shared=st.integers(0, 300), rows=sizes(8), width=sizes(300), rest=sizes(300),
+    BatchLayout, prompts=sizes(4), shared=st.integers(0, 300), rows=sizes(8), width=sizes(300), rest=sizes(300),
     scored=sizes(2000), packed=st.booleans(), plain=st.just(False),
 )  # fmt: skip
 shapes = st.builds(
@@ -153,7 +153,7 @@ def pairs_of(lengths, vocabulary=1000, prompt=96):
 
 def really_kept(model, batch, checkpoint):
     """Bytes that exist while the loss is known and its gradients are not yet."""
-    way = ways_for(model, checkpoint).train
+    way = forward_fns(model, checkpoint).train
 
     def loss(batch):
         found = score_pairs(model, batch, way)
@@ -183,10 +183,10 @@ def test_mlx_keeps_what_the_formula_says(case):
     model = tiny_model(kind, 1000, hidden_size=256, num_hidden_layers=8, intermediate_size=512, head_dim=64)
     pairs, config = pairs_of(lengths), LoraConfig(rank=8, **lora)
     attach_lora(model, config)
-    at = layout_of(Examples.of(pairs), tuple(range(len(pairs))), packs=True).layout
+    at = planned_batch(Examples.of(pairs), tuple(range(len(pairs))), packs=True).layout
     assert at.packed == (case == "packed")
     shape = Shape(8, 256, 512, 4, 2, 64, 1000, 4, 6 if kind == "qwen3" else 0)
     setting = Setting(checkpoint, 2, 1, SHORT + 1 if this_machine().kind == "cpu" else 0)
-    expected = memory.kept(shape, trained_of(model, config, split(model)), at, setting)
+    expected = memory.kept(shape, trained_of(model, config, model_parts(model)), at, setting)
     found, _ = really_kept(model, collate(pairs, range(len(pairs)), len(pairs)), checkpoint)
     assert found == pytest.approx(expected, rel=0.04)

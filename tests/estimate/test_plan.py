@@ -21,7 +21,7 @@ from mlxdpo.estimate.memory import Layouts
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
 from mlxdpo.model.skeleton import _weight_files, dora_extra, make_trainable, read_header, read_skeleton
-from mlxdpo.training.plan import Layout, layout_of
+from mlxdpo.training.plan import BatchLayout, planned_batch
 from mlxdpo.types import Example, UserError
 
 METHODS = [{}, {"rank": 3, "layers": 1, "keys": ["self_attn.q_proj"]}, {"method": "full"}]
@@ -91,7 +91,10 @@ def test_a_shape_is_the_batch_that_collate_makes(prompts, packs, data):
         for _ in range(data.draw(st.integers(1, 3))):
             chosen, rejected = data.draw(st.permutations(texts))[:2]
             pairs.append(Example(prompt, chosen, rejected, "x"))
-    found, batch = layout_of(Examples.of(pairs), tuple(range(len(pairs))), packs), collate(pairs, range(len(pairs)), 1)
+    found, batch = (
+        planned_batch(Examples.of(pairs), tuple(range(len(pairs))), packs),
+        collate(pairs, range(len(pairs)), 1),
+    )
     assert found.layout[:2] == batch.prefix.shape and found.layout[2:4] == batch.rows.shape
     assert found.layout.rest == len(batch.rest) and found.layout.scored == len(batch.targets)
     assert found.tokens <= found.layout.tokens
@@ -130,10 +133,10 @@ def test_what_does_not_fit_is_told_what_to_change_most_first(tmp_path, cache):
 
 
 def test_shorter_rows_are_scaled_down():
-    at = Layout(2, 100, 4, 100, 300, 80)
-    short = Layout(2, 20, 4, 30, 90, 10)
+    at = BatchLayout(2, 100, 4, 100, 300, 80)
+    short = BatchLayout(2, 20, 4, 30, 90, 10)
     both = shortened(Layouts((at, short), (at,), short), 100)
-    assert both.training == (Layout(2, 50, 4, 50, 150, 40), short) and both.first == short
+    assert both.training == (BatchLayout(2, 50, 4, 50, 150, 40), short) and both.first == short
 
 
 def test_on_the_command_line(tmp_path, cache, capsys):

@@ -12,7 +12,7 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed; p
 import mlx.core as mx
 from test_eval_run import trained, untrain
 
-from mlxdpo import reopen
+from mlxdpo import open_trained_run
 from mlxdpo.cli import run as cli
 
 TASK = """task: colours
@@ -82,7 +82,7 @@ def test_capabilities_before_and_after_by_the_real_harness(tmp_path, cache, task
 
 def right(run, tasks):
     """Share of questions whose right choice has the higher log-prob under the tuned model, worked out by hand."""
-    opened, rows = reopen(run), (tasks / "colours.jsonl").read_text().splitlines()
+    opened, rows = open_trained_run(run), (tasks / "colours.jsonl").read_text().splitlines()
     tokenizer, won = opened.policy.tokenizer, 0
     for row in map(json.loads, rows):
         scores = []

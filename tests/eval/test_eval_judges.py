@@ -13,7 +13,7 @@ import pytest
 from planted_judges import Planted, always_first, answers, coin, good_and_bad, longest_wins, mumbles, oracle
 
 from mlxdpo import UserError
-from mlxdpo_eval.judges import Both, Question, Trio, Verdict, ask_both, open_judge
+from mlxdpo_eval.judges import AnswerPair, BothOrders, Question, Verdict, ask_both, open_judge
 from mlxdpo_eval.judges.both import cache_file
 from mlxdpo_eval.judges.endpoint import endpoint_judge, parse
 from mlxdpo_eval.judges.protocol import SURE, invalid
@@ -36,7 +36,7 @@ def test_a_place_drops_out_of_the_average_of_logits_exactly():
     # the judge's own preference is log 3 (75 %), its place is worth 2 logits more
     (both,) = ask_both(
         Planted(lambda q: Verdict(2.0 + (math.log(3) if q.first == "good" else -math.log(3)))),
-        [Trio("p", "bad", "good")],
+        [AnswerPair("p", "bad", "good")],
     )
     assert both.logit == pytest.approx(math.log(3))
 
@@ -74,16 +74,16 @@ def test_equal_answers_are_ties_that_nobody_is_asked_about():
 
 def test_one_invalid_order_makes_the_pair_invalid():
     judge = Planted(lambda q: invalid("odd") if q.first == "good" else Verdict(1.0))
-    assert ask_both(judge, [Trio("p", "bad", "good")]) == [Both(None, None, "odd")]
+    assert ask_both(judge, [AnswerPair("p", "bad", "good")]) == [BothOrders(None, None, "odd")]
 
 
 def test_verdicts_are_kept_by_content_whatever_the_order_of_the_questions(cache):
     judge = Planted(oracle, "kept", cached=True)
-    trios = [Trio(f"p{i}", f"bad {i}", f"good {i}") for i in range(70)]
+    trios = [AnswerPair(f"p{i}", f"bad {i}", f"good {i}") for i in range(70)]
     first = ask_both(judge, trios)
     assert len(judge.asked) == 140
     assert ask_both(judge, trios[::-1]) == first[::-1] and len(judge.asked) == 140
-    ask_both(judge, [Trio("p0", "bad 0", "good 1")])  # another answer is another question
+    ask_both(judge, [AnswerPair("p0", "bad 0", "good 1")])  # another answer is another question
     assert len(judge.asked) == 142
     other = Planted(oracle, "other", cached=True)
     ask_both(other, trios[:1])  # another judge keeps its own
@@ -92,8 +92,8 @@ def test_verdicts_are_kept_by_content_whatever_the_order_of_the_questions(cache)
 
 def test_failures_are_not_kept(cache):
     judge = Planted(lambda q: invalid("timeout"), "down", cached=True)
-    trio = [Trio("p", "a", "b")]
-    assert ask_both(judge, trio) == ask_both(judge, trio) == [Both(None, None, "timeout")]
+    trio = [AnswerPair("p", "a", "b")]
+    assert ask_both(judge, trio) == ask_both(judge, trio) == [BothOrders(None, None, "timeout")]
     assert len(judge.asked) == 4
 
 

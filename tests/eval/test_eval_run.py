@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from planted_judges import Planted, coin
 from tiny_runs import finish, recipe
 
-from mlxdpo import Run, UserError, at_checkpoints, reopen
+from mlxdpo import Run, UserError, at_checkpoints, open_trained_run
 from mlxdpo.cli import run as cli
 from mlxdpo.io.atomic import write_json
 from mlxdpo_eval.compare import compare, latest_results, sentence
@@ -96,7 +96,7 @@ def test_another_reference_is_refused(run):
     manifest["reference"]["digest"] = "0" * 64
     write_json(run.path / "manifest.json", manifest)
     with pytest.raises(UserError, match=r"its reference had digest 000000000000, the one here has \w{12}; rewards"):
-        reopen(run)
+        open_trained_run(run)
 
 
 class Outside(HTMLParser):
@@ -221,11 +221,11 @@ def test_runs_sampled_with_different_settings_are_not_compared(run, tmp_path):
 def test_a_local_judge_reads_its_verdict_from_one_position(tmp_path, cache):
     from tiny_models import tiny_model
 
-    from mlxdpo.forward.architectures import split
+    from mlxdpo.forward.architectures import model_parts
     from mlxdpo.forward.next_token import next_logits
 
     model, rows = tiny_model("llama", 300, 0), [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10]]
-    assert split(model) is not None
+    assert model_parts(model) is not None
     found = next_logits(model, rows, [20, 30])
     for row, logits in zip(rows, found, strict=True):
         assert logits.tolist() == pytest.approx(model(mx.array([row]))[0, -1, mx.array([20, 30])].tolist(), abs=1e-5)
@@ -244,7 +244,7 @@ def test_a_local_judge_reads_its_verdict_from_one_position(tmp_path, cache):
 
 def test_a_sweep_has_a_point_for_each_checkpoint_and_the_adapter_stays(tmp_path, cache):
     run = trained(tmp_path, train={"steps": 4, "save_every": 2, "keep": 9})
-    opened = reopen(run)
+    opened = open_trained_run(run)
     final = {k: v.tolist() for k, v in tree_flatten(opened.policy.model.trainable_parameters())}
     names = list(at_checkpoints(opened))
     assert names == [path.name for path in sorted(run.checkpoints.glob("step-*"))] and len(names) >= 2

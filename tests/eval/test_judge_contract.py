@@ -8,7 +8,7 @@ from judge_specimens import ASKED, SPECIMENS, specimen
 
 import mlxdpo_eval.judges as judges
 from mlxdpo import UserError
-from mlxdpo_eval.judges import JUDGES, Trio, ask_both, open_judge
+from mlxdpo_eval.judges import JUDGES, AnswerPair, ask_both, open_judge
 from mlxdpo_eval.judges.protocol import Verdict
 
 
@@ -45,7 +45,7 @@ def test_the_better_answer_wins_in_either_order(opened):
     if found.better:
         prompt, better, worse = ASKED[0]
         assert better == found.better
-        (both,) = ask_both(judge, [Trio(prompt, worse, better)])
+        (both,) = ask_both(judge, [AnswerPair(prompt, worse, better)])
         assert both.logit > 1
 
 

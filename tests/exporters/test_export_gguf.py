@@ -11,7 +11,7 @@ from tiny_models import CONFIGS, SHAPES, tiny_model, write_model
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.exporters import export
-from mlxdpo.exporters.gguf import frequency_factors, hf_name, permute, read, rope_of
+from mlxdpo.exporters.gguf import frequency_factors, hf_name, permute, read_gguf, rope_of
 from mlxdpo.exporters.gguf_tokens import RULES, rule_name
 from mlxdpo.exporters.source import Choices
 from mlxdpo.model.adapters import load_run
@@ -50,7 +50,7 @@ def test_the_file_alone_is_the_run(exported):
     figures = done.targets["gguf"]
     assert figures.kept and figures.fidelity.token_kl < 1e-6 and list(figures.files) == ["model.gguf"]
     policy, ids = load_run(run), ids_of()
-    model = read(done.out / "gguf" / "model.gguf", policy.config)
+    model = read_gguf(done.out / "gguf" / "model.gguf", policy.config)
     assert abs(logits_of(model, ids) - logits_of(policy.model, ids)).max() < 1e-4
     assert (greedy_of(model, ids) == greedy_of(policy.model, ids)).all()
 

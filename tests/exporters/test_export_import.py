@@ -12,7 +12,7 @@ from mlxdpo.config import LoraConfig, ModelConfig
 from mlxdpo.exporters import export
 from mlxdpo.exporters.importing import import_peft
 from mlxdpo.exporters.peft import scale_of, targets
-from mlxdpo.forward.logprobs import token_logps
+from mlxdpo.forward.logprobs import next_token_logps
 from mlxdpo.model.adapters import load_adapter, load_run
 from mlxdpo.model.policy import load_policy
 from mlxdpo.types import UserError
@@ -28,7 +28,7 @@ def test_round_trip_and_training_goes_on_from_it(lora, tmp_path, cache, monkeypa
     policy = load_policy(ModelConfig(path="llama"))
     load_adapter(policy.model, tmp_path / "start")
     ids = mx.array(ids_of())
-    want, got = (token_logps(m, ids) for m in (load_run(run).model, policy.model))
+    want, got = (next_token_logps(m, ids) for m in (load_run(run).model, policy.model))
     assert mx.abs(want - got).max() <= 1e-5
     line = "train --model llama --adapter start --data pairs.jsonl --train.steps 1 --data.template plain --out on"
     assert command(line.split()) == 0

@@ -9,7 +9,7 @@ from tiny_runs import finish, recipe
 from mlxdpo import Run
 from mlxdpo.cli import run as cli
 from mlxdpo.exporters import EXPORTERS, read_record
-from mlxdpo.exporters.outgoing import OF_TARGETS, outgoing
+from mlxdpo.exporters.upload_rules import OF_TARGETS, outgoing
 
 NAME = "jane/tiny-dpo"
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from small_export import record, safetensors
 from tiny_runs import finish, recipe
 
-from mlxdpo import Run, UserError, encode_pairs, heldout_pairs, pair_logps, reopen
+from mlxdpo import Run, UserError, encode_pairs, heldout_pairs, open_trained_run, pair_logps
 from mlxdpo.cli import run as cli
 from mlxdpo.config import dump_config
 from mlxdpo.exporters.card import write_card
+from mlxdpo.exporters.download import Entry, check_bytes, check_name, check_safetensors
 from mlxdpo.exporters.hub import push
-from mlxdpo.exporters.incoming import Entry, check_bytes, check_name, check_safetensors
 from mlxdpo.exporters.pull import pull
 
 NAME = "jane/tiny-dpo"
@@ -53,7 +53,7 @@ def base_of(run):
 
 
 def logps(run, data):
-    opened = reopen(run)
+    opened = open_trained_run(run)
     _, examples, _ = encode_pairs(opened, heldout_pairs(run, data)[0])
     return np.array(pair_logps(opened, examples))
 

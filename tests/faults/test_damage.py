@@ -60,10 +60,10 @@ def restored(place: Path) -> object:
 
 def moved(place: Path) -> object:
     """A moving reference."""
-    from mlxdpo.training.reference_sync import Moving
+    from mlxdpo.training.reference_sync import ReferenceSync
 
     config = Run.open(place / "run").config()
-    moving = Moving(model_of(place), config, lambda model, batch: mx.array(0))
+    moving = ReferenceSync(model_of(place), config, lambda model, batch: mx.array(0))
     moving.restore(checkpoint.steps(place / "run" / "checkpoints")[-1])
     return moving.moved, seal_of(moving.arrays)
 

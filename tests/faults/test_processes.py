@@ -15,7 +15,7 @@ from stages import LAUNCH, Place, check_run, environment, numbers, start
 from tiny_runs import adapter_bytes, finish, recipe
 
 from mlxdpo.commands.interrupt import stop_flag
-from mlxdpo.commands.trouble import told
+from mlxdpo.commands.os_errors import error_message
 from mlxdpo.config import dump_config
 from mlxdpo.exporters import run
 from mlxdpo.io.json_file import read_lines
@@ -248,13 +248,13 @@ def test_room_is_asked_for_and_not_taken():
     ],
 )
 def test_what_the_machine_says_is_one_sentence(error, begins):
-    sentence = told(error)
+    sentence = error_message(error)
     assert sentence is not None and sentence.startswith(begins) and "\n" not in sentence
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(2, "No such file", "a"), OSError("odd")])
 def test_a_bug_stays_a_traceback(error):
-    assert told(error) is None
+    assert error_message(error) is None
 
 
 def test_mlxs_memory_limit_changes_no_number(tmp_path, cache):

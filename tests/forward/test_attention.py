@@ -20,7 +20,7 @@ from tiny_models import tiny_model
 
 from mlxdpo.forward import patch_mlx_lm
 from mlxdpo.forward.attention import chunked_attention, short_attention
-from mlxdpo.forward.patch_mlx_lm import causal_window, light_attention, pays
+from mlxdpo.forward.patch_mlx_lm import causal_window, chunked_attention_on, chunking_is_faster
 
 assert mlxdpo
 
@@ -206,7 +206,7 @@ def test_memory_grows_with_the_length_not_with_its_square():
     ],
 )
 def test_the_rule(kind, length, masked, answer):
-    assert pays(kind, length, masked) is answer
+    assert chunking_is_faster(kind, length, masked) is answer
 
 
 @pytest.mark.parametrize(("L", "offset", "window"), [(9, 0, 4), (9, 0, 1), (5, 7, 3), (1, 6, 2), (6, 2, 8)])
@@ -290,7 +290,7 @@ WINDOWS = {"llama": [None] * 3, "qwen3": [None] * 3, "gemma3_text": [16, None, 1
 def test_whole_models_train_the_same(kind, wrap, pays_at_once):
     model, tokens = lora_model(kind), mx.random.randint(0, 300, (2, 72))
     want = loss_and_gradients(model, tokens)
-    with light_attention(model, 71) as on:
+    with chunked_attention_on(model, 71) as on:
         got = loss_and_gradients(model, tokens, wrap=wrap)
     assert on
     assert [call["window"] for call in pays_at_once] == WINDOWS[kind]
@@ -319,7 +319,7 @@ def test_with_layers_under_checkpoint_in_a_compiled_step(kind, pays_at_once):
 
     model, tokens = lora_model(kind), mx.random.randint(0, 300, (2, 50))
     want = loss_and_gradients(model, tokens, loss)
-    with light_attention(model, 49):
+    with chunked_attention_on(model, 49):
         got = loss_and_gradients(model, tokens, loss, mx.compile)
     assert len(pays_at_once) == 6
     assert_same_training(kind, got, want)
@@ -336,7 +336,7 @@ def test_behind_a_prefix_cache(kind, pays_at_once):
         return language_loss(model, tokens[:, 40:], caches)
 
     want = loss_and_gradients(model, tokens, loss)
-    with light_attention(model, 90):
+    with chunked_attention_on(model, 90):
         got = loss_and_gradients(model, tokens, loss)
     assert len(pays_at_once) == 6
     assert_same_training(kind, got, want)
@@ -350,7 +350,7 @@ def test_calls_that_are_something_else_go_to_mlx(pays_at_once, monkeypatch):
     others = [(SimpleNamespace(bits=8), "causal", None), (None, "causal", mx.zeros(2)), (None, None, None)]
     others += [(None, padded, None), (None, mx.zeros((4, 4)), None)]
     for cache, mask, sinks in others:
-        patch_mlx_lm.light_or_own(q, q, q, cache, 0.5, mask, sinks)
+        patch_mlx_lm.own_attention(q, q, q, cache, 0.5, mask, sinks)
     assert len(own) == len(others) and not pays_at_once
     for passed, (cache, mask, sinks) in zip(own, others, strict=True):
         assert all(a is b for a, b in zip(passed, (q, q, q, cache, 0.5, mask, sinks), strict=True))
@@ -363,14 +363,14 @@ def test_a_quantised_cache_gives_what_it_gave(pays_at_once):
         return model(tokens, [QuantizedKVCache(group_size=32, bits=8) for _ in model.layers])
 
     want = logits()
-    with light_attention(model, 30):
+    with chunked_attention_on(model, 30):
         assert mx.allclose(logits(), want, atol=1e-5).item()  # SwiGLU is computed in another order
     assert not pays_at_once
 
 
 def test_one_token_at_a_time_is_left_alone(pays_at_once):
     model, caches = tiny_model(), [KVCache() for _ in range(3)]
-    with light_attention(model, 30):
+    with chunked_attention_on(model, 30):
         model(mx.array([[1, 2, 3]]), caches)
         assert len(pays_at_once) == 3
         model(mx.array([[4]]), caches)
@@ -383,13 +383,13 @@ def file_of(model):
 
 def test_the_scope(pays_at_once):
     own, model, other = base.scaled_dot_product_attention, tiny_model("llama"), tiny_model("qwen3")
-    with pytest.raises(KeyError), light_attention(model, 30), light_attention(model, 30):
-        assert file_of(model).scaled_dot_product_attention is patch_mlx_lm.light_or_own
+    with pytest.raises(KeyError), chunked_attention_on(model, 30), chunked_attention_on(model, 30):
+        assert file_of(model).scaled_dot_product_attention is patch_mlx_lm.own_attention
         assert file_of(other).scaled_dot_product_attention is own
         assert base.scaled_dot_product_attention is own
         raise KeyError
     assert file_of(model).scaled_dot_product_attention is own
-    with light_attention(model, 30), light_attention(other, 30):
+    with chunked_attention_on(model, 30), chunked_attention_on(other, 30):
         pass
     assert file_of(model).scaled_dot_product_attention is own is file_of(other).scaled_dot_product_attention
 
@@ -399,30 +399,30 @@ def test_scopes_left_in_another_order_than_entered(pays_at_once):
     entered, leave = threading.Event(), threading.Event()
 
     def first():
-        with light_attention(model, 30):
+        with chunked_attention_on(model, 30):
             entered.set()
             leave.wait(10)
 
     thread = threading.Thread(target=first)
     thread.start()
     assert entered.wait(10)
-    with light_attention(model, 30):
+    with chunked_attention_on(model, 30):
         leave.set()
         thread.join(10)
-        assert file_of(model).scaled_dot_product_attention is patch_mlx_lm.light_or_own
+        assert file_of(model).scaled_dot_product_attention is patch_mlx_lm.own_attention
     assert file_of(model).scaled_dot_product_attention is base.scaled_dot_product_attention
 
 
 def test_short_rows_and_files_without_the_name_are_not_switched(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(patch_mlx_lm, "this_machine", lambda: SimpleNamespace(kind="metal"))
-        with light_attention(tiny_model("llama"), patch_mlx_lm.PAYS_FROM - 1) as on:
+        with chunked_attention_on(tiny_model("llama"), patch_mlx_lm.PAYS_FROM - 1) as on:
             assert not on
-    with light_attention(tiny_model("gemma2"), 10**6) as on:  # it writes its attention out
+    with chunked_attention_on(tiny_model("gemma2"), 10**6) as on:  # it writes its attention out
         assert not on
     model = tiny_model("llama")
     monkeypatch.setattr(file_of(model), "scaled_dot_product_attention", len)  # somebody else's, left to them
-    with light_attention(model, 10**6) as on:
+    with chunked_attention_on(model, 10**6) as on:
         assert not on and file_of(model).scaled_dot_product_attention is len
 
 
@@ -430,7 +430,7 @@ def test_on_a_gpu_only_windows_are_switched(pays_at_once, monkeypatch):
     monkeypatch.setattr(patch_mlx_lm, "this_machine", lambda: SimpleNamespace(kind="metal"))
     model, tokens = tiny_model("gemma3_text"), mx.random.randint(0, 300, (1, 40))
     want = model(tokens)
-    with light_attention(model, 40):
+    with chunked_attention_on(model, 40):
         got = model(tokens)
     assert [call["window"] for call in pays_at_once] == [16, 16]
     assert mx.allclose(got, want, rtol=1e-4, atol=1e-4).item()

@@ -12,7 +12,15 @@ from tiny_models import tiny_model
 from mlxdpo.config import LoraConfig, LossConfig
 from mlxdpo.data.batching import collate
 from mlxdpo.data.examples import row_digest
-from mlxdpo.forward.logprobs import PLAIN, detailed, fast_details, plain_details, score_pairs, token_logps, ways_for
+from mlxdpo.forward.logprobs import (
+    PLAIN_FORWARD,
+    detailed_fns,
+    fast_details,
+    forward_fns,
+    next_token_logps,
+    plain_details,
+    score_pairs,
+)
 from mlxdpo.forward.shared_prefix import checkpointed
 from mlxdpo.losses import resolve
 from mlxdpo.model.adapters import attach_lora
@@ -53,7 +61,7 @@ def by_hand(model, example, side):
 def test_details_of_every_way_are_those_by_hand(kind):
     model, pairs = moved(kind), examples()
     batch = collate(pairs, tuple(range(len(pairs))), len(pairs) + 2)
-    ways = [plain_details, fast_details(), fast_details(checkpointed), detailed(ways_for(model)).score]
+    ways = [plain_details, fast_details(), fast_details(checkpointed), detailed_fns(forward_fns(model)).score]
     for way in ways:
         found = score_pairs(model, batch, way)
         for side, name in enumerate(("chosen", "rejected")):
@@ -65,14 +73,14 @@ def test_details_of_every_way_are_those_by_hand(kind):
                 assert found.squares[side, i].item() == pytest.approx(squares.sum(), abs=2e-4)
     whole = found.chosen_len <= found.rejected_len
     assert mx.where(whole, found.shared[0] == found.chosen, True).all().item()  # to the bit
-    assert token_logps(model, mx.array([[1, 2, 3]])).shape == (1, 2)
+    assert next_token_logps(model, mx.array([[1, 2, 3]])).shape == (1, 2)
 
 
 def test_a_uniform_model_is_as_concentrated_as_its_vocabulary_is_large():
     model = tiny_model()
     model.model.norm.weight = mx.zeros_like(model.model.norm.weight)
     pairs = examples()
-    found = score_pairs(model, collate(pairs, (0, 1), 2), detailed(ways_for(model)).score)
+    found = score_pairs(model, collate(pairs, (0, 1), 2), detailed_fns(forward_fns(model)).score)
     assert found.squares[0].tolist() == pytest.approx([-math.log(300) * len(e.chosen) for e in pairs[:2]], rel=1e-5)
     # Each token is exactly as likely as the policy's own are on average: WPO's weight is 1.
     weighed, plain = (resolve(LossConfig(wpo=wpo))(found).tolist() for wpo in (True, False))
@@ -133,7 +141,7 @@ def test_the_reference_of_beginnings_is_kept_under_the_rows_that_end_there(cache
         assert rows[i, 2].tobytes() == row_digest(e.prompt, e.chosen[:shorter])
         assert rows[i, 3].tobytes() == row_digest(e.prompt, e.rejected[:shorter])
     calls = []
-    scorer = make_scorer(model, detailed(ways_for(model)).score)
+    scorer = make_scorer(model, detailed_fns(forward_fns(model)).score)
     counted = lambda batch: calls.append(1) or scorer(batch)  # noqa: E731
     *_, (_, ref) = with_reference(pairs, counted, {"a": 1}, batches, 2, rows=rows)
     for i, e in enumerate(pairs):
@@ -149,4 +157,4 @@ def test_the_reference_of_beginnings_is_kept_under_the_rows_that_end_there(cache
 
 
 def test_the_plain_way_has_details():
-    assert detailed(PLAIN).train is plain_details
+    assert detailed_fns(PLAIN_FORWARD).train is plain_details

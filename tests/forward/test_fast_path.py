@@ -13,7 +13,7 @@ from tiny_models import SHAPES, tiny_model
 from mlxdpo.config import LoraConfig
 from mlxdpo.forward import fused_head as head_module
 from mlxdpo.forward import shared_prefix as prefix_module
-from mlxdpo.forward.architectures import FAMILIES, split
+from mlxdpo.forward.architectures import FAMILIES, model_parts
 from mlxdpo.forward.fused_head import chunk_of, score_logps, token_logps
 from mlxdpo.forward.shared_prefix import checkpointed, hidden_states, spreader
 from mlxdpo.model.adapters import attach_lora
@@ -53,7 +53,7 @@ class Rows:
 
     def fast(self, model, rows_per_prompt=K, checkpoint=None):
         """The same through the parts of the model."""
-        trunk = split(model)
+        trunk = model_parts(model)
         spread = spreader(self.group, rows_per_prompt)
         h = trunk.norm(hidden_states(trunk, self.prefix, self.suffix, spread, checkpoint))
         return (token_logps(trunk.head, h.reshape(-1, h.shape[-1]), self.targets) * self.weight).sum()
@@ -139,7 +139,7 @@ def test_chunks_change_nothing(method, monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere"])
 def test_scoring_alone_equals_training(kind):
     model = tiny_model(kind)
-    head, h = split(model).head, mx.random.normal((1100, 32))
+    head, h = model_parts(model).head, mx.random.normal((1100, 32))
     y = mx.random.randint(0, V, (1100,))
     assert np.abs(np.array(score_logps(head, h, y) - token_logps(head, h, y))).max() < 1e-5
 
@@ -165,5 +165,5 @@ def test_a_key_captured_as_a_constant_would_be_noticed(monkeypatch):
 
 def test_an_architecture_off_the_list_is_left_alone():
     model = tiny_model("llama")
-    assert split(model) is not None and set(FAMILIES) == set(KINDS) <= set(SHAPES)
-    assert split(nn.Linear(2, 2)) is None
+    assert model_parts(model) is not None and set(FAMILIES) == set(KINDS) <= set(SHAPES)
+    assert model_parts(nn.Linear(2, 2)) is None

@@ -10,7 +10,14 @@ from tiny_models import CONFIGS, tiny_model
 
 from mlxdpo.config import LoraConfig
 from mlxdpo.data.batching import collate, distinct_rows
-from mlxdpo.forward.logprobs import completion_logps, fast_forward, plain_forward, score_pairs, token_logps, ways_for
+from mlxdpo.forward.logprobs import (
+    completion_logps,
+    fast_forward,
+    forward_fns,
+    next_token_logps,
+    plain_forward,
+    score_pairs,
+)
 from mlxdpo.forward.shared_prefix import checkpointed
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.training.step import make_scorer
@@ -80,9 +87,11 @@ def test_fast_and_plain_ways_and_full_rows_agree(model, examples):
         ids = np.concatenate([row.prompt, row.completion])
         tokens[i, : len(ids)], mask[i, len(row.prompt) - 1 : len(ids) - 1] = ids, 1
     wanted = completion_logps(model, mx.array(tokens), mx.array(mask)).tolist()
-    for forward in (plain_forward, fast_forward(), fast_forward(checkpointed), ways_for(model).score):
+    for forward in (plain_forward, fast_forward(), fast_forward(checkpointed), forward_fns(model).score):
         assert forward(model, batch).tolist() == pytest.approx(wanted, abs=1e-4)
-    assert ways_for(model).score(model, batch).tolist() == ways_for(model).train(model, batch).tolist()  # to the bit
+    assert (
+        forward_fns(model).score(model, batch).tolist() == forward_fns(model).train(model, batch).tolist()
+    )  # to the bit
 
 
 def test_gradient_equals_the_naive_loops(model, examples):
@@ -113,7 +122,7 @@ def test_token_logps_are_a_distribution(model, examples):
     """Over all V continuations of a prompt the probabilities of the next token sum to one."""
     prompt = mx.array(examples[0].prompt)
     rows = mx.concatenate([mx.repeat(prompt[None], 300, 0), mx.arange(300, dtype=mx.int32)[:, None]], axis=1)
-    assert mx.exp(token_logps(model, rows)[:, -1]).sum().item() == pytest.approx(1, abs=1e-5)
+    assert mx.exp(next_token_logps(model, rows)[:, -1]).sum().item() == pytest.approx(1, abs=1e-5)
 
 
 @needs_compiler

@@ -14,7 +14,7 @@ from tiny_models import tiny_model
 from mlxdpo.config import LoraConfig
 from mlxdpo.data.batching import collate
 from mlxdpo.forward import logprobs, packed, patch_mlx_lm
-from mlxdpo.forward.architectures import FAMILIES, split
+from mlxdpo.forward.architectures import FAMILIES, model_parts
 from mlxdpo.forward.logprobs import fast_forward, plain_forward
 from mlxdpo.forward.shared_prefix import checkpointed
 from mlxdpo.types import Example
@@ -46,7 +46,7 @@ def weighted(forward, batch):
 def always(monkeypatch):
     """Pack whatever it saves, and count the layers that were run so."""
     runs, attend = [], packed.Packed.attend
-    monkeypatch.setattr(logprobs, "pays", lambda *shapes: True)
+    monkeypatch.setattr(logprobs, "packing_is_worth_it", lambda *shapes: True)
     monkeypatch.setattr(packed.Packed, "attend", lambda self, *a: runs.append(1) or attend(self, *a))
     return runs
 
@@ -88,7 +88,7 @@ def test_dora_and_full(method, checkpoint, always):
 def test_padded_rows_give_the_same(monkeypatch):
     model, batch = moved(tiny_model("llama"), LoraConfig(rank=4)), ragged()
     value, wanted = gradients(model, weighted(plain_forward, batch))
-    monkeypatch.setattr(logprobs, "pays", lambda *shapes: False)
+    monkeypatch.setattr(logprobs, "packing_is_worth_it", lambda *shapes: False)
     fast, got = gradients(model, weighted(fast_forward(), batch))
     assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < 1e-5
 
@@ -114,11 +114,11 @@ def test_long_rows_attend_in_chunks(always, monkeypatch):
 
 
 def test_rows_of_one_length_are_left_as_they_are():
-    assert not packed.pays((2, 31), (4, 40), 160) and packed.pays((2, 31), (4, 40), 120)
+    assert not packed.packing_is_worth_it((2, 31), (4, 40), 160) and packed.packing_is_worth_it((2, 31), (4, 40), 120)
 
 
 def test_an_attention_that_is_written_out_is_not_packed():
-    assert not packed.packs(split(tiny_model("gemma2")))
+    assert not packed.can_pack(model_parts(tiny_model("gemma2")))
     model, batch = moved(tiny_model("gemma2"), LoraConfig(rank=4)), ragged()
     (value, wanted), (fast, got) = (gradients(model, weighted(f, batch)) for f in (plain_forward, fast_forward()))
     assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < 1e-5

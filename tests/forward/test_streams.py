@@ -25,13 +25,13 @@ from mlxdpo.data.batching import LEAST, collate, cut_by_prompts
 from mlxdpo.data.examples import Examples
 from mlxdpo.forward import logprobs, streams
 from mlxdpo.forward.architectures import FAMILIES
-from mlxdpo.forward.logprobs import PLAIN, PLAIN_DETAILS, detailed, fast_forward, ways_for
-from mlxdpo.forward.rewards import fast_rewards, reward_ways
+from mlxdpo.forward.logprobs import PLAIN_DETAILS, PLAIN_FORWARD, detailed_fns, fast_forward, forward_fns
+from mlxdpo.forward.rewards import fast_rewards, reward_fns
 from mlxdpo.forward.shared_prefix import checkpointed
 from mlxdpo.losses import resolve
 from mlxdpo.machine import openblas
 from mlxdpo.model.reward_head import NAME, attach_head
-from mlxdpo.training.plan import layout_of
+from mlxdpo.training.plan import planned_batch
 from mlxdpo.training.step import make_gradient, make_scorer
 from mlxdpo.types import Example
 
@@ -52,14 +52,16 @@ def cut(lanes, number, *shape):
 @pytest.mark.parametrize("checkpoint", [None, checkpointed])
 @pytest.mark.parametrize("packs", [True, False])
 def test_value_and_gradient_are_those_of_the_whole_batch(kind, checkpoint, packs, lanes, monkeypatch):
-    monkeypatch.setattr(logprobs, "pays", lambda *shapes: packs)
+    monkeypatch.setattr(logprobs, "packing_is_worth_it", lambda *shapes: packs)
     model, (whole, parts) = moved(tiny_model(kind), LoraConfig(rank=4)), cut(lanes, 3)
     value, wanted = gradients(model, weighted(fast_forward(checkpoint), whole))
     fast, got = gradients(model, weighted(fast_forward(checkpoint), parts))
     assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < (5e-5 if kind == "gemma" else 1e-5)
 
 
-@pytest.mark.parametrize("ways", [PLAIN, PLAIN_DETAILS, reward_ways(fast=False)], ids=["logps", "details", "rewards"])
+@pytest.mark.parametrize(
+    "ways", [PLAIN_FORWARD, PLAIN_DETAILS, reward_fns(fast=False)], ids=["logps", "details", "rewards"]
+)
 def test_the_plain_way_walks_in_lanes_too(ways, lanes):
     """A model whose parts are not known is one block: nothing ties its lanes, and the numbers are the same."""
     model, (whole, parts) = attach_head(tiny_model("llama")), cut(lanes, 2)
@@ -89,7 +91,7 @@ def test_everything_a_step_is_made_of(knobs, lanes):
     """Losses, gradients and whatever modifiers ask of the pairs, in a batch that is filled up."""
     model, pairs, loss = moved(tiny_model("qwen3"), LoraConfig(rank=4)), pairs_of(*LONG), resolve(LossConfig(**knobs))
     ref = np.random.default_rng(2).normal(-300, 3, (len(pairs), 4)).astype(np.float32)
-    ways, batches = detailed(ways_for(model)) if knobs else ways_for(model), []
+    ways, batches = detailed_fns(forward_fns(model)) if knobs else forward_fns(model), []
     for number in (1, 2):
         lanes(number)
         batches.append(collate(pairs, tuple(range(len(pairs))), len(pairs) + 2, ref))
@@ -125,7 +127,7 @@ def test_scores_and_rewards(lanes):
 def test_dropout_is_the_same_each_time(lanes):
     model, (_, parts) = moved(tiny_model("llama"), LoraConfig(rank=4, dropout=0.5)), cut(lanes, 2)
     model.train()
-    gradient = make_gradient(model, resolve(LossConfig()), ways_for(model, checkpoint=True).train)
+    gradient = make_gradient(model, resolve(LossConfig()), forward_fns(model, checkpoint=True).train)
     found = []
     for seed in (3, 3, 4):
         mx.random.seed(seed)
@@ -158,7 +160,7 @@ def in_lane(gradient):
     run = streams.with_gradient(function, seen(gradient))
 
     def loss(x):
-        with streams.lane(1):
+        with streams.stream(1):
             y = run(x)
         return y.sum()
 
@@ -182,7 +184,7 @@ def test_a_block_under_a_checkpoint_is_computed_again_in_its_lane():
     seen, layer = Seen(), nn.Linear(2, 2)
 
     def loss(x):
-        with streams.lane(1):
+        with streams.stream(1):
             y = checkpointed(layer, seen(layer))(x)
         return y.sum()
 
@@ -194,14 +196,14 @@ def test_lanes_abreast_change_neither_values_nor_gradients():
     first, second = mx.array([1.0, 2.0]), mx.array([3.0])
 
     def total(first, second):
-        (a, b), (c,) = streams.abreast([(first, first * first), (second,)])
+        (a, b), (c,) = streams.interleave([(first, first * first), (second,)])
         return (a + 3 * b).sum() + 5 * c.sum()
 
     value, gradients = mx.value_and_grad(total, argnums=(0, 1))(first, second)
     assert value.item() == 3 + 15 + 15
     assert gradients[0].tolist() == [7, 13] and gradients[1].tolist() == [5]
     alone = [(first,)]
-    assert streams.abreast(alone) == alone
+    assert streams.interleave(alone) == alone
 
 
 def test_lanes_wait_for_each_other_on_the_way_there_and_back(monkeypatch):
@@ -210,7 +212,7 @@ def test_lanes_wait_for_each_other_on_the_way_there_and_back(monkeypatch):
     monkeypatch.setattr(mx, "depends", lambda own, others: tied.append((len(own), len(others))) or depends(own, others))
 
     def total(first, second):
-        (a, b), (c,) = streams.abreast([(first, first), (second,)])
+        (a, b), (c,) = streams.interleave([(first, first), (second,)])
         return (a * b).sum() + c.sum()
 
     mx.eval(mx.grad(total, argnums=(0, 1))(mx.ones(2), mx.ones(1)))
@@ -218,8 +220,8 @@ def test_lanes_wait_for_each_other_on_the_way_there_and_back(monkeypatch):
 
 
 def test_a_model_is_walked_abreast_block_by_block(lanes, monkeypatch):
-    widths, abreast = [], streams.abreast
-    monkeypatch.setattr(streams, "abreast", lambda states: widths.append(len(states)) or abreast(states))
+    widths, abreast = [], streams.interleave
+    monkeypatch.setattr(streams, "interleave", lambda states: widths.append(len(states)) or abreast(states))
     model, (_, parts) = tiny_model("llama"), cut(lanes, 3)
     mx.eval(fast_forward()(model, parts))
     assert widths == [3] * len(model.layers)
@@ -235,7 +237,7 @@ def test_what_is_in_lanes_is_evaluated_with_single_threads_and_nothing_else(lane
 
     monkeypatch.setattr(streams, "single_blas", noting)
     model, (whole, parts) = moved(tiny_model("llama"), LoraConfig(rank=4)), cut(lanes, 2)
-    gradient, scorer = make_gradient(model, resolve(LossConfig()), ways_for(model).train), make_scorer(model)
+    gradient, scorer = make_gradient(model, resolve(LossConfig()), forward_fns(model).train), make_scorer(model)
     for batch, times in ((whole, 0), (parts, 2)):
         gradient(batch, mx.array(1.0))
         scorer(batch)
@@ -273,7 +275,7 @@ def test_a_plan_knows_the_parts_that_collate_makes(lanes):
     for number in (1, 2, 3):
         lanes(number)
         indices = tuple(range(len(pairs)))
-        found = layout_of(Examples.of(pairs), indices, True).layout.parts
+        found = planned_batch(Examples.of(pairs), indices, True).layout.parts
         assert found == max(1, len(collate(pairs, indices, len(pairs)).parts)) == number
 
 
@@ -296,7 +298,7 @@ def test_a_gpu_has_one_lane(monkeypatch):
         assert openblas.stream_count() == wanted
 
 
-SAY = "import mlxdpo, os; from mlxdpo.machine import openblas; print(openblas.stream_count(), os.environ.get('MLX_BFS_MAX_WIDTH'))"
+SAY = "import os; from mlxdpo.machine import openblas; print(openblas.stream_count(), os.getenv('MLX_BFS_MAX_WIDTH'))"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="OpenBLAS is a matter of Linux")

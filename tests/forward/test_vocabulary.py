@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlxdpo.forward.fused_head import in_blocks
-from mlxdpo.forward.logprobs import token_logps
+from mlxdpo.forward.logprobs import next_token_logps
 
 SIZES = [151936, 50257, 49152, 300, 7, 1]  # Qwen, GPT-2, SmolLM2, a tiny one, a prime, one word
 
@@ -51,7 +51,7 @@ class Table(nn.Module):
 def test_token_logps_have_no_bias_over_a_large_vocabulary():
     logits = spread(64, 49152)
     tokens = np.arange(64)[None]
-    got = np.array(token_logps(Table(logits), mx.array(tokens)), np.float64)[0]
+    got = np.array(next_token_logps(Table(logits), mx.array(tokens)), np.float64)[0]
     wide = logits[:-1].astype(np.float64)
     want = wide[np.arange(63), tokens[0, 1:]] - np.logaddexp.reduce(wide, axis=-1)
     assert abs(got - want).max() < 1e-5 and abs((got - want).mean()) < 2e-6

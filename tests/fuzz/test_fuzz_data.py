@@ -19,7 +19,7 @@ from mlxdpo.data.check import examine, lines
 from mlxdpo.data.encode import encode_all, encode_prompt
 from mlxdpo.data.formats import FORMATS
 from mlxdpo.data.read import read_preferences
-from mlxdpo.types import Message, Opinion, Preference
+from mlxdpo.types import Message, Preference, UnpairedExample
 
 pytestmark = pytest.mark.fuzz
 
@@ -125,7 +125,7 @@ CHAT = st.builds(
     TURNS, TEXT, TEXT,
 )  # fmt: skip
 PLAIN = st.builds(lambda p, a, b: Preference(p, a, b, "p:1"), TEXT, TEXT, TEXT)
-ONE = st.builds(lambda p, a, up: Opinion(p, a, up, "p:1"), TEXT, TEXT, st.booleans())
+ONE = st.builds(lambda p, a, up: UnpairedExample(p, a, up, "p:1"), TEXT, TEXT, st.booleans())
 ROWS = st.lists(CHAT | PLAIN | ONE, min_size=1, max_size=3)
 HOW = st.fixed_dictionaries(
     {

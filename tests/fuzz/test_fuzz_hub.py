@@ -12,8 +12,8 @@ from mutating import ODD_NAMES, ODD_VALUES, SEEDS, dumped, mutate_bytes, mutate_
 from test_pull import NAME, base_of, exported, trained  # noqa: F401 (a fixture)
 
 from mlxdpo.exporters.client import check_repo_id
+from mlxdpo.exporters.download import check_name
 from mlxdpo.exporters.hub import push
-from mlxdpo.exporters.incoming import check_name
 from mlxdpo.exporters.pull import pull
 from mlxdpo.io.json_file import is_plain_name
 from mlxdpo.runs import Run

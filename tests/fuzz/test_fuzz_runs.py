@@ -16,7 +16,7 @@ from mlxdpo.cli import run as cli
 from mlxdpo.exporters.findings import read_findings
 from mlxdpo.exporters.record import read_record
 from mlxdpo.exporters.run import export
-from mlxdpo.inference.trained_run import reopen
+from mlxdpo.inference.trained_run import open_trained_run
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
@@ -195,7 +195,7 @@ def test_pages(run, seed):
 
 @fuzzed(8, 150, seed=SEEDS)
 def test_opening(run, seed):
-    with_change(run, random.Random(seed), LOADED, lambda: case("run: reopen", lambda: reopen(run)))
+    with_change(run, random.Random(seed), LOADED, lambda: case("run: reopen", lambda: open_trained_run(run)))
 
 
 @fuzzed(5, 100, seed=SEEDS)

@@ -34,7 +34,7 @@ def test_importing_it_loads_nothing_heavy():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(AttributeError, match="mlxdpo has no `tran`; it has Config, Example"):
+    with pytest.raises(AttributeError, match="mlxdpo has no `tran`; it has BestOfK, Config, Example"):
         _ = mlxdpo.tran
 
 

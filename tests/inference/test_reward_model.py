@@ -25,7 +25,7 @@ from mlxdpo.model.adapters import attach_lora, load_run
 from mlxdpo.model.reward_head import NAME, attach_head, normed_states
 from mlxdpo.runs import Run
 from mlxdpo.types import Example, Message, Pairs, UserError
-from mlxdpo_eval.judges import Question, Trio, ask_both, open_judge
+from mlxdpo_eval.judges import AnswerPair, Question, ask_both, open_judge
 
 COUNT, MARGIN, CENTER = 6, 0.3, 0.05
 KINDS = ("llama", "qwen3", "gemma2", "gemma3_text")
@@ -247,7 +247,7 @@ def test_it_is_a_judge(trained):
     first, second = judge.ask([Question(row["prompt"], row["chosen"], row["rejected"])] * 2)[:2]
     values = judge.scores([row["prompt"]] * 2, [row["chosen"], row["rejected"]])
     assert first.logit == second.logit == pytest.approx(values[0] - values[1])
-    trio = Trio(row["prompt"], row["rejected"], row["chosen"])
+    trio = AnswerPair(row["prompt"], row["rejected"], row["chosen"])
     both, same = ask_both(judge, [trio, trio._replace(before=row["chosen"])])
     assert both.logit == pytest.approx(values[0] - values[1]) and same.same
     assert judge.ask([]) == [] and judge.name == "reward:run"

@@ -20,18 +20,18 @@ from mlxdpo.data.batching import collate
 from mlxdpo.data.encode import encode_all
 from mlxdpo.data.read import read_pairs
 from mlxdpo.forward.next_token import next_logits
-from mlxdpo.inference.trained_run import score_pairs, ways_for
+from mlxdpo.inference.trained_run import forward_fns, score_pairs
 from mlxdpo.losses import resolve
 from mlxdpo.model.policy import load_policy
 from mlxdpo.online.collect import Asked, Prompts, read_prompts
 from mlxdpo.online.collect.run import source
-from mlxdpo.online.constitution import Asking, Constitution, Feedback, apply, load_constitution
+from mlxdpo.online.constitution import Constitution, Feedback, SamplingSettings, apply_constitution, load_constitution
 from mlxdpo.online.constitution import labels as labelling
-from mlxdpo.online.constitution.ending import pair_of, position
+from mlxdpo.online.constitution.conversations import COPIED, ECHO, SAME, TOO_LONG, Talker, drawn_principle, revised
 from mlxdpo.online.constitution.labels import Label, label, shared_next_logits
 from mlxdpo.online.constitution.schema import Principle, Worked, dump_constitution
-from mlxdpo.online.constitution.talks import COPIED, ECHO, SAME, TOO_LONG, Talker, drawn_principle, revised
 from mlxdpo.online.constitution.wording import comparison_turns, critique_turns, revision_turns
+from mlxdpo.online.constitution.write_outputs import pair_of, position
 from mlxdpo.types import Message, UserError
 from mlxdpo.ui.constitution import tab, view
 from mlxdpo.ui.constitution.view import LEFT, PAIRED, Wanted
@@ -92,7 +92,7 @@ def prompts():
 
 
 def finish(*args, **more):
-    return [event.kind for event in apply(*args, **more)]
+    return [event.kind for event in apply_constitution(*args, **more)]
 
 
 def lines_of(file):
@@ -237,7 +237,7 @@ def test_a_tokenizer_without_the_letters_is_refused():
 @pytest.mark.parametrize("pairs", ["revisions", "samples"])
 def test_a_stopped_run_goes_on_to_the_same_bytes(pairs, speaker, prompts, tmp_path):
     settings = REVISING if pairs == "revisions" else HOW
-    how = Asking(pairs=pairs, **settings)
+    how = SamplingSettings(pairs=pairs, **settings)
     assert finish(speaker, prompts, RULES, how, tmp_path / "straight")[-1] == "done"
     stopped = tmp_path / "stopped"
     assert finish(speaker, prompts, RULES, how, stopped, should_stop=stop_after(60))[-1] == "interrupted"
@@ -247,7 +247,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(pairs, speaker, prompts, tmp_pa
     assert finish(speaker, prompts, RULES, how, stopped)[-1] == "done"
     for name in ("talks.jsonl", "pairs.jsonl", "report.json", "constitution.yaml", "settings.json"):
         assert (stopped / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
-    other = Asking(pairs=pairs, **(settings | {"seed": 1}))
+    other = SamplingSettings(pairs=pairs, **(settings | {"seed": 1}))
     with pytest.raises(UserError, match=r"begun with asking seed 0, now 1; choose another --out"):
         finish(speaker, prompts, RULES, other, stopped)
     finish(speaker, prompts, RULES, other, tmp_path / "other")
@@ -255,7 +255,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(pairs, speaker, prompts, tmp_pa
 
 
 def test_every_prompt_is_a_pair_or_counted_with_its_reason(speaker, prompts, tmp_path):
-    finish(speaker, prompts, RULES, Asking(**REVISING), tmp_path / "o")
+    finish(speaker, prompts, RULES, SamplingSettings(**REVISING), tmp_path / "o")
     talks, rows = lines_of(tmp_path / "o/talks.jsonl"), lines_of(tmp_path / "o/pairs.jsonl")
     report = json.loads((tmp_path / "o/report.json").read_text())
     assert report["rows"] + sum(report["left_out"].values()) == report["prompts"] == len(talks) == len(prompts.asked)
@@ -279,7 +279,7 @@ def test_no_pair_at_all_is_a_sentence_with_the_reasons(speaker, prompts, tmp_pat
     with pytest.raises(
         UserError, match=r"no prompt gave a pair \(.* initial answer: unfinished: no end within"
     ) as error:
-        finish(speaker, prompts, RULES, Asking(**(HOW | {"unfinished": "drop"})), tmp_path / "o")
+        finish(speaker, prompts, RULES, SamplingSettings(**(HOW | {"unfinished": "drop"})), tmp_path / "o")
     assert "talks.jsonl" in str(error.value) and not (tmp_path / "o/pairs.jsonl").exists()
 
 
@@ -287,7 +287,7 @@ class Scripted(Talker):
     """Says what it is told, round by round."""
 
     def __init__(self, speaker, script):
-        super().__init__(speaker, Asking(), lambda: False)
+        super().__init__(speaker, SamplingSettings(), lambda: False)
         self.script = iter(script)
 
     def say(self, asked, max_tokens):
@@ -318,7 +318,7 @@ def test_filters_by_hand(speaker, prompts):
 
 
 def test_what_the_model_cannot_hold_is_left_out(policy, speaker, prompts):
-    talker = Talker(speaker, Asking(**REVISING), lambda: False)
+    talker = Talker(speaker, SamplingSettings(**REVISING), lambda: False)
     talker.room = 12
     long = (Message("user", "red " * 20),)
     said = talker.say([(long, ()), ((Message("user", "red"),), ())], 6)
@@ -326,7 +326,7 @@ def test_what_the_model_cannot_hold_is_left_out(policy, speaker, prompts):
 
 
 def test_of_two_samples_the_likelier_is_chosen(speaker):
-    how = Asking(pairs="samples")
+    how = SamplingSettings(pairs="samples")
     identity = {"source": {"model": {"digest": "d"}}, "constitution": "c" * 64}
     line = {"prompt": [], "first": {"text": "one"}, "second": {"text": "two"}, "sampling": {}, "prompt_id": "x"}
     line |= {"probability": 0.25, "votes": {"red": {"probability": 0.25}}}
@@ -350,7 +350,7 @@ def test_position_golden():
 
 def test_soft_labels_reach_the_loss(speaker, policy, prompts, tmp_path):
     """-p ls(beta d) - (1 - p) ls(-beta d), arXiv 2305.18290 eq. 7 in expectation over the label."""
-    finish(speaker, prompts, RULES, Asking(pairs="samples", **HOW), tmp_path / "o")
+    finish(speaker, prompts, RULES, SamplingSettings(pairs="samples", **HOW), tmp_path / "o")
     config = load_config(tmp_path / "o/recipe.yaml")
     rows, report = read_pairs(config.data)
     written = lines_of(tmp_path / "o/pairs.jsonl")
@@ -358,7 +358,7 @@ def test_soft_labels_reach_the_loss(speaker, policy, prompts, tmp_path):
     assert [row.extras.label for row in rows] == [row["probability"] for row in written]
     examples, _ = encode_all(rows, policy.tokenizer, config.data, eos_ids=policy.eos_ids)
     batch = collate(examples, tuple(range(4)), 4)
-    pairs = score_pairs(policy.model, batch, ways_for(policy.model).score)
+    pairs = score_pairs(policy.model, batch, forward_fns(policy.model).score)
     found = np.array(resolve(config.loss, config.data.columns)(pairs))
     d = np.array((pairs.chosen - pairs.ref_chosen) - (pairs.rejected - pairs.ref_rejected), np.float64)
     p = np.array([row["probability"] for row in written[:4]])
@@ -370,7 +370,7 @@ def test_soft_labels_reach_the_loss(speaker, policy, prompts, tmp_path):
 def test_another_model_may_compare(folder, speaker, prompts, tmp_path):
     other = write_model(tmp_path / "judge", talking_tokenizer(), seed=5, max_position_embeddings=4096)
     judge = load_policy(load_config(None, {"model": {"path": str(other)}}).model)
-    few, how = prompts._replace(asked=prompts.asked[:16]), Asking(pairs="samples", **HOW)
+    few, how = prompts._replace(asked=prompts.asked[:16]), SamplingSettings(pairs="samples", **HOW)
     finish(speaker, few, RULES, how, tmp_path / "a")
     finish(speaker, few, RULES, how, tmp_path / "b", Feedback(judge, {"digest": judge.identity["digest"]}))
     own, others = (lines_of(tmp_path / name / "talks.jsonl") for name in "ab")
@@ -418,7 +418,7 @@ def test_command_to_training(folder, tmp_path, cache, monkeypatch, capsys):
 def there(tmp_path, monkeypatch, speaker, prompts):
     """A working folder with a finished run, one of its texts hostile."""
     monkeypatch.chdir(tmp_path)
-    finish(speaker, prompts, RULES, Asking(**REVISING), tmp_path / "cai")
+    finish(speaker, prompts, RULES, SamplingSettings(**REVISING), tmp_path / "cai")
     talks = lines_of(tmp_path / "cai/talks.jsonl")
     talks[0]["initial"]["text"] = "<script>alert(1)</script>"
     talks[0]["prompt"][0]["content"] = "<img src=x onerror=alert(1)>"
@@ -473,7 +473,7 @@ def test_four_prompts_on_the_real_model(tmp_path):
     policy = load_policy(load_config(None, {"model": {"path": "smollm2"}}).model)
     asked = ["Name three fruits.", "What do bees make?", "Say hello to a new neighbour.", "Is the moon a star?"]
     prompts = Prompts([Asked(text, f"p:{n}") for n, text in enumerate(asked)], {})
-    how = Asking(max_tokens=24, critique_tokens=24, unfinished="keep", temperature=0.7)
+    how = SamplingSettings(max_tokens=24, critique_tokens=24, unfinished="keep", temperature=0.7)
     rules = load_constitution()
     rules = rules.model_copy(update={"principles": rules.principles[:2]})
     assert finish(source(policy, DataConfig(), "smollm2", None), prompts, rules, how, tmp_path / "o")[-1] == "done"

@@ -16,7 +16,7 @@ from tiny_tokenizers import base_tokenizer
 from torch_side import PROJECTIONS, copy_adapter, load_torch, peft_parameter
 
 from mlxdpo.config import LoraConfig, ModelConfig
-from mlxdpo.forward.logprobs import token_logps
+from mlxdpo.forward.logprobs import next_token_logps
 from mlxdpo.model.adapters import adapters_off, attach_lora
 from mlxdpo.model.policy import load_policy
 
@@ -56,9 +56,9 @@ def torch_token_logps(model):
 
 def test_log_probs(both):
     model, theirs, _ = both
-    ours = np.array(token_logps(model, mx.array(IDS)))
+    ours = np.array(next_token_logps(model, mx.array(IDS)))
     with adapters_off(model):
-        bare = np.array(token_logps(model, mx.array(IDS)))
+        bare = np.array(next_token_logps(model, mx.array(IDS)))
     with torch.no_grad():
         worst = abs(ours - torch_token_logps(theirs).numpy()).max()
         with theirs.disable_adapter():
@@ -74,7 +74,7 @@ def test_gradients(both):
 
     def total(parameters):
         model.update(parameters)
-        return token_logps(model, mx.array(IDS)).mean()
+        return next_token_logps(model, mx.array(IDS)).mean()
 
     gradients = dict(tree_flatten(mx.grad(total)(model.trainable_parameters())))
     torch_token_logps(theirs).mean().backward()

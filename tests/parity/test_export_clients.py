@@ -20,7 +20,7 @@ from torch_side import load_torch
 from mlxdpo.config import ModelConfig
 from mlxdpo.exporters import export
 from mlxdpo.exporters.importing import import_peft
-from mlxdpo.forward.logprobs import token_logps
+from mlxdpo.forward.logprobs import next_token_logps
 from mlxdpo.model.adapters import load_adapter, load_run
 from mlxdpo.model.policy import load_policy
 from mlxdpo.runs import Run
@@ -127,11 +127,11 @@ def test_smollm2_in_every_client(tmp_path):
     ids = np.array([tuned.tokenizer.encode(prompt)])
     want, words = logits_of(tuned.model, ids), greedy_of(tuned.model, ids, 12)
     print(repr(tuned.tokenizer.decode(words[0].tolist())))
-    mine = np.array(token_logps(tuned.model, mx.array(ids)))
+    mine = np.array(next_token_logps(tuned.model, mx.array(ids)))
     import_peft(out / "peft", run.config().model, tmp_path / "back")
     again = load_policy(run.config().model)
     load_adapter(again.model, tmp_path / "back")
-    gap = abs(np.array(token_logps(again.model, mx.array(ids))) - mine).max()
+    gap = abs(np.array(next_token_logps(again.model, mx.array(ids))) - mine).max()
     print(f"run -> peft -> import -> score: log-probs within {gap:.1e}")
     assert gap <= 1e-5
     del again, tuned

@@ -18,7 +18,7 @@ from mlxdpo.data.batching import collate
 from mlxdpo.data.encode import encode_all
 from mlxdpo.data.examples import Examples
 from mlxdpo.data.planning import outline, plan_straight
-from mlxdpo.forward.logprobs import score_pairs, token_logps
+from mlxdpo.forward.logprobs import next_token_logps, score_pairs
 from mlxdpo.model.policy import load_policy
 from mlxdpo.types import Preference
 
@@ -63,7 +63,7 @@ def scored(request, tmp_path, cache):
         for slot, i in enumerate(indices):
             for name in ("chosen", "rejected"):
                 row = np.concatenate([examples[i].prompt, getattr(examples[i], name)])
-                tokens = np.array(token_logps(policy.model, mx.array(row[None])))[0, len(examples[i].prompt) - 1 :]
+                tokens = np.array(next_token_logps(policy.model, mx.array(row[None])))[0, len(examples[i].prompt) - 1 :]
                 ours[i, name] = (tokens, getattr(summed, name)[slot].item())
     return request.param, folder, examples, ours
 
@@ -98,7 +98,7 @@ def test_gemma2_beyond_its_window_is_another_function_in_mlx_lm(tmp_path, cache)
     folder = write_model(tmp_path / "model", base_tokenizer(), "gemma2", sliding_window=16)
     policy = load_policy(ModelConfig(path=str(folder), dtype="float32"))
     ids = np.random.default_rng(0).integers(3, 250, 60).astype(np.int32)
-    ours = np.array(token_logps(policy.model, mx.array(ids[None])))[0, -30:]
+    ours = np.array(next_token_logps(policy.model, mx.array(ids[None])))[0, -30:]
     theirs, unlimited = (
         torch_logps(load_torch(folder, **c), ids[:30], ids[30:]) for c in ({}, {"sliding_window": 512})
     )

@@ -27,7 +27,7 @@ from trl import DPOConfig, DPOTrainer
 from mlxdpo.config import Config, names_of
 from mlxdpo.data.encode import encode_all
 from mlxdpo.data.planning import outline, plan_epoch
-from mlxdpo.forward.logprobs import ways_for
+from mlxdpo.forward.logprobs import forward_fns
 from mlxdpo.losses import resolve
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
@@ -36,7 +36,7 @@ from mlxdpo.training.loop import run_loop
 from mlxdpo.training.preflight import with_details
 from mlxdpo.training.reference import shared_rows, with_reference
 from mlxdpo.training.step import make_optimizer, make_scorer
-from mlxdpo.training.window import Job, Part
+from mlxdpo.training.window import ReferencedPairs, TrainState
 from mlxdpo.types import Preference
 
 # transformers warns about a name that TRL still uses.
@@ -96,13 +96,13 @@ def run_ours(config, examples, checkpoints):
     plan = plan_epoch(outline(examples, config.data.group), train.batch_size, train.accumulate, train.seed, 0)
     batches = [batch for window in plan.windows for batch in window]
     loss = resolve(config.loss)
-    ways = with_details(ways_for(policy.model), loss, config)
+    ways = with_details(forward_fns(policy.model), loss, config)
     rows, scorer = shared_rows(examples) if "shared" in loss.needs else None, make_scorer(policy.model, ways.score)
     *_, (_, ref) = with_reference(examples, scorer, policy.identity, batches, train.batch_size, rows=rows)
     attach_lora(policy.model, config.lora, seed=1)
     fresh = {n: np.array(a) for n, a in tree_flatten(policy.model.trainable_parameters()) if ".lora_" in n}
-    parts = Part(examples, ref), Part([], np.zeros((0, 2), np.float32))
-    job = Job(config, policy.model, make_optimizer(config.optim), loss, *parts, checkpoints, ways)
+    parts = ReferencedPairs(examples, ref), ReferencedPairs([], np.zeros((0, 2), np.float32))
+    job = TrainState(config, policy.model, make_optimizer(config.optim), loss, *parts, checkpoints, ways)
     events = run_loop(job, Progress(), lambda: False)
     return [event.values for event in events if event.kind == "step"], fresh
 

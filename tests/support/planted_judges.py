@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mlxdpo_eval.judges import Question, Verdict
-from mlxdpo_eval.judges.protocol import invalid, sure
+from mlxdpo_eval.judges.protocol import certain, invalid
 from mlxdpo_eval.sampling import Answers
 
 
@@ -50,17 +50,17 @@ def always_first(question):
 
 def oracle(question):
     """Knows the truth."""
-    return sure(question.first.startswith("good") - question.second.startswith("good"))
+    return certain(question.first.startswith("good") - question.second.startswith("good"))
 
 
 def coin(question):
     """Knows nothing; each order is a new throw."""
-    return sure(random.Random(repr(question)).choice([-1, 1]))
+    return certain(random.Random(repr(question)).choice([-1, 1]))
 
 
 def longest_wins(question):
     """Knows the length only."""
-    return sure(len(question.first) - len(question.second))
+    return certain(len(question.first) - len(question.second))
 
 
 def mumbles(question):

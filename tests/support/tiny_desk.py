@@ -5,7 +5,7 @@ from pathlib import Path
 from tiny_runs import finish, recipe
 
 from mlxdpo.runs import Run
-from mlxdpo.ui.app_state import Desk
+from mlxdpo.ui.app_state import AppState
 from mlxdpo.ui.compare.answers import Settings
 
 SHORT = Settings(max_tokens=8, temperature=1.0, seed=3)
@@ -21,6 +21,6 @@ def finished_run(folder: Path, name: str = "one", **sections) -> Run:
     return Run.open(config.out)
 
 
-def desk_over(folder: Path) -> Desk:
+def desk_over(folder: Path) -> AppState:
     """The app's desk over folder/runs."""
-    return Desk(folder / "runs")
+    return AppState(folder / "runs")

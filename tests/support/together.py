@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlxdpo.distributed.group import Peers
+from mlxdpo.distributed.group import Group
 
 
 def simulated(size, work):
@@ -27,7 +27,7 @@ def simulated(size, work):
             return mx.array(total)
 
         try:
-            results[rank] = work(Peers(rank, size, all_sum))
+            results[rank] = work(Group(rank, size, all_sum))
         except BaseException as error:
             results[rank] = error
             barrier.abort()

@@ -56,9 +56,9 @@ def poisoned_step(config):
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_the_pair_is_named_and_the_weights_are_those_of_the_step_before(tmp_path, monkeypatch, value):
     config = poisoned(tmp_path, value, train={"save_every": 1, "seed": 3})
-    at, seen, check = poisoned_step(config), {}, preflight.check
+    at, seen, check = poisoned_step(config), {}, preflight.check_start
     assert at >= 1  # there is something before it to keep
-    monkeypatch.setattr(preflight, "check", lambda job: (seen.update(model=job.model), check(job)))
+    monkeypatch.setattr(preflight, "check_start", lambda job: (seen.update(model=job.model), check(job)))
     with pytest.raises(NonFiniteError) as error:
         finish(config)
     assert str(error.value).startswith(f"the log-prob or loss is not a finite number at pairs.jsonl:{LINE};")

@@ -10,14 +10,14 @@ from mlx.utils import tree_flatten
 from tiny_runs import adapter_bytes, finish, losses, recipe, stop_after, write_pairs
 
 from mlxdpo.config import load_config
-from mlxdpo.forward.logprobs import ways_for
+from mlxdpo.forward.logprobs import forward_fns
 from mlxdpo.losses import LOSSES
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
 from mlxdpo.runs import Run
-from mlxdpo.training.likelihood_warning import Watch
+from mlxdpo.training.likelihood_warning import LikelihoodWatch
 from mlxdpo.training.metrics import Scored, thumb_metrics
-from mlxdpo.training.reference_sync import Moving, swapped_in, trained
+from mlxdpo.training.reference_sync import ReferenceSync, swapped_in, trained_arrays
 from mlxdpo.types import UserError
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -88,7 +88,7 @@ def test_a_moving_reference_has_the_mixed_weights(tmp_path, method):
     policy = load_policy(config.model)
     model = policy.model
     attach_lora(model, config.lora, 0)
-    moving, x = Moving(model, config, ways_for(model).score), mx.random.normal((3, 32))
+    moving, x = ReferenceSync(model, config, forward_fns(model).score), mx.random.normal((3, 32))
     layer = model.layers[0].self_attn.q_proj
     base = np.array(layer(x), np.float64)
     expected = base
@@ -97,10 +97,10 @@ def test_a_moving_reference_has_the_mixed_weights(tmp_path, method):
         model.load_weights([(n, a + 0.1 * mx.random.normal(a.shape)) for n, a in arrays], strict=False)
         expected = 0.6 * np.array(layer(x), np.float64) + 0.4 * expected
         moving.move()
-        own = trained(model)
+        own = trained_arrays(model)
         with swapped_in(model, moving.arrays):
             assert np.array(layer(x)) == pytest.approx(expected, abs=1e-4)
-        assert all(mx.array_equal(a, own[n]).item() for n, a in trained(model).items())
+        assert all(mx.array_equal(a, own[n]).item() for n, a in trained_arrays(model).items())
 
 
 @pytest.mark.parametrize("start", ["fresh", "adapter", "full", "dora"])
@@ -238,7 +238,7 @@ def test_falling_chosen_log_probs_are_told_once_with_what_counters_them():
     from mlxdpo.config import LossConfig
     from mlxdpo.losses import resolve
 
-    watch = Watch(resolve(LossConfig()), heldout=True)
+    watch = LikelihoodWatch(resolve(LossConfig()), heldout=True)
     assert watch.step(fell(9.0)) is None and watch.evaluation(fell(0.09)) is None
     said = watch.evaluation(fell(0.11))
     assert said.startswith("the chosen answers are 0.11 nats a token less likely than under the reference (held-out")
@@ -246,11 +246,13 @@ def test_falling_chosen_log_probs_are_told_once_with_what_counters_them():
         assert name in said
     assert "kto" not in said and "orpo" not in said
     assert watch.evaluation(fell(0.5)) is None
-    steps = Watch(resolve(LossConfig(name="ipo")), heldout=False)
+    steps = LikelihoodWatch(resolve(LossConfig(name="ipo")), heldout=False)
     assert [steps.step(fell(0.2)) for _ in range(9)] == [None] * 9 and "last 10 steps" in steps.step(fell(0.2))
     for silent in (LossConfig(name="apo_down"), LossConfig(name="simpo")):
-        assert Watch(resolve(silent), heldout=True).evaluation(fell(0.5)) is None
-    assert Watch(resolve(LossConfig()), heldout=True).evaluation(fell(0.5, length=3.0)) is None  # 1.5 nats in all
+        assert LikelihoodWatch(resolve(silent), heldout=True).evaluation(fell(0.5)) is None
+    assert (
+        LikelihoodWatch(resolve(LossConfig()), heldout=True).evaluation(fell(0.5, length=3.0)) is None
+    )  # 1.5 nats in all
 
 
 def test_a_run_whose_chosen_answers_sink_says_so_once(tmp_path):

@@ -54,8 +54,8 @@ def test_a_run_shorter_than_its_data_starts(tmp_path, steps):
 
 def broken(monkeypatch, damage):
     """Let `damage` loose on the job before its first step is checked."""
-    check = preflight.check
-    monkeypatch.setattr(preflight, "check", lambda job: (damage(job), check(job)))
+    check = preflight.check_start
+    monkeypatch.setattr(preflight, "check_start", lambda job: (damage(job), check(job)))
 
 
 def refusal(config):
@@ -105,7 +105,7 @@ def test_a_reference_that_is_not_finite_is_named(tmp_path, monkeypatch):
 
 def test_another_reference_model_trains_and_skips_the_check(tmp_path, monkeypatch):
     write_model(tmp_path / "other", chatml_tokenizer(), seed=7)
-    monkeypatch.setattr(preflight, "check", lambda job: pytest.fail("checked against another model's log-probs"))
+    monkeypatch.setattr(preflight, "check_start", lambda job: pytest.fail("checked against another model's log-probs"))
     seen = {}
     monkeypatch.setattr(story, "run_loop", lambda job, *rest: seen.update(job=job) or iter(()))
     monkeypatch.setattr(story, "_keep", lambda *rest: None)
@@ -202,7 +202,7 @@ def test_a_model_configuration_that_transformers_refuses_is_one_sentence(tmp_pat
 
 def test_a_model_off_the_white_list_takes_the_plain_way_to_the_same_run(tmp_path, monkeypatch):
     wanted = [e.values["loss"] for e in finish(recipe(tmp_path, "fast")) if e.kind == "step"]
-    monkeypatch.setattr("mlxdpo.forward.logprobs.split", lambda model: None)
+    monkeypatch.setattr("mlxdpo.forward.logprobs.model_parts", lambda model: None)
     events = finish(recipe(tmp_path, "plain"))
     notes = [e.values["text"] for e in events if e.kind == "note"]
     assert notes == ["llama: no fast way is known for this architecture, so full rows and full logits are computed"]
@@ -212,13 +212,13 @@ def test_a_model_off_the_white_list_takes_the_plain_way_to_the_same_run(tmp_path
 
 
 def test_a_fast_way_that_computes_something_else_is_not_used(tmp_path, monkeypatch):
-    real = logprobs.ways_for
+    real = logprobs.forward_fns
 
     def wrong(model, checkpoint=False):
         ways = real(model, checkpoint)
-        return logprobs.Ways(ways.train, lambda m, batch: ways.score(m, batch) + 0.5)
+        return logprobs.ForwardFns(ways.train, lambda m, batch: ways.score(m, batch) + 0.5)
 
-    monkeypatch.setattr(preflight, "ways_for", wrong)
+    monkeypatch.setattr(preflight, "forward_fns", wrong)
     events = finish(recipe(tmp_path))
     notes = [e.values["text"] for e in events if e.kind == "note"]
     assert notes == ["llama: the fast way is 0.5 nats off here, so full rows and full logits are computed"]

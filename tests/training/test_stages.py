@@ -16,7 +16,7 @@ from tiny_runs import DEFAULTS, finish, losses, recipe, stop_after, write_pairs
 
 from mlxdpo.cli import run as command
 from mlxdpo.config import STAGE_LR, Config, load_config
-from mlxdpo.forward.logprobs import token_logps
+from mlxdpo.forward.logprobs import next_token_logps
 from mlxdpo.losses import resolve
 from mlxdpo.model.adapters import attach_lora, load_adapter, load_arrays
 from mlxdpo.model.policy import load_policy
@@ -81,7 +81,7 @@ def plain_nll(model, rows):
     logps, count = mx.array(0.0), 0
     for prompt, completion in rows:
         tokens = mx.array(np.concatenate([prompt, completion]))[None]
-        logps = logps + token_logps(model, tokens)[0, len(prompt) - 1 :].sum()
+        logps = logps + next_token_logps(model, tokens)[0, len(prompt) - 1 :].sum()
         count += len(completion)
     return -logps / count
 

@@ -18,7 +18,7 @@ from mlxdpo.losses import LOSSES, resolve
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.training import loop, step, window
 from mlxdpo.training.step import OPTIMIZERS, TAKES, make_gradient, make_optimizer, make_update
-from mlxdpo.training.window import filled, look_over
+from mlxdpo.training.window import filled, step_statistics
 from mlxdpo.types import Example, Extras, UserError
 
 COUNT = 7
@@ -63,7 +63,7 @@ def window_gradient(model, data, size, name="sigmoid"):
     cuts = [tuple(range(at, min(at + size, COUNT))) for at in range(0, COUNT, size)]
     batches = [collate(examples, indices, size, ref) for indices in cuts]
     rows = [[examples[i] for i in indices] for indices in cuts]
-    seen = look_over(loss, rows, lambda: batches, step.make_scorer(model))
+    seen = step_statistics(loss, rows, lambda: batches, step.make_scorer(model))
     for indices, batch, row in zip(cuts, batches, seen, strict=True):
         result = gradient(batch, mx.array(1 / COUNT), filled(row, size))
         total = step.add(total, result.gradients)

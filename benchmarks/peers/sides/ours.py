@@ -72,10 +72,10 @@ def _rows_of_each_pair(pairs: list[Example]) -> tuple[list[batching.Row], np.nda
 
 SWITCHES: dict[str, Switch] = {
     "no-lanes": Switch(openblas, "stream_count", lambda: 1),
-    "no-packing": Switch(logprobs, "pays", lambda prompts, rows, rest: False),
+    "no-packing": Switch(logprobs, "packing_is_worth_it", lambda prompts, rows, rest: False),
     "chunked-head": Switch(fused_head, "is_frozen", lambda head: False),
     "ungrouped": Switch(batching, "distinct_rows", _rows_of_each_pair),
-    "mlx-attention": Switch(patch_mlx_lm, "pays", lambda kind, tokens, masked: False),
+    "mlx-attention": Switch(patch_mlx_lm, "chunking_is_faster", lambda kind, tokens, masked: False),
     "mlx-swiglu": Swiglu(patch_mlx_lm, "LIGHT", patch_mlx_lm.OWN[1]),
 }
 
@@ -108,22 +108,24 @@ def run(job: Job, channel: Channel) -> None:
     config = configure(job)
     wire_memory()
     policy = load_policy(config.model)
-    ways = logprobs.ways_for(policy.model, config.train.checkpoint)
+    ways = logprobs.forward_fns(policy.model, config.train.checkpoint)
     if "plain" in job.switches:
-        ways = logprobs.PLAIN
+        ways = logprobs.PLAIN_FORWARD
     arrays = ([np.array(p[k], np.int32) for k in ("prompt", "chosen", "rejected")] for p in job.read_pairs())
     examples = [Example(*ids, where=f"pair {i}") for i, ids in enumerate(arrays)]
     # What `light_attention` does; asked for MLX's attention, it must still exchange the other part.
-    lighter = "mlx-attention" in job.switches or patch_mlx_lm.pays(this_machine().kind, job.longest(), True)
-    with patch_mlx_lm.switched(patch_mlx_lm.attention_files(policy.model) if lighter else []):
+    lighter = "mlx-attention" in job.switches or patch_mlx_lm.chunking_is_faster(
+        this_machine().kind, job.longest(), True
+    )
+    with patch_mlx_lm.patched(patch_mlx_lm.attention_files(policy.model) if lighter else []):
         started = time.perf_counter()
         ref = _reference(examples, make_scorer(policy.model, ways.score), config, len(job.batches))
         seconds = time.perf_counter() - started
         attach_lora(policy.model, config.lora)
         policy.model.load_weights(job.adapter, strict=False)
-        parts = jobs.Part(examples, ref), jobs.Part([], np.zeros((0, 2), np.float32))
+        parts = jobs.ReferencedPairs(examples, ref), jobs.ReferencedPairs([], np.zeros((0, 2), np.float32))
         made = make_optimizer(config.optim), resolve(config.loss)
-        prepared = jobs.Job(config, policy.model, *made, *parts, Path(job.folder), ways)
+        prepared = jobs.TrainState(config, policy.model, *made, *parts, Path(job.folder), ways)
         _step(loop.run_loop(prepared, Progress(), lambda: False), channel, seconds, job.switches)
 
 

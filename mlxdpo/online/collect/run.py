@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxdpo.config import DataConfig, Drawing
-from mlxdpo.data.encode import encode_prompt, template_digest
+from mlxdpo.data.encode import encode_prompt
 from mlxdpo.data.read import prompt_key
-from mlxdpo.data.template import unwrap
+from mlxdpo.data.template import template_digest, unwrap
 from mlxdpo.inference.generate import Completion, finished
 from mlxdpo.inference.trained_run import prompt_text
 from mlxdpo.io.atomic import append_line
@@ -30,8 +30,8 @@ from mlxdpo.io.json_file import read_lines
 from mlxdpo.model.adapters import load_run, load_start
 from mlxdpo.model.policy import Policy
 from mlxdpo.online.collect import screen
-from mlxdpo.online.collect.ending import finish
 from mlxdpo.online.collect.prompts import Asked, Prompts
+from mlxdpo.online.collect.write_outputs import finish
 from mlxdpo.runs import Run
 from mlxdpo.types import Event, Text, UserError
 

@@ -2,7 +2,7 @@
 `mlxdpo constitution` is the command."""
 
 from mlxdpo.online.constitution.run import Feedback as Feedback
-from mlxdpo.online.constitution.run import apply as apply
+from mlxdpo.online.constitution.run import apply_constitution as apply_constitution
 from mlxdpo.online.constitution.schema import Constitution as Constitution
 from mlxdpo.online.constitution.schema import load_constitution as load_constitution
-from mlxdpo.online.constitution.settings import Asking as Asking
+from mlxdpo.online.constitution.settings import SamplingSettings as SamplingSettings

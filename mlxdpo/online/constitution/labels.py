@@ -19,7 +19,7 @@ import numpy as np
 from mlxdpo.config import DataConfig
 from mlxdpo.data.encode import encode_prompt
 from mlxdpo.forward import fused_head as heads
-from mlxdpo.forward.architectures import split
+from mlxdpo.forward.architectures import model_parts
 from mlxdpo.forward.next_token import next_logits
 from mlxdpo.forward.shared_prefix import hidden_states, spreader
 from mlxdpo.model.adapters import dropout_off
@@ -106,7 +106,7 @@ def spellings(tokenizer: Any, letter: str) -> list[int]:
 def shared_next_logits(model: Any, rows: Rows, ids: Sequence[int]) -> np.ndarray:
     """`next_logits` of rows with a long common beginning, which is computed once: (N, len(ids)) float32."""
     common = _common(rows)
-    trunk = split(model)
+    trunk = model_parts(model)
     if trunk is None or common < 2 or len(rows) == 1:
         return next_logits(model, rows, ids)
     rest = np.zeros((len(rows), max(map(len, rows)) - common), np.int32)

@@ -18,17 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxdpo.data.encode import template_digest
 from mlxdpo.data.read import prompt_key
+from mlxdpo.data.template import template_digest
 from mlxdpo.io.atomic import append_line, write_json, write_text
 from mlxdpo.io.json_file import as_written, read_json, read_lines
 from mlxdpo.model.policy import Policy
 from mlxdpo.online.collect import Asked, Prompts, Source
-from mlxdpo.online.constitution.ending import PAIRS, REPORT, TALKS, finish
+from mlxdpo.online.constitution.conversations import WAYS, Line, Stopped, Talker, labelled
 from mlxdpo.online.constitution.schema import Constitution, dump_constitution
-from mlxdpo.online.constitution.settings import Asking
-from mlxdpo.online.constitution.talks import WAYS, Line, Stopped, Talker, labelled
+from mlxdpo.online.constitution.settings import SamplingSettings
 from mlxdpo.online.constitution.wording import COMPARED
+from mlxdpo.online.constitution.write_outputs import PAIRS, REPORT, TALKS, finish
 from mlxdpo.types import Event, UserError
 
 SETTINGS, RULES = "settings.json", "constitution.yaml"
@@ -42,11 +42,11 @@ class Feedback(NamedTuple):
     made: Mapping[str, Any]
 
 
-def apply(
+def apply_constitution(
     source: Source,
     prompts: Prompts,
     rules: Constitution,
-    how: Asking,
+    how: SamplingSettings,
     out: Path,
     feedback: Feedback | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -90,7 +90,7 @@ def _lines(talker: Talker, chunk: Sequence[Asked], rules: Constitution, judge: P
 
 
 def _identity(
-    source: Source, prompts: Prompts, rules: Constitution, how: Asking, feedback: Feedback | None
+    source: Source, prompts: Prompts, rules: Constitution, how: SamplingSettings, feedback: Feedback | None
 ) -> dict[str, Any]:
     """What the lines follow from."""
     comparing = (

@@ -11,7 +11,7 @@ from mlxdpo.config import Section
 CRITIQUE = 160  # tokens
 
 
-class Asking(Section):
+class SamplingSettings(Section):
     """How a model is asked to answer, criticise, revise and compare."""
 
     pairs: Literal["revisions", "samples"] = "revisions"
@@ -35,7 +35,7 @@ class Asking(Section):
     """Answers and revisions cut off at max_tokens: drop or keep their pairs."""
 
     @model_validator(mode="after")
-    def _samples_differ_and_are_judged(self) -> Asking:
+    def _samples_differ_and_are_judged(self) -> SamplingSettings:
         if self.pairs == "samples" and self.labels == "none":
             raise ValueError("labels none leaves two samples unjudged; use labels soft")
         if self.pairs == "samples" and self.temperature == 0:

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlxdpo.config import Config, Drawing
-from mlxdpo.inference.trained_run import Opened
+from mlxdpo.inference.trained_run import TrainedRun
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.json_file import as_written, read_json
-from mlxdpo.online.collect.ending import report_file
 from mlxdpo.online.collect.prompts import Asked, Prompts, as_rows
 from mlxdpo.online.collect.run import Source, source_of
+from mlxdpo.online.collect.write_outputs import report_file
 from mlxdpo.online.rounds import plan
 from mlxdpo.online.rounds.start import open_round, open_start, start_source
 from mlxdpo.runs import Run
@@ -44,7 +44,7 @@ class Hands(NamedTuple):
 
     gather: Callable[[Callable[[], Source], Prompts, Drawing, Path, Stop], Iterator[Event]]
     train: Callable[[Config, Run | None, Path | None, Stop], Iterator[Event]]
-    measure: Callable[[Opened, Sequence[Preference], Measured | None], Measured]
+    measure: Callable[[TrainedRun, Sequence[Preference], Measured | None], Measured]
     weigh: Callable[[Sequence[Measured]], tuple[dict[str, Any], str]]
 
 
@@ -118,7 +118,7 @@ class _Round:
 
 
 def _measured(
-    file: Path, opened: Callable[[], Opened], heldout: Sequence[Asked], hands: Hands, start: Measured | None
+    file: Path, opened: Callable[[], TrainedRun], heldout: Sequence[Asked], hands: Hands, start: Measured | None
 ) -> Measured:
     if not file.exists():
         write_json(file, hands.measure(opened(), as_rows(heldout), start))

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from mlxdpo.config import Config
-from mlxdpo.inference.trained_run import Opened, Side
+from mlxdpo.inference.trained_run import Side, TrainedRun
 from mlxdpo.model.adapters import adapters_off, load_adapter, load_run, read_settings
 from mlxdpo.model.policy import load_policy
 from mlxdpo.online.collect.run import Source, source
@@ -22,14 +22,14 @@ def start_source(config: Config, name: str) -> Source:
     return source(policy, config.data, name, None if adapter is None else Path(adapter))
 
 
-def open_start(config: Config, folder: Path) -> Opened:
+def open_start(config: Config, folder: Path) -> TrainedRun:
     """The start, its own reference."""
     policy = start_source(config, "start").policy
     side: Side = partial(contextlib.nullcontext, policy.model)
-    return Opened(Run(folder), config, policy, side, side)
+    return TrainedRun(Run(folder), config, policy, side, side)
 
 
-def open_round(config: Config, run: Run) -> Opened:
+def open_round(config: Config, run: Run) -> TrainedRun:
     """A round's tuned model with the start of round 1 as reference; one set of weights where adapters switch off."""
     policy = load_run(run)
     bare = config.model.adapter is None and read_settings(run.adapter).method != "full"
@@ -38,4 +38,4 @@ def open_round(config: Config, run: Run) -> Opened:
         if bare
         else partial(contextlib.nullcontext, start_source(config, "start").policy.model)
     )
-    return Opened(run, config, policy, first, first)
+    return TrainedRun(run, config, policy, first, first)

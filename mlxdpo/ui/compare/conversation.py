@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from mlxdpo.types import Text
-from mlxdpo.ui.app_state import NOBODY, Desk
+from mlxdpo.ui.app_state import NOBODY, AppState
 from mlxdpo.ui.compare.answers import Answer, Settings, answer_together, prompt_of
 from mlxdpo.ui.compare.columns import TUNED, Column, Exchange, columns_html
 from mlxdpo.ui.compare.scores import score
@@ -35,7 +35,7 @@ class Seats(NamedTuple):
     judges: tuple[Voice, ...]
 
 
-def seats(desk: Desk, name: str | None, third: str) -> Seats:
+def seats(desk: AppState, name: str | None, third: str) -> Seats:
     """Who answers: before, after, and perhaps a third. The first two are scored by the tuned model."""
     cast = desk.cast(name)
     guest = desk.third(cast, third)
@@ -55,7 +55,7 @@ def empty_columns(sitting: Seats) -> tuple[Column, ...]:
 
 
 def converse(
-    desk: Desk,
+    desk: AppState,
     chat: Chat,
     name: str | None,
     third: str,

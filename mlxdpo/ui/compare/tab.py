@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mlxdpo.inference.run_prompts import label, text_of
 from mlxdpo.inference.trained_run import prompt_text
 from mlxdpo.types import UserError
-from mlxdpo.ui.app_state import NOBODY, Desk
+from mlxdpo.ui.app_state import NOBODY, AppState
 from mlxdpo.ui.compare.answers import LONGEST_PROMPT, Settings, settings_from
 from mlxdpo.ui.compare.columns import Column, columns_html
 from mlxdpo.ui.compare.conversation import Chat, chat_html, converse
@@ -38,14 +38,14 @@ class Asked(NamedTuple):
     system: str
 
 
-def welcome(desk: Desk) -> str:
+def welcome(desk: AppState) -> str:
     """The empty columns, or what to do where there is no run."""
     if not desk.names():
         return f'<p class="empty">{plain(NO_RUNS)}</p>'
     return columns_html([Column("Before tuning", ""), Column("After tuning", "")], WELCOME)
 
 
-def prompt_choices(desk: Desk, name: str | None) -> tuple[list[tuple[str, str]], str]:
+def prompt_choices(desk: AppState, name: str | None) -> tuple[list[tuple[str, str]], str]:
     """(label, number) of the held-out prompts of a run, and a note where there are none.
 
     A number is text, as every value of a dropdown here (`kinds.py`).
@@ -56,7 +56,7 @@ def prompt_choices(desk: Desk, name: str | None) -> tuple[list[tuple[str, str]],
     return [(label(row), str(i)) for i, row in enumerate(found.heldout)], found.note
 
 
-def picked(desk: Desk, name: str | None, number: str | None) -> tuple[str, str]:
+def picked(desk: AppState, name: str | None, number: str | None) -> tuple[str, str]:
     """A held-out prompt by its number, and its chosen and rejected answers as HTML."""
     rows = desk.gallery(name).heldout if name else ()
     row = {str(i): row for i, row in enumerate(rows)}.get(number or "")
@@ -71,7 +71,7 @@ def picked(desk: Desk, name: str | None, number: str | None) -> tuple[str, str]:
     return prompt_text(row.prompt), f'{heading}<div class="voices small">{cards}</div>'
 
 
-def another(desk: Desk, name: str | None, now: str | None) -> tuple[str, str, str]:
+def another(desk: AppState, name: str | None, now: str | None) -> tuple[str, str, str]:
     """One of the held-out prompts, another than `now` where there are two: its number, and what `picked` says of it.
 
     Raises `UserError` where there are none.
@@ -93,7 +93,7 @@ def _without_last(chat: Chat) -> tuple[Chat, str]:
     return replace(chat, columns=columns), chat.columns[0].exchanges[-1].said
 
 
-def build(desk: Desk, guard: Guard, page: Any) -> Any:
+def build(desk: AppState, guard: Guard, page: Any) -> Any:
     """Make the tab inside the current `gr.Tab`; returns the run's dropdown."""
     import gradio as gr
 
@@ -115,7 +115,7 @@ def build(desk: Desk, guard: Guard, page: Any) -> Any:
     return see.run
 
 
-def _layout(gr: Any, desk: Desk) -> SimpleNamespace:
+def _layout(gr: Any, desk: AppState) -> SimpleNamespace:
     """The widgets, from top to bottom."""
     names = desk.names()
     first = names[0] if names else None
@@ -154,7 +154,7 @@ def _layout(gr: Any, desk: Desk) -> SimpleNamespace:
     return see
 
 
-def _handlers(desk: Desk, guard: Guard) -> SimpleNamespace:
+def _handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
     """What the widgets call."""
     import gradio as gr
 
@@ -210,7 +210,7 @@ def _handlers(desk: Desk, guard: Guard) -> SimpleNamespace:
     )
 
 
-def usual_tokens(desk: Desk, name: str | None) -> int:
+def usual_tokens(desk: AppState, name: str | None) -> int:
     """How long answers usually are in a run's data, in tokens."""
     return desk.gallery(name).tokens if name else 128
 

@@ -159,7 +159,7 @@ def preference(book: Book, where: str, row: Mapping[str, Any]) -> tuple[Preferen
 
 def as_seen(pair: Preference, count: int, data: DataConfig, tokenizer: Any) -> str:
     """The pair decoded from its token ids, the scored tokens marked, with their numbers."""
-    from mlxdpo.data.encode import describe, encode
+    from mlxdpo.data.encode import encode, shown_example
 
     report = Report()
     example = encode(pair, tokenizer, data.model_copy(update={"on_bad_row": "skip"}), report)
@@ -167,7 +167,9 @@ def as_seen(pair: Preference, count: int, data: DataConfig, tokenizer: Any) -> s
     said = f"<ul>{remarks}</ul>" if remarks else ""
     if example is None:
         return f"<p>This pair would be left out.</p>{said}"
-    parts = zip(("chosen", "rejected"), describe(example, tokenizer), (example.chosen, example.rejected), strict=True)
+    parts = zip(
+        ("chosen", "rejected"), shown_example(example, tokenizer), (example.chosen, example.rejected), strict=True
+    )
     sides = "".join(_side(name, segments, len(example.prompt), len(ids)) for name, segments, ids in parts)
     more = f"<p>The first of this row's {count} pairs.</p>" if count > 1 else ""
     return f"{SEEN}{more}{sides}{said}"

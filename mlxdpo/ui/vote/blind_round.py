@@ -17,7 +17,7 @@ from typing import Literal
 from mlxdpo.inference.run_prompts import Gallery
 from mlxdpo.inference.trained_run import prompt_text
 from mlxdpo.types import Text, UserError
-from mlxdpo.ui.app_state import Desk
+from mlxdpo.ui.app_state import AppState
 from mlxdpo.ui.compare.answers import Answer, Settings, answer_together
 from mlxdpo.ui.compare.columns import answer_html
 from mlxdpo.ui.compare.heat import legend, scale_of
@@ -69,7 +69,7 @@ def pick_prompt(found: Gallery, source: Source, own: str, asked: int) -> Text:
 
 
 def play(
-    desk: Desk,
+    desk: AppState,
     cast: Cast,
     prompt: Text,
     source: Source,
@@ -106,7 +106,7 @@ def _counted(
     yield from enumerate(answer_together(cast, voices, (prompt, prompt), settings, stopped=stopped), 1)
 
 
-def judged(desk: Desk, cast: Cast, game: Round, winner: str) -> Round:
+def judged(desk: AppState, cast: Cast, game: Round, winner: str) -> Round:
     """The round after its vote, with what tuning did to each answer."""
     answers = (game.before, game.after)
     found = [desk.engine.call(lambda a=a: score(cast, cast.after, a)) for a in answers]

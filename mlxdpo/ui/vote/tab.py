@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mlxdpo.types import UserError
-from mlxdpo.ui.app_state import Desk
+from mlxdpo.ui.app_state import AppState
 from mlxdpo.ui.compare.answers import LONGEST_PROMPT, Settings, settings_from
 from mlxdpo.ui.compare.tab import NO_RUNS, knobs_of, usual_tokens
 from mlxdpo.ui.guard import Guard
@@ -36,12 +36,12 @@ def opening(name: str | None) -> str:
     return f'<p class="empty">{plain(START if name else NO_RUNS)}</p>'
 
 
-def tally(desk: Desk, name: str | None) -> str:
+def tally(desk: AppState, name: str | None) -> str:
     """The running win rate of a run."""
     return standing_html(run_named(desk.runs, name).path / FILE) if name else ""
 
 
-def cast_vote(desk: Desk, game: Round | None, winner: str, session: str) -> Round:
+def cast_vote(desk: AppState, game: Round | None, winner: str, session: str) -> Round:
     """Write the vote to disk, then look behind the curtain. Raises `UserError` where there is nothing to vote on."""
     if game is None:
         raise UserError("there is nothing to vote on yet; press “Next pair” first")
@@ -52,14 +52,14 @@ def cast_vote(desk: Desk, game: Round | None, winner: str, session: str) -> Roun
     return judged(desk, cast, game, winner)
 
 
-def exported(desk: Desk, name: str | None) -> tuple[str, str]:
+def exported(desk: AppState, name: str | None) -> tuple[str, str]:
     """Write the votes as pairs; (what was written, the command of the next round)."""
     found = export_votes(run_named(desk.runs, name))
     text = f"{found.sentence()} Written to {found.file}. The next round starts from this run's adapter and is measured "
     return f'<p class="standing" role="status">{plain(text)}against it.</p>', found.command
 
 
-def build(desk: Desk, guard: Guard, page: Any) -> Any:
+def build(desk: AppState, guard: Guard, page: Any) -> Any:
     """Make the tab inside the current `gr.Tab`; returns the run's dropdown."""
     import gradio as gr
 
@@ -79,7 +79,7 @@ def build(desk: Desk, guard: Guard, page: Any) -> Any:
     return see.run
 
 
-def _layout(gr: Any, desk: Desk) -> SimpleNamespace:
+def _layout(gr: Any, desk: AppState) -> SimpleNamespace:
     """The widgets, from top to bottom."""
     names = desk.names()
     first = names[0] if names else None
@@ -115,7 +115,7 @@ def _button(gr: Any, winner: str, words: str) -> Any:
     return gr.Button(f"{words} ({KEYS[winner]})", interactive=False, elem_id=name, min_width=130)
 
 
-def _handlers(desk: Desk, guard: Guard) -> SimpleNamespace:
+def _handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
     """What the widgets call."""
     import gradio as gr
 

@@ -18,7 +18,7 @@ from mlxdpo.model.policy import Policy
 from mlxdpo.online.collect import Asked, Source, screen
 from mlxdpo.online.constitution.labels import Label, label
 from mlxdpo.online.constitution.schema import Constitution, Principle
-from mlxdpo.online.constitution.settings import Asking
+from mlxdpo.online.constitution.settings import SamplingSettings
 from mlxdpo.online.constitution.wording import answer_turns, critique_turns, revision_turns
 from mlxdpo.types import Message
 
@@ -44,7 +44,7 @@ def drawn_principle(rules: Constitution, key: bytes, seed: int) -> Principle:
 class Talker:
     """A source that continues conversations, as `how` says; `should_stop` is asked after each."""
 
-    def __init__(self, source: Source, how: Asking, should_stop: Callable[[], bool]):
+    def __init__(self, source: Source, how: SamplingSettings, should_stop: Callable[[], bool]):
         self.source, self.how, self.should_stop = source, how, should_stop
         self.special = frozenset(source.policy.tokenizer.all_special_ids)
         self.room = int(source.policy.config.get("max_position_embeddings") or 2**31)

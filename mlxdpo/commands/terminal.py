@@ -12,8 +12,8 @@ from rich.text import Text
 
 from mlxdpo.commands.interrupt import outliving_the_terminal
 from mlxdpo.config import Config
-from mlxdpo.data.encode import Shown, describe
-from mlxdpo.training.plan import clock, sentence
+from mlxdpo.data.encode import Shown, shown_example
+from mlxdpo.training.plan import clock, plan_sentence
 from mlxdpo.types import Event
 
 console = Console(soft_wrap=True, highlight=False)
@@ -94,7 +94,7 @@ def _introduce(values: dict[str, Any]) -> None:
     bits = f", {identity['quantization']['bits']} bits" if identity["quantization"] else ""
     console.print(f"{config.model.path} ({identity['dtype']}{bits}) -> {values['run'].path}")
     console.print(f"{len(data.train)} training pairs, {len(data.heldout)} held out")
-    console.print(sentence(values["outlook"]))
+    console.print(plan_sentence(values["outlook"]))
     for name, report in data.reports.items():
         for line in report.lines():
             console.print(f"{name}: {line}", style="yellow")
@@ -102,7 +102,7 @@ def _introduce(values: dict[str, Any]) -> None:
         console.print(f"{data.overlap} prompts are in both training and held-out pairs", style="yellow")
     example, names = values["shown"]
     console.print("the first row, as the model sees it (scored tokens underlined, or between [[ ]]):")
-    show_pair(describe(example, policy.tokenizer), names)
+    show_pair(shown_example(example, policy.tokenizer), names)
 
 
 def show_pair(shown: Shown, names: Sequence[str] = ("chosen", "rejected")) -> None:

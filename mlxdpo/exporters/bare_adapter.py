@@ -15,8 +15,8 @@ from mlxdpo.config import Config, LoraConfig, ModelConfig
 from mlxdpo.data.template import template_digest
 from mlxdpo.exporters import peft
 from mlxdpo.exporters.client import Say
-from mlxdpo.exporters.incoming import Listing, download
-from mlxdpo.exporters.published import looks_like_hub_id
+from mlxdpo.exporters.download import Listing, download
+from mlxdpo.exporters.redact import looks_like_hub_id
 from mlxdpo.machine.device import this_machine, versions
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, load_adapter, read_settings, save_adapter
 from mlxdpo.model.policy import BUILTIN, Policy, load_policy
@@ -86,7 +86,7 @@ def _from_mlx(policy: Policy, source: Path, target: Path) -> LoraConfig:
 
 def _from_peft(policy: Policy, source: Path, target: Path) -> LoraConfig:
     """PEFT's adapter, rewritten."""
-    lora = peft.attach(policy, peft.read(source))
+    lora = peft.attach(policy, peft.read_peft(source))
     save_adapter(policy.model, lora, target)
     return lora
 

@@ -11,15 +11,17 @@ from typing import Any
 from mlxdpo.io.atomic import write_json, write_text
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.io.yaml_file import yaml_text
-from mlxdpo.online.constitution.settings import Asking
-from mlxdpo.online.constitution.talks import WAYS
+from mlxdpo.online.constitution.conversations import WAYS
+from mlxdpo.online.constitution.settings import SamplingSettings
 from mlxdpo.types import UserError
 
 PAIRS, TALKS, REPORT, RECIPE = "pairs.jsonl", "talks.jsonl", "report.json", "recipe.yaml"
 UNDECIDED = "the principles are exactly undecided"
 
 
-def finish(out: Path, identity: Mapping[str, Any], left_out: Mapping[str, int], how: Asking) -> dict[str, Any]:
+def finish(
+    out: Path, identity: Mapping[str, Any], left_out: Mapping[str, int], how: SamplingSettings
+) -> dict[str, Any]:
     """Write report, recipe and pairs from the conversations; done again, it writes the same.
 
     Raises `UserError` where no conversation gives a pair.
@@ -50,7 +52,7 @@ def finish(out: Path, identity: Mapping[str, Any], left_out: Mapping[str, int], 
     return report
 
 
-def pair_of(line: Mapping[str, Any], identity: Mapping[str, Any], how: Asking) -> dict[str, Any]:
+def pair_of(line: Mapping[str, Any], identity: Mapping[str, Any], how: SamplingSettings) -> dict[str, Any]:
     """The row of a conversation. `probability` is that chosen is better: of samples at least one half."""
     sides, p = list(WAYS[how.pairs][1:]), line.get("probability")
     flipped = how.pairs == "samples" and p is not None and p < 0.5
@@ -68,12 +70,12 @@ def pair_of(line: Mapping[str, Any], identity: Mapping[str, Any], how: Asking) -
     return row | {"made": made | line["sampling"]}
 
 
-def _why_none(line: Mapping[str, Any], how: Asking) -> str:
+def _why_none(line: Mapping[str, Any], how: SamplingSettings) -> str:
     undecided = how.pairs == "samples" and line.get("probability") == 0.5
     return line["left_out"] or (UNDECIDED if undecided else "")
 
 
-def recipe(out: Path, identity: Mapping[str, Any], how: Asking) -> str:
+def recipe(out: Path, identity: Mapping[str, Any], how: SamplingSettings) -> str:
     """A recipe for the pairs. Of two samples the label is all that is known, so their probability is read; a revision
     is better by the way it was made (arXiv 2212.08073 section 3.1), whatever the label says."""
     data: dict[str, Any] = {"path": str(out / PAIRS)}

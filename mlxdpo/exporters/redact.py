@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxdpo.config import Config, dump_config, load_config
-from mlxdpo.exporters.outgoing import RUN
+from mlxdpo.exporters.upload_rules import RUN
 from mlxdpo.io.atomic import write_atomic, write_json, write_text
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, read_settings
 from mlxdpo.model.reward_head import FILE as HEAD

@@ -21,7 +21,7 @@ REMEDIES = {
 NO_MEMORY = ("malloc", "allocate", "Insufficient Memory")  # what MLX says: it has one kind of error for everything
 
 
-def told(error: BaseException) -> str | None:
+def error_message(error: BaseException) -> str | None:
     """The sentence, with the next step; None for everything else, which is a fault of the program."""
     if isinstance(error, OSError) and error.errno in REMEDIES:
         where = "standard output" if error.filename is None else str(error.filename)
