@@ -18,10 +18,10 @@ import mlxdpo  # noqa: F401  (before mlx.core: it preloads a fast BLAS)
 TESTS = Path(__file__).parents[1] / "tests" / "support"
 METHODS = {
     "lora": {},
-    "lora checkpointed": {"train": {"checkpoint": True}},
+    "lora checkpointed": {"train": {"gradient_checkpointing": True}},
     "qlora": {"model": {"quantize": 4}},
     "full": {"lora": {"method": "full"}},
-    "full checkpointed": {"lora": {"method": "full"}, "train": {"checkpoint": True}},
+    "full checkpointed": {"lora": {"method": "full"}, "train": {"gradient_checkpointing": True}},
 }
 QWEN = {
     "hidden_size": 512, "num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 8,
@@ -98,7 +98,7 @@ def run(folder: Path, model: str, sections: dict, title: str) -> dict:
     base = {
         "model": {"path": model},
         "data": {"path": str(folder / "pairs.jsonl"), "eval_fraction": 0.0, "template": "plain"},
-        "train": {"batch_size": 2, "accumulate": 1, "steps": 2},
+        "train": {"batch_size": 2, "gradient_accumulation": 1, "steps": 2},
     }
     config = {name: base.get(name, {}) | sections.get(name, {}) for name in base.keys() | sections.keys()}
     config["out"] = str(folder / title.replace(" ", "-"))

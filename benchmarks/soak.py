@@ -87,7 +87,7 @@ def watched(seen: set[Any]) -> Callable[..., Any]:
 
 def readings(folder: Path, steps: int) -> Iterator[dict[str, float]]:
     """What the process holds after every `every`-th step; times are means of the steps since the last reading."""
-    settings = {"epochs": float(steps), "steps": steps, "eval_every": 250, "save_every": 100, "keep": 2}
+    settings = {"epochs": float(steps), "steps": steps, "eval_every": 250, "save_every": 100, "keep_checkpoints": 2}
     config, seen = recipe(folder, data={"eval_fraction": 0.2}, train=settings), set()
     every, before = max(1, min(10, steps // 100)), (step.compiled, batch_shapes.most_traces)
     # Shapes as on a GPU, which keeps a trace for each; on a CPU nothing is compiled, and they are not limited.

@@ -106,7 +106,7 @@ class RolloutConfig(Section):
     """Stages ppo and rloo: what is drawn at each step, and what is made of it. Defaults are TRL's."""
 
     samples: int = Field(default=2, ge=1)
-    """Completions drawn for each prompt; a step takes train.batch_size * train.accumulate prompts."""
+    """Completions drawn for each prompt; a step takes train.batch_size * train.gradient_accumulation prompts."""
     max_tokens: int = Field(default=64, ge=1)
     """Longest completion."""
     kl: float = Field(default=0.05, ge=0)
@@ -229,13 +229,13 @@ class ReferenceConfig(Section):
     """Adapter folder on top of the reference model."""
     sync_every: int | None = Field(default=None, ge=1)
     """TR-DPO: steps after which the reference takes over part of the policy; unset leaves it where training starts."""
-    sync_mix: float = Field(default=0.6, gt=0, le=1)
+    sync_alpha: float = Field(default=0.6, gt=0, le=1)
     """TR-DPO: the policy's share in the reference's new weights; 1 replaces them."""
 
     @model_validator(mode="after")
     def _mix_needs_sync(self) -> ReferenceConfig:
-        if self.sync_mix != 0.6 and self.sync_every is None:
-            raise ValueError(f"reference.sync_mix {self.sync_mix:g} has no effect without reference.sync_every")
+        if self.sync_alpha != 0.6 and self.sync_every is None:
+            raise ValueError(f"reference.sync_alpha {self.sync_alpha:g} has no effect without reference.sync_every")
         return self
 
 
@@ -329,7 +329,7 @@ class OptimConfig(Section):
     """Decoupled weight decay (adamw, lion, sgd, muon, adafactor)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Averaging factors of adam, adamw and lion."""
-    clip: float = Field(default=1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
     """Largest gradient norm; 0 turns clipping off."""
 
 
@@ -342,9 +342,9 @@ class TrainConfig(Section):
     """Stop after this many optimizer steps, before the epochs are over."""
     batch_size: int = Field(default=4, ge=1)
     """Pairs computed at once; of prompts with several pairs, as many as have twice that many distinct completions."""
-    accumulate: int = Field(default=4, ge=1)
-    """A step takes batch_size * accumulate pairs, or whole prompts with about as many, and equals one large batch."""
-    checkpoint: bool = False
+    gradient_accumulation: int = Field(default=4, ge=1)
+    """A step takes batch_size * gradient_accumulation pairs, or whole prompts with about as many, and equals one large batch."""
+    gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
     seed: int = Field(default=0, ge=0)
     """Order of the pairs, adapter start, dropout."""
@@ -352,18 +352,18 @@ class TrainConfig(Section):
     """Steps between held-out evaluations; 0 evaluates only at the start and the end."""
     save_every: int = Field(default=50, ge=1)
     """Steps between checkpoints."""
-    keep: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept, besides the best."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after this many evaluations without a lower held-out loss."""
-    final: Literal["last", "best"] = "last"
+    keep_model: Literal["last", "best"] = "last"
     """What `adapter/` holds at the end: the last step, or the step with the lowest held-out loss."""
 
 
 class LogConfig(Section):
     """Where the numbers go besides the terminal and `metrics.jsonl`."""
 
-    every: int = Field(default=1, ge=1)
+    every_steps: int = Field(default=1, ge=1)
     """Steps between lines on the terminal."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Trackers to send metrics to, through their own libraries."""
@@ -409,9 +409,29 @@ class Config(Section):
         return _spelled_out(value) if isinstance(value, Mapping) else value
 
 
+FORMER_NAMES = {
+    "train.checkpoint": "gradient_checkpointing",
+    "train.accumulate": "gradient_accumulation",
+    "train.keep": "keep_checkpoints",
+    "train.final": "keep_model",
+    "optim.clip": "max_grad_norm",
+    "log.every": "every_steps",
+    "reference.sync_mix": "sync_alpha",
+}
+"""What settings were called in version 0.1.0: recipes and runs of that time are read as before."""
+
+
 def _spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`model: M` and `data: D` as sections."""
-    return {k: {"path": v} if k in ("model", "data") and isinstance(v, str) else v for k, v in values.items()}
+    """`model: M` and `data: D` as sections, former names of settings as their names of today."""
+    found = {k: {"path": v} if k in ("model", "data") and isinstance(v, str) else v for k, v in values.items()}
+    for former, name in FORMER_NAMES.items():
+        section, _, key = former.partition(".")
+        given = found.get(section)
+        if isinstance(given, Mapping) and key in given:
+            if name in given:
+                raise UserError(f"`{former}` is the former name of `{section}.{name}`; give one of them")
+            found[section] = {name if k == key else k: v for k, v in given.items()}
+    return found
 
 
 def load_config(recipe: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:

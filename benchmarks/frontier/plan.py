@@ -24,7 +24,7 @@ PAIRED: Settings = {"train": {"batch_size": 8}}
 # 32 continuations a step. PPO passes over them three times; RLOO moves once a batch, hence its larger step.
 PPO: Settings = {
     "stage": "ppo",
-    "train": {"batch_size": 8, "accumulate": 2},
+    "train": {"batch_size": 8, "gradient_accumulation": 2},
     "rollout": {"samples": 2, "max_tokens": 24, "epochs": 3, "minibatches": 2},
 }
 RLOO: Settings = {"stage": "rloo", "train": {"batch_size": 8}, "rollout": {"samples": 4, "max_tokens": 24}}
@@ -113,7 +113,7 @@ def recipe(arm: Arm, budget: Budget, model: str) -> Settings:
     given["model"] = {"path": model}
     given["optim"] = {"lr": method.lr}
     steps, save = budget.pace(arm)
-    given["train"] |= {"seed": arm.seed, "steps": steps, "save_every": save, "keep": 99, "epochs": 99, "eval_every": 0}
+    given["train"] |= {"seed": arm.seed, "steps": steps, "save_every": save, "keep_checkpoints": 99, "epochs": 99, "eval_every": 0}
     if method.online:
         given["rollout"] |= {"kl": arm.strength}
         given["loss"] = {"beta": 0.1}

@@ -93,7 +93,7 @@ def tune_on_samples(
         actor = Actor(policy.model, _critic(config, policy.model))
         checkpoint.remove_unfinished(run.path)
         progress = _restored(run, actor, optimizer) if resume else Progress()
-        mover = Mover(make_update(actor, optimizer), config.optim.clip, config.train.batch_size)
+        mover = Mover(make_update(actor, optimizer), config.optim.max_grad_norm, config.train.batch_size)
         work = _Work(config, policy, actor, reference, reward, prompts, mover)
         save = partial(checkpoint.save, run.checkpoints, actor.model, config.lora, optimizer)
         for event in _steps(work, progress, run, save, should_stop):
@@ -139,7 +139,7 @@ class _Work:
     ):
         self.config, self.policy, self.actor, self.reference = config, policy, actor, reference
         self.reward, self.prompts, self.mover = reward, prompts, mover
-        self.per_step = config.train.batch_size * config.train.accumulate
+        self.per_step = config.train.batch_size * config.train.gradient_accumulation
         passes = max(1, math.ceil(len(prompts.ids) * config.train.epochs / self.per_step - 1e-9))
         self.total = passes if config.train.steps is None else min(passes, config.train.steps)
 
@@ -181,7 +181,7 @@ def _steps(
     def keep(progress: Progress) -> Event:
         """Save a checkpoint with the critic beside it."""
         path = save(progress, lambda draft: _save_critic(work.actor, draft))
-        checkpoint.prune(run.checkpoints, train.keep, None)
+        checkpoint.prune(run.checkpoints, train.keep_checkpoints, None)
         return Event("checkpoint", progress.step, {"path": str(path)})
 
     while progress.step < work.total:

@@ -14,9 +14,9 @@ IDLE = (
     "rounds",
     "reference.sync_every",
     "lora.dropout",
-    "train.checkpoint",
+    "train.gradient_checkpointing",
     "train.patience",
-    "train.final",
+    "train.keep_model",
     "data.on_long_prompt",
     "data.on_long_completion",
 )

@@ -68,7 +68,7 @@ def run(
     batch_size
         Pairs computed at once.
     checkpoint
-        As train.checkpoint: less memory, more time.
+        As train.gradient_checkpointing: less memory, more time.
     repeats
         Passes of each kind, after one that warms up.
     json

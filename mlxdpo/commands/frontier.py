@@ -22,7 +22,7 @@ def run(
     """Measure drift and win rate at every kept checkpoint, and say which of them no other beats.
 
     Writes RUN/eval/frontier.json, which the run's next report shows. Give runs with several beta to see the objective's
-    own frontier; `train.keep` says how many checkpoints a run keeps.
+    own frontier; `train.keep_checkpoints` says how many checkpoints a run keeps.
 
     Parameters
     ----------

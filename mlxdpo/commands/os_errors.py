@@ -31,7 +31,7 @@ def error_message(error: BaseException) -> str | None:
         detail = " ".join(str(error).split()) or "Python could not allocate"
         return (
             f"not enough memory ({detail}); close some programs, lower train.batch_size or data.max_length, or set "
-            f"train.checkpoint true (mlxdpo plan tells what a run needs){_then(None)}"
+            f"train.gradient_checkpointing true (mlxdpo plan tells what a run needs){_then(None)}"
         )
     return None
 

@@ -55,7 +55,7 @@ def follow(events: Iterable[Event]) -> Iterator[Event]:
                 if event.kind == "step":
                     left = f"{clock(values['seconds_left'])} left"
                     bar.update(task, description="training", completed=event.step, total=steps, left=left)
-                if event.kind in LINES and (event.kind != "step" or event.step % config.log.every == 0):
+                if event.kind in LINES and (event.kind != "step" or event.step % config.log.every_steps == 0):
                     LINES[event.kind](event, steps)
             yield event
 

@@ -129,7 +129,7 @@ def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, Pl
     checked = planned_batches(data.train, [first[0][:CHECKED]], packed, trunk is None)
     layouts = Layouts(training, (*training, *{one.layout: None for one in heldout}), checked[0].layout)
     train = config.train
-    setting = Setting(train.checkpoint, STATES[config.optim.name], train.accumulate, _light(model))
+    setting = Setting(train.gradient_checkpointing, STATES[config.optim.name], train.gradient_accumulation, _light(model))
     trained = trained_of(model, lora, trunk)
     frozen = _frozen(config, skeleton, trained)
     quantised = bool(config.model.quantize or skeleton.config.get("quantization"))
@@ -218,12 +218,12 @@ def advise(config: Config, parts: Parts, data: Dataset) -> tuple[Change, ...]:
 def _changes(config: Config, parts: Parts) -> list[tuple[str, dict[str, dict[str, Any]]]]:
     """Settings that could be lowered, as they are written and as sections of a recipe."""
     train, blocks, found = config.train, parts.shape.layers, []
-    if not train.checkpoint and not parts.layouts.first.plain:
-        found.append(("train.checkpoint true", {"train": {"checkpoint": True}}))
+    if not train.gradient_checkpointing and not parts.layouts.first.plain:
+        found.append(("train.gradient_checkpointing true", {"train": {"gradient_checkpointing": True}}))
     if train.batch_size > 1:
-        size, accumulate = train.batch_size // 2, train.accumulate * 2
-        words = f"train.batch_size {size} with train.accumulate {accumulate}"
-        found.append((words, {"train": {"batch_size": size, "accumulate": accumulate}}))
+        size, accumulate = train.batch_size // 2, train.gradient_accumulation * 2
+        words = f"train.batch_size {size} with train.gradient_accumulation {accumulate}"
+        found.append((words, {"train": {"batch_size": size, "gradient_accumulation": accumulate}}))
     if not parts.trained.full and not parts.quantised:
         found.append(("model.quantize 4", {"model": {"quantize": 4}}))
     if not parts.trained.full and config.model.adapter is None and parts.trained.layers > 1:

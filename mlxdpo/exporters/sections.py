@@ -209,7 +209,7 @@ def training(config: Config, manifest: Mapping[str, Any], metrics: Sequence[Mapp
     rows = [
         ("objective", objective(config)),
         ("trained", f"{shape}; layers: {', '.join(lora.keys) if lora.keys else 'all linear ones in the blocks'}"),
-        ("steps", f"{done}, {config.train.batch_size} x {config.train.accumulate} pairs each"),
+        ("steps", f"{done}, {config.train.batch_size} x {config.train.gradient_accumulation} pairs each"),
         ("learning rate", f"{config.optim.lr:g}, {config.optim.schedule}, {config.optim.name}"),
         ("seed", manifest["seed"]),
         ("hardware", f"{machine['kind']}: {machine['name']}, {machine['memory'] / 1e9:.0f} GB, {machine['system']}"),

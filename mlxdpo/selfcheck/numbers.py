@@ -103,7 +103,7 @@ def fused_is_plain() -> Finding:
     return _same(fast, plain)
 
 
-@check("checkpoint = not", f"leave train.checkpoint false, and {REPORT}")
+@check("checkpoint = not", f"leave train.gradient_checkpointing false, and {REPORT}")
 def checkpoint_is_not() -> Finding:
     """Layers computed again in the backward pass against layers kept: value and gradient."""
     again, kept = (gradient(model(), weighted(fast_forward(how), batch())) for how in (checkpointed, None))

@@ -45,10 +45,10 @@ def asked_for(peers: Group, ask: Callable[[], tuple[Config, Run | None]]) -> tup
 def config_for_group(config: Config, peers: Group) -> tuple[Config, str]:
     """The recipe with a step's pairs in batches enough for all processes, and what to say about that, if anything."""
     train = config.train
-    if peers.size == 1 or train.accumulate >= peers.size:
+    if peers.size == 1 or train.gradient_accumulation >= peers.size:
         return config, ""
-    size, count = recut(train.batch_size, train.accumulate, peers.size)
-    smaller = train.model_copy(update={"batch_size": size, "accumulate": count})
+    size, count = recut(train.batch_size, train.gradient_accumulation, peers.size)
+    smaller = train.model_copy(update={"batch_size": size, "gradient_accumulation": count})
     note = f"the {size * count} pairs of a step are computed as {count} batches of {size}, for {peers.size} processes"
     return config.model_copy(update={"train": smaller}), note
 

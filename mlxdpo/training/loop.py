@@ -66,7 +66,7 @@ def run_loop(job: TrainState, progress: Progress, should_stop: Callable[[], bool
         pairs, gradients = computed
         norm = gradient_norm(gradients).item()
         check_finite(job.train, batches, pairs, norm)
-        lr, clip = learning_rate(job.config.optim, progress.step, plan.total), job.config.optim.clip
+        lr, clip = learning_rate(job.config.optim, progress.step, plan.total), job.config.optim.max_grad_norm
         update(gradients, min(1.0, clip / (norm + 1e-6)) if clip else 1.0, lr)
         progress = _advance(job, progress, batches, time.perf_counter() - started)
         values = {**metrics(job, pairs), "learning_rate": lr, "grad_norm": norm}
@@ -86,7 +86,7 @@ def run_loop(job: TrainState, progress: Progress, should_stop: Callable[[], bool
         if last or progress.step % job.config.train.save_every == 0 or progress.best_step == progress.step:
             path = _save(job, moving, progress)
             if job.peers.first:
-                checkpoint.prune(job.checkpoints, job.config.train.keep, progress.best_step)
+                checkpoint.prune(job.checkpoints, job.config.train.keep_checkpoints, progress.best_step)
             _align(job)
             yield Event("checkpoint", progress.step, {"path": str(path)})
     if progress.step < plan.total:

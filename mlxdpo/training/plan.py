@@ -87,7 +87,7 @@ def planned_batches(
 def training_batches(config: Config, examples: Examples) -> list[Indices]:
     """The batches of the first pass, or of as much of it as the run takes: a short run needs no more."""
     pairs, train = outline(examples, config.data.group), config.train
-    plan = first_epoch(examples, config.data.group, train.batch_size, train.accumulate, train.seed)
+    plan = first_epoch(examples, config.data.group, train.batch_size, train.gradient_accumulation, train.seed)
     return [batch for window in plan.windows[: total_steps(config, pairs)] for batch in window]
 
 
@@ -121,7 +121,7 @@ def summarize_plan(config: Config, examples: Examples, found: Sequence[PlannedBa
 
 def total_steps(config: Config, pairs: Outline) -> int:
     """Optimizer steps of a run over the training pairs."""
-    windows = steps_per_epoch(pairs, config.train.batch_size, config.train.accumulate)
+    windows = steps_per_epoch(pairs, config.train.batch_size, config.train.gradient_accumulation)
     steps = max(1, math.ceil(windows * config.train.epochs - 1e-9))
     return steps if config.train.steps is None else min(steps, config.train.steps)
 
@@ -141,12 +141,12 @@ class Plan:
 
     def __init__(self, config: Config, pairs: Outline):
         self.config, self.pairs, self.total = config, pairs, total_steps(config, pairs)
-        self.per_epoch = steps_per_epoch(pairs, config.train.batch_size, config.train.accumulate)
+        self.per_epoch = steps_per_epoch(pairs, config.train.batch_size, config.train.gradient_accumulation)
         self.epoch = functools.lru_cache(1)(self._epoch)
 
     def _epoch(self, epoch: int) -> Epoch:
         train = self.config.train
-        return plan_epoch(self.pairs, train.batch_size, train.accumulate, train.seed, epoch)
+        return plan_epoch(self.pairs, train.batch_size, train.gradient_accumulation, train.seed, epoch)
 
     def window(self, step: int) -> tuple[Indices, ...]:
         """The batches of optimizer step `step` (from 0)."""

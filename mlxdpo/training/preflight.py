@@ -34,7 +34,7 @@ from mlxdpo.types import Batch, Pairs, UserError
 def check_heldout(config: Config, data: Dataset) -> None:
     """Raise `UserError` for a setting that looks at held-out pairs when there are none."""
     train = config.train
-    for name, value in (("final", train.final if train.final == "best" else None), ("patience", train.patience)):
+    for name, value in (("final", train.keep_model if train.keep_model == "best" else None), ("patience", train.patience)):
         if value is not None and not data.heldout:
             raise UserError(f"train.{name} {value} needs held-out pairs; give data.eval, or raise data.eval_fraction")
 
@@ -62,7 +62,7 @@ def choose_forward(model: nn.Module, data: Dataset, config: Config) -> tuple[For
 
     Raises `UserError` when the recipe wants checkpointing and only the plain way is left.
     """
-    ways, name = forward_fns(model, config.train.checkpoint), type(model).__module__.rsplit(".", 1)[-1]
+    ways, name = forward_fns(model, config.train.gradient_checkpointing), type(model).__module__.rsplit(".", 1)[-1]
     note = f"{name}: no fast way is known for this architecture, so full rows and full logits are computed"
     if ways is not PLAIN_FORWARD:
         with dropout_off(model):
@@ -75,8 +75,8 @@ def choose_forward(model: nn.Module, data: Dataset, config: Config) -> tuple[For
         if gap <= _tolerance(model):
             return ways, ""
         note = f"{name}: the fast way is {gap:.3g} nats off here, so full rows and full logits are computed"
-    if config.train.checkpoint:
-        raise UserError(f"train.checkpoint needs the fast way, but {note}; set train.checkpoint false")
+    if config.train.gradient_checkpointing:
+        raise UserError(f"train.gradient_checkpointing needs the fast way, but {note}; set train.gradient_checkpointing false")
     return PLAIN_FORWARD, note
 
 
@@ -94,7 +94,7 @@ def _first_batch(part: ReferencedPairs, config: Config, most: int | None = None)
     """The first batch of a run, or `most` pairs of it: a short run's reference holds only the pairs it visits."""
     train = config.train
     examples, group = Examples.of(part.examples), config.data.group
-    plan = first_epoch(examples, group, train.batch_size, train.accumulate, train.seed)
+    plan = first_epoch(examples, group, train.batch_size, train.gradient_accumulation, train.seed)
     return part.batch(plan.windows[0][0][:most], most or train.batch_size)
 
 
@@ -155,7 +155,7 @@ def _value(job: TrainState, pairs: Pairs) -> float:
 
 def with_details(ways: ForwardFns, loss: Loss, config: Config) -> ForwardFns:
     """The ways of a model, giving more than summed log-probs where a modifier of the loss asks for it."""
-    return detailed_fns(ways, config.train.checkpoint) if loss.needs & {"shared", "squares"} else ways
+    return detailed_fns(ways, config.train.gradient_checkpointing) if loss.needs & {"shared", "squares"} else ways
 
 
 def _gap(pairs: Pairs) -> float:

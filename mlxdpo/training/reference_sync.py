@@ -32,7 +32,7 @@ FILE = "reference.safetensors"
 
 def check_reference_sync(config: Config, loss: Loss) -> None:
     """Raise `UserError` where a moving reference cannot be had."""
-    every, mix = config.reference.sync_every, config.reference.sync_mix
+    every, mix = config.reference.sync_every, config.reference.sync_alpha
     if every is None:
         return
     if config.reference.model is not None:
@@ -44,8 +44,8 @@ def check_reference_sync(config: Config, loss: Loss) -> None:
         raise UserError(f"reference.sync_every {every} has no effect: {config.loss.name} asks no reference here")
     if config.lora.method == "dora" and mix != 1:
         raise UserError(
-            f"reference.sync_mix {mix:g}: DoRA's weights are normed and cannot be mixed exactly; "
-            f"set reference.sync_mix 1, or lora.method lora"
+            f"reference.sync_alpha {mix:g}: DoRA's weights are normed and cannot be mixed exactly; "
+            f"set reference.sync_alpha 1, or lora.method lora"
         )
 
 
@@ -57,7 +57,7 @@ class ReferenceSync:
 
     def __init__(self, model: nn.Module, config: Config, score: Forward):
         self.model, self.score = model, score
-        self.every, self.mix, self.method = config.reference.sync_every, config.reference.sync_mix, config.lora.method
+        self.every, self.mix, self.method = config.reference.sync_every, config.reference.sync_alpha, config.lora.method
         # A fresh adapter's product is zero: nothing to mix. A reference that stays needs no second set of weights.
         fresh = self.method != "full" and config.model.adapter is None
         self.arrays: Arrays = {} if fresh or self.every is None else trained_arrays(model)

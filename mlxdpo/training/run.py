@@ -210,7 +210,7 @@ def _keep(job: TrainState, stage: Stage, run: Run, step: int) -> Event:
     if not job.peers.first:
         return Event("done", step, {"run": run, "adapter": run.adapter, "from": source.name, "best": None})
     best = checkpoint.read_progress(source).best_step
-    if job.config.train.final == "best" and best is not None:
+    if job.config.train.keep_model == "best" and best is not None:
         source = checkpoint.folder_of(run.checkpoints, best)
         load_arrays(job.model, source)
     stage.keep(job.model, run)

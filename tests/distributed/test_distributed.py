@@ -179,7 +179,7 @@ def test_a_run_of_ppo_is_refused(monkeypatch, tmp_path):
 
 LONG = {
     "data": {"eval_fraction": 0.3},
-    "train": {"epochs": 50, "steps": 50, "eval_every": 10, "save_every": 10, "keep": 9},
+    "train": {"epochs": 50, "steps": 50, "eval_every": 10, "save_every": 10, "keep_checkpoints": 9},
 }
 
 
@@ -235,12 +235,12 @@ def test_fifty_steps_of_two_processes_are_those_of_one(place):
 
 
 OTHERS = {
-    "recut": {"train": {"batch_size": 4, "accumulate": 1}, "data": {"eval_fraction": 0.3}},
-    "uneven": {"train": {"batch_size": 1, "accumulate": 5}},
+    "recut": {"train": {"batch_size": 4, "gradient_accumulation": 1}, "data": {"eval_fraction": 0.3}},
+    "uneven": {"train": {"batch_size": 1, "gradient_accumulation": 5}},
     "bco": {"loss": {"name": "bco_pair"}},
     "aot": {"loss": {"name": "aot"}},
     "dropout": {"lora": {"dropout": 0.2}},
-    "moving": {"reference": {"sync_every": 2, "sync_mix": 0.5}, "loss": {"ld_alpha": 0.5}},
+    "moving": {"reference": {"sync_every": 2, "sync_alpha": 0.5}, "loss": {"ld_alpha": 0.5}},
     "sft": {"stage": "sft"},
     "reward": {"stage": "reward", "data": {"eval_fraction": 0.3}},
 }

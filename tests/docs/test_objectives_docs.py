@@ -110,7 +110,7 @@ def test_columns_and_a_moving_reference_are_reachable_from_the_command_line(monk
     found = config_of(monkeypatch, "--data.columns.probability", "p", "--data.columns.weight", "w")
     assert found.data.columns == {"probability": "p", "weight": "w"}
     found = config_of(monkeypatch, "--reference.sync-every", "512", "--reference.sync-mix", "0.7")
-    assert (found.reference.sync_every, found.reference.sync_mix) == (512, 0.7)
+    assert (found.reference.sync_every, found.reference.sync_alpha) == (512, 0.7)
 
 
 def test_naming_an_objective_on_the_command_line_keeps_the_recipes_knobs(tmp_path, monkeypatch):

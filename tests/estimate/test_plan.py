@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_told_what_to_change_most_first(tmp_path, cache):
     peaks = [change.peak for change in found.advice]
     assert peaks == sorted(peaks) and peaks[-1] < found.memory.peak
     named = " ".join(change.setting for change in found.advice)
-    assert "train.batch_size 1 with train.accumulate 4" in named and "data.max_length" in named
+    assert "train.batch_size 1 with train.gradient_accumulation 4" in named and "data.max_length" in named
 
 
 def test_shorter_rows_are_scaled_down():

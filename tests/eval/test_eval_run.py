@@ -243,7 +243,7 @@ def test_a_local_judge_reads_its_verdict_from_one_position(tmp_path, cache):
 
 
 def test_a_sweep_has_a_point_for_each_checkpoint_and_the_adapter_stays(tmp_path, cache):
-    run = trained(tmp_path, train={"steps": 4, "save_every": 2, "keep": 9})
+    run = trained(tmp_path, train={"steps": 4, "save_every": 2, "keep_checkpoints": 9})
     opened = open_trained_run(run)
     final = {k: v.tolist() for k, v in tree_flatten(opened.policy.model.trainable_parameters())}
     names = list(at_checkpoints(opened))

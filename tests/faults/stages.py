@@ -26,7 +26,7 @@ CLOCK = {"tokens_per_second", "peak_memory_gb", "seconds_left"}  # what may diff
 BUSY = {
     "data": {"eval_fraction": 0.4},
     "lora": {"dropout": 0.1},
-    "train": {"epochs": 8, "eval_every": 3, "save_every": 1, "keep": 2},
+    "train": {"epochs": 8, "eval_every": 3, "save_every": 1, "keep_checkpoints": 2},
 }
 Found = Mapping[str, Any]
 
@@ -135,7 +135,7 @@ def run_result(place: Place) -> Found:
     return {"adapter": adapter_bytes(run), "optimizer": state, "metrics": numbers(run), "last": last.name}
 
 
-SCORED = {"train": {"epochs": 1, "steps": 1, "batch_size": 2, "accumulate": 30}, "data": {"eval_fraction": 0.0}}
+SCORED = {"train": {"epochs": 1, "steps": 1, "batch_size": 2, "gradient_accumulation": 30}, "data": {"eval_fraction": 0.0}}
 
 
 def scored_command(place: Place) -> list[str]:
@@ -168,7 +168,7 @@ def encode_command(place: Place) -> list[str]:
     """A run of one step on some thousand rows: nearly all it does is encoding."""
     if not (place.base / "thousands.jsonl").exists():
         write_pairs(place.base / "thousands.jsonl", 4000)
-    sections = {"train": {"epochs": 1, "steps": 1, "accumulate": 1}, "data": {"eval_fraction": 0.1}}
+    sections = {"train": {"epochs": 1, "steps": 1, "gradient_accumulation": 1}, "data": {"eval_fraction": 0.1}}
     return train_command(place, **sections | {"data": sections["data"] | {"path": str(place.base / "thousands.jsonl")}})
 
 

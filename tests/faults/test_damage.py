@@ -38,7 +38,7 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLXDPO_CACHE", str(folder / "cache"))
         train = {"epochs": 2, "steps": 6, "save_every": 3}
-        finish(recipe(folder, data={"eval_fraction": 0.4}, train=train, reference={"sync_every": 2, "sync_mix": 0.5}))
+        finish(recipe(folder, data={"eval_fraction": 0.4}, train=train, reference={"sync_every": 2, "sync_alpha": 0.5}))
         finish(recipe(folder, "reward", stage="reward", train={"steps": 2}))
         yield folder
 

@@ -21,7 +21,7 @@ from mlxdpo.io.atomic import append_line, write_atomic, write_first
 from mlxdpo.io.json_file import read_lines
 
 pytestmark = pytest.mark.processes
-SECTIONS = {"train": {"epochs": 2, "save_every": 1, "keep": 9}, "data": {"eval_fraction": 0.2}}
+SECTIONS = {"train": {"epochs": 2, "save_every": 1, "keep_checkpoints": 9}, "data": {"eval_fraction": 0.2}}
 OWN_MOUNTS = ["unshare", "--mount", "--user", "--map-root-user"]
 
 

@@ -24,7 +24,7 @@ from mlxdpo.runs import HOLDER, Run
 from mlxdpo.types import UserError
 
 processes = pytest.mark.processes
-SECTIONS = {"train": {"epochs": 8, "save_every": 1, "keep": 2}, "data": {"eval_fraction": 0.4}}
+SECTIONS = {"train": {"epochs": 8, "save_every": 1, "keep_checkpoints": 2}, "data": {"eval_fraction": 0.4}}
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ BASE = {
     "model": "llama",
     "lora": {"rank": 4, "scale": 4.0},
     "optim": {"lr": 1e-2, "warmup": 0.0},
-    "train": {"batch_size": 2, "accumulate": 1, "eval_every": 0, "save_every": 3},
+    "train": {"batch_size": 2, "gradient_accumulation": 1, "eval_every": 0, "save_every": 3},
     "collect": {"judge": "longest", "samples": 4, "max_tokens": 6, "unfinished": "keep", "batch_size": 16},
     "rounds": {"count": 2, "second": "vader", "max_kl": 100.0},
 }

@@ -81,10 +81,10 @@ def recipe(folder, loss="sigmoid", method="lora", optimizer="adamw", batch=WINDO
                 "schedule": "constant",
                 "warmup": 0,
                 "weight_decay": 0.1 if method == "lora" else 0.0,
-                "clip": CLIP,
+                "max_grad_norm": CLIP,
             }
             | betas,
-            "train": {"batch_size": batch, "accumulate": WINDOW // batch, "save_every": 1000},
+            "train": {"batch_size": batch, "gradient_accumulation": WINDOW // batch, "save_every": 1000},
         }
     )
 
@@ -93,7 +93,7 @@ def run_ours(config, examples, checkpoints):
     """Metrics of every step, and the fresh adapter matrices by name (empty for full fine-tuning)."""
     policy = load_policy(config.model)
     train = config.train
-    plan = plan_epoch(outline(examples, config.data.group), train.batch_size, train.accumulate, train.seed, 0)
+    plan = plan_epoch(outline(examples, config.data.group), train.batch_size, train.gradient_accumulation, train.seed, 0)
     batches = [batch for window in plan.windows for batch in window]
     loss = resolve(config.loss)
     ways = with_details(forward_fns(policy.model), loss, config)
@@ -109,7 +109,7 @@ def run_ours(config, examples, checkpoints):
 
 def our_order(config, examples):
     """Indices in the order in which our loop takes the pairs."""
-    plan = plan_epoch(outline(examples, config.data.group), config.train.batch_size, config.train.accumulate, 0, 0)
+    plan = plan_epoch(outline(examples, config.data.group), config.train.batch_size, config.train.gradient_accumulation, 0, 0)
     return [i for window in plan.windows for batch in window for i in batch]
 
 
@@ -129,7 +129,7 @@ def trl_trainer(config, rows, fresh, folder):
         adam_beta1=optim.betas[0],
         adam_beta2=optim.betas[1],
         adam_epsilon=1e-8,
-        max_grad_norm=optim.clip,
+        max_grad_norm=optim.max_grad_norm,
         loss_type=names_of(config.loss.name),
         loss_weights=config.loss.weights or None,
         beta=config.loss.beta,

@@ -41,7 +41,7 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path, name, cache, monkeypatch
     found = []
     for size, accumulate in ((8, 1), (2, 4), (4, 2)):
         monkeypatch.setenv("MLXDPO_CACHE", str(cache / str(size)))
-        train = {"batch_size": size, "accumulate": accumulate, "epochs": 2}
+        train = {"batch_size": size, "gradient_accumulation": accumulate, "epochs": 2}
         config = recipe(tmp_path, f"{size}", loss={"name": name}, train=train, optim={"name": "sgd", "lr": 1e-2})
         found.append(steps_of(finish(config)))
     for other in found[1:]:
@@ -112,9 +112,9 @@ def test_a_run_with_a_moving_reference_goes_on_to_the_bit(tmp_path, start):
     elif start != "fresh":
         sections["lora"] = {"method": start}
     if start == "dora":
-        with pytest.raises(UserError, match=r"^reference.sync_mix 0.6: DoRA's weights are normed and cannot be mixed"):
+        with pytest.raises(UserError, match=r"^reference.sync_alpha 0.6: DoRA's weights are normed and cannot be mixed"):
             finish(recipe(tmp_path, "refused", **sections))
-        sections["reference"] = {"sync_every": 2, "sync_mix": 1.0}
+        sections["reference"] = {"sync_every": 2, "sync_alpha": 1.0}
     straight = finish(recipe(tmp_path, "straight", **sections))
     for calls in (2, 5):
         config = recipe(tmp_path, f"broken-{calls}", **sections)
@@ -126,8 +126,8 @@ def test_a_run_with_a_moving_reference_goes_on_to_the_bit(tmp_path, start):
 
 
 def test_after_a_hard_update_the_policy_is_its_reference(tmp_path):
-    """sync_mix 1 after every step: every step starts at ln 2 with no margin."""
-    config = recipe(tmp_path, reference={"sync_every": 1, "sync_mix": 1.0})
+    """sync_alpha 1 after every step: every step starts at ln 2 with no margin."""
+    config = recipe(tmp_path, reference={"sync_every": 1, "sync_alpha": 1.0})
     for values in steps_of(finish(config)):
         assert values["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(values["rewards/margins"]) < 1e-6
 
@@ -152,8 +152,8 @@ def test_a_moving_reference_is_refused_where_there_is_none_to_move(tmp_path, sec
 
 
 def test_a_mix_without_a_sync_is_refused():
-    with pytest.raises(UserError, match=r"reference.sync_mix 0.5 has no effect without reference.sync_every"):
-        load_config(None, {"reference": {"sync_mix": 0.5}})
+    with pytest.raises(UserError, match=r"reference.sync_alpha 0.5 has no effect without reference.sync_every"):
+        load_config(None, {"reference": {"sync_alpha": 0.5}})
 
 
 def speaking(file, **columns):
@@ -296,7 +296,7 @@ def test_metrics_of_thumbs():
 
 def test_what_a_checkpoint_keeps_of_a_moving_reference_is_the_reference(tmp_path):
     """After a hard update that is the adapter of the same step."""
-    finish(recipe(tmp_path, reference={"sync_every": 1, "sync_mix": 1.0}, train={"save_every": 1}))
+    finish(recipe(tmp_path, reference={"sync_every": 1, "sync_alpha": 1.0}, train={"save_every": 1}))
     last = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
     saved, adapter = (mx.load(str(last / f"{name}.safetensors")) for name in ("reference", "adapters"))
     assert saved.pop("moved").item() and saved.keys() == adapter.keys()

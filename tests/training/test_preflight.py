@@ -185,7 +185,7 @@ def test_nothing_is_written_for_settings_the_model_cannot_take(tmp_path):
 
 
 def test_knobs_that_need_held_out_pairs_are_refused_without_them(tmp_path):
-    for train in ({"final": "best"}, {"patience": 2}):
+    for train in ({"keep_model": "best"}, {"patience": 2}):
         with pytest.raises(UserError, match=rf"train.{next(iter(train))} .* needs held-out pairs"):
             finish(recipe(tmp_path, train=train))
         assert not (tmp_path / "run").exists()
@@ -207,8 +207,8 @@ def test_a_model_off_the_white_list_takes_the_plain_way_to_the_same_run(tmp_path
     notes = [e.values["text"] for e in events if e.kind == "note"]
     assert notes == ["llama: no fast way is known for this architecture, so full rows and full logits are computed"]
     assert [e.values["loss"] for e in events if e.kind == "step"] == pytest.approx(wanted, rel=1e-4)
-    with pytest.raises(UserError, match=r"train.checkpoint needs the fast way, but llama: no fast way is known"):
-        finish(recipe(tmp_path, "more", train={"checkpoint": True}))
+    with pytest.raises(UserError, match=r"train.gradient_checkpointing needs the fast way, but llama: no fast way is known"):
+        finish(recipe(tmp_path, "more", train={"gradient_checkpointing": True}))
 
 
 def test_a_fast_way_that_computes_something_else_is_not_used(tmp_path, monkeypatch):
@@ -228,7 +228,7 @@ def test_a_fast_way_that_computes_something_else_is_not_used(tmp_path, monkeypat
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 def test_checkpointing_changes_no_step(tmp_path, method):
     runs = [
-        finish(recipe(tmp_path, str(on), lora={"method": method}, train={"checkpoint": on})) for on in (False, True)
+        finish(recipe(tmp_path, str(on), lora={"method": method}, train={"gradient_checkpointing": on})) for on in (False, True)
     ]
     losses = [[e.values["loss"] for e in events if e.kind == "step"] for events in runs]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -233,7 +233,7 @@ def names(run):
     return [path.name for path in checkpoint.steps(Run.open(run).checkpoints)]
 
 
-LONG = {"data": {"eval_fraction": 0.4}, "train": {"epochs": 2, "eval_every": 1, "save_every": 1, "keep": 2}}
+LONG = {"data": {"eval_fraction": 0.4}, "train": {"epochs": 2, "eval_every": 1, "save_every": 1, "keep_checkpoints": 2}}
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path, monkeypatch):
@@ -249,7 +249,7 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path, monkeypatch):
 
 def test_the_best_checkpoint_becomes_the_adapter_when_asked(tmp_path, monkeypatch):
     scripted(monkeypatch, [0.9, 0.8, 0.5, 0.6, 0.7, 0.7, 0.7, 0.7, 0.6])
-    done = finish(recipe(tmp_path, **LONG | {"train": LONG["train"] | {"final": "best"}}))[-1]
+    done = finish(recipe(tmp_path, **LONG | {"train": LONG["train"] | {"keep_model": "best"}}))[-1]
     assert done.values["from"] == "step-000002"
     best = tmp_path / "run" / "checkpoints" / "step-000002" / "adapters.safetensors"
     last = tmp_path / "run" / "checkpoints" / "step-000008" / "adapters.safetensors"
@@ -258,14 +258,14 @@ def test_the_best_checkpoint_becomes_the_adapter_when_asked(tmp_path, monkeypatc
 
 def test_the_best_step_is_kept_though_no_checkpoint_was_due(tmp_path, monkeypatch):
     scripted(monkeypatch, [0.9, 0.8, 0.9, 0.5, 0.9, 0.9, 0.9, 0.9, 0.9])
-    finish(recipe(tmp_path, **LONG | {"train": LONG["train"] | {"save_every": 50, "final": "best"}}))
+    finish(recipe(tmp_path, **LONG | {"train": LONG["train"] | {"save_every": 50, "keep_model": "best"}}))
     assert names(tmp_path / "run") == ["step-000003", "step-000008"]
 
 
 @pytest.mark.parametrize("final", ["last", "best"])
 def test_patience_stops_and_the_last_step_is_on_disk(tmp_path, monkeypatch, final):
     scripted(monkeypatch, [0.9, 0.8, 0.5, 0.6, 0.5, 0.7])
-    train = LONG["train"] | {"save_every": 50, "patience": 3, "final": final}
+    train = LONG["train"] | {"save_every": 50, "patience": 3, "keep_model": final}
     events = finish(recipe(tmp_path, **LONG | {"train": train}))
     note = next(e for e in events if e.kind == "note")
     assert note.values["text"] == "stopped early at step 5: held-out loss was lowest at step 2"

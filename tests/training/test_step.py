@@ -105,7 +105,7 @@ def trajectory(folder, cache, monkeypatch, size, accumulate, **sections):
     """Losses and adapter of a run with a reference of its own."""
     out = f"run-{size}x{accumulate}"
     monkeypatch.setenv("MLXDPO_CACHE", str(cache / out))
-    train = {"batch_size": size, "accumulate": accumulate, "epochs": 2}
+    train = {"batch_size": size, "gradient_accumulation": accumulate, "epochs": 2}
     events = finish(recipe(folder, out, train=train, **sections))
     steps = [event.values for event in events if event.kind == "step"]
     return steps, mx.load(str(folder / out / "adapter" / "adapters.safetensors"))
@@ -164,7 +164,7 @@ def test_compiled_equals_uncompiled(tmp_path, cache, monkeypatch):
 
 def test_clipping_scales_the_whole_gradient_to_the_limit(tmp_path, cache):
     def moved(out, clip):
-        steps = [e.values for e in finish(recipe(tmp_path, out, optim=plain | {"clip": clip}, train={"steps": 1}))]
+        steps = [e.values for e in finish(recipe(tmp_path, out, optim=plain | {"max_grad_norm": clip}, train={"steps": 1}))]
         return next(s["grad_norm"] for s in steps if "grad_norm" in s), arrays(out)
 
     def arrays(out):
@@ -295,7 +295,7 @@ def test_learning_rates(optim, golden):
 
 
 def test_the_schedule_reaches_the_weights(tmp_path, cache):
-    config = recipe(tmp_path, optim={"name": "sgd", "lr": 0.1, "schedule": "linear", "warmup": 2, "clip": 0.0})
+    config = recipe(tmp_path, optim={"name": "sgd", "lr": 0.1, "schedule": "linear", "warmup": 2, "max_grad_norm": 0.0})
     rates = [e.values["learning_rate"] for e in finish(config) if e.kind == "step"]
     assert rates == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.2 / 3, 0.1 / 3])
     first = mx.load(str(tmp_path / "run" / "checkpoints" / "step-000002" / "adapters.safetensors"))
@@ -312,7 +312,7 @@ def dropout_seeds(monkeypatch, config):
 
 
 def test_dropout_is_drawn_anew_for_every_batch_from_the_seed_alone(tmp_path, cache, monkeypatch):
-    batches = {"batch_size": 3, "accumulate": 2, "epochs": 2}  # 18 pairs: 6 steps of 2 batches
+    batches = {"batch_size": 3, "gradient_accumulation": 2, "epochs": 2}  # 18 pairs: 6 steps of 2 batches
     first = dropout_seeds(monkeypatch, recipe(tmp_path, "a", train=batches))
     assert len(set(first)) == len(first) == 12
     assert dropout_seeds(monkeypatch, recipe(tmp_path, "b", train=batches)) == first

@@ -22,7 +22,7 @@ from mlxdpo.ui.runs.run_list import JOB, choose, state
 from mlxdpo.ui.train import process, recipe_form, tab, view
 from mlxdpo.ui.train.view import complaint, estimate, estimate_html
 
-BUSY = {"data": {"eval_fraction": 0.4}, "train": {"epochs": 40, "eval_every": 10, "save_every": 5, "keep": 2}}
+BUSY = {"data": {"eval_fraction": 0.4}, "train": {"epochs": 40, "eval_every": 10, "save_every": 5, "keep_checkpoints": 2}}
 STEPS = 160
 
 
@@ -79,7 +79,7 @@ NAMES = st.text("abcXYZ019._-/= ", min_size=1, max_size=12).filter(lambda text: 
             "optim": st.fixed_dictionaries(
                 {"lr": st.floats(1e-9, 1e3), "betas": st.tuples(st.floats(0, 1), st.floats(0, 1))}
             ),
-            "train": st.fixed_dictionaries({"checkpoint": st.booleans(), "steps": st.none() | st.integers(1, 10**6)}),
+            "train": st.fixed_dictionaries({"gradient_checkpointing": st.booleans(), "steps": st.none() | st.integers(1, 10**6)}),
             "log": st.fixed_dictionaries({"trackers": st.lists(st.sampled_from(["wandb", "trackio"]), unique=True)}),
             "stage": st.sampled_from(["dpo", "sft"]),
         }
@@ -213,9 +213,9 @@ def test_an_estimate_says_whether_it_fits():
     )
     outlook = {"steps": 1200, "pairs": 3000, "longest": 512, "waste": 0.25}
     plan = {"peak": 9 * 10**9, "phase": "backward", "parts": part, "machine": 10**10, "fits": False, "plan": outlook}
-    html = estimate_html(plan | {"change": [{"setting": "train.checkpoint true", "peak": 4 * 10**9}]})
+    html = estimate_html(plan | {"change": [{"setting": "train.gradient_checkpointing true", "peak": 4 * 10**9}]})
     assert "It does not fit" in html and "Peak memory 9.00 GB of 10.00 GB" in html and "1,200 optimizer steps" in html
-    assert "<code>train.checkpoint true</code>: 4.00 GB" in html and "2.0 MB" in html
+    assert "<code>train.gradient_checkpointing true</code>: 4.00 GB" in html and "2.0 MB" in html
     assert "It fits this machine." in estimate_html(plan | {"change": [], "fits": True})
     assert complaint("Traceback\nerror: x is wrong\nmore\n") == "x is wrong" and complaint("a\nb\n") == "b"
 

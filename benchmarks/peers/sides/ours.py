@@ -88,13 +88,13 @@ def configure(job: Job) -> Config:
             "data": {"max_length": NEVER},
             "loss": {"name": "sigmoid", "beta": job.beta},
             "lora": {"rank": job.rank, "scale": job.scale, "keys": job.keys},
-            "optim": {"name": "adamw", "lr": job.lr, "schedule": "constant", "warmup": 0, "clip": 0},
+            "optim": {"name": "adamw", "lr": job.lr, "schedule": "constant", "warmup": 0, "max_grad_norm": 0},
             "train": {
                 "batch_size": job.batch_size,
-                "accumulate": 1,
+                "gradient_accumulation": 1,
                 "epochs": len(job.batches) + 2,  # more than will be asked for: the last step would save a checkpoint
                 "save_every": NEVER,
-                "checkpoint": "checkpoint" in job.switches,
+                "gradient_checkpointing": "checkpoint" in job.switches,
             },
         }
     )
@@ -108,7 +108,7 @@ def run(job: Job, channel: Channel) -> None:
     config = configure(job)
     wire_memory()
     policy = load_policy(config.model)
-    ways = logprobs.forward_fns(policy.model, config.train.checkpoint)
+    ways = logprobs.forward_fns(policy.model, config.train.gradient_checkpointing)
     if "plain" in job.switches:
         ways = logprobs.PLAIN_FORWARD
     arrays = ([np.array(p[k], np.int32) for k in ("prompt", "chosen", "rejected")] for p in job.read_pairs())

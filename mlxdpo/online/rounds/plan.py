@@ -112,7 +112,7 @@ def prompts_of(config: Config, prompts: Prompts, number: int) -> Prompts:
 
 def _size(config: Config) -> int | None:
     if config.rounds.prompts is None and config.rounds.every is not None:
-        return config.rounds.every * config.train.batch_size * config.train.accumulate
+        return config.rounds.every * config.train.batch_size * config.train.gradient_accumulation
     return config.rounds.prompts
 
 

@@ -136,7 +136,7 @@ def next_recipe(run: Run, folder: Path) -> Config:
     kept = {k: v for k, v in values["data"].items() if k not in ("path", "split", "eval", "format", "columns")}
     values["data"] = kept | {"path": str(folder / "pairs.jsonl")} | _heldout(run, config, folder)
     if "eval" not in values["data"]:
-        values["train"] |= {"final": "last", "patience": None}
+        values["train"] |= {"keep_model": "last", "patience": None}
     values["out"] = str(_free(run.path))
     return load_config(None, values)
 
