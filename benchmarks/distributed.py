@@ -36,7 +36,13 @@ def recipe(folder: Path, steps: int) -> dict[str, Any]:
         "model": {"path": "smollm2"},
         "data": {"path": str(ROWS), "eval_fraction": 0.0},
         "lora": {"rank": 8, "keys": KEYS},
-        "train": {"batch_size": BATCH, "gradient_accumulation": ACCUMULATE, "steps": steps, "eval_every": 0, "save_every": 10**6},
+        "train": {
+            "batch_size": BATCH,
+            "gradient_accumulation": ACCUMULATE,
+            "steps": steps,
+            "eval_every": 0,
+            "save_every": 10**6,
+        },
         "out": str(folder / "run"),
     }
 

@@ -113,7 +113,14 @@ def recipe(arm: Arm, budget: Budget, model: str) -> Settings:
     given["model"] = {"path": model}
     given["optim"] = {"lr": method.lr}
     steps, save = budget.pace(arm)
-    given["train"] |= {"seed": arm.seed, "steps": steps, "save_every": save, "keep_checkpoints": 99, "epochs": 99, "eval_every": 0}
+    given["train"] |= {
+        "seed": arm.seed,
+        "steps": steps,
+        "save_every": save,
+        "keep_checkpoints": 99,
+        "epochs": 99,
+        "eval_every": 0,
+    }
     if method.online:
         given["rollout"] |= {"kl": arm.strength}
         given["loss"] = {"beta": 0.1}

@@ -129,7 +129,9 @@ def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, Pl
     checked = planned_batches(data.train, [first[0][:CHECKED]], packed, trunk is None)
     layouts = Layouts(training, (*training, *{one.layout: None for one in heldout}), checked[0].layout)
     train = config.train
-    setting = Setting(train.gradient_checkpointing, STATES[config.optim.name], train.gradient_accumulation, _light(model))
+    setting = Setting(
+        train.gradient_checkpointing, STATES[config.optim.name], train.gradient_accumulation, _light(model)
+    )
     trained = trained_of(model, lora, trunk)
     frozen = _frozen(config, skeleton, trained)
     quantised = bool(config.model.quantize or skeleton.config.get("quantization"))

@@ -34,7 +34,10 @@ from mlxdpo.types import Batch, Pairs, UserError
 def check_heldout(config: Config, data: Dataset) -> None:
     """Raise `UserError` for a setting that looks at held-out pairs when there are none."""
     train = config.train
-    for name, value in (("final", train.keep_model if train.keep_model == "best" else None), ("patience", train.patience)):
+    for name, value in (
+        ("keep_model", train.keep_model if train.keep_model == "best" else None),
+        ("patience", train.patience),
+    ):
         if value is not None and not data.heldout:
             raise UserError(f"train.{name} {value} needs held-out pairs; give data.eval, or raise data.eval_fraction")
 
@@ -76,7 +79,9 @@ def choose_forward(model: nn.Module, data: Dataset, config: Config) -> tuple[For
             return ways, ""
         note = f"{name}: the fast way is {gap:.3g} nats off here, so full rows and full logits are computed"
     if config.train.gradient_checkpointing:
-        raise UserError(f"train.gradient_checkpointing needs the fast way, but {note}; set train.gradient_checkpointing false")
+        raise UserError(
+            f"train.gradient_checkpointing needs the fast way, but {note}; set train.gradient_checkpointing false"
+        )
     return PLAIN_FORWARD, note
 
 

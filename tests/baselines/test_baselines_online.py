@@ -138,7 +138,15 @@ WANTED = Reward(
     lambda prompts, answers: [float(a.count("e") + len(p)) / 10 for p, a in zip(prompts, answers, strict=True)],
 )
 SMALL = {
-    "train": {"batch_size": 3, "gradient_accumulation": 2, "save_every": 2, "keep_checkpoints": 9, "steps": 5, "epochs": 9, "eval_every": 0},
+    "train": {
+        "batch_size": 3,
+        "gradient_accumulation": 2,
+        "save_every": 2,
+        "keep_checkpoints": 9,
+        "steps": 5,
+        "epochs": 9,
+        "eval_every": 0,
+    },
     "rollout": {"samples": 2, "max_tokens": 6},
     "lora": {"layers": 2},
 }

@@ -14,7 +14,16 @@ from mlxdpo.model import policy
 
 PAGE = (Path(__file__).parents[2] / "docs" / "stages.md").read_text("utf-8")
 FRUIT = ["An apple.", "A pear.", "A plum.", "A fig.", "A lime.", "A date.", "A kiwi.", "A peach."]
-QUICK = ["--train.batch-size", "2", "--train.gradient_accumulation", "1", "--train.steps", "2", "--data.eval-fraction", "0.3"]
+QUICK = [
+    "--train.batch-size",
+    "2",
+    "--train.gradient_accumulation",
+    "1",
+    "--train.steps",
+    "2",
+    "--data.eval-fraction",
+    "0.3",
+]
 
 
 def blocks(language):

@@ -109,7 +109,7 @@ def test_no_knob_is_forgotten_above(tmp_path, monkeypatch):
 def test_columns_and_a_moving_reference_are_reachable_from_the_command_line(monkeypatch):
     found = config_of(monkeypatch, "--data.columns.probability", "p", "--data.columns.weight", "w")
     assert found.data.columns == {"probability": "p", "weight": "w"}
-    found = config_of(monkeypatch, "--reference.sync-every", "512", "--reference.sync-mix", "0.7")
+    found = config_of(monkeypatch, "--reference.sync-every", "512", "--reference.sync-alpha", "0.7")
     assert (found.reference.sync_every, found.reference.sync_alpha) == (512, 0.7)
 
 

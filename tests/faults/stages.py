@@ -135,7 +135,10 @@ def run_result(place: Place) -> Found:
     return {"adapter": adapter_bytes(run), "optimizer": state, "metrics": numbers(run), "last": last.name}
 
 
-SCORED = {"train": {"epochs": 1, "steps": 1, "batch_size": 2, "gradient_accumulation": 30}, "data": {"eval_fraction": 0.0}}
+SCORED = {
+    "train": {"epochs": 1, "steps": 1, "batch_size": 2, "gradient_accumulation": 30},
+    "data": {"eval_fraction": 0.0},
+}
 
 
 def scored_command(place: Place) -> list[str]:

@@ -93,7 +93,9 @@ def run_ours(config, examples, checkpoints):
     """Metrics of every step, and the fresh adapter matrices by name (empty for full fine-tuning)."""
     policy = load_policy(config.model)
     train = config.train
-    plan = plan_epoch(outline(examples, config.data.group), train.batch_size, train.gradient_accumulation, train.seed, 0)
+    plan = plan_epoch(
+        outline(examples, config.data.group), train.batch_size, train.gradient_accumulation, train.seed, 0
+    )
     batches = [batch for window in plan.windows for batch in window]
     loss = resolve(config.loss)
     ways = with_details(forward_fns(policy.model), loss, config)
@@ -109,7 +111,9 @@ def run_ours(config, examples, checkpoints):
 
 def our_order(config, examples):
     """Indices in the order in which our loop takes the pairs."""
-    plan = plan_epoch(outline(examples, config.data.group), config.train.batch_size, config.train.gradient_accumulation, 0, 0)
+    plan = plan_epoch(
+        outline(examples, config.data.group), config.train.batch_size, config.train.gradient_accumulation, 0, 0
+    )
     return [i for window in plan.windows for batch in window for i in batch]
 
 

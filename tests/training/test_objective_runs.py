@@ -112,7 +112,9 @@ def test_a_run_with_a_moving_reference_goes_on_to_the_bit(tmp_path, start):
     elif start != "fresh":
         sections["lora"] = {"method": start}
     if start == "dora":
-        with pytest.raises(UserError, match=r"^reference.sync_alpha 0.6: DoRA's weights are normed and cannot be mixed"):
+        with pytest.raises(
+            UserError, match=r"^reference.sync_alpha 0.6: DoRA's weights are normed and cannot be mixed"
+        ):
             finish(recipe(tmp_path, "refused", **sections))
         sections["reference"] = {"sync_every": 2, "sync_alpha": 1.0}
     straight = finish(recipe(tmp_path, "straight", **sections))

@@ -207,7 +207,9 @@ def test_a_model_off_the_white_list_takes_the_plain_way_to_the_same_run(tmp_path
     notes = [e.values["text"] for e in events if e.kind == "note"]
     assert notes == ["llama: no fast way is known for this architecture, so full rows and full logits are computed"]
     assert [e.values["loss"] for e in events if e.kind == "step"] == pytest.approx(wanted, rel=1e-4)
-    with pytest.raises(UserError, match=r"train.gradient_checkpointing needs the fast way, but llama: no fast way is known"):
+    with pytest.raises(
+        UserError, match=r"train.gradient_checkpointing needs the fast way, but llama: no fast way is known"
+    ):
         finish(recipe(tmp_path, "more", train={"gradient_checkpointing": True}))
 
 
@@ -228,7 +230,8 @@ def test_a_fast_way_that_computes_something_else_is_not_used(tmp_path, monkeypat
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 def test_checkpointing_changes_no_step(tmp_path, method):
     runs = [
-        finish(recipe(tmp_path, str(on), lora={"method": method}, train={"gradient_checkpointing": on})) for on in (False, True)
+        finish(recipe(tmp_path, str(on), lora={"method": method}, train={"gradient_checkpointing": on}))
+        for on in (False, True)
     ]
     losses = [[e.values["loss"] for e in events if e.kind == "step"] for events in runs]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -88,7 +88,10 @@ def plain_nll(model, rows):
 
 def test_the_supervised_step_is_the_mean_over_completion_tokens(tmp_path):
     """Loss and gradient of the first step against a plain computation: prompts masked, chosen completions alone."""
-    every = {"train": {"batch_size": 4, "gradient_accumulation": 5, "steps": 1}, "optim": {"name": "sgd", "max_grad_norm": 0.0, "lr": 1e-2}}
+    every = {
+        "train": {"batch_size": 4, "gradient_accumulation": 5, "steps": 1},
+        "optim": {"name": "sgd", "max_grad_norm": 0.0, "lr": 1e-2},
+    }
     config = made(tmp_path, "sft", **every)
     events = finish(config)
     data = next(event.values["data"] for event in events if event.kind == "start")
@@ -121,7 +124,9 @@ def test_however_a_window_is_cut_it_is_one_trajectory(tmp_path, kind):
     """8 x 1 = 4 x 2 = 1 x 8: the mean over tokens, the KL term and the rewards are those of the whole step."""
     runs = []
     for size, accumulate in ((8, 1), (4, 2), (1, 8)):
-        config = made(tmp_path, kind, f"run{size}", train={"batch_size": size, "gradient_accumulation": accumulate, "steps": 3})
+        config = made(
+            tmp_path, kind, f"run{size}", train={"batch_size": size, "gradient_accumulation": accumulate, "steps": 3}
+        )
         runs.append(losses(finish(config)))
     assert len(runs[0]) >= 2
     assert np.allclose(runs[0], runs[1], rtol=2e-4) and np.allclose(runs[0], runs[2], rtol=2e-4)

@@ -164,7 +164,9 @@ def test_compiled_equals_uncompiled(tmp_path, cache, monkeypatch):
 
 def test_clipping_scales_the_whole_gradient_to_the_limit(tmp_path, cache):
     def moved(out, clip):
-        steps = [e.values for e in finish(recipe(tmp_path, out, optim=plain | {"max_grad_norm": clip}, train={"steps": 1}))]
+        steps = [
+            e.values for e in finish(recipe(tmp_path, out, optim=plain | {"max_grad_norm": clip}, train={"steps": 1}))
+        ]
         return next(s["grad_norm"] for s in steps if "grad_norm" in s), arrays(out)
 
     def arrays(out):

@@ -22,7 +22,10 @@ from mlxdpo.ui.runs.run_list import JOB, choose, state
 from mlxdpo.ui.train import process, recipe_form, tab, view
 from mlxdpo.ui.train.view import complaint, estimate, estimate_html
 
-BUSY = {"data": {"eval_fraction": 0.4}, "train": {"epochs": 40, "eval_every": 10, "save_every": 5, "keep_checkpoints": 2}}
+BUSY = {
+    "data": {"eval_fraction": 0.4},
+    "train": {"epochs": 40, "eval_every": 10, "save_every": 5, "keep_checkpoints": 2},
+}
 STEPS = 160
 
 
@@ -79,7 +82,9 @@ NAMES = st.text("abcXYZ019._-/= ", min_size=1, max_size=12).filter(lambda text: 
             "optim": st.fixed_dictionaries(
                 {"lr": st.floats(1e-9, 1e3), "betas": st.tuples(st.floats(0, 1), st.floats(0, 1))}
             ),
-            "train": st.fixed_dictionaries({"gradient_checkpointing": st.booleans(), "steps": st.none() | st.integers(1, 10**6)}),
+            "train": st.fixed_dictionaries(
+                {"gradient_checkpointing": st.booleans(), "steps": st.none() | st.integers(1, 10**6)}
+            ),
             "log": st.fixed_dictionaries({"trackers": st.lists(st.sampled_from(["wandb", "trackio"]), unique=True)}),
             "stage": st.sampled_from(["dpo", "sft"]),
         }
