@@ -68,7 +68,7 @@ class Extras(NamedTuple):
     desirable: Any = 1.0
 
 
-NOTHING_SAID = Extras()
+NO_EXTRAS = Extras()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Preference:
     where: str
     tools: tuple[Mapping[str, Any], ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
-    extras: Extras = NOTHING_SAID
+    extras: Extras = NO_EXTRAS
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class UnpairedExample:
     where: str
     tools: tuple[Mapping[str, Any], ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
-    extras: Extras = NOTHING_SAID
+    extras: Extras = NO_EXTRAS
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class Example:
     chosen: np.ndarray
     rejected: np.ndarray
     where: str
-    extras: Extras = NOTHING_SAID
+    extras: Extras = NO_EXTRAS
 
 
 class Batch(NamedTuple):

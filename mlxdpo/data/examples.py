@@ -27,7 +27,7 @@ from typing import overload
 import numpy as np
 
 from mlxdpo.io.checksum import DamagedError, read_sealed_json, write_sealed_json
-from mlxdpo.types import NOTHING_SAID, Example, Extras
+from mlxdpo.types import NO_EXTRAS, Example, Extras
 
 FLUSH = 1000  # pairs in memory while writing
 
@@ -212,6 +212,6 @@ def _pack(examples: Sequence[Example]) -> tuple[dict[str, bytes], bytes]:
         "prompts": b"".join(prompt_digest(prompt) for prompt, *_ in parts),
         "extras": np.array([e.extras for e in examples], "<f4").tobytes(),
     }
-    said = [b"" if e.extras == NOTHING_SAID else np.array(e.extras, "<f4").tobytes() for e in examples]
+    said = [b"" if e.extras == NO_EXTRAS else np.array(e.extras, "<f4").tobytes() for e in examples]
     counted = (part + ([extras] if extras else []) for part, extras in zip(ids, said, strict=True))
     return files, b"".join((len(raw) // 4).to_bytes(4, "little") + raw for part in counted for raw in part)

@@ -100,14 +100,14 @@ def step_statistics(
     Where lengths are enough nothing is computed; else `laid_out` is asked for the batches and each is scored; None
     stands for one that another process scores.
     """
-    if not loss.looks:
+    if not loss.needs_step_statistics:
         return [None] * len(batches)
-    if loss.looks_at_logps:
+    if loss.needs_step_logps:
         scored = zip(laid_out(), batches, strict=True)
         parts = [None if batch is None else first_pairs(scorer(batch), len(examples)) for batch, examples in scored]
-        seen = loss.look(gathered(peers, parts, [len(examples) for examples in batches]))
+        seen = loss.step_statistics(gathered(peers, parts, [len(examples) for examples in batches]))
     else:
-        seen = loss.look(concatenate_pairs([_lengths(examples) for examples in batches]))
+        seen = loss.step_statistics(concatenate_pairs([_lengths(examples) for examples in batches]))
     assert seen is not None
     ends = [sum(map(len, batches[: n + 1])) for n in range(len(batches) - 1)]
     return list(mx.split(seen, ends, axis=1)) if ends else [seen]
@@ -215,7 +215,9 @@ def compute_window(
         """This process's batches, None for those of others."""
         return (laid_out(indices) if ours else None for indices, ours in zip(batches, mine, strict=True))
 
-    examples = [[job.train.examples[i] for i in indices] for indices in batches] if job.loss.looks else batches
+    examples = (
+        [[job.train.examples[i] for i in indices] for indices in batches] if job.loss.needs_step_statistics else batches
+    )
     with dropout_off(job.model):  # what couples the pairs is taken without noise
         seen = step_statistics(job.loss, examples, own, tools.scorer, peers)  # type: ignore[arg-type]
     for number, indices in enumerate(batches):
