@@ -70,7 +70,7 @@ def ipo(pairs: Pairs, *, beta: Number) -> mx.array:
 
 
 def hinge(pairs: Pairs, *, beta: Number) -> mx.array:
-    """max(0, 1 - beta d): the margin loss of SLiC-HF on implicit rewards, as in RSO. A row's margin is taken off beta d.
+    """max(0, 1 - beta d): the margin loss of SLiC-HF on implicit rewards, as in RSO. A row's margin comes off beta d.
 
     Args:
         pairs: summed log-probs of policy and reference for both completions, each (B,), nats; `margin` (B,) where

@@ -29,7 +29,6 @@ from mlxdpo.data.planning import (
     steps_per_epoch,
 )
 from mlxdpo.forward.packed import packing_is_worth_it
-from mlxdpo.machine import openblas
 from mlxdpo.training.checkpoint import Progress
 
 
@@ -69,7 +68,7 @@ def planned_batch(examples: Examples, indices: Indices, packs: bool, frames: Seq
     packed = packs and packing_is_worth_it((frame.prompts, frame.shared), (frame.rows, frame.width), frame.rest)
     index = np.array(indices)
     numbers = (examples.prompt_numbers[index], examples.row_numbers[index], examples.lengths[index])
-    parts = len(cut_by_prompts(*numbers, openblas.stream_count()))
+    parts = len(cut_by_prompts(*numbers))
     layout = BatchLayout(
         frame.prompts, frame.shared, frame.rows, frame.width, frame.rest, frame.scored, packed, parts=parts
     )

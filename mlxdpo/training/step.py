@@ -14,7 +14,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 from mlxdpo.config import OptimConfig
-from mlxdpo.forward import streams
+from mlxdpo.forward.layer_plan import evaluate
 from mlxdpo.forward.logprobs import Forward, forward_fns, score_pairs
 from mlxdpo.losses import Loss
 from mlxdpo.machine.device import compiled
@@ -69,7 +69,7 @@ def make_scorer(model: nn.Module, forward: Forward | None = None) -> Callable[[B
     def scorer(batch: Batch) -> Pairs:
         """The pairs of a batch, evaluated."""
         pairs = score(batch)
-        streams.evaluate_parts(batch.parts, pairs)
+        evaluate(batch, pairs)
         return pairs
 
     return scorer
@@ -101,10 +101,10 @@ def make_gradient(model: nn.Module, loss: Loss, forward: Forward | None = None) 
     traced = compiled(gradient, inputs=state, outputs=state)
 
     def run(batch: Batch, share: mx.array, seen: mx.array | None = None) -> Gradient:
-        """Evaluated by who uses it, unless it was written down in lanes."""
+        """Evaluated by the caller, unless it is computed in parts."""
         found = Gradient(*traced(batch, share, seen))
         if batch.parts:
-            streams.evaluate_parts(batch.parts, found)
+            evaluate(batch, found)
         return found
 
     return run

@@ -23,7 +23,8 @@ from mlxdpo.data.batching import collate
 from mlxdpo.data.examples import Examples
 from mlxdpo.data.planning import Indices, outline, plan_straight
 from mlxdpo.distributed.group import ALONE, Group
-from mlxdpo.forward.logprobs import ForwardFns, widened
+from mlxdpo.forward.layer_plan import widened
+from mlxdpo.forward.logprobs import ForwardFns
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import dropout_off
 from mlxdpo.training.metrics import Scored, join
