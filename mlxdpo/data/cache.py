@@ -78,11 +78,11 @@ class Spool:
 def _back(name: str, value: Any) -> Any:
     """A field out of JSON, which knows lists alone."""
     if name in ("prompt", "chosen", "rejected", "completion"):
-        return _text(value)
+        return _key_text(value)
     return {"tools": tuple, "extras": lambda numbers: Extras(*numbers)}.get(name, lambda same: same)(value)
 
 
-def _text(value: Any) -> Text:
+def _key_text(value: Any) -> Text:
     return value if isinstance(value, str) else tuple(Message(*turn) for turn in value)
 
 
@@ -102,12 +102,12 @@ def source_key(data: DataConfig, seed: int) -> str | None:
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     drawn = named is None and data.eval_fraction > 0
     settings = data.model_dump(mode="json", exclude={"path", "eval", "group"})
-    return _name([sources, settings, seed if drawn else None, _code(), libraries])
+    return _file_name([sources, settings, seed if drawn else None, _code_digest(), libraries])
 
 
 def encoding_key(template: str, writer: Writer) -> str:
     """A name for what turns text into ids: the template's digest and the tokens that end a completion."""
-    return _name([template, sorted(writer.ends), writer.eos])
+    return _file_name([template, sorted(writer.ends), writer.eos])
 
 
 def pairs_folder() -> Path:
@@ -122,8 +122,8 @@ def draft(folder: Path) -> Iterator[Path]:
     A live draft is known by its lock, which the kernel drops when its process ends, however it ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):  # so that nobody sweeps a draft between its birth and its lock
-        _sweep(folder)
+    with _cache_lock(folder):  # so that nobody sweeps a draft between its birth and its lock
+        _sweep_cache(folder)
         path = Path(tempfile.mkdtemp(dir=folder, prefix=".draft-"))
         lock = _lock(path, fcntl.LOCK_EX)
     try:
@@ -133,7 +133,7 @@ def draft(folder: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def publish(path: Path, target: Path) -> None:
+def publish_folder(path: Path, target: Path) -> None:
     """Give a complete draft its name; where another process was first, its equal stays."""
     target.parent.mkdir(parents=True, exist_ok=True)
     path.chmod(0o755)
@@ -145,7 +145,7 @@ def publish(path: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def _sweep(folder: Path) -> None:
+def _sweep_cache(folder: Path) -> None:
     for path in folder.glob(".draft-*"):
         try:
             lock = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,7 +156,7 @@ def _sweep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _cache_lock(folder: Path) -> Iterator[None]:
     lock = _lock(folder, fcntl.LOCK_EX)
     try:
         yield
@@ -174,12 +174,12 @@ def _lock(folder: Path, how: int) -> int:
     return handle
 
 
-def _name(parts: Any) -> str:
+def _file_name(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @functools.cache
-def _code() -> str:
+def _code_digest() -> str:
     """Digest of this room's own source: changed code cannot find what the old code made."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):

@@ -123,7 +123,7 @@ def row_digest(prompt: np.ndarray, completion: np.ndarray) -> bytes:
     return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
-def writing(folder: Path, examples: Iterable[Example]) -> Iterator[None]:
+def write_examples(folder: Path, examples: Iterable[Example]) -> Iterator[None]:
     """Write pairs as they come, never holding more than a few; `open_examples` reads them.
 
     Pauses after every `FLUSH` pairs for a caller who shows how far it is, or stops it; all is written when it ends. The
@@ -134,7 +134,7 @@ def writing(folder: Path, examples: Iterable[Example]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in _LAYOUT}
         sums = {name: hashlib.sha256() for name in _LAYOUT}
-        for some in _chunks(examples):
+        for some in _flush_chunks(examples):
             parts, hashed = _pack(some)
             digest.update(hashed)
             for name, raw in parts.items():
@@ -155,12 +155,12 @@ def open_examples(folder: Path) -> Examples:
 
     Every byte is read for that once, about a second for a gigabyte: a wrong token would be trained on and not seen.
     """
-    _check(folder)
+    _check_sums(folder)
     arrays = {name: _typed(_mapped(folder / name), name) for name in _LAYOUT}
     return Examples(**arrays, digest=(folder / "digest").read_text())
 
 
-def _check(folder: Path) -> None:
+def _check_sums(folder: Path) -> None:
     for name, then in read_sealed_json(folder / "sums").items():
         try:
             with (folder / name).open("rb") as file:
@@ -192,7 +192,7 @@ def _mapped(file: Path) -> np.ndarray:
     return np.asarray(np.memmap(file, np.uint8, "r"))
 
 
-def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
+def _flush_chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
     left = iter(examples)
     while some := list(itertools.islice(left, FLUSH)):
         yield some

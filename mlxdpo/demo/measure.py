@@ -15,7 +15,7 @@ from mlxdpo.data.encode import encode_all, encode_prompt
 from mlxdpo.data.planning import outline, plan_straight
 from mlxdpo.data.read import heldout_source, read_pairs
 from mlxdpo.demo.rewards import REWARDS
-from mlxdpo.forward.layer_plan import evaluate
+from mlxdpo.forward.layer_plan import evaluate_batch
 from mlxdpo.forward.logprobs import forward_fns, score_pairs
 from mlxdpo.inference.generate import Completion, generate
 from mlxdpo.io.atomic import write_json, write_text
@@ -109,7 +109,7 @@ def heldout_margins(policy: Policy, config: Config) -> tuple[list[float], list[s
         tuned = score_pairs(policy.model, batch, ways.score)
         with adapters_off(policy.model):
             start = score_pairs(policy.model, batch, ways.score)
-        evaluate(batch, tuned, start)
+        evaluate_batch(batch, tuned, start)
         chosen, rejected = tuned.chosen - start.chosen, tuned.rejected - start.rejected
         margins[list(indices)] = np.array(chosen - rejected)[: len(indices)]
     return (config.loss.beta * margins).tolist(), [str(row.prompt) for row in rows]

@@ -80,10 +80,10 @@ class Forecast(NamedTuple):
     outlook: PlanSummary
     machine: int
     fits: bool
-    advice: tuple[Change, ...]
+    advice: tuple[SettingChange, ...]
 
 
-class Change(NamedTuple):
+class SettingChange(NamedTuple):
     """What to change in the recipe, and the peak it leads to, bytes."""
 
     setting: str
@@ -112,27 +112,27 @@ def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, Pl
     """The parts of a prediction and the numbers of its plan. Makes the skeleton trainable."""
     model = skeleton.model
     lora = config.lora if config.model.adapter is None else read_settings(Path(config.model.adapter))
-    trunk = model_parts(model)
-    packed = trunk is not None and can_pack(trunk)
+    parts = model_parts(model)
+    packed = parts is not None and can_pack(parts)
     make_trainable(model, lora)
     size, first, straight = (
         config.train.batch_size,
         training_batches(config, data.train),
         heldout_batches(config, data.heldout),
     )
-    found = planned_batches(data.train, first, packed, trunk is None, batch_shapes_for(data.train, first, size))
+    found = planned_batches(data.train, first, packed, parts is None, batch_shapes_for(data.train, first, size))
     heldout = planned_batches(
-        data.heldout, straight, packed, trunk is None, batch_shapes_for(data.heldout, straight, size)
+        data.heldout, straight, packed, parts is None, batch_shapes_for(data.heldout, straight, size)
     )
     outlook = summarize_plan(config, data.train, found)
     training = tuple({one.layout: None for one in found})
-    checked = planned_batches(data.train, [first[0][:CHECKED]], packed, trunk is None)
+    checked = planned_batches(data.train, [first[0][:CHECKED]], packed, parts is None)
     layouts = Layouts(training, (*training, *{one.layout: None for one in heldout}), checked[0].layout)
     train = config.train
     setting = Setting(
         train.gradient_checkpointing, STATES[config.optim.name], train.gradient_accumulation, _light(model)
     )
-    trained = trained_of(model, lora, trunk)
+    trained = trained_of(model, lora, parts)
     frozen = _frozen(config, skeleton, trained)
     quantised = bool(config.model.quantize or skeleton.config.get("quantization"))
     shape = shape_of(skeleton, config.model)
@@ -169,7 +169,7 @@ def shape_of(skeleton: Skeleton, config: ModelConfig) -> Shape:
     )
 
 
-def trained_of(model: Any, lora: LoraConfig, trunk: ModelParts | None) -> Trained:
+def trained_of(model: Any, lora: LoraConfig, parts: ModelParts | None) -> Trained:
     """What a model that was made trainable trains."""
     size = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
     if lora.method == "dora":
@@ -180,20 +180,20 @@ def trained_of(model: Any, lora: LoraConfig, trunk: ModelParts | None) -> Traine
     inputs = frozenset(name for name, maps in INPUTS.items() if maps & adapted.keys())
     ranks = sum(min(m.lora_a.shape[-2:]) for m in adapted.values() if "lora_a" in m)
     tied = "lm_head" not in model
-    head = trunk is not None and not is_frozen(trunk.head)
+    head = parts is not None and not is_frozen(parts.head)
     return Trained(len(model.layers) - min(lowest, default=len(model.layers)), size, ranks, inputs, full, head, tied)
 
 
 def _frozen(config: Config, skeleton: Skeleton, trained: Trained) -> Frozen:
-    weights = _size(skeleton.model) - _size_trained(skeleton.model)
+    weights = _readable_bytes(skeleton.model) - _size_trained(skeleton.model)
     largest = max((math.prod(one.shape) for one in skeleton.stored.values()), default=0)
     loading = 4 * largest if config.model.quantize else 0
     named = config.reference.model
-    other = _size(read_skeleton(ModelConfig(path=named, dtype=config.model.dtype)).model) if named else 0
+    other = _readable_bytes(read_skeleton(ModelConfig(path=named, dtype=config.model.dtype)).model) if named else 0
     return Frozen(weights, loading, other)
 
 
-def _size(model: Any) -> int:
+def _readable_bytes(model: Any) -> int:
     return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
 
 
@@ -201,23 +201,25 @@ def _size_trained(model: Any) -> int:
     return sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
 
 
-def advise(config: Config, parts: Parts, data: Dataset) -> tuple[Change, ...]:
+def advise(config: Config, parts: Parts, data: Dataset) -> tuple[SettingChange, ...]:
     """Changes that lower the peak, the one that gains most first, each alone on top of the recipe."""
     now, changes = parts.memory().peak, []
-    for setting, sections in _changes(config, parts):
+    for setting, sections in _setting_changes(config, parts):
         changed = config
         for name, values in sections.items():
             changed = changed.model_copy(update={name: getattr(changed, name).model_copy(update=values)})
-        changes.append(Change(setting, gather(changed, read_skeleton(changed.model), data)[0].memory().peak))
+        changes.append(SettingChange(setting, gather(changed, read_skeleton(changed.model), data)[0].memory().peak))
     half = max(at.shared + at.width for at in parts.layouts.scoring) // 2
     if half >= 8:
         changes.append(
-            Change(f"data.max_length {half}", parts._replace(layouts=shortened(parts.layouts, half)).memory().peak)
+            SettingChange(
+                f"data.max_length {half}", parts._replace(layouts=shortened(parts.layouts, half)).memory().peak
+            )
         )
     return tuple(sorted((change for change in changes if change.peak < now), key=lambda change: change.peak))
 
 
-def _changes(config: Config, parts: Parts) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+def _setting_changes(config: Config, parts: Parts) -> list[tuple[str, dict[str, dict[str, Any]]]]:
     """Settings that could be lowered, as they are written and as sections of a recipe."""
     train, blocks, found = config.train, parts.shape.layers, []
     if not train.gradient_checkpointing and not parts.layouts.first.plain:

@@ -92,7 +92,7 @@ def score_logps_and_squares(head: Head, h: mx.array, y: mx.array) -> tuple[mx.ar
         states = h[at]
         if parts:
             (states,) = mx.depends([states], list(parts[-1]))
-        logps, e, total = _softmax(logits(head, states), y[at])
+        logps, e, total = _head_softmax(logits(head, states), y[at])
         parts.append((logps, _log_square(e, total)))
     logps, squares = (mx.concatenate(column) for column in zip(*parts, strict=True))
     return logps, squares
@@ -115,10 +115,10 @@ def score_logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
 
 
 def _logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
-    return _softmax(logits(head, h), mx.stop_gradient(y))[0]  # inside a checkpoint, y is an input like any other
+    return _head_softmax(logits(head, h), mx.stop_gradient(y))[0]  # inside a checkpoint, y is an input like any other
 
 
-def _softmax(z: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def _head_softmax(z: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """(N, V) logits -> log p(y) (N,), exp(z - max) (N, V) and its row sums (N, 1).
 
     Training and scoring share it to the operation: a policy that has not moved differs from its reference by nothing.
@@ -191,7 +191,7 @@ def _with_row_and_square(head: Head, h: mx.array, y: mx.array) -> tuple[mx.array
 
 def _logps_and_rows(head: Head, z: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Log-probs, their gradient rows, and the softmax (`_softmax`) of (N, V) logits."""
-    logp, e, total = _softmax(z, y)
+    logp, e, total = _head_softmax(z, y)
     if head.softcap is None:
         # W[y] - (e W) / total: the one-hot part is a look-up, not a matmul.
         row = _weight_rows(head, y) - _times_weight(head, e) / total

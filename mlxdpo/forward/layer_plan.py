@@ -78,7 +78,7 @@ def run_whole(batch: Batch, read: Callable[[Batch], Any], join: Callable[[list[A
     return join(map_streams(read, batch.parts or (batch,)), batch)
 
 
-def evaluate(batch: Batch, *found: Any) -> None:
+def evaluate_batch(batch: Batch, *found: Any) -> None:
     """Evaluate what was found of a batch; two matmuls at a time would fight for the BLAS's threads."""
     with single_blas() if batch.parts else contextlib.nullcontext():
         mx.eval(*found)

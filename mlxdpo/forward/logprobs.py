@@ -210,6 +210,6 @@ def score_pairs(model: nn.Module, batch: Batch, forward: Forward | None = None) 
     return Pairs(*both, *(extras or ()), shared=rows.shared, ref_shared=batch.ref_shared, squares=squares)
 
 
-def _tolerance(model: nn.Module) -> float:
+def logp_tolerance(model: nn.Module) -> float:
     floating = {a.dtype for _, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)}
     return max(TOLERANCE[dtype] for dtype in floating)

@@ -23,7 +23,7 @@ from mlxdpo.data.report import Report
 from mlxdpo.data.template import probe
 from mlxdpo.data.transforms import with_end
 from mlxdpo.forward.architectures import model_parts
-from mlxdpo.forward.layer_plan import evaluate
+from mlxdpo.forward.layer_plan import evaluate_batch
 from mlxdpo.forward.rewards import reward_fns
 from mlxdpo.io.digest import file_digest, folder_digest
 from mlxdpo.model.adapters import dropout_off, load_adapter
@@ -57,7 +57,7 @@ class RewardModel:
             for indices in plan_straight(outline(examples, self.data.group), self.batch_size):
                 batch = collate(examples, indices, self.batch_size)
                 rewards = way(model, batch)[batch.chosen]
-                evaluate(batch, rewards)
+                evaluate_batch(batch, rewards)
                 values[[int(examples[i].where) for i in indices]] = np.array(rewards, np.float64)[: len(indices)]
         return values
 

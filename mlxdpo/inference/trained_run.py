@@ -24,7 +24,7 @@ from mlxdpo.data.messages import as_turns
 from mlxdpo.data.planning import outline, plan_straight
 from mlxdpo.data.read import heldout_source, prompt_key, read_pairs, split_heldout
 from mlxdpo.data.report import Report
-from mlxdpo.forward.layer_plan import evaluate
+from mlxdpo.forward.layer_plan import evaluate_batch
 from mlxdpo.forward.logprobs import forward_fns, score_pairs
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.model.adapters import adapters_off, dropout_off, load_arrays, load_run, load_start, read_settings
@@ -165,11 +165,11 @@ def pair_logps(opened: TrainedRun, examples: Sequence[Example], batch_size: int 
         batch = collate(examples, indices, batch_size)
         with dropout_off(opened.policy.model) as model:
             tuned = score_pairs(model, batch, ways.score)
-            evaluate(batch, tuned.chosen, tuned.rejected)
+            evaluate_batch(batch, tuned.chosen, tuned.rejected)
         with opened.reference() as model, dropout_off(model):
             base = score_pairs(model, batch, forward_fns(model).score)
             both = mx.stack([tuned.chosen, tuned.rejected, base.chosen, base.rejected])
-            evaluate(batch, both)
+            evaluate_batch(batch, both)
         values[:, list(indices)] = np.array(both)[:, : len(indices)]
     lengths = [np.array([len(getattr(e, side)) for e in examples], np.float64) for side in ("chosen", "rejected")]
     return PairLogps(*values, *lengths)

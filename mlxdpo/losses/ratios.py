@@ -33,7 +33,7 @@ def less_margin(reward: mx.array, pairs: Pairs) -> mx.array:
     return reward if pairs.margin is None else reward - pairs.margin
 
 
-def token_means(pairs: Pairs) -> tuple[mx.array, mx.array]:
+def mean_logps(pairs: Pairs) -> tuple[mx.array, mx.array]:
     """Mean log-prob of a token of the chosen and of the rejected completion, nats."""
     return pairs.chosen / pairs.chosen_len, pairs.rejected / pairs.rejected_len
 

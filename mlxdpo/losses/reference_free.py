@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxdpo.losses.objective import StepStatistics
-from mlxdpo.losses.ratios import Number, bounded_expm1, less_margin, log1mexp, smoothed_logistic, token_means
+from mlxdpo.losses.ratios import Number, bounded_expm1, less_margin, log1mexp, mean_logps, smoothed_logistic
 from mlxdpo.types import Pairs
 
 
@@ -65,7 +65,7 @@ def orpo(pairs: Pairs, *, beta: Number, step_statistics: StepStatistics | None =
     References:
         Hong et al., "ORPO: Monolithic Preference Optimization without Reference Model", arXiv 2403.07691 eq. 6 and 7.
     """
-    w, low = token_means(pairs)
+    w, low = mean_logps(pairs)
     log_odds = (w - low) - (log1mexp(w) - log1mexp(low))
     return sft(pairs, step_statistics=step_statistics) - beta * nn.log_sigmoid(log_odds)
 
@@ -86,7 +86,7 @@ def simpo(pairs: Pairs, *, beta: Number = 2.0, gamma: Number = 1.0, label_smooth
     References:
         Meng et al., "SimPO: Simple Preference Optimization with a Reference-Free Reward", arXiv 2405.14734 eq. 6.
     """
-    w, low = token_means(pairs)
+    w, low = mean_logps(pairs)
     return smoothed_logistic(less_margin(beta * (w - low) - gamma, pairs), label_smoothing)
 
 
@@ -100,7 +100,7 @@ def alphapo(
 ) -> mx.array:
     """SimPO with the reward beta (1 - p^-alpha)/alpha of the mean token probability p: AlphaPO, arXiv 2501.03884.
     alpha = 0 is SimPO. Written -expm1(-alpha log p)/alpha, with the exponent bounded."""
-    w, low = token_means(pairs)
+    w, low = mean_logps(pairs)
     lead = shaped_reward(w, alphapo_alpha) - shaped_reward(low, alphapo_alpha)
     return smoothed_logistic(less_margin(beta * lead - gamma, pairs), label_smoothing)
 

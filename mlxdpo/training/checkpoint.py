@@ -1,6 +1,6 @@
 """Checkpoints: a folder that appears whole or not at all, from which a run goes on to the bit.
 
-Every file in it is sealed (`sealed.py`): one that was damaged since is refused, never trained on.
+Every file in it is sealed (`checksum.py`): one that was damaged since is refused, never trained on.
 
 step-000200/ adapters.safetensors  adapter_config.json  optimizer.safetensors  state.json
              reference.safetensors, where the reference moves

@@ -78,7 +78,7 @@ def planned_batch(examples: Examples, indices: Indices, packs: bool, frames: Seq
 def planned_batches(
     examples: Examples, batches: Sequence[Indices], packs: bool, plain: bool, frames: Sequence[BatchShape] = ()
 ) -> list[PlannedBatch]:
-    """`layout_of` each batch; `plain` for a model whose parts are not known."""
+    """`planned_batch` of each batch; `plain` for a model whose parts are not known."""
     found = [planned_batch(examples, indices, packs, frames) for indices in batches]
     return [one._replace(layout=one.layout._replace(plain=True)) for one in found] if plain else found
 

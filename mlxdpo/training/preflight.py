@@ -16,9 +16,9 @@ from mlxdpo.forward.logprobs import (
     CHECKED,
     PLAIN_FORWARD,
     ForwardFns,
-    _tolerance,
     detailed_fns,
     forward_fns,
+    logp_tolerance,
     plain_forward,
     score_pairs,
 )
@@ -75,7 +75,7 @@ def choose_forward(model: nn.Module, data: Dataset, config: Config) -> tuple[For
             fast = ways.score(model, batch)
             mx.eval(fast)  # one after the other: full logits of full rows would be the peak of a small run
             gap = mx.abs(fast - plain_forward(model, batch)).max().item()
-        if gap <= _tolerance(model):
+        if gap <= logp_tolerance(model):
             return ways, ""
         note = f"{name}: the fast way is {gap:.3g} nats off here, so full rows and full logits are computed"
     if config.train.gradient_checkpointing:
@@ -116,7 +116,7 @@ def check_start(job: TrainState) -> None:
     count = int(batch.weight.sum().item())
     with dropout_off(job.model):
         pairs = first_pairs(score_pairs(job.model, batch, job.ways.score), count)
-        if _gap(pairs) <= _tolerance(job.model):
+        if _gap(pairs) <= logp_tolerance(job.model):
             _check_value(job, pairs, wanted)
             return
         cause = _cause(job, batch)
@@ -177,6 +177,6 @@ def _cause(job: TrainState, batch: Batch) -> str:
     if job.config.model.adapter is None and job.config.lora.method != "full":
         with adapters_off(job.model):
             bare = _gap(score_pairs(job.model, batch, job.ways.score))
-        if bare <= _tolerance(job.model):
+        if bare <= logp_tolerance(job.model):
             return "the fresh adapter is not zero"
     return "the reference was scored with other weights than training starts from; score it again with an empty cache"

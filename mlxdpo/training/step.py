@@ -14,7 +14,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 from mlxdpo.config import OptimConfig
-from mlxdpo.forward.layer_plan import evaluate
+from mlxdpo.forward.layer_plan import evaluate_batch
 from mlxdpo.forward.logprobs import Forward, forward_fns, score_pairs
 from mlxdpo.losses import Loss
 from mlxdpo.machine.device import compiled
@@ -69,7 +69,7 @@ def make_scorer(model: nn.Module, forward: Forward | None = None) -> Callable[[B
     def scorer(batch: Batch) -> Pairs:
         """The pairs of a batch, evaluated."""
         pairs = score(batch)
-        evaluate(batch, pairs)
+        evaluate_batch(batch, pairs)
         return pairs
 
     return scorer
@@ -80,7 +80,7 @@ def make_gradient(model: nn.Module, loss: Loss, forward: Forward | None = None) 
 
     With share = 1 / (pairs in the window), summing the gradients of a window's batches gives exactly the gradient of
     the mean over its pairs, however they are cut into batches. An objective that looks at all pairs of the window gets
-    what it saw there (`windows.look_over`), so that the same holds for it.
+    what it saw there (`window.step_statistics`), so that the same holds for it.
     """
 
     def weighted(batch: Batch, share: mx.array, seen: mx.array | None) -> tuple[mx.array, mx.array, Pairs]:
@@ -104,7 +104,7 @@ def make_gradient(model: nn.Module, loss: Loss, forward: Forward | None = None) 
         """Evaluated by the caller, unless it is computed in parts."""
         found = Gradient(*traced(batch, share, seen))
         if batch.parts:
-            evaluate(batch, found)
+            evaluate_batch(batch, found)
         return found
 
     return run

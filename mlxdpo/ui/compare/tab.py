@@ -48,7 +48,7 @@ def welcome(desk: AppState) -> str:
 def prompt_choices(desk: AppState, name: str | None) -> tuple[list[tuple[str, str]], str]:
     """(label, number) of the held-out prompts of a run, and a note where there are none.
 
-    A number is text, as every value of a dropdown here (`kinds.py`).
+    A number is text, as every value of a dropdown here (`input_checks.py`).
     """
     if not name:
         return [], ""
