@@ -69,7 +69,7 @@ def side(recipe_file: str, result: str) -> None:
             return total
 
         group = peers if peers.size == 1 else replace(peers, all_sum=timed)
-        for event in train(load_config(Path(recipe_file)), peers=group):
+        for event in train(load_config(Path(recipe_file)), group=group):
             now, used = time.perf_counter(), time.process_time()
             if event.kind == "step":
                 own = {"seconds": now - at, "cpu": used - cpu - spent[1], "all_sum": spent[0]}

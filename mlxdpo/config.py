@@ -343,7 +343,8 @@ class TrainConfig(Section):
     batch_size: int = Field(default=4, ge=1)
     """Pairs computed at once; of prompts with several pairs, as many as have twice that many distinct completions."""
     gradient_accumulation: int = Field(default=4, ge=1)
-    """A step takes batch_size * gradient_accumulation pairs, or whole prompts with about as many: one large batch."""
+    """Batches of a step: it takes batch_size * gradient_accumulation pairs, or whole prompts with about as many, and
+    equals one large batch."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
     seed: int = Field(default=0, ge=0)

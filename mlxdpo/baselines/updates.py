@@ -14,8 +14,7 @@ from mlxdpo.baselines import ppo, rloo
 from mlxdpo.baselines.passes import token_pass
 from mlxdpo.baselines.rollouts import Actor, Rollouts, portions
 from mlxdpo.config import RolloutConfig
-from mlxdpo.training.step import Gradients, add, gradient_norm
-from mlxdpo.training.window import NonFiniteError
+from mlxdpo.training.step import Gradients, NonFiniteError, add, gradient_norm
 
 Metrics = dict[str, float]
 Terms = Callable[[Sequence[int]], tuple[mx.array, list[mx.array]]]

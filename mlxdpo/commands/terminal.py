@@ -47,7 +47,7 @@ def follow(events: Iterable[Event]) -> Iterator[Event]:
         for event in events:
             values = event.values
             if event.kind == "start":
-                config, steps = values["config"], values["outlook"].steps
+                config, steps = values["config"], values["plan"].steps
             with outliving_the_terminal():
                 if event.kind in ("reading", "reference"):
                     doing = values.get("doing", "reference")
@@ -94,7 +94,7 @@ def _introduce(values: dict[str, Any]) -> None:
     bits = f", {identity['quantization']['bits']} bits" if identity["quantization"] else ""
     console.print(f"{config.model.path} ({identity['dtype']}{bits}) -> {values['run'].path}")
     console.print(f"{len(data.train)} training pairs, {len(data.heldout)} held out")
-    console.print(plan_sentence(values["outlook"]))
+    console.print(plan_sentence(values["plan"]))
     for name, report in data.reports.items():
         for line in report.lines():
             console.print(f"{name}: {line}", style="yellow")

@@ -62,7 +62,7 @@ def _follow_the_first(config: Config, resume: Run | None, peers: Group) -> int:
     kind, path = "", None
     with stop_flag() as should_stop:
         try:
-            for event in train(config, resume=resume, should_stop=should_stop, peers=peers):
+            for event in train(config, resume=resume, should_stop=should_stop, group=peers):
                 kind = event.kind
                 path = event.values["run"].path if kind == "start" else path
         except PeerLost as lost:
@@ -88,7 +88,7 @@ def follow_training(config: Config, resume: Run | None, peers: Group | None = No
     check_installed(config)
     path, finished = resume.path if resume else None, False
     with stop_flag() as should_stop:
-        events = train(config, resume=resume, should_stop=should_stop, peers=peers or ALONE)
+        events = train(config, resume=resume, should_stop=should_stop, group=peers or ALONE)
         try:
             for event in tracked(terminal.follow(events), config):
                 if event.kind == "start":

@@ -12,7 +12,6 @@ A batch has room for 2 * batch_size distinct completions, however many pairs tho
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -72,12 +71,6 @@ def plan_epoch(pairs: Outline, batch_size: int, accumulate: int, seed: int, epoc
     bounds = np.flatnonzero(np.diff(home[ranked])) + 1
     cut = _cutter(pairs, batch_size)
     return Epoch(tuple(tuple(cut(indices)) for indices in np.split(ranked, bounds) if len(indices)))
-
-
-@functools.lru_cache(1)
-def first_epoch(examples: Examples, group: Group, batch_size: int, accumulate: int, seed: int) -> Epoch:
-    """The plan of epoch 0, which a start looks at several times; a second or two for a million pairs."""
-    return plan_epoch(outline(examples, group), batch_size, accumulate, seed, 0)
 
 
 def plan_straight(pairs: Outline, batch_size: int) -> list[Indices]:

@@ -11,7 +11,6 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import Config, LoraConfig, ModelConfig
-from mlxdpo.data.batch_shapes import batch_shapes_for
 from mlxdpo.data.dataset import Dataset, encode_split, read_split
 from mlxdpo.estimate.memory import Frozen, Layouts, Memory, Setting, Shape, Trained, predict
 from mlxdpo.forward.architectures import FAMILIES, ModelParts, model_parts
@@ -26,10 +25,9 @@ from mlxdpo.model.skeleton import Skeleton, dora_extra, make_trainable, read_ske
 from mlxdpo.training.plan import (
     BatchLayout,
     PlanSummary,
-    heldout_batches,
+    make_plan,
     planned_batches,
     summarize_plan,
-    training_batches,
 )
 from mlxdpo.training.stages import stage_of
 from mlxdpo.training.step import make_optimizer
@@ -98,7 +96,7 @@ def forecast(config: Config, machine: int | None = None) -> Forecast:
     stage = stage_of(config)
     loss = stage.loss(config)
     make_optimizer(config.optim)
-    rows = read_split(config.data, config.train.seed, stage.take(config, loss))
+    rows = read_split(config.data, config.train.seed, stage.transform(config, loss))
     skeleton = read_skeleton(config.model)
     tokenizer = load_tokenizer(skeleton.folder, config.model.path, config.model.trust_remote_code)
     data = encode_split(rows, config.data, tokenizer, frozenset(tokenizer.eos_token_ids))
@@ -115,18 +113,12 @@ def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, Pl
     parts = model_parts(model)
     packed = parts is not None and can_pack(parts)
     make_trainable(model, lora)
-    size, first, straight = (
-        config.train.batch_size,
-        training_batches(config, data.train),
-        heldout_batches(config, data.heldout),
-    )
-    found = planned_batches(data.train, first, packed, parts is None, batch_shapes_for(data.train, first, size))
-    heldout = planned_batches(
-        data.heldout, straight, packed, parts is None, batch_shapes_for(data.heldout, straight, size)
-    )
-    outlook = summarize_plan(config, data.train, found)
+    plan = make_plan(config, data.train, data.heldout)
+    found = planned_batches(data.train, plan.training, packed, parts is None, plan.shapes)
+    heldout = planned_batches(data.heldout, plan.heldout, packed, parts is None, plan.heldout_shapes)
+    outlook = summarize_plan(plan, data.train, found)
     training = tuple({one.layout: None for one in found})
-    checked = planned_batches(data.train, [first[0][:CHECKED]], packed, parts is None)
+    checked = planned_batches(data.train, [plan.training[0][:CHECKED]], packed, parts is None)
     layouts = Layouts(training, (*training, *{one.layout: None for one in heldout}), checked[0].layout)
     train = config.train
     setting = Setting(

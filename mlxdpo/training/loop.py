@@ -1,4 +1,7 @@
-"""The loop over optimizer steps: a generator of events. It computes and keeps checkpoints; others print."""
+"""The loop over optimizer steps: a generator of events. It trains and keeps checkpoints; its caller prints.
+
+What a step does with its batches stands in `step.train_step`.
+"""
 
 from __future__ import annotations
 
@@ -8,114 +11,119 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
-from mlxdpo.data.planning import Indices, outline
+from mlxdpo.data.planning import Indices
 from mlxdpo.distributed.group import PeerLost
-from mlxdpo.training import checkpoint
+from mlxdpo.model.adapters import dropout_off
+from mlxdpo.training import checkpoint, distributed
 from mlxdpo.training.checkpoint import Progress
+from mlxdpo.training.distributed import first_pairs, gather_pairs
 from mlxdpo.training.likelihood_warning import LikelihoodWatch
-from mlxdpo.training.metrics import Scored, pair_metrics, thumb_metrics, token_means
-from mlxdpo.training.plan import Plan, learning_rate
-from mlxdpo.training.reference_sync import ReferenceSync
-from mlxdpo.training.step import gradient_norm, make_update
-from mlxdpo.training.window import CompiledFns, TrainState, check_finite, compute_window, evaluate_heldout
+from mlxdpo.training.metrics import Scored
+from mlxdpo.training.plan import learning_rate
+from mlxdpo.training.step import CompiledFns, TrainState, check_finite, scored_pairs, train_step
 from mlxdpo.types import Event
 
 
-def metrics(job: TrainState, found: Scored, prefix: str = "") -> dict[str, float]:
-    """TRL's metrics of what was scored."""
-    beta = job.config.loss.beta
-    if not job.loss.paired:
-        values = thumb_metrics(found, beta)
-    else:
-        means = job.loss.per_token and "reference" not in job.loss.needs
-        rewards = pair_metrics(token_means(found) if means else found, beta)
-        values = rewards | {f"logps/{side}": float(getattr(found, side).mean()) for side in ("chosen", "rejected")}
-    for term in job.loss.terms:
-        values |= term.objective.reports(found) if term.objective.reports else {}
-    return {f"{prefix}{name}": value for name, value in values.items()}
+def run_loop(state: TrainState, progress: Progress, should_stop: Callable[[], bool]) -> Iterator[Event]:
+    """Train from `progress` to the last step; yields "step", "eval", "checkpoint", "note" and "interrupted" events.
 
-
-def run_loop(job: TrainState, progress: Progress, should_stop: Callable[[], bool]) -> Iterator[Event]:
-    """Walk from `progress` to the last step; yields "step", "eval", "checkpoint", "note" and "interrupted" events.
-
-    Asked to stop, it drops the unfinished window, saves the last whole step and returns: going on from there
-    computes the window again and is the straight run, to the bit. Raises `NonFiniteError` naming the pairs before a
+    Asked to stop, it drops the unfinished step, saves the last whole one and returns: going on from there computes the
+    step again and gives the bytes of the run that was never stopped. Raises `NonFiniteError` naming the pairs before a
     bad gradient reaches the weights.
     """
-    plan = Plan(job.config, outline(job.train.examples, job.config.data.group))
-    tools = CompiledFns(job)
-    update, watch = make_update(job.model, job.optimizer), LikelihoodWatch(job.loss, bool(job.heldout.examples))
-    moving, scorer = tools.moving, tools.scorer
+    config, plan, fns = state.config, state.plan, CompiledFns(state)
+    watch = LikelihoodWatch(state.loss, bool(state.heldout.examples))
     if progress.step:
-        moving.restore(checkpoint.folder_of(job.checkpoints, progress.step))
-    elif job.heldout.examples:
-        yield Event("eval", 0, metrics(job, evaluate_heldout(job, scorer, moving), "eval_"))
-    while progress.step < plan.total and not _patience_over(job, progress):
-        started, batches = time.perf_counter(), plan.window(progress.step)
+        fns.reference.restore(checkpoint.folder_of(state.checkpoints, progress.step))
+    elif state.heldout.examples:
+        yield Event("eval", 0, measures(state, evaluate_heldout(state, fns), "eval_"))
+    while progress.step < plan.steps and not _patience_over(state, progress):
+        started, batches = time.perf_counter(), plan.batches(progress.step)
+        lr = learning_rate(config.optim, progress.step, plan.steps)
         try:
-            computed = compute_window(job, tools, batches, progress.step, should_stop)
+            taken = train_step(state, fns, batches, progress.step, lr, should_stop)
         except PeerLost:
-            _save(job, moving, progress)  # the weights are still those of the last whole step
+            _save(state, fns, progress)  # the weights are still those of the last whole step
             raise
-        if computed is None:
-            path = _save(job, moving, progress)
-            yield Event("interrupted", progress.step, {"path": str(path)})
+        if taken is None:
+            yield Event("interrupted", progress.step, {"path": str(_save(state, fns, progress))})
             return
-        pairs, gradients = computed
-        norm = gradient_norm(gradients).item()
-        check_finite(job.train, batches, pairs, norm)
-        lr, clip = learning_rate(job.config.optim, progress.step, plan.total), job.config.optim.max_grad_norm
-        update(gradients, min(1.0, clip / (norm + 1e-6)) if clip else 1.0, lr)
-        progress = _advance(job, progress, batches, time.perf_counter() - started)
-        values = {**metrics(job, pairs), "learning_rate": lr, "grad_norm": norm}
-        yield Event("step", progress.step, values | plan.pace(progress))
+        pairs, norm = taken
+        progress = _advance(state, progress, batches, time.perf_counter() - started)
+        values = {**measures(state, pairs), "learning_rate": lr, "grad_norm": norm}
+        yield Event("step", progress.step, values | _pace(state, progress))
         warning = watch.step(pairs)
-        if moving.due(progress.step):
-            moving.move()
-        if job.heldout.examples and _due(progress.step, job.config.train.eval_every, plan.total):
-            found = evaluate_heldout(job, scorer, moving)
+        if fns.reference.due(progress.step):
+            fns.reference.move()
+        if state.heldout.examples and _due(progress.step, config.train.eval_every, plan.steps):
+            found = evaluate_heldout(state, fns)
             warning = watch.evaluation(found)
-            values = metrics(job, found, "eval_")
+            values = measures(state, found, "eval_")
             progress = _compare(progress, values["eval_loss"])
             yield Event("eval", progress.step, values)
         if warning:
             yield Event("note", progress.step, {"text": warning})
-        last = progress.step == plan.total or _patience_over(job, progress)
-        if last or progress.step % job.config.train.save_every == 0 or progress.best_step == progress.step:
-            path = _save(job, moving, progress)
-            if job.peers.first:
-                checkpoint.prune(job.checkpoints, job.config.train.keep_checkpoints, progress.best_step)
-            _align(job)
+        last = progress.step == plan.steps or _patience_over(state, progress)
+        if last or progress.step % config.train.save_every == 0 or progress.best_step == progress.step:
+            path = _save(state, fns, progress)
+            if state.group.first:
+                checkpoint.prune(state.checkpoints, config.train.keep_checkpoints, progress.best_step)
+            distributed.align_weights(state.group, state.model)
             yield Event("checkpoint", progress.step, {"path": str(path)})
-    if progress.step < plan.total:
+    if progress.step < plan.steps:
         text = f"stopped early at step {progress.step}: held-out loss was lowest at step {progress.best_step}"
         yield Event("note", progress.step, {"text": text})
 
 
-def _align(job: TrainState) -> None:
-    """Give every process the weights of process 0: on unlike machines the same update may round differently."""
-    if job.peers.size > 1:
-        trained = job.model.trainable_parameters()
-        job.model.update(job.peers.sum(trained if job.peers.first else tree_map(mx.zeros_like, trained)))
-        mx.eval(job.model.parameters())
+def measures(state: TrainState, pairs: Scored, prefix: str = "") -> dict[str, float]:
+    """The stage's metrics of pairs that were scored."""
+    found = state.stage.metrics(pairs, state.loss, state.config.loss.beta)
+    return {f"{prefix}{name}": value for name, value in found.items()}
 
 
-def _save(job: TrainState, moving: ReferenceSync, progress: Progress) -> Path:
-    if not job.peers.first:
-        return checkpoint.folder_of(job.checkpoints, progress.step)
-    return checkpoint.save(job.checkpoints, job.model, job.config.lora, job.optimizer, progress, moving.save)
+def evaluate_heldout(state: TrainState, fns: CompiledFns) -> Scored:
+    """The held-out pairs; an objective that takes something from all pairs of a step takes it from all of these."""
+    size, batches, parts = state.config.train.batch_size, state.plan.heldout, []
+    for indices, own in zip(batches, state.mine(state.heldout, batches), strict=True):
+        if not own:
+            parts.append(None)
+            continue
+        batch = fns.reference.refreshed(state.heldout.batch(indices, size))
+        with dropout_off(state.model):
+            parts.append(first_pairs(fns.scorer(batch), len(indices)))
+    pairs = gather_pairs(state.group, parts, [len(indices) for indices in batches])
+    found = scored_pairs(state.loss(pairs), pairs, len(state.heldout.examples))
+    check_finite(state.heldout, batches, found)
+    return found
 
 
-def _advance(job: TrainState, progress: Progress, batches: Sequence[Indices], seconds: float) -> Progress:
-    examples = [job.train.examples[i] for indices in batches for i in indices]
-    tokens = sum(2 * len(e.prompt) + len(e.chosen) + len(e.rejected) for e in examples)
+def _pace(state: TrainState, progress: Progress) -> dict[str, float]:
+    """Epoch, tokens, tokens per second, peak memory (GB) and seconds left."""
+    return {
+        "epoch": progress.step / state.plan.steps_per_epoch,
+        "num_tokens": progress.tokens,
+        "tokens_per_second": progress.tokens / progress.seconds,
+        "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        "seconds_left": progress.seconds / progress.step * (state.plan.steps - progress.step),
+    }
+
+
+def _save(state: TrainState, fns: CompiledFns, progress: Progress) -> Path:
+    if not state.group.first:
+        return checkpoint.folder_of(state.checkpoints, progress.step)
+    return checkpoint.save(
+        state.checkpoints, state.model, state.config.lora, state.optimizer, progress, fns.reference.save
+    )
+
+
+def _advance(state: TrainState, progress: Progress, batches: Sequence[Indices], seconds: float) -> Progress:
+    examples = [state.train.examples[i] for indices in batches for i in indices]
     return replace(
         progress,
         step=progress.step + 1,
         pairs=progress.pairs + len(examples),
-        tokens=progress.tokens + tokens,
+        tokens=progress.tokens + sum(map(state.stage.tokens, examples)),
         seconds=progress.seconds + seconds,
     )
 
@@ -126,8 +134,8 @@ def _compare(progress: Progress, loss: float) -> Progress:
     return replace(progress, waited=progress.waited + 1)
 
 
-def _patience_over(job: TrainState, progress: Progress) -> bool:
-    patience = job.config.train.patience
+def _patience_over(state: TrainState, progress: Progress) -> bool:
+    patience = state.config.train.patience
     return patience is not None and progress.waited >= patience
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mlxdpo.losses import Loss
+
 
 class Scored(NamedTuple):
     """Pairs that were computed: each field (B,), float64. Log-probs in nats, lengths in tokens.
@@ -28,9 +30,9 @@ class Scored(NamedTuple):
     desirable: np.ndarray | None = None
 
 
-def join(parts: Iterable[Scored]) -> Scored:
+def concatenate_scored(parts: Iterable[Scored | None]) -> Scored:
     """All pairs of several batches."""
-    columns = zip(*parts, strict=True)
+    columns = zip(*parts, strict=True)  # type: ignore[arg-type]
     return Scored(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]
 
 
@@ -43,6 +45,43 @@ def accuracy(scored: Scored) -> float:
 def token_means(scored: Scored) -> Scored:
     """Log-probs per token instead of summed ones: the rewards of objectives that compare those without a reference."""
     return scored._replace(chosen=scored.chosen / scored.chosen_len, rejected=scored.rejected / scored.rejected_len)
+
+
+def preference_metrics(scored: Scored, loss: Loss, beta: float) -> dict[str, float]:
+    """TRL's metrics of pairs, or of unpaired rows where the loss reads those, and what its objectives report."""
+    if loss.paired:
+        means = loss.per_token and "reference" not in loss.needs
+        found = pair_metrics(token_means(scored) if means else scored, beta)
+        found |= {f"logps/{side}": float(getattr(scored, side).mean()) for side in ("chosen", "rejected")}
+    else:
+        found = unpaired_metrics(scored, beta)
+    return found | reported(scored, loss)
+
+
+def imitation_metrics(scored: Scored, loss: Loss, beta: float) -> dict[str, float]:
+    """Metrics of imitated completions (stage sft): of a pair only one side is there, so nothing is compared."""
+    found = {"loss": float(scored.losses.mean()), "logps/chosen": float(scored.chosen.mean())}
+    return found | reported(scored, loss)
+
+
+def reward_metrics(scored: Scored, loss: Loss, beta: float) -> dict[str, float]:
+    """TRL's metrics of a reward model (RewardTrainer): `chosen` and `rejected` are rewards here."""
+    found = {
+        "loss": float(scored.losses.mean()),
+        "margin": float((scored.chosen - scored.rejected).mean()),
+        "accuracy": accuracy(scored),
+    }
+    return found | reported(scored, loss)
+
+
+def reported(scored: Scored, loss: Loss) -> dict[str, float]:
+    """What the objectives of a loss report besides rewards and log-probs."""
+    return {
+        name: value
+        for term in loss.terms
+        if term.objective.reports
+        for name, value in term.objective.reports(scored).items()
+    }
 
 
 def pair_metrics(scored: Scored, beta: float) -> dict[str, float]:
@@ -64,7 +103,7 @@ def pair_metrics(scored: Scored, beta: float) -> dict[str, float]:
     }
 
 
-def thumb_metrics(scored: Scored, beta: float) -> dict[str, float]:
+def unpaired_metrics(scored: Scored, beta: float) -> dict[str, float]:
     """TRL's metrics of unpaired rows (KTOTrainer): chosen are the thumbs up, rejected the thumbs down.
 
     `rewards/accuracies` is the share of (up, down) couples of which the thumb up has the larger reward, a tie 1/2: what

@@ -1,4 +1,4 @@
-"""What a plan of batches amounts to before anything is computed: shapes, steps, distinct rows, padding.
+"""The plan of a run, made once: which pairs each step takes, in which shapes, and what that amounts to.
 
 Everything comes from the lengths and row numbers of the encoded pairs; no token is touched, so a million pairs take
 seconds.
@@ -8,28 +8,72 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import mlx.core as mx
 import numpy as np
 
 from mlxdpo.config import Config, OptimConfig
-from mlxdpo.data.batch_shapes import BatchShape, batch_size_of, choose_shape
+from mlxdpo.data.batch_shapes import BatchShape, batch_shapes_for, batch_size_of, choose_shape
 from mlxdpo.data.batching import cut_by_prompts
 from mlxdpo.data.examples import Examples
 from mlxdpo.data.planning import (
     Epoch,
     Indices,
     Outline,
-    first_epoch,
     outline,
     plan_epoch,
     plan_straight,
     steps_per_epoch,
 )
 from mlxdpo.forward.packed import packing_is_worth_it
-from mlxdpo.training.checkpoint import Progress
+from mlxdpo.types import Example
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Which pairs every step of a run takes, made once from lengths, row numbers and settings (`make_plan`).
+
+    steps, steps_per_epoch   optimizer steps of the run, and of one pass over its pairs
+    training                 batches of the first pass, or of as much of it as the run takes
+    heldout                  batches of a held-out evaluation
+    shapes, heldout_shapes   shapes that batches are filled to; none where nothing is compiled
+    epoch                    epoch number -> the windows of optimizer steps it is cut into
+    """
+
+    steps: int
+    steps_per_epoch: int
+    training: list[Indices]
+    heldout: list[Indices]
+    shapes: tuple[BatchShape, ...]
+    heldout_shapes: tuple[BatchShape, ...]
+    epoch: Callable[[int], Epoch]
+
+    def batches(self, step: int) -> tuple[Indices, ...]:
+        """The batches of optimizer step `step` (from 0)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return self.epoch(epoch).windows[position]
+
+
+def make_plan(config: Config, training: Sequence[Example], heldout: Sequence[Example]) -> TrainPlan:
+    """The plan of a run: a pure function of settings, lengths and row numbers, so a resume needs no state of it."""
+    train, group = config.train, config.data.group
+    examples, others = Examples.of(training), Examples.of(heldout)
+    pairs, size, windows = outline(examples, group), train.batch_size, train.gradient_accumulation
+    epoch = functools.lru_cache(2)(functools.partial(plan_epoch, pairs, size, windows, train.seed))
+    steps = total_steps(config, pairs)
+    first = [batch for window in epoch(0).windows[:steps] for batch in window]
+    straight = plan_straight(outline(others, group), size)
+    return TrainPlan(
+        steps=steps,
+        steps_per_epoch=steps_per_epoch(pairs, size, windows),
+        training=first,
+        heldout=straight,
+        shapes=batch_shapes_for(examples, first, size),
+        heldout_shapes=batch_shapes_for(others, straight, size),
+        epoch=epoch,
+    )
 
 
 class PlannedBatch(NamedTuple):
@@ -61,38 +105,26 @@ class PlanSummary(NamedTuple):
     longest: int
 
 
-def planned_batch(examples: Examples, indices: Indices, packs: bool, frames: Sequence[BatchShape] = ()) -> PlannedBatch:
+def planned_batch(examples: Examples, indices: Indices, packs: bool, shapes: Sequence[BatchShape] = ()) -> PlannedBatch:
     """The shape that `data.batching.collate` gives these pairs; `packs` says whether the model can run them packed."""
     need = batch_size_of(examples, indices)
-    frame = choose_shape(need, frames, len(indices))
-    packed = packs and packing_is_worth_it((frame.prompts, frame.shared), (frame.rows, frame.width), frame.rest)
+    shape = choose_shape(need, shapes, len(indices))
+    packed = packs and packing_is_worth_it((shape.prompts, shape.shared), (shape.rows, shape.width), shape.rest)
     index = np.array(indices)
     numbers = (examples.prompt_numbers[index], examples.row_numbers[index], examples.lengths[index])
     parts = len(cut_by_prompts(*numbers))
     layout = BatchLayout(
-        frame.prompts, frame.shared, frame.rows, frame.width, frame.rest, frame.scored, packed, parts=parts
+        shape.prompts, shape.shared, shape.rows, shape.width, shape.rest, shape.scored, packed, parts=parts
     )
     return PlannedBatch(layout, len(indices), need.rows, need.distinct)
 
 
 def planned_batches(
-    examples: Examples, batches: Sequence[Indices], packs: bool, plain: bool, frames: Sequence[BatchShape] = ()
+    examples: Examples, batches: Sequence[Indices], packs: bool, plain: bool, shapes: Sequence[BatchShape] = ()
 ) -> list[PlannedBatch]:
     """`planned_batch` of each batch; `plain` for a model whose parts are not known."""
-    found = [planned_batch(examples, indices, packs, frames) for indices in batches]
+    found = [planned_batch(examples, indices, packs, shapes) for indices in batches]
     return [one._replace(layout=one.layout._replace(plain=True)) for one in found] if plain else found
-
-
-def training_batches(config: Config, examples: Examples) -> list[Indices]:
-    """The batches of the first pass, or of as much of it as the run takes: a short run needs no more."""
-    pairs, train = outline(examples, config.data.group), config.train
-    plan = first_epoch(examples, config.data.group, train.batch_size, train.gradient_accumulation, train.seed)
-    return [batch for window in plan.windows[: total_steps(config, pairs)] for batch in window]
-
-
-def heldout_batches(config: Config, examples: Examples) -> list[Indices]:
-    """The batches of a held-out evaluation."""
-    return plan_straight(outline(examples, config.data.group), config.train.batch_size)
 
 
 def plan_sentence(outlook: PlanSummary) -> str:
@@ -104,11 +136,11 @@ def plan_sentence(outlook: PlanSummary) -> str:
     )
 
 
-def summarize_plan(config: Config, examples: Examples, found: Sequence[PlannedBatch]) -> PlanSummary:
-    """The numbers of a plan whose batches were `drawn`."""
+def summarize_plan(plan: TrainPlan, examples: Examples, found: Sequence[PlannedBatch]) -> PlanSummary:
+    """The numbers of a plan, from what its batches come to (`planned_batches`)."""
     tokens, computed = sum(one.tokens for one in found), sum(one.layout.tokens for one in found)
     return PlanSummary(
-        steps=total_steps(config, outline(examples, config.data.group)),
+        steps=plan.steps,
         pairs=sum(one.pairs for one in found),
         rows=sum(one.rows for one in found),
         tokens=tokens,
@@ -133,34 +165,6 @@ def learning_rate(optim: OptimConfig, step: int, total: int) -> float:
     share = (step - warmup) / max(1, total - warmup)
     course = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
     return optim.lr * course[optim.schedule]
-
-
-class Plan:
-    """Which pairs step N takes, and how far along it is. A pure function of outline and configuration."""
-
-    def __init__(self, config: Config, pairs: Outline):
-        self.config, self.pairs, self.total = config, pairs, total_steps(config, pairs)
-        self.per_epoch = steps_per_epoch(pairs, config.train.batch_size, config.train.gradient_accumulation)
-        self.epoch = functools.lru_cache(1)(self._epoch)
-
-    def _epoch(self, epoch: int) -> Epoch:
-        train = self.config.train
-        return plan_epoch(self.pairs, train.batch_size, train.gradient_accumulation, train.seed, epoch)
-
-    def window(self, step: int) -> tuple[Indices, ...]:
-        """The batches of optimizer step `step` (from 0)."""
-        epoch, position = divmod(step, self.per_epoch)
-        return self.epoch(epoch).windows[position]
-
-    def pace(self, progress: Progress) -> dict[str, float]:
-        """Epoch, tokens, tokens per second, peak memory (GB) and seconds left."""
-        return {
-            "epoch": progress.step / self.per_epoch,
-            "num_tokens": progress.tokens,
-            "tokens_per_second": progress.tokens / progress.seconds,
-            "peak_memory_gb": mx.get_peak_memory() / 1e9,
-            "seconds_left": progress.seconds / progress.step * (self.total - progress.step),
-        }
 
 
 class BatchLayout(NamedTuple):

@@ -7,10 +7,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxdpo.config import Config
-from mlxdpo.data.batch_shapes import SAMPLE, batch_shapes_for
+from mlxdpo.data.batch_shapes import SAMPLE
+from mlxdpo.data.batching import collate
 from mlxdpo.data.dataset import Dataset
-from mlxdpo.data.examples import Examples
-from mlxdpo.data.planning import first_epoch
 from mlxdpo.forward.architectures import model_parts
 from mlxdpo.forward.logprobs import (
     CHECKED,
@@ -26,8 +25,9 @@ from mlxdpo.forward.packed import can_pack
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import adapters_off, dropout_off
 from mlxdpo.model.policy import Policy
-from mlxdpo.training.plan import PlanSummary, planned_batches, summarize_plan, training_batches
-from mlxdpo.training.window import ReferencedPairs, TrainState, first_pairs
+from mlxdpo.training.distributed import first_pairs
+from mlxdpo.training.plan import PlanSummary, TrainPlan, planned_batches, summarize_plan
+from mlxdpo.training.step import TrainState
 from mlxdpo.types import Batch, Pairs, UserError
 
 
@@ -60,23 +60,21 @@ def check_window(policy: Policy, longest: int) -> None:
         )
 
 
-def choose_forward(model: nn.Module, data: Dataset, config: Config) -> tuple[ForwardFns, str]:
+def choose_forward(model: nn.Module, data: Dataset, plan: TrainPlan, config: Config) -> tuple[ForwardFns, str]:
     """How to run the model, and why not the fast way: it is asked to give the plain way's log-probs on real rows.
 
-    Raises `UserError` when the recipe wants checkpointing and only the plain way is left.
+    Raises `UserError` when the recipe wants gradient checkpointing and only the plain way is left.
     """
-    ways, name = forward_fns(model, config.train.gradient_checkpointing), type(model).__module__.rsplit(".", 1)[-1]
+    fns, name = forward_fns(model, config.train.gradient_checkpointing), type(model).__module__.rsplit(".", 1)[-1]
     note = f"{name}: no fast way is known for this architecture, so full rows and full logits are computed"
-    if ways is not PLAIN_FORWARD:
+    if fns is not PLAIN_FORWARD:
         with dropout_off(model):
-            batch = _first_batch(
-                ReferencedPairs(data.train, np.zeros((len(data.train), 2), np.float32)), config, CHECKED
-            )
-            fast = ways.score(model, batch)
+            batch = collate(data.train, plan.training[0][:CHECKED], CHECKED)
+            fast = fns.score(model, batch)
             mx.eval(fast)  # one after the other: full logits of full rows would be the peak of a small run
             gap = mx.abs(fast - plain_forward(model, batch)).max().item()
         if gap <= logp_tolerance(model):
-            return ways, ""
+            return fns, ""
         note = f"{name}: the fast way is {gap:.3g} nats off here, so full rows and full logits are computed"
     if config.train.gradient_checkpointing:
         raise UserError(
@@ -85,76 +83,71 @@ def choose_forward(model: nn.Module, data: Dataset, config: Config) -> tuple[For
     return PLAIN_FORWARD, note
 
 
-def preview_plan(model: nn.Module, data: Dataset, config: Config, ways: ForwardFns) -> PlanSummary:
+def preview_plan(model: nn.Module, data: Dataset, plan: TrainPlan, forward: ForwardFns) -> PlanSummary:
     """What the first pass amounts to; of a long one, its first `SAMPLE` batches."""
-    batches = training_batches(config, data.train)[:SAMPLE]
-    frames, trunk = batch_shapes_for(data.train, batches, config.train.batch_size), model_parts(model)
-    packed = ways is not PLAIN_FORWARD and trunk is not None and can_pack(trunk)
-    return summarize_plan(
-        config, data.train, planned_batches(data.train, batches, packed, ways is PLAIN_FORWARD, frames)
-    )
+    plain, parts = forward is PLAIN_FORWARD, model_parts(model)
+    packs = not plain and parts is not None and can_pack(parts)
+    found = planned_batches(data.train, plan.training[:SAMPLE], packs, plain, plan.shapes)
+    return summarize_plan(plan, data.train, found)
 
 
-def _first_batch(part: ReferencedPairs, config: Config, most: int | None = None) -> Batch:
-    """The first batch of a run, or `most` pairs of it: a short run's reference holds only the pairs it visits."""
-    train = config.train
-    examples, group = Examples.of(part.examples), config.data.group
-    plan = first_epoch(examples, group, train.batch_size, train.gradient_accumulation, train.seed)
-    return part.batch(plan.windows[0][0][:most], most or train.batch_size)
+def _first_batch(state: TrainState) -> Batch:
+    """The first batch of a run."""
+    return state.train.batch(state.plan.training[0], state.config.train.batch_size)
 
 
-def check_start(job: TrainState) -> None:
+def check_start(state: TrainState) -> None:
     """Before the first step policy and reference agree, so the objective has a known value (sigmoid: ln 2).
 
     Raises `UserError` naming the cause when it has not. Dropout is off here: it may differ by design. Where no
     reference is asked there is nothing to agree with, but a reward model's rewards are all 0.
     """
-    if "reference" not in job.loss.needs:
-        _check_alone(job)
+    if "reference" not in state.loss.needs:
+        _check_alone(state)
         return
-    batch, wanted = _first_batch(job.train, job.config), job.loss.start()
+    batch, wanted = _first_batch(state), state.loss.start()
     count = int(batch.weight.sum().item())
-    with dropout_off(job.model):
-        pairs = first_pairs(score_pairs(job.model, batch, job.ways.score), count)
-        if _gap(pairs) <= logp_tolerance(job.model):
-            _check_value(job, pairs, wanted)
+    with dropout_off(state.model):
+        pairs = first_pairs(score_pairs(state.model, batch, state.forward.score), count)
+        if _gap(pairs) <= logp_tolerance(state.model):
+            _check_value(state, pairs, wanted)
             return
-        cause = _cause(job, batch)
+        cause = _cause(state, batch)
     instead = "" if wanted is None else f" instead of {wanted:.6f}"
     raise UserError(
-        f"before the first step the loss is {_value(job, pairs):.6f}{instead} "
+        f"before the first step the loss is {_value(state, pairs):.6f}{instead} "
         f"and a log-prob is {_gap(pairs):.4f} nats from its reference: {cause}"
     )
 
 
-def _check_alone(job: TrainState) -> None:
+def _check_alone(state: TrainState) -> None:
     """A loss that asks no reference and still has a known first value."""
-    if (wanted := job.loss.start()) is None:
+    if (wanted := state.loss.start()) is None:
         return
-    batch = _first_batch(job.train, job.config)
-    with dropout_off(job.model):
-        pairs = first_pairs(score_pairs(job.model, batch, job.ways.score), int(batch.weight.sum().item()))
-    if abs((value := _value(job, pairs)) - wanted) > 1e-4 * max(1.0, wanted):
+    batch = _first_batch(state)
+    with dropout_off(state.model):
+        pairs = first_pairs(score_pairs(state.model, batch, state.forward.score), int(batch.weight.sum().item()))
+    if abs((value := _value(state, pairs)) - wanted) > 1e-4 * max(1.0, wanted):
         raise UserError(
             f"before the first step the loss is {value:.6f} instead of {wanted:.6f}: the head does not start at zero; "
             f"please report this with the recipe"
         )
 
 
-def _check_value(job: TrainState, pairs: Pairs, wanted: float | None) -> None:
+def _check_value(state: TrainState, pairs: Pairs, wanted: float | None) -> None:
     """The loss of a policy that is its reference, to the bit: rounding in 16 bits is not asked about here."""
     ref = {"chosen": pairs.ref_chosen, "rejected": pairs.ref_rejected, "shared": pairs.ref_shared}
-    value = _value(job, pairs._replace(**ref))
+    value = _value(state, pairs._replace(**ref))
     if wanted is not None and abs(value - wanted) > 1e-4 * max(1.0, abs(wanted)):
         raise UserError(
             f"where policy and reference agree the loss is {value:.6f} instead of {wanted:.6f}: "
-            f"{job.config.loss.name} is computed wrongly here; please report this with the recipe"
+            f"{state.config.loss.name} is computed wrongly here; please report this with the recipe"
         )
 
 
-def _value(job: TrainState, pairs: Pairs) -> float:
+def _value(state: TrainState, pairs: Pairs) -> float:
     """Mean loss, before weights of pairs."""
-    losses = job.loss(pairs._replace(weight=mx.ones_like(pairs.chosen)))
+    losses = state.loss(pairs._replace(weight=mx.ones_like(pairs.chosen)))
     return float(losses.mean())
 
 
@@ -171,12 +164,12 @@ def _gap(pairs: Pairs) -> float:
     return float(np.nan_to_num(gaps, nan=np.inf, posinf=np.inf).max())
 
 
-def _cause(job: TrainState, batch: Batch) -> str:
+def _cause(state: TrainState, batch: Batch) -> str:
     if not np.isfinite(np.array(batch.ref)).all():
         return "the reference's log-probs are not finite numbers; look at the weights, or set model.dtype float32"
-    if job.config.model.adapter is None and job.config.lora.method != "full":
-        with adapters_off(job.model):
-            bare = _gap(score_pairs(job.model, batch, job.ways.score))
-        if bare <= logp_tolerance(job.model):
+    if state.config.model.adapter is None and state.config.lora.method != "full":
+        with adapters_off(state.model):
+            bare = _gap(score_pairs(state.model, batch, state.forward.score))
+        if bare <= logp_tolerance(state.model):
             return "the fresh adapter is not zero"
     return "the reference was scored with other weights than training starts from; score it again with an empty cache"

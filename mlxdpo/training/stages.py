@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,10 +30,10 @@ from mlxdpo.losses import Loss, resolve
 from mlxdpo.losses.reward import reward_loss
 from mlxdpo.model.reward_head import attach_head, detach_head, save_head
 from mlxdpo.runs import Run
+from mlxdpo.training.metrics import Scored, imitation_metrics, preference_metrics, reward_metrics
 from mlxdpo.types import Example, UserError
 
 IN_ROUNDS = ("collect", "rounds")  # what only `mlxdpo iterate` reads
-Values = Mapping[str, Any]
 Shown = tuple[Example, tuple[str, ...]]
 
 
@@ -42,10 +42,11 @@ class Stage(NamedTuple):
 
     idle       settings of the recipe that mean nothing in it: sections, or single knobs by their dotted names
     loss       what a step minimises
-    take       the rows it trains on, and how they are laid out
-    ways       how rows are run, given how log-probs are computed
+    transform  the rows it trains on, and how they are laid out
+    forward    how rows are run, given how log-probs are computed
     attach     gives the model what it needs besides its adapter
-    report     its own names for what the loop says of a step or an evaluation
+    metrics    numbers of the pairs of a step or an evaluation, given the loss and `loss.beta`
+    tokens     tokens that a row counts for in `num_tokens`
     keep       puts what was attached into the run directory and takes it off the model
     shown      an example for a reader, and what its completions are called
     remark     what a user should know of the data before they are trained on; "" for nothing
@@ -53,10 +54,11 @@ class Stage(NamedTuple):
 
     idle: tuple[str, ...]
     loss: Callable[[Config], Loss]
-    take: Callable[[Config, Loss], Transform]
-    ways: Callable[[ForwardFns, Config], ForwardFns]
+    transform: Callable[[Config, Loss], Transform]
+    forward: Callable[[ForwardFns, Config], ForwardFns]
     attach: Callable[[nn.Module], Any]
-    report: Callable[[Values, Config], dict[str, Any]]
+    metrics: Callable[[Scored, Loss, float], dict[str, float]]
+    tokens: Callable[[Example], int]
     keep: Callable[[nn.Module, Run], None]
     shown: Callable[[Example, Loss], Shown]
     remark: Callable[[Dataset, Config, Loss], str]
@@ -88,25 +90,14 @@ def _preferences(config: Config, loss: Loss) -> Transform:
     return thumbs_with_kl(config.train.seed) if loss.mismatched else THUMBS
 
 
-def _sft_report(values: Values, config: Config) -> dict[str, Any]:
-    """Without what compares two completions: there is one. The loop counts it twice, as the halves of a pair."""
-    counted = {name: values[name] / 2 for name in ("num_tokens", "tokens_per_second") if name in values}
-    kept = {name: value for name, value in values.items() if "rewards/" not in name and "rejected" not in name}
-    return {**kept, **counted}
+def _tokens_of_pair(example: Example) -> int:
+    """Prompt and completion of both rows."""
+    return 2 * len(example.prompt) + len(example.chosen) + len(example.rejected)
 
 
-def _reward_report(values: Values, config: Config) -> dict[str, Any]:
-    """TRL's names (RewardTrainer). The loop speaks of rewards as beta times what it was given."""
-    beta, result = config.loss.beta, {}
-    for name, value in values.items():
-        prefix, bare = ("eval_", name[5:]) if name.startswith("eval_") else ("", name)
-        if bare == "rewards/accuracies":
-            result[f"{prefix}accuracy"] = value
-        elif bare == "rewards/margins":
-            result[f"{prefix}margin"] = value / beta
-        elif not bare.startswith(("rewards/", "logps/")):
-            result[name] = value
-    return result
+def _tokens_of_completion(example: Example) -> int:
+    """Prompt and the one completion, which the example holds twice."""
+    return len(example.prompt) + len(example.chosen)
 
 
 def _keep_head(model: nn.Module, run: Run) -> None:
@@ -138,10 +129,11 @@ STAGES: dict[str, Stage] = {
     "dpo": Stage(
         idle=("reward", "rollout", *IN_ROUNDS),
         loss=lambda config: resolve(config.loss, config.data.columns),
-        take=_preferences,
-        ways=lambda ways, config: ways,
+        transform=_preferences,
+        forward=lambda forward, config: forward,
         attach=_nothing,
-        report=lambda values, config: dict(values),
+        metrics=preference_metrics,
+        tokens=_tokens_of_pair,
         keep=_nothing,
         shown=_as_laid_out,
         remark=_thumbs,
@@ -149,10 +141,11 @@ STAGES: dict[str, Stage] = {
     "sft": Stage(
         idle=("loss", "reference", "reward", "rollout", *IN_ROUNDS),
         loss=lambda config: resolve(LossConfig(name="sft"), config.data.columns),
-        take=lambda config, loss: DEMONSTRATIONS,
-        ways=lambda ways, config: ways,
+        transform=lambda config, loss: DEMONSTRATIONS,
+        forward=lambda forward, config: forward,
         attach=_nothing,
-        report=_sft_report,
+        metrics=imitation_metrics,
+        tokens=_tokens_of_completion,
         keep=_nothing,
         shown=lambda example, loss: (example, ("completion",)),
         remark=lambda data, config, loss: "",
@@ -160,10 +153,11 @@ STAGES: dict[str, Stage] = {
     "reward": Stage(
         idle=("loss", "reference", "rollout", *IN_ROUNDS),
         loss=lambda config: reward_loss(config.reward.margin, config.reward.center, config.data.columns),
-        take=lambda config, loss: REWARDED,
-        ways=lambda ways, config: reward_fns(ways is not PLAIN_FORWARD, config.train.gradient_checkpointing),
+        transform=lambda config, loss: REWARDED,
+        forward=lambda forward, config: reward_fns(forward is not PLAIN_FORWARD, config.train.gradient_checkpointing),
         attach=attach_head,
-        report=_reward_report,
+        metrics=reward_metrics,
+        tokens=_tokens_of_pair,
         keep=_keep_head,
         shown=_without_end,
         remark=lambda data, config, loss: "",

@@ -24,8 +24,7 @@ from mlxdpo.inference.generate import generate
 from mlxdpo.inference.trained_run import at_checkpoints, open_trained_run
 from mlxdpo.model.adapters import adapters_off, attach_lora, load_run
 from mlxdpo.runs import Run
-from mlxdpo.training.step import make_optimizer, make_update
-from mlxdpo.training.window import NonFiniteError
+from mlxdpo.training.step import NonFiniteError, make_optimizer, make_update
 from mlxdpo.types import UserError
 
 PROMPTS, COMPLETIONS = [[5, 6, 7], [8, 9], [5, 6, 7, 8, 9]], [[10, 11], [12, 13, 14, 2], [15]]

@@ -23,8 +23,9 @@ from mlxdpo.distributed.group import ALONE, deal, recut
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
+from mlxdpo.training.distributed import concatenate_pairs, gather_pairs, gather_table, split_table
 from mlxdpo.training.metrics import Scored
-from mlxdpo.training.window import NonFiniteError, check_finite, concatenate_pairs, gather_table, gathered, taken
+from mlxdpo.training.step import NonFiniteError, check_finite
 from mlxdpo.types import Example, Pairs, UserError
 
 SIZES = [1, 2, 3, 8]
@@ -117,7 +118,7 @@ def test_pairs_come_together_in_the_order_of_the_plan_to_the_bit(size, shared):
 
     def work(peers):
         mine = peers.mine([float(c) for c in counts])
-        found = gathered(peers, [p if own else None for p, own in zip(parts, mine, strict=True)], counts)
+        found = gather_pairs(peers, [p if own else None for p, own in zip(parts, mine, strict=True)], counts)
         return Pairs(*(None if a is None else np.array(a) for a in found))
 
     for found in simulated(size, work):
@@ -130,10 +131,10 @@ def test_pairs_come_together_in_the_order_of_the_plan_to_the_bit(size, shared):
 def test_a_batch_that_two_computed_or_none_is_noticed():
     parts = [numbers(2, 0, False), numbers(1, 1, False)]
     once = gather_table(Pairs, parts, [2, 1])
-    assert np.array_equal(taken(mx.array(once))[0], np.concatenate([np.array(p.chosen) for p in parts]))
+    assert np.array_equal(split_table(mx.array(once))[0], np.concatenate([np.array(p.chosen) for p in parts]))
     for wrong in (gather_table(Pairs, [parts[0], None], [2, 1]), once + gather_table(Pairs, [parts[0], None], [2, 1])):
         with pytest.raises(RuntimeError, match="computed by two processes or by none"):
-            taken(mx.array(wrong))
+            split_table(mx.array(wrong))
 
 
 def test_a_pair_that_is_not_finite_in_another_process_is_named_in_all():
@@ -144,7 +145,7 @@ def test_a_pair_that_is_not_finite_in_another_process_is_named_in_all():
 
     def work(peers):
         own = [Scored(*good), None] if peers.first else [None, Scored(*bad)]
-        summed = taken(peers.sum(mx.array(gather_table(Scored, own, [2, 2]))))
+        summed = split_table(peers.sum(mx.array(gather_table(Scored, own, [2, 2]))))
         with pytest.raises(NonFiniteError, match=r"at pairs\.jsonl:2; the weights"):
             check_finite(part, batches, Scored(*summed))
         return True
@@ -254,7 +255,7 @@ from mlxdpo.train import train
 with joined() as peers:
     for file in {files!r}:
         os.environ["MLXDPO_CACHE"] = file + ".cache"
-        for event in train(load_config(Path(file)), peers=peers):
+        for event in train(load_config(Path(file)), group=peers):
             pass
 """
 

@@ -260,7 +260,9 @@ CHANGES = st.fixed_dictionaries(
         "optim": st.fixed_dictionaries(
             {}, optional={"betas": st.just((0.8, 0.95)), "lr": st.sampled_from([5e-6, 1e-4])}
         ),
-        "train": st.fixed_dictionaries({}, optional={"steps": st.integers(1, 9), "gradient_checkpointing": st.booleans()}),
+        "train": st.fixed_dictionaries(
+            {}, optional={"steps": st.integers(1, 9), "gradient_checkpointing": st.booleans()}
+        ),
         "log": st.fixed_dictionaries({}, optional={"trackers": st.just(["wandb", "trackio"])}),
     },
 )  # fmt: skip

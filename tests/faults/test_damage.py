@@ -15,7 +15,7 @@ from tiny_runs import adapter_bytes, finish, recipe
 
 from mlxdpo.cli import run as cli
 from mlxdpo.data.dataset import _open_dataset
-from mlxdpo.data.planning import first_epoch
+from mlxdpo.data.planning import outline, plan_epoch
 from mlxdpo.io.checksum import seal_of
 from mlxdpo.model.adapters import load_adapter, load_run, read_settings
 from mlxdpo.model.policy import load_policy
@@ -23,8 +23,7 @@ from mlxdpo.model.reward_head import load_head
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
 from mlxdpo.training.reference import read_table, row_digest, write_table
-from mlxdpo.training.step import make_optimizer
-from mlxdpo.training.window import NonFiniteError
+from mlxdpo.training.step import NonFiniteError, make_optimizer
 from mlxdpo.types import UserError
 
 story = importlib.import_module("mlxdpo.training.run")
@@ -185,7 +184,7 @@ def test_a_planted_log_prob_stops_the_run_at_its_pair(tmp_path, cache, value):
     (file,) = (cache / "reference").glob("*.safetensors")
     config = recipe(tmp_path, train={"save_every": 1})
     data = next(story.train(config.model_copy(update={"out": str(tmp_path / "look")}))).values["data"].train
-    window = first_epoch(data, "prompt", 2, 2, config.train.seed).windows[2]
+    window = plan_epoch(outline(data, "prompt"), 2, 2, config.train.seed, 0).windows[2]
     pair = window[0][0]
     key = row_digest(data[pair].prompt, data[pair].chosen)
     write_table(file, read_table(file) | {key: value}, {})

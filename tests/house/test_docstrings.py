@@ -42,7 +42,7 @@ def comments(path):
 
 
 def names_in(tree):
-    """Every identifier of a syntax tree: definitions, parameters, fields, names of libraries in use, columns and keys."""
+    """Every identifier of a syntax tree: definitions, parameters, fields, names of libraries, columns and keys."""
     texts, found = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}, set()
     for node in ast.walk(tree):
         for field in ("name", "id", "attr", "arg", "asname"):

@@ -33,10 +33,11 @@ from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
 from mlxdpo.training.checkpoint import Progress
 from mlxdpo.training.loop import run_loop
+from mlxdpo.training.plan import make_plan
 from mlxdpo.training.preflight import with_details
 from mlxdpo.training.reference import shared_rows, with_reference
-from mlxdpo.training.step import make_optimizer, make_scorer
-from mlxdpo.training.window import ReferencedPairs, TrainState
+from mlxdpo.training.stages import stage_of
+from mlxdpo.training.step import ReferencedPairs, TrainState, make_optimizer, make_scorer
 from mlxdpo.types import Preference
 
 # transformers warns about a name that TRL still uses.
@@ -104,8 +105,9 @@ def run_ours(config, examples, checkpoints):
     attach_lora(policy.model, config.lora, seed=1)
     fresh = {n: np.array(a) for n, a in tree_flatten(policy.model.trainable_parameters()) if ".lora_" in n}
     parts = ReferencedPairs(examples, ref), ReferencedPairs([], np.zeros((0, 2), np.float32))
-    job = TrainState(config, policy.model, make_optimizer(config.optim), loss, *parts, checkpoints, ways)
-    events = run_loop(job, Progress(), lambda: False)
+    made = make_optimizer(config.optim), loss, make_plan(config, examples, [])
+    state = TrainState(config, stage_of(config), policy.model, *made, *parts, checkpoints, ways)
+    events = run_loop(state, Progress(), lambda: False)
     return [event.values for event in events if event.kind == "step"], fresh
 
 

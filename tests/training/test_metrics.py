@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mlxdpo.training.metrics import Scored, accuracy, join, pair_metrics
+from mlxdpo.training.metrics import Scored, accuracy, concatenate_scored, pair_metrics
 
 
 def scored(*rows):
@@ -32,4 +32,4 @@ def test_a_tie_is_one_half():
 
 def test_averages_are_over_pairs_and_not_over_batches():
     parts = [scored((-1, -2, -1, -1)), scored(*[(-2, -1, -1, -1)] * 3)]
-    assert pair_metrics(join(parts), 1.0)["rewards/accuracies"] == 0.25
+    assert pair_metrics(concatenate_scored(parts), 1.0)["rewards/accuracies"] == 0.25

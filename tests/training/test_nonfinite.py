@@ -10,11 +10,11 @@ from mlx.utils import tree_flatten, tree_map
 from tiny_runs import adapter_bytes, finish, recipe
 from tiny_tokenizers import chatml_tokenizer
 
-from mlxdpo.data.planning import first_epoch
+from mlxdpo.data.planning import outline, plan_epoch
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint, preflight, step
-from mlxdpo.training.window import NonFiniteError
+from mlxdpo.training.step import NonFiniteError
 from mlxdpo.types import UserError
 
 story = importlib.import_module("mlxdpo.training.run")
@@ -48,7 +48,7 @@ def poisoned_step(config):
     """The step (from 0) whose window holds the poisoned pair, and whether it opens the run's first batch."""
     events = story.train(config.model_copy(update={"out": f"{config.out}-look"}))
     data = next(events).values["data"]
-    plan = first_epoch(data.train, "prompt", 2, 2, config.train.seed)
+    plan = plan_epoch(outline(data.train, "prompt"), 2, 2, config.train.seed, 0)
     index = next(i for i, e in enumerate(data.train) if e.where.endswith(f":{LINE}"))
     return next(n for n, window in enumerate(plan.windows) if any(index in batch for batch in window))
 
@@ -106,7 +106,7 @@ def _seeded(config, seed):
 
 def _first(config):
     data = next(story.train(config.model_copy(update={"out": f"{config.out}-peek"}))).values["data"]
-    batch = first_epoch(data.train, "prompt", 2, 2, config.train.seed).windows[0][0]
+    batch = plan_epoch(outline(data.train, "prompt"), 2, 2, config.train.seed, 0).windows[0][0]
     return any(data.train[i].where.endswith(f":{LINE}") for i in batch)
 
 
@@ -126,7 +126,7 @@ def test_a_gradient_that_is_not_finite_names_the_windows_pairs(tmp_path, monkeyp
 
         return damaged
 
-    monkeypatch.setattr("mlxdpo.training.window.make_gradient", broken)
+    monkeypatch.setattr("mlxdpo.training.step.make_gradient", broken)
     config = recipe(tmp_path, train={"save_every": 1})
     with pytest.raises(
         NonFiniteError, match=r"^the gradient is not a finite number at (pairs.jsonl:\d+, ){3}pairs.jsonl:\d+;"

@@ -16,7 +16,7 @@ from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
 from mlxdpo.runs import Run
 from mlxdpo.training.likelihood_warning import LikelihoodWatch
-from mlxdpo.training.metrics import Scored, thumb_metrics
+from mlxdpo.training.metrics import Scored, unpaired_metrics
 from mlxdpo.training.reference_sync import ReferenceSync, swapped_in, trained_arrays
 from mlxdpo.types import UserError
 
@@ -284,7 +284,7 @@ def test_a_run_reports_what_its_objectives_do(tmp_path):
 def test_metrics_of_thumbs():
     """Rewards of ups 1 and 3, of downs 1 and 0: of four couples three are won and one is a tie; kl mean of -1 and 3."""
     column = lambda *values: np.array(values, float)  # noqa: E731
-    found = thumb_metrics(
+    found = unpaired_metrics(
         Scored(
             column(0.1, 0.2, 0.3, 0.4), column(-9, -7, -9, -10), column(-11, -7, -11, -7), column(-10, -10, -10, -10),
             column(-10, -10, -10, -10), column(3, 3, 3, 3), column(3, 3, 3, 3), column(1, 1, 0, 0),

@@ -108,7 +108,7 @@ def test_another_reference_model_trains_and_skips_the_check(tmp_path, monkeypatc
     monkeypatch.setattr(preflight, "check_start", lambda job: pytest.fail("checked against another model's log-probs"))
     seen = {}
     monkeypatch.setattr(story, "run_loop", lambda job, *rest: seen.update(job=job) or iter(()))
-    monkeypatch.setattr(story, "_keep", lambda *rest: None)
+    monkeypatch.setattr(story, "_keep_adapter", lambda *rest: None)
     config = recipe(tmp_path, reference={"model": str(tmp_path / "other")})
     finish(config)
     job, other = seen["job"], story.load_policy(config.model.model_copy(update={"path": str(tmp_path / "other")}))

@@ -221,12 +221,12 @@ def test_a_run_from_an_adapter_resumes_to_the_bit(tmp_path):
 
 def scripted(monkeypatch, held_out):
     """Held-out losses as told, in the order of the evaluations."""
-    left, metrics = iter(held_out), loop.metrics
+    left, metrics = iter(held_out), loop.measures
 
     def told(job, found, prefix=""):
         return metrics(job, found, prefix) | ({"eval_loss": next(left)} if prefix else {})
 
-    monkeypatch.setattr(loop, "metrics", told)
+    monkeypatch.setattr(loop, "measures", told)
 
 
 def names(run):

@@ -16,9 +16,8 @@ from mlxdpo.data.batching import collate
 from mlxdpo.forward.logprobs import score_pairs
 from mlxdpo.losses import LOSSES, resolve
 from mlxdpo.model.adapters import attach_lora
-from mlxdpo.training import loop, step, window
-from mlxdpo.training.step import OPTIMIZERS, TAKES, make_gradient, make_optimizer, make_update
-from mlxdpo.training.window import filled, step_statistics
+from mlxdpo.training import plan, step
+from mlxdpo.training.step import OPTIMIZERS, TAKES, make_gradient, make_optimizer, make_update, step_statistics
 from mlxdpo.types import Example, Extras, UserError
 
 COUNT = 7
@@ -63,9 +62,9 @@ def window_gradient(model, data, size, name="sigmoid"):
     cuts = [tuple(range(at, min(at + size, COUNT))) for at in range(0, COUNT, size)]
     batches = [collate(examples, indices, size, ref) for indices in cuts]
     rows = [[examples[i] for i in indices] for indices in cuts]
-    seen = step_statistics(loss, rows, lambda: batches, step.make_scorer(model))
+    seen = step_statistics(loss, rows, batches, step.make_scorer(model))
     for indices, batch, row in zip(cuts, batches, seen, strict=True):
-        result = gradient(batch, mx.array(1 / COUNT), filled(row, size))
+        result = gradient(batch, mx.array(1 / COUNT), row)
         total = step.add(total, result.gradients)
         losses += result.losses[: len(indices)].tolist()
     return dict(tree_flatten(total)), sum(losses) / COUNT
@@ -149,8 +148,8 @@ def test_filler_changes_neither_gradient_nor_metrics(model, data):
     full, wide = (gradient(collate(examples, (3, 1), size, ref), mx.array(0.5)) for size in (2, 5))
     for (name, a), (_, b) in zip(tree_flatten(full.gradients), tree_flatten(wide.gradients), strict=True):
         assert mx.abs(a - b).max().item() < 1e-4 * mx.abs(a).max().item(), name
-    assert window.scored(wide.losses, wide.pairs, 2).losses == pytest.approx(full.losses.tolist(), rel=1e-5)
-    assert len(window.scored(wide.losses, wide.pairs, 2).chosen) == 2
+    assert step.scored_pairs(wide.losses, wide.pairs, 2).losses == pytest.approx(full.losses.tolist(), rel=1e-5)
+    assert len(step.scored_pairs(wide.losses, wide.pairs, 2).chosen) == 2
 
 
 @needs_compiler
@@ -295,7 +294,7 @@ def test_an_unknown_optimizer_is_refused():
 )
 def test_learning_rates(optim, golden):
     config = OptimConfig(lr=2e-4, **optim)
-    assert [loop.learning_rate(config, n, 8) for n in range(8)] == pytest.approx([2e-4 * g for g in golden], rel=1e-6)
+    assert [plan.learning_rate(config, n, 8) for n in range(8)] == pytest.approx([2e-4 * g for g in golden], rel=1e-6)
 
 
 def test_the_schedule_reaches_the_weights(tmp_path, cache):

@@ -30,10 +30,11 @@ from mlxdpo.machine.openblas import preload_blas
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
 from mlxdpo.training import loop
-from mlxdpo.training import window as jobs
 from mlxdpo.training.checkpoint import Progress
+from mlxdpo.training.plan import make_plan
 from mlxdpo.training.reference import with_reference
-from mlxdpo.training.step import make_optimizer, make_scorer
+from mlxdpo.training.stages import stage_of
+from mlxdpo.training.step import ReferencedPairs, TrainState, make_optimizer, make_scorer
 from mlxdpo.types import Event, Example
 
 NEVER = 10**9
@@ -123,10 +124,10 @@ def run(job: Job, channel: Channel) -> None:
         seconds = time.perf_counter() - started
         attach_lora(policy.model, config.lora)
         policy.model.load_weights(job.adapter, strict=False)
-        parts = jobs.ReferencedPairs(examples, ref), jobs.ReferencedPairs([], np.zeros((0, 2), np.float32))
-        made = make_optimizer(config.optim), resolve(config.loss)
-        prepared = jobs.TrainState(config, policy.model, *made, *parts, Path(job.folder), ways)
-        _step(loop.run_loop(prepared, Progress(), lambda: False), channel, seconds, job.switches)
+        parts = ReferencedPairs(examples, ref), ReferencedPairs([], np.zeros((0, 2), np.float32))
+        made = make_optimizer(config.optim), resolve(config.loss), make_plan(config, examples, [])
+        state = TrainState(config, stage_of(config), policy.model, *made, *parts, Path(job.folder), ways)
+        _step(loop.run_loop(state, Progress(), lambda: False), channel, seconds, job.switches)
 
 
 def _reference(examples: list[Example], scorer: Callable, config: Config, steps: int) -> np.ndarray:
