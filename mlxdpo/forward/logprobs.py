@@ -211,5 +211,6 @@ def score_pairs(model: nn.Module, batch: Batch, forward: Forward | None = None) 
 
 
 def logp_tolerance(model: nn.Module) -> float:
+    """How far two paths' sums of log-probs may be apart for a model of this precision, nats."""
     floating = {a.dtype for _, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)}
     return max(TOLERANCE[dtype] for dtype in floating)
