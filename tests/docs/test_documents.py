@@ -56,6 +56,12 @@ def test_every_page_is_reached_from_the_readme():
     assert {page.resolve() for page in PAGES} <= seen
 
 
+def test_the_map_leads_to_every_page_and_the_readme_names_it_at_the_top():
+    linked = {(ROOT / "docs" / link.partition("#")[0]).resolve() for link in links(ROOT / "docs" / "README.md")}
+    assert {page.resolve() for page in PAGES} - {ROOT / "docs" / "README.md"} <= linked
+    assert "](docs/README.md)" in (ROOT / "README.md").read_text("utf-8").partition("\n## ")[0]
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").split()) < 1900
 
