@@ -67,14 +67,14 @@ def test_the_readme_is_short():
 
 
 def test_decisions_are_dated_newest_last_and_in_the_index():
-    """A new decision: `## YYYY-MM-DD: what was decided` at the end, and a link to it among those of its subject."""
+    """A new decision: `## YYYY-MM-DD: what was decided` at the end, and a line with its date and link at its subject."""
     text = (ROOT / "docs" / "decisions.md").read_text("utf-8")
     index, body = text.split("<!-- /index -->")
     decisions = DECISION.findall(body)
     assert re.findall(r"^(?:#+ |\*\*)\d{4}.*", DECISION.sub("", body), re.MULTILINE) == []
     assert [date for date, _ in decisions] == sorted(date for date, _ in decisions) and len(decisions) > 40
-    wanted = [f"[{title}](#{slug(f'{date}: {title}'.replace('`', ''))})" for date, title in decisions]
-    assert [line for line in wanted if index.count(line) != 1] == []
+    wanted = [f"- {date}: [{title}](#{slug(f'{date}: {title}'.replace('`', ''))})" for date, title in decisions]
+    assert [line for line in wanted if index.splitlines().count(line) != 1] == []
     assert index.count("](#") == len(wanted)
 
 
