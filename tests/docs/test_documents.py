@@ -56,6 +56,15 @@ def test_every_page_is_reached_from_the_readme():
     assert {page.resolve() for page in PAGES} <= seen
 
 
+@each_page
+def test_every_file_that_a_page_names_exists(page):
+    """`losses/pairwise.py` is below mlxdpo/, `tests/docs/test_docs.py` below the root; examples name a new file as such."""
+    text = page.read_text("utf-8")
+    new = set(re.findall(r"`([\w/]+\.py)`, a new file", text))
+    named = set(re.findall(r"`(\w+(?:/\w+)+\.py|(?:mlxdpo|eval|tests|docs|examples|benchmarks)/[\w/.-]+\.\w+)`", text))
+    assert [name for name in named - new if not any((ROOT / top / name).is_file() for top in ("", "mlxdpo"))] == []
+
+
 def test_the_map_leads_to_every_page_and_the_readme_names_it_at_the_top():
     linked = {(ROOT / "docs" / link.partition("#")[0]).resolve() for link in links(ROOT / "docs" / "README.md")}
     assert {page.resolve() for page in PAGES} - {ROOT / "docs" / "README.md"} <= linked
