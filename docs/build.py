@@ -25,13 +25,14 @@ import mlxdpo
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
-    "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "docs/contributing/*.md", "docs/evidence/*.md", "examples/README.md",
+    "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "docs/contributing/*.md", "docs/evidence/*.md",
+    "examples/README.md",
 )  # fmt: skip
 FILES = ("docs/*.png", "docs/*.svg", "docs/evidence/*.svg", "examples/*.yaml")
 ROOMS = {"losses": "mlxdpo.losses", "data": "mlxdpo.data", "model": "mlxdpo.model", "export": "mlxdpo.exporters"}
 GUIDES = (
-    "docs/README", "docs/data", "docs/objectives", "docs/stages", "docs/evaluation", "docs/app", "docs/rounds", "docs/constitution",
-    "docs/export", "docs/frontier", "docs/benchmarks",
+    "docs/README", "docs/data", "docs/objectives", "docs/stages", "docs/evaluation", "docs/app", "docs/rounds",
+    "docs/constitution", "docs/export", "docs/frontier", "docs/benchmarks",
 )  # fmt: skip
 
 

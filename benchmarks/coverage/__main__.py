@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="studies whose name contains this")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
-    parser.add_argument("--write", type=Path, help="a Markdown file with the markers, such as docs/evidence/intervals.md")
+    parser.add_argument("--write", type=Path, help="a page with the markers, such as docs/evidence/intervals.md")
     given = parser.parse_args(arguments)
     if given.runs < 1:
         parser.error(f"--runs is {given.runs}; expected at least 1")

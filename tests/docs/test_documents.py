@@ -58,7 +58,7 @@ def test_every_page_is_reached_from_the_readme():
 
 @each_page
 def test_every_file_that_a_page_names_exists(page):
-    """`losses/pairwise.py` is below mlxdpo/, `tests/docs/test_docs.py` below the root; examples name a new file as such."""
+    """`losses/pairwise.py` is in mlxdpo/, `tests/docs/test_docs.py` at the root; a page says which file is new."""
     text = page.read_text("utf-8")
     new = set(re.findall(r"`([\w/]+\.py)`, a new file", text))
     named = set(re.findall(r"`(\w+(?:/\w+)+\.py|(?:mlxdpo|eval|tests|docs|examples|benchmarks)/[\w/.-]+\.\w+)`", text))
@@ -76,7 +76,7 @@ def test_the_readme_is_short():
 
 
 def test_decisions_are_dated_newest_last_and_in_the_index():
-    """A new decision: `## YYYY-MM-DD: what was decided` at the end, and a line with its date and link at its subject."""
+    """A new decision: `## YYYY-MM-DD: what was decided` at the end, and a line with date and link at its subject."""
     text = (ROOT / "docs" / "decisions.md").read_text("utf-8")
     index, body = text.split("<!-- /index -->")
     decisions = DECISION.findall(body)
