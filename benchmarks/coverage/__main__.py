@@ -1,4 +1,4 @@
-"""Do our 95 % intervals hold the truth 95 % of the time? `python -m benchmarks.coverage.__main__` (`make coverage`).
+"""Do our 95 % intervals hold the truth 95 % of the time? `python -m benchmarks.coverage` (`make coverage`).
 
 Runs every study of `studies.py`, prints a table (`--json` for a machine), and with `--write FILE` puts it between
 the markers in that file. Exit status 1 when one of our own methods falls outside what it has to reach.
@@ -92,14 +92,14 @@ def write(path: Path, text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.coverage.__main__",
+        prog="python -m benchmarks.coverage",
         description="Simulated evaluations whose truth is known: how often do the intervals hold it?",
     )
     parser.add_argument("--runs", type=int, default=2000, help="simulated evaluations per study")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="studies whose name contains this")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
-    parser.add_argument("--write", type=Path, help="a Markdown file with the markers, such as docs/evaluation.md")
+    parser.add_argument("--write", type=Path, help="a page with the markers, such as docs/evidence/intervals.md")
     given = parser.parse_args(arguments)
     if given.runs < 1:
         parser.error(f"--runs is {given.runs}; expected at least 1")

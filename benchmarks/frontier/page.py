@@ -1,4 +1,4 @@
-"""The figure, the table and the generated part of docs/frontier.md, from the points alone."""
+"""The figure, the table and the generated part of docs/evidence/frontier.md, from the points alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from mlxdpo_eval.metrics.intervals import Interval
 from mlxdpo_eval.metrics.pareto import Point, hull
 
 ROOT = Path(__file__).parents[2]
-PAGE, FIGURE = ROOT / "docs" / "frontier.md", ROOT / "docs" / "frontier.svg"
+EVIDENCE = ROOT / "docs" / "evidence"
+PAGE, FIGURE = EVIDENCE / "frontier.md", EVIDENCE / "frontier.svg"
 BEGIN, END = "<!-- generated: frontier begin -->", "<!-- generated: frontier end -->"
 COLOURS = {
     "dpo": "#0b6e4f", "ipo": "#5aa469", "kto": "#8a6d3b", "preferred": "#5b6c8f", "ppo": "#d17a22", "rloo": "#b5323e",
