@@ -23,6 +23,7 @@ from mlxdpo.data.read import heldout_source, prompt_key
 from mlxdpo.data.sources import fingerprint
 from mlxdpo.data.template import Writer
 from mlxdpo.io.atomic import sync_folder
+from mlxdpo.io.digest import json_digest
 from mlxdpo.machine.device import cache_folder
 from mlxdpo.types import Extras, Message, Preference, Text, UnpairedExample
 
@@ -102,12 +103,12 @@ def source_key(data: DataConfig, seed: int) -> str | None:
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     drawn = named is None and data.eval_fraction > 0
     settings = data.model_dump(mode="json", exclude={"path", "eval", "group"})
-    return _name([sources, settings, seed if drawn else None, _code(), libraries])
+    return json_digest([sources, settings, seed if drawn else None, _code(), libraries])[:32]
 
 
 def encoding_key(template: str, writer: Writer) -> str:
     """A name for what turns text into ids: the template's digest and the tokens that end a completion."""
-    return _name([template, sorted(writer.ends), writer.eos])
+    return json_digest([template, sorted(writer.ends), writer.eos])[:32]
 
 
 def pairs_folder() -> Path:
@@ -172,10 +173,6 @@ def _lock(folder: Path, how: int) -> int:
         os.close(handle)
         raise
     return handle
-
-
-def _name(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @functools.cache

@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxdpo.io.atomic import write_atomic, write_json
+from mlxdpo.io.digest import json_digest
 from mlxdpo.io.json_file import read_json
 from mlxdpo.types import UserError
 
@@ -106,7 +107,7 @@ def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def with_seal(value: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with its seal as the last key."""
-    return {**value, SEAL: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}
+    return {**value, SEAL: json_digest(value)}
 
 
 def read_sealed_json(path: Path) -> dict[str, Any]:

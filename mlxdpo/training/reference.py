@@ -9,8 +9,6 @@ Source of the need: arXiv 2305.18290 eq. 7, where the reference enters as consta
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +26,7 @@ from mlxdpo.data.template import template_digest
 from mlxdpo.distributed.group import ALONE, Group
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import load_sealed, save_sealed, sealed
+from mlxdpo.io.digest import json_digest
 from mlxdpo.machine.device import cache_folder, this_machine, versions
 from mlxdpo.model.adapters import load_adapter
 from mlxdpo.model.policy import Policy, load_policy
@@ -57,7 +56,7 @@ def identity_of(base: Mapping[str, Any], adapter_digest: str | None) -> dict[str
 
 def digest_of(identity: Mapping[str, Any]) -> str:
     """The name of a reference's table."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    return json_digest(identity)[:32]
 
 
 def read_table(file: Path) -> Table:
