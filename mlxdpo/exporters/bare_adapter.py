@@ -16,7 +16,7 @@ from mlxdpo.data.template import template_digest
 from mlxdpo.exporters import peft
 from mlxdpo.exporters.client import Say
 from mlxdpo.exporters.download import Listing, download
-from mlxdpo.exporters.redact import looks_like_hub_id
+from mlxdpo.io.names import looks_like_hub_id
 from mlxdpo.machine.device import this_machine, versions
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, load_adapter, read_settings, save_adapter
 from mlxdpo.model.policy import BUILTIN, Policy, load_policy

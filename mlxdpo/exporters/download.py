@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlxdpo.exporters.client import About, Say, ask
-from mlxdpo.io.json_file import is_plain_name
+from mlxdpo.io.names import is_plain_name
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:

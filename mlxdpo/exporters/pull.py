@@ -17,11 +17,12 @@ from mlxdpo.config import Config, dump_config, load_config
 from mlxdpo.exporters.bare_adapter import describe_adapter, find_adapter
 from mlxdpo.exporters.client import Say, check_repo_id, connect
 from mlxdpo.exporters.download import Listing, download, list_repository
-from mlxdpo.exporters.redact import REFERENCE, START, looks_like_hub_id, public_name
+from mlxdpo.exporters.redact import REFERENCE, START, public_name
 from mlxdpo.exporters.upload_rules import OF_THE_RUN, RUN
 from mlxdpo.io.atomic import sync_folder, write_json, write_text
 from mlxdpo.io.checksum import PICKLES
 from mlxdpo.io.digest import folder_digest
+from mlxdpo.io.names import looks_like_hub_id
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS
 from mlxdpo.model.policy import BUILTIN, DOWNLOAD, find_model
 from mlxdpo.runs import check_manifest

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from mlxdpo.config import Config, names_of
 from mlxdpo.exporters.findings import Finding, Findings
 from mlxdpo.exporters.record import Exported, Target
-from mlxdpo.exporters.redact import command, is_hub_id, public_name, without_paths
+from mlxdpo.exporters.redact import command, public_name, without_paths
 from mlxdpo.exporters.upload_rules import CURVE, RUN
+from mlxdpo.io.names import is_hub_id
 from mlxdpo.losses import LOSSES
 from mlxdpo.model.policy import BUILTIN, find_model
 

@@ -14,9 +14,9 @@ import yaml
 
 from mlxdpo.exporters.merge_weights import Change, adapted, changes
 from mlxdpo.exporters.names import Origins, origins
-from mlxdpo.exporters.redact import is_hub_id
 from mlxdpo.inference.trained_run import TrainedRun
 from mlxdpo.io.json_file import read_json
+from mlxdpo.io.names import is_hub_id
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.policy import find_model
 

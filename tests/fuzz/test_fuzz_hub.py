@@ -15,7 +15,7 @@ from mlxdpo.exporters.client import check_repo_id
 from mlxdpo.exporters.download import check_name
 from mlxdpo.exporters.hub import push
 from mlxdpo.exporters.pull import pull
-from mlxdpo.io.json_file import is_plain_name
+from mlxdpo.io.names import is_plain_name
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 

@@ -20,7 +20,7 @@ from mlxdpo.config import Config, ModelConfig
 from mlxdpo.exporters.hub import push
 from mlxdpo.exporters.pull import localised, pull
 from mlxdpo.exporters.record import read_record
-from mlxdpo.io.json_file import is_plain_name
+from mlxdpo.io.names import is_plain_name
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.policy import load_policy
 from mlxdpo.model.skeleton import read_skeleton
