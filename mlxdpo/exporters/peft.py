@@ -1,5 +1,7 @@
 """PEFT adapters, both ways: what `peft.PeftModel.from_pretrained` loads, and a PEFT adapter on an mlx-lm model.
 
+`import_peft` makes an adapter folder of one, which `--model.adapter` and mlx-lm read.
+
 The two store the same matrices transposed: A is (in, r) here and (r, in) there. A square matrix left untransposed loads
 without complaint and computes another function, so the gate reads back what was written.
 """
@@ -16,12 +18,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxdpo.config import LoraConfig
+from mlxdpo.config import LoraConfig, ModelConfig
 from mlxdpo.exporters.source import Source
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import pickled_in, read_tensors
 from mlxdpo.io.json_file import read_json
-from mlxdpo.model.adapters import attach_lora, read_settings
+from mlxdpo.io.staging import publish_folder, staging_folder
+from mlxdpo.model.adapters import attach_lora, read_settings, save_adapter
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.types import UserError
 
@@ -222,3 +225,45 @@ def common_settings(policy: Policy, adapter: Adapter) -> LoraConfig:
     method = "dora" if adapter.settings.get("use_dora") else "lora"
     dropout = adapter.settings.get("lora_dropout", 0.0)
     return LoraConfig(method=method, rank=rank, scale=max(scales), dropout=dropout, keys=sorted(keys), layers=layers)
+
+
+class Imported(NamedTuple):
+    """What became of a PEFT adapter: its settings here, how many modules it had, what had to be written otherwise."""
+
+    lora: LoraConfig
+    modules: int
+    changes: list[str]
+
+
+def import_peft(folder: Path, model: ModelConfig, out: Path) -> Imported:
+    """Write the PEFT adapter in `folder`, made for `model`, as an mlx-lm adapter into `out`, which must not exist.
+
+    The function stays the same to the last bit where ranks and scales are one; where they differ, see
+    `attach`. Raises `UserError` for what an mlx-lm adapter cannot hold, and for a model it does not fit.
+    """
+    if out.exists():
+        raise UserError(f"{out} is already there; choose another --out")
+    if model.adapter is not None:
+        raise UserError(f"--adapter {model.adapter}: a PEFT adapter goes onto the bare model; drop --adapter")
+    adapter = read_peft(folder)
+    policy = load_policy(model)
+    lora = attach(policy, adapter)
+    with staging_folder(out.parent, f".{out.name}-draft-") as folder:
+        save_adapter(policy.model, lora, folder)
+        publish_folder(folder, out)
+    return Imported(lora, len(adapter.modules), _import_changes(adapter, lora, policy.model))
+
+
+def _import_changes(adapter: Adapter, lora: LoraConfig, model: object) -> list[str]:
+    """Sentences on what mlx-lm's one rank, one scale and last blocks made necessary."""
+    ranks = {name: parts["lora_a"].shape[0] for name, parts in adapter.modules.items()}
+    scales = {name: scale_of(adapter.settings, name, rank) for name, rank in ranks.items()}
+    here = sum("lora_a" in module for _, module in model.named_modules())  # type: ignore[attr-defined]
+    found = []
+    if lower := sum(rank < lora.rank for rank in ranks.values()):
+        found.append(f"{lower} modules had a lower rank than {lora.rank}: their further directions do nothing yet")
+    if other := sum(scale != lora.multiplier for scale in scales.values()):
+        found.append(f"{other} modules had another scale than {lora.multiplier:g}: it went into their B")
+    if here > len(adapter.modules):
+        found.append(f"{here - len(adapter.modules)} modules had no adapter: they got one that does nothing yet")
+    return found

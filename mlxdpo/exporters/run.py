@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
-import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +20,7 @@ from mlxdpo.exporters.source import Choices, Source
 from mlxdpo.exporters.upload_rules import CARD
 from mlxdpo.exporters.verify import RunReference, measure, run_reference
 from mlxdpo.inference.trained_run import TrainedRun, encode_pairs, heldout_pairs, open_trained_run
+from mlxdpo.io.staging import publish_folder, staging_folder
 from mlxdpo.machine.device import versions
 from mlxdpo.runs import Run
 from mlxdpo.types import Example, UserError
@@ -86,7 +84,7 @@ def export(
     examples = _some(opened, rows, pairs)
     say(f"measuring the run on {len(examples)} pairs of {where}")
     yard = run_reference(opened, examples)
-    with _aside(out) as folder:
+    with staged_export(out) as folder:
         targets = {}
         for name in names:
             say(f"{name}: writing, loading again, measuring")
@@ -127,40 +125,18 @@ def _some(opened: TrainedRun, rows: list, pairs: int) -> list[Example]:
     return encode_pairs(opened, chosen)[1]
 
 
-@contextlib.contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, gone afterwards unless it was renamed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(out)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-{os.getpid()}-"))
-    folder.chmod(0o755)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sweep(out: Path) -> None:
-    """Remove what exports to `out` left that were killed: gigabytes, and hidden. Folders are named by their process.
+def staged_export(out: Path) -> contextlib.AbstractContextManager[Path]:
+    """A folder beside `out`, removed afterwards unless it was renamed; what killed exports to `out` left goes first.
 
     One that was killed between the two renames of `_replace` has the earlier export inside: it goes back.
     """
-    for folder in out.parent.glob(f".{glob.escape(out.name)}-*"):
-        named = re.fullmatch(rf"\.{re.escape(out.name)}-(\d+)-\w+", folder.name)
-        if named and not _alive(int(named[1])):
-            if (folder / WAS).exists() and not out.exists():
-                os.rename(folder / WAS, out)
-            shutil.rmtree(folder, ignore_errors=True)
 
+    def rescue(folder: Path) -> None:
+        """Put an earlier export back."""
+        if (folder / WAS).exists() and not out.exists():
+            os.rename(folder / WAS, out)
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
+    return staging_folder(out.parent, f".{out.name}-draft-", rescue)
 
 
 def _make(name: str, source: Source, yard: RunReference, folder: Path, force: bool) -> Target:
@@ -213,9 +189,12 @@ def _describe(source: Source, out: Path, where: str, targets: dict[str, Target])
 def _replace(folder: Path, out: Path) -> None:
     """Put the finished folder where `out` is, or was."""
     if not out.exists():
-        os.rename(folder, out)
+        publish_folder(folder, out)
         return
-    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-{os.getpid()}-"))
-    os.rename(out, old / WAS)
-    os.rename(folder, out)
-    shutil.rmtree(old)
+    with staged_export(out) as old:
+        os.rename(out, old / WAS)
+        try:
+            publish_folder(folder, out)
+        except OSError:
+            os.rename(old / WAS, out)
+            raise

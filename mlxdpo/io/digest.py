@@ -55,7 +55,7 @@ SHAPING = (
 
 
 def folder_digest(folder: Path, code: bool = False) -> str:
-    """SHA-256 over the names and contents of the files in `folder` that shape a log-probability: who a set of weights is.
+    """SHA-256 over the names and contents of the files in `folder` that shape a log-probability: the weights' identity.
 
     `code` says that the folder's Python files are run (model.trust_remote_code), and so are among them.
     """

@@ -10,8 +10,7 @@ from tiny_exports import ids_of, logits_of, trained_run
 from mlxdpo.cli import run as command
 from mlxdpo.config import LoraConfig, ModelConfig
 from mlxdpo.exporters import export
-from mlxdpo.exporters.importing import import_peft
-from mlxdpo.exporters.peft import scale_of, targets
+from mlxdpo.exporters.peft import import_peft, scale_of, targets
 from mlxdpo.forward.logprobs import next_token_logps
 from mlxdpo.model.adapters import load_adapter, load_run
 from mlxdpo.model.policy import load_policy
