@@ -22,7 +22,7 @@ from mlxdpo.data.report import Report
 from mlxdpo.data.template import Writer, probe, template_digest
 from mlxdpo.data.transforms import PAIRS, Transform
 from mlxdpo.io.atomic import write_text
-from mlxdpo.io.checksum import read_sealed_json, with_seal
+from mlxdpo.io.checksum import read_checksummed_json, with_checksum
 from mlxdpo.io.staging import staging_folder
 from mlxdpo.machine.device import cache_folder
 from mlxdpo.types import Example, UserError
@@ -164,12 +164,12 @@ def _write(folder: Path, clean: Clean, split: Split, data: DataConfig, writer: W
         raise UserError(f"{data.path}: no pair is left to train on ({why}); see `mlxdpo data check {data.path}`")
     overlap = 0 if clean.heldout is None else len(clean.rows.prompts & clean.heldout.prompts)
     told = {"overlap": overlap, "reports": {name: asdict(report) for name, report in reports.items()}}
-    write_text(folder / "told.json", json.dumps(with_seal(told)))  # escaped: a row's name may hold half a character
+    write_text(folder / "told.json", json.dumps(with_checksum(told)))  # escaped: a row's name may hold half a character
 
 
 def _open(folder: Path, template: str) -> Dataset:
     try:
-        told = read_sealed_json(folder / "told.json")
+        told = read_checksummed_json(folder / "told.json")
         train, heldout = open_examples(folder / "train"), open_examples(folder / "heldout")
     except UserError as error:
         raise UserError(f"{error}; delete {folder}, and the data are read again") from None

@@ -59,7 +59,7 @@ class Heartbeat:
         self.wires = wires
         self.changed = threading.Condition()
         self.closing = False
-        self.thread = threading.Thread(target=self._watch, daemon=True, name="lifeline")
+        self.thread = threading.Thread(target=self._watch, daemon=True, name="heartbeat")
         self.thread.start()
 
     def _watch(self) -> None:

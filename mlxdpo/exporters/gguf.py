@@ -21,7 +21,7 @@ import numpy as np
 from mlxdpo.exporters import hf
 from mlxdpo.exporters.gguf_tokens import refuse_tokenizer, write_tokenizer
 from mlxdpo.exporters.names import weight_files
-from mlxdpo.exporters.source import Source
+from mlxdpo.exporters.source import ExportSource
 from mlxdpo.io.checksum import read_tensors
 from mlxdpo.io.json_file import read_json
 from mlxdpo.model.builtin import unpermute
@@ -95,7 +95,7 @@ def library() -> Any:
     return importlib.import_module("gguf")
 
 
-def refuse_gguf(source: Source) -> None:
+def refuse_gguf(source: ExportSource) -> None:
     """Raise `UserError` where a faithful file cannot be written: the library, the family, the tokenizer, a bias."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError("gguf: the gguf package is not installed; run `pip install gguf`")
@@ -116,7 +116,7 @@ def refuse_gguf(source: Source) -> None:
     hf.refuse_hf(source)
 
 
-def write_gguf(source: Source, folder: Path) -> str | None:
+def write_gguf(source: ExportSource, folder: Path) -> str | None:
     """Write `model.gguf` by way of fused Hugging Face weights, which are removed again."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fused-") as name:
         hf.write_hf(source, Path(name))
@@ -143,7 +143,7 @@ def convert_to_gguf(source: Path, target: Path, kind: str, name: str) -> str:
     for stored, array in _tensors(source):
         if (own := gguf_name(stored)) is None:
             continue
-        if config["model_type"] == "llama" and (heads := _heads(config, own)):
+        if config["model_type"] == "llama" and (heads := _reordered_heads(config, own)):
             array = permute(array, heads)
         exact = np.array(array.astype(mx.float32))
         packs = exact.ndim == 2 and (kind != "q8_0" or exact.shape[1] % Q8_BLOCK == 0)
@@ -195,7 +195,7 @@ def permute(rows: mx.array, heads: int) -> mx.array:
     return rows.reshape(heads, 2, -1, n).swapaxes(1, 2).reshape(-1, n)
 
 
-def _heads(config: Mapping[str, Any], own: str) -> int:
+def _reordered_heads(config: Mapping[str, Any], own: str) -> int:
     """How many heads a tensor's rows belong to, 0 where order does not matter. Only the llama family is reordered."""
     if own.endswith("attn_q.weight"):
         return config["num_attention_heads"]
@@ -223,7 +223,7 @@ def _write_shape(writer: Any, config: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_factor(rope.factor)
 
 
-def reload_gguf(source: Source, folder: Path) -> nn.Module:
+def reload_gguf(source: ExportSource, folder: Path) -> nn.Module:
     """The file as a model again, from its own metadata and tensors."""
     return read_gguf(folder / FILE, read_json(source.base / "config.json"))
 
@@ -245,7 +245,7 @@ def read_gguf(file: Path, original: Mapping[str, Any]) -> nn.Module:
             continue
         exact = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         array = mx.array(exact.astype(np.float32).reshape([int(n) for n in reversed(tensor.shape)]))
-        if config["model_type"] == "llama" and (heads := _heads(config, tensor.name)):
+        if config["model_type"] == "llama" and (heads := _reordered_heads(config, tensor.name)):
             array = unpermute(array, heads)
         arrays[hf_name(tensor.name)] = array
     config["tie_word_embeddings"] = "lm_head.weight" not in arrays

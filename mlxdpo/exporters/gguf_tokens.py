@@ -33,11 +33,11 @@ def rule_name(specification: Mapping[str, Any]) -> str | None:
         return None
     if steps[-1].get("add_prefix_space"):
         return None
-    found = (tuple(_step(step) for step in steps[:-1]), steps[-1].get("use_regex", True))
+    found = (tuple(_split_step(step) for step in steps[:-1]), steps[-1].get("use_regex", True))
     return next((name for name, rule in RULES.items() if rule == found), None)
 
 
-def _step(step: Mapping[str, Any]) -> str:
+def _split_step(step: Mapping[str, Any]) -> str:
     if step["type"] == "Digits" and step.get("individual_digits"):
         return "digits"
     if step["type"] == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):

@@ -37,8 +37,8 @@ class Origins(NamedTuple):
         whole, known = self.made[parameter], {}
         for name, array in self.unused.items():
             if array.shape == whole.shape[1:] and array.dtype == whole.dtype:
-                known[_digest(array)] = name
-        found = [known.get(_digest(part)) for part in whole]
+                known[_array_digest(array)] = name
+        found = [known.get(_array_digest(part)) for part in whole]
         return tuple(name for name in found if name) if all(found) and len(set(found)) == len(found) else None
 
 
@@ -67,5 +67,5 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("model*.safetensors"))
 
 
-def _digest(array: mx.array) -> bytes:
+def _array_digest(array: mx.array) -> bytes:
     return hashlib.sha256(np.array(array.view(mx.uint8)).tobytes()).digest()

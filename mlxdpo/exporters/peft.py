@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import LoraConfig, ModelConfig
-from mlxdpo.exporters.source import Source
+from mlxdpo.exporters.source import ExportSource
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import pickled_in, read_tensors
 from mlxdpo.io.json_file import read_json
@@ -35,7 +35,7 @@ EMBEDDED = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
 IN_BLOCK = re.compile(r"^(?P<before>.*?\blayers)\.(?P<layer>\d+)\.(?P<module>.+)$")
 
 
-def refuse_peft(source: Source) -> None:
+def refuse_peft(source: ExportSource) -> None:
     """Raise `UserError` for what PEFT has no form of."""
     if source.method == "full":
         raise UserError("peft: the run trained every weight, so there is no adapter; export --to hf")
@@ -48,7 +48,7 @@ def refuse_peft(source: Source) -> None:
         _refuse_module(source, name, module)
 
 
-def _refuse_module(source: Source, name: str, module: Any) -> None:
+def _refuse_module(source: ExportSource, name: str, module: Any) -> None:
     if module.lora_b.ndim == 3:
         raise UserError(f"peft: `{name}` adapts a stack of experts, which PEFT keeps apart; export --to mlx,fused")
     if source.origins.of(f"{name}.weight") != (f"{name}.weight",):
@@ -64,7 +64,7 @@ def _refuse_module(source: Source, name: str, module: Any) -> None:
         )
 
 
-def write_peft(source: Source, folder: Path) -> str | None:
+def write_peft(source: ExportSource, folder: Path) -> str | None:
     """Write `adapter_model.safetensors` and `adapter_config.json`."""
     arrays: dict[str, mx.array] = {}
     for name, module in source.adapted.items():
@@ -79,14 +79,14 @@ def write_peft(source: Source, folder: Path) -> str | None:
     return source.remark_on_base
 
 
-def settings(source: Source) -> dict[str, Any]:
+def settings(source: ExportSource) -> dict[str, Any]:
     """PEFT's `adapter_config.json`; their alpha / r is our scale."""
-    lora = read_settings(source.opened.run.adapter)
+    lora = read_settings(source.trained.run.adapter)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": source.base_name,
-        "revision": source.opened.config.model.revision,
+        "revision": source.trained.config.model.revision,
         "r": lora.rank,
         "lora_alpha": lora.multiplier * lora.rank,
         "lora_dropout": lora.dropout,
@@ -121,10 +121,10 @@ def targets(adapted: list[str], modules: list[str]) -> dict[str, Any]:
     return {"target_modules": adapted, "layers_to_transform": None, "layers_pattern": None}
 
 
-def reload_peft(source: Source, folder: Path) -> nn.Module:
+def reload_peft(source: ExportSource, folder: Path) -> nn.Module:
     """The base with the adapter, read back from what was written for PEFT."""
-    path = source.choices.base or source.opened.config.model.path
-    config = source.opened.config.model.model_copy(update={"path": path, "adapter": None, "quantize": None})
+    path = source.choices.base or source.trained.config.model.path
+    config = source.trained.config.model.model_copy(update={"path": path, "adapter": None, "quantize": None})
     if source.choices.base:
         config = config.model_copy(update={"revision": None})
     policy = load_policy(config)
@@ -163,7 +163,7 @@ def read_peft(folder: Path) -> Adapter:
     return Adapter(folder, raw, modules)
 
 
-def scale_of(settings: Mapping[str, Any], module: str, rank: int) -> float:
+def peft_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
     """What PEFT multiplies a module's update by: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
     alpha = _pattern(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
     return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
@@ -187,17 +187,17 @@ def attach(policy: Policy, adapter: Adapter) -> LoraConfig:
     arrays: dict[str, mx.array] = {}
     for module, parts in adapter.modules.items():
         rank = parts["lora_a"].shape[0]
-        factor = scale_of(adapter.settings, module, rank) / lora.multiplier
+        factor = peft_scale(adapter.settings, module, rank) / lora.multiplier
         for part, array in parts.items():
             name = f"{module}.{part}"
             here = array.T.astype(mx.float32) * (factor if part == "lora_b" and factor != 1 else 1)
-            arrays[name] = _fill(adapter, name, here, own[name], part)
+            arrays[name] = _fill_rank(adapter, name, here, own[name], part)
     policy.model.load_weights(list(arrays.items()), strict=False)
     mx.eval(policy.model.trainable_parameters())
     return lora
 
 
-def _fill(adapter: Adapter, name: str, given: mx.array, fresh: mx.array, part: str) -> mx.array:
+def _fill_rank(adapter: Adapter, name: str, given: mx.array, fresh: mx.array, part: str) -> mx.array:
     """`given` in the shape of a fresh adapter array, which lends A's further columns; B's further rows stay zero."""
     rank = given.shape[-1] if part == "lora_a" else given.shape[0]
     if part == "lora_a" and rank < fresh.shape[1]:
@@ -220,7 +220,7 @@ def common_settings(policy: Policy, adapter: Adapter) -> LoraConfig:
     first = min((int(m["layer"]) for m in found.values() if m), default=0)
     ranks = {name: parts["lora_a"].shape[0] for name, parts in adapter.modules.items()}
     rank = max(ranks.values())
-    scales = {scale_of(adapter.settings, name, r) for name, r in ranks.items()}
+    scales = {peft_scale(adapter.settings, name, r) for name, r in ranks.items()}
     layers = -1 if first == 0 else len(blocks) - first
     method = "dora" if adapter.settings.get("use_dora") else "lora"
     dropout = adapter.settings.get("lora_dropout", 0.0)
@@ -257,7 +257,7 @@ def import_peft(folder: Path, model: ModelConfig, out: Path) -> Imported:
 def _import_changes(adapter: Adapter, lora: LoraConfig, model: object) -> list[str]:
     """Sentences on what mlx-lm's one rank, one scale and last blocks made necessary."""
     ranks = {name: parts["lora_a"].shape[0] for name, parts in adapter.modules.items()}
-    scales = {name: scale_of(adapter.settings, name, rank) for name, rank in ranks.items()}
+    scales = {name: peft_scale(adapter.settings, name, rank) for name, rank in ranks.items()}
     here = sum("lora_a" in module for _, module in model.named_modules())  # type: ignore[attr-defined]
     found = []
     if lower := sum(rank < lora.rank for rank in ranks.values()):

@@ -46,7 +46,7 @@ class Pulled(NamedTuple):
     base_checked: bool
 
 
-def pull(
+def pull_run(
     repo_id: str,
     *,
     revision: str | None = None,

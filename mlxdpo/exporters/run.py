@@ -16,9 +16,9 @@ from mlxdpo.exporters import gguf, hf, mlx, peft
 from mlxdpo.exporters.card import write_card
 from mlxdpo.exporters.record import RECORD, Exported, Target, write_record
 from mlxdpo.exporters.sections import REPO, Licences
-from mlxdpo.exporters.source import Choices, Source
+from mlxdpo.exporters.source import Choices, ExportSource
 from mlxdpo.exporters.upload_rules import CARD
-from mlxdpo.exporters.verify import RunReference, measure, run_reference
+from mlxdpo.exporters.verify import RunReference, measure_fidelity, run_reference
 from mlxdpo.inference.trained_run import TrainedRun, encode_pairs, heldout_pairs, open_trained_run
 from mlxdpo.io.staging import publish_folder, staging_folder
 from mlxdpo.machine.device import versions
@@ -29,13 +29,13 @@ from mlxdpo.types import Example, UserError
 class Exporter(NamedTuple):
     """One kind of artefact: what it refuses, how it is written into an empty folder, how it is loaded back."""
 
-    refuse: Callable[[Source], None]
-    write: Callable[[Source, Path], str | None]
-    reload: Callable[[Source, Path], nn.Module]
+    refuse: Callable[[ExportSource], None]
+    write: Callable[[ExportSource, Path], str | None]
+    reload: Callable[[ExportSource, Path], nn.Module]
     relation: str
 
 
-def _accepts(source: Source) -> None:
+def _accepts(source: ExportSource) -> None:
     """Anything that mlx-lm trains goes into its own formats."""
 
 
@@ -74,21 +74,21 @@ def export(
     holds a model card too, for the Hub repository `repo`; what the user wrote in an earlier card stays.
     Raises `UserError`, before anything is written, for a target that this run cannot become.
     """
-    names, out = _known(to), Path(out)
+    names, out = _known_targets(to), Path(out)
     _check_out(out)
     rows, _, where = heldout_pairs(run, data)
-    opened = open_trained_run(run)
-    source = Source(opened, choices)
+    trained = open_trained_run(run)
+    source = ExportSource(trained, choices)
     for name in names:
         EXPORTERS[name].refuse(source)
-    examples = _some(opened, rows, pairs)
+    examples = _some(trained, rows, pairs)
     say(f"measuring the run on {len(examples)} pairs of {where}")
-    yard = run_reference(opened, examples)
+    reference = run_reference(trained, examples)
     with staged_export(out) as folder:
         targets = {}
         for name in names:
             say(f"{name}: writing, loading again, measuring")
-            targets[name] = _make(name, source, yard, folder / place(name, names), force)
+            targets[name] = _make(name, source, reference, folder / target_folder(name, names), force)
         exported = _describe(source, out, where, targets)
         write_record(exported, folder)
         if (out / CARD).exists():
@@ -98,13 +98,13 @@ def export(
     return exported
 
 
-def place(name: str, names: Sequence[str]) -> str:
+def target_folder(name: str, names: Sequence[str]) -> str:
     """Where a target lies below the export: at its root for what the Hub's libraries look for there."""
     at_root = next((other for other in AT_ROOT if other in names), None)
     return "." if name == at_root else name
 
 
-def _known(to: Sequence[str]) -> list[str]:
+def _known_targets(to: Sequence[str]) -> list[str]:
     names = list(dict.fromkeys(to))
     if not names or (unknown := [name for name in names if name not in EXPORTERS]):
         wrong = f"`{unknown[0]}` is no target" if names else "no target given"
@@ -119,10 +119,10 @@ def _check_out(out: Path) -> None:
         raise UserError(f"{out} holds something that is no earlier export; choose another --out")
 
 
-def _some(opened: TrainedRun, rows: list, pairs: int) -> list[Example]:
+def _some(trained: TrainedRun, rows: list, pairs: int) -> list[Example]:
     """Every k-th of the held-out pairs, so that a sorted file is met all over."""
     chosen = rows if not pairs or pairs >= len(rows) else [rows[i * len(rows) // pairs] for i in range(pairs)]
-    return encode_pairs(opened, chosen)[1]
+    return encode_pairs(trained, chosen)[1]
 
 
 def staged_export(out: Path) -> contextlib.AbstractContextManager[Path]:
@@ -139,13 +139,13 @@ def staged_export(out: Path) -> contextlib.AbstractContextManager[Path]:
     return staging_folder(out.parent, f".{out.name}-draft-", rescue)
 
 
-def _make(name: str, source: Source, yard: RunReference, folder: Path, force: bool) -> Target:
+def _make(name: str, source: ExportSource, reference: RunReference, folder: Path, force: bool) -> Target:
     folder.mkdir(exist_ok=True)
     before = set(_files(folder))
     exporter = EXPORTERS[name]
     note = exporter.write(source, folder)
     artefact = exporter.reload(source, folder)
-    fidelity = measure(yard, artefact, force)
+    fidelity = measure_fidelity(reference, artefact, force)
     del artefact
     mx.clear_cache()
     files = {path: size for path, size in _files(folder).items() if path not in before}
@@ -163,16 +163,16 @@ def _files(folder: Path) -> dict[str, int]:
     return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def _relation(name: str, source: Source) -> str:
+def _relation(name: str, source: ExportSource) -> str:
     """The Hub's `base_model_relation` of one target."""
     packed = name == "fused" and source.quantised
     return "quantized" if packed else EXPORTERS[name].relation
 
 
-def _describe(source: Source, out: Path, where: str, targets: dict[str, Target]) -> Exported:
+def _describe(source: ExportSource, out: Path, where: str, targets: dict[str, Target]) -> Exported:
     # What a reader of the Hub page meets first.
     first = next(name for name in (*AT_ROOT, *EXPORTERS) if name in targets)
-    run, config = source.opened.run, source.opened.config
+    run, config = source.trained.run, source.trained.config
     return Exported(
         out=out,
         run=run.path.resolve().name,

@@ -1,4 +1,4 @@
-"""What is exported: a reopened run, the folder its weights came from, and where they are to go."""
+"""What is exported: a trained run, the folder its weights came from, and where they are to go."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A run, opened to be exported."""
+class ExportSource:
+    """A trained run to be exported."""
 
-    opened: TrainedRun
+    trained: TrainedRun
     choices: Choices
 
     @property
     def model(self) -> nn.Module:
         """The tuned model, adapters attached."""
-        return self.opened.policy.model
+        return self.trained.policy.model
 
     @property
     def folder(self) -> Path:
         """The folder of the weights that were trained on."""
-        return self.opened.policy.folder
+        return self.trained.policy.folder
 
     @cached_property
     def method(self) -> str:
         """lora, dora or full."""
-        return read_settings(self.opened.run.adapter).method
+        return read_settings(self.trained.run.adapter).method
 
     @cached_property
     def base(self) -> Path:
@@ -71,7 +71,7 @@ class Source:
     @property
     def quantised(self) -> bool:
         """Whether the run trained on packed weights, stored or made when loading."""
-        return self.opened.policy.identity["quantization"] is not None
+        return self.trained.policy.identity["quantization"] is not None
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
@@ -96,12 +96,12 @@ class Source:
     @property
     def base_name(self) -> str:
         """What cards and adapters call the base: a Hub id where there is one, never a path of this machine."""
-        return hub_name(self.choices.base or self.opened.config.model.path, self.base)
+        return hub_name(self.choices.base or self.trained.config.model.path, self.base)
 
     @property
     def remark_on_base(self) -> str | None:
         """What an adapter's user has to know when the base goes by a Hub id that is not where its weights came from."""
-        path = self.choices.base or self.opened.config.model.path
+        path = self.choices.base or self.trained.config.model.path
         if is_hub_id(path) or self.base_name == Path(path).resolve().name:
             return None
         return f"made for, and measured on, {Path(path).name}, a version of {self.base_name} by its card"

@@ -82,7 +82,7 @@ def finished(
     batch_size: int = 32,
 ) -> Iterator[tuple[int, Completion]]:
     """`generate`, one by one as they finish: (index into `prompts`, completion). For progress bars."""
-    _check(prompts, max_tokens, temperature, top_p, batch_size)
+    _check_sampling(prompts, max_tokens, temperature, top_p, batch_size)
     if not prompts:
         return
     samplers = [
@@ -125,7 +125,7 @@ def stepwise(
     continuations by the same weights with other adapters take turns. `occurrence` says which sample of the prompt
     this is: `generate` counts them from 0. The model must be in evaluation mode.
     """
-    _check([prompt], max_tokens, temperature, top_p, 1)
+    _check_sampling([prompt], max_tokens, temperature, top_p, 1)
     stream = (seed, occurrence, *streams([prompt], seed)[0][2:])
     sample = greedy if temperature == 0 else seeded_sampler(stream, temperature, top_p)
     with enter() as model:
@@ -150,7 +150,9 @@ def stepwise(
     return "length"
 
 
-def _check(prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, top_p: float, size: int) -> None:
+def _check_sampling(
+    prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, top_p: float, size: int
+) -> None:
     if empty := [i for i, prompt in enumerate(prompts) if len(prompt) == 0]:
         raise UserError(f"prompt {empty[0] + 1} of {len(prompts)} is empty: there is nothing to continue; leave it out")
     if max_tokens < 1 or size < 1:

@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from mlxdpo.inference.run_prompts import as_json
+from mlxdpo.inference.run_prompts import text_to_json
 from mlxdpo.io.atomic import append_line
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.runs import Run
@@ -38,7 +38,7 @@ def record(cast: Cast, game: Round, winner: str, session: str) -> dict[str, Any]
         "schema": SCHEMA,
         "id": game.id,
         "time": now.isoformat(timespec="milliseconds"),
-        "prompt": as_json(game.prompt),
+        "prompt": text_to_json(game.prompt),
         "a": game.side("a").text,
         "b": game.side("b").text,
         "winner": winner,
