@@ -76,7 +76,7 @@ def _card_number(name: str, metric: str, value: Any, interval: Any, n: Any, besi
 def _of_results(file: Path, results: Json) -> CardNumbers:
     if (form := results.get("format")) not in FORMATS:
         raise UserError(f"{file}: its format is {form!r}, expected {FORMATS[-1]}; run `mlxdpo eval` again for the card")
-    found = [*_win_rates(results), *_pair_findings(results), *_drift_findings(results)]
+    found = [*_win_rates(results), *_pairs_and_drift(results)]
     cards = tuple(_judge_card(w, at(results, "settings.judges") or {}) for w in results.get("winrates") or [])
     data = str(at(results, "data.source") or "held-out pairs")
     return CardNumbers(file.name, str(at(results, "headline.sentence") or ""), data, tuple(found), cards)
@@ -87,11 +87,12 @@ def _win_rates(results: Json) -> Iterator[CardNumber]:
         judge, n = w.get("judge"), f"{_verdicts(w)} of {w.get('prompts')} prompts"
         tally = f"{w.get('wins')} wins, {w.get('ties')} ties, {w.get('losses')} losses"
         yield from _card_number(f"win rate, {judge}", "win_rate", w.get("rate"), w.get("interval"), n, tally)
-        equal = w.get("controlled")
-        name = f"win rate at equal length, {judge}"
-        yield from _card_number(name, "length_controlled_win_rate", at(equal, "rate"), at(equal, "interval"), n)
-        change = at(w, "rewards.change")
-        yield from _card_number(f"change in score, {judge}", "reward", at(change, "estimate"), change, n)
+        rows = (
+            ("win rate at equal length", "length_controlled_win_rate", "controlled.rate", "controlled.interval"),
+            ("change in score", "reward", "rewards.change.estimate", "rewards.change"),
+        )
+        for name, metric, value, interval in rows:
+            yield from _card_number(f"{name}, {judge}", metric, at(w, value), at(w, interval), n)
     longest = at(results, "controls.longest")
     n = None if longest is None else _verdicts(longest)
     yield from _card_number("control: always the longest", "", at(longest, "rate"), at(longest, "interval"), n)
@@ -101,31 +102,32 @@ def _verdicts(w: Json) -> int:
     return sum(w.get(name) or 0 for name in ("wins", "ties", "losses"))
 
 
-def _pair_findings(results: Json) -> Iterator[CardNumber]:
-    rewards, length = at(results, "pairs.rewards"), at(results, "pairs.length")
-    n = None if rewards is None else f"{rewards.get('n')} of {at(results, 'pairs.prompts')} prompts"
-    accuracy = at(rewards, "accuracy"), at(rewards, "accuracy_interval")
-    yield from _card_number("reward accuracy", "accuracy", *accuracy, n, "the reference itself: 0.500")
-    control = at(length, "controlled.rate"), at(length, "controlled.interval")
-    yield from _card_number("reward accuracy at equal length", "length_controlled_accuracy", *control, n)
-    longer = at(length, "longer_baseline"), at(length, "longer_interval")
-    yield from _card_number("control: always the longer", "", *longer, n)
-    margin = at(rewards, "margin.mean"), at(rewards, "margin.interval")
-    yield from _card_number("reward margin", "reward_margin", *margin, n, "beta times nats")
-    moved = at(rewards, "displacement.mean"), at(rewards, "displacement.interval")
-    yield from _card_number("log-prob of the chosen, change", "chosen_log_ratio", *moved, n, "nats")
-    ece = at(results, "pairs.calibration.ece"), at(results, "pairs.calibration.ece_interval")
-    yield from _card_number("calibration error (ECE)", "ece", *ece, n)
+# Name, the Hub's metric, where value and interval stand in the results, what stands beside it.
+PAIR_ROWS = (
+    ("reward accuracy", "accuracy", "pairs.rewards.accuracy", "pairs.rewards.accuracy_interval",
+     "the reference itself: 0.500"),
+    ("reward accuracy at equal length", "length_controlled_accuracy", "pairs.length.controlled.rate",
+     "pairs.length.controlled.interval", ""),
+    ("control: always the longer", "", "pairs.length.longer_baseline", "pairs.length.longer_interval", ""),
+    ("reward margin", "reward_margin", "pairs.rewards.margin.mean", "pairs.rewards.margin.interval", "beta times nats"),
+    ("log-prob of the chosen, change", "chosen_log_ratio", "pairs.rewards.displacement.mean",
+     "pairs.rewards.displacement.interval", "nats"),
+    ("calibration error (ECE)", "ece", "pairs.calibration.ece", "pairs.calibration.ece_interval", ""),
+)  # fmt: skip
+DRIFT_ROWS = (
+    ("KL to the reference", "kl", "drift.kl", "drift.kl_interval", "nats per answer"),
+    ("KL per token", "kl_per_token", "drift.kl_per_token", "", "nats"),
+    ("length, after / before", "length_ratio", "drift.length_ratio.value", "drift.length_ratio.interval", ""),
+)
 
 
-def _drift_findings(results: Json) -> Iterator[CardNumber]:
-    drift = results.get("drift")
-    n = None if drift is None else f"{drift.get('answers')} answers"
-    kl = at(drift, "kl"), at(drift, "kl_interval")
-    yield from _card_number("KL to the reference", "kl", *kl, n, "nats per answer")
-    yield from _card_number("KL per token", "kl_per_token", at(drift, "kl_per_token"), None, n, "nats")
-    ratio = at(drift, "length_ratio.value"), at(drift, "length_ratio.interval")
-    yield from _card_number("length, after / before", "length_ratio", *ratio, n)
+def _pairs_and_drift(results: Json) -> Iterator[CardNumber]:
+    rewards, drift = at(results, "pairs.rewards"), results.get("drift")
+    pairs = None if rewards is None else f"{rewards.get('n')} of {at(results, 'pairs.prompts')} prompts"
+    answers = None if drift is None else f"{drift.get('answers')} answers"
+    for rows, n in ((PAIR_ROWS, pairs), (DRIFT_ROWS, answers)):
+        for name, metric, value, interval, beside in rows:
+            yield from _card_number(name, metric, at(results, value), at(results, interval), n, beside)
 
 
 def _judge_card(w: Json, identities: Json) -> JudgeCard:

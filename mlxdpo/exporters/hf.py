@@ -19,17 +19,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxdpo.exporters.merge_weights import Change, base_of, dequantised, expert_change, plain_weight
-from mlxdpo.exporters.names import weight_files
-from mlxdpo.exporters.source import ExportSource, side_files
+from mlxdpo.exporters.source import ExportSource, side_files, weight_files
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import read_tensor, read_tensors
 from mlxdpo.io.json_file import read_json
 from mlxdpo.types import UserError
-
-# Safetensors files, patched in place: every byte of the original but those of the tensors that changed.
-#
-# A changed tensor keeps its name, number type and shape, so the header stays as it is, and sharding, order and index
-# too.
 
 KINDS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
@@ -44,9 +38,10 @@ def safetensors_header(file: Path) -> tuple[dict, int]:
 def patch(source: Path, target: Path, changes: Mapping[str, Change], check: Callable[[str, mx.array], None]) -> None:
     """Copy `source` to `target` with each tensor of `changes` replaced by what its change makes of it.
 
-    A change sees the stored tensor in float32; its result is rounded once, to the tensor's own type. `check` is called
-    with each tensor's name and stored value before it is changed. Raises `UserError` for a tensor that is not stored
-    as F32, F16 or BF16.
+    Every other byte of the file stays: a changed tensor keeps its name, number type and shape, so the header stays as
+    it is, and sharding, order and index too. A change sees the stored tensor in float32; its result is rounded once, to
+    the tensor's own type. `check` is called with each tensor's name and stored value before it is changed. Raises
+    `UserError` for a tensor that is not stored as F32, F16 or BF16.
     """
     entries, begin = safetensors_header(source)
     for name in changes:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mlxdpo.config import Config, dump_config, load_config
 from mlxdpo.exporters.upload_rules import RUN
 from mlxdpo.io.atomic import write_atomic, write_json, write_text
@@ -31,6 +33,17 @@ START, REFERENCE = "start", "reference"
 def public_name(name: str) -> str:
     """A source as others may see it: a Hub id or an address as it stands, a file or folder by its last name."""
     return name if is_hub_id(name) or "://" in name else re.split(r"[\\/]", name.rstrip("\\/"))[-1]
+
+
+def card_metadata(card: Path) -> Mapping[str, Any]:
+    """The metadata at the head of a model card; a missing card, or a head that is no YAML mapping, holds nothing."""
+    text = card.read_text("utf-8", "replace") if card.is_file() else ""
+    head = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---", text, re.DOTALL)
+    try:
+        found = yaml.safe_load(head[1]) if head else None
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date with a month 13, say
+        return {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def without_paths(value: Any) -> Any:

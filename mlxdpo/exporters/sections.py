@@ -9,17 +9,18 @@ from typing import Any, NamedTuple
 from mlxdpo.config import Config, names_of
 from mlxdpo.exporters.findings import CardNumber, CardNumbers
 from mlxdpo.exporters.record import Exported, Target
-from mlxdpo.exporters.redact import command, public_name, without_paths
+from mlxdpo.exporters.redact import card_metadata, command, public_name, without_paths
 from mlxdpo.exporters.upload_rules import CURVE, RUN
 from mlxdpo.io.names import is_hub_id
 from mlxdpo.losses import LOSSES
 from mlxdpo.model.policy import BUILTIN, find_model
 
-# Licences as far as they are known: what the user says, else what the base model's own card says. Never a guess.
-
 
 class Licences(NamedTuple):
-    """Identifiers as the Hub spells them (apache-2.0) of the base model's and the data's licence; None: not known."""
+    """Identifiers as the Hub spells them (apache-2.0) of the base model's and the data's licence; None: not known.
+
+    They are what the user says, else what the base model's own card says, and never a guess.
+    """
 
     model: str | None = None
     data: str | None = None
@@ -27,7 +28,7 @@ class Licences(NamedTuple):
 
 def known(config: Config, given: Licences) -> Licences:
     """`given`, with the base model's licence filled in from its card where that lies on this machine."""
-    return given if given.model is not None else given._replace(model=_of_card(_card_of(config)))
+    return given if given.model is not None else given._replace(model=_licence_of(_card_of(config)))
 
 
 def _card_of(config: Config) -> Path | None:
@@ -42,15 +43,8 @@ def _card_of(config: Config) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _of_card(card: Path | None) -> str | None:
-    if card is None or not card.exists():
-        return None
-    from huggingface_hub import ModelCard
-
-    try:
-        licence = ModelCard(card.read_text("utf-8"), ignore_metadata_errors=True).data.get("license")
-    except ValueError:  # a card whose metadata is no YAML says nothing
-        return None
+def _licence_of(card: Path | None) -> str | None:
+    licence = card_metadata(card).get("license") if card else None
     return licence if isinstance(licence, str) else None
 
 

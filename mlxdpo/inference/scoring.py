@@ -42,7 +42,7 @@ def score_examples(
 ) -> np.ndarray:
     """(count, N) float64: what `score` makes of N examples, in the order given, `batch_size` of them at once.
 
-    `score` gives (count, B) numbers of a batch, or (B,) where `count` is 1. `group` puts examples of one prompt into one batch (`data.group`).
+    `score` gives (count, B) numbers of a batch, or (B,) where `count` is 1. `group` is `data.group`.
     `progress` wraps the batches, for a progress bar.
     """
     values = np.zeros((count, len(examples)))

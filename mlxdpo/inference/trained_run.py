@@ -78,7 +78,8 @@ def check_reference(run: Run, reference: Policy, adapter: str | None) -> None:
     for name in LOCKED:
         if then[name] != now[name]:
             raise UserError(
-                f"{run.path}: its reference had {name} {_short_identity(then[name])}, the one here has {_short_identity(now[name])}; "
+                f"{run.path}: its reference had {name} {_short_identity(then[name])}, the one here has "
+                f"{_short_identity(now[name])}; "
                 f"rewards against another reference are other numbers, restore {run.manifest()['reference_source']}"
             )
 

@@ -116,6 +116,7 @@ def read_checksummed_json(path: Path) -> dict[str, Any]:
     stored = value.pop(CHECKSUM, None)
     if stored is not None and stored != with_checksum(value)[CHECKSUM]:
         raise DamagedError(
-            f'{path}: changed since it was written; restore it, or take its "{CHECKSUM}" line out if you meant the change'
+            f'{path}: changed since it was written; restore it, or take its "{CHECKSUM}" line out '
+            f"if you meant the change"
         )
     return value

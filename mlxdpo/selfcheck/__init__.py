@@ -2,4 +2,4 @@
 
 from mlxdpo.selfcheck.registry import CHECKS, Check, CheckResult, Finding, run_checks
 
-__all__ = ["CHECKS", "Check", "Finding", "CheckResult", "run_checks"]
+__all__ = ["CHECKS", "Check", "CheckResult", "Finding", "run_checks"]
