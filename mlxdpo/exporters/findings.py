@@ -84,7 +84,7 @@ def _of_results(file: Path, results: Json) -> CardNumbers:
 
 def _win_rates(results: Json) -> Iterator[CardNumber]:
     for w in results.get("winrates") or []:
-        judge, n = w.get("judge"), f"{_verdicts(w)} of {w.get('prompts')} prompts"
+        judge, n = w.get("judge"), f"{_judged_answers(w)} of {w.get('prompts')} prompts"
         tally = f"{w.get('wins')} wins, {w.get('ties')} ties, {w.get('losses')} losses"
         yield from _card_number(f"win rate, {judge}", "win_rate", w.get("rate"), w.get("interval"), n, tally)
         rows = (
@@ -94,11 +94,11 @@ def _win_rates(results: Json) -> Iterator[CardNumber]:
         for name, metric, value, interval in rows:
             yield from _card_number(f"{name}, {judge}", metric, at(w, value), at(w, interval), n)
     longest = at(results, "controls.longest")
-    n = None if longest is None else _verdicts(longest)
+    n = None if longest is None else _judged_answers(longest)
     yield from _card_number("control: always the longest", "", at(longest, "rate"), at(longest, "interval"), n)
 
 
-def _verdicts(w: Json) -> int:
+def _judged_answers(w: Json) -> int:
     return sum(w.get(name) or 0 for name in ("wins", "ties", "losses"))
 
 

@@ -1,4 +1,4 @@
-"""The story of an export: refuse early, measure the run, write each target aside, load it again, keep what passed."""
+"""An export: refuse early, measure the run, write each target aside, load it again, keep what passed."""
 
 from __future__ import annotations
 

@@ -80,8 +80,8 @@ def objective(config: Config) -> str:
     if config.stage in ONLINE:
         return f"reward of the model's own samples: {ONLINE[config.stage]}, KL cost {config.rollout.kl:g}"
     terms = [f"{name}: {LOSSES[name].title} (arXiv {LOSSES[name].paper})" for name in names_of(config.loss.name)]
-    said = config.loss.model_dump(exclude_defaults=True, exclude={"name"}) | {"beta": config.loss.beta}
-    return ", ".join([" + ".join(terms), *(f"{name} {value}" for name, value in sorted(said.items()))])
+    settings = config.loss.model_dump(exclude_defaults=True, exclude={"name"}) | {"beta": config.loss.beta}
+    return ", ".join([" + ".join(terms), *(f"{name} {value}" for name, value in sorted(settings.items()))])
 
 
 def introduction(record: Exported, config: Config, findings: CardNumbers | None) -> str:

@@ -67,7 +67,7 @@ def run_reference(trained: TrainedRun, examples: Sequence[Example]) -> RunRefere
     batches = list(_batches(examples, vocabulary))
     logits = [_logits_again(model, rows) for rows in batches]
     logps = _sums(batches, logits, len(examples))
-    ref_logps, kl = _compare(batches, logits, lambda rows: _of_reference(trained, rows), len(examples))
+    ref_logps, kl = _diverge(batches, logits, lambda rows: _of_reference(trained, rows), len(examples))
     tokens = sum(rows.at.shape[1] for rows in batches)
     return RunReference(batches, logits, logps, ref_logps, kl, tokens, trained.config.loss.beta, dtype)
 
@@ -78,7 +78,7 @@ def measure_fidelity(reference: RunReference, artefact: nn.Module, force: bool =
     if this_machine().kind == "cpu":  # its packed matmuls are fifty times slower, and give the same numbers
         artefact = _unpacked(artefact)
     artefact.train()  # as the run was scored; only dropout would differ, and it is off
-    logps, kl = _compare(
+    logps, kl = _diverge(
         reference.batches, reference.logits, lambda rows: _scored_logits(artefact, rows), len(reference.logps) // 2
     )
     own, other = (_margins(values, reference.ref_logps, reference.beta) for values in (reference.logps, logps))
@@ -164,10 +164,10 @@ def _scored_logits(model: nn.Module, rows: VerifiedRows) -> mx.array:
     """(n, V) float32 logits, computed; where the model's parts are known, only scored positions meet the head."""
     i, j = (mx.array(index) for index in rows.at)
     with dropout_off(model):
-        if (trunk := model_parts(model)) is None:
+        if (parts := model_parts(model)) is None:
             logits = model(rows.inputs)[i, j].astype(mx.float32)
         else:
-            logits = heads.logits(trunk.head, _states(trunk, rows, i, j))
+            logits = heads.logits(parts.head, _states(parts, rows, i, j))
         mx.eval(logits)  # here, while dropout is off, and adapters are on or off as they are
     return logits
 
@@ -179,16 +179,16 @@ def _of_reference(trained: TrainedRun, rows: VerifiedRows) -> mx.array:
 
 def _logits_again(model: nn.Module, rows: VerifiedRows) -> Logits:
     """The same to be asked again, with the last states at the scored positions kept where the parts are known."""
-    if (trunk := model_parts(model)) is None:
+    if (parts := model_parts(model)) is None:
         return lambda: _scored_logits(model, rows)
     with dropout_off(model):
-        states = _states(trunk, rows, *(mx.array(index) for index in rows.at))
+        states = _states(parts, rows, *(mx.array(index) for index in rows.at))
         mx.eval(states)
-    return lambda: heads.logits(trunk.head, states)
+    return lambda: heads.logits(parts.head, states)
 
 
-def _states(trunk: ModelParts, rows: VerifiedRows, i: mx.array, j: mx.array) -> mx.array:
-    return trunk.norm(hidden_states(trunk, rows.inputs[:, :0], rows.inputs, lambda h: h)[i, j])
+def _states(parts: ModelParts, rows: VerifiedRows, i: mx.array, j: mx.array) -> mx.array:
+    return parts.norm(hidden_states(parts, rows.inputs[:, :0], rows.inputs, lambda h: h)[i, j])
 
 
 def _sums(batches: list[VerifiedRows], logits: list[Logits], pairs: int) -> np.ndarray:
@@ -202,7 +202,7 @@ def _add(sums: np.ndarray, rows: VerifiedRows, logps: mx.array) -> None:
     np.add.at(sums, np.array(rows.which)[rows.at[0]], np.array(logps, np.float64))
 
 
-def _compare(
+def _diverge(
     batches: list[VerifiedRows], own: list[Logits], other: Callable[[VerifiedRows], mx.array], pairs: int
 ) -> tuple[np.ndarray, float]:
     """(2B,) summed log-probs under `other`, and the mean token KL(own || other), nats."""

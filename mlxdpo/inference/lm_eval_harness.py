@@ -70,8 +70,8 @@ def run_tasks(
             **seeds,
         )
     assert found is not None  # it is None on other ranks of a distributed job only
-    return {task: _measures(measures) for task, measures in found["results"].items()}
+    return {task: _task_measures(measures) for task, measures in found["results"].items()}
 
 
-def _measures(measures: dict[str, Any]) -> dict[str, Any]:
+def _task_measures(measures: dict[str, Any]) -> dict[str, Any]:
     return {name: float(v) if isinstance(v, int | float) else str(v) for name, v in measures.items()}

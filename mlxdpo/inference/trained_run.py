@@ -135,8 +135,8 @@ def encode_pairs(trained: TrainedRun, rows: Sequence[Preference]) -> tuple[list[
         return list(rows), examples, report
     counted = Report()  # row by row, to know which ones are left
     found = [(row, encode(row, tokenizer, data, counted, eos_ids=eos)) for row in rows]
-    kept = [(row, example) for row, example in found if example is not None]
-    return [row for row, _ in kept], [example for _, example in kept], report
+    fitting = [(row, example) for row, example in found if example is not None]
+    return [row for row, _ in fitting], [example for _, example in fitting], report
 
 
 def pair_logps(trained: TrainedRun, examples: Sequence[Example], batch_size: int = 8) -> PairLogps:

@@ -92,7 +92,7 @@ def single_blas() -> Iterator[None]:
 
 
 def look_wide() -> None:
-    """Let MLX order the kernels of a graph in breadth, so that `lanes` alternate: on a Linux CPU, before it evaluates.
+    """Let MLX order the kernels of a graph in breadth, so that `forward.streams` alternate; on a Linux CPU, before it runs.
 
     Its default of 20 arrays holds half a block of a model. A variable that is set stays as it is.
     """
@@ -137,5 +137,5 @@ def _renamed_openblas() -> Path:
 
 
 def stream_count() -> int:
-    """Lanes of this machine: threads of the BLAS on a CPU, so that a process that is given one core obeys; else 1."""
+    """Streams of this machine: threads of the BLAS on a CPU, so that a process that is given one core obeys; else 1."""
     return blas_threads() if this_machine().kind == "cpu" else 1

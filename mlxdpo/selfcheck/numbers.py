@@ -124,14 +124,15 @@ def packed_is_padded() -> Finding:
 
 
 def _packed_states(tuned: nn.Module) -> mx.array:
-    rows, trunk = batch(), model_parts(tuned)
-    assert trunk is not None
-    layout = PackedLayout(rows.prefix.shape, rows.rows, rows.home, rows.place, spreader(rows.group, None))  # type: ignore[arg-type]
-    return packed_states(trunk, mx.concatenate([rows.prefix.reshape(-1), rows.rest]), layout)[rows.positions]
+    rows, parts = batch(), model_parts(tuned)
+    assert parts is not None
+    spread = spreader(rows.group, None)
+    layout = PackedLayout(rows.prefix.shape, rows.rows, rows.home, rows.place, spread)  # type: ignore[arg-type]
+    return packed_states(parts, mx.concatenate([rows.prefix.reshape(-1), rows.rest]), layout)[rows.positions]
 
 
 def _padded_states(tuned: nn.Module) -> mx.array:
-    rows, trunk = batch(), model_parts(tuned)
-    assert trunk is not None
-    states = hidden_states(trunk, rows.prefix, rows.suffix, spreader(rows.group, None))
+    rows, parts = batch(), model_parts(tuned)
+    assert parts is not None
+    states = hidden_states(parts, rows.prefix, rows.suffix, spreader(rows.group, None))
     return states.reshape(-1, states.shape[-1])[rows.home[rows.positions]]
