@@ -1,4 +1,4 @@
-"""The processes of a data-parallel run: which batches each computes, and the operation that they share, a sum of arrays.
+"""The processes of a data-parallel run: which batches each computes, and the operation they share, a sum of arrays.
 
 Every process holds the whole model, reads the whole data and makes the same plan. The batches of an optimizer step are
 dealt out; what is computed of them is summed once. Everything else a process needs of the others (a flag, a text, a

@@ -92,7 +92,7 @@ def single_blas() -> Iterator[None]:
 
 
 def look_wide() -> None:
-    """Let MLX order the kernels of a graph in breadth, so that `forward.streams` alternate; on a Linux CPU, before it runs.
+    """Let MLX order the kernels of a graph in breadth, so that `forward.streams` alternate: on a Linux CPU only.
 
     Its default of 20 arrays holds half a block of a model. A variable that is set stays as it is.
     """
