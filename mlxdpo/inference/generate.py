@@ -86,7 +86,8 @@ def finished(
     if not prompts:
         return
     samplers = [
-        greedy if temperature == 0 else seeded_sampler(stream, temperature, top_p) for stream in streams(prompts, seed)
+        greedy if temperature == 0 else seeded_sampler(stream, temperature, top_p)
+        for stream in noise_streams(prompts, seed)
     ]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     was_training = model.training
@@ -126,7 +127,7 @@ def stepwise(
     this is: `generate` counts them from 0. The model must be in evaluation mode.
     """
     _check_sampling([prompt], max_tokens, temperature, top_p, 1)
-    stream = (seed, occurrence, *streams([prompt], seed)[0][2:])
+    stream = (seed, occurrence, *noise_streams([prompt], seed)[0][2:])
     sample = greedy if temperature == 0 else seeded_sampler(stream, temperature, top_p)
     with enter() as model:
         cache = make_prompt_cache(model)
@@ -171,7 +172,7 @@ def _collect(generator: BatchGenerator, index: dict[int, int]) -> Iterator[tuple
                 yield index[response.uid], Completion(tokens.pop(response.uid), response.finish_reason)
 
 
-def streams(prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:
+def noise_streams(prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:
     """The noise stream of each prompt: (seed, occurrence, digest of its tokens as eight 32-bit words)."""
     seen: Counter[bytes] = Counter()
     result = []

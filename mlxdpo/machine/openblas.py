@@ -94,7 +94,8 @@ def single_blas() -> Iterator[None]:
 def look_wide() -> None:
     """Let MLX order the kernels of a graph in breadth, so that `forward.streams` alternate: on a Linux CPU only.
 
-    Its default of 20 arrays holds half a block of a model. A variable that is set stays as it is.
+    Called before MLX evaluates anything. Its default of 20 arrays holds half a block of a model. A variable that is set
+    stays as it is.
     """
     if sys.platform == "linux" and _installed("mlx-cpu"):
         os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100")
