@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlx_lm.models import llama
 from scipy.stats import chisquare
 
-from mlxdpo.inference.generate import Completion, finished, generate, nucleus, seeded_sampler, noise_streams
+from mlxdpo.inference.generate import Completion, finished, generate, noise_streams, nucleus, seeded_sampler
 from mlxdpo.types import UserError
 
 V = 61
