@@ -1,9 +1,6 @@
 """The gate: broken exports are caught, each in its own way; a failed target leaves no files; nothing half-written."""
 
 import json
-import os
-import subprocess
-import sys
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +11,7 @@ from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.cli import run as command
 from mlxdpo.exporters import EXPORTERS, export, read_record
+from mlxdpo.exporters.run import staged_export
 from mlxdpo.exporters.source import Choices
 from mlxdpo.exporters.verify import LEAST_SLOPE, MOST_KL, slope_and_correlation, token_kl, why_failed
 from mlxdpo.types import UserError
@@ -104,13 +102,12 @@ def test_nothing_is_left_when_a_writer_fails(tmp_path, cache, monkeypatch):
 
 def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path, cache):
     run = square_run(tmp_path)
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    left = [tmp_path / f".out-{process}-abc_1" for process in (ended.pid, os.getpid())]
-    for folder in left:
-        folder.mkdir()
-    export(run, ["hf"], tmp_path / "out")
-    assert [folder.exists() for folder in left] == [False, True]  # what a killed export left is swept, a live one's not
+    killed = tmp_path / ".out-draft-0123abc_"
+    with staged_export(tmp_path / "out") as live:  # held by a lock, as long as its process lives
+        killed.mkdir()
+        export(run, ["hf"], tmp_path / "out")
+        left = [killed.exists(), live.exists()]
+    assert left == [False, True]  # what a killed export left is swept, a live one's not
     card = (tmp_path / "out/README.md").read_text()
     assert "0.05" in card or "slope" in card.lower()
     export(run, ["mlx"], tmp_path / "out")
