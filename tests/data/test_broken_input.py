@@ -14,7 +14,7 @@ from mlxdpo.config import Config, ModelConfig, dump_config, load_config
 from mlxdpo.data.cache import Spool
 from mlxdpo.data.report import BadRow
 from mlxdpo.data.sources import read_rows
-from mlxdpo.exporters.findings import FORMATS, read_findings
+from mlxdpo.exporters.findings import FORMATS, read_card_numbers
 from mlxdpo.exporters.record import read_record
 from mlxdpo.exporters.run import export
 from mlxdpo.exporters.source import hub_name
@@ -258,7 +258,7 @@ def test_an_evaluation_of_another_layout_is_named_by_the_card(run):
     for wrong in ({"pairs": {"rewards": "none"}}, {"winrates": 3}, {"drift": [1]}):
         file.write_text(json.dumps({"format": FORMATS[-1], **wrong}))
         with contextlib.suppress(UserError):
-            assert read_findings(run) is not None
+            assert read_card_numbers(run) is not None
 
 
 @pytest.mark.parametrize("raw", [b"{", b"[]", b"\xff", b'{"model": "x"}', b'{"model": {"digest": 3}}', b"[" * 100_000])

@@ -13,7 +13,7 @@ from test_fuzz_judges import VOTE
 from tiny_runs import finish, recipe
 
 from mlxdpo.cli import run as cli
-from mlxdpo.exporters.findings import read_findings
+from mlxdpo.exporters.findings import read_card_numbers
 from mlxdpo.exporters.record import read_record
 from mlxdpo.exporters.run import export
 from mlxdpo.inference.trained_run import open_trained_run
@@ -156,7 +156,7 @@ def test_readers(run, seed):
         case("run: adapter settings", lambda: read_settings(run.adapter))
         case("run: progress", lambda: checkpoint.read_progress(run.path / STEP))
         case("run: votes", lambda: votes_of(run))
-        case("run: findings", lambda: read_findings(run))
+        case("run: findings", lambda: read_card_numbers(run))
         case("run: export record", lambda: read_record(run.path))
         case("run: report", lambda: write_report(run))
         case("run: compare", lambda: compare(run, run))
