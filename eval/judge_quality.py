@@ -18,9 +18,9 @@ from mlxdpo_eval.metrics.intervals import Interval
 from mlxdpo_eval.metrics.judge_bias import Agreement, agreement, retest
 from mlxdpo_eval.metrics.ppi import Debiased, debiased
 
-from .judges.votes import Ballots, Vote
-from .sampling import Answers
-from .voting import is_of
+from mlxdpo_eval.judges.votes import Ballots, Vote
+from mlxdpo_eval.sampling import Answers
+from mlxdpo_eval.voting import is_of
 
 # The same comparisons asked a second time, past the cache: does a judge repeat itself?
 #

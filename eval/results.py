@@ -17,7 +17,7 @@ from mlxdpo_eval.judges import BothOrders
 from mlxdpo_eval.metrics.intervals import clustered_mean
 from mlxdpo_eval.metrics.texts import length_ratio, text_report
 
-from .sampling import Answers
+from mlxdpo_eval.sampling import Answers
 
 # Results as JSON values: named tuples become objects, NumPy numbers become numbers, what is no number becomes null.
 

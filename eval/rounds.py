@@ -20,7 +20,7 @@ from mlxdpo_eval.metrics.drift import text_stats
 from mlxdpo_eval.metrics.intervals import Interval, clustered_mean, paired_difference
 from mlxdpo_eval.results import to_json
 
-from .sampling import Answers, Sampling, draw_tuned, on_policy_kl
+from mlxdpo_eval.sampling import Answers, Sampling, draw_tuned, on_policy_kl
 
 Measured = Mapping[str, Any]
 BASES = ("from_previous", "from_start")

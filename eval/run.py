@@ -36,12 +36,12 @@ from mlxdpo_eval.metrics.slices import picked, slicing
 from mlxdpo_eval.report.blocks import Headline, of_answers, of_best, of_pairs, of_votes
 from mlxdpo_eval.results import FORMAT, describe, drift, sample_lines, save, write_lines
 
-from .heldout import Heldout, heldout, pair_lines
-from .judges.program import OWN, reward_judge
-from .judges.votes import Ballots, read_ballots
-from .sampling import Answers, Sampling, draw, first_of_each, on_policy_kl, usual_length
-from .voting import VoteRun, vote_run
-from .winrate import WinRate, judge_answers, trios, win_rate
+from mlxdpo_eval.heldout import Heldout, heldout, pair_lines
+from mlxdpo_eval.judges.program import OWN, reward_judge
+from mlxdpo_eval.judges.votes import Ballots, read_ballots
+from mlxdpo_eval.sampling import Answers, Sampling, draw, first_of_each, on_policy_kl, usual_length
+from mlxdpo_eval.voting import VoteRun, vote_run
+from mlxdpo_eval.winrate import WinRate, judge_answers, trios, win_rate
 
 Say = Callable[[str], None]
 Columns = Mapping[str, Sequence[Hashable]]

@@ -27,9 +27,9 @@ from mlxdpo_eval.metrics.intervals import clustered_mean
 from mlxdpo_eval.metrics.pareto import Point
 from mlxdpo_eval.results import to_json
 
-from .judges import Judge
-from .sampling import Answers, Sampling, draw_start, draw_tuned, first_of_each, on_policy_kl, usual_length
-from .winrate import judge_answers, win_rate
+from mlxdpo_eval.judges import Judge
+from mlxdpo_eval.sampling import Answers, Sampling, draw_start, draw_tuned, first_of_each, on_policy_kl, usual_length
+from mlxdpo_eval.winrate import judge_answers, win_rate
 
 Say = Callable[[str], None]
 FINAL = "adapter"

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlxdpo_eval.metrics.sequential import anytime_interval, log_e_value, running_vote
 
-from .judges.votes import Ballots, Vote
+from mlxdpo_eval.judges.votes import Ballots, Vote
 
 ALPHA = 0.05
 

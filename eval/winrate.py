@@ -28,7 +28,7 @@ from mlxdpo_eval.metrics.length import Controlled, length_controlled
 from mlxdpo_eval.metrics.sequential import minimum_detectable
 from mlxdpo_eval.metrics.slices import Slices, slice_report
 
-from .sampling import Answers
+from mlxdpo_eval.sampling import Answers
 
 
 class Rewards(NamedTuple):

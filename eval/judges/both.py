@@ -21,7 +21,7 @@ from scipy import special
 
 from mlxdpo import append_line, cache_folder, read_lines
 
-from .protocol import Judge, Question, Scalar, Verdict
+from mlxdpo_eval.judges.protocol import Judge, Question, Scalar, Verdict
 
 # Several answers to one prompt, ranked by any judge: its own scores, or how often each answer beats the others.
 #

@@ -23,7 +23,7 @@ from urllib.parse import SplitResult, urlsplit
 from mlxdpo import UserError
 from mlxdpo_eval.judges.protocol import Judge, Question, Verdict, certain, invalid
 
-from .wording import LABELS, WORDING, worded
+from mlxdpo_eval.judges.wording import LABELS, WORDING, worded
 
 KEY = "MLXDPO_JUDGE_KEY"
 TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})

@@ -14,8 +14,8 @@ import numpy as np
 
 from mlxdpo import UserError, encode_prompt, load_config, load_policy, next_logits
 
-from .protocol import Judge, Question, Verdict
-from .wording import LABELS, WORDING, worded
+from mlxdpo_eval.judges.protocol import Judge, Question, Verdict
+from mlxdpo_eval.judges.wording import LABELS, WORDING, worded
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from mlxdpo import Run, open_reward_model
 
-from .protocol import Judge, Question, Verdict, invalid
+from mlxdpo_eval.judges.protocol import Judge, Question, Verdict, invalid
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .protocol import Question
+from mlxdpo_eval.judges.protocol import Question
 
 LABELS = ("A", "B")
 WORDING = """Two assistants answered the same prompt. Decide which answer is better: more helpful, correct, clear \
