@@ -29,19 +29,25 @@ from mlxdpo import (
     prompt_name,
     versions,
 )
-from mlxdpo_eval.heldout import Pairing, Records, best_of_records, pairing
-from mlxdpo_eval.judge_quality import humans, retested
+from mlxdpo_eval.heldout import (
+    BestOfKReport,
+    Heldout,
+    RecordPairs,
+    best_of_k_report,
+    heldout_report,
+    pair_lines,
+    pair_records,
+)
+from mlxdpo_eval.judge_quality import ask_again, human_agreement
 from mlxdpo_eval.judges import BothOrders, Judge
-from mlxdpo_eval.metrics.slices import picked, slicing
-from mlxdpo_eval.report.blocks import Headline, of_answers, of_best, of_pairs, of_votes
-from mlxdpo_eval.results import FORMAT, describe, drift, sample_lines, save, write_lines
-
-from mlxdpo_eval.heldout import Heldout, heldout, pair_lines
-from mlxdpo_eval.judges.program import OWN, reward_judge
+from mlxdpo_eval.judges.program import LENGTH_REWARDS, reward_judge
 from mlxdpo_eval.judges.votes import Ballots, read_ballots
-from mlxdpo_eval.sampling import Answers, Sampling, draw, first_of_each, on_policy_kl, usual_length
+from mlxdpo_eval.metrics.slices import select_columns, slice_columns
+from mlxdpo_eval.report.blocks import Headline, answers_headline, best_of_k_headline, pairs_headline, votes_headline
+from mlxdpo_eval.results import FORMAT, drift_report, identify_run, sample_lines, write_lines, write_results
+from mlxdpo_eval.sampling import Answers, Sampling, default_max_tokens, first_answers, on_policy_kl, sample_before_after
 from mlxdpo_eval.voting import VoteRun, vote_run
-from mlxdpo_eval.winrate import WinRate, judge_answers, trios, win_rate
+from mlxdpo_eval.winrate import WinRate, answer_pairs, judge_answers, win_rate
 
 Say = Callable[[str], None]
 Columns = Mapping[str, Sequence[Hashable]]
@@ -76,33 +82,33 @@ class Evaluation(NamedTuple):
     worst_judge: tuple[float, str]
 
 
-class Material(NamedTuple):
+class HeldoutData(NamedTuple):
     """Held-out pairs as read; `records` and `paired` where the data are best-of-k records."""
 
     rows: list[Preference]
     left_out: list[str]
     source: str
     records: list[BestOfK]
-    paired: Pairing | None
+    paired: RecordPairs | None
 
 
-class Found(NamedTuple):
+class EvalParts(NamedTuple):
     """The parts of an evaluation that its results are written from."""
 
     judged: list[Judged]
     pairs: Heldout
-    best: Records | None
+    best: BestOfKReport | None
     votes: VoteRun | None
 
 
-AS_IT_IS = EvalOptions()
+DEFAULT_OPTIONS = EvalOptions()
 
 
 def evaluate(
     run: Run,
     judges: Sequence[Judge],
     sampling: Sampling,
-    wanted: EvalOptions = AS_IT_IS,
+    wanted: EvalOptions = DEFAULT_OPTIONS,
     say: Say = lambda text: None,
 ) -> Evaluation:
     """Measure a run and write everything.
@@ -111,72 +117,72 @@ def evaluate(
     by is not there, or the file of votes holds none.
     """
     started = time.monotonic()
-    material = _material(run, wanted.data)
-    columns = slicing([row.columns for row in material.rows], wanted.slices)
+    material = _heldout_data(run, wanted.data)
+    columns = slice_columns([row.columns for row in material.rows], wanted.slices)
     ballots = None if wanted.votes is None else read_ballots(wanted.votes)
     opened = open_trained_run(run)
     rows, examples, encoding = encode_pairs(opened, material.rows)
     say(f"scoring {len(rows)} held-out pairs ({material.source})")
     logps = pair_logps(opened, examples)
-    sampling = sampling if sampling.max_tokens else replace(sampling, max_tokens=usual_length(examples))
+    sampling = sampling if sampling.max_tokens else replace(sampling, max_tokens=default_max_tokens(examples))
     prompts = distinct_prompts(rows, sampling.prompts)
     say(f"answering {len(prompts)} prompts, {sampling.samples} x before and after, to {sampling.max_tokens} tokens")
-    before, after, control = draw(opened, prompts, sampling)
+    before, after, control = sample_before_after(opened, prompts, sampling)
     say("measuring drift")
-    kl_of = first_of_each(after)
+    kl_of = first_answers(after)
     kl = on_policy_kl(opened, kl_of, sampling.temperature)
-    by_answer = _per_answer(picked(columns, material.rows, prompts), prompts, before)
-    see = _Seeing(run, before, after, control, ballots, by_answer, wanted.retest, say)
-    judged = [_judge(judge, see) for judge in judges]
-    found = Found(
+    by_answer = _columns_of_answers(select_columns(columns, material.rows, prompts), prompts, before)
+    see = _JudgeInputs(run, before, after, control, ballots, by_answer, wanted.retest, say)
+    judged = [_run_judge(judge, see) for judge in judges]
+    found = EvalParts(
         judged,
-        heldout(opened, rows, logps, picked(columns, material.rows, rows)),
-        _best_of(material, rows, logps, columns),
+        heldout_report(opened, rows, logps, select_columns(columns, material.rows, rows)),
+        _best_of_k(material, rows, logps, columns),
         None if ballots is None else vote_run(ballots, folder_digest(run.adapter)),
     )
     asked = {"judges": {judge.name: dict(judge.identity) for judge in judges}}
     results = {
         "format": FORMAT,
-        "run": describe(opened),
+        "run": identify_run(opened),
         "settings": asdict(sampling) | asked | {"slices": list(wanted.slices), "retest": wanted.retest},
         "data": {"source": material.source, "pairs": len(rows), "left_out": material.left_out + encoding.lines()},
         **_findings(found, before, after),
-        "drift": drift(before, after, kl_of, kl),
+        "drift": drift_report(before, after, kl_of, kl),
         "versions": versions(),
     }
     write_lines(run.path / "eval" / "eval_pairs.jsonl", pair_lines(opened, rows, logps))
     verdicts = {j.result.judge: j.found for j in judged}
     lines = sample_lines(before, after, dict(zip(kl_of.names, kl, strict=True)), verdicts)
     write_lines(run.path / "eval" / "eval_samples.jsonl", lines)
-    file, written = save(run, results, time.monotonic() - started)
+    file, written = write_results(run, results, time.monotonic() - started)
     worst = max(((j.result.invalid_share, j.result.judge) for j in judged), default=(0.0, ""))
     return Evaluation(written, file, worst)
 
 
-def _material(run: Run, data: str | None) -> Material:
+def _heldout_data(run: Run, data: str | None) -> HeldoutData:
     if data is not None and (found := heldout_records(run, data)) is not None:
         records, report, source = found
-        paired = pairing(records)
-        return Material(paired.rows, report.lines(), source, records, paired)
+        paired = pair_records(records)
+        return HeldoutData(paired.rows, report.lines(), source, records, paired)
     rows, report, source = heldout_pairs(run, data)
-    return Material(rows, report.lines(), source, [], None)
+    return HeldoutData(rows, report.lines(), source, [], None)
 
 
-def _best_of(material: Material, kept: Sequence[Preference], logps: PairLogps, columns: Columns) -> Records | None:
+def _best_of_k(material: HeldoutData, kept: Sequence[Preference], logps: PairLogps, columns: Columns) -> BestOfKReport | None:
     if material.paired is None:
         return None
-    by_record = picked(columns, material.rows, material.paired.first)
-    return best_of_records(material.records, material.paired, kept, logps, by_record)
+    by_record = select_columns(columns, material.rows, material.paired.first)
+    return best_of_k_report(material.records, material.paired, kept, logps, by_record)
 
 
-def _per_answer(columns: Columns, prompts: Sequence[Preference], answers: Answers) -> dict[str, list[Hashable]]:
+def _columns_of_answers(columns: Columns, prompts: Sequence[Preference], answers: Answers) -> dict[str, list[Hashable]]:
     """Columns of prompts as columns of the answers to them."""
     names = [prompt_name(row.prompt) for row in prompts]
     of = {column: dict(zip(names, values, strict=True)) for column, values in columns.items()}
     return {column: [values[name] for name in answers.names] for column, values in of.items()}
 
 
-class _Seeing(NamedTuple):
+class _JudgeInputs(NamedTuple):
     """What every judge is shown."""
 
     run: Run
@@ -189,23 +195,23 @@ class _Seeing(NamedTuple):
     say: Say
 
 
-def _judge(judge: Judge, see: _Seeing) -> Judged:
+def _run_judge(judge: Judge, see: _JudgeInputs) -> Judged:
     see.say(f"judging {len(see.before.texts)} pairs of answers: {judge.name}")
-    found, first = judge_answers(judge, see.before, see.after), first_of_each(see.before)
+    found, first = judge_answers(judge, see.before, see.after), first_answers(see.before)
     result = win_rate(judge, found, see.before, see.after, see.columns)
     if see.ballots is not None:
-        result = result._replace(humans=humans(judge, found, see.before, see.ballots, folder_digest(see.run.adapter)))
+        result = result._replace(humans=human_agreement(judge, found, see.before, see.ballots, folder_digest(see.run.adapter)))
     if see.retest:
         see.say(f"asking {judge.name} again")
-        again = retested(judge, trios(see.before, see.after), found, see.before.names, see.retest)
+        again = ask_again(judge, answer_pairs(see.before, see.after), found, see.before.names, see.retest)
         result = result._replace(retest=again)
     against = win_rate(judge, judge_answers(judge, first, see.control), first, see.control)
     return Judged(result, found, against)
 
 
-def _findings(found: Found, before: Answers, after: Answers) -> dict[str, Any]:
-    baseline = reward_judge("longest", OWN["longest"])
-    said = _said(found)
+def _findings(found: EvalParts, before: Answers, after: Answers) -> dict[str, Any]:
+    baseline = reward_judge("longest", LENGTH_REWARDS["longest"])
+    said = _headlines(found)
     return {
         "headline": said[0],
         "sentences": [headline.sentence for headline in said],
@@ -220,11 +226,11 @@ def _findings(found: Found, before: Answers, after: Answers) -> dict[str, Any]:
     }
 
 
-def _said(found: Found) -> list[Headline]:
+def _headlines(found: EvalParts) -> list[Headline]:
     """What each part says, the headline first: the first judge named, else people, else the held-out pairs."""
-    said = [of_answers(j.result) for j in found.judged]
+    said = [answers_headline(j.result) for j in found.judged]
     if found.votes is not None and found.votes.n:
-        said.append(of_votes(found.votes))
+        said.append(votes_headline(found.votes))
     if found.best is not None:
-        said.append(of_best(found.best))
-    return [*said, of_pairs(found.pairs)]
+        said.append(best_of_k_headline(found.best))
+    return [*said, pairs_headline(found.pairs)]

@@ -22,8 +22,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from mlxdpo import UserError
 from mlxdpo_eval.judges.protocol import Judge, Question, Verdict, certain, invalid
-
-from mlxdpo_eval.judges.wording import LABELS, WORDING, worded
+from mlxdpo_eval.judges.wording import LABELS, WORDING, judge_prompt
 
 KEY = "MLXDPO_JUDGE_KEY"
 TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -66,7 +65,7 @@ class EndpointJudge:
             if attempt:
                 time.sleep(self.pause * 2 ** (attempt - 1))
             try:
-                return parse(self._post(worded(question)))
+                return parse_completion(self._post(judge_prompt(question)))
             except urllib.error.HTTPError as error:
                 error.close()
                 if error.code in REFUSED:
@@ -103,7 +102,7 @@ def _refusal(name: str, status: int) -> str:
     return f"--judge {name}: the server refuses the request (HTTP {status}); {hint.get(status, 'check model and URL')}"
 
 
-def parse(body: bytes) -> Verdict:
+def parse_completion(body: bytes) -> Verdict:
     """The verdict in a chat completion: from the labels' log-probs, else from the text."""
     try:
         choice = json.loads(body)["choices"][0]
@@ -114,10 +113,10 @@ def parse(body: bytes) -> Verdict:
         return invalid("the reply is no chat completion")
     if not isinstance(text, str):
         return invalid("the reply is no chat completion")
-    return _soft([(token, p) for token, p in logps if math.isfinite(p) and p < ROUNDING]) or _hard(text)
+    return _soft_verdict([(token, p) for token, p in logps if math.isfinite(p) and p < ROUNDING]) or _hard_verdict(text)
 
 
-def _soft(logps: list[tuple[str, float]]) -> Verdict | None:
+def _soft_verdict(logps: list[tuple[str, float]]) -> Verdict | None:
     """Log-odds of the labels; one that is not in the list lies below its least member."""
     first, second = ([p for token, p in logps if token == label] for label in LABELS)
     if not first and not second:
@@ -133,14 +132,14 @@ def _added(logps: list[float]) -> float:
     return top + math.log(sum(math.exp(p - top) for p in logps))
 
 
-def _hard(text: str) -> Verdict:
+def _hard_verdict(text: str) -> Verdict:
     said = text.strip().strip(".:*()[]\"'").upper()
     if said not in LABELS:
         return invalid("the answer is no label")
     return certain(1.0 if said == LABELS[0] else -1.0)
 
 
-def _parts(url: str) -> SplitResult | None:
+def _split_url(url: str) -> SplitResult | None:
     """An address in its parts; None for what is none."""
     try:
         parts = urlsplit(url)
@@ -152,7 +151,7 @@ def _parts(url: str) -> SplitResult | None:
 def endpoint_judge(rest: str) -> Judge:
     """Open `endpoint:MODEL@URL`. Raises `UserError` when it is not of that form."""
     model, _, url = rest.rpartition("@")
-    parts = _parts(url)
+    parts = _split_url(url)
     if not model or parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(
             f"--judge endpoint:{rest}: expected endpoint:MODEL@URL, such as endpoint:qwen3@http://localhost:8080/v1"

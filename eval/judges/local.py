@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from mlxdpo import UserError, encode_prompt, load_config, load_policy, next_logits
-
 from mlxdpo_eval.judges.protocol import Judge, Question, Verdict
-from mlxdpo_eval.judges.wording import LABELS, WORDING, worded
+from mlxdpo_eval.judges.wording import LABELS, WORDING, judge_prompt
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class LocalJudge:
     def ask(self, questions: Sequence[Question]) -> list[Verdict]:
         """Log-odds of the first label against the second, each label in all its spellings."""
         data = load_config().data
-        rows = [encode_prompt(worded(q), self.policy.tokenizer, data).tolist() for q in questions]
+        rows = [encode_prompt(judge_prompt(q), self.policy.tokenizer, data).tolist() for q in questions]
         first, second = self.labels
         logits = next_logits(self.policy.model, rows, [*first, *second]).astype(np.float64)
         odds = _logsumexp(logits[:, : len(first)]) - _logsumexp(logits[:, len(first) :])

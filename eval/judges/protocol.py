@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-SURE = 10.0  # logits of a judge that only says which: a probability of 0.99995
+CERTAIN = 10.0  # logits of a judge that only says which: a probability of 0.99995
 
 
 class Question(NamedTuple):
@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
 
 def certain(sign: float) -> Verdict:
     """The verdict of a judge that knows no degrees: the first is better (above 0), worse (below 0), or neither."""
-    return Verdict(SURE * ((sign > 0) - (sign < 0)))
+    return Verdict(CERTAIN * ((sign > 0) - (sign < 0)))
 
 
 def invalid(reason: str) -> Verdict:

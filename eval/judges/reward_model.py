@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mlxdpo import Run, open_reward_model
-
 from mlxdpo_eval.judges.protocol import Judge, Question, Verdict, invalid
 
 

@@ -20,6 +20,6 @@ and honest. Length by itself is no merit, and neither is the order of the answer
 Which answer is better? Reply with one letter, A or B."""
 
 
-def worded(question: Question) -> str:
+def judge_prompt(question: Question) -> str:
     """The question as text. Braces in the answers stay as they are."""
     return WORDING.format(prompt=question.prompt, first=question.first, second=question.second)

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import special
 
 from mlxdpo_eval.metrics.calibration_interval import ece_interval, noise_floor
-from mlxdpo_eval.metrics.intervals import Interval, checked, clustered_share
+from mlxdpo_eval.metrics.intervals import Interval, clustered_share, number_clusters
 
 
 class Bin(NamedTuple):
@@ -66,20 +66,20 @@ class Calibration(NamedTuple):
     temperature: Temperature
 
 
-def calibration(
+def calibration_report(
     margins: np.ndarray, prompts: np.ndarray, bins: int = 10, level: float = 0.95, seed: int = 0
 ) -> Calibration:
     """(B,) margins in logits and cluster names -> every calibration number. Raises `ValueError` for no pairs."""
-    d, labels = checked(margins, prompts)
+    d, labels = number_clusters(margins, prompts)
     if not len(d):
         raise ValueError("no margins; expected at least one pair")
-    confidence, right = fold(d)
+    confidence, right = fold_margins(d)
     codes = equal_mass(confidence, bins)
     gaps, sizes = bin_gaps(confidence, right, codes)
     ece = float(np.abs(gaps) @ sizes / len(d))
     return Calibration(
         n=len(d),
-        bins=reliability(confidence, right, codes, labels, level),
+        bins=reliability_bins(confidence, right, codes, labels, level),
         ece=ece,
         ece_interval=ece_interval(confidence, right, codes, labels, level, seed),
         ace=float(np.abs(gaps).mean()),
@@ -91,7 +91,7 @@ def calibration(
     )
 
 
-def fold(margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fold_margins(margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Confidence sigmoid(|d|) in [1/2, 1), and 1 where d > 0, 1/2 where d is 0, else 0."""
     return special.expit(np.abs(margins)), (np.sign(margins) + 1) / 2
 
@@ -110,7 +110,7 @@ def bin_gaps(confidence: np.ndarray, right: np.ndarray, codes: np.ndarray) -> tu
     return np.bincount(codes, right - confidence) / sizes, sizes
 
 
-def reliability(
+def reliability_bins(
     confidence: np.ndarray, right: np.ndarray, codes: np.ndarray, clusters: np.ndarray, level: float = 0.95
 ) -> tuple[Bin, ...]:
     """The points of a reliability diagram, by rising confidence."""
@@ -127,7 +127,7 @@ def nll(margins: np.ndarray) -> float:
     return float(np.logaddexp(0, -np.asarray(margins)).mean())
 
 
-def temperature(margins: np.ndarray) -> float | None:
+def fit_temperature(margins: np.ndarray) -> float | None:
     """T that minimises the mean of softplus(-d / T), by Newton's method on a = 1 / T; None without a positive one.
 
     The objective is convex in a. Its slope at 0 is -mean(d) / 2, so a positive optimum needs a positive mean;
@@ -153,12 +153,12 @@ def split_temperature(margins: np.ndarray, clusters: np.ndarray, bins: int = 10,
 
     The halves are drawn by a digest of each cluster's name, so the order of the rows does not matter.
     """
-    d, labels = checked(margins, clusters)
+    d, labels = number_clusters(margins, clusters)
     names = dict(zip(labels.tolist(), clusters, strict=True))
     drawn = sorted(names, key=lambda label: hashlib.sha256(f"{seed} {names[label]}".encode()).digest())
     fit_on = np.isin(labels, drawn[: len(drawn) // 2])
     here, there = d[fit_on], d[~fit_on]
-    t = temperature(here)
+    t = fit_temperature(here)
     if t is None or not len(there):
         return Temperature(t, len(here), len(there), None, None)
     before, after = there, there / t
@@ -166,6 +166,6 @@ def split_temperature(margins: np.ndarray, clusters: np.ndarray, bins: int = 10,
 
 
 def _ece(margins: np.ndarray, bins: int) -> float:
-    confidence, right = fold(margins)
+    confidence, right = fold_margins(margins)
     gaps, sizes = bin_gaps(confidence, right, equal_mass(confidence, bins))
     return float(np.abs(gaps) @ sizes / len(margins))

@@ -96,7 +96,7 @@ def _gap_covariance(confidence: np.ndarray, right: np.ndarray, codes: np.ndarray
     return covariance
 
 
-def _root(covariance: np.ndarray) -> np.ndarray:
+def _matrix_root(covariance: np.ndarray) -> np.ndarray:
     """A matrix whose square is the covariance; eigenvalues that rounding made negative are 0."""
     values, vectors = np.linalg.eigh(covariance)
     return vectors * np.sqrt(np.maximum(values, 0))
@@ -107,7 +107,7 @@ def _invert(
 ) -> tuple[float, float]:
     """Lowest and highest error that make the observed one ordinary."""
     observed = float(np.abs(gaps) @ share)
-    noise = np.random.default_rng(seed).normal(size=(DRAWS, len(gaps))) @ _root(covariance).T
+    noise = np.random.default_rng(seed).normal(size=(DRAWS, len(gaps))) @ _matrix_root(covariance).T
     floor = np.abs(noise) @ share
     errors = np.linspace(0, observed + float(floor.mean()) + 4 * float(floor.std()), GRID)
     likeliest = _likeliest(errors, gaps, share, np.diag(covariance)) * np.where(gaps < 0, -1, 1)

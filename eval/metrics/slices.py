@@ -14,7 +14,7 @@ import numpy as np
 from scipy import special
 
 from mlxdpo import UserError
-from mlxdpo_eval.metrics.intervals import Interval, checked, clustered_se, clustered_share
+from mlxdpo_eval.metrics.intervals import Interval, clustered_se, clustered_share, number_clusters
 
 # Metadata columns to slice results by: those a user names, or those that obviously are categories.
 
@@ -24,7 +24,7 @@ MOST_VALUES = (
 BINS = 4
 
 
-def slicing(rows: Sequence[Mapping[str, Any]], named: Sequence[str] = ()) -> dict[str, list[Hashable]]:
+def slice_columns(rows: Sequence[Mapping[str, Any]], named: Sequence[str] = ()) -> dict[str, list[Hashable]]:
     """Column name -> one value per row. `rows` are the other columns of each row.
 
     Of the `named` columns, numbers of more than `MOST_VALUES` distinct values are cut into quarters, and lists and
@@ -36,12 +36,12 @@ def slicing(rows: Sequence[Mapping[str, Any]], named: Sequence[str] = ()) -> dic
         known = f"their columns are {', '.join(there)}" if there else "they have no columns besides prompt and answers"
         raise UserError(f"--slice {unknown[0]}: the held-out rows have no such column; {known}")
     if named:
-        return {name: _values([row.get(name) for row in rows]) for name in dict.fromkeys(named)}
+        return {name: _slice_values([row.get(name) for row in rows]) for name in dict.fromkeys(named)}
     found: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in there}
     return {name: values for name, values in found.items() if _is_category(values)}
 
 
-def picked(
+def select_columns(
     columns: Mapping[str, Sequence[Hashable]], rows: Sequence[Any], some: Sequence[Any]
 ) -> dict[str, list[Hashable]]:
     """The columns of `rows` at some of these very rows."""
@@ -54,7 +54,7 @@ def _is_category(values: Sequence[Any]) -> bool:
     return plain and 2 <= len(set(values)) <= MOST_VALUES
 
 
-def _values(values: Sequence[Any]) -> list[Hashable]:
+def _slice_values(values: Sequence[Any]) -> list[Hashable]:
     numbers = sorted({v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and np.isfinite(v)})
     if len(numbers) > MOST_VALUES and all(v is None or v in numbers for v in values if not isinstance(v, list | dict)):
         return _quarters(values)
@@ -115,7 +115,7 @@ def slice_report(
     with probability `level` at least: the worst slice's too. A missing value (None) is a slice of its own.
     Raises `ValueError` for lengths that differ.
     """
-    data, labels = checked(values, clusters)
+    data, labels = number_clusters(values, clusters)
     if len(column) != len(data):
         raise ValueError(f"{len(data)} values and {len(column)} column entries; expected one entry per value")
     rows: dict[Hashable, list[int]] = {}

@@ -11,26 +11,26 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from mlxdpo_eval.report.blocks import Document, Sample, Section, Table
+from mlxdpo_eval.report.blocks import Document, Part, SampleBlock, Table
 from mlxdpo_eval.report.plots import Figure
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 TONES = {"better": "good", "worse": "bad"}
 
 
-def text(words: str) -> str:
+def unbroken(words: str) -> str:
     """Escaped, with no line break inside `70.0 %`, `n = 100` and `[0.5, 0.7]`."""
     whole = re.sub(r"(\[[-+.\d]+,) (?=[-+.\d]+\])", r"\1&nbsp;", escape(words))
     return whole.replace(" %", "&nbsp;%").replace("n = ", "n&nbsp;=&nbsp;")
 
 
-def page(document: Document) -> str:
+def html_page(document: Document) -> str:
     """The whole page."""
     lead = document.sentence.removeprefix(f"{document.verdict.capitalize()}: ")  # the heading says it already
     style = resources.files("mlxdpo_eval.report").joinpath("page.css").read_text("utf-8")
     tone = TONES.get(document.verdict, "open")
     tiles = "".join(
-        f"<div><dt>{escape(n)}</dt><dd>{text(v)}<small>{text(i)}</small></dd></div>" for n, v, i in document.tiles
+        f"<div><dt>{escape(n)}</dt><dd>{unbroken(v)}<small>{unbroken(i)}</small></dd></div>" for n, v, i in document.tiles
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -47,7 +47,7 @@ def page(document: Document) -> str:
 <header class="{tone}">
 <p class="name">{escape(document.title)}</p>
 <h1>{escape(document.verdict.capitalize())}</h1>
-<p class="lead">{text(lead)}</p>
+<p class="lead">{unbroken(lead)}</p>
 <p class="meta">{escape(document.subtitle)}</p>
 <dl>{tiles}</dl>
 </header>
@@ -58,24 +58,24 @@ def page(document: Document) -> str:
 """
 
 
-def _section(section: Section) -> str:
+def _section(section: Part) -> str:
     return f"<section>\n<h2>{escape(section.title)}</h2>\n{_plots_together(section)}</section>\n"
 
 
-def _plots_together(section: Section) -> str:
+def _plots_together(section: Part) -> str:
     """Blocks in order; plots that follow one another share a row where there is room."""
     plots = [block for block in section.blocks if isinstance(block, Figure)]
     rest = "".join(_block(block) for block in section.blocks if not isinstance(block, Figure))
-    shown = "".join(f"<figure>{p.svg}<figcaption>{text(p.caption)}</figcaption></figure>" for p in plots)
+    shown = "".join(f"<figure>{p.svg}<figcaption>{unbroken(p.caption)}</figcaption></figure>" for p in plots)
     return rest + (f'<div class="plots">{shown}</div>\n' if shown else "")
 
 
 def _block(block: Any) -> str:
     if isinstance(block, Table):
         return _table(block)
-    if isinstance(block, Sample):
+    if isinstance(block, SampleBlock):
         return _sample(block)
-    return f"<p>{text(block)}</p>\n"
+    return f"<p>{unbroken(block)}</p>\n"
 
 
 def _table(table: Table) -> str:
@@ -83,18 +83,18 @@ def _table(table: Table) -> str:
     rows = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
         + "".join(
-            f'<td data-name="{escape(name)}">{text(cell)}</td>'
+            f'<td data-name="{escape(name)}">{unbroken(cell)}</td>'
             for name, cell in zip(table.header[1:], row[1:], strict=True)
         )
         + "</tr>\n"
         for row in table.rows
     )
-    note = f'<p class="note">{text(table.note)}</p>\n' if table.note else ""
+    note = f'<p class="note">{unbroken(table.note)}</p>\n' if table.note else ""
     caption = f"<caption>{escape(table.header[0])}</caption>"
     return f"<table>\n{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n{note}"
 
 
-def _sample(sample: Sample) -> str:
+def _sample(sample: SampleBlock) -> str:
     sides = "".join(
         f"<div><h4>{name}</h4><p>{escape(answer.strip()) or '<em>empty</em>'}</p></div>"
         for name, answer in (("before", sample.before), ("after", sample.after))

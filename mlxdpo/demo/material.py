@@ -27,7 +27,7 @@ SHUFFLE = 1_000_003  # any number that no run has for its seed
 HERE = resources.files("mlxdpo.demo")
 
 
-def as_they_are(rows: list[Row], seed: int) -> list[Row]:
+def bundled_labels(rows: list[Row], seed: int) -> list[Row]:
     """The bundled pairs."""
     return rows
 
@@ -51,7 +51,7 @@ def _swap(row: Row) -> Row:
     return {name: row[(other | names).get(name, name)] for name in row}
 
 
-def prepare(out: Path, seed: int, labels: Labels) -> Config:
+def prepare_demo(out: Path, seed: int, labels: Labels) -> Config:
     """Write the demo's pairs, held-out pairs and prompts into `out` and return the run's configuration.
 
     Raises `UserError` when `out` holds a run already, or a judge is not installed.
