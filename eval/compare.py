@@ -67,7 +67,9 @@ def _compare_files(first: Run, second: Run) -> Comparison:
     changes, flips = [], []
     if pair_keys:
         outcomes = [[_sign(side[key]["margin"]) for key in pair_keys] for side in pairs]
-        changes.append(_paired_measure("held-out accuracy", outcomes, [pairs[0][key]["prompt_id"] for key in pair_keys]))
+        changes.append(
+            _paired_measure("held-out accuracy", outcomes, [pairs[0][key]["prompt_id"] for key in pair_keys])
+        )
         flips += _flips("held-out accuracy", outcomes, [pairs[0][key] for key in pair_keys])
     for judge in _judges(samples):
         usable = [key for key in sample_keys if all(_logit(side[key], judge) is not None for side in samples)]

@@ -1,4 +1,9 @@
-"""What the run says about pairs it never saw: rewards, lengths, calibration, slices."""
+"""What the run says about pairs it never saw: rewards, lengths, calibration, slices; and about best-of-k records.
+
+Of records: how often is the best score a right completion's? A record's completions are scored once each, through its
+pairs of right and wrong ones; the reward is log pi - log ref, as RewardBench scores a DPO model (without beta, which
+moves no maximum).
+"""
 
 from __future__ import annotations
 
@@ -15,21 +20,17 @@ from mlxdpo_eval.metrics.rewards import RewardReport, margins, outcomes, reward_
 from mlxdpo_eval.metrics.sequential import minimum_detectable
 from mlxdpo_eval.metrics.slices import Slices, slice_report
 
-# Best-of-k records under a run's implicit reward: how often the best score is a right completion's.
-#
-# A record's completions are scored once each, through its pairs of right and wrong ones; the reward is log pi - log
-# ref, as RewardBench scores a DPO model (without beta, which moves no maximum).
-
 TIED = "Ties"  # RewardBench 2's subset with several right answers, scored by its own rule
 
 
 class RecordPairs(NamedTuple):
-    """The pairs of all records, for each pair (record, right completion, wrong completion) as indices, and the first
-    pair of each record.
+    """The pairs of all records; `indices` of each pair are (record, right completion, wrong completion).
+
+    `first` is the first pair of each record.
     """
 
     rows: list[Preference]
-    places: list[tuple[int, int, int]]
+    indices: list[tuple[int, int, int]]
     first: list[Preference]
 
 
@@ -53,21 +54,21 @@ def pair_records(records: Sequence[BestOfK]) -> RecordPairs:
     """Every right completion against every wrong one of its record."""
     found = [((r, i, j), pair) for r, record in enumerate(records) for i, j, pair in record.pairs()]
     first = [pair for (r, i, j), pair in found if (i, j) == (0, records[r].right)]
-    return RecordPairs([pair for _, pair in found], [place for place, _ in found], first)
+    return RecordPairs([pair for _, pair in found], [index for index, _ in found], first)
 
 
 def best_of_k_report(
     records: Sequence[BestOfK],
     paired: RecordPairs,
-    kept: Sequence[Preference],
+    rows: Sequence[Preference],
     logps: PairLogps,
     columns: Mapping[str, Sequence[Hashable]],
 ) -> BestOfKReport | None:
-    """Best-of-k over the records whose completions were all scored; `kept` and `logps` are row by row the scored pairs.
+    """Best-of-k over the records whose completions were all scored.
 
-    `columns` are metadata, one entry per record. None when no record is whole.
+    `rows` and `logps` are the scored pairs, one for one; `columns` are metadata, one entry per record. None when no record is whole.
     """
-    rewards, lengths = _completion_rewards(records, paired, kept, logps)
+    rewards, lengths = _completion_rewards(records, paired, rows, logps)
     whole = [r for r in range(len(records)) if np.isfinite(rewards[r]).all()]
     if not whole:
         return None
@@ -87,13 +88,13 @@ def best_of_k_report(
 
 
 def _completion_rewards(
-    records: Sequence[BestOfK], paired: RecordPairs, kept: Sequence[Preference], logps: PairLogps
+    records: Sequence[BestOfK], paired: RecordPairs, rows: Sequence[Preference], logps: PairLogps
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Per record the reward and the tokens of each completion; NaN where it was in no scored pair."""
-    place_of = {id(row): place for row, place in zip(paired.rows, paired.places, strict=True)}
+    index_of = {id(row): index for row, index in zip(paired.rows, paired.indices, strict=True)}
     rewards, lengths = ([np.full(len(record.completions), np.nan) for record in records] for _ in range(2))
-    for n, row in enumerate(kept):
-        r, right, wrong = place_of[id(row)]
+    for n, row in enumerate(rows):
+        r, right, wrong = index_of[id(row)]
         rewards[r][right], lengths[r][right] = logps.chosen[n] - logps.ref_chosen[n], logps.chosen_len[n]
         rewards[r][wrong], lengths[r][wrong] = logps.rejected[n] - logps.ref_rejected[n], logps.rejected_len[n]
     return rewards, lengths
@@ -142,10 +143,9 @@ def heldout_report(
 
 def pair_lines(opened: TrainedRun, rows: Sequence[Preference], logps: PairLogps) -> list[dict[str, Any]]:
     """One line per pair with everything its metrics come from."""
-    fields = [name for name in logps._fields]
     lines = []
     for i, row in enumerate(rows):
-        values = {name: float(getattr(logps, name)[i]) for name in fields}
+        values = {name: float(getattr(logps, name)[i]) for name in logps._fields}
         gained = (values["chosen"] - values["ref_chosen"]) - (values["rejected"] - values["ref_rejected"])
         lines.append(
             {

@@ -1,7 +1,7 @@
 """What human votes say about a judge: the judge is asked about the very pairs that people voted on.
 
-The app draws answers of its own, so the pairs voted on are seldom those of the evaluation. Agreement needs no more than
-the judge's opinion on the voted pairs. To correct the judge's win rate (PPI++) votes and evaluation have to be about
+The app samples its own answers, so the pairs voted on are seldom those of the evaluation. Agreement needs only the
+judge's verdicts on the voted pairs. To correct the judge's win rate (PPI++) votes and evaluation have to be about
 the same prompts, so only votes on prompts of the evaluation enter it.
 """
 
@@ -21,15 +21,13 @@ from mlxdpo_eval.metrics.ppi import Debiased, debiased
 from mlxdpo_eval.sampling import Answers
 from mlxdpo_eval.voting import is_about
 
-# The same comparisons asked a second time, past the cache: does a judge repeat itself?
-#
-# A judge may repeat itself 95 % of the time and still prefer a position (arXiv 2606.19544), so this is no quality by
-# itself; but one that does not repeat itself makes every other number of it noise.
-
 
 class Retest(NamedTuple):
-    """`n` comparisons valid both times, out of `asked`; `same` is the share with the same winner.
+    """The same comparisons asked a second time, past the cache: does the judge repeat itself?
 
+    `n` comparisons are valid both times, out of `asked`; `same` is the share with the same winner. A judge may repeat
+    itself 95 % of the time and still prefer a position (arXiv 2606.19544), so this alone proves no quality; but if it
+    does not repeat itself, every other number of it is noise.
     `invalid` had no verdict the second time. `moved` is the mean absolute change of the averaged logit.
     """
 
@@ -42,18 +40,18 @@ class Retest(NamedTuple):
 
 
 def ask_again(
-    judge: Judge, trios: Sequence[AnswerPair], found: Sequence[BothOrders], prompts: Sequence[str], count: int
+    judge: Judge, pairs: Sequence[AnswerPair], found: Sequence[BothOrders], prompts: Sequence[str], count: int
 ) -> Retest | None:
     """Ask `count` of the comparisons again, evenly spaced over those with a verdict; None where there are none.
 
-    `found` are the first verdicts, one per trio. Equal answers were never asked about and are left out. A file of
+    `found` are the first verdicts, one per pair of answers. Equal answers were never asked about and are left out. A file of
     votes has nobody to ask.
     """
     known = [i for i, both in enumerate(found) if both.logit is not None and not both.same]
     if not known or judge.identity.get("kind") == "votes":
         return None
     at = [known[k] for k in np.unique(np.linspace(0, len(known) - 1, min(count, len(known))).round().astype(int))]
-    again = ask_both(judge, [trios[i] for i in at], cached=False)
+    again = ask_both(judge, [pairs[i] for i in at], cached=False)
     both = [(found[i].logit, b.logit, prompts[i]) for i, b in zip(at, again, strict=True)]
     usable = [(a, b, p) for a, b, p in both if a is not None and b is not None]
     invalid = len(at) - len(usable)
@@ -92,7 +90,7 @@ def human_agreement(
     signs = [int(np.sign(logit)) for _, logit in both]
     truth = [vote.for_tuned or 0 for vote, _ in both]
     names = [vote.prompt_id for vote, _ in both]
-    longer = [len(trio.after) - len(trio.before) for trio in (_answer_pair(vote) for vote, _ in both)]
+    longer = [len(pair.after) - len(pair.before) for pair in (_answer_pair(vote) for vote, _ in both)]
     here = set(before.names)
     on_these = [i for i, (vote, _) in enumerate(both) if vote.prompt_id in here and is_about(vote, adapter)]
     return HumanAgreement(

@@ -18,11 +18,12 @@ from mlxdpo_eval.metrics.intervals import clustered_mean
 from mlxdpo_eval.metrics.texts import length_ratio, text_report
 from mlxdpo_eval.sampling import Answers
 
-# Results as JSON values: named tuples become objects, NumPy numbers become numbers, what is no number becomes null.
-
 
 def to_json(value: Any) -> Any:
-    """A value that JSON can hold; infinity and NaN are null, because not every reader can parse them."""
+    """A value as JSON: named tuples become objects, NumPy numbers become numbers.
+
+    Infinity and NaN become null, because not every reader can parse them.
+    """
     if hasattr(value, "_asdict"):
         return to_json(value._asdict())
     if isinstance(value, Mapping):

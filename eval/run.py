@@ -55,7 +55,7 @@ Columns = Mapping[str, Sequence[Hashable]]
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What to look at besides the run itself: `data` of one's own, a file of human `votes`, columns to slice by.
+    """What to evaluate besides the run itself: other `data`, a file of human `votes`, columns to slice by.
 
     `retest` comparisons are asked of each judge a second time.
     """
@@ -108,7 +108,7 @@ def evaluate(
     run: Run,
     judges: Sequence[Judge],
     sampling: Sampling,
-    wanted: EvalOptions = DEFAULT_OPTIONS,
+    options: EvalOptions = DEFAULT_OPTIONS,
     say: Say = lambda text: None,
 ) -> Evaluation:
     """Measure a run and write everything.
@@ -117,12 +117,12 @@ def evaluate(
     by is not there, or the file of votes holds none.
     """
     started = time.monotonic()
-    material = _heldout_data(run, wanted.data)
-    columns = slice_columns([row.columns for row in material.rows], wanted.slices)
-    ballots = None if wanted.votes is None else read_ballots(wanted.votes)
+    data = _heldout_data(run, options.data)
+    columns = slice_columns([row.columns for row in data.rows], options.slices)
+    ballots = None if options.votes is None else read_ballots(options.votes)
     opened = open_trained_run(run)
-    rows, examples, encoding = encode_pairs(opened, material.rows)
-    say(f"scoring {len(rows)} held-out pairs ({material.source})")
+    rows, examples, encoding = encode_pairs(opened, data.rows)
+    say(f"scoring {len(rows)} held-out pairs ({data.source})")
     logps = pair_logps(opened, examples)
     sampling = sampling if sampling.max_tokens else replace(sampling, max_tokens=default_max_tokens(examples))
     prompts = distinct_prompts(rows, sampling.prompts)
@@ -131,21 +131,21 @@ def evaluate(
     say("measuring drift")
     kl_of = first_answers(after)
     kl = on_policy_kl(opened, kl_of, sampling.temperature)
-    by_answer = _columns_of_answers(select_columns(columns, material.rows, prompts), prompts, before)
-    see = _JudgeInputs(run, before, after, control, ballots, by_answer, wanted.retest, say)
-    judged = [_run_judge(judge, see) for judge in judges]
+    by_answer = _columns_of_answers(select_columns(columns, data.rows, prompts), prompts, before)
+    inputs = _JudgeInputs(run, before, after, control, ballots, by_answer, options.retest, say)
+    judged = [_run_judge(judge, inputs) for judge in judges]
     found = EvalParts(
         judged,
-        heldout_report(opened, rows, logps, select_columns(columns, material.rows, rows)),
-        _best_of_k(material, rows, logps, columns),
+        heldout_report(opened, rows, logps, select_columns(columns, data.rows, rows)),
+        _best_of_k(data, rows, logps, columns),
         None if ballots is None else vote_run(ballots, folder_digest(run.adapter)),
     )
-    asked = {"judges": {judge.name: dict(judge.identity) for judge in judges}}
+    judge_identities = {"judges": {judge.name: dict(judge.identity) for judge in judges}}
     results = {
         "format": FORMAT,
         "run": identify_run(opened),
-        "settings": asdict(sampling) | asked | {"slices": list(wanted.slices), "retest": wanted.retest},
-        "data": {"source": material.source, "pairs": len(rows), "left_out": material.left_out + encoding.lines()},
+        "settings": asdict(sampling) | judge_identities | {"slices": list(options.slices), "retest": options.retest},
+        "data": {"source": data.source, "pairs": len(rows), "left_out": data.left_out + encoding.lines()},
         **_findings(found, before, after),
         "drift": drift_report(before, after, kl_of, kl),
         "versions": versions(),
@@ -168,11 +168,13 @@ def _heldout_data(run: Run, data: str | None) -> HeldoutData:
     return HeldoutData(rows, report.lines(), source, [], None)
 
 
-def _best_of_k(material: HeldoutData, kept: Sequence[Preference], logps: PairLogps, columns: Columns) -> BestOfKReport | None:
-    if material.paired is None:
+def _best_of_k(
+    data: HeldoutData, rows: Sequence[Preference], logps: PairLogps, columns: Columns
+) -> BestOfKReport | None:
+    if data.paired is None:
         return None
-    by_record = select_columns(columns, material.rows, material.paired.first)
-    return best_of_k_report(material.records, material.paired, kept, logps, by_record)
+    by_record = select_columns(columns, data.rows, data.paired.first)
+    return best_of_k_report(data.records, data.paired, rows, logps, by_record)
 
 
 def _columns_of_answers(columns: Columns, prompts: Sequence[Preference], answers: Answers) -> dict[str, list[Hashable]]:
@@ -183,7 +185,7 @@ def _columns_of_answers(columns: Columns, prompts: Sequence[Preference], answers
 
 
 class _JudgeInputs(NamedTuple):
-    """What every judge is shown."""
+    """The same for every judge."""
 
     run: Run
     before: Answers
@@ -195,26 +197,27 @@ class _JudgeInputs(NamedTuple):
     say: Say
 
 
-def _run_judge(judge: Judge, see: _JudgeInputs) -> Judged:
-    see.say(f"judging {len(see.before.texts)} pairs of answers: {judge.name}")
-    found, first = judge_answers(judge, see.before, see.after), first_answers(see.before)
-    result = win_rate(judge, found, see.before, see.after, see.columns)
-    if see.ballots is not None:
-        result = result._replace(humans=human_agreement(judge, found, see.before, see.ballots, folder_digest(see.run.adapter)))
-    if see.retest:
-        see.say(f"asking {judge.name} again")
-        again = ask_again(judge, answer_pairs(see.before, see.after), found, see.before.names, see.retest)
+def _run_judge(judge: Judge, inputs: _JudgeInputs) -> Judged:
+    inputs.say(f"judging {len(inputs.before.texts)} pairs of answers: {judge.name}")
+    found, first = judge_answers(judge, inputs.before, inputs.after), first_answers(inputs.before)
+    result = win_rate(judge, found, inputs.before, inputs.after, inputs.columns)
+    if inputs.ballots is not None:
+        adapter = folder_digest(inputs.run.adapter)
+        result = result._replace(humans=human_agreement(judge, found, inputs.before, inputs.ballots, adapter))
+    if inputs.retest:
+        inputs.say(f"asking {judge.name} again")
+        again = ask_again(judge, answer_pairs(inputs.before, inputs.after), found, inputs.before.names, inputs.retest)
         result = result._replace(retest=again)
-    against = win_rate(judge, judge_answers(judge, first, see.control), first, see.control)
+    against = win_rate(judge, judge_answers(judge, first, inputs.control), first, inputs.control)
     return Judged(result, found, against)
 
 
 def _findings(found: EvalParts, before: Answers, after: Answers) -> dict[str, Any]:
     baseline = reward_judge("longest", LENGTH_REWARDS["longest"])
-    said = _headlines(found)
+    headlines = _headlines(found)
     return {
-        "headline": said[0],
-        "sentences": [headline.sentence for headline in said],
+        "headline": headlines[0],
+        "sentences": [headline.sentence for headline in headlines],
         "pairs": found.pairs,
         "best_of": found.best,
         "votes": found.votes,
@@ -227,10 +230,10 @@ def _findings(found: EvalParts, before: Answers, after: Answers) -> dict[str, An
 
 
 def _headlines(found: EvalParts) -> list[Headline]:
-    """What each part says, the headline first: the first judge named, else people, else the held-out pairs."""
-    said = [answers_headline(j.result) for j in found.judged]
+    """A headline for each part, the report's first: the first judge named, else people, else the held-out pairs."""
+    headlines = [answers_headline(j.result) for j in found.judged]
     if found.votes is not None and found.votes.n:
-        said.append(votes_headline(found.votes))
+        headlines.append(votes_headline(found.votes))
     if found.best is not None:
-        said.append(best_of_k_headline(found.best))
-    return [*said, pairs_headline(found.pairs)]
+        headlines.append(best_of_k_headline(found.best))
+    return [*headlines, pairs_headline(found.pairs)]

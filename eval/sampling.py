@@ -51,7 +51,9 @@ def default_max_tokens(examples: Sequence[Example]) -> int:
     return min(LONGEST, int(np.ceil(np.quantile(lengths, 0.95))))
 
 
-def sample_before_after(opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling) -> tuple[Answers, Answers, Answers]:
+def sample_before_after(
+    opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling
+) -> tuple[Answers, Answers, Answers]:
     """(before, after, control): `samples` answers a prompt before and after, one more from before as control.
 
     The k-th answer to a prompt meets the same noise before and after. Raises `UserError` for a prompt that the
@@ -75,7 +77,9 @@ def sample_tuned(opened: TrainedRun, rows: Sequence[Preference], sampling: Sampl
     return sample_answers(opened, opened.policy.model, rows, sampling.samples, sampling)
 
 
-def sample_answers(opened: TrainedRun, model: Any, rows: Sequence[Preference], count: int, sampling: Sampling) -> Answers:
+def sample_answers(
+    opened: TrainedRun, model: Any, rows: Sequence[Preference], count: int, sampling: Sampling
+) -> Answers:
     data, tokenizer = opened.config.data, opened.policy.tokenizer
     ids = [encode_prompt(row.prompt, tokenizer, data, row.tools).tolist() for row in rows]
     repeated = [(row, one) for row, one in zip(rows, ids, strict=True) for _ in range(count)]

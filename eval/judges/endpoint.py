@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+import numpy as np
+
 from mlxdpo import UserError
-from mlxdpo_eval.judges.protocol import Judge, Question, Verdict, certain, invalid
-from mlxdpo_eval.judges.wording import LABELS, WORDING, judge_prompt
+from mlxdpo_eval.judges.protocol import LABELS, WORDING, Judge, Question, Verdict, certain, invalid, judge_prompt
 
 KEY = "MLXDPO_JUDGE_KEY"
 TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -122,14 +123,8 @@ def _soft_verdict(logps: list[tuple[str, float]]) -> Verdict | None:
     if not first and not second:
         return None
     least = min(p for _, p in logps) - BELOW
-    a, b = (_added(found) if found else least for found in (first, second))
+    a, b = (float(np.logaddexp.reduce(found)) if found else least for found in (first, second))
     return Verdict(a - b)
-
-
-def _added(logps: list[float]) -> float:
-    """The log of a sum of probabilities: servers write -9999 for "never", and exp of that is 0."""
-    top = max(logps)
-    return top + math.log(sum(math.exp(p - top) for p in logps))
 
 
 def _hard_verdict(text: str) -> Verdict:

@@ -2,6 +2,11 @@
 
 Samples of one prompt are not independent: what is resampled is prompts (clusters), not rows. With two to six
 dependent rows per prompt, the nominal 90 % interval of a row bootstrap covers the truth 62 % of the time.
+
+Means and shares of clustered rows have closed forms, without resampling or seed: Student's t on the clustered standard
+error (arXiv 2411.00640) for means; for shares, where a symmetric interval leaves [0, 1] and covers too little near its
+ends, Wilson's with the sample size that the clustered standard error implies (Korn and Graubard 1998; Dean and Pagano
+2015).
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ from scipy import special
 
 Statistic = Callable[[np.ndarray], float]
 """Vector of values -> number."""
+Values = Sequence[float] | np.ndarray
+Clusters = Sequence[Hashable] | np.ndarray
 
 CHUNK = 256  # resamples held in memory at once
 
@@ -151,16 +158,6 @@ def wilson(successes: float, n: int, level: float = 0.95) -> Interval | None:
     low = centre - half if successes > 0 else 0.0
     high = centre + half if successes < n else 1.0
     return Interval(p, low, high, n)
-
-
-# Closed-form intervals for means and shares of rows that come in clusters (several rows of one prompt).
-#
-# Student's t on the clustered standard error (arXiv 2411.00640) for means. For shares, where a symmetric interval
-# leaves [0, 1] and covers too little near its ends, Wilson's with the sample size that the clustered standard error
-# implies (Korn and Graubard 1998; Dean and Pagano 2015). No resampling, so no seed.
-
-Values = Sequence[float] | np.ndarray
-Clusters = Sequence[Hashable] | np.ndarray
 
 
 def quantile_t(level: float, clusters: int) -> float:

@@ -17,6 +17,7 @@ from mlxdpo_eval.metrics.intervals import (
     Interval,
     clustered_mean,
     clustered_share,
+    mean_or_none,
     number_clusters,
     percentile_levels,
     quantile_t,
@@ -55,15 +56,11 @@ def text_report(
     lengths, ended = [float(len(c)) for c in completions], [float(s) for s in stopped]
     return TextReport(
         len(completions),
-        Estimate(_mean(lengths), clustered_mean(lengths, prompts, level)),
-        Estimate(_mean(ended), clustered_share(ended, prompts, level)),
-        Estimate(_mean(rates), clustered_share(rates, named, level)),
+        Estimate(mean_or_none(lengths), clustered_mean(lengths, prompts, level)),
+        Estimate(mean_or_none(ended), clustered_share(ended, prompts, level)),
+        Estimate(mean_or_none(rates), clustered_share(rates, named, level)),
         distinct_interval(completions, prompts, level=level),
     )
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if len(values) else None
 
 
 def length_ratio(

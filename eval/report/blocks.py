@@ -1,4 +1,8 @@
-"""What a report is made of, and how its numbers are written."""
+"""What a report is made of, and how its numbers are written.
+
+Headlines put numbers in words: better, worse, or cannot tell yet, and what effect would have been seen. Nothing is
+called a trend.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,6 @@ from mlxdpo_eval.heldout import BestOfKReport, Heldout
 from mlxdpo_eval.report.plots import Figure
 from mlxdpo_eval.voting import VoteRun
 from mlxdpo_eval.winrate import WinRate
-
-# Numbers in words: better, worse, or cannot tell yet, and what would have been seen. Nothing is called a trend.
 
 Verdict = Literal["better", "worse", "cannot tell yet", "no difference shown"]
 
@@ -44,7 +46,9 @@ def answers_headline(result: WinRate) -> Headline:
         f"{result.judge} prefers the tuned answers in {share(result.rate)} of {judged} pairs ({span(result.interval)})"
     )
     if result.interval is None or result.interval.low <= 0.5 <= result.interval.high:
-        return Headline("cannot tell yet", f"Cannot tell yet: {facts}; {smallest_effect(result.prompts, result.detectable)}.")
+        return Headline(
+            "cannot tell yet", f"Cannot tell yet: {facts}; {smallest_effect(result.prompts, result.detectable)}."
+        )
     verdict: Verdict = "better" if result.rate > 0.5 else "worse"
     return Headline(verdict, f"{verdict.capitalize()}: {facts}; n = {result.prompts} prompts.")
 
@@ -58,7 +62,9 @@ def pairs_headline(result: Heldout) -> Headline:
     interval = rewards.accuracy_interval
     facts = f"the tuned model ranks {share(rewards.accuracy)} of {rewards.n} held-out pairs rightly ({span(interval)})"
     if interval is None or interval.low <= 0.5 <= interval.high:
-        return Headline("cannot tell yet", f"Cannot tell yet: {facts}; {smallest_effect(result.prompts, result.detectable)}.")
+        return Headline(
+            "cannot tell yet", f"Cannot tell yet: {facts}; {smallest_effect(result.prompts, result.detectable)}."
+        )
     verdict: Verdict = "better" if rewards.accuracy > 0.5 else "worse"
     than = "more often than chance" if verdict == "better" else "less often than chance"
     return Headline(

@@ -34,7 +34,11 @@ def build_document(
     sections = [
         Part("Answers before and after", [*_answer_tables(results), *plots.get("winrates", [])]),
         *([] if results["votes"] is None else [Part("Human votes", [*votes_table(results["votes"]), *plots["votes"]])]),
-        *([] if results["best_of"] is None else [Part("Best of several", _best_of_k_tables(results["best_of"], results))]),
+        *(
+            []
+            if results["best_of"] is None
+            else [Part("Best of several", _best_of_k_tables(results["best_of"], results))]
+        ),
         Part("Held-out pairs", [*_pair_tables(results), *plots.get("pairs", [])]),
         Part("Drift", _drift_tables(results) + ([] if frontier is None else _frontier_blocks(frontier))),
         Part("Samples", _sample_blocks(samples)),
@@ -69,7 +73,9 @@ def _answer_tables(results: Result) -> list[Any]:
     judged, controls = results["winrates"], results["controls"]
     rows = [_win_rate_row(w["judge"], w) for w in judged]
     rows.append(_win_rate_row("control: always the longest", controls["longest"]))
-    rows += [_win_rate_row(f"control: reference against itself, {w['judge']}", w) for w in controls["reference_vs_reference"]]
+    rows += [
+        _win_rate_row(f"control: reference against itself, {w['judge']}", w) for w in controls["reference_vs_reference"]
+    ]
     first = controls["longest"]
     note = (
         f"{first['n']} pairs of answers to {first['prompts']} prompts. Win rate = wins + ties / 2 of valid verdicts, "
@@ -81,7 +87,9 @@ def _answer_tables(results: Result) -> list[Any]:
     if scored:
         blocks.append(
             Table(
-                ("mean score", "before", "after", "change"), [_mean_score_row(w) for w in scored], "Paired by prompt and noise."
+                ("mean score", "before", "after", "change"),
+                [_mean_score_row(w) for w in scored],
+                "Paired by prompt and noise.",
             )
         )
     for w in judged:
@@ -110,7 +118,8 @@ def _pair_tables(results: Result) -> list[Any]:
     ranks, moved = r["rankings"], r["displacement"]
     median, fell = decimal(r["margin"]["median"], "+"), share(r["fell"])
     rows = [
-        ("reward accuracy (tie = 1/2)", bounded(r["accuracy"], r["accuracy_interval"]), "0.500 for the reference itself"),
+        ("reward accuracy (tie = 1/2)", bounded(r["accuracy"], r["accuracy_interval"]),
+         "0.500 for the reference itself"),
         ("accuracy at equal length", bounded(length["controlled"]["rate"], length["controlled"]["interval"]), ""),
         ("control: always the longer", bounded(length["longer_baseline"], length["longer_interval"]), "knows nothing"),
         ("reward margin", bounded(r["margin"]["mean"], r["margin"]["interval"], "+"), f"median {median}"),
@@ -164,7 +173,9 @@ def _slice_table(title: str, found: Result, items: str) -> Table:
     rows = [(s["name"], bounded(s["share"], s["interval"]), str(s["n"]), decimal(s["q"])) for s in found["shown"]]
     worst = found["worst"]
     said = (
-        "No slice is large enough to show. " if worst is None else f"Worst: {worst['name']}, {decimal(worst['share'])}. "
+        "No slice is large enough to show. "
+        if worst is None
+        else f"Worst: {worst['name']}, {decimal(worst['share'])}. "
     )
     note = (
         f"{said}Intervals hold for all slices at once; q is corrected for looking at all. "

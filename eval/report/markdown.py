@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mlxdpo_eval.report.blocks import Document, Part, SampleBlock, Table
@@ -12,7 +13,8 @@ from mlxdpo_eval.report.plots import Figure
 def markdown_page(document: Document) -> str:
     """The whole report. What comes from models or data cannot become markup."""
     tiles = Table(("number", "value", "95 % interval"), list(document.tiles))
-    head = [f"# {escape_markdown(document.title)}", f"**{escape_markdown(document.sentence)}**", escape_markdown(document.subtitle), _table(tiles)]
+    title, sentence, subtitle = map(escape_markdown, (document.title, document.sentence, document.subtitle))
+    head = [f"# {title}", f"**{sentence}**", subtitle, _table_with_note(tiles)]
     return "\n\n".join([*head, *(_markdown_section(section) for section in document.sections)]) + "\n"
 
 
@@ -27,7 +29,7 @@ def _markdown_section(section: Part) -> str:
 
 def _markdown_block(block: Any) -> str:
     if isinstance(block, Table):
-        return _table(block)
+        return _table_with_note(block)
     if isinstance(block, Figure):
         return f"Plot (in report.html): {escape_markdown(block.caption)}"
     if isinstance(block, SampleBlock):
@@ -37,10 +39,14 @@ def _markdown_block(block: Any) -> str:
     return escape_markdown(block)
 
 
-def _table(table: Table) -> str:
-    rows = [table.header, tuple("---" for _ in table.header), *table.rows]
-    lines = [f"| {' | '.join(cell if i == 1 else escape_markdown(cell) for cell in row)} |" for i, row in enumerate(rows)]
-    return "\n".join(lines) + (f"\n\n{escape_markdown(table.note)}" if table.note else "")
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells as they are; those from models or data need `escape_markdown` before."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def _table_with_note(table: Table) -> str:
+    header, *rows = ([escape_markdown(cell) for cell in row] for row in (table.header, *table.rows))
+    return markdown_table(header, rows) + (f"\n\n{escape_markdown(table.note)}" if table.note else "")
 
 
 def _fenced(text: str) -> str:

@@ -27,24 +27,20 @@ def round_columns(rows: Rows) -> tuple[str, ...]:
 
 
 def round_cells(rows: Rows) -> list[tuple[str, ...]]:
-    """A line for the start and each round, for the columns of `header`."""
+    """A line for the start and each round, for the columns of `round_columns`."""
     return [_round_row(row) for row in rows]
 
 
 def _round_row(row: Mapping[str, Any]) -> tuple[str, ...]:
     name = f"{row['run']}" if row["round"] else "start"
-    judged = [cell for judge in row["judges"] for cell in (_mean(judge), _change(judge["from_start"]))]
+    judged: list[str] = []
+    for judge in row["judges"]:
+        change = judge["from_start"]
+        judged.append(bounded(judge["mean"], judge["interval"]))
+        judged.append("–" if change is None else bounded(change["estimate"], change, "+"))
     drift = f"{row['kl']:.2f} ({row['kl_per_token']:.3f})" if row["round"] else "0"
     pairs = str(row["collected"]["rows"]) if row["round"] else "–"
     return (name, pairs, *judged, drift, decimal(row["texts"]["length"]))
-
-
-def _mean(judge: Mapping[str, Any]) -> str:
-    return bounded(judge["mean"], judge["interval"])
-
-
-def _change(change: Mapping[str, Any] | None) -> str:
-    return "–" if change is None else bounded(change["estimate"], change, "+")
 
 
 def rounds_verdict(found: Mapping[str, Any]) -> tuple[str, str]:
@@ -84,7 +80,9 @@ def _rounds_document(folder: Path, found: Mapping[str, Any]) -> Document:
     sections = [
         Part("Rounds side by side", [Table(round_columns(rows), round_cells(rows), NOTE), scores_over_rounds(rows)]),
         Part("What was collected", [_collected_table(rows)]),
-        Part(f"Answers at the start and after round {found['kept']}", list(_round_samples(folder, found["kept"], rows))),
+        Part(
+            f"Answers at the start and after round {found['kept']}", list(_round_samples(folder, found["kept"], rows))
+        ),
     ]
     return Document(folder.name, word, sentence, subtitle, tiles, sections)
 

@@ -102,7 +102,9 @@ def sample_continuations(prompts: Sequence[str], seed: int) -> dict[str, list[Co
     return {prompt: [by_index[i] for i in sorted(by_index)] for prompt, by_index in result.items()}
 
 
-def best_against_worst(samples: Iterable[tuple[str, Sequence[Continuation]]], made_of: Mapping[str, Any]) -> RankedPairs:
+def best_against_worst(
+    samples: Iterable[tuple[str, Sequence[Continuation]]], made_of: Mapping[str, Any]
+) -> RankedPairs:
     """Best against worst of each prompt; the first wins a tie. Prompts without a clear pair are counted."""
     ranked = RankedPairs([], {})
     for prompt, candidates in samples:

@@ -11,12 +11,13 @@ from scipy import optimize, special
 from mlxdpo_eval.metrics.calibration import (
     bin_gaps,
     calibration_report,
+    ece_interval,
     equal_mass,
     fit_temperature,
     fold_margins,
+    noise_floor,
     split_temperature,
 )
-from mlxdpo_eval.metrics.calibration_interval import ece_interval, noise_floor
 
 MARGINS = st.lists(st.floats(-6, 6), min_size=3, max_size=40)
 

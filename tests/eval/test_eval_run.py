@@ -172,7 +172,9 @@ def test_compare_pairs_by_item_and_fails_on_a_regression_only(run, tmp_path, cap
     with pytest.raises(UserError, match=r"has no evaluation; run `mlxdpo eval .*run` first"):
         compare_runs(run, run)
     evaluate(run, [Planted(coin)], SMALL)
-    assert compare_runs(run, run).regressed == [] and comparison_sentence(compare_runs(run, run)).startswith("No difference shown")
+    assert compare_runs(run, run).regressed == [] and comparison_sentence(compare_runs(run, run)).startswith(
+        "No difference shown"
+    )
     assert cli(["compare", str(run.path), str(run.path)]) == 0
     worse = trained(tmp_path, "worse")
     evaluate(worse, [Planted(coin)], SMALL)

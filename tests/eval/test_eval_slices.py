@@ -16,7 +16,7 @@ from scipy import stats as scipy_stats
 from mlxdpo_eval.metrics.drift import distinct_n, text_stats
 from mlxdpo_eval.metrics.intervals import clustered_share
 from mlxdpo_eval.metrics.pareto import Point, hull, pareto_front
-from mlxdpo_eval.metrics.slices import benjamini_hochberg, slice_report
+from mlxdpo_eval.metrics.slices import slice_report
 from mlxdpo_eval.metrics.texts import distinct_interval, length_ratio, text_report
 
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)
@@ -60,11 +60,6 @@ def test_one_slice_has_no_rest_and_none_is_a_name():
     assert (empty.shown, empty.hidden_rows, empty.macro, empty.worst) == ((), 1, None, None)
     with pytest.raises(ValueError, match="1 values and 2 column entries"):
         slice_report([1.0], ["a", "b"], ["p"])
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
-def test_benjamini_hochberg_equals_scipy(p):
-    assert benjamini_hochberg(p) == pytest.approx(scipy_stats.false_discovery_control(p), abs=1e-12)
 
 
 def test_text_report_is_text_stats_with_intervals():

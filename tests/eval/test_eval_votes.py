@@ -137,7 +137,9 @@ def test_judges_are_asked_about_the_pairs_that_people_voted_on(tmp_path):
     ballots = people(tmp_path, 30)
     right = human_agreement(Planted(oracle), judge_answers(Planted(oracle), before, after), before, ballots)
     assert (right.agreement.n, right.agreement.raw, right.corrected, right.unjudged) == (30, 1.0, 30, 0)
-    thrown = human_agreement(Planted(coin), judge_answers(Planted(coin), before, after), before, people(tmp_path, 30, 0.8))
+    thrown = human_agreement(
+        Planted(coin), judge_answers(Planted(coin), before, after), before, people(tmp_path, 30, 0.8)
+    )
     assert thrown.agreement.raw < 0.8
     assert abs(thrown.debiased.estimate.estimate - 0.8) < 0.2  # the votes correct a judge that knows nothing
     elsewhere = before._replace(names=[f"other {i}" for i in range(60)])
