@@ -66,7 +66,8 @@ def best_of_k_report(
 ) -> BestOfKReport | None:
     """Best-of-k over the records whose completions were all scored.
 
-    `rows` and `logps` are the scored pairs, one for one; `columns` are metadata, one entry per record. None when no record is whole.
+    `rows` and `logps` are the scored pairs, one for one; `columns` are metadata, one entry per record.
+    None when no record is whole.
     """
     rewards, lengths = _completion_rewards(records, paired, rows, logps)
     whole = [r for r in range(len(records)) if np.isfinite(rewards[r]).all()]

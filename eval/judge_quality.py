@@ -44,8 +44,8 @@ def ask_again(
 ) -> Retest | None:
     """Ask `count` of the comparisons again, evenly spaced over those with a verdict; None where there are none.
 
-    `found` are the first verdicts, one per pair of answers. Equal answers were never asked about and are left out. A file of
-    votes has nobody to ask.
+    `found` are the first verdicts, one per pair of answers. Equal answers were never asked about and are left
+    out. A file of votes has nobody to ask.
     """
     known = [i for i, both in enumerate(found) if both.logit is not None and not both.same]
     if not known or judge.identity.get("kind") == "votes":

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlxdpo_eval.judges.votes import Ballots, Vote
-from mlxdpo_eval.metrics.sequential import anytime_interval, log_e_value, running_vote
+from mlxdpo_eval.metrics.sequential import anytime_interval, log_e_value, votes_needed
 
 ALPHA = 0.05
 
@@ -60,7 +60,7 @@ def vote_run(ballots: Ballots, adapter: str | None = None, alpha: float = ALPHA)
     wins, losses = np.cumsum((1 + signs) / 2), np.cumsum((1 - signs) / 2)
     looks = tuple(_running_rate(float(w), float(l), alpha) for w, l in zip(wins, losses, strict=True))
     decided = next((look for look in looks if look.e_value >= 1 / alpha), None)
-    now = running_vote(float(wins[-1]), float(losses[-1]), alpha) if looks else running_vote(0, 0, alpha)
+    total = (float(wins[-1]), float(losses[-1])) if looks else (0.0, 0.0)
     verdict = "cannot tell yet" if decided is None else "better" if decided.rate > 0.5 else "worse"
     return VoteRun(
         file=ballots.name,
@@ -70,10 +70,10 @@ def vote_run(ballots: Ballots, adapter: str | None = None, alpha: float = ALPHA)
         ties=int((signs == 0).sum()),
         both_bad=sum(vote.winner == "both_bad" for vote in counted),
         looks=looks,
-        e_value=now.e_value,
+        e_value=looks[-1].e_value if looks else 1.0,
         decided_at=None if decided is None else decided.n,
         verdict=verdict,
-        needed=0 if decided else now.needed,
+        needed=0 if decided else votes_needed(*total, alpha),
         uncounted=uncounted,
         left_out=dict(ballots.left_out),
     )

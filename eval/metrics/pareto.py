@@ -37,23 +37,6 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
     return best
 
 
-def hull(points: Sequence[Point]) -> list[Point]:
-    """The Pareto points on the upper concave hull: what mixing two of the models by chance could not beat either."""
-    corners: list[Point] = []
-    for point in pareto_front(points):
-        while len(corners) > 1 and _lies_under(corners[-2], corners[-1], point):
-            corners.pop()
-        if not corners or point[1:3] != corners[-1][1:3]:
-            corners.append(point)
-    return corners
-
-
-def _lies_under(left: Point, middle: Point, right: Point) -> bool:
-    """Whether the middle point lies on or under the line from left to right."""
-    rise = (right.reward - left.reward) * (middle.kl - left.kl)
-    return (middle.reward - left.reward) * (right.kl - left.kl) <= rise
-
-
 def read_frontier(found: Mapping[str, Any]) -> tuple[list[Point], list[Point]]:
     """All points of a frontier.json, and those that no other beats."""
     points = [

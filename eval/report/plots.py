@@ -20,6 +20,7 @@ STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "axes.edgecolor": LINE,
 }
+DOTTED = {"color": INK, "linewidth": 1, "linestyle": (0, (2, 3))}  # the line of no difference
 
 
 class Figure(NamedTuple):
@@ -50,7 +51,7 @@ def win_rates(results: Mapping[str, Any]) -> Figure:
     rows += [(f"untuned vs itself, {w['judge']}", w, MUTED) for w in controls["reference_vs_reference"]]
     rows = [row for row in rows if row[1]["rate"] is not None]
     figure, axes = _new_axes(0.6 + 0.42 * len(rows))
-    axes.axvline(0.5, color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    axes.axvline(0.5, **DOTTED)
     for y, (_, w, colour) in enumerate(rows):
         low, high = (w["interval"]["low"], w["interval"]["high"]) if w["interval"] else (w["rate"], w["rate"])
         axes.plot([low, high], [y, y], color=colour, linewidth=2.5, solid_capstyle="round")
@@ -74,7 +75,7 @@ def margin_histogram(margins: Sequence[float]) -> Figure:
     for bar in bars:
         if bar.get_x() + bar.get_width() / 2 < 0:
             bar.set_color(MUTED)
-    axes.axvline(0, color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    axes.axvline(0, **DOTTED)
     axes.set_xlabel("reward margin")
     axes.set_ylabel("held-out pairs")
     return Figure(
@@ -85,7 +86,7 @@ def margin_histogram(margins: Sequence[float]) -> Figure:
 def reliability_plot(bins: Sequence[Mapping[str, Any]]) -> Figure:
     """Share right against confidence, in bins of equal size; the diagonal is perfect."""
     figure, axes = _new_axes(2.6, 4.6)
-    axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    axes.plot([0.5, 1], [0.5, 1], **DOTTED)
     for b in bins:
         if b["interval"]:
             axes.plot([b["confidence"]] * 2, [b["interval"]["low"], b["interval"]["high"]], color=ACCENT, alpha=0.4)
@@ -105,7 +106,7 @@ def running_votes(votes: Mapping[str, Any]) -> Figure:
     looks = votes["looks"]
     n, rate, low, high = ([look[name] for look in looks] for name in ("n", "rate", "low", "high"))
     figure, axes = _new_axes(2.6)
-    axes.axhline(0.5, color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    axes.axhline(0.5, **DOTTED)
     axes.fill_between(n, low, high, color=ACCENT, alpha=0.18, linewidth=0)
     axes.plot(n, rate, color=ACCENT, linewidth=2, marker="o" if len(n) == 1 else "")
     if votes["decided_at"] is not None:
@@ -123,14 +124,14 @@ def running_votes(votes: Mapping[str, Any]) -> Figure:
 def reward_over_drift(points: Sequence[Any], best: Sequence[Any], judge: str) -> Figure:
     """Points of a frontier with their intervals; the line joins those that no other beats."""
     figure, axes = _new_axes(3.6)
-    axes.axhline(0.5, color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    axes.axhline(0.5, **DOTTED)
     for p in points:
         colour = ACCENT if p in best else MUTED
         x, y = p.kl_interval or (p.kl, p.kl, p.kl), p.reward_interval or (p.reward, p.reward, p.reward)
         axes.plot([x[1], x[2]], [p.reward] * 2, color=colour, linewidth=1)
         axes.plot([p.kl] * 2, [y[1], y[2]], color=colour, linewidth=1)
         axes.plot([p.kl], [p.reward], "o", color=colour, markersize=6)
-        axes.annotate(_shorten(p.name), (p.kl, p.reward), (5, 5), textcoords="offset points", fontsize=9, color=INK)
+        _annotate(axes, p.name, (p.kl, p.reward))
     axes.plot([p.kl for p in best], [p.reward for p in best], color=ACCENT, linewidth=1.5)
     axes.set_xlabel("sequence KL to the reference, nats")
     axes.set_ylabel(f"win rate, {_shorten(judge)}")
@@ -152,14 +153,7 @@ def scores_over_rounds(rows: Sequence[Mapping[str, Any]]) -> Figure:
             if one["interval"]:
                 axes.plot([x, x], [one["interval"]["low"], one["interval"]["high"]], color=colour, linewidth=1)
         if points:
-            axes.annotate(
-                _shorten(judge["name"]),
-                (points[-1][0], points[-1][1]["mean"]),
-                (6, 6),
-                color=INK,
-                fontsize=9,
-                textcoords="offset points",
-            )
+            _annotate(axes, judge["name"], (points[-1][0], points[-1][1]["mean"]))
         words.append(f"{judge['name']} " + ", ".join(f"{one['mean']:.3f}" for _, one in points))
     axes.set_xticks([row["round"] for row in rows])
     axes.set_xlabel("round (0 is the start)")
@@ -169,6 +163,10 @@ def scores_over_rounds(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _shorten(name: str, most: int = 26) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _annotate(axes: Any, name: str, point: tuple[float, float]) -> None:
+    axes.annotate(_shorten(name), point, (5, 5), textcoords="offset points", fontsize=9, color=INK)
 
 
 def _new_axes(height: float, width: float = 4.8) -> tuple[Any, Any]:

@@ -28,19 +28,17 @@ def round_columns(rows: Rows) -> tuple[str, ...]:
 
 def round_cells(rows: Rows) -> list[tuple[str, ...]]:
     """A line for the start and each round, for the columns of `round_columns`."""
-    return [_round_row(row) for row in rows]
-
-
-def _round_row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    name = f"{row['run']}" if row["round"] else "start"
-    judged: list[str] = []
-    for judge in row["judges"]:
-        change = judge["from_start"]
-        judged.append(bounded(judge["mean"], judge["interval"]))
-        judged.append("–" if change is None else bounded(change["estimate"], change, "+"))
-    drift = f"{row['kl']:.2f} ({row['kl_per_token']:.3f})" if row["round"] else "0"
-    pairs = str(row["collected"]["rows"]) if row["round"] else "–"
-    return (name, pairs, *judged, drift, decimal(row["texts"]["length"]))
+    lines = []
+    for row in rows:
+        judged: list[str] = []
+        for judge in row["judges"]:
+            change = judge["from_start"]
+            judged.append(bounded(judge["mean"], judge["interval"]))
+            judged.append("–" if change is None else bounded(change["estimate"], change, "+"))
+        drift = f"{row['kl']:.2f} ({row['kl_per_token']:.3f})" if row["round"] else "0"
+        name, pairs = (f"{row['run']}", str(row["collected"]["rows"])) if row["round"] else ("start", "–")
+        lines.append((name, pairs, *judged, drift, decimal(row["texts"]["length"])))
+    return lines
 
 
 def rounds_verdict(found: Mapping[str, Any]) -> tuple[str, str]:

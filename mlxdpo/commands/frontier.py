@@ -44,7 +44,9 @@ def run(
         raise UserError("no run given; name one or more run directories")
     points, sampling = [], Sampling(**answering.model_dump())
     for source in map(Run.open, paths):
-        points += name_points(measure_checkpoints(source, open_judge(judge, rewards_of(source)), sampling, warn), source)
+        points += name_points(
+            measure_checkpoints(source, open_judge(judge, rewards_of(source)), sampling, warn), source
+        )
     best = pareto_front(points)
     if json:
         print(jsonlib.dumps(to_json([p._asdict() | {"best": p in best} for p in points]), ensure_ascii=False))

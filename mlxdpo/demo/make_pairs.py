@@ -11,7 +11,6 @@ generation in small (arXiv 2305.18290, section 6.1). About 10 minutes on two CPU
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 from mlxdpo.demo.openings import openings
 from mlxdpo.demo.rewards import REWARDS
-from mlxdpo.io.atomic import write_text
+from mlxdpo_eval.results import write_lines
 
 SAMPLES, MAX_TOKENS, TEMPERATURE = 8, 24, 1.0
 MIN_GAP = 0.5  # of VADER's range of 2: below it the words hardly differ in mood
@@ -52,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     samples = sample_continuations([*train, *heldout], chosen.seed)
     for name, part in (("pairs", train), ("heldout", heldout)):
         ranked = best_against_worst(((prompt, samples[prompt]) for prompt in part), provenance(chosen.seed))
-        write_jsonl(chosen.out / f"{name}.jsonl", ranked.rows)
+        write_lines(chosen.out / f"{name}.jsonl", ranked.rows)
         print(f"{name}: {len(ranked.rows)} pairs of {len(part)} openings; left out: {ranked.left_out or 'none'}")
-    write_jsonl(chosen.out / "prompts.jsonl", [{"prompt": prompt} for prompt in heldout])
+    write_lines(chosen.out / "prompts.jsonl", [{"prompt": prompt} for prompt in heldout])
 
 
 def provenance(seed: int) -> dict[str, Any]:
@@ -135,11 +134,6 @@ def _pair_row(prompt: str, chosen: Continuation, rejected: Continuation, made_of
         "finish_rejected": rejected.finish,
         "made": dict(made_of),
     }
-
-
-def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write JSON lines."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ labels must turn the change round.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -16,9 +15,9 @@ import numpy as np
 
 from mlxdpo.config import Config, load_config
 from mlxdpo.demo.rewards import REWARDS
-from mlxdpo.io.atomic import write_text
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.types import UserError
+from mlxdpo_eval.results import write_lines
 
 Row = dict[str, Any]
 Labels = Callable[[list[Row], int], list[Row]]
@@ -62,7 +61,7 @@ def prepare_demo(out: Path, seed: int, labels: Labels) -> Config:
         judge("fine")
     pairs = labels(bundled("pairs"), seed)
     for name, rows in (("pairs", pairs), ("heldout", bundled("heldout")), ("prompts", bundled("prompts"))):
-        write_text(out / "data" / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        write_lines(out / "data" / f"{name}.jsonl", rows)
     data = {"path": str(out / "data" / "pairs.jsonl"), "eval": str(out / "data" / "heldout.jsonl")}
     with resources.as_file(HERE / "recipe.yaml") as recipe:
         return load_config(recipe, {"data": data, "train": {"seed": seed}, "out": str(out)})

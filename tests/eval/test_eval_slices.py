@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
+from benchmarks.frontier.areas import hull
 from mlxdpo_eval.metrics.drift import distinct_n, text_stats
 from mlxdpo_eval.metrics.intervals import clustered_share
-from mlxdpo_eval.metrics.pareto import Point, hull, pareto_front
+from mlxdpo_eval.metrics.pareto import Point, pareto_front
 from mlxdpo_eval.metrics.slices import slice_report
 from mlxdpo_eval.metrics.texts import distinct_interval, length_ratio, text_report
 

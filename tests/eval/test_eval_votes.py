@@ -10,7 +10,7 @@ from planted_judges import Planted, coin, good_and_bad, oracle
 from mlxdpo import Message, Run, UserError, prompt_name
 from mlxdpo_eval.judge_quality import human_agreement
 from mlxdpo_eval.judges.votes import read_ballots
-from mlxdpo_eval.metrics.sequential import running_vote
+from mlxdpo_eval.metrics.sequential import anytime_interval, log_e_value, votes_needed
 from mlxdpo_eval.report.blocks import roughly, votes_headline
 from mlxdpo_eval.voting import vote_run
 from mlxdpo_eval.winrate import judge_answers
@@ -85,9 +85,10 @@ def test_the_side_does_not_matter_and_every_look_is_the_running_vote(tmp_path):
     found = vote_run(read_ballots(written(tmp_path, lines)))
     assert (found.n, found.wins, found.losses, found.ties) == (8, 6, 2, 0)
     for n, look in enumerate(found.looks, 1):
-        one = running_vote(sum(won[:n]), n - sum(won[:n]))
-        assert (look.n, look.low, look.high) == (n, one.low, one.high) and look.e_value == pytest.approx(one.e_value)
-    assert found.decided_at is None and found.needed == running_vote(6, 2).needed > 0
+        counts = sum(won[:n]), n - sum(won[:n])
+        assert (look.n, look.low, look.high) == (n, *anytime_interval(*counts))
+        assert look.e_value == pytest.approx(np.exp(log_e_value(*counts)))
+    assert found.decided_at is None and found.needed == votes_needed(6, 2) > 0
     assert f"at this rate about {roughly(found.needed)} more votes would tell" in votes_headline(found).sentence
     assert [roughly(n) for n in (7, 84, 19976)] == ["7", "84", "20,000"]
 
