@@ -56,15 +56,14 @@ def sample_before_after(
 ) -> tuple[Answers, Answers, Answers]:
     """(before, after, control): `samples` answers a prompt before and after, one more from before as control.
 
-    The k-th answer to a prompt meets the same noise before and after. Raises `UserError` for a prompt that the
-    template refuses.
+    The k-th answer to a prompt meets the same noise before and after. Raises `UserError` as `sample_answers`.
     """
     before, control = sample_start(opened, rows, sampling)
     return before, sample_tuned(opened, rows, sampling), control
 
 
 def sample_start(opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling) -> tuple[Answers, Answers]:
-    """Before and control of `draw`."""
+    """Before and control of `sample_before_after`."""
     k = sampling.samples
     with opened.start() as model:
         drawn = sample_answers(opened, model, rows, k + 1, sampling)
@@ -73,13 +72,18 @@ def sample_start(opened: TrainedRun, rows: Sequence[Preference], sampling: Sampl
 
 
 def sample_tuned(opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling) -> Answers:
-    """After of `draw`: answers of the weights that are in `opened.policy` now."""
+    """After of `sample_before_after`: answers of the weights that are in `opened.policy` now."""
     return sample_answers(opened, opened.policy.model, rows, sampling.samples, sampling)
 
 
 def sample_answers(
     opened: TrainedRun, model: Any, rows: Sequence[Preference], count: int, sampling: Sampling
 ) -> Answers:
+    """`count` answers of `model` to the prompt of each row, those to one prompt next to one another.
+
+    The k-th answer to a prompt meets the same noise whatever the model. Raises `UserError` for a prompt that the
+    template refuses.
+    """
     data, tokenizer = opened.config.data, opened.policy.tokenizer
     ids = [encode_prompt(row.prompt, tokenizer, data, row.tools).tolist() for row in rows]
     repeated = [(row, one) for row, one in zip(rows, ids, strict=True) for _ in range(count)]
@@ -96,7 +100,7 @@ def sample_answers(
         [prompt_name(row.prompt) for row, _ in repeated],
         [prompt_text(row.prompt) for row, _ in repeated],
         [one for _, one in repeated],
-        [opened.policy.tokenizer.decode(c.tokens) for c in done],
+        [tokenizer.decode(c.tokens) for c in done],
         [list(c.tokens) for c in done],
         [c.finish == "stop" for c in done],
     )

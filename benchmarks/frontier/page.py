@@ -213,5 +213,5 @@ def _draw(axis: Any, method: str, own: Sequence[Cloud], untuned: float) -> None:
     kl, reward = (np.concatenate([getattr(c, key).mean(axis=1) for c in own]) for key in ("kl", "reward"))
     axis.plot(kl, reward, "o", markersize=3.5, alpha=0.7, color=colour, label=METHODS[method].title)
     corners = hull([Point("", 0.0, untuned), *(Point("", float(k), float(r)) for k, r in zip(kl, reward, strict=True))])
-    if METHODS[method].labels == "as_they_are":
+    if METHODS[method].labels == "bundled_labels":
         axis.plot([p.kl for p in corners], [p.reward for p in corners], linewidth=1, color=colour)

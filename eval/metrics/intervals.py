@@ -173,7 +173,7 @@ def clustered_se(values: Values, clusters: Clusters) -> float | None:
     """Standard error of the mean: sqrt(C / (C - 1) sum_c (sum_{i in c} (v_i - mean))²) / n (arXiv 2411.00640).
 
     C clusters, n values. None below two clusters: the spread between clusters is then unknown, not 0.
-    With one value per cluster it is the usual s / sqrt(n). Raises `ValueError` as `stats.checked`.
+    With one value per cluster it is the usual s / sqrt(n). Raises `ValueError` as `number_clusters`.
     """
     data, labels = number_clusters(values, clusters)
     return _se(data, labels)

@@ -118,7 +118,7 @@ def length_controlled(
     `wins` (rows,) in [0, 1], soft or halves for ties; `length_difference` (rows,), the model's length less the
     baseline's, any unit; std with one degree of freedom less, as in alpaca_eval 0.6.6 `glm_winrate.py`, once
     for all resamples: it is the unit of phi. theta is free, phi has a small ridge (`RIDGE`). The interval is
-    the expanded percentile interval (`stats.tails`) of `n` fits to resampled prompts, all solved at once.
+    the expanded percentile interval (`percentile_levels`) of `n` fits to resampled prompts, all solved at once.
     None below two prompts, and when all outcomes are equal. Raises `ValueError` for no rows, lengths that
     differ, or outcomes outside [0, 1].
     """

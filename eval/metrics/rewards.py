@@ -135,7 +135,7 @@ def rankings(logps: PairLogps) -> Rankings:
     """Ranking accuracy of policy and reference (arXiv 2405.19534; a tie is 1/2), and the change.
 
     Rows are taken as independent by McNemar's test; with several pairs a prompt read it beside
-    `stats.paired_difference`, which resamples prompts.
+    `intervals.paired_difference`, which resamples prompts.
     """
     policy, reference = outcomes(logps.chosen - logps.rejected), outcomes(logps.ref_chosen - logps.ref_rejected)
     clear = (policy != 0.5) & (reference != 0.5)

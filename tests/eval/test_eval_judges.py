@@ -79,14 +79,14 @@ def test_one_invalid_order_makes_the_pair_invalid():
 
 def test_verdicts_are_kept_by_content_whatever_the_order_of_the_questions(cache):
     judge = Planted(oracle, "kept", cached=True)
-    trios = [AnswerPair(f"p{i}", f"bad {i}", f"good {i}") for i in range(70)]
-    first = ask_both(judge, trios)
+    pairs = [AnswerPair(f"p{i}", f"bad {i}", f"good {i}") for i in range(70)]
+    first = ask_both(judge, pairs)
     assert len(judge.asked) == 140
-    assert ask_both(judge, trios[::-1]) == first[::-1] and len(judge.asked) == 140
+    assert ask_both(judge, pairs[::-1]) == first[::-1] and len(judge.asked) == 140
     ask_both(judge, [AnswerPair("p0", "bad 0", "good 1")])  # another answer is another question
     assert len(judge.asked) == 142
     other = Planted(oracle, "other", cached=True)
-    ask_both(other, trios[:1])  # another judge keeps its own
+    ask_both(other, pairs[:1])  # another judge keeps its own
     assert len(other.asked) == 2 and cache_file(judge) != cache_file(other)
 
 

@@ -61,7 +61,7 @@ def test_interval_is_what_is_not_refuted(wins, losses):
             assert log_e_value(wins, losses, bound) == pytest.approx(math.log(20), abs=1e-4)
     flipped = anytime_interval(losses, wins)
     assert flipped == pytest.approx((1 - high, 1 - low), abs=1e-9)
-    assert (votes_needed(wins, losses) == 0) == (not low <= 0.5 <= high)
+    assert (votes_needed(wins, losses, limit=0) == 0) == (not low <= 0.5 <= high)
 
 
 def test_no_votes_no_knowledge():
