@@ -55,7 +55,8 @@ def _zero(function: Callable[[float], float], low: float, high: float) -> float:
 def votes_needed(wins: float, losses: float, alpha: float = 0.05, limit: int = 100_000) -> int | None:
     """Further votes until the e-process decides, if they come in at the rate (wins + 1) / (votes + 2).
 
-    0 when it has decided already, None when more than `limit` would be needed: there is no difference to be shown that way.
+    0 when it has decided already, None when more than `limit` would be needed: there is no difference to be shown that
+    way.
     """
     _check_alpha(alpha)
     rate = (wins + 1) / (wins + losses + 2)

@@ -26,8 +26,8 @@ def slice_columns(rows: Sequence[Mapping[str, Any]], named: Sequence[str] = ()) 
     """Metadata columns to slice by, name -> one value per row: the named ones, or those that are clearly categories.
 
     `rows` are the other columns of each row. Of the `named` columns, numbers of more than `MOST_VALUES` distinct values
-    are cut into quarters, and lists and objects are taken as their JSON. With none named: columns of text, whole numbers
-    or yes/no with 2 to `MOST_VALUES` distinct values. Raises `UserError` for a named column that no row has.
+    are cut into quarters, and lists and objects are taken as their JSON. With none named: columns of text, whole
+    numbers or yes/no with 2 to `MOST_VALUES` distinct values. Raises `UserError` for a named column that no row has.
     """
     there = sorted({name for row in rows for name in row})
     if unknown := [name for name in named if name not in there]:
