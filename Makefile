@@ -35,7 +35,7 @@ parity: $(PARITY)/.ready
 
 # Do the evaluation's intervals hold the truth? A few minutes on one core.
 coverage: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.coverage.__main__ --write docs/evaluation.md
+	$(BIN)/python -m benchmarks.coverage --write docs/evidence/intervals.md
 
 # Which lines the tests run, those of the processes they start included; below 90 % it fails. Twice the time of the tests.
 cover: $(VENV)/.dev $(VENV)/.demo
@@ -46,7 +46,7 @@ cover: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/coverage combine
 	$(BIN)/coverage report
 
-# Do the tests notice small faults in losses, scoring, encoding and statistics? Half an hour; stopped, it goes on (docs/testing.md).
+# Do the tests notice small faults in losses, scoring, encoding and statistics? Half an hour; stopped, it goes on (docs/evidence/tests.md).
 mutation: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.mutation --survivors
 

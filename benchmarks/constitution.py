@@ -30,7 +30,7 @@ from mlxdpo.online.collect import read_prompts
 from mlxdpo.runs import Run
 from mlxdpo.types import Message, Preference
 from mlxdpo_eval.judges import AnswerPair, Judge, ask_both, open_judge
-from mlxdpo_eval.sampling import Answers, Sampling, draw, first_of_each
+from mlxdpo_eval.sampling import Answers, Sampling, first_answers, sample_before_after
 from mlxdpo_eval.winrate import WinRate, judge_answers, win_rate
 
 MARK = ("<!-- generated: constitution begin -->\n", "<!-- generated: constitution end -->\n")
@@ -114,7 +114,7 @@ def answered(run: Run, heldout: Path, out: Path, tokens: int, samples: int) -> l
         asked = read_prompts(DataConfig(), str(heldout)).asked
         rows = distinct_prompts([Preference(one.prompt, "", "", one.where) for one in asked], len(asked))
         sampling = Sampling(samples=samples, max_tokens=tokens, temperature=0.7, batch_size=16)
-        write_json(file, [part._asdict() for part in draw(open_trained_run(run), rows, sampling)])
+        write_json(file, [part._asdict() for part in sample_before_after(open_trained_run(run), rows, sampling)])
     return [Answers(**part) for part in json.loads(file.read_text("utf-8"))]
 
 
@@ -151,7 +151,7 @@ def judged(out: Path, names: Sequence[str], heldout: Path, tokens: int, samples:
     """Every judge on the three comparisons; verdicts are kept, so a judge is asked once."""
     rows, run = pairs_made(out / "talks"), Run.open(out / "run")
     before, after, control = answered(run, heldout, out, tokens, samples)
-    first = first_of_each(before)
+    first = first_answers(before)
     result: dict[str, Any] = {}
     for name in names:
         judge = open_judge(name, named_rewards(DataConfig()))

@@ -1,7 +1,7 @@
 """Does each objective move what it minimises, on pairs it did not see? Every one, three seeds, the real command line.
 
     python -m benchmarks.objectives --out runs/objectives [--only sigmoid,kto] [--seeds 3] [--steps 30]
-    python -m benchmarks.objectives --out runs/objectives --table docs/objectives.md
+    python -m benchmarks.objectives --out runs/objectives --table docs/evidence/objectives.md
 
 Each case is `mlxdpo train` on the demo's 345 pairs with the demo's recipe, 30 steps, and the objective's own defaults;
 its held-out loss on the demo's 118 other pairs is read before and after from the run's `metrics.jsonl`. Intervals are

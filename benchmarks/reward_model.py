@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 from mlxdpo.commands.train import follow_training
 from mlxdpo.config import Config, load_config
 from mlxdpo.data.encode import encode_prompt
-from mlxdpo.demo.material import as_they_are, bundled, prepare
+from mlxdpo.demo.material import bundled, bundled_labels, prepare_demo
 from mlxdpo.demo.rewards import REWARDS
 from mlxdpo.inference.generate import generate
 from mlxdpo.inference.reward_model import RewardModel, open_reward_model
@@ -47,7 +47,7 @@ RECIPE: dict[str, Any] = {
 
 def recipe(out: Path, overrides: dict[str, Any]) -> Config:
     """The demo's recipe with another stage."""
-    base = prepare(out, 0, as_they_are).model_dump(exclude={"loss"})
+    base = prepare_demo(out, 0, bundled_labels).model_dump(exclude={"loss"})
     for section, values in (RECIPE | overrides).items():
         base[section] = {**base[section], **values} if isinstance(values, dict) else values
     return load_config(None, base)

@@ -24,12 +24,15 @@ from urllib.parse import unquote
 import mlxdpo
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "docs/contributing/*.md", "examples/README.md")
-FILES = ("docs/*.png", "docs/*.svg", "examples/*.yaml")
+PAGES = (
+    "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "docs/contributing/*.md", "docs/evidence/*.md",
+    "examples/README.md",
+)  # fmt: skip
+FILES = ("docs/*.png", "docs/*.svg", "docs/evidence/*.svg", "examples/*.yaml")
 ROOMS = {"losses": "mlxdpo.losses", "data": "mlxdpo.data", "model": "mlxdpo.model", "export": "mlxdpo.exporters"}
 GUIDES = (
-    "docs/data", "docs/objectives", "docs/stages", "docs/evaluation", "docs/app", "docs/rounds", "docs/constitution",
-    "docs/export", "docs/frontier", "docs/benchmarks",
+    "docs/README", "docs/data", "docs/objectives", "docs/stages", "docs/evaluation", "docs/app", "docs/rounds",
+    "docs/constitution", "docs/export", "docs/frontier", "docs/benchmarks",
 )  # fmt: skip
 
 
@@ -66,7 +69,7 @@ def lay_out(source: Path) -> None:
         target = source / file.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".md":
-            target.write_text(re.sub(r"\]\(((?:\.\./)*)README\.md", r"](\1index.md", file.read_text("utf-8")), "utf-8")
+            target.write_text(with_index(file), "utf-8")
         else:
             shutil.copyfile(file, target)
     (source / "index.md").write_text((ROOT / "README.md").read_text("utf-8") + contents(source), "utf-8")
@@ -75,14 +78,27 @@ def lay_out(source: Path) -> None:
         (source / "reference" / f"{name}.md").write_text(text, "utf-8")
 
 
+def with_index(page: Path) -> str:
+    """A page whose links to the README of the repository lead to the index; docs/README.md keeps its name."""
+
+    def replaced(link: re.Match) -> str:
+        """The link, if it leads there, under the new name."""
+        is_front = (page.parent / link[1] / "README.md").resolve() == ROOT / "README.md"
+        return f"]({link[1]}index.md" if is_front else link[0]
+
+    return re.sub(r"\]\(([\w./-]*?)README\.md", replaced, page.read_text("utf-8"))
+
+
 def contents(source: Path) -> str:
     """The table of contents. A page that is in no group would be a warning."""
     placed = {*GUIDES, "docs/architecture", "docs/decisions", "CONTRIBUTING", "CHANGELOG", "examples/README"}
     pages = [str(file.relative_to(source).with_suffix("")) for file in sorted(source.rglob("*.md"))]
-    more = [page for page in pages if page not in placed and page != "index" and "contributing/" not in page]
     adding = [page for page in pages if "contributing/" in page]
+    evidence = [page for page in pages if "evidence/" in page]
+    more = [page for page in pages if page not in {*placed, *adding, *evidence, "index"}]
     groups = {
         "Guides": [*(page for page in GUIDES if page in pages), *more, "examples/README"],
+        "Evidence": evidence,
         "Reference": [f"reference/{name}" for name in ("configuration", "commands", "python", *ROOMS, "evaluation")],
         "The project": ["docs/architecture", "CONTRIBUTING", *adding, "docs/decisions", "CHANGELOG"],
     }

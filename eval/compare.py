@@ -16,7 +16,7 @@ from mlxdpo_eval.metrics.intervals import Interval, paired_difference
 from mlxdpo_eval.metrics.rewards import mcnemar
 
 
-class Change(NamedTuple):
+class MeasureChange(NamedTuple):
     """One measure on the items that both runs have; an outcome is right (1), a tie (1/2) or wrong (0).
 
     `gained` items have the better outcome in the second run, `lost` ones in the first; `p` is the sign test's, which is
@@ -39,7 +39,7 @@ class Change(NamedTuple):
 class Comparison(NamedTuple):
     """All measures; `flips` lists items whose outcome changed; `only` counts items without a partner."""
 
-    changes: list[Change]
+    changes: list[MeasureChange]
     flips: list[dict[str, Any]]
     only: dict[str, int]
     same_start: bool
@@ -50,30 +50,32 @@ class Comparison(NamedTuple):
         return [change.measure for change in self.changes if change.verdict == "worse"]
 
 
-def compare(first: Run, second: Run) -> Comparison:
+def compare_runs(first: Run, second: Run) -> Comparison:
     """Hold the second run against the first. Raises `UserError` when one is not evaluated or they share nothing."""
     with as_written(first.path / "eval", f"run `mlxdpo eval` on {first.path} and {second.path} again"):
-        return _compared(first, second)
+        return _compare_files(first, second)
 
 
-def _compared(first: Run, second: Run) -> Comparison:
+def _compare_files(first: Run, second: Run) -> Comparison:
     pairs = [_keyed(run, "eval_pairs.jsonl", ("pair_id",)) for run in (first, second)]
     samples = [_keyed(run, "eval_samples.jsonl", ("prompt_id", "sample")) for run in (first, second)]
     pair_keys, sample_keys = (sorted(a.keys() & b.keys()) for a, b in (pairs, samples))
     if not pair_keys and not sample_keys:
         raise UserError(f"{first.path} and {second.path} were evaluated on different data; give both the same --data")
     if sample_keys:
-        check_settings(first, second)
+        check_same_sampling(first, second)
     changes, flips = [], []
     if pair_keys:
         outcomes = [[_sign(side[key]["margin"]) for key in pair_keys] for side in pairs]
-        changes.append(_change("held-out accuracy", outcomes, [pairs[0][key]["prompt_id"] for key in pair_keys]))
+        changes.append(
+            _paired_measure("held-out accuracy", outcomes, [pairs[0][key]["prompt_id"] for key in pair_keys])
+        )
         flips += _flips("held-out accuracy", outcomes, [pairs[0][key] for key in pair_keys])
     for judge in _judges(samples):
         usable = [key for key in sample_keys if all(_logit(side[key], judge) is not None for side in samples)]
         if usable:
             outcomes = [[_sign(_logit(side[key], judge)) for key in usable] for side in samples]
-            changes.append(_change(f"win-rate, {judge}", outcomes, [key[0] for key in usable]))
+            changes.append(_paired_measure(f"win-rate, {judge}", outcomes, [key[0] for key in usable]))
             flips += _flips(f"win-rate, {judge}", outcomes, [samples[1][key] for key in usable])
     only = {
         "pairs": len(pairs[0].keys() ^ pairs[1].keys()),
@@ -83,7 +85,7 @@ def _compared(first: Run, second: Run) -> Comparison:
     return Comparison(changes, flips, only, starts[0] == starts[1])
 
 
-def check_settings(first: Run, second: Run) -> None:
+def check_same_sampling(first: Run, second: Run) -> None:
     """Raise `UserError` when the two runs' answers were drawn differently: they would differ by that alone."""
     settings = [latest_results(run)["settings"] for run in (first, second)]
     for name in ("max_tokens", "temperature", "seed"):
@@ -114,14 +116,14 @@ def _sign(value: float | None) -> float:
     return 0.5 * (1 + np.sign(value or 0.0))
 
 
-def _change(measure: str, outcomes: list[list[float]], prompts: list[str]) -> Change:
+def _paired_measure(measure: str, outcomes: list[list[float]], prompts: list[str]) -> MeasureChange:
     first, second = (np.array(side) for side in outcomes)
     gained, lost = int((second > first).sum()), int((second < first).sum())
     interval = paired_difference(first.tolist(), second.tolist(), prompts)
     verdict = "cannot tell yet"
     if interval is not None and not interval.low <= 0 <= interval.high:
         verdict = "better" if interval.estimate > 0 else "worse"
-    return Change(
+    return MeasureChange(
         measure,
         len(first),
         float(first.mean()),
@@ -144,7 +146,7 @@ def _flips(measure: str, outcomes: list[list[float]], lines: Sequence[Mapping[st
     ]
 
 
-def sentence(comparison: Comparison) -> str:
+def comparison_sentence(comparison: Comparison) -> str:
     """The verdict in words."""
     worse = comparison.regressed
     better = [change.measure for change in comparison.changes if change.verdict == "better"]
@@ -155,12 +157,12 @@ def sentence(comparison: Comparison) -> str:
     counts = ", ".join(f"{change.measure} n = {change.items}" for change in comparison.changes)
     if not any(change.gained or change.lost for change in comparison.changes):
         return f"No difference shown ({counts})."
-    half = [_half(change) for change in comparison.changes if change.interval is not None]
+    half = [_detectable_change(change) for change in comparison.changes if change.interval is not None]
     seen = f"; the smallest change these n can show is about {100 * min(half):.1f} points" if half else ""
     return f"Cannot tell yet: {counts}{seen}."
 
 
-def _half(change: Change) -> float:
+def _detectable_change(change: MeasureChange) -> float:
     """Half the interval times (1.96 + 0.84) / 1.96: the change seen with power 0.8."""
     assert change.interval is not None
     return (change.interval.high - change.interval.low) / 2 * 2.8 / 1.96

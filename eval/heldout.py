@@ -1,4 +1,9 @@
-"""What the run says about pairs it never saw: rewards, lengths, calibration, slices."""
+"""What the run says about pairs it never saw: rewards, lengths, calibration, slices; and about best-of-k records.
+
+Of records: how often is the best score a right completion's? A record's completions are scored once each, through its
+pairs of right and wrong ones; the reward is log pi - log ref, as RewardBench scores a DPO model (without beta, which
+moves no maximum).
+"""
 
 from __future__ import annotations
 
@@ -9,31 +14,27 @@ import numpy as np
 
 from mlxdpo import BestOfK, PairLogps, Preference, TrainedRun, prompt_name, prompt_text
 from mlxdpo_eval.metrics.best_of_k import BestOf, Ties, best_of, first_is_right, ties_score
-from mlxdpo_eval.metrics.calibration import Calibration, calibration
+from mlxdpo_eval.metrics.calibration import Calibration, calibration_report
 from mlxdpo_eval.metrics.length import LengthReport, length_report
-from mlxdpo_eval.metrics.rewards import PairScores, RewardReport, margins, outcomes, reward_report
+from mlxdpo_eval.metrics.rewards import RewardReport, margins, outcomes, reward_report
 from mlxdpo_eval.metrics.sequential import minimum_detectable
 from mlxdpo_eval.metrics.slices import Slices, slice_report
-
-# Best-of-k records under a run's implicit reward: how often the best score is a right completion's.
-#
-# A record's completions are scored once each, through its pairs of right and wrong ones; the reward is log pi - log
-# ref, as RewardBench scores a DPO model (without beta, which moves no maximum).
 
 TIED = "Ties"  # RewardBench 2's subset with several right answers, scored by its own rule
 
 
-class Pairing(NamedTuple):
-    """The pairs of all records, for each pair (record, right completion, wrong completion) as indices, and the first
-    pair of each record.
+class RecordPairs(NamedTuple):
+    """The pairs of all records; `indices` of each pair are (record, right completion, wrong completion).
+
+    `first` is the first pair of each record.
     """
 
     rows: list[Preference]
-    places: list[tuple[int, int, int]]
+    indices: list[tuple[int, int, int]]
     first: list[Preference]
 
 
-class Records(NamedTuple):
+class BestOfKReport(NamedTuple):
     """`best` over all scored records; `longest` the control that scores tokens; `sizes` counts records by k.
 
     `left_out` records have a completion that could not be scored; in `tied` ones all score alike. `ties` is RewardBench
@@ -49,25 +50,26 @@ class Records(NamedTuple):
     ties: Ties | None
 
 
-def pairing(records: Sequence[BestOfK]) -> Pairing:
+def pair_records(records: Sequence[BestOfK]) -> RecordPairs:
     """Every right completion against every wrong one of its record."""
     found = [((r, i, j), pair) for r, record in enumerate(records) for i, j, pair in record.pairs()]
     first = [pair for (r, i, j), pair in found if (i, j) == (0, records[r].right)]
-    return Pairing([pair for _, pair in found], [place for place, _ in found], first)
+    return RecordPairs([pair for _, pair in found], [index for index, _ in found], first)
 
 
-def best_of_records(
+def best_of_k_report(
     records: Sequence[BestOfK],
-    paired: Pairing,
-    kept: Sequence[Preference],
+    paired: RecordPairs,
+    rows: Sequence[Preference],
     logps: PairLogps,
     columns: Mapping[str, Sequence[Hashable]],
-) -> Records | None:
-    """Best-of-k over the records whose completions were all scored; `kept` and `logps` are row by row the scored pairs.
+) -> BestOfKReport | None:
+    """Best-of-k over the records whose completions were all scored.
 
-    `columns` are metadata, one entry per record. None when no record is whole.
+    `rows` and `logps` are the scored pairs, one for one; `columns` are metadata, one entry per record.
+    None when no record is whole.
     """
-    rewards, lengths = _scores(records, paired, kept, logps)
+    rewards, lengths = _completion_rewards(records, paired, rows, logps)
     whole = [r for r in range(len(records)) if np.isfinite(rewards[r]).all()]
     if not whole:
         return None
@@ -75,31 +77,31 @@ def best_of_records(
     right = [records[r].right for r in whole]
     outcomes = [first_is_right(rewards[r], records[r].right) for r in whole]
     sizes = [f"{len(records[r].completions)}" for r in whole]
-    return Records(
+    return BestOfKReport(
         best_of([rewards[r].tolist() for r in whole], right, prompts),
         best_of([lengths[r].tolist() for r in whole], right, prompts),
         {k: sizes.count(k) for k in sorted(set(sizes), key=int)},
         len(records) - len(whole),
         sum(float(np.ptp(rewards[r])) == 0.0 for r in whole),
         {name: slice_report(outcomes, [column[r] for r in whole], prompts) for name, column in columns.items()},
-        _ties([(records[r], rewards[r]) for r in whole]),
+        _ties_report([(records[r], rewards[r]) for r in whole]),
     )
 
 
-def _scores(
-    records: Sequence[BestOfK], paired: Pairing, kept: Sequence[Preference], logps: PairLogps
+def _completion_rewards(
+    records: Sequence[BestOfK], paired: RecordPairs, rows: Sequence[Preference], logps: PairLogps
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Per record the reward and the tokens of each completion; NaN where it was in no scored pair."""
-    place_of = {id(row): place for row, place in zip(paired.rows, paired.places, strict=True)}
+    index_of = {id(row): index for row, index in zip(paired.rows, paired.indices, strict=True)}
     rewards, lengths = ([np.full(len(record.completions), np.nan) for record in records] for _ in range(2))
-    for n, row in enumerate(kept):
-        r, right, wrong = place_of[id(row)]
+    for n, row in enumerate(rows):
+        r, right, wrong = index_of[id(row)]
         rewards[r][right], lengths[r][right] = logps.chosen[n] - logps.ref_chosen[n], logps.chosen_len[n]
         rewards[r][wrong], lengths[r][wrong] = logps.rejected[n] - logps.ref_rejected[n], logps.rejected_len[n]
     return rewards, lengths
 
 
-def _ties(scored: Sequence[tuple[BestOfK, np.ndarray]]) -> Ties | None:
+def _ties_report(scored: Sequence[tuple[BestOfK, np.ndarray]]) -> Ties | None:
     """RewardBench 2 names a tied question "tied:7" and its version with one right answer "ref:7"."""
     kinds: dict[str, dict[str, tuple[Any, int]]] = {"tied": {}, "ref": {}}
     for record, rewards in scored:
@@ -123,19 +125,18 @@ class Heldout(NamedTuple):
     detectable: float | None
 
 
-def heldout(
+def heldout_report(
     opened: TrainedRun, rows: Sequence[Preference], logps: PairLogps, columns: Mapping[str, Sequence[Hashable]]
 ) -> Heldout:
     """All metrics of scored pairs, sliced by `columns` (one entry per pair). Raises `ValueError` for none."""
     beta, names = opened.config.loss.beta, np.array([prompt_name(row.prompt) for row in rows])
-    scores = PairScores(*logps, names)
-    d = margins(scores, beta)
+    d = margins(logps, beta)
     prompts = len(set(names.tolist()))
     return Heldout(
         prompts,
-        reward_report(scores, beta),
-        length_report(d, scores.chosen_len, scores.rejected_len, names),
-        calibration(d, names),
+        reward_report(logps, names, beta),
+        length_report(d, logps.chosen_len, logps.rejected_len, names),
+        calibration_report(d, names),
         {name: slice_report(outcomes(d), column, names) for name, column in columns.items()},
         minimum_detectable(prompts),
     )
@@ -143,10 +144,9 @@ def heldout(
 
 def pair_lines(opened: TrainedRun, rows: Sequence[Preference], logps: PairLogps) -> list[dict[str, Any]]:
     """One line per pair with everything its metrics come from."""
-    fields = [name for name in logps._fields]
     lines = []
     for i, row in enumerate(rows):
-        values = {name: float(getattr(logps, name)[i]) for name in fields}
+        values = {name: float(getattr(logps, name)[i]) for name in logps._fields}
         gained = (values["chosen"] - values["ref_chosen"]) - (values["rejected"] - values["ref_rejected"])
         lines.append(
             {

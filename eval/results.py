@@ -16,14 +16,14 @@ from mlxdpo import Run, TrainedRun, write_json, write_text
 from mlxdpo_eval.judges import BothOrders
 from mlxdpo_eval.metrics.intervals import clustered_mean
 from mlxdpo_eval.metrics.texts import length_ratio, text_report
-
-from .sampling import Answers
-
-# Results as JSON values: named tuples become objects, NumPy numbers become numbers, what is no number becomes null.
+from mlxdpo_eval.sampling import Answers
 
 
 def to_json(value: Any) -> Any:
-    """A value that JSON can hold; infinity and NaN are null, because not every reader can parse them."""
+    """A value as JSON: named tuples become objects, NumPy numbers become numbers.
+
+    Infinity and NaN become null, because not every reader can parse them.
+    """
     if hasattr(value, "_asdict"):
         return to_json(value._asdict())
     if isinstance(value, Mapping):
@@ -40,7 +40,7 @@ def to_json(value: Any) -> Any:
 FORMAT = 2  # of results files
 
 
-def save(run: Run, results: Mapping[str, Any], seconds: float) -> tuple[Path, dict[str, Any]]:
+def write_results(run: Run, results: Mapping[str, Any], seconds: float) -> tuple[Path, dict[str, Any]]:
     """The results file; only `when` differs between two runs of the same evaluation."""
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     written = to_json(results) | {"when": {"created": now.isoformat(), "seconds": round(seconds, 1)}}
@@ -49,7 +49,7 @@ def save(run: Run, results: Mapping[str, Any], seconds: float) -> tuple[Path, di
     return file, written
 
 
-def drift(before: Answers, after: Answers, kl_of: Answers, kl: Sequence[float]) -> dict[str, Any]:
+def drift_report(before: Answers, after: Answers, kl_of: Answers, kl: Sequence[float]) -> dict[str, Any]:
     """KL along the policy's own answers (the first to each prompt), and the form of the texts."""
     tokens = [len(t) + s for t, s in zip(kl_of.tokens, kl_of.stopped, strict=True)]
     old, new = ([float(len(t)) for t in side.tokens] for side in (before, after))
@@ -65,7 +65,7 @@ def drift(before: Answers, after: Answers, kl_of: Answers, kl: Sequence[float]) 
     }
 
 
-def describe(opened: TrainedRun) -> dict[str, Any]:
+def identify_run(opened: TrainedRun) -> dict[str, Any]:
     """Whose numbers these are: model, reference, adapter, objective, data."""
     config, manifest = opened.config, opened.run.manifest()
     adapter = opened.run.adapter / "adapters.safetensors"

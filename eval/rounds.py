@@ -19,24 +19,23 @@ from mlxdpo_eval.judges import AnswerPair, Judge, Scalar, ask_both
 from mlxdpo_eval.metrics.drift import text_stats
 from mlxdpo_eval.metrics.intervals import Interval, clustered_mean, paired_difference
 from mlxdpo_eval.results import to_json
+from mlxdpo_eval.sampling import Answers, Sampling, on_policy_kl, sample_tuned
 
-from .sampling import Answers, Sampling, draw_tuned, on_policy_kl
-
-Measured = Mapping[str, Any]
+RoundJson = Mapping[str, Any]
 BASES = ("from_previous", "from_start")
 
 
 def measure_round(
-    opened: TrainedRun, rows: Sequence[Preference], judges: Sequence[Judge], sampling: Sampling, start: Measured | None
+    opened: TrainedRun, rows: Sequence[Preference], judges: Sequence[Judge], sampling: Sampling, start: RoundJson | None
 ) -> dict[str, Any]:
     """The answers of the model in `opened.policy` with each judge's score and their KL to `opened.reference`, nats.
 
     `start` is the start as measured, which itself has none. A judge that only compares scores an answer 1, 1/2 or 0
     by whether it beats the start's answer to the same prompt and noise, both orders asked.
     """
-    answers = draw_tuned(opened, rows, sampling)
+    answers = sample_tuned(opened, rows, sampling)
     kl = [0.0] * len(answers.names) if start is None else on_policy_kl(opened, answers, sampling.temperature)
-    scores = [_scores(judge, answers, start) for judge in judges]
+    scores = [_judge_scores(judge, answers, start) for judge in judges]
     lines = [
         {
             "prompt_id": name,
@@ -53,7 +52,7 @@ def measure_round(
     return {"judges": [judge.name for judge in judges], "settings": settings, "answers": to_json(lines)}
 
 
-def _scores(judge: Judge, answers: Answers, start: Measured | None) -> list[float | None]:
+def _judge_scores(judge: Judge, answers: Answers, start: RoundJson | None) -> list[float | None]:
     if isinstance(judge, Scalar):
         found = judge.scores(answers.prompts, answers.texts)
         return [float(value) if math.isfinite(value) else None for value in found]
@@ -64,7 +63,7 @@ def _scores(judge: Judge, answers: Answers, start: Measured | None) -> list[floa
     return [None if b.logit is None else (1 + float(np.sign(b.logit))) / 2 for b in ask_both(judge, asked)]
 
 
-def weigh(measured: Sequence[Measured], max_kl: float) -> tuple[dict[str, Any], str]:
+def summarize_round(measured: Sequence[RoundJson], max_kl: float) -> tuple[dict[str, Any], str]:
     """The numbers of the last of `measured` (start first, then rounds), and why to stop after it; "" to go on.
 
     `max_kl` is in nats per token of the answers, their ends included.
@@ -73,7 +72,7 @@ def weigh(measured: Sequence[Measured], max_kl: float) -> tuple[dict[str, Any], 
     names = [line["prompt_id"] for line in last]
     lengths = np.array([len(line["tokens"]) + line["stopped"] for line in last], float)
     kl = np.array([line["kl"] for line in last])
-    judged = [_judged(measured, place) for place in range(len(measured[-1]["judges"]))]
+    judged = [_judge_summary(measured, place) for place in range(len(measured[-1]["judges"]))]
     row = {
         "judges": judged,
         "kl": float(kl.mean()),
@@ -84,10 +83,10 @@ def weigh(measured: Sequence[Measured], max_kl: float) -> tuple[dict[str, Any], 
         "prompts": len(set(names)),
     }
     over = clustered_mean(kl - max_kl * lengths, names)
-    return to_json(row), _reason(judged, number) or _drifted(over, row["kl_per_token"], max_kl)
+    return to_json(row), _judges_against(judged, number) or _drift_against(over, row["kl_per_token"], max_kl)
 
 
-def _judged(measured: Sequence[Measured], place: int) -> dict[str, Any]:
+def _judge_summary(measured: Sequence[RoundJson], place: int) -> dict[str, Any]:
     """One judge's scores of the last round: their mean, and paired changes. Answers without a score are left out."""
     scores = [[line["scores"][place] for line in one["answers"]] for one in measured]
     names = [line["prompt_id"] for line in measured[-1]["answers"]]
@@ -97,20 +96,20 @@ def _judged(measured: Sequence[Measured], place: int) -> dict[str, Any]:
         "name": measured[-1]["judges"][place],
         "mean": float(np.mean(mean)) if mean else None,
         "interval": clustered_mean(mean, [name for _, name in valid]) if mean else None,
-        "from_previous": None if len(measured) < 2 else _change(scores[-2], scores[-1], names),
-        "from_start": None if len(measured) < 2 else _change(scores[0], scores[-1], names),
+        "from_previous": None if len(measured) < 2 else _paired_change(scores[-2], scores[-1], names),
+        "from_start": None if len(measured) < 2 else _paired_change(scores[0], scores[-1], names),
         "left_out": len(names) - len(mean),
     }
 
 
-def _change(old: Sequence[Any], new: Sequence[Any], names: Sequence[str]) -> Interval | None:
+def _paired_change(old: Sequence[Any], new: Sequence[Any], names: Sequence[str]) -> Interval | None:
     kept = [(o, n, name) for o, n, name in zip(old, new, names, strict=True) if o is not None and n is not None]
     if not kept:
         return None
     return paired_difference([o for o, _, _ in kept], [n for _, n, _ in kept], [name for _, _, name in kept])
 
 
-def _reason(judged: Sequence[Mapping[str, Any]], number: int) -> str:
+def _judges_against(judged: Sequence[Mapping[str, Any]], number: int) -> str:
     """What the judges say against going on."""
     if not number:
         return ""
@@ -121,16 +120,16 @@ def _reason(judged: Sequence[Mapping[str, Any]], number: int) -> str:
             fall = other[base]
             if rise is not None and fall is not None and rise.estimate > 0 and fall.high < 0:
                 return (
-                    f"round {number}: {first['name']} is being gamed: since {since} it rose by {_said(rise)} while "
-                    f"{other['name']}, which ranked nothing, fell by {_said(fall)}"
+                    f"round {number}: {first['name']} is being gamed: since {since} it rose by {_signed(rise)} while "
+                    f"{other['name']}, which ranked nothing, fell by {_signed(fall)}"
                 )
     fall = first["from_previous"]
     if fall is not None and fall.high < 0:
-        return f"round {number}: {first['name']} itself fell since round {number - 1}, by {_said(fall)}"
+        return f"round {number}: {first['name']} itself fell since round {number - 1}, by {_signed(fall)}"
     return ""
 
 
-def _drifted(over: Interval | None, per_token: float, max_kl: float) -> str:
+def _drift_against(over: Interval | None, per_token: float, max_kl: float) -> str:
     if over is None or over.low <= 0:
         return ""
     return (
@@ -139,5 +138,5 @@ def _drifted(over: Interval | None, per_token: float, max_kl: float) -> str:
     )
 
 
-def _said(change: Interval) -> str:
+def _signed(change: Interval) -> str:
     return f"{change.estimate:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"

@@ -29,19 +29,25 @@ from mlxdpo import (
     prompt_name,
     versions,
 )
-from mlxdpo_eval.heldout import Pairing, Records, best_of_records, pairing
-from mlxdpo_eval.judge_quality import humans, retested
+from mlxdpo_eval.heldout import (
+    BestOfKReport,
+    Heldout,
+    RecordPairs,
+    best_of_k_report,
+    heldout_report,
+    pair_lines,
+    pair_records,
+)
+from mlxdpo_eval.judge_quality import ask_again, human_agreement
 from mlxdpo_eval.judges import BothOrders, Judge
-from mlxdpo_eval.metrics.slices import picked, slicing
-from mlxdpo_eval.report.blocks import Headline, of_answers, of_best, of_pairs, of_votes
-from mlxdpo_eval.results import FORMAT, describe, drift, sample_lines, save, write_lines
-
-from .heldout import Heldout, heldout, pair_lines
-from .judges.program import OWN, reward_judge
-from .judges.votes import Ballots, read_ballots
-from .sampling import Answers, Sampling, draw, first_of_each, on_policy_kl, usual_length
-from .voting import VoteRun, vote_run
-from .winrate import WinRate, judge_answers, trios, win_rate
+from mlxdpo_eval.judges.program import LENGTH_REWARDS, reward_judge
+from mlxdpo_eval.judges.votes import Ballots, read_ballots
+from mlxdpo_eval.metrics.slices import select_columns, slice_columns
+from mlxdpo_eval.report.blocks import Headline, answers_headline, best_of_k_headline, pairs_headline, votes_headline
+from mlxdpo_eval.results import FORMAT, drift_report, identify_run, sample_lines, write_lines, write_results
+from mlxdpo_eval.sampling import Answers, Sampling, default_max_tokens, first_answers, on_policy_kl, sample_before_after
+from mlxdpo_eval.voting import VoteRun, vote_run
+from mlxdpo_eval.winrate import WinRate, answer_pairs, judge_answers, win_rate
 
 Say = Callable[[str], None]
 Columns = Mapping[str, Sequence[Hashable]]
@@ -49,7 +55,7 @@ Columns = Mapping[str, Sequence[Hashable]]
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What to look at besides the run itself: `data` of one's own, a file of human `votes`, columns to slice by.
+    """What to evaluate besides the run itself: other `data`, a file of human `votes`, columns to slice by.
 
     `retest` comparisons are asked of each judge a second time.
     """
@@ -76,33 +82,33 @@ class Evaluation(NamedTuple):
     worst_judge: tuple[float, str]
 
 
-class Material(NamedTuple):
+class HeldoutData(NamedTuple):
     """Held-out pairs as read; `records` and `paired` where the data are best-of-k records."""
 
     rows: list[Preference]
     left_out: list[str]
     source: str
     records: list[BestOfK]
-    paired: Pairing | None
+    paired: RecordPairs | None
 
 
-class Found(NamedTuple):
+class EvalParts(NamedTuple):
     """The parts of an evaluation that its results are written from."""
 
     judged: list[Judged]
     pairs: Heldout
-    best: Records | None
+    best: BestOfKReport | None
     votes: VoteRun | None
 
 
-AS_IT_IS = EvalOptions()
+DEFAULT_OPTIONS = EvalOptions()
 
 
 def evaluate(
     run: Run,
     judges: Sequence[Judge],
     sampling: Sampling,
-    wanted: EvalOptions = AS_IT_IS,
+    options: EvalOptions = DEFAULT_OPTIONS,
     say: Say = lambda text: None,
 ) -> Evaluation:
     """Measure a run and write everything.
@@ -111,73 +117,75 @@ def evaluate(
     by is not there, or the file of votes holds none.
     """
     started = time.monotonic()
-    material = _material(run, wanted.data)
-    columns = slicing([row.columns for row in material.rows], wanted.slices)
-    ballots = None if wanted.votes is None else read_ballots(wanted.votes)
+    data = _heldout_data(run, options.data)
+    columns = slice_columns([row.columns for row in data.rows], options.slices)
+    ballots = None if options.votes is None else read_ballots(options.votes)
     opened = open_trained_run(run)
-    rows, examples, encoding = encode_pairs(opened, material.rows)
-    say(f"scoring {len(rows)} held-out pairs ({material.source})")
+    rows, examples, encoding = encode_pairs(opened, data.rows)
+    say(f"scoring {len(rows)} held-out pairs ({data.source})")
     logps = pair_logps(opened, examples)
-    sampling = sampling if sampling.max_tokens else replace(sampling, max_tokens=usual_length(examples))
+    sampling = sampling if sampling.max_tokens else replace(sampling, max_tokens=default_max_tokens(examples))
     prompts = distinct_prompts(rows, sampling.prompts)
     say(f"answering {len(prompts)} prompts, {sampling.samples} x before and after, to {sampling.max_tokens} tokens")
-    before, after, control = draw(opened, prompts, sampling)
+    before, after, control = sample_before_after(opened, prompts, sampling)
     say("measuring drift")
-    kl_of = first_of_each(after)
+    kl_of = first_answers(after)
     kl = on_policy_kl(opened, kl_of, sampling.temperature)
-    by_answer = _per_answer(picked(columns, material.rows, prompts), prompts, before)
-    see = _Seeing(run, before, after, control, ballots, by_answer, wanted.retest, say)
-    judged = [_judge(judge, see) for judge in judges]
-    found = Found(
+    by_answer = _columns_of_answers(select_columns(columns, data.rows, prompts), prompts, before)
+    inputs = _JudgeInputs(run, before, after, control, ballots, by_answer, options.retest, say)
+    judged = [_run_judge(judge, inputs) for judge in judges]
+    found = EvalParts(
         judged,
-        heldout(opened, rows, logps, picked(columns, material.rows, rows)),
-        _best_of(material, rows, logps, columns),
+        heldout_report(opened, rows, logps, select_columns(columns, data.rows, rows)),
+        _best_of_k(data, rows, logps, columns),
         None if ballots is None else vote_run(ballots, folder_digest(run.adapter)),
     )
-    asked = {"judges": {judge.name: dict(judge.identity) for judge in judges}}
+    judge_identities = {"judges": {judge.name: dict(judge.identity) for judge in judges}}
     results = {
         "format": FORMAT,
-        "run": describe(opened),
-        "settings": asdict(sampling) | asked | {"slices": list(wanted.slices), "retest": wanted.retest},
-        "data": {"source": material.source, "pairs": len(rows), "left_out": material.left_out + encoding.lines()},
+        "run": identify_run(opened),
+        "settings": asdict(sampling) | judge_identities | {"slices": list(options.slices), "retest": options.retest},
+        "data": {"source": data.source, "pairs": len(rows), "left_out": data.left_out + encoding.lines()},
         **_findings(found, before, after),
-        "drift": drift(before, after, kl_of, kl),
+        "drift": drift_report(before, after, kl_of, kl),
         "versions": versions(),
     }
     write_lines(run.path / "eval" / "eval_pairs.jsonl", pair_lines(opened, rows, logps))
     verdicts = {j.result.judge: j.found for j in judged}
     lines = sample_lines(before, after, dict(zip(kl_of.names, kl, strict=True)), verdicts)
     write_lines(run.path / "eval" / "eval_samples.jsonl", lines)
-    file, written = save(run, results, time.monotonic() - started)
+    file, written = write_results(run, results, time.monotonic() - started)
     worst = max(((j.result.invalid_share, j.result.judge) for j in judged), default=(0.0, ""))
     return Evaluation(written, file, worst)
 
 
-def _material(run: Run, data: str | None) -> Material:
+def _heldout_data(run: Run, data: str | None) -> HeldoutData:
     if data is not None and (found := heldout_records(run, data)) is not None:
         records, report, source = found
-        paired = pairing(records)
-        return Material(paired.rows, report.lines(), source, records, paired)
+        paired = pair_records(records)
+        return HeldoutData(paired.rows, report.lines(), source, records, paired)
     rows, report, source = heldout_pairs(run, data)
-    return Material(rows, report.lines(), source, [], None)
+    return HeldoutData(rows, report.lines(), source, [], None)
 
 
-def _best_of(material: Material, kept: Sequence[Preference], logps: PairLogps, columns: Columns) -> Records | None:
-    if material.paired is None:
+def _best_of_k(
+    data: HeldoutData, rows: Sequence[Preference], logps: PairLogps, columns: Columns
+) -> BestOfKReport | None:
+    if data.paired is None:
         return None
-    by_record = picked(columns, material.rows, material.paired.first)
-    return best_of_records(material.records, material.paired, kept, logps, by_record)
+    by_record = select_columns(columns, data.rows, data.paired.first)
+    return best_of_k_report(data.records, data.paired, rows, logps, by_record)
 
 
-def _per_answer(columns: Columns, prompts: Sequence[Preference], answers: Answers) -> dict[str, list[Hashable]]:
+def _columns_of_answers(columns: Columns, prompts: Sequence[Preference], answers: Answers) -> dict[str, list[Hashable]]:
     """Columns of prompts as columns of the answers to them."""
     names = [prompt_name(row.prompt) for row in prompts]
     of = {column: dict(zip(names, values, strict=True)) for column, values in columns.items()}
     return {column: [values[name] for name in answers.names] for column, values in of.items()}
 
 
-class _Seeing(NamedTuple):
-    """What every judge is shown."""
+class _JudgeInputs(NamedTuple):
+    """The same for every judge."""
 
     run: Run
     before: Answers
@@ -189,26 +197,27 @@ class _Seeing(NamedTuple):
     say: Say
 
 
-def _judge(judge: Judge, see: _Seeing) -> Judged:
-    see.say(f"judging {len(see.before.texts)} pairs of answers: {judge.name}")
-    found, first = judge_answers(judge, see.before, see.after), first_of_each(see.before)
-    result = win_rate(judge, found, see.before, see.after, see.columns)
-    if see.ballots is not None:
-        result = result._replace(humans=humans(judge, found, see.before, see.ballots, folder_digest(see.run.adapter)))
-    if see.retest:
-        see.say(f"asking {judge.name} again")
-        again = retested(judge, trios(see.before, see.after), found, see.before.names, see.retest)
+def _run_judge(judge: Judge, inputs: _JudgeInputs) -> Judged:
+    inputs.say(f"judging {len(inputs.before.texts)} pairs of answers: {judge.name}")
+    found, first = judge_answers(judge, inputs.before, inputs.after), first_answers(inputs.before)
+    result = win_rate(judge, found, inputs.before, inputs.after, inputs.columns)
+    if inputs.ballots is not None:
+        adapter = folder_digest(inputs.run.adapter)
+        result = result._replace(humans=human_agreement(judge, found, inputs.before, inputs.ballots, adapter))
+    if inputs.retest:
+        inputs.say(f"asking {judge.name} again")
+        again = ask_again(judge, answer_pairs(inputs.before, inputs.after), found, inputs.before.names, inputs.retest)
         result = result._replace(retest=again)
-    against = win_rate(judge, judge_answers(judge, first, see.control), first, see.control)
+    against = win_rate(judge, judge_answers(judge, first, inputs.control), first, inputs.control)
     return Judged(result, found, against)
 
 
-def _findings(found: Found, before: Answers, after: Answers) -> dict[str, Any]:
-    baseline = reward_judge("longest", OWN["longest"])
-    said = _said(found)
+def _findings(found: EvalParts, before: Answers, after: Answers) -> dict[str, Any]:
+    baseline = reward_judge("longest", LENGTH_REWARDS["longest"])
+    headlines = _headlines(found)
     return {
-        "headline": said[0],
-        "sentences": [headline.sentence for headline in said],
+        "headline": headlines[0],
+        "sentences": [headline.sentence for headline in headlines],
         "pairs": found.pairs,
         "best_of": found.best,
         "votes": found.votes,
@@ -220,11 +229,11 @@ def _findings(found: Found, before: Answers, after: Answers) -> dict[str, Any]:
     }
 
 
-def _said(found: Found) -> list[Headline]:
-    """What each part says, the headline first: the first judge named, else people, else the held-out pairs."""
-    said = [of_answers(j.result) for j in found.judged]
+def _headlines(found: EvalParts) -> list[Headline]:
+    """A headline for each part, the report's first: the first judge named, else people, else the held-out pairs."""
+    headlines = [answers_headline(j.result) for j in found.judged]
     if found.votes is not None and found.votes.n:
-        said.append(of_votes(found.votes))
+        headlines.append(votes_headline(found.votes))
     if found.best is not None:
-        said.append(of_best(found.best))
-    return [*said, of_pairs(found.pairs)]
+        headlines.append(best_of_k_headline(found.best))
+    return [*headlines, pairs_headline(found.pairs)]

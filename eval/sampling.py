@@ -45,37 +45,45 @@ class Answers(NamedTuple):
     stopped: list[bool]
 
 
-def usual_length(examples: Sequence[Example]) -> int:
+def default_max_tokens(examples: Sequence[Example]) -> int:
     """Tokens that hold 95 % of the held-out completions, at most `LONGEST`."""
     lengths = [len(tokens) for e in examples for tokens in (e.chosen, e.rejected)]
     return min(LONGEST, int(np.ceil(np.quantile(lengths, 0.95))))
 
 
-def draw(opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling) -> tuple[Answers, Answers, Answers]:
+def sample_before_after(
+    opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling
+) -> tuple[Answers, Answers, Answers]:
     """(before, after, control): `samples` answers a prompt before and after, one more from before as control.
 
-    The k-th answer to a prompt meets the same noise before and after. Raises `UserError` for a prompt that the
-    template refuses.
+    The k-th answer to a prompt meets the same noise before and after. Raises `UserError` as `sample_answers`.
     """
-    before, control = draw_start(opened, rows, sampling)
-    return before, draw_tuned(opened, rows, sampling), control
+    before, control = sample_start(opened, rows, sampling)
+    return before, sample_tuned(opened, rows, sampling), control
 
 
-def draw_start(opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling) -> tuple[Answers, Answers]:
-    """Before and control of `draw`."""
+def sample_start(opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling) -> tuple[Answers, Answers]:
+    """Before and control of `sample_before_after`."""
     k = sampling.samples
     with opened.start() as model:
-        drawn = _draw(opened, model, rows, k + 1, sampling)
+        drawn = sample_answers(opened, model, rows, k + 1, sampling)
     last = [i % (k + 1) == k for i in range(len(drawn.names))]
-    return _where(drawn, [not x for x in last]), _where(drawn, last)
+    return _select_answers(drawn, [not x for x in last]), _select_answers(drawn, last)
 
 
-def draw_tuned(opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling) -> Answers:
-    """After of `draw`: answers of the weights that are in `opened.policy` now."""
-    return _draw(opened, opened.policy.model, rows, sampling.samples, sampling)
+def sample_tuned(opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling) -> Answers:
+    """After of `sample_before_after`: answers of the weights that are in `opened.policy` now."""
+    return sample_answers(opened, opened.policy.model, rows, sampling.samples, sampling)
 
 
-def _draw(opened: TrainedRun, model: Any, rows: Sequence[Preference], count: int, sampling: Sampling) -> Answers:
+def sample_answers(
+    opened: TrainedRun, model: Any, rows: Sequence[Preference], count: int, sampling: Sampling
+) -> Answers:
+    """`count` answers of `model` to the prompt of each row, those to one prompt next to one another.
+
+    The k-th answer to a prompt meets the same noise whatever the model. Raises `UserError` for a prompt that the
+    template refuses.
+    """
     data, tokenizer = opened.config.data, opened.policy.tokenizer
     ids = [encode_prompt(row.prompt, tokenizer, data, row.tools).tolist() for row in rows]
     repeated = [(row, one) for row, one in zip(rows, ids, strict=True) for _ in range(count)]
@@ -92,21 +100,21 @@ def _draw(opened: TrainedRun, model: Any, rows: Sequence[Preference], count: int
         [prompt_name(row.prompt) for row, _ in repeated],
         [prompt_text(row.prompt) for row, _ in repeated],
         [one for _, one in repeated],
-        [opened.policy.tokenizer.decode(c.tokens) for c in done],
+        [tokenizer.decode(c.tokens) for c in done],
         [list(c.tokens) for c in done],
         [c.finish == "stop" for c in done],
     )
 
 
-def _where(answers: Answers, kept: Sequence[bool]) -> Answers:
+def _select_answers(answers: Answers, kept: Sequence[bool]) -> Answers:
     fields: list[Any] = [list(itertools.compress(field, kept)) for field in answers]
     return Answers(*fields)
 
 
-def first_of_each(answers: Answers) -> Answers:
+def first_answers(answers: Answers) -> Answers:
     """The first answer to each prompt."""
     seen: set[str] = set()
-    return _where(answers, [not (name in seen or seen.add(name)) for name in answers.names])
+    return _select_answers(answers, [not (name in seen or seen.add(name)) for name in answers.names])
 
 
 def on_policy_kl(opened: TrainedRun, answers: Answers, temperature: float) -> list[float]:
@@ -119,21 +127,21 @@ def on_policy_kl(opened: TrainedRun, answers: Answers, temperature: float) -> li
         raise UserError("the KL of greedy answers is no divergence of the policy; sample at --temperature 1")
     result = [0.0] * len(answers.ids)
     vocabulary = int(opened.policy.model(mx.array([[0]])).shape[-1])
-    order = sorted(range(len(answers.ids)), key=lambda i: -_length(answers, i))
+    order = sorted(range(len(answers.ids)), key=lambda i: -_token_count(answers, i))
     while order:
-        rows = max(1, min(ROWS, NUMBERS // (2 * vocabulary * _length(answers, order[0]))))
+        rows = max(1, min(ROWS, NUMBERS // (2 * vocabulary * _token_count(answers, order[0]))))
         here, order = order[:rows], order[rows:]
-        for i, nats in zip(here, _kl_of(opened, answers, here, temperature), strict=True):
+        for i, nats in zip(here, _batch_kl(opened, answers, here, temperature), strict=True):
             result[i] = nats
     return result
 
 
-def _length(answers: Answers, i: int) -> int:
+def _token_count(answers: Answers, i: int) -> int:
     return len(answers.ids[i]) + len(answers.tokens[i])
 
 
-def _kl_of(opened: TrainedRun, answers: Answers, here: list[int], temperature: float) -> list[float]:
-    tokens, mask = _padded(answers, here)
+def _batch_kl(opened: TrainedRun, answers: Answers, here: list[int], temperature: float) -> list[float]:
+    tokens, mask = _pad_answers(answers, here)
     first = min(len(answers.ids[i]) for i in here) - 1  # before it there is only prompt
     opened.policy.model.eval()  # dropout on the adapters would make it another policy
     tuned = opened.policy.model(tokens)[:, first:] / temperature
@@ -145,7 +153,7 @@ def _kl_of(opened: TrainedRun, answers: Answers, here: list[int], temperature: f
     return sequence_kl(lambda at: tuned[:, at], lambda at: base[:, at], mask[:, first:]).tolist()
 
 
-def _padded(answers: Answers, here: list[int]) -> tuple[mx.array, mx.array]:
+def _pad_answers(answers: Answers, here: list[int]) -> tuple[mx.array, mx.array]:
     """(R, T) rows and masks, 1 where the position's next token was drawn (the one that ends the answer included)."""
     rows = [answers.ids[i] + answers.tokens[i] for i in here]
     tokens, mask = (np.zeros((len(rows), max(map(len, rows))), kind) for kind in (np.int32, np.float32))

@@ -23,19 +23,26 @@ from mlxdpo import (
     open_trained_run,
     write_json,
 )
+from mlxdpo_eval.judges import Judge
 from mlxdpo_eval.metrics.intervals import clustered_mean
 from mlxdpo_eval.metrics.pareto import Point
 from mlxdpo_eval.results import to_json
-
-from .judges import Judge
-from .sampling import Answers, Sampling, draw_start, draw_tuned, first_of_each, on_policy_kl, usual_length
-from .winrate import judge_answers, win_rate
+from mlxdpo_eval.sampling import (
+    Answers,
+    Sampling,
+    default_max_tokens,
+    first_answers,
+    on_policy_kl,
+    sample_start,
+    sample_tuned,
+)
+from mlxdpo_eval.winrate import judge_answers, win_rate
 
 Say = Callable[[str], None]
 FINAL = "adapter"
 
 
-def sweep(run: Run, judge: Judge, sampling: Sampling, say: Say = lambda text: None) -> list[Point]:
+def measure_checkpoints(run: Run, judge: Judge, sampling: Sampling, say: Say = lambda text: None) -> list[Point]:
     """The points of a run, oldest checkpoint first; writes RUN/eval/frontier.json, which the report shows.
 
     A checkpoint on whose answers the judge gives no valid verdict has no point. Raises `UserError` where the run's
@@ -43,19 +50,19 @@ def sweep(run: Run, judge: Judge, sampling: Sampling, say: Say = lambda text: No
     """
     opened = open_trained_run(run)
     rows, examples, _ = encode_pairs(opened, heldout_pairs(run)[0])
-    sampling = sampling if sampling.max_tokens else replace(sampling, max_tokens=usual_length(examples))
+    sampling = sampling if sampling.max_tokens else replace(sampling, max_tokens=default_max_tokens(examples))
     prompts = distinct_prompts(rows, sampling.prompts)
-    before, _ = draw_start(opened, prompts, sampling)
+    before, _ = sample_start(opened, prompts, sampling)
 
     def point(name: str) -> Point | None:
         """The point of the weights that are in the model now."""
         say(f"{run.path.name}: {name}")
-        return _point(opened, judge, name, before, draw_tuned(opened, prompts, sampling), sampling)
+        return _measure_point(opened, judge, name, before, sample_tuned(opened, prompts, sampling), sampling)
 
-    final, seen = _weights(opened), False
+    final, seen = _trainable_arrays(opened), False
     found: list[Point | None] = []
     for name in at_checkpoints(opened):
-        here = all(mx.array_equal(now, then).item() for now, then in zip(_weights(opened), final, strict=True))
+        here = all(mx.array_equal(now, then).item() for now, then in zip(_trainable_arrays(opened), final, strict=True))
         found.append(point(f"{name} = {FINAL}" if here else name))
         seen = seen or here
     points = [p for p in (found if seen else [*found, point(FINAL)]) if p is not None]
@@ -64,15 +71,15 @@ def sweep(run: Run, judge: Judge, sampling: Sampling, say: Say = lambda text: No
     return points
 
 
-def _weights(opened: TrainedRun) -> list[mx.array]:
+def _trainable_arrays(opened: TrainedRun) -> list[mx.array]:
     """The tuned arrays that are in the model now."""
     return [array for _, array in tree_flatten(opened.policy.model.trainable_parameters())]
 
 
-def _point(
+def _measure_point(
     opened: TrainedRun, judge: Judge, name: str, before: Answers, after: Answers, sampling: Sampling
 ) -> Point | None:
-    first = first_of_each(after)
+    first = first_answers(after)
     kl = on_policy_kl(opened, first, sampling.temperature)
     won = win_rate(judge, judge_answers(judge, before, after), before, after)
     if won.rate is None:
@@ -80,7 +87,7 @@ def _point(
     return Point(name, float(np.mean(kl)), won.rate, clustered_mean(kl, first.names), won.interval)
 
 
-def named(points: Sequence[Point], run: Run) -> list[Point]:
+def name_points(points: Sequence[Point], run: Run) -> list[Point]:
     """The same points with the run's name and what holds it to its reference in front, to stand beside others."""
     config = run.config()
     pull = f"KL cost {config.rollout.kl:g}" if config.stage in ("ppo", "rloo") else f"beta {config.loss.beta:g}"

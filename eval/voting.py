@@ -11,14 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxdpo_eval.metrics.sequential import anytime_interval, log_e_value, running_vote
-
-from .judges.votes import Ballots, Vote
+from mlxdpo_eval.judges.votes import Ballots, Vote
+from mlxdpo_eval.metrics.sequential import anytime_interval, log_e_value, votes_needed
 
 ALPHA = 0.05
 
 
-class Look(NamedTuple):
+class RunningRate(NamedTuple):
     """A look after `n` votes: the rate (ties 1/2), its always-valid interval, the e-value (cut off at e^700)."""
 
     n: int
@@ -42,7 +41,7 @@ class VoteRun(NamedTuple):
     losses: int
     ties: int
     both_bad: int
-    looks: tuple[Look, ...]
+    looks: tuple[RunningRate, ...]
     e_value: float
     decided_at: int | None
     verdict: str
@@ -56,12 +55,12 @@ def vote_run(ballots: Ballots, adapter: str | None = None, alpha: float = ALPHA)
 
     `adapter` is the digest of the one in question: votes on answers of another are no evidence. None takes them all.
     """
-    counted, uncounted = _evidence(ballots.votes, adapter)
+    counted, uncounted = _votes_that_count(ballots.votes, adapter)
     signs = np.array([vote.for_tuned for vote in counted], float)
     wins, losses = np.cumsum((1 + signs) / 2), np.cumsum((1 - signs) / 2)
-    looks = tuple(_look(float(w), float(l), alpha) for w, l in zip(wins, losses, strict=True))
+    looks = tuple(_running_rate(float(w), float(l), alpha) for w, l in zip(wins, losses, strict=True))
     decided = next((look for look in looks if look.e_value >= 1 / alpha), None)
-    now = running_vote(float(wins[-1]), float(losses[-1]), alpha) if looks else running_vote(0, 0, alpha)
+    total = (float(wins[-1]), float(losses[-1])) if looks else (0.0, 0.0)
     verdict = "cannot tell yet" if decided is None else "better" if decided.rate > 0.5 else "worse"
     return VoteRun(
         file=ballots.name,
@@ -71,27 +70,27 @@ def vote_run(ballots: Ballots, adapter: str | None = None, alpha: float = ALPHA)
         ties=int((signs == 0).sum()),
         both_bad=sum(vote.winner == "both_bad" for vote in counted),
         looks=looks,
-        e_value=now.e_value,
+        e_value=looks[-1].e_value if looks else 1.0,
         decided_at=None if decided is None else decided.n,
         verdict=verdict,
-        needed=0 if decided else now.needed,
+        needed=0 if decided else votes_needed(*total, alpha),
         uncounted=uncounted,
         left_out=dict(ballots.left_out),
     )
 
 
-def _look(wins: float, losses: float, alpha: float) -> Look:
+def _running_rate(wins: float, losses: float, alpha: float) -> RunningRate:
     low, high = anytime_interval(wins, losses, alpha)
     e_value = float(np.exp(min(log_e_value(wins, losses), 700.0)))
-    return Look(round(wins + losses), wins / (wins + losses), low, high, e_value)
+    return RunningRate(round(wins + losses), wins / (wins + losses), low, high, e_value)
 
 
-def is_of(vote: Vote, adapter: str | None) -> bool:
+def is_about(vote: Vote, adapter: str | None) -> bool:
     """Whether a vote is about answers of this adapter, as far as the two digests are known."""
     return adapter is None or vote.adapter is None or vote.adapter == adapter
 
 
-def _evidence(votes: tuple[Vote, ...], adapter: str | None) -> tuple[list[Vote], dict[str, int]]:
+def _votes_that_count(votes: tuple[Vote, ...], adapter: str | None) -> tuple[list[Vote], dict[str, int]]:
     trained = {vote.prompt_id for vote in votes if vote.trained}
     seen: set[str] = set()
     counted: list[Vote] = []
@@ -99,7 +98,7 @@ def _evidence(votes: tuple[Vote, ...], adapter: str | None) -> tuple[list[Vote],
     for vote in votes:
         if vote.tuned is None:
             uncounted["it is not said which answer is the tuned model's"] += 1
-        elif not is_of(vote, adapter):
+        elif not is_about(vote, adapter):
             uncounted["the tuned answer is of another adapter or checkpoint"] += 1
         elif vote.prompt_id in trained:
             uncounted["on a prompt of the training data"] += 1

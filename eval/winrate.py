@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from mlxdpo_eval.judge_quality import Humans, Retest
+from mlxdpo_eval.judge_quality import HumanAgreement, Retest
 from mlxdpo_eval.judges import AnswerPair, BothOrders, Judge, Scalar, ask_both
 from mlxdpo_eval.metrics.intervals import (
     Interval,
@@ -23,12 +23,11 @@ from mlxdpo_eval.metrics.intervals import (
     clustered_share,
     paired_difference,
 )
-from mlxdpo_eval.metrics.judge_bias import Longer, Position, position, preference_for_longer
+from mlxdpo_eval.metrics.judge_bias import Longer, Position, position_bias, preference_for_longer
 from mlxdpo_eval.metrics.length import Controlled, length_controlled
 from mlxdpo_eval.metrics.sequential import minimum_detectable
 from mlxdpo_eval.metrics.slices import Slices, slice_report
-
-from .sampling import Answers
+from mlxdpo_eval.sampling import Answers
 
 
 class Rewards(NamedTuple):
@@ -70,7 +69,7 @@ class WinRate(NamedTuple):
     longer: Longer | None
     rewards: Rewards | None
     slices: dict[str, Slices]
-    humans: Humans | None = None
+    humans: HumanAgreement | None = None
     retest: Retest | None = None
 
     @property
@@ -82,10 +81,10 @@ class WinRate(NamedTuple):
 
 def judge_answers(judge: Judge, before: Answers, after: Answers) -> list[BothOrders]:
     """The judge's verdicts on each pair of answers, both orders."""
-    return ask_both(judge, trios(before, after))
+    return ask_both(judge, answer_pairs(before, after))
 
 
-def trios(before: Answers, after: Answers) -> list[AnswerPair]:
+def answer_pairs(before: Answers, after: Answers) -> list[AnswerPair]:
     """The pairs of answers as a judge is asked about them."""
     return [AnswerPair(*pair) for pair in zip(before.prompts, before.texts, after.texts, strict=True)]
 
@@ -146,7 +145,7 @@ def _position(found: Sequence[BothOrders], names: Sequence[str]) -> Position | N
     if not asked:
         return None
     first, second, prompts = zip(*asked, strict=True)
-    return position(first, second, prompts)
+    return position_bias(first, second, prompts)
 
 
 def _rewards(judge: Scalar, before: Answers, after: Answers) -> Rewards:

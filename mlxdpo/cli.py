@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mlxdpo.distributed.launcher import processes, rank
+from mlxdpo.distributed.launcher import process_count, process_rank
 from mlxdpo.types import UserError
 
 SHORTHAND = {"--model": "--model.path", "--data": "--data.path", "--adapter": "--model.adapter"}
@@ -91,11 +91,11 @@ def run(arguments: list[str]) -> int:
 
 def _check_together(words: Sequence[str]) -> None:
     """Raise `UserError` for a command that several processes would do several times over."""
-    if processes() > 1 and words and words[0] in COMMANDS and words[0] != "train":
-        if rank() > 0:
+    if process_count() > 1 and words and words[0] in COMMANDS and words[0] != "train":
+        if process_rank() > 0:
             sys.exit(2)
         raise UserError(
-            f"mlx.launch started {processes()} processes, and `mlxdpo {words[0]}` is for one; only `mlxdpo train` "
+            f"mlx.launch started {process_count()} processes, and `mlxdpo {words[0]}` is for one; only `mlxdpo train` "
             f"(stages dpo, sft, reward) shares its work: start this without mlx.launch"
         )
 

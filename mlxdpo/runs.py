@@ -50,7 +50,7 @@ def check_manifest(found: Mapping[str, Any]) -> None:
             raise TypeError("data.reports holds something else than reports")
 
 
-def _locked(file: BinaryIO, kind: int, patience: float) -> bool:
+def _took_lock(file: BinaryIO, kind: int, patience: float) -> bool:
     """Whether the lock on an open file could be taken within `patience` seconds; it is gone when the file is closed."""
     until = time.monotonic() + patience
     while True:
@@ -107,7 +107,7 @@ class Run:
         Raises `UserError` naming the process that holds it. What a killed one left behind holds nothing.
         """
         with (self.path / "config.yaml").open("rb") as lock:  # never rewritten, so every process locks the same file
-            if not _locked(lock, fcntl.LOCK_EX, patience=1.0):  # `held` takes it for an instant
+            if not _took_lock(lock, fcntl.LOCK_EX, patience=1.0):  # `held` takes it for an instant
                 raise UserError(f"{self.path}: {self._holder()} is training this run; stop it first, or wait")
             note = self.path / HOLDER
             with naming(note):
@@ -127,7 +127,7 @@ class Run:
     def held(self) -> bool:
         """Whether a process holds the run directory for writing now."""
         with (self.path / "config.yaml").open("rb") as lock:
-            return not _locked(lock, fcntl.LOCK_SH, patience=0.0)
+            return not _took_lock(lock, fcntl.LOCK_SH, patience=0.0)
 
     def config(self) -> Config:
         """The resolved configuration; what lay inside a run that was moved since is looked for where it is now."""

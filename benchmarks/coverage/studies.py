@@ -14,7 +14,6 @@ import numpy as np
 from scipy import special
 
 from mlxdpo_eval.metrics import calibration, intervals, length, ppi, sequential
-from mlxdpo_eval.metrics.calibration_interval import ece_interval
 
 RESAMPLES = 500
 VOTES = 200
@@ -133,7 +132,7 @@ def _calibration(true_temperature: float) -> Callable[[np.random.Generator], lis
         gaps, sizes = calibration.bin_gaps(confidence, chance, codes)
         truth, seed = float(np.abs(gaps) @ sizes / 400), int(rng.integers(1 << 31))
         return [
-            _answer("test inversion", ece_interval(confidence, right, codes, prompts, seed=seed), truth),
+            _answer("test inversion", calibration.ece_interval(confidence, right, codes, prompts, seed=seed), truth),
             _answer("row bootstrap of ECE", _bootstrap_ece(right - confidence, codes, rng), truth),
         ]
 

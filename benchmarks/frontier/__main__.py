@@ -29,7 +29,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", default="smollm2", help="a Hugging Face folder, or smollm2 (default)")
     add("--minutes", type=float, help="stop after the unit of work that is under way then")
     add("--show", action="store_true", help="measure nothing, show what is there")
-    add("--docs", action="store_true", help="write docs/frontier.md and its figure")
+    add("--docs", action="store_true", help="write docs/evidence/frontier.md and its figure")
     return parser.parse_args(words)
 
 

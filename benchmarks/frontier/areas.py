@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.frontier.points import UNTUNED
 from benchmarks.frontier.runs import JUDGE
 from mlxdpo_eval.metrics.intervals import Interval
-from mlxdpo_eval.metrics.pareto import Point, hull
+from mlxdpo_eval.metrics.pareto import Point, pareto_front
 
 GRID, RESAMPLES, SEED = 100, 1000, 0
 Index = np.ndarray
@@ -126,3 +126,20 @@ def crossed(values: np.ndarray, n: int = RESAMPLES, statistic: Callable[[np.ndar
     ]
     low, high = np.quantile(drawn, [0.025, 0.975])
     return Interval(float(statistic(values)), float(low), float(high), openings)
+
+
+def hull(points: Sequence[Point]) -> list[Point]:
+    """The Pareto points on the upper concave hull: what mixing two of the models by chance could not beat either."""
+    corners: list[Point] = []
+    for point in pareto_front(points):
+        while len(corners) > 1 and _lies_under(corners[-2], corners[-1], point):
+            corners.pop()
+        if not corners or point[1:3] != corners[-1][1:3]:
+            corners.append(point)
+    return corners
+
+
+def _lies_under(left: Point, middle: Point, right: Point) -> bool:
+    """Whether the middle point lies on or under the line from left to right."""
+    rise = (right.reward - left.reward) * (middle.kl - left.kl)
+    return (middle.reward - left.reward) * (right.kl - left.kl) <= rise

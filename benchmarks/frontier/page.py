@@ -1,4 +1,4 @@
-"""The figure, the table and the generated part of docs/frontier.md, from the points alone."""
+"""The figure, the table and the generated part of docs/evidence/frontier.md, from the points alone."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.frontier.areas import Cloud, Gap, Start, clouds, crossed, gap, start_of
+from benchmarks.frontier.areas import Cloud, Gap, Start, clouds, crossed, gap, hull, start_of
 from benchmarks.frontier.plan import METHODS, Budget
 from benchmarks.frontier.points import UNTUNED
 from benchmarks.frontier.runs import JUDGE, SECOND
 from mlxdpo.baselines.best_of_n import kl_bound, selection
 from mlxdpo_eval.metrics.intervals import Interval
-from mlxdpo_eval.metrics.pareto import Point, hull
+from mlxdpo_eval.metrics.pareto import Point
 
 ROOT = Path(__file__).parents[2]
-PAGE, FIGURE = ROOT / "docs" / "frontier.md", ROOT / "docs" / "frontier.svg"
+EVIDENCE = ROOT / "docs" / "evidence"
+PAGE, FIGURE = EVIDENCE / "frontier.md", EVIDENCE / "frontier.svg"
 BEGIN, END = "<!-- generated: frontier begin -->", "<!-- generated: frontier end -->"
 COLOURS = {
     "dpo": "#0b6e4f", "ipo": "#5aa469", "kto": "#8a6d3b", "preferred": "#5b6c8f", "ppo": "#d17a22", "rloo": "#b5323e",
@@ -212,5 +213,5 @@ def _draw(axis: Any, method: str, own: Sequence[Cloud], untuned: float) -> None:
     kl, reward = (np.concatenate([getattr(c, key).mean(axis=1) for c in own]) for key in ("kl", "reward"))
     axis.plot(kl, reward, "o", markersize=3.5, alpha=0.7, color=colour, label=METHODS[method].title)
     corners = hull([Point("", 0.0, untuned), *(Point("", float(k), float(r)) for k, r in zip(kl, reward, strict=True))])
-    if METHODS[method].labels == "as_they_are":
+    if METHODS[method].labels == "bundled_labels":
         axis.plot([p.kl for p in corners], [p.reward for p in corners], linewidth=1, color=colour)

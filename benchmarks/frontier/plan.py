@@ -15,7 +15,7 @@ class Method(NamedTuple):
     recipe: Settings
     strengths: tuple[float, ...]
     online: bool = False
-    labels: str = "as_they_are"
+    labels: str = "bundled_labels"
     points: int = 2
     lr: float = 5e-4
 

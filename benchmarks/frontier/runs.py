@@ -38,7 +38,7 @@ def configured(arm: Arm, budget: Budget, out: Path, model: str) -> Config:
     are what is measured on."""
     labels = getattr(material, METHODS[arm.method].labels)
     name = METHODS[arm.method].labels
-    file = out / "data" / (f"{name}.jsonl" if name == "as_they_are" else f"{name}-{arm.seed}.jsonl")
+    file = out / "data" / (f"{name}.jsonl" if name == "bundled_labels" else f"{name}-{arm.seed}.jsonl")
     if not file.exists():
         rows = labels(material.bundled("pairs"), arm.seed)
         write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

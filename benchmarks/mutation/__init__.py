@@ -1,1 +1,1 @@
-"""Mutation testing: small faults are planted one at a time, and each should make a test fail. See docs/testing.md."""
+"""Mutation testing: small faults, one at a time; each should make a test fail. See docs/evidence/tests.md."""

@@ -21,7 +21,7 @@ from benchmarks.mutation.trial import attempt
 HEAVY = ("mlx.core", "mlx.nn", "numpy", "scipy.special", "scipy.stats", "pytest", "hypothesis", "pydantic", "yaml",
          "jinja2", "transformers", "tokenizers", "mlxdpo.config", "mlx_lm.utils", "mlx_lm.models.llama")  # fmt: skip
 """Imported once, before every mutant's process forks off. Nothing of mlxdpo that is mutated, and no array yet."""
-DOCS = ROOT / "docs/testing.md"
+DOCS = ROOT / "docs/evidence/tests.md"
 MARKS = ("<!-- mutation -->", "<!-- /mutation -->")
 
 
@@ -36,7 +36,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--part", default="0/1", metavar="I/N", help="every N-th mutant from the I-th, to share the work")
     add("--show", action="store_true", help="try nothing, show what is known")
     add("--survivors", action="store_true", help="list those that no test noticed")
-    add("--docs", action="store_true", help="write the table into docs/testing.md")
+    add("--docs", action="store_true", help="write the table into docs/evidence/tests.md")
     return parser.parse_args(words)
 
 

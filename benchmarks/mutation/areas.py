@@ -19,6 +19,6 @@ AREAS: dict[str, Area] = {
         ("mlxdpo/data/encode.py", "mlxdpo/data/encode.py", "mlxdpo/data/render.py", "mlxdpo/data/template.py"),
         _tests("encode", "encode_rows", "template_probe"),
     ),
-    "stats": Area(("eval/metrics/intervals.py", "eval/metrics/intervals.py"), _tests("eval_stats", "eval_clustered")),
+    "stats": Area(("eval/metrics/intervals.py",), _tests("eval_stats", "eval_clustered")),
 }
 """What scoring, encoding and statistics were split into belongs to them: fit, render, template; clustered."""

@@ -1,7 +1,7 @@
 """mlxdpo against mlx-lm-lora and TRL on one machine: seconds of a step, memory, and proof that all do the same.
 
     python -m benchmarks.peers --json results.json          install the peers, run everything, print a table
-    python -m benchmarks.peers --from results.json --docs   write docs/benchmarks.md and its plot again
+    python -m benchmarks.peers --from results.json --docs   write docs/evidence/benchmarks.md and its plot again
 
 How it is fair: every side is a process of its own that keeps its trainer alive, and the sides take their steps in turn,
 the order rotating, so that whatever else the machine does hits all alike. All start from the same weights and the same

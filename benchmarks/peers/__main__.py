@@ -36,7 +36,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--python", nargs="+", default=[], metavar="SIDE=PATH", help="use this interpreter instead of installing")
     add("--json", type=Path, help="keep the results here; other workloads in the file stay")
     add("--from", dest="source", type=Path, help="measure nothing, show this file")
-    add("--docs", action="store_true", help="write docs/benchmarks.md and its plot")
+    add("--docs", action="store_true", help="write docs/evidence/benchmarks.md and its plot")
     asked = parser.parse_args(words)
     if asked.workloads is None:
         asked.workloads = known if asked.data else list(workloads.WORKLOADS)

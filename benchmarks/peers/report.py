@@ -1,4 +1,4 @@
-"""Figures for reading: a table on the terminal, the generated part of docs/benchmarks.md, and its plot."""
+"""Figures for reading: a table on the terminal, the generated part of docs/evidence/benchmarks.md, and its plot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from benchmarks.peers.results import EXACT, Row, disagreement, gaps, mean_loss, rows
 
 ROOT = Path(__file__).parents[2]
-PAGE, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg"
+EVIDENCE = ROOT / "docs" / "evidence"
+PAGE, PLOT = EVIDENCE / "benchmarks.md", EVIDENCE / "benchmarks.svg"
 BEGIN, END = "<!-- generated: benchmarks begin -->", "<!-- generated: benchmarks end -->"
 HEAD = ("side", "seconds", "pairs/s", "speed", "peak GB", "process GB", "")
 COLOURS = {"mlxdpo": "#0b6e4f", "mlx-lm-lora": "#d17a22", "trl": "#5b6c8f"}

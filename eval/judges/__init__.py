@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping
 
 from mlxdpo import UserError
 from mlxdpo_eval.judges.both import AnswerPair, BothOrders, ask_both
-
-from .endpoint import endpoint_judge
-from .local import local_judge
-from .program import OWN, Reward, file_judge, reward_judge
-from .protocol import Judge, Question, Scalar, Verdict
-from .reward_model import reward_model_judge
-from .votes import votes_judge
+from mlxdpo_eval.judges.endpoint import endpoint_judge
+from mlxdpo_eval.judges.local import local_judge
+from mlxdpo_eval.judges.program import LENGTH_REWARDS, Reward, file_judge, reward_judge
+from mlxdpo_eval.judges.protocol import Judge, Question, Scalar, Verdict
+from mlxdpo_eval.judges.reward_model import reward_model_judge
+from mlxdpo_eval.judges.votes import votes_judge
 
 __all__ = ["JUDGES", "AnswerPair", "BothOrders", "Judge", "Question", "Scalar", "Verdict", "ask_both", "open_judge"]
 
@@ -40,7 +39,7 @@ def open_judge(spec: str, rewards: Mapping[str, Reward] | None = None) -> Judge:
 
     Raises `UserError` for an unknown name, listing the known ones, and for what the judge cannot use.
     """
-    named = OWN | dict(rewards or {})
+    named = LENGTH_REWARDS | dict(rewards or {})
     if spec in named:
         return reward_judge(spec, named[spec])
     kind, _, rest = spec.partition(":")

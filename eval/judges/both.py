@@ -20,42 +20,9 @@ import numpy as np
 from scipy import special
 
 from mlxdpo import append_line, cache_folder, read_lines
-
-from .protocol import Judge, Question, Scalar, Verdict
-
-# Several answers to one prompt, ranked by any judge: its own scores, or how often each answer beats the others.
-#
-# A judge that only compares is asked about every two answers in both orders; an answer's score is the mean probability,
-# over the others, that it is the better one (the Borda count of soft verdicts). An invalid verdict counts for neither.
+from mlxdpo_eval.judges.protocol import Judge, Question, Scalar, Verdict
 
 Texts = Sequence[str]
-
-
-def scores_of(judge: Judge, prompts: Texts, answers: Sequence[Texts]) -> list[list[float]]:
-    """For each prompt a score of each of its answers, higher is better; NaN where there is no valid verdict."""
-    if isinstance(judge, Scalar):
-        return _scalar(judge, prompts, answers)
-    return _compared(judge, prompts, answers)
-
-
-def _scalar(judge: Scalar, prompts: Texts, answers: Sequence[Texts]) -> list[list[float]]:
-    asked = [prompt for prompt, own in zip(prompts, answers, strict=True) for _ in own]
-    flat = iter(judge.scores(asked, list(itertools.chain(*answers))) if asked else [])
-    return [list(itertools.islice(flat, len(own))) for own in answers]
-
-
-def _compared(judge: Judge, prompts: Texts, answers: Sequence[Texts]) -> list[list[float]]:
-    games = [(n, a, b) for n, own in enumerate(answers) for a, b in itertools.combinations(range(len(own)), 2)]
-    found = ask_both(judge, [AnswerPair(prompts[n], answers[n][b], answers[n][a]) for n, a, b in games])
-    won: list[list[list[float]]] = [[[] for _ in own] for own in answers]
-    for (n, a, b), both in zip(games, found, strict=True):
-        if both.logit is not None:
-            p = float(special.expit(both.logit))
-            won[n][a].append(p)
-            won[n][b].append(1 - p)
-    return [[float(np.mean(p)) if p else math.nan for p in own] for own in won]
-
-
 CHUNK = 64  # questions between two writes to the cache: what an interruption may lose
 
 
@@ -82,18 +49,18 @@ class BothOrders(NamedTuple):
         return None if self.first is None or self.second is None else (self.first + self.second) / 2
 
 
-def ask_both(judge: Judge, trios: Sequence[AnswerPair], *, cached: bool = True) -> list[BothOrders]:
-    """The verdict on each trio, in order; each distinct question is asked once, known ones not at all.
+def ask_both(judge: Judge, pairs: Sequence[AnswerPair], *, cached: bool = True) -> list[BothOrders]:
+    """The verdict on each pair of answers, in order; each distinct question is asked once, known ones not at all.
 
     With `cached` off all are asked and none is kept: to see whether the judge repeats itself.
     """
-    orders = [(Question(t.prompt, t.after, t.before), Question(t.prompt, t.before, t.after)) for t in trios]
-    asked = dict.fromkeys(q for pair in orders for q in pair if q.first != q.second)
-    verdicts = _answers(judge, list(asked), cached and judge.cached)
-    return [_both(*(verdicts.get(q) for q in pair)) for pair in orders]
+    orders = [(Question(t.prompt, t.after, t.before), Question(t.prompt, t.before, t.after)) for t in pairs]
+    asked = dict.fromkeys(q for both in orders for q in both if q.first != q.second)
+    verdicts = _ask_questions(judge, list(asked), cached and judge.cached)
+    return [_combine_orders(*(verdicts.get(q) for q in both)) for both in orders]
 
 
-def _both(shown_first: Verdict | None, shown_second: Verdict | None) -> BothOrders:
+def _combine_orders(shown_first: Verdict | None, shown_second: Verdict | None) -> BothOrders:
     if shown_first is None or shown_second is None:
         return BothOrders(0.0, 0.0, same=True)
     for verdict in (shown_first, shown_second):
@@ -103,7 +70,7 @@ def _both(shown_first: Verdict | None, shown_second: Verdict | None) -> BothOrde
     return BothOrders(shown_first.logit, -shown_second.logit)
 
 
-def _answers(judge: Judge, questions: list[Question], cached: bool) -> dict[Question, Verdict]:
+def _ask_questions(judge: Judge, questions: list[Question], cached: bool) -> dict[Question, Verdict]:
     if not cached:
         return dict(zip(questions, judge.ask(questions), strict=True))
     file = cache_file(judge)
@@ -122,13 +89,43 @@ def _answers(judge: Judge, questions: list[Question], cached: bool) -> dict[Ques
 
 def cache_file(judge: Judge) -> Path:
     """Where a judge's verdicts are kept: named by its whole identity."""
-    return cache_folder() / "verdicts" / f"{_digest([json.dumps(judge.identity, sort_keys=True)])}.jsonl"
+    return cache_folder() / "verdicts" / f"{_question_digest([json.dumps(judge.identity, sort_keys=True)])}.jsonl"
 
 
 def question_key(question: Question) -> str:
     """The name of a question: prompt, both answers and their order."""
-    return _digest(question)
+    return _question_digest(question)
 
 
-def _digest(parts: Iterable[str]) -> str:
+def _question_digest(parts: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:32]
+
+
+def score_answers(judge: Judge, prompts: Texts, answers: Sequence[Texts]) -> list[list[float]]:
+    """For each prompt a score of each of its answers, higher is better; NaN where there is no valid verdict.
+
+    A judge that only compares is asked about every two answers in both orders; an answer's score is the mean
+    probability, over the others, that it is the better one (the Borda count of soft verdicts). An invalid verdict
+    counts for neither.
+    """
+    if isinstance(judge, Scalar):
+        return _scalar_scores(judge, prompts, answers)
+    return _borda_scores(judge, prompts, answers)
+
+
+def _scalar_scores(judge: Scalar, prompts: Texts, answers: Sequence[Texts]) -> list[list[float]]:
+    asked = [prompt for prompt, own in zip(prompts, answers, strict=True) for _ in own]
+    flat = iter(judge.scores(asked, list(itertools.chain(*answers))) if asked else [])
+    return [list(itertools.islice(flat, len(own))) for own in answers]
+
+
+def _borda_scores(judge: Judge, prompts: Texts, answers: Sequence[Texts]) -> list[list[float]]:
+    games = [(n, a, b) for n, own in enumerate(answers) for a, b in itertools.combinations(range(len(own)), 2)]
+    found = ask_both(judge, [AnswerPair(prompts[n], answers[n][b], answers[n][a]) for n, a, b in games])
+    won: list[list[list[float]]] = [[[] for _ in own] for own in answers]
+    for (n, a, b), both in zip(games, found, strict=True):
+        if both.logit is not None:
+            p = float(special.expit(both.logit))
+            won[n][a].append(p)
+            won[n][b].append(1 - p)
+    return [[float(np.mean(p)) if p else math.nan for p in own] for own in won]

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from mlxdpo import UserError
-from mlxdpo_eval.judges.protocol import Judge, Question, Verdict, certain, invalid
+import numpy as np
 
-from .wording import LABELS, WORDING, worded
+from mlxdpo import UserError
+from mlxdpo_eval.judges.protocol import LABELS, WORDING, Judge, Question, Verdict, certain, invalid, judge_prompt
 
 KEY = "MLXDPO_JUDGE_KEY"
 TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -66,7 +66,7 @@ class EndpointJudge:
             if attempt:
                 time.sleep(self.pause * 2 ** (attempt - 1))
             try:
-                return parse(self._post(worded(question)))
+                return parse_completion(self._post(judge_prompt(question)))
             except urllib.error.HTTPError as error:
                 error.close()
                 if error.code in REFUSED:
@@ -103,7 +103,7 @@ def _refusal(name: str, status: int) -> str:
     return f"--judge {name}: the server refuses the request (HTTP {status}); {hint.get(status, 'check model and URL')}"
 
 
-def parse(body: bytes) -> Verdict:
+def parse_completion(body: bytes) -> Verdict:
     """The verdict in a chat completion: from the labels' log-probs, else from the text."""
     try:
         choice = json.loads(body)["choices"][0]
@@ -114,33 +114,27 @@ def parse(body: bytes) -> Verdict:
         return invalid("the reply is no chat completion")
     if not isinstance(text, str):
         return invalid("the reply is no chat completion")
-    return _soft([(token, p) for token, p in logps if math.isfinite(p) and p < ROUNDING]) or _hard(text)
+    return _soft_verdict([(token, p) for token, p in logps if math.isfinite(p) and p < ROUNDING]) or _hard_verdict(text)
 
 
-def _soft(logps: list[tuple[str, float]]) -> Verdict | None:
+def _soft_verdict(logps: list[tuple[str, float]]) -> Verdict | None:
     """Log-odds of the labels; one that is not in the list lies below its least member."""
     first, second = ([p for token, p in logps if token == label] for label in LABELS)
     if not first and not second:
         return None
     least = min(p for _, p in logps) - BELOW
-    a, b = (_added(found) if found else least for found in (first, second))
+    a, b = (float(np.logaddexp.reduce(found)) if found else least for found in (first, second))
     return Verdict(a - b)
 
 
-def _added(logps: list[float]) -> float:
-    """The log of a sum of probabilities: servers write -9999 for "never", and exp of that is 0."""
-    top = max(logps)
-    return top + math.log(sum(math.exp(p - top) for p in logps))
-
-
-def _hard(text: str) -> Verdict:
+def _hard_verdict(text: str) -> Verdict:
     said = text.strip().strip(".:*()[]\"'").upper()
     if said not in LABELS:
         return invalid("the answer is no label")
     return certain(1.0 if said == LABELS[0] else -1.0)
 
 
-def _parts(url: str) -> SplitResult | None:
+def _split_url(url: str) -> SplitResult | None:
     """An address in its parts; None for what is none."""
     try:
         parts = urlsplit(url)
@@ -152,7 +146,7 @@ def _parts(url: str) -> SplitResult | None:
 def endpoint_judge(rest: str) -> Judge:
     """Open `endpoint:MODEL@URL`. Raises `UserError` when it is not of that form."""
     model, _, url = rest.rpartition("@")
-    parts = _parts(url)
+    parts = _split_url(url)
     if not model or parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(
             f"--judge endpoint:{rest}: expected endpoint:MODEL@URL, such as endpoint:qwen3@http://localhost:8080/v1"

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlxdpo import UserError, encode_prompt, load_config, load_policy, next_logits
-
-from .protocol import Judge, Question, Verdict
-from .wording import LABELS, WORDING, worded
+from mlxdpo_eval.judges.protocol import LABELS, WORDING, Judge, Question, Verdict, judge_prompt
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,10 @@ class LocalJudge:
     def ask(self, questions: Sequence[Question]) -> list[Verdict]:
         """Log-odds of the first label against the second, each label in all its spellings."""
         data = load_config().data
-        rows = [encode_prompt(worded(q), self.policy.tokenizer, data).tolist() for q in questions]
+        rows = [encode_prompt(judge_prompt(q), self.policy.tokenizer, data).tolist() for q in questions]
         first, second = self.labels
         logits = next_logits(self.policy.model, rows, [*first, *second]).astype(np.float64)
-        odds = _logsumexp(logits[:, : len(first)]) - _logsumexp(logits[:, len(first) :])
+        odds = np.logaddexp.reduce(logits[:, : len(first)], 1) - np.logaddexp.reduce(logits[:, len(first) :], 1)
         return [Verdict(float(value)) for value in odds]
 
 
@@ -52,8 +50,3 @@ def _spellings(tokenizer: Any, label: str) -> tuple[int, ...]:
     """Single tokens that read as the label: with and without the space some templates leave to the model."""
     found = [tokenizer.encode(text, add_special_tokens=False) for text in (label, f" {label}")]
     return tuple(dict.fromkeys(ids[0] for ids in found if len(ids) == 1))
-
-
-def _logsumexp(logits: np.ndarray) -> np.ndarray:
-    top = logits.max(axis=1)
-    return top + np.log(np.exp(logits - top[:, None]).sum(axis=1))

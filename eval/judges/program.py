@@ -32,7 +32,7 @@ def shortest(prompt: str, answer: str) -> float:
     return -float(len(answer))
 
 
-OWN: dict[str, Reward] = {"longest": longest, "shortest": shortest}
+LENGTH_REWARDS: dict[str, Reward] = {"longest": longest, "shortest": shortest}
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,19 @@ class RewardJudge:
 
     def scores(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """The reward of each answer; NaN where it gave no number."""
-        return [_number(self.reward, p, a)[0] for p, a in zip(prompts, answers, strict=True)]
+        return [_reward_value(self.reward, p, a)[0] for p, a in zip(prompts, answers, strict=True)]
 
     def ask(self, questions: Sequence[Question]) -> list[Verdict]:
         """The sign of the difference."""
         return [self._verdict(question) for question in questions]
 
     def _verdict(self, question: Question) -> Verdict:
-        first, why_first = _number(self.reward, question.prompt, question.first)
-        second, why_second = _number(self.reward, question.prompt, question.second)
+        first, why_first = _reward_value(self.reward, question.prompt, question.first)
+        second, why_second = _reward_value(self.reward, question.prompt, question.second)
         return invalid(why_first or why_second) if why_first or why_second else certain(first - second)
 
 
-def _number(reward: Reward, prompt: str, answer: str) -> tuple[float, str]:
+def _reward_value(reward: Reward, prompt: str, answer: str) -> tuple[float, str]:
     try:
         value = float(reward(prompt, answer))
     except UserError:

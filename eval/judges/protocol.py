@@ -1,12 +1,31 @@
-"""What a judge is: questions in, verdicts out. A verdict is a probability, or invalid with a reason, or absent."""
+"""What a judge is: questions in, verdicts out. A verdict is a probability, or invalid with a reason, or absent.
+
+A language model is asked in one wording, `judge_prompt`, and answers with one of two labels.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-SURE = 10.0  # logits of a judge that only says which: a probability of 0.99995
+from scipy import special
+
+CERTAIN = 10.0  # logits of a judge that only says which: a probability of 0.99995
+
+LABELS = ("A", "B")
+WORDING = """Two assistants answered the same prompt. Decide which answer is better: more helpful, correct, clear \
+and honest. Length by itself is no merit, and neither is the order of the answers.
+
+[Prompt]
+{prompt}
+
+[Answer A]
+{first}
+
+[Answer B]
+{second}
+
+Which answer is better? Reply with one letter, A or B."""
 
 
 class Question(NamedTuple):
@@ -15,6 +34,11 @@ class Question(NamedTuple):
     prompt: str
     first: str
     second: str
+
+
+def judge_prompt(question: Question) -> str:
+    """The question as text. Braces in the answers stay as they are."""
+    return WORDING.format(prompt=question.prompt, first=question.first, second=question.second)
 
 
 class Verdict(NamedTuple):
@@ -30,15 +54,12 @@ class Verdict(NamedTuple):
     @property
     def probability(self) -> float | None:
         """That the first answer is better."""
-        if self.logit is None:
-            return None
-        odds = math.exp(-abs(self.logit))  # of the less probable side: it cannot overflow
-        return 1 / (1 + odds) if self.logit > 0 else odds / (1 + odds)
+        return None if self.logit is None else float(special.expit(self.logit))
 
 
 def certain(sign: float) -> Verdict:
     """The verdict of a judge that knows no degrees: the first is better (above 0), worse (below 0), or neither."""
-    return Verdict(SURE * ((sign > 0) - (sign < 0)))
+    return Verdict(CERTAIN * ((sign > 0) - (sign < 0)))
 
 
 def invalid(reason: str) -> Verdict:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxdpo import Run, open_reward_model
-
-from .protocol import Judge, Question, Verdict, invalid
+from mlxdpo_eval.judges.protocol import Judge, Question, Verdict, invalid
 
 
 @dataclass(frozen=True)

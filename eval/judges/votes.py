@@ -106,7 +106,7 @@ def read_ballots(path: Path) -> Ballots:
         if not line.strip():
             continue
         try:
-            votes.append(_vote(_object(line)))
+            votes.append(_vote_of_line(_parse_line(line)))
         except NoVote as bad:
             left_out[str(bad)] = left_out.get(str(bad), 0) + 1
             first.setdefault(str(bad), f"{path.name}:{number}")
@@ -116,7 +116,7 @@ def read_ballots(path: Path) -> Ballots:
     return Ballots(path.name, tuple(votes), left_out, first)
 
 
-def _object(line: bytes) -> Mapping[str, Any]:
+def _parse_line(line: bytes) -> Mapping[str, Any]:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):  # also what is no UTF-8; the last line may be torn by a killed writer
@@ -129,13 +129,13 @@ def _object(line: bytes) -> Mapping[str, Any]:
 def problem_with(line: Mapping[str, Any]) -> str | None:
     """Why a line is no vote; None for one that is."""
     try:
-        _vote(line)
+        _vote_of_line(line)
     except NoVote as bad:
         return str(bad)
     return None
 
 
-def _vote(line: Mapping[str, Any]) -> Vote:
+def _vote_of_line(line: Mapping[str, Any]) -> Vote:
     if line.get("blind") is False:
         raise NoVote("a vote that was not blind")
     a, b = (line.get(f"response_{side}", line.get(side)) for side in ("a", "b"))
@@ -146,14 +146,14 @@ def _vote(line: Mapping[str, Any]) -> Vote:
         raise NoVote(f'a vote whose "winner" is none of {", ".join(OUTCOMES)}')
     if tuned not in (None, *SIDES):
         raise NoVote('a vote whose "tuned" is neither a nor b')
-    prompt = _prompt(line.get("prompt"))
+    prompt = _vote_prompt(line.get("prompt"))
     adapter = line.get("adapter")
     after = adapter.get("after") if isinstance(adapter, Mapping) else None
     trained = line.get("source") == "train"
     return Vote(prompt_name(prompt), prompt_text(prompt), a, b, winner, tuned, after, trained)
 
 
-def _prompt(value: Any) -> str | tuple[Message, ...]:
+def _vote_prompt(value: Any) -> str | tuple[Message, ...]:
     if isinstance(value, str):
         return value
     turns = value if isinstance(value, list) else []

@@ -10,7 +10,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
-import numpy as np
+
+from mlxdpo_eval.metrics.intervals import mean_or_none
 
 CHUNK = 16  # positions whose (R, chunk, V) float32 log-probabilities are held at once
 
@@ -36,15 +37,11 @@ def text_stats(completions: Sequence[Sequence[Hashable]], stopped: Sequence[bool
         raise ValueError(f"{len(completions)} completions and {len(stopped)} flags; expected one flag each")
     repeated = [r for c in completions if (r := repetition(c, n)) is not None]
     return TextStats(
-        _mean([len(c) for c in completions]),
-        _mean(repeated),
+        mean_or_none([len(c) for c in completions]),
+        mean_or_none(repeated),
         distinct_n(completions),
-        _mean([float(s) for s in stopped]),
+        mean_or_none([float(s) for s in stopped]),
     )
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
 
 
 def repetition(ids: Sequence[Hashable], n: int = 3) -> float | None:

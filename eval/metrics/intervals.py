@@ -2,6 +2,11 @@
 
 Samples of one prompt are not independent: what is resampled is prompts (clusters), not rows. With two to six
 dependent rows per prompt, the nominal 90 % interval of a row bootstrap covers the truth 62 % of the time.
+
+Means and shares of clustered rows have closed forms, without resampling or seed: Student's t on the clustered standard
+error (arXiv 2411.00640) for means; for shares, where a symmetric interval leaves [0, 1] and covers too little near its
+ends, Wilson's with the sample size that the clustered standard error implies (Korn and Graubard 1998; Dean and Pagano
+2015).
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ from scipy import special
 
 Statistic = Callable[[np.ndarray], float]
 """Vector of values -> number."""
+Values = Sequence[float] | np.ndarray
+Clusters = Sequence[Hashable] | np.ndarray
 
 CHUNK = 256  # resamples held in memory at once
 
@@ -50,7 +57,7 @@ def cluster_bootstrap(
     resampling clusters is Davison and Hinkley 1997, section 3.8. Raises `ValueError` for lengths that differ,
     values that are not finite, or a level outside (0, 1).
     """
-    data, labels = checked(values, clusters)
+    data, labels = number_clusters(values, clusters)
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; expected a share between 0 and 1, such as 0.95")
     groups = [data[labels == i] for i in range(labels.max() + 1)] if len(data) else []
@@ -58,14 +65,14 @@ def cluster_bootstrap(
         return None
     rng = np.random.default_rng(seed)
     resampled = _means(groups, n, rng) if statistic is mean else _statistics(groups, statistic, n, rng)
-    low, high = np.quantile(resampled, tails(level, len(groups)))
+    low, high = np.quantile(resampled, percentile_levels(level, len(groups)))
     # Equal clusters of unequal size differ by rounding alone.
     if np.isclose(low, high, rtol=1e-9, atol=1e-12):
         return None
     return Interval(statistic(data), float(low), float(high), len(groups))
 
 
-def tails(level: float, clusters: int) -> tuple[float, float]:
+def percentile_levels(level: float, clusters: int) -> tuple[float, float]:
     """The two quantiles of the resamples that make an interval of `level`, for two clusters or more.
 
     Resamples of C clusters spread too little by sqrt((C - 1) / C), and their quantiles are a normal's where
@@ -77,7 +84,7 @@ def tails(level: float, clusters: int) -> tuple[float, float]:
     return low, 1 - low
 
 
-def checked(
+def number_clusters(
     values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The values, and each one's cluster as a number counted from 0 in alphabetical order of the names.
@@ -153,16 +160,6 @@ def wilson(successes: float, n: int, level: float = 0.95) -> Interval | None:
     return Interval(p, low, high, n)
 
 
-# Closed-form intervals for means and shares of rows that come in clusters (several rows of one prompt).
-#
-# Student's t on the clustered standard error (arXiv 2411.00640) for means. For shares, where a symmetric interval
-# leaves [0, 1] and covers too little near its ends, Wilson's with the sample size that the clustered standard error
-# implies (Korn and Graubard 1998; Dean and Pagano 2015). No resampling, so no seed.
-
-Values = Sequence[float] | np.ndarray
-Clusters = Sequence[Hashable] | np.ndarray
-
-
 def quantile_t(level: float, clusters: int) -> float:
     """The two-sided Student quantile of `level` with clusters - 1 degrees of freedom. Raises `ValueError`."""
     if not 0 < level < 1:
@@ -176,9 +173,9 @@ def clustered_se(values: Values, clusters: Clusters) -> float | None:
     """Standard error of the mean: sqrt(C / (C - 1) sum_c (sum_{i in c} (v_i - mean))²) / n (arXiv 2411.00640).
 
     C clusters, n values. None below two clusters: the spread between clusters is then unknown, not 0.
-    With one value per cluster it is the usual s / sqrt(n). Raises `ValueError` as `stats.checked`.
+    With one value per cluster it is the usual s / sqrt(n). Raises `ValueError` as `number_clusters`.
     """
-    data, labels = checked(values, clusters)
+    data, labels = number_clusters(values, clusters)
     return _se(data, labels)
 
 
@@ -192,7 +189,7 @@ def _se(data: np.ndarray, labels: np.ndarray) -> float | None:
 
 def clustered_mean(values: Values, clusters: Clusters, level: float = 0.95) -> Interval | None:
     """Mean with a t interval, C - 1 degrees of freedom; None below two clusters or without any spread."""
-    data, labels = checked(values, clusters)
+    data, labels = number_clusters(values, clusters)
     error = _se(data, labels)
     # Equal values differ from their mean by rounding alone.
     if error is None or error <= 1e-12 * np.abs(data).max():
@@ -211,7 +208,7 @@ def clustered_share(values: Values, clusters: Clusters, level: float = 0.95) -> 
     clusters, or when all values are one and the same share in between. Raises `ValueError` for values
     outside [0, 1].
     """
-    data, labels = checked(values, clusters)
+    data, labels = number_clusters(values, clusters)
     if len(data) and (data.min() < 0 or data.max() > 1):
         raise ValueError(f"values lie in [{data.min()}, {data.max()}]; a share needs values between 0 and 1")
     error = _se(data, labels)
@@ -228,6 +225,6 @@ def clustered_share(values: Values, clusters: Clusters, level: float = 0.95) -> 
     return Interval(share, centre - half, centre + half, count)
 
 
-def share_of(values: Values) -> float | None:
+def mean_or_none(values: Values) -> float | None:
     """The mean of the values, None of none."""
     return float(np.mean(values)) if len(values) else None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from mlxdpo_eval.metrics.intervals import Interval, checked, clustered_mean, clustered_share, tails
+from mlxdpo_eval.metrics.intervals import Interval, clustered_mean, clustered_share, number_clusters, percentile_levels
 
 
 class Agreement(NamedTuple):
@@ -72,7 +72,7 @@ def agreement(
     percentile interval of `n` resamples of prompts. `length_difference`: first answer's length less the other's.
     """
     a, b = _verdicts(judge), _verdicts(human)
-    same, labels = checked((a == b).astype(float), prompts)
+    same, labels = number_clusters((a == b).astype(float), prompts)
     if len(a) != len(b) or not len(a):
         raise ValueError(f"{len(a)} verdicts of the judge and {len(b)} of humans; expected as many, at least one")
     table = np.bincount(3 * a + b, minlength=9) / len(a)
@@ -117,7 +117,7 @@ def _kappa_interval(
     tables = _multiplicities(count, n, seed) @ by_cluster
     values, _ = _kappa(tables / tables.sum(1, keepdims=True))
     values = values[~np.isnan(values)]  # resamples with one verdict only have no kappa
-    low, high = np.quantile(values, tails(level, count))
+    low, high = np.quantile(values, percentile_levels(level, count))
     return Interval(kappa, float(low), float(high), count) if low < high else None
 
 
@@ -125,7 +125,7 @@ def _multiplicities(count: int, n: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=n).astype(np.float64)
 
 
-def position(
+def position_bias(
     first_order: Sequence[float] | np.ndarray,
     second_order: Sequence[float] | np.ndarray,
     prompts: Sequence[object] | np.ndarray,
@@ -136,8 +136,8 @@ def position(
     bias = mean (s1 - s2) / 2: an additive preference for the first place drops out of (s1 + s2) / 2. Hard
     verdicts enter as +-1 or 0; the bias then is half the difference in net wins. Raises `ValueError`.
     """
-    s1, labels = checked(first_order, prompts)
-    s2, _ = checked(second_order, prompts)
+    s1, labels = number_clusters(first_order, prompts)
+    s2, _ = number_clusters(second_order, prompts)
     if not len(s1):
         raise ValueError("no verdicts; expected at least one in both orders")
     consistent = (np.sign(s1) == np.sign(s2)).astype(float)
@@ -156,7 +156,7 @@ def position(
     )
 
 
-def retest(
+def repeat_agreement(
     verdicts: Sequence[int] | np.ndarray,
     again: Sequence[int] | np.ndarray,
     prompts: Sequence[object] | np.ndarray,
@@ -179,7 +179,7 @@ def preference_for_longer(
 ) -> Longer:
     """P(the longer answer wins) among verdicts that are no tie, of answers that differ in length."""
     v, difference = _verdicts(verdicts) - 1, np.sign(np.asarray(length_difference, np.float64))
-    _, labels = checked(difference, prompts)
+    _, labels = number_clusters(difference, prompts)
     longer = v * difference
     kept = longer != 0
     humans = None if human is None else (_verdicts(human) - 1) * difference

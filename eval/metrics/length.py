@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special, stats
 
-from mlxdpo_eval.metrics.intervals import Interval, checked, clustered_share, share_of, tails
+from mlxdpo_eval.metrics.intervals import Interval, clustered_share, mean_or_none, number_clusters, percentile_levels
 
 RIDGE = 0.1  # on phi alone, beside at most 1/4 from each vote; keeps phi finite where length decides everything
 LIMIT = 20.0  # logits; sigmoid(20) is 1 within 2e-9
@@ -93,7 +93,7 @@ def by_length(
         "within 10 %": near,
     }
     return tuple(
-        ByLength(name, int(here.sum()), share_of(won[here]), clustered_share(won[here], prompts[here], level))
+        ByLength(name, int(here.sum()), mean_or_none(won[here]), clustered_share(won[here], prompts[here], level))
         for name, here in kinds.items()
     )
 
@@ -102,7 +102,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
     """Spearman's rank correlation, ties at their mean rank; None where one of the two does not vary."""
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
+    return float(np.asarray(stats.spearmanr(a, b))[0])
 
 
 def length_controlled(
@@ -118,24 +118,24 @@ def length_controlled(
     `wins` (rows,) in [0, 1], soft or halves for ties; `length_difference` (rows,), the model's length less the
     baseline's, any unit; std with one degree of freedom less, as in alpaca_eval 0.6.6 `glm_winrate.py`, once
     for all resamples: it is the unit of phi. theta is free, phi has a small ridge (`RIDGE`). The interval is
-    the expanded percentile interval (`stats.tails`) of `n` fits to resampled prompts, all solved at once.
+    the expanded percentile interval (`percentile_levels`) of `n` fits to resampled prompts, all solved at once.
     None below two prompts, and when all outcomes are equal. Raises `ValueError` for no rows, lengths that
     differ, or outcomes outside [0, 1].
     """
-    y, labels = checked(wins, prompts)
-    x, _ = checked(length_difference, prompts)
+    y, labels = number_clusters(wins, prompts)
+    x, _ = number_clusters(length_difference, prompts)
     if not len(y) or y.min() < 0 or y.max() > 1:
         raise ValueError(f"{len(y)} outcomes; expected at least one, each between 0 and 1")
     raw, count = float(y.mean()), int(labels.max()) + 1
-    x = pull(x)
+    x = length_term(x)
     if raw in (0.0, 1.0):
         return Controlled(raw, raw, None, (2 * raw - 1) * np.inf, 0.0, None)
-    theta, phi = (float(v) for v in fit(y, x, np.ones((1, len(y))))[0])
+    theta, phi = (float(v) for v in fit_length_effect(y, x, np.ones((1, len(y))))[0])
     rate = float(special.expit(theta))
     if count < 2 or np.ptp(y) == 0:
         return Controlled(raw, rate, None, theta, phi, None)
     refits = _refits(y, x, labels, n, seed, np.array([theta, phi]))
-    (low, phi_low), (high, phi_high) = np.quantile(refits, tails(level, count), axis=0)
+    (low, phi_low), (high, phi_high) = np.quantile(refits, percentile_levels(level, count), axis=0)
     return Controlled(
         raw,
         rate,
@@ -146,7 +146,7 @@ def length_controlled(
     )
 
 
-def pull(length_difference: np.ndarray) -> np.ndarray:
+def length_term(length_difference: np.ndarray) -> np.ndarray:
     """(rows,) tanh of the standardised length difference, in (-1, 1); 0 where all differences are 0."""
     scale = float(np.std(length_difference, ddof=1)) if len(length_difference) > 1 else 0.0
     # One common difference has no spread: it cannot be told from theta, and rounding must not make it 1.
@@ -161,11 +161,11 @@ def _refits(y: np.ndarray, x: np.ndarray, labels: np.ndarray, n: int, seed: int,
     parts = []
     for done in range(0, n, block):
         times = rng.multinomial(count, np.full(count, 1 / count), size=min(block, n - done))
-        parts.append(fit(y, x, times[:, labels].astype(np.float64), start))
+        parts.append(fit_length_effect(y, x, times[:, labels].astype(np.float64), start))
     return np.concatenate(parts)
 
 
-def fit(
+def fit_length_effect(
     y: np.ndarray, x: np.ndarray, weights: np.ndarray, start: np.ndarray | None = None, ridge: float = RIDGE
 ) -> np.ndarray:
     """(fits, 2) maximisers theta, phi of sum_i w_i [y_i log q_i + (1 - y_i) log(1 - q_i)] - ridge phi² / 2.
@@ -187,7 +187,7 @@ def fit(
         h = wq @ powers
         h[:, 2] += ridge
         h[:, 0] += 1e-10  # a resample whose outcomes all agree has no curvature left at the limit
-        step = np.clip(_solve(h, gradient), -2, 2)
+        step = np.clip(_solve_symmetric(h, gradient), -2, 2)
         moved = np.clip(at + step, -LIMIT, LIMIT)
         done = np.abs(moved - at).max() < 1e-9
         at = moved
@@ -196,7 +196,7 @@ def fit(
     return at
 
 
-def _solve(h: np.ndarray, g: np.ndarray) -> np.ndarray:
+def _solve_symmetric(h: np.ndarray, g: np.ndarray) -> np.ndarray:
     """(fits, 2) solutions of the symmetric systems [[h0, h1], [h1, h2]] s = g."""
     determinant = h[:, 0] * h[:, 2] - h[:, 1] ** 2
     first, second = h[:, 2] * g[:, 0] - h[:, 1] * g[:, 1], h[:, 0] * g[:, 1] - h[:, 1] * g[:, 0]

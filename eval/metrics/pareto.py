@@ -22,7 +22,7 @@ class Point(NamedTuple):
     reward_interval: Interval | None = None
 
 
-def pareto(points: Sequence[Point]) -> list[Point]:
+def pareto_front(points: Sequence[Point]) -> list[Point]:
     """Points that no other beats: none has as little KL and as much reward, and one of the two better.
 
     In order of KL; copies of a point all stay. Raises `ValueError` for a KL or reward that is not a number.
@@ -37,31 +37,14 @@ def pareto(points: Sequence[Point]) -> list[Point]:
     return best
 
 
-def hull(points: Sequence[Point]) -> list[Point]:
-    """The Pareto points on the upper concave hull: what mixing two of the models by chance could not beat either."""
-    corners: list[Point] = []
-    for point in pareto(points):
-        while len(corners) > 1 and _below(corners[-2], corners[-1], point):
-            corners.pop()
-        if not corners or point[1:3] != corners[-1][1:3]:
-            corners.append(point)
-    return corners
-
-
-def _below(left: Point, middle: Point, right: Point) -> bool:
-    """Whether the middle point lies on or under the line from left to right."""
-    rise = (right.reward - left.reward) * (middle.kl - left.kl)
-    return (middle.reward - left.reward) * (right.kl - left.kl) <= rise
-
-
-def read_points(found: Mapping[str, Any]) -> tuple[list[Point], list[Point]]:
+def read_frontier(found: Mapping[str, Any]) -> tuple[list[Point], list[Point]]:
     """All points of a frontier.json, and those that no other beats."""
     points = [
-        Point(p["name"], p["kl"], p["reward"], _interval(p["kl_interval"]), _interval(p["reward_interval"]))
+        Point(p["name"], p["kl"], p["reward"], _read_interval(p["kl_interval"]), _read_interval(p["reward_interval"]))
         for p in found["points"]
     ]
-    return points, pareto(points)
+    return points, pareto_front(points)
 
 
-def _interval(found: Mapping[str, Any] | None) -> Interval | None:
+def _read_interval(found: Mapping[str, Any] | None) -> Interval | None:
     return None if found is None else Interval(**found)

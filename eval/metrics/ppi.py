@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxdpo_eval.metrics.intervals import Interval, checked, quantile_t
+from mlxdpo_eval.metrics.intervals import Interval, number_clusters, quantile_t
 
 
 class Debiased(NamedTuple):
@@ -48,9 +48,9 @@ def debiased(
     them in either part, or when every human vote and judgement agrees with itself, so that no spread is seen.
     Raises `ValueError` for lengths that differ.
     """
-    h, labels = checked(human, range(len(human)) if prompts is None else prompts)
-    f, _ = checked(judge, labels)
-    g, labels_only = checked(judge_only, range(len(judge_only)) if prompts_only is None else prompts_only)
+    h, labels = number_clusters(human, range(len(human)) if prompts is None else prompts)
+    f, _ = number_clusters(judge, labels)
+    g, labels_only = number_clusters(judge_only, range(len(judge_only)) if prompts_only is None else prompts_only)
     if prompts is not None and prompts_only is not None and (both := set(prompts) & set(prompts_only)):
         raise ValueError(f"{len(both)} prompts, such as {next(iter(both))!r}, have rows with and without a human vote")
     if min(labels.max(initial=-1), labels_only.max(initial=-1)) < 1:

@@ -7,27 +7,18 @@ mean log-ratio of its samples is a KL divergence and never negative: show that a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy import special, stats
 
 from mlxdpo_eval.metrics.intervals import Interval, clustered_mean, clustered_share
 
-
-class PairScores(NamedTuple):
-    """Scored pairs: each field (B,). Summed log-probs in nats, lengths in tokens, prompts name the clusters."""
-
-    chosen: np.ndarray
-    rejected: np.ndarray
-    ref_chosen: np.ndarray
-    ref_rejected: np.ndarray
-    chosen_len: np.ndarray
-    rejected_len: np.ndarray
-    prompts: np.ndarray
+if TYPE_CHECKING:
+    from mlxdpo import PairLogps
 
 
-class Spread(NamedTuple):
+class MeanAndQuartiles(NamedTuple):
     """A mean with its interval, and the quartiles."""
 
     mean: float
@@ -65,10 +56,10 @@ class RewardReport(NamedTuple):
     ties: int
     accuracy: float
     accuracy_interval: Interval | None
-    margin: Spread
-    token_margin: Spread
+    margin: MeanAndQuartiles
+    token_margin: MeanAndQuartiles
     rankings: Rankings
-    displacement: Spread
+    displacement: MeanAndQuartiles
     fell: float
     fell_interval: Interval | None
     loss: float
@@ -76,12 +67,15 @@ class RewardReport(NamedTuple):
     brier: float
 
 
-def reward_report(scores: PairScores, beta: float, level: float = 0.95) -> RewardReport:
-    """Every pair metric of a non-empty set of pairs. Raises `ValueError` for none, bad shapes or numbers."""
-    check_scores(scores)
-    d, prompts = margins(scores, beta), scores.prompts
+def reward_report(logps: PairLogps, prompts: np.ndarray, beta: float, level: float = 0.95) -> RewardReport:
+    """Every pair metric of a non-empty set of pairs; (B,) `prompts` name the clusters.
+
+    Raises `ValueError` for no pairs, bad shapes or numbers.
+    """
+    check_logps(logps, prompts)
+    d = margins(logps, beta)
     won = outcomes(d)
-    moved = scores.chosen - scores.ref_chosen
+    moved = logps.chosen - logps.ref_chosen
     fell = (moved < 0).astype(np.float64)
     loss = float(np.logaddexp(0, -d).mean())
     return RewardReport(
@@ -89,10 +83,10 @@ def reward_report(scores: PairScores, beta: float, level: float = 0.95) -> Rewar
         ties=int((d == 0).sum()),
         accuracy=float(won.mean()),
         accuracy_interval=clustered_share(won, prompts, level),
-        margin=spread(d, prompts, level),
-        token_margin=spread(token_margins(scores, beta), prompts, level),
-        rankings=rankings(scores),
-        displacement=spread(moved, prompts, level),
+        margin=summarize(d, prompts, level),
+        token_margin=summarize(token_margins(logps, beta), prompts, level),
+        rankings=rankings(logps),
+        displacement=summarize(moved, prompts, level),
         fell=float(fell.mean()),
         fell_interval=clustered_share(fell, prompts, level),
         loss=loss,
@@ -101,28 +95,28 @@ def reward_report(scores: PairScores, beta: float, level: float = 0.95) -> Rewar
     )
 
 
-def check_scores(scores: PairScores) -> None:
+def check_logps(logps: PairLogps, prompts: np.ndarray) -> None:
     """Raise `ValueError` unless there are pairs, fields of one length, finite log-probs and lengths above 0."""
-    shapes = {name: np.shape(field) for name, field in zip(scores._fields, scores, strict=True)}
-    if len(set(shapes.values())) > 1 or len(np.shape(scores.chosen)) != 1 or not len(scores.chosen):
+    shapes = {name: np.shape(field) for name, field in (logps._asdict() | {"prompts": prompts}).items()}
+    if len(set(shapes.values())) > 1 or len(np.shape(logps.chosen)) != 1 or not len(logps.chosen):
         raise ValueError(f"pair scores have shapes {shapes}; expected one length of at least 1")
     for name in ("chosen", "rejected", "ref_chosen", "ref_rejected"):
-        finite = np.isfinite(getattr(scores, name))
+        finite = np.isfinite(getattr(logps, name))
         if not finite.all():
             raise ValueError(f"{name}[{int(np.argmin(finite))}] is not finite; leave such pairs out and count them")
-    if min(np.min(scores.chosen_len), np.min(scores.rejected_len)) < 1:
+    if min(np.min(logps.chosen_len), np.min(logps.rejected_len)) < 1:
         raise ValueError("a completion has no tokens; leave such pairs out and count them")
 
 
-def margins(scores: PairScores, beta: float) -> np.ndarray:
+def margins(logps: PairLogps, beta: float) -> np.ndarray:
     """(B,) beta ((log pi - log ref)(chosen) - (log pi - log ref)(rejected)): arXiv 2305.18290, equation 7."""
-    return beta * ((scores.chosen - scores.ref_chosen) - (scores.rejected - scores.ref_rejected))
+    return beta * ((logps.chosen - logps.ref_chosen) - (logps.rejected - logps.ref_rejected))
 
 
-def token_margins(scores: PairScores, beta: float) -> np.ndarray:
+def token_margins(logps: PairLogps, beta: float) -> np.ndarray:
     """(B,) the margin of rewards per token, so that a long completion gains nothing by its length alone."""
-    chosen = (scores.chosen - scores.ref_chosen) / scores.chosen_len
-    rejected = (scores.rejected - scores.ref_rejected) / scores.rejected_len
+    chosen = (logps.chosen - logps.ref_chosen) / logps.chosen_len
+    rejected = (logps.rejected - logps.ref_rejected) / logps.rejected_len
     return beta * (chosen - rejected)
 
 
@@ -131,19 +125,19 @@ def outcomes(margins: np.ndarray) -> np.ndarray:
     return (np.sign(margins) + 1) / 2
 
 
-def spread(values: np.ndarray, clusters: np.ndarray, level: float = 0.95) -> Spread:
+def summarize(values: np.ndarray, clusters: np.ndarray, level: float = 0.95) -> MeanAndQuartiles:
     """Mean with its clustered t interval, quartiles by linear interpolation."""
     low, median, high = (float(q) for q in np.quantile(values, [0.25, 0.5, 0.75]))
-    return Spread(float(np.mean(values)), clustered_mean(values, clusters, level), low, median, high)
+    return MeanAndQuartiles(float(np.mean(values)), clustered_mean(values, clusters, level), low, median, high)
 
 
-def rankings(scores: PairScores) -> Rankings:
+def rankings(logps: PairLogps) -> Rankings:
     """Ranking accuracy of policy and reference (arXiv 2405.19534; a tie is 1/2), and the change.
 
     Rows are taken as independent by McNemar's test; with several pairs a prompt read it beside
-    `stats.paired_difference`, which resamples prompts.
+    `intervals.paired_difference`, which resamples prompts.
     """
-    policy, reference = outcomes(scores.chosen - scores.rejected), outcomes(scores.ref_chosen - scores.ref_rejected)
+    policy, reference = outcomes(logps.chosen - logps.rejected), outcomes(logps.ref_chosen - logps.ref_rejected)
     clear = (policy != 0.5) & (reference != 0.5)
     right, before = policy[clear] == 1, reference[clear] == 1
     gained, lost = int((right & ~before).sum()), int((~right & before).sum())
@@ -160,18 +154,8 @@ def rankings(scores: PairScores) -> Rankings:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Exact two-sided p-value that changes go both ways alike: 2 P(X <= min), X ~ Binomial(gained + lost, 1/2).
+    """Exact two-sided p-value that changes go both ways alike (McNemar 1947); 1 without any change.
 
-    Never above 1; 1 without any change. The table's other two cells do not enter (McNemar 1947).
+    The binomial test of the smaller count in gained + lost at 1/2. The table's other two cells do not enter.
     """
-    return min(1.0, 2 * float(stats.binom.cdf(min(gained, lost), gained + lost, 0.5)))
-
-
-def mcnemar_mid(gained: int, lost: int) -> float:
-    """McNemar's mid-p value: the exact one less the probability of the table seen; nearer its level (Fagerland 2013).
-
-    1 when both counts are equal, as no other table is more ordinary.
-    """
-    if gained == lost:
-        return 1.0
-    return mcnemar(gained, lost) - float(stats.binom.pmf(min(gained, lost), gained + lost, 0.5))
+    return float(stats.binomtest(min(gained, lost), gained + lost).pvalue) if gained + lost else 1.0

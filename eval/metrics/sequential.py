@@ -1,54 +1,20 @@
 """Votes that are looked at while they come in: evidence that stays valid, and how many votes a claim needs.
 
 A z test repeated after each of 200 votes calls a difference in four of ten cases in which there is none. The
-e-process may be looked at after every vote: it exceeds 1 / alpha with probability at most alpha, ever.
+e-process may be looked at after every vote: it exceeds 1 / alpha with probability at most alpha, ever. For that
+guarantee the decision is that it reached 1 / alpha at *some* look: stop then, or remember it. A tie enters as half of a
+win and half of a loss, or is left out and counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import NormalDist
-from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize, special
 
 TINY, EPS = 1e-300, 2**-53  # next to 0, and 1 less this is next to 1
-
-
-class Votes(NamedTuple):
-    """The state of a running vote: e-value against "no difference", interval at any time, votes still needed.
-
-    `decided` once the e-value has reached 1 / alpha; `needed` is 0 then, and None when, at the rate seen so
-    far, more than the limit of votes would be needed.
-    """
-
-    wins: float
-    losses: float
-    e_value: float
-    decided: bool
-    low: float
-    high: float
-    needed: int | None
-
-
-def running_vote(wins: float, losses: float, alpha: float = 0.05, limit: int = 100_000) -> Votes:
-    """The report after `wins` and `losses` votes; a tie may enter as half of each, or be left out and counted.
-
-    For the guarantee at any time the decision is `decided` at *some* look: stop then, or keep the flag.
-    """
-    log_e = log_e_value(wins, losses)
-    low, high = anytime_interval(wins, losses, alpha)
-    decided = log_e >= -np.log(alpha)
-    return Votes(
-        wins,
-        losses,
-        float(np.exp(min(log_e, 700.0))),
-        bool(decided),
-        low,
-        high,
-        0 if decided else votes_needed(wins, losses, alpha, limit),
-    )
 
 
 def log_e_value(wins: float | np.ndarray, losses: float | np.ndarray, null: float = 0.5):
@@ -89,7 +55,8 @@ def _zero(function: Callable[[float], float], low: float, high: float) -> float:
 def votes_needed(wins: float, losses: float, alpha: float = 0.05, limit: int = 100_000) -> int | None:
     """Further votes until the e-process decides, if they come in at the rate (wins + 1) / (votes + 2).
 
-    None when more than `limit` would be needed: there is no difference to be shown that way.
+    0 when it has decided already, None when more than `limit` would be needed: there is no difference to be shown that
+    way.
     """
     _check_alpha(alpha)
     rate = (wins + 1) / (wins + losses + 2)

@@ -11,37 +11,35 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import special
+from scipy import special, stats
 
 from mlxdpo import UserError
-from mlxdpo_eval.metrics.intervals import Interval, checked, clustered_se, clustered_share
+from mlxdpo_eval.metrics.intervals import Interval, clustered_se, clustered_share, number_clusters
 
-# Metadata columns to slice results by: those a user names, or those that obviously are categories.
-
-MOST_VALUES = (
-    20  # distinct values of a column that is worth slicing by unasked, and of numbers that are not cut into bins
-)
+# Distinct values of a column that is worth slicing by unasked, and of numbers that are not cut into bins.
+MOST_VALUES = 20
 BINS = 4
+FEWEST = 20  # rows of a slice that is shown
 
 
-def slicing(rows: Sequence[Mapping[str, Any]], named: Sequence[str] = ()) -> dict[str, list[Hashable]]:
-    """Column name -> one value per row. `rows` are the other columns of each row.
+def slice_columns(rows: Sequence[Mapping[str, Any]], named: Sequence[str] = ()) -> dict[str, list[Hashable]]:
+    """Metadata columns to slice by, name -> one value per row: the named ones, or those that are clearly categories.
 
-    Of the `named` columns, numbers of more than `MOST_VALUES` distinct values are cut into quarters, and lists and
-    objects are taken as their JSON. With none named: columns of text, whole numbers or yes/no with 2 to `MOST_VALUES`
-    distinct values. Raises `UserError` for a named column that no row has.
+    `rows` are the other columns of each row. Of the `named` columns, numbers of more than `MOST_VALUES` distinct values
+    are cut into quarters, and lists and objects are taken as their JSON. With none named: columns of text, whole
+    numbers or yes/no with 2 to `MOST_VALUES` distinct values. Raises `UserError` for a named column that no row has.
     """
     there = sorted({name for row in rows for name in row})
     if unknown := [name for name in named if name not in there]:
         known = f"their columns are {', '.join(there)}" if there else "they have no columns besides prompt and answers"
         raise UserError(f"--slice {unknown[0]}: the held-out rows have no such column; {known}")
     if named:
-        return {name: _values([row.get(name) for row in rows]) for name in dict.fromkeys(named)}
+        return {name: _slice_values([row.get(name) for row in rows]) for name in dict.fromkeys(named)}
     found: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in there}
     return {name: values for name, values in found.items() if _is_category(values)}
 
 
-def picked(
+def select_columns(
     columns: Mapping[str, Sequence[Hashable]], rows: Sequence[Any], some: Sequence[Any]
 ) -> dict[str, list[Hashable]]:
     """The columns of `rows` at some of these very rows."""
@@ -54,7 +52,7 @@ def _is_category(values: Sequence[Any]) -> bool:
     return plain and 2 <= len(set(values)) <= MOST_VALUES
 
 
-def _values(values: Sequence[Any]) -> list[Hashable]:
+def _slice_values(values: Sequence[Any]) -> list[Hashable]:
     numbers = sorted({v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and np.isfinite(v)})
     if len(numbers) > MOST_VALUES and all(v is None or v in numbers for v in values if not isinstance(v, list | dict)):
         return _quarters(values)
@@ -69,9 +67,6 @@ def _quarters(values: Sequence[Any]) -> list[Hashable]:
     names = {int(c): f"{numbers[codes == c].min():g} to {numbers[codes == c].max():g}" for c in np.unique(codes)}
     at = iter(codes)
     return [None if v is None else names[int(next(at))] for v in values]
-
-
-FEWEST = 20
 
 
 class Slice(NamedTuple):
@@ -115,7 +110,7 @@ def slice_report(
     with probability `level` at least: the worst slice's too. A missing value (None) is a slice of its own.
     Raises `ValueError` for lengths that differ.
     """
-    data, labels = checked(values, clusters)
+    data, labels = number_clusters(values, clusters)
     if len(column) != len(data):
         raise ValueError(f"{len(data)} values and {len(column)} column entries; expected one entry per value")
     rows: dict[Hashable, list[int]] = {}
@@ -125,7 +120,7 @@ def slice_report(
     hidden = [len(at) for at in rows.values() if len(at) < fewest]
     each = 1 - (1 - level) / max(1, len(kept))
     tests = [_against_rest(data, labels, at) for at in kept.values()]
-    corrected = iter(benjamini_hochberg([p for _, p in tests if p is not None]))
+    corrected = iter(stats.false_discovery_control([p for _, p in tests if p is not None]))
     shown = [
         Slice(
             "(none)" if name is None else str(name),
@@ -160,16 +155,3 @@ def _against_rest(data: np.ndarray, labels: np.ndarray, at: np.ndarray) -> tuple
     if error is None or error <= 1e-12:
         return difference, None
     return difference, 2 * float(special.stdtr(count - 1, -abs(difference) / error))
-
-
-def benjamini_hochberg(p_values: Sequence[float]) -> np.ndarray:
-    """q-values: calling all q <= a keeps the expected share of false calls at a (Benjamini and Hochberg 1995).
-
-    q of the k-th smallest of m p-values is the least of m p_j / j over j >= k, at most 1. Same order as given.
-    """
-    p = np.asarray(p_values, np.float64)
-    order, m = np.argsort(p), len(p)
-    least = np.minimum.accumulate((p[order] * m / np.arange(1, m + 1))[::-1])[::-1]
-    q = np.empty(m)
-    q[order] = np.minimum(least, 1.0)
-    return q

@@ -13,12 +13,20 @@ from typing import NamedTuple
 import numpy as np
 
 from mlxdpo_eval.metrics.drift import distinct_n, repetition
-from mlxdpo_eval.metrics.intervals import Interval, checked, clustered_mean, clustered_share, quantile_t, tails
+from mlxdpo_eval.metrics.intervals import (
+    Interval,
+    clustered_mean,
+    clustered_share,
+    mean_or_none,
+    number_clusters,
+    percentile_levels,
+    quantile_t,
+)
 
 Texts = Sequence[Sequence[Hashable]]
 
 
-class Measured(NamedTuple):
+class Estimate(NamedTuple):
     """A number and its interval; either is None where the texts cannot carry it."""
 
     value: float | None
@@ -29,10 +37,10 @@ class TextReport(NamedTuple):
     """One set of completions: mean tokens, share that stopped by itself (EOS), repetition, distinct bigrams."""
 
     n: int
-    length: Measured
-    stopped: Measured
-    repetition: Measured
-    distinct_2: Measured
+    length: Estimate
+    stopped: Estimate
+    repetition: Estimate
+    distinct_2: Estimate
 
 
 def text_report(
@@ -48,15 +56,11 @@ def text_report(
     lengths, ended = [float(len(c)) for c in completions], [float(s) for s in stopped]
     return TextReport(
         len(completions),
-        Measured(_mean(lengths), clustered_mean(lengths, prompts, level)),
-        Measured(_mean(ended), clustered_share(ended, prompts, level)),
-        Measured(_mean(rates), clustered_share(rates, named, level)),
-        distinct(completions, prompts, level=level),
+        Estimate(mean_or_none(lengths), clustered_mean(lengths, prompts, level)),
+        Estimate(mean_or_none(ended), clustered_share(ended, prompts, level)),
+        Estimate(mean_or_none(rates), clustered_share(rates, named, level)),
+        distinct_interval(completions, prompts, level=level),
     )
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if len(values) else None
 
 
 def length_ratio(
@@ -66,27 +70,27 @@ def length_ratio(
     n: int = 2000,
     level: float = 0.95,
     seed: int = 0,
-) -> Measured:
+) -> Estimate:
     """Mean tuned length over mean base length, paired by prompt: expanded percentile interval over prompts.
 
     A ratio of means, not a mean of ratios, which one short answer can dominate. None without any base token.
     """
-    before, labels = checked(base, prompts)
-    after, _ = checked(tuned, prompts)
+    before, labels = number_clusters(base, prompts)
+    after, _ = number_clusters(tuned, prompts)
     if before.sum() <= 0:
-        return Measured(None, None)
+        return Estimate(None, None)
     ratio, count = float(after.sum() / before.sum()), int(labels.max()) + 1
     if count < 2:
-        return Measured(ratio, None)
+        return Estimate(ratio, None)
     times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=n)
     below = times @ np.bincount(labels, before)
     ratios = (times @ np.bincount(labels, after))[below > 0] / below[below > 0]
-    low, high = (float(q) for q in np.quantile(ratios, tails(level, count)))
+    low, high = (float(q) for q in np.quantile(ratios, percentile_levels(level, count)))
     # The same lengths before and after give one ratio, up to rounding.
-    return Measured(ratio, Interval(ratio, low, high, count) if high - low > 1e-12 else None)
+    return Estimate(ratio, Interval(ratio, low, high, count) if high - low > 1e-12 else None)
 
 
-def distinct(completions: Texts, prompts: Sequence[Hashable], n: int = 2, level: float = 0.95) -> Measured:
+def distinct_interval(completions: Texts, prompts: Sequence[Hashable], n: int = 2, level: float = 0.95) -> Estimate:
     """distinct-n of the whole set, with a delete-one-prompt jackknife interval (t, C - 1 degrees of freedom).
 
     A bootstrap would repeat prompts, and a repeated text has no new n-grams: all its resamples lie below the
@@ -95,16 +99,16 @@ def distinct(completions: Texts, prompts: Sequence[Hashable], n: int = 2, level:
     """
     value, names = distinct_n(completions, n), list(dict.fromkeys(prompts))
     if value is None or len(names) < 2:
-        return Measured(value, None)
+        return Estimate(value, None)
     left = _without_each(completions, prompts, names, n)
     if left is None:
-        return Measured(value, None)
+        return Estimate(value, None)
     count = len(names)
     error = float(np.sqrt((count - 1) / count * ((left - left.mean()) ** 2).sum()))
     if error <= 1e-12:
-        return Measured(value, None)
+        return Estimate(value, None)
     half = quantile_t(level, count) * error
-    return Measured(value, Interval(value, max(0.0, value - half), min(1.0, value + half), count))
+    return Estimate(value, Interval(value, max(0.0, value - half), min(1.0, value + half), count))
 
 
 def _without_each(

@@ -1,16 +1,18 @@
-"""What a report is made of, and how its numbers are written."""
+"""What a report is made of, and how its numbers are written.
+
+Headlines put numbers in words: better, worse, or cannot tell yet, and what effect would have been seen. Nothing is
+called a trend.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from mlxdpo_eval.heldout import Heldout, Records
+from mlxdpo_eval.heldout import BestOfKReport, Heldout
 from mlxdpo_eval.report.plots import Figure
 from mlxdpo_eval.voting import VoteRun
 from mlxdpo_eval.winrate import WinRate
-
-# Numbers in words: better, worse, or cannot tell yet, and what would have been seen. Nothing is called a trend.
 
 Verdict = Literal["better", "worse", "cannot tell yet", "no difference shown"]
 
@@ -32,7 +34,7 @@ def span(interval: Any) -> str:
     return "no interval" if interval is None else f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %"
 
 
-def of_answers(result: WinRate) -> Headline:
+def answers_headline(result: WinRate) -> Headline:
     """What one judge's win rate says."""
     judged = result.n - result.absent - sum(result.invalid.values())
     if result.rate is None:
@@ -44,12 +46,14 @@ def of_answers(result: WinRate) -> Headline:
         f"{result.judge} prefers the tuned answers in {share(result.rate)} of {judged} pairs ({span(result.interval)})"
     )
     if result.interval is None or result.interval.low <= 0.5 <= result.interval.high:
-        return Headline("cannot tell yet", f"Cannot tell yet: {facts}; {smallest(result.prompts, result.detectable)}.")
+        return Headline(
+            "cannot tell yet", f"Cannot tell yet: {facts}; {smallest_effect(result.prompts, result.detectable)}."
+        )
     verdict: Verdict = "better" if result.rate > 0.5 else "worse"
     return Headline(verdict, f"{verdict.capitalize()}: {facts}; n = {result.prompts} prompts.")
 
 
-def of_pairs(result: Heldout) -> Headline:
+def pairs_headline(result: Heldout) -> Headline:
     """What the implicit rewards of held-out pairs say: about ranking given answers, not about writing them."""
     rewards = result.rewards
     if rewards.ties == rewards.n:
@@ -58,7 +62,9 @@ def of_pairs(result: Heldout) -> Headline:
     interval = rewards.accuracy_interval
     facts = f"the tuned model ranks {share(rewards.accuracy)} of {rewards.n} held-out pairs rightly ({span(interval)})"
     if interval is None or interval.low <= 0.5 <= interval.high:
-        return Headline("cannot tell yet", f"Cannot tell yet: {facts}; {smallest(result.prompts, result.detectable)}.")
+        return Headline(
+            "cannot tell yet", f"Cannot tell yet: {facts}; {smallest_effect(result.prompts, result.detectable)}."
+        )
     verdict: Verdict = "better" if rewards.accuracy > 0.5 else "worse"
     than = "more often than chance" if verdict == "better" else "less often than chance"
     return Headline(
@@ -66,7 +72,7 @@ def of_pairs(result: Heldout) -> Headline:
     )
 
 
-def of_best(result: Records) -> Headline:
+def best_of_k_headline(result: BestOfKReport) -> Headline:
     """What best-of-k records say: is a right completion put first more often than chance would?"""
     best = result.best
     if result.tied == best.n:
@@ -82,12 +88,12 @@ def of_best(result: Records) -> Headline:
     return Headline(verdict, f"{verdict.capitalize()} than chance on best-of-k records: {facts}.")
 
 
-def of_votes(result: VoteRun) -> Headline:
+def votes_headline(result: VoteRun) -> Headline:
     """What people's votes say at any time, whoever looked at them how often. Needs a vote."""
     now = result.looks[-1]
     facts = (
         f"people prefer the tuned answers in {share(now.rate)} of {result.n} votes "
-        f"({span(now)} whenever one looks; e-value {evidence(result.e_value)})"
+        f"({span(now)} whenever one looks; e-value {e_value_text(result.e_value)})"
     )
     if result.verdict == "cannot tell yet":
         more = "more votes than anyone has" if result.needed is None else f"about {roughly(result.needed)} more votes"
@@ -96,7 +102,7 @@ def of_votes(result: VoteRun) -> Headline:
     return Headline(verdict, f"{verdict.capitalize()}: {facts}; decided at vote {result.decided_at}.")
 
 
-def evidence(e_value: float) -> str:
+def e_value_text(e_value: float) -> str:
     """An e-value for a reader."""
     return f"{e_value:.2f}" if e_value < 1000 else f"{e_value:.1e}"
 
@@ -106,7 +112,7 @@ def roughly(count: int) -> str:
     return f"{int(float(f'{count:.2g}')):,}"
 
 
-def smallest(n: int, detectable: float | None) -> str:
+def smallest_effect(n: int, detectable: float | None) -> str:
     """The effect that this many prompts would have shown."""
     if detectable is None:
         return f"n = {n} prompts are too few to show any effect"
@@ -124,7 +130,7 @@ class Table(NamedTuple):
     note: str = ""
 
 
-class Sample(NamedTuple):
+class SampleBlock(NamedTuple):
     """One prompt with its first answer before and after, and what the judges said of them."""
 
     prompt: str
@@ -133,11 +139,11 @@ class Sample(NamedTuple):
     note: str
 
 
-class Section(NamedTuple):
+class Part(NamedTuple):
     """A heading with what stands under it."""
 
     title: str
-    blocks: list[str | Table | Figure | Sample]
+    blocks: list[str | Table | Figure | SampleBlock]
 
 
 class Document(NamedTuple):
@@ -148,22 +154,22 @@ class Document(NamedTuple):
     sentence: str
     subtitle: str
     tiles: list[tuple[str, str, str]]
-    sections: list[Section]
+    sections: list[Part]
 
 
-def number(value: float | None, sign: str = "") -> str:
+def decimal(value: float | None, sign: str = "") -> str:
     """Three significant places, or a dash."""
     return "–" if value is None else f"{value:{sign}.3f}"
 
 
-def within(interval: Result | None, sign: str = "") -> str:
+def bounds(interval: Result | None, sign: str = "") -> str:
     """The bounds of an interval, or why there are none."""
     return "no interval" if interval is None else f"[{interval['low']:{sign}.3f}, {interval['high']:{sign}.3f}]"
 
 
-def both(value: float | None, interval: Result | None, sign: str = "") -> str:
+def bounded(value: float | None, interval: Result | None, sign: str = "") -> str:
     """A number with its interval."""
-    return number(value, sign) + (f" {within(interval, sign)}" if value is not None and interval is not None else "")
+    return decimal(value, sign) + (f" {bounds(interval, sign)}" if value is not None and interval is not None else "")
 
 
 def percent(interval: Result | None) -> str:

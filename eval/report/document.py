@@ -5,41 +5,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlxdpo_eval.metrics.pareto import read_points
+from mlxdpo_eval.metrics.pareto import read_frontier
 from mlxdpo_eval.report.blocks import (
     Document,
+    Part,
     Result,
-    Sample,
-    Section,
+    SampleBlock,
     Table,
-    both,
-    number,
+    bounded,
+    bounds,
+    decimal,
     percent,
     share,
-    within,
 )
-from mlxdpo_eval.report.judge_section import cards, votes
-from mlxdpo_eval.report.plots import figures, reward_over_drift
+from mlxdpo_eval.report.judge_section import judge_cards, votes_table
+from mlxdpo_eval.report.plots import evaluation_plots, reward_over_drift
 from mlxdpo_eval.results import to_json
 
 SHOWN = 8  # samples: the first ones, not the best ones
 OF_JUDGING = ("judges", "slices", "retest")  # settings that the answers do not depend on
 
 
-def build(
+def build_document(
     results: Result, pairs: Sequence[Result], samples: Sequence[Result], frontier: Result | None = None
 ) -> Document:
     """The report on one evaluation, with the frontier where one was measured."""
-    plots, run, head = figures(results, pairs), results["run"], results["headline"]
+    plots, run, head = evaluation_plots(results, pairs), results["run"], results["headline"]
     sections = [
-        Section("Answers before and after", [*_answers(results), *plots.get("winrates", [])]),
-        *([] if results["votes"] is None else [Section("Human votes", [*votes(results["votes"]), *plots["votes"]])]),
-        *([] if results["best_of"] is None else [Section("Best of several", _best_of(results["best_of"], results))]),
-        Section("Held-out pairs", [*_pairs(results), *plots.get("pairs", [])]),
-        Section("Drift", _drift(results) + ([] if frontier is None else _frontier(frontier))),
-        Section("Samples", _samples(samples)),
-        Section("Can the judges be trusted?", cards(results)),
-        Section("How this was measured", _settings(results)),
+        Part("Answers before and after", [*_answer_tables(results), *plots.get("winrates", [])]),
+        *([] if results["votes"] is None else [Part("Human votes", [*votes_table(results["votes"]), *plots["votes"]])]),
+        *(
+            []
+            if results["best_of"] is None
+            else [Part("Best of several", _best_of_k_tables(results["best_of"], results))]
+        ),
+        Part("Held-out pairs", [*_pair_tables(results), *plots.get("pairs", [])]),
+        Part("Drift", _drift_tables(results) + ([] if frontier is None else _frontier_blocks(frontier))),
+        Part("Samples", _sample_blocks(samples)),
+        Part("Can the judges be trusted?", judge_cards(results)),
+        Part("How this was measured", _settings_table(results)),
     ]
     model, when = run["model"]["source"], results["when"]["created"].replace("T", " ").removesuffix("+00:00")
     subtitle = (
@@ -56,93 +60,98 @@ def _tiles(results: Result) -> list[tuple[str, str, str]]:
     return [
         *tiles,
         ("held-out accuracy", share(pairs["accuracy"]), percent(pairs["accuracy_interval"])),
-        ("KL to the reference", f"{drift['kl']:.2f} nats", within(drift["kl_interval"])),
+        ("KL to the reference", f"{drift['kl']:.2f} nats", bounds(drift["kl_interval"])),
         (
             "length, after / before",
             "–" if ratio["value"] is None else f"{ratio['value']:.2f}",
-            within(ratio["interval"]),
+            bounds(ratio["interval"]),
         ),
     ]
 
 
-def _answers(results: Result) -> list[Any]:
+def _answer_tables(results: Result) -> list[Any]:
     judged, controls = results["winrates"], results["controls"]
-    rows = [_row(w["judge"], w) for w in judged]
-    rows.append(_row("control: always the longest", controls["longest"]))
-    rows += [_row(f"control: reference against itself, {w['judge']}", w) for w in controls["reference_vs_reference"]]
+    rows = [_win_rate_row(w["judge"], w) for w in judged]
+    rows.append(_win_rate_row("control: always the longest", controls["longest"]))
+    rows += [
+        _win_rate_row(f"control: reference against itself, {w['judge']}", w) for w in controls["reference_vs_reference"]
+    ]
     first = controls["longest"]
     note = (
         f"{first['n']} pairs of answers to {first['prompts']} prompts. Win rate = wins + ties / 2 of valid verdicts, "
         "both orders asked, 95 % interval clustered by prompt. This many prompts show win rates from "
-        f"{number(first['detectable'])} up (power 0.8). Answers equal word for word ({first['same']} pairs) are ties."
+        f"{decimal(first['detectable'])} up (power 0.8). Answers equal word for word ({first['same']} pairs) are ties."
     )
     blocks: list[Any] = [Table(("judge", "win / tie / loss", "win rate", "at equal length", "n"), rows, note)]
     scored = [w for w in judged if w["rewards"]]
     if scored:
         blocks.append(
             Table(
-                ("mean score", "before", "after", "change"), [_reward(w) for w in scored], "Paired by prompt and noise."
+                ("mean score", "before", "after", "change"),
+                [_mean_score_row(w) for w in scored],
+                "Paired by prompt and noise.",
             )
         )
     for w in judged:
-        blocks += _sliced("win rate by {}, " + w["judge"], w["slices"], results)
+        blocks += _slice_tables("win rate by {}, " + w["judge"], w["slices"], results)
     if not judged:
         blocks.insert(0, "No judge was named, so whether the answers are better was not measured: add --judge.")
     return blocks
 
 
-def _row(name: str, w: Result) -> tuple[str, ...]:
+def _win_rate_row(name: str, w: Result) -> tuple[str, ...]:
     controlled = w["controlled"]
-    equal = "–" if controlled is None else both(controlled["rate"], controlled["interval"])
+    equal = "–" if controlled is None else bounded(controlled["rate"], controlled["interval"])
     counts = f"{w['wins']} / {w['ties']} / {w['losses']}"
-    return name, counts, both(w["rate"], w["interval"]), equal, str(w["wins"] + w["ties"] + w["losses"])
+    return name, counts, bounded(w["rate"], w["interval"]), equal, str(w["wins"] + w["ties"] + w["losses"])
 
 
-def _reward(w: Result) -> tuple[str, ...]:
+def _mean_score_row(w: Result) -> tuple[str, ...]:
     r, means = w["rewards"], []
     for name, sign in (("before", ""), ("after", ""), ("change", "+")):
-        means.append("–" if r[name] is None else both(r[name]["estimate"], r[name], sign))
+        means.append("–" if r[name] is None else bounded(r[name]["estimate"], r[name], sign))
     return w["judge"], *means
 
 
-def _pairs(results: Result) -> list[Any]:
+def _pair_tables(results: Result) -> list[Any]:
     r, length, calibrated = (results["pairs"][name] for name in ("rewards", "length", "calibration"))
     ranks, moved = r["rankings"], r["displacement"]
-    median, fell = number(r["margin"]["median"], "+"), share(r["fell"])
+    median, fell = decimal(r["margin"]["median"], "+"), share(r["fell"])
     rows = [
-        ("reward accuracy (tie = 1/2)", both(r["accuracy"], r["accuracy_interval"]), "0.500 for the reference itself"),
-        ("accuracy at equal length", both(length["controlled"]["rate"], length["controlled"]["interval"]), ""),
-        ("control: always the longer", both(length["longer_baseline"], length["longer_interval"]), "knows nothing"),
-        ("reward margin", both(r["margin"]["mean"], r["margin"]["interval"], "+"), f"median {median}"),
-        ("margin per token", both(r["token_margin"]["mean"], r["token_margin"]["interval"], "+"), ""),
-        ("ranking accuracy, before to after", f"{number(ranks['reference'])} to {number(ranks['policy'])}",
+        ("reward accuracy (tie = 1/2)", bounded(r["accuracy"], r["accuracy_interval"]),
+         "0.500 for the reference itself"),
+        ("accuracy at equal length", bounded(length["controlled"]["rate"], length["controlled"]["interval"]), ""),
+        ("control: always the longer", bounded(length["longer_baseline"], length["longer_interval"]), "knows nothing"),
+        ("reward margin", bounded(r["margin"]["mean"], r["margin"]["interval"], "+"), f"median {median}"),
+        ("margin per token", bounded(r["token_margin"]["mean"], r["token_margin"]["interval"], "+"), ""),
+        ("ranking accuracy, before to after", f"{decimal(ranks['reference'])} to {decimal(ranks['policy'])}",
          f"{ranks['gained']} gained, {ranks['lost']} lost, McNemar p = {ranks['p']:.3g}"),
-        ("log-prob of the chosen, nats", both(moved["mean"], moved["interval"], "+"), f"fell in {fell} of pairs"),
-        ("calibration error (ECE)", both(calibrated["ece"], calibrated["ece_interval"]),
-         f"a perfect model: {number(calibrated['floor']['mean'])}, to {number(calibrated['floor']['high'])}"),
+        ("log-prob of the chosen, nats", bounded(moved["mean"], moved["interval"], "+"), f"fell in {fell} of pairs"),
+        ("calibration error (ECE)", bounded(calibrated["ece"], calibrated["ece_interval"]),
+         f"a perfect model: {decimal(calibrated['floor']['mean'])}, to {decimal(calibrated['floor']['high'])}"),
     ]  # fmt: skip
     note = (
         f"{r['n']} pairs of {results['pairs']['prompts']} prompts from {results['data']['source']}; "
         "95 % intervals clustered by prompt."
     )
-    groups = [(g["name"], both(g["accuracy"], g["interval"]), str(g["n"])) for g in length["groups"] if g["n"]]
+    groups = [(g["name"], bounded(g["accuracy"], g["interval"]), str(g["n"])) for g in length["groups"] if g["n"]]
     blocks = [
         Table(("held-out pairs", "value", "beside it"), rows, note),
         Table(("accuracy by length", "accuracy", "pairs"), groups),
     ]
-    return blocks + _sliced("accuracy by {}", results["pairs"]["slices"], results)
+    return blocks + _slice_tables("accuracy by {}", results["pairs"]["slices"], results)
 
 
-def _best_of(found: Result, results: Result) -> list[Any]:
+def _best_of_k_tables(found: Result, results: Result) -> list[Any]:
     best, longest = found["best"], found["longest"]
     sizes = ", ".join(f"{count} of {k}" for k, count in found["sizes"].items())
     rows = [
-        ("a right completion first", both(best["accuracy"], best["interval"]), str(best["n"])),
-        ("control: chance", number(best["chance"]), str(best["n"])),
-        ("control: always the longest", both(longest["accuracy"], longest["interval"]), str(longest["n"])),
+        ("a right completion first", bounded(best["accuracy"], best["interval"]), str(best["n"])),
+        ("control: chance", decimal(best["chance"]), str(best["n"])),
+        ("control: always the longest", bounded(longest["accuracy"], longest["interval"]), str(longest["n"])),
     ]
     if (ties := found["ties"]) is not None:
-        rows.append(("RewardBench 2's ties score", number(ties["score"]), str(ties["n"])))
+        rows.append(("RewardBench 2's ties score", decimal(ties["score"]), str(ties["n"])))
     note = (
         f"Records with one prompt and several completions ({sizes}), scored by log pi - log ref. Equal scores at the "
         f"top share the record; in {found['tied']} records all are equal. {found['left_out']} records were left out "
@@ -150,21 +159,23 @@ def _best_of(found: Result, results: Result) -> list[Any]:
     )
     title = "a right completion first, by {}"
     table = Table(("best of several", "accuracy", "records"), rows, note)
-    return [table, *_sliced(title, found["slices"], results, "records")]
+    return [table, *_slice_tables(title, found["slices"], results, "records")]
 
 
-def _sliced(title: str, slices: Result, results: Result, items: str = "pairs") -> list[Table]:
+def _slice_tables(title: str, slices: Result, results: Result, items: str = "pairs") -> list[Table]:
     """A table for each column asked for, and for others that have two slices to compare."""
     asked = results["settings"]["slices"]
     shown = [(name, s) for name, s in slices.items() if name in asked or len(s["shown"]) > 1]
-    return [_slices(title.replace("{}", name), s, items) for name, s in shown]
+    return [_slice_table(title.replace("{}", name), s, items) for name, s in shown]
 
 
-def _slices(title: str, found: Result, items: str) -> Table:
-    rows = [(s["name"], both(s["share"], s["interval"]), str(s["n"]), number(s["q"])) for s in found["shown"]]
+def _slice_table(title: str, found: Result, items: str) -> Table:
+    rows = [(s["name"], bounded(s["share"], s["interval"]), str(s["n"]), decimal(s["q"])) for s in found["shown"]]
     worst = found["worst"]
     said = (
-        "No slice is large enough to show. " if worst is None else f"Worst: {worst['name']}, {number(worst['share'])}. "
+        "No slice is large enough to show. "
+        if worst is None
+        else f"Worst: {worst['name']}, {decimal(worst['share'])}. "
     )
     note = (
         f"{said}Intervals hold for all slices at once; q is corrected for looking at all. "
@@ -173,17 +184,17 @@ def _slices(title: str, found: Result, items: str) -> Table:
     return Table((title, "share", items, "q against the rest"), rows, note)
 
 
-def _drift(results: Result) -> list[Any]:
+def _drift_tables(results: Result) -> list[Any]:
     drift, (before, after) = results["drift"], (results["drift"][name] for name in ("before", "after"))
     names = {
         "length": "tokens per answer", "stopped": "ended by itself (EOS)",
         "repetition": "repeated 3-grams", "distinct_2": "distinct bigrams",
     }  # fmt: skip
     rows = [
-        (text, *(both(side[name]["value"], side[name]["interval"]) for side in (before, after)))
+        (text, *(bounded(side[name]["value"], side[name]["interval"]) for side in (before, after)))
         for name, text in names.items()
     ]
-    rows.append(("KL to the reference, nats per answer", "0.000", both(drift["kl"], drift["kl_interval"])))
+    rows.append(("KL to the reference, nats per answer", "0.000", bounded(drift["kl"], drift["kl_interval"])))
     rows.append(("KL per token, nats", "0.000", f"{drift['kl_per_token']:.4f}"))
     note = (
         f"KL is summed over the vocabulary at each step of {drift['answers']} of the tuned model's own answers, "
@@ -196,13 +207,13 @@ def _drift(results: Result) -> list[Any]:
     ]
 
 
-def _frontier(found: Result) -> list[Any]:
-    points, best = read_points(found)
+def _frontier_blocks(found: Result) -> list[Any]:
+    points, best = read_frontier(found)
     rows = [
         (
             p.name,
-            both(p.kl, to_json(p.kl_interval)),
-            both(p.reward, to_json(p.reward_interval)),
+            bounded(p.kl, to_json(p.kl_interval)),
+            bounded(p.reward, to_json(p.reward_interval)),
             "yes" if p in best else "",
         )
         for p in points
@@ -212,11 +223,11 @@ def _frontier(found: Result) -> list[Any]:
     return [Table(header, rows, note), reward_over_drift(points, best, found["judge"])]
 
 
-def _samples(samples: Sequence[Result]) -> list[Any]:
+def _sample_blocks(samples: Sequence[Result]) -> list[Any]:
     first = [line for line in samples if line["sample"] == 0][:SHOWN]
-    said = [", ".join(f"{name}: {_said(v)}" for name, v in line["verdicts"].items()) for line in first]
+    said = [", ".join(f"{name}: {_verdict_word(v)}" for name, v in line["verdicts"].items()) for line in first]
     shown = [
-        Sample(line["prompt"], line["before"], line["after"], note) for line, note in zip(first, said, strict=True)
+        SampleBlock(line["prompt"], line["before"], line["after"], note) for line, note in zip(first, said, strict=True)
     ]
     return [
         f"The first {len(first)} prompts in the order of the data, not a selection; the same noise before and after.",
@@ -224,7 +235,7 @@ def _samples(samples: Sequence[Result]) -> list[Any]:
     ]
 
 
-def _said(verdict: Result) -> str:
+def _verdict_word(verdict: Result) -> str:
     if verdict["logit"] is None:
         return f"no verdict ({verdict['reason']})"
     return (
@@ -238,7 +249,7 @@ def _objective(loss: Result, chosen: Result) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
 
 
-def _settings(results: Result) -> list[Any]:
+def _settings_table(results: Result) -> list[Any]:
     run, settings = results["run"], results["settings"]
     reference = run["reference"]
     rows = [

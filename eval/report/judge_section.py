@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlxdpo_eval.report.blocks import Result, Table, both, evidence, number, percent, roughly, share
+from mlxdpo_eval.report.blocks import Result, Table, bounded, decimal, e_value_text, percent, roughly, share
 
 COLUMNS = (
     "judge", "consistent", "shown first wins", "prefers longer", "same when asked again", "invalid", "worst to best",
@@ -12,9 +12,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def cards(results: Result) -> list[Any]:
+def judge_cards(results: Result) -> list[Any]:
     """Report cards of all judges, and their rates corrected by votes."""
-    rows = [_card(w) for w in results["winrates"]]
+    rows = [_judge_card(w) for w in results["winrates"]]
     if not rows:
         return ["No judge was named."]
     note = (
@@ -26,7 +26,7 @@ def cards(results: Result) -> list[Any]:
     blocks: list[Any] = [Table(COLUMNS, rows, note)]
     corrected = [w for w in results["winrates"] if w["humans"] and w["humans"]["debiased"]]
     if corrected:
-        lines = [(w["judge"], *_debiased(w["humans"])) for w in corrected]
+        lines = [(w["judge"], *_corrected_rate(w["humans"])) for w in corrected]
         header = ("win rate, corrected by human votes (PPI++)", "win rate", "votes used", "votes saved")
         blocks.append(
             Table(header, lines, "Votes on prompts of this evaluation, taken as a sample of its comparisons.")
@@ -34,12 +34,12 @@ def cards(results: Result) -> list[Any]:
     return blocks
 
 
-def _debiased(humans: Result) -> tuple[str, str, str]:
+def _corrected_rate(humans: Result) -> tuple[str, str, str]:
     found = humans["debiased"]
-    return both(found["estimate"]["estimate"], found["estimate"]), str(humans["corrected"]), share(found["saving"])
+    return bounded(found["estimate"]["estimate"], found["estimate"]), str(humans["corrected"]), share(found["saving"])
 
 
-def _card(w: Result) -> tuple[str, ...]:
+def _judge_card(w: Result) -> tuple[str, ...]:
     place, longer, humans, again = w["position"], w["longer"], w["humans"], w["retest"]
     invalid = ", ".join(f"{count} {reason}" for reason, count in w["invalid"].items()) or "0"
     return (
@@ -47,27 +47,27 @@ def _card(w: Result) -> tuple[str, ...]:
         "–" if place is None else share(place["consistent"]),
         "–" if place is None or place["first"] is None else share(place["first"]),
         "–" if longer is None or longer["prefers_longer"] is None else share(longer["prefers_longer"]),
-        "not asked" if again is None else _again(again),
+        "not asked" if again is None else _asked_again(again),
         invalid,
-        f"{number(w['worst'])} to {number(w['best'])}",
-        _agreed(humans),
+        f"{decimal(w['worst'])} to {decimal(w['best'])}",
+        _agreement_with_humans(humans),
     )
 
 
-def _again(found: Result) -> str:
+def _asked_again(found: Result) -> str:
     bounds = "" if found["interval"] is None else f" ({percent(found['interval'])})"
     failed = f", {found['invalid']} invalid" if found["invalid"] else ""
     return f"{share(found['same'])} of {found['n']}{bounds}{failed}"
 
 
-def _agreed(found: Result | None) -> str:
+def _agreement_with_humans(found: Result | None) -> str:
     if not found:
         return "no votes"
     agreed = found["agreement"]
-    return f"{share(agreed['raw'])} of {agreed['n']}, kappa {number(agreed['kappa'])}"
+    return f"{share(agreed['raw'])} of {agreed['n']}, kappa {decimal(agreed['kappa'])}"
 
 
-def votes(found: Result) -> list[Any]:
+def votes_table(found: Result) -> list[Any]:
     """The running verdict of people, safe to look at after every vote."""
     left_out = [f"{count} x {reason}" for reason, count in (found["uncounted"] | found["left_out"]).items()]
     said = f"Not counted: {'; '.join(left_out)}." if left_out else "Every line of the file counts."
@@ -76,10 +76,10 @@ def votes(found: Result) -> list[Any]:
     now = found["looks"][-1]
     told = "–" if found["needed"] is None else roughly(found["needed"])
     rows = [
-        ("tuned answers preferred", both(now["rate"], now)),
+        ("tuned answers preferred", bounded(now["rate"], now)),
         ("win / tie / loss", f"{found['wins']} / {found['ties']} / {found['losses']}"),
         ("both bad, among the ties", str(found["both_bad"])),
-        ("e-value against no difference", evidence(found["e_value"])),
+        ("e-value against no difference", e_value_text(found["e_value"])),
         ("decided (e-value 20) at vote", "not yet" if found["decided_at"] is None else str(found["decided_at"])),
         ("votes still needed at this rate", told),
     ]

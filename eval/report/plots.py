@@ -20,6 +20,7 @@ STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "axes.edgecolor": LINE,
 }
+DOTTED = {"color": INK, "linewidth": 1, "linestyle": (0, (2, 3))}  # the line of no difference
 
 
 class Figure(NamedTuple):
@@ -29,7 +30,7 @@ class Figure(NamedTuple):
     caption: str
 
 
-def figures(results: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> dict[str, list[Figure]]:
+def evaluation_plots(results: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> dict[str, list[Figure]]:
     """The plots of an evaluation by the section they belong to."""
     found: dict[str, list[Figure]] = {"winrates": [], "pairs": [], "votes": []}
     if results["winrates"]:
@@ -38,7 +39,7 @@ def figures(results: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> d
         found["votes"].append(running_votes(results["votes"]))
     margins = [line["margin"] for line in pairs]
     if any(margins):
-        found["pairs"] += [margin_histogram(margins), reliability(results["pairs"]["calibration"]["bins"])]
+        found["pairs"] += [margin_histogram(margins), reliability_plot(results["pairs"]["calibration"]["bins"])]
     return found
 
 
@@ -49,13 +50,13 @@ def win_rates(results: Mapping[str, Any]) -> Figure:
     rows.append(("always the longest", controls["longest"], MUTED))
     rows += [(f"untuned vs itself, {w['judge']}", w, MUTED) for w in controls["reference_vs_reference"]]
     rows = [row for row in rows if row[1]["rate"] is not None]
-    figure, axes = _figure(0.6 + 0.42 * len(rows))
-    axes.axvline(0.5, color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    figure, axes = _new_axes(0.6 + 0.42 * len(rows))
+    axes.axvline(0.5, **DOTTED)
     for y, (_, w, colour) in enumerate(rows):
         low, high = (w["interval"]["low"], w["interval"]["high"]) if w["interval"] else (w["rate"], w["rate"])
         axes.plot([low, high], [y, y], color=colour, linewidth=2.5, solid_capstyle="round")
         axes.plot([w["rate"]], [y], "o", color=colour, markersize=7)
-    axes.set_yticks(range(len(rows)), [_short(name) for name, _, _ in rows])
+    axes.set_yticks(range(len(rows)), [_shorten(name) for name, _, _ in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.tick_params(length=0)
@@ -69,12 +70,12 @@ def win_rates(results: Mapping[str, Any]) -> Figure:
 
 def margin_histogram(margins: Sequence[float]) -> Figure:
     """Reward margins of the held-out pairs; right of 0 the chosen answer has the higher reward."""
-    figure, axes = _figure(2.6, 4.6)
+    figure, axes = _new_axes(2.6, 4.6)
     _, _, bars = axes.hist(margins, bins=min(30, max(8, len(margins) // 8)), color=ACCENT)
     for bar in bars:
         if bar.get_x() + bar.get_width() / 2 < 0:
             bar.set_color(MUTED)
-    axes.axvline(0, color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    axes.axvline(0, **DOTTED)
     axes.set_xlabel("reward margin")
     axes.set_ylabel("held-out pairs")
     return Figure(
@@ -82,10 +83,10 @@ def margin_histogram(margins: Sequence[float]) -> Figure:
     )
 
 
-def reliability(bins: Sequence[Mapping[str, Any]]) -> Figure:
+def reliability_plot(bins: Sequence[Mapping[str, Any]]) -> Figure:
     """Share right against confidence, in bins of equal size; the diagonal is perfect."""
-    figure, axes = _figure(2.6, 4.6)
-    axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    figure, axes = _new_axes(2.6, 4.6)
+    axes.plot([0.5, 1], [0.5, 1], **DOTTED)
     for b in bins:
         if b["interval"]:
             axes.plot([b["confidence"]] * 2, [b["interval"]["low"], b["interval"]["high"]], color=ACCENT, alpha=0.4)
@@ -104,8 +105,8 @@ def running_votes(votes: Mapping[str, Any]) -> Figure:
     """The rate after each vote in its always-valid interval."""
     looks = votes["looks"]
     n, rate, low, high = ([look[name] for look in looks] for name in ("n", "rate", "low", "high"))
-    figure, axes = _figure(2.6)
-    axes.axhline(0.5, color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    figure, axes = _new_axes(2.6)
+    axes.axhline(0.5, **DOTTED)
     axes.fill_between(n, low, high, color=ACCENT, alpha=0.18, linewidth=0)
     axes.plot(n, rate, color=ACCENT, linewidth=2, marker="o" if len(n) == 1 else "")
     if votes["decided_at"] is not None:
@@ -122,27 +123,27 @@ def running_votes(votes: Mapping[str, Any]) -> Figure:
 
 def reward_over_drift(points: Sequence[Any], best: Sequence[Any], judge: str) -> Figure:
     """Points of a frontier with their intervals; the line joins those that no other beats."""
-    figure, axes = _figure(3.6)
-    axes.axhline(0.5, color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    figure, axes = _new_axes(3.6)
+    axes.axhline(0.5, **DOTTED)
     for p in points:
         colour = ACCENT if p in best else MUTED
         x, y = p.kl_interval or (p.kl, p.kl, p.kl), p.reward_interval or (p.reward, p.reward, p.reward)
         axes.plot([x[1], x[2]], [p.reward] * 2, color=colour, linewidth=1)
         axes.plot([p.kl] * 2, [y[1], y[2]], color=colour, linewidth=1)
         axes.plot([p.kl], [p.reward], "o", color=colour, markersize=6)
-        axes.annotate(_short(p.name), (p.kl, p.reward), (5, 5), textcoords="offset points", fontsize=9, color=INK)
+        _annotate(axes, p.name, (p.kl, p.reward))
     axes.plot([p.kl for p in best], [p.reward for p in best], color=ACCENT, linewidth=1.5)
     axes.set_xlabel("sequence KL to the reference, nats")
-    axes.set_ylabel(f"win rate, {_short(judge)}")
+    axes.set_ylabel(f"win rate, {_shorten(judge)}")
     words = "; ".join(f"{p.name} {p.kl:.2f} nats, {p.reward:.3f}" for p in points)
     return Figure(
         _svg(figure, "frontier"), f"Reward against drift; the line joins points that no other beats: {words}."
     )
 
 
-def over_rounds(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def scores_over_rounds(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Each judge's mean score from the start through the rounds, with its interval; the first judge in colour."""
-    figure, axes = _figure(2.6)
+    figure, axes = _new_axes(2.6)
     words = []
     for place, judge in enumerate(rows[0]["judges"]):
         colour, line = (ACCENT, "-") if place == 0 else (MUTED, (0, (4, 2)))
@@ -152,14 +153,7 @@ def over_rounds(rows: Sequence[Mapping[str, Any]]) -> Figure:
             if one["interval"]:
                 axes.plot([x, x], [one["interval"]["low"], one["interval"]["high"]], color=colour, linewidth=1)
         if points:
-            axes.annotate(
-                _short(judge["name"]),
-                (points[-1][0], points[-1][1]["mean"]),
-                (6, 6),
-                color=INK,
-                fontsize=9,
-                textcoords="offset points",
-            )
+            _annotate(axes, judge["name"], (points[-1][0], points[-1][1]["mean"]))
         words.append(f"{judge['name']} " + ", ".join(f"{one['mean']:.3f}" for _, one in points))
     axes.set_xticks([row["round"] for row in rows])
     axes.set_xlabel("round (0 is the start)")
@@ -167,11 +161,15 @@ def over_rounds(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return Figure(_svg(figure, "rounds"), f"Mean held-out score by round, with 95 % intervals: {'; '.join(words)}.")
 
 
-def _short(name: str, most: int = 26) -> str:
+def _shorten(name: str, most: int = 26) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def _figure(height: float, width: float = 4.8) -> tuple[Any, Any]:
+def _annotate(axes: Any, name: str, point: tuple[float, float]) -> None:
+    axes.annotate(_shorten(name), point, (5, 5), textcoords="offset points", fontsize=9, color=INK)
+
+
+def _new_axes(height: float, width: float = 4.8) -> tuple[Any, Any]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 

@@ -30,8 +30,8 @@ from mlxdpo.config import Config
 from mlxdpo.data.encode import encode_prompt
 from mlxdpo.data.read import heldout_source, prompt_key, read_preferences, split_heldout
 from mlxdpo.data.template import template_digest
-from mlxdpo.distributed.launcher import processes
-from mlxdpo.io.checksum import load_sealed, save_sealed
+from mlxdpo.distributed.launcher import process_count
+from mlxdpo.io.checksum import load_checksummed, save_checksummed
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.machine.device import this_machine, versions, wire_memory
 from mlxdpo.model.adapters import adapters_off, attach_lora, load_adapter, save_adapter, with_adapter
@@ -70,7 +70,7 @@ def tune_on_samples(
 
     Raises `UserError` for a setting without meaning here, unusable data, or a changed input of a resumed run.
     """
-    if processes() > 1:
+    if process_count() > 1:
         raise UserError(f"stage {config.stage} runs in one process; start it without mlx.launch")
     check_settings(config)
     optimizer = make_optimizer(config.optim)
@@ -228,7 +228,7 @@ def _critic(config: Config, model: nn.Module) -> nn.Linear | None:
 def _save_critic(actor: Actor, draft: Path) -> None:
     if "critic" in actor:
         arrays = dict(actor.critic.parameters())
-        save_sealed(draft / CRITIC, arrays, {"format": "mlx"})
+        save_checksummed(draft / CRITIC, arrays, {"format": "mlx"})
 
 
 def _restored(run: Run, actor: Actor, optimizer: Any) -> Progress:
@@ -237,7 +237,7 @@ def _restored(run: Run, actor: Actor, optimizer: Any) -> Progress:
     if saved:
         progress = checkpoint.restore(saved[-1], actor.model, optimizer)
         if "critic" in actor:
-            actor.critic.load_weights(list(load_sealed(saved[-1] / CRITIC).items()))
+            actor.critic.load_weights(list(load_checksummed(saved[-1] / CRITIC).items()))
     run.log({"resumed_from": progress.step})
     return progress
 

@@ -114,9 +114,9 @@ def ranker_of(spec: str, data: DataConfig, numbers: bool = False) -> Any:
     from mlxdpo.commands.eval import named_rewards
     from mlxdpo.online.collect import Ranker
     from mlxdpo_eval.judges import Scalar, open_judge
-    from mlxdpo_eval.judges.both import scores_of
+    from mlxdpo_eval.judges.both import score_answers
 
     judge = open_judge(spec, named_rewards(data))
     if numbers and not isinstance(judge, Scalar):
         raise UserError(f"--reward {spec} compares answers and gives none a number; use --judge {spec}")
-    return Ranker(judge.name, judge.identity, lambda prompts, answers: scores_of(judge, prompts, answers))
+    return Ranker(judge.name, judge.identity, lambda prompts, answers: score_answers(judge, prompts, answers))

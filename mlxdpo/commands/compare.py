@@ -26,12 +26,12 @@ def run(first: Path, second: Path, /, *, json: bool = False) -> int:
         Print the comparison as JSON, every flip included.
     """
     from mlxdpo.commands.terminal import console
-    from mlxdpo_eval.compare import compare, sentence
+    from mlxdpo_eval.compare import compare_runs, comparison_sentence
     from mlxdpo_eval.results import to_json
 
-    found = compare(Run.open(first), Run.open(second))
+    found = compare_runs(Run.open(first), Run.open(second))
     if json:
-        print(jsonlib.dumps(to_json(found) | {"sentence": sentence(found)}, ensure_ascii=False))
+        print(jsonlib.dumps(to_json(found) | {"sentence": comparison_sentence(found)}, ensure_ascii=False))
         return 1 if found.regressed else 0
     console.print(_table(found))
     for flip in found.flips[:FLIPS]:
@@ -48,7 +48,7 @@ def run(first: Path, second: Path, /, *, json: bool = False) -> int:
         console.print(
             "the runs started from different models: win-rates are each against its own start", style="yellow"
         )
-    console.print(sentence(found), style="bold", markup=False)
+    console.print(comparison_sentence(found), style="bold", markup=False)
     return 1 if found.regressed else 0
 
 

@@ -35,17 +35,17 @@ def run(*, seed: Seed = 0, shuffle_labels: bool = False, flip_labels: bool = Fal
         raise UserError("--shuffle-labels and --flip-labels are two different controls; give one")
     from mlxdpo.commands import terminal
     from mlxdpo.commands.train import follow_training
-    from mlxdpo.demo.material import as_they_are, flipped, prepare, shuffled
-    from mlxdpo.demo.measure import measure
+    from mlxdpo.demo.material import bundled_labels, flipped, prepare_demo, shuffled
+    from mlxdpo.demo.measure import measure_demo
     from mlxdpo.runs import Run
 
     started = time.monotonic()
-    labels = shuffled if shuffle_labels else flipped if flip_labels else as_they_are
+    labels = shuffled if shuffle_labels else flipped if flip_labels else bundled_labels
     folder = out or _free(Path("runs/demo"))
-    if status := follow_training(prepare(folder, seed, labels), None):
+    if status := follow_training(prepare_demo(folder, seed, labels), None):
         return status
     terminal.console.print("sampling before and after ...")
-    result, before, after = measure(Run.open(folder), seed)
+    result, before, after = measure_demo(Run.open(folder), seed)
     terminal.console.print(table(result))
     terminal.console.print(f"the first {SHOWN} held-out openings (not a selection):", style="bold")
     terminal.console.print(side_by_side(before, after))

@@ -54,7 +54,7 @@ def examine() -> dict[str, Any]:
 
 def rows(findings: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table's rows: what the machine is, then every check."""
-    from mlxdpo.selfcheck.registry import plain
+    from mlxdpo.selfcheck.registry import plain_line
 
     machine = findings["machine"]
     about = f"{machine['kind']}: {machine['name']}, {machine['memory'] / 1e9:.0f} GB, {machine['system']}"
@@ -68,7 +68,7 @@ def rows(findings: dict[str, Any]) -> list[tuple[str, ...]]:
         (one["check"], "ok" if one["ok"] else "FAIL", one["figure"], one["limit"], f"{one['seconds']:.1f}")
         for one in findings["checks"]
     ]
-    return [*((name, "", plain(text), "", "") for name, text in said.items()), *checks]
+    return [*((name, "", plain_line(text), "", "") for name, text in said.items()), *checks]
 
 
 def table(body: Sequence[Iterable[str]]) -> list[str]:

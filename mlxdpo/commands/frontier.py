@@ -35,17 +35,19 @@ def run(
     """
     from mlxdpo.commands.terminal import console, warn
     from mlxdpo_eval.judges import open_judge
-    from mlxdpo_eval.metrics.pareto import pareto
+    from mlxdpo_eval.metrics.pareto import pareto_front
     from mlxdpo_eval.results import to_json
     from mlxdpo_eval.sampling import Sampling
-    from mlxdpo_eval.sweep import named, sweep
+    from mlxdpo_eval.sweep import measure_checkpoints, name_points
 
     if not paths:
         raise UserError("no run given; name one or more run directories")
     points, sampling = [], Sampling(**answering.model_dump())
     for source in map(Run.open, paths):
-        points += named(sweep(source, open_judge(judge, rewards_of(source)), sampling, warn), source)
-    best = pareto(points)
+        points += name_points(
+            measure_checkpoints(source, open_judge(judge, rewards_of(source)), sampling, warn), source
+        )
+    best = pareto_front(points)
     if json:
         print(jsonlib.dumps(to_json([p._asdict() | {"best": p in best} for p in points]), ensure_ascii=False))
         return

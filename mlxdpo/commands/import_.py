@@ -32,7 +32,7 @@ def run(*, peft: Path, config: Annotated[ImportConfig, Parameter(name="*")] = UN
         Adapter folder to make.
     """
     from mlxdpo.commands.terminal import console
-    from mlxdpo.exporters.importing import import_peft
+    from mlxdpo.exporters.peft import import_peft
 
     found = import_peft(peft, config.model, out)
     lora = found.lora

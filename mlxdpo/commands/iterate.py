@@ -90,7 +90,7 @@ def _hands(config: Config, quiet: bool) -> Any:
     from mlxdpo.commands.terminal import counted
     from mlxdpo.online.rounds import Hands
     from mlxdpo_eval.judges import open_judge
-    from mlxdpo_eval.rounds import measure_round, weigh
+    from mlxdpo_eval.rounds import measure_round, summarize_round
     from mlxdpo_eval.sampling import Sampling
 
     how, rounds = config.collect, config.rounds
@@ -120,7 +120,7 @@ def _hands(config: Config, quiet: bool) -> Any:
         """Shown and tracked."""
         return _training(*asked, quiet=quiet)
 
-    return Hands(gather, training, measure, lambda found: weigh(found, rounds.max_kl))
+    return Hands(gather, training, measure, lambda found: summarize_round(found, rounds.max_kl))
 
 
 def _training(config: Config, resume: Any, warm: Path | None, stop: Callable[[], bool], quiet: bool) -> Iterator[Event]:
@@ -144,23 +144,23 @@ def _show(rows: Any) -> None:
     from rich.table import Table
 
     from mlxdpo.commands.terminal import console
-    from mlxdpo_eval.report.rounds import cells, header
+    from mlxdpo_eval.report.rounds import round_cells, round_columns
 
     if console.is_terminal and console.width >= WIDE:
-        sheet = Table(*header(rows), title="held-out prompts, 95 % intervals clustered by prompt")
-        for line in cells(rows):
+        sheet = Table(*round_columns(rows), title="held-out prompts, 95 % intervals clustered by prompt")
+        for line in round_cells(rows):
             sheet.add_row(*line)
         console.print(sheet)
         return
-    for line in cells(rows)[-2:] if len(rows) == 2 else cells(rows)[-1:]:
-        pairs = zip(header(rows)[1:], line[1:], strict=True)
+    for line in round_cells(rows)[-2:] if len(rows) == 2 else round_cells(rows)[-1:]:
+        pairs = zip(round_columns(rows)[1:], line[1:], strict=True)
         console.print(f"{line[0]}: " + ", ".join(f"{name} {cell}" for name, cell in pairs), markup=False, style="bold")
 
 
 def _tell(folder: Any, done: Any, json: bool) -> None:
     from mlxdpo.commands.terminal import console
     from mlxdpo.io.json_file import read_json
-    from mlxdpo_eval.report.rounds import verdict, write_rounds
+    from mlxdpo_eval.report.rounds import rounds_verdict, write_rounds
 
     report = write_rounds(folder)
     found = read_json(folder / "rounds.json")
@@ -169,7 +169,7 @@ def _tell(folder: Any, done: Any, json: bool) -> None:
         return
     if done["reason"]:
         console.print(f"stopped by itself: {done['reason']}", style="bold", markup=False)
-    console.print(verdict(found)[1], style="bold", markup=False)
+    console.print(rounds_verdict(found)[1], style="bold", markup=False)
     if found["kept"]:
         console.print(f"keep: {folder / found['rounds'][found['kept']]['run']}", markup=False)
     console.print(f"report: {report}  numbers: {folder / 'rounds.json'}", markup=False)

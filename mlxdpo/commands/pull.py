@@ -20,9 +20,9 @@ def run(repo: str, /, *, revision: str | None = None, out: Path | None = None, b
         Base model (folder, Hub id or `smollm2`) instead of the one that the repository names.
     """
     from mlxdpo.commands.terminal import console
-    from mlxdpo.exporters.pull import pull
+    from mlxdpo.exporters.pull import pull_run
 
-    found = pull(repo, revision=revision, out=out, base=base, say=lambda text: console.print(text, markup=False))
+    found = pull_run(repo, revision=revision, out=out, base=base, say=lambda text: console.print(text, markup=False))
     console.print(f"{repo} at {found.commit[:12]} -> {found.path} ({found.kind})", markup=False)
     if not found.base_checked:
         console.print(f"{found.base} is not on this machine: it is downloaded, and checked, when first used")

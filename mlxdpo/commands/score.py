@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,10 +49,12 @@ def run(
     batch_size
         Pairs computed at once.
     """
+    from rich.progress import track
+
     from mlxdpo.commands.terminal import console
     from mlxdpo.data.encode import encode_all
-    from mlxdpo.data.planning import outline, plan_straight
     from mlxdpo.data.read import read_pairs
+    from mlxdpo.inference.scoring import model_logps
     from mlxdpo.io.atomic import write_text
     from mlxdpo.model.adapters import load_adapter, read_settings
     from mlxdpo.model.policy import load_policy
@@ -63,37 +66,20 @@ def run(
     examples, encoding = encode_all(rows, policy.tokenizer, config.data, eos_ids=policy.eos_ids)
     for line in report.lines() + encoding.lines():
         console.print(line, style="yellow")
-    batches = plan_straight(outline(examples, config.data.group), batch_size)
-    base = score_all(policy.model, examples, batches, batch_size)
+    progress = partial(track, description="scoring", console=console, transient=True, disable=not console.is_terminal)
+    base = model_logps(policy.model, examples, config.data.group, batch_size, progress)
     tuned = None
     if config.model.adapter:
         load_adapter(policy.model, Path(config.model.adapter))
-        tuned = score_all(policy.model, examples, batches, batch_size)
-    lines = (json.dumps(row) for row in _rows(examples, base, tuned, beta))
+        tuned = model_logps(policy.model, examples, config.data.group, batch_size, progress)
+    lines = (json.dumps(row) for row in _score_rows(examples, base, tuned, beta))
     write_text(out, "\n".join(lines) + "\n")
     console.print(f"{len(examples)} pairs scored -> {out}")
 
 
-def score_all(model: Any, examples: list, batches: list, batch_size: int) -> list[tuple[float, float]]:
-    """(chosen, rejected) summed log-probs of each pair, nats, in the order given."""
-    from rich.progress import track
-
-    from mlxdpo.commands.terminal import console
-    from mlxdpo.data.batching import collate
-    from mlxdpo.model.adapters import dropout_off
-    from mlxdpo.training.step import make_scorer
-
-    scorer, result = make_scorer(model), [(0.0, 0.0)] * len(examples)
-    shown = track(batches, "scoring", console=console, transient=True, disable=not console.is_terminal)
-    with dropout_off(model):
-        for indices in shown:
-            pairs = scorer(collate(examples, indices, batch_size))
-            for i, chosen, rejected in zip(indices, pairs.chosen.tolist(), pairs.rejected.tolist(), strict=False):
-                result[i] = (chosen, rejected)
-    return result
-
-
-def _rows(examples: list, base: list, tuned: list | None, beta: float) -> Iterator[dict[str, Any]]:
+def _score_rows(examples: list, base: Any, tuned: Any, beta: float) -> Iterator[dict[str, Any]]:
+    """Lines of the file; `base` and `tuned` are (2, N) log-probs, `tuned` None without an adapter."""
+    policy = base if tuned is None else tuned
     for i, example in enumerate(examples):
         row: dict[str, Any] = {
             "where": example.where,
@@ -101,10 +87,9 @@ def _rows(examples: list, base: list, tuned: list | None, beta: float) -> Iterat
             "chosen_tokens": len(example.chosen),
             "rejected_tokens": len(example.rejected),
         }
-        policy = tuned or base
-        row |= {"policy_chosen": policy[i][0], "policy_rejected": policy[i][1]}
-        if tuned:
-            rewards = [beta * (t - b) for t, b in zip(tuned[i], base[i], strict=True)]
-            row |= {"reference_chosen": base[i][0], "reference_rejected": base[i][1]}
+        row |= {"policy_chosen": float(policy[0, i]), "policy_rejected": float(policy[1, i])}
+        if tuned is not None:
+            rewards = [beta * (t - b) for t, b in zip(tuned[:, i].tolist(), base[:, i].tolist(), strict=True)]
+            row |= {"reference_chosen": float(base[0, i]), "reference_rejected": float(base[1, i])}
             row |= {"reward_chosen": rewards[0], "reward_rejected": rewards[1], "margin": rewards[0] - rewards[1]}
         yield row

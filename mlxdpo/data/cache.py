@@ -5,14 +5,10 @@ cache/pairs/<sources and settings>/<tokenizer and template>/ appears under its n
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,7 +18,8 @@ from mlxdpo.config import DataConfig
 from mlxdpo.data.read import heldout_source, prompt_key
 from mlxdpo.data.sources import fingerprint
 from mlxdpo.data.template import Writer
-from mlxdpo.io.atomic import sync_folder
+from mlxdpo.io.digest import json_digest
+from mlxdpo.io.staging import publish_folder
 from mlxdpo.machine.device import cache_folder
 from mlxdpo.types import Extras, Message, Preference, Text, UnpairedExample
 
@@ -102,12 +99,15 @@ def source_key(data: DataConfig, seed: int) -> str | None:
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     drawn = named is None and data.eval_fraction > 0
     settings = data.model_dump(mode="json", exclude={"path", "eval", "group"})
-    return _file_name([sources, settings, seed if drawn else None, _code_digest(), libraries])
+    return json_digest([sources, settings, seed if drawn else None, _code_digest(), libraries])[:32]
 
 
 def encoding_key(template: str, writer: Writer) -> str:
     """A name for what turns text into ids: the template's digest and the tokens that end a completion."""
-    return _file_name([template, sorted(writer.ends), writer.eos])
+    return json_digest([template, sorted(writer.ends), writer.eos])[:32]
+
+
+STAGING = ".draft-"  # in front of the names of folders that are not complete
 
 
 def pairs_folder() -> Path:
@@ -115,67 +115,13 @@ def pairs_folder() -> Path:
     return cache_folder() / "pairs"
 
 
-@contextlib.contextmanager
-def draft(folder: Path) -> Iterator[Path]:
-    """A hidden folder below `folder`, gone afterwards unless it was renamed; drafts of killed processes go first.
-
-    A live draft is known by its lock, which the kernel drops when its process ends, however it ends.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _cache_lock(folder):  # so that nobody sweeps a draft between its birth and its lock
-        _sweep_cache(folder)
-        path = Path(tempfile.mkdtemp(dir=folder, prefix=".draft-"))
-        lock = _lock(path, fcntl.LOCK_EX)
-    try:
-        yield path
-    finally:
-        os.close(lock)
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def publish_folder(path: Path, target: Path) -> None:
+def publish_dataset(path: Path, target: Path) -> None:
     """Give a complete draft its name; where another process was first, its equal stays."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    path.chmod(0o755)
     try:
-        os.replace(path, target)
+        publish_folder(path, target)
     except OSError:
         if not target.exists():
             raise
-    sync_folder(target.parent)
-
-
-def _sweep_cache(folder: Path) -> None:
-    for path in folder.glob(".draft-*"):
-        try:
-            lock = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # at work, or just gone
-            continue
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
-
-
-@contextlib.contextmanager
-def _cache_lock(folder: Path) -> Iterator[None]:
-    lock = _lock(folder, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
-def _lock(folder: Path, how: int) -> int:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, how)
-    except OSError:
-        os.close(handle)
-        raise
-    return handle
-
-
-def _file_name(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @functools.cache

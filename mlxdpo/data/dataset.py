@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from mlxdpo.config import DataConfig
-from mlxdpo.data.cache import Spool, draft, encoding_key, pairs_folder, publish_folder, source_key
+from mlxdpo.data.cache import STAGING, Spool, encoding_key, pairs_folder, publish_dataset, source_key
 from mlxdpo.data.encode import encode_stream
 from mlxdpo.data.examples import Examples, open_examples, write_examples
 from mlxdpo.data.read import heldout_prompts, heldout_source, stream_rows
@@ -22,7 +22,8 @@ from mlxdpo.data.report import Report
 from mlxdpo.data.template import Writer, probe, template_digest
 from mlxdpo.data.transforms import PAIRS, Transform
 from mlxdpo.io.atomic import write_text
-from mlxdpo.io.checksum import read_sealed_json, with_seal
+from mlxdpo.io.checksum import read_checksummed_json, with_checksum
+from mlxdpo.io.staging import staging_folder
 from mlxdpo.machine.device import cache_folder
 from mlxdpo.types import Example, UserError
 
@@ -136,12 +137,12 @@ def encoding(
     if target and target.exists():
         return _open_dataset(target, template)
     clean = split.clean or (yield from _read_parts(data, split.take))
-    with draft(pairs_folder()) as folder:
+    with staging_folder(pairs_folder(), STAGING) as folder:
         yield from _write_dataset(folder, clean, split, data, writer)
         # A source that changed while it was read is not kept under the name it had.
         if target is None or _split_key(data, split.seed, split.take) != split.key:
             return _open_dataset(folder, template)  # files that are mapped outlive their names
-        publish_folder(folder, target)
+        publish_dataset(folder, target)
     return _open_dataset(target, template)
 
 
@@ -163,12 +164,12 @@ def _write_dataset(folder: Path, clean: Clean, split: Split, data: DataConfig, w
         raise UserError(f"{data.path}: no pair is left to train on ({why}); see `mlxdpo data check {data.path}`")
     overlap = 0 if clean.heldout is None else len(clean.rows.prompts & clean.heldout.prompts)
     told = {"overlap": overlap, "reports": {name: asdict(report) for name, report in reports.items()}}
-    write_text(folder / "told.json", json.dumps(with_seal(told)))  # escaped: a row's name may hold half a character
+    write_text(folder / "told.json", json.dumps(with_checksum(told)))  # escaped: a row's name may hold half a character
 
 
 def _open_dataset(folder: Path, template: str) -> Dataset:
     try:
-        told = read_sealed_json(folder / "told.json")
+        told = read_checksummed_json(folder / "told.json")
         train, heldout = open_examples(folder / "train"), open_examples(folder / "heldout")
     except UserError as error:
         raise UserError(f"{error}; delete {folder}, and the data are read again") from None

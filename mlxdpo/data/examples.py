@@ -26,7 +26,7 @@ from typing import overload
 
 import numpy as np
 
-from mlxdpo.io.checksum import DamagedError, read_sealed_json, write_sealed_json
+from mlxdpo.io.checksum import DamagedError, read_checksummed_json, write_checksummed_json
 from mlxdpo.types import NO_EXTRAS, Example, Extras
 
 FLUSH = 1000  # pairs in memory while writing
@@ -147,7 +147,7 @@ def write_examples(folder: Path, examples: Iterable[Example]) -> Iterator[None]:
             os.fsync(file.fileno())
     (folder / "digest").write_text(digest.hexdigest())
     told = {name: sum.hexdigest() for name, sum in sums.items()}
-    write_sealed_json(folder / "sums", told | {"digest": hashlib.sha256(digest.hexdigest().encode()).hexdigest()})
+    write_checksummed_json(folder / "sums", told | {"digest": hashlib.sha256(digest.hexdigest().encode()).hexdigest()})
 
 
 def open_examples(folder: Path) -> Examples:
@@ -161,7 +161,7 @@ def open_examples(folder: Path) -> Examples:
 
 
 def _check_sums(folder: Path) -> None:
-    for name, then in read_sealed_json(folder / "sums").items():
+    for name, then in read_checksummed_json(folder / "sums").items():
         try:
             with (folder / name).open("rb") as file:
                 now = hashlib.file_digest(file, "sha256").hexdigest()

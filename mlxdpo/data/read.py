@@ -27,7 +27,7 @@ from mlxdpo.data.formats import (
 )
 from mlxdpo.data.messages import as_turns
 from mlxdpo.data.report import BadRow, Report
-from mlxdpo.data.sources import READERS, Found, is_hub_id, read_rows
+from mlxdpo.data.sources import READERS, Found, is_hub_dataset, read_rows
 from mlxdpo.types import Preference, Text, UnpairedExample, UserError
 
 Item = Preference | UnpairedExample
@@ -121,7 +121,7 @@ def heldout_source(data: DataConfig) -> tuple[str, str] | None:
     if data.eval is None:
         return None
     a_file = os.path.exists(Path(data.eval).expanduser()) or Path(data.eval.removesuffix(".gz")).suffix in READERS
-    a_split = is_hub_id(data.path) or os.path.isdir(data.path)
+    a_split = is_hub_dataset(data.path) or os.path.isdir(data.path)
     return (data.path, data.eval) if a_split and not a_file else (data.eval, data.split)
 
 

@@ -22,12 +22,13 @@ from mlxdpo.data import reasons
 from mlxdpo.data.fields import column_names, describe_type
 from mlxdpo.data.report import BadRow
 from mlxdpo.io.digest import file_digest
+from mlxdpo.io.names import HUB_ID
 from mlxdpo.types import UserError
 
 Found = tuple[str, dict[str, Any] | BadRow]
 """Where a row stands, and the row."""
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w./-]+)?", re.ASCII)
+HUB_DATA = re.compile(rf"{HUB_ID.pattern}(:[\w./-]+)?", re.ASCII)
 
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval", "heldout")
 _BOOKKEEPING = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
@@ -43,7 +44,7 @@ def read_rows(path: str, split: str = "train") -> Iterator[Found]:
     """
     if not path:
         raise UserError("no data given; set data.path to a file, a folder or a Hub dataset id")
-    if is_hub_id(path):
+    if is_hub_dataset(path):
         return _guarded(_hub_rows(path, split), path)
     readers = [(_reader(file, name), file, name) for file, name in _local(path, split)]
     return _guarded((row for read, file, name in readers for row in read(file, name)), path)
@@ -55,7 +56,7 @@ def fingerprint(path: str, split: str) -> list[str] | None:
     None where that cannot be known: a pipe, a source that cannot be read (`read_rows` says why), no answer.
     """
     try:
-        if is_hub_id(path):
+        if is_hub_dataset(path):
             return [f"{path} {_hub_commit(path)}"]
         files = _local(path, split)
         if not all(file.is_file() for file, _ in files):  # a pipe can be read only once
@@ -75,9 +76,9 @@ def _local(path: str, split: str) -> list[tuple[Path, str]]:
     raise UserError(f"{path}: no such file or folder; expected data such as pairs.jsonl or a Hub id org/name")
 
 
-def is_hub_id(path: str) -> bool:
+def is_hub_dataset(path: str) -> bool:
     """Whether a path is a Hub dataset id: org/name without a data file's ending, and nothing here has that name."""
-    return HUB_ID.fullmatch(path) is not None and _file_kind(Path(path)) not in READERS and not os.path.exists(path)
+    return HUB_DATA.fullmatch(path) is not None and _file_kind(Path(path)) not in READERS and not os.path.exists(path)
 
 
 def _guarded(rows: Iterator[Found], path: str) -> Iterator[Found]:

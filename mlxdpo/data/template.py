@@ -7,7 +7,6 @@ template may print a header after the last turn (Llama-3) or an empty thinking b
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data.report import BadRow
+from mlxdpo.io.digest import json_digest
 from mlxdpo.types import Message, UserError
 
 # Llama-3.x templates print today's date unless given one: token ids would change at midnight, and with them
@@ -194,7 +194,7 @@ def template_digest(tokenizer: Any, data: DataConfig) -> str:
         "eos": data.eos,
         "thinking": data.thinking,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return json_digest(parts)
 
 
 def _vocabulary(tokenizer: Any) -> str:
@@ -204,4 +204,4 @@ def _vocabulary(tokenizer: Any) -> str:
         rules = {k: v for k, v in rules.items() if k not in ("padding", "truncation")}
     else:
         rules = tokenizer.get_vocab()
-    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+    return json_digest(rules)

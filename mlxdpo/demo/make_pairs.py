@@ -11,7 +11,6 @@ generation in small (arXiv 2305.18290, section 6.1). About 10 minutes on two CPU
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 from mlxdpo.demo.openings import openings
 from mlxdpo.demo.rewards import REWARDS
-from mlxdpo.io.atomic import write_text
+from mlxdpo_eval.results import write_lines
 
 SAMPLES, MAX_TOKENS, TEMPERATURE = 8, 24, 1.0
 MIN_GAP = 0.5  # of VADER's range of 2: below it the words hardly differ in mood
@@ -27,7 +26,7 @@ REWARD = "vader"
 BATCH_SIZE = 64
 
 
-class Sample(NamedTuple):
+class Continuation(NamedTuple):
     """One continuation as text, with why it ended ("stop" or "length") and its reward."""
 
     text: str
@@ -35,7 +34,7 @@ class Sample(NamedTuple):
     score: float
 
 
-class Ranked(NamedTuple):
+class RankedPairs(NamedTuple):
     """Pairs as rows, and how many openings gave none for which reason."""
 
     rows: list[dict[str, Any]]
@@ -49,12 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     chosen = parser.parse_args(arguments)
     train, heldout = openings()
-    samples = sample([*train, *heldout], chosen.seed)
+    samples = sample_continuations([*train, *heldout], chosen.seed)
     for name, part in (("pairs", train), ("heldout", heldout)):
-        ranked = rank(((prompt, samples[prompt]) for prompt in part), provenance(chosen.seed))
-        write_rows(chosen.out / f"{name}.jsonl", ranked.rows)
+        ranked = best_against_worst(((prompt, samples[prompt]) for prompt in part), provenance(chosen.seed))
+        write_lines(chosen.out / f"{name}.jsonl", ranked.rows)
         print(f"{name}: {len(ranked.rows)} pairs of {len(part)} openings; left out: {ranked.left_out or 'none'}")
-    write_rows(chosen.out / "prompts.jsonl", [{"prompt": prompt} for prompt in heldout])
+    write_lines(chosen.out / "prompts.jsonl", [{"prompt": prompt} for prompt in heldout])
 
 
 def provenance(seed: int) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def provenance(seed: int) -> dict[str, Any]:
     return {"model": NAME, "reward": REWARD, "seed": seed, **settings}
 
 
-def sample(prompts: Sequence[str], seed: int) -> dict[str, list[Sample]]:
+def sample_continuations(prompts: Sequence[str], seed: int) -> dict[str, list[Continuation]]:
     """`SAMPLES` scored continuations of each prompt; what is not plain text is left out and counted."""
     from mlxdpo.config import ModelConfig
     from mlxdpo.inference.generate import finished
@@ -75,7 +74,7 @@ def sample(prompts: Sequence[str], seed: int) -> dict[str, list[Sample]]:
     model, tokenizer = policy.model, policy.tokenizer
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES)]
     ids = {prompt: tokenizer.encode(prompt) for prompt in prompts}
-    result: dict[str, dict[int, Sample]] = {prompt: {} for prompt in prompts}
+    result: dict[str, dict[int, Continuation]] = {prompt: {} for prompt in prompts}
     left_out: dict[str, int] = {}
     stream = finished(
         model,
@@ -94,7 +93,7 @@ def sample(prompts: Sequence[str], seed: int) -> dict[str, list[Sample]]:
             _count(left_out, "a special token")
         else:
             score = round(REWARDS[REWARD](repeated[i] + text), 4)
-            result[repeated[i]][i] = Sample(text, completion.finish, score)
+            result[repeated[i]][i] = Continuation(text, completion.finish, score)
         if done % (10 * BATCH_SIZE) == 0:
             print(f"{done} of {len(repeated)} continuations", file=sys.stderr)
     print(f"continuations left out: {left_out or 'none'}", file=sys.stderr)
@@ -102,9 +101,11 @@ def sample(prompts: Sequence[str], seed: int) -> dict[str, list[Sample]]:
     return {prompt: [by_index[i] for i in sorted(by_index)] for prompt, by_index in result.items()}
 
 
-def rank(samples: Iterable[tuple[str, Sequence[Sample]]], made_of: Mapping[str, Any]) -> Ranked:
+def best_against_worst(
+    samples: Iterable[tuple[str, Sequence[Continuation]]], made_of: Mapping[str, Any]
+) -> RankedPairs:
     """Best against worst of each prompt; the first wins a tie. Prompts without a clear pair are counted."""
-    ranked = Ranked([], {})
+    ranked = RankedPairs([], {})
     for prompt, candidates in samples:
         written = [c for c in candidates if c.text]
         best = max(written, key=lambda c: c.score, default=None)
@@ -114,7 +115,7 @@ def rank(samples: Iterable[tuple[str, Sequence[Sample]]], made_of: Mapping[str, 
         elif best.score - worst.score < MIN_GAP:
             _count(ranked.left_out, f"rewards less than {MIN_GAP} apart")
         else:
-            ranked.rows.append(_row(prompt, best, worst, made_of))
+            ranked.rows.append(_pair_row(prompt, best, worst, made_of))
     return ranked
 
 
@@ -122,7 +123,7 @@ def _count(counts: dict[str, int], reason: str) -> None:
     counts[reason] = counts.get(reason, 0) + 1
 
 
-def _row(prompt: str, chosen: Sample, rejected: Sample, made_of: Mapping[str, Any]) -> dict[str, Any]:
+def _pair_row(prompt: str, chosen: Continuation, rejected: Continuation, made_of: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "prompt": prompt,
         "chosen": chosen.text,
@@ -133,11 +134,6 @@ def _row(prompt: str, chosen: Sample, rejected: Sample, made_of: Mapping[str, An
         "finish_rejected": rejected.finish,
         "made": dict(made_of),
     }
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write JSON lines."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ labels must turn the change round.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -16,9 +15,9 @@ import numpy as np
 
 from mlxdpo.config import Config, load_config
 from mlxdpo.demo.rewards import REWARDS
-from mlxdpo.io.atomic import write_text
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.types import UserError
+from mlxdpo_eval.results import write_lines
 
 Row = dict[str, Any]
 Labels = Callable[[list[Row], int], list[Row]]
@@ -27,7 +26,7 @@ SHUFFLE = 1_000_003  # any number that no run has for its seed
 HERE = resources.files("mlxdpo.demo")
 
 
-def as_they_are(rows: list[Row], seed: int) -> list[Row]:
+def bundled_labels(rows: list[Row], seed: int) -> list[Row]:
     """The bundled pairs."""
     return rows
 
@@ -51,7 +50,7 @@ def _swap(row: Row) -> Row:
     return {name: row[(other | names).get(name, name)] for name in row}
 
 
-def prepare(out: Path, seed: int, labels: Labels) -> Config:
+def prepare_demo(out: Path, seed: int, labels: Labels) -> Config:
     """Write the demo's pairs, held-out pairs and prompts into `out` and return the run's configuration.
 
     Raises `UserError` when `out` holds a run already, or a judge is not installed.
@@ -62,7 +61,7 @@ def prepare(out: Path, seed: int, labels: Labels) -> Config:
         judge("fine")
     pairs = labels(bundled("pairs"), seed)
     for name, rows in (("pairs", pairs), ("heldout", bundled("heldout")), ("prompts", bundled("prompts"))):
-        write_text(out / "data" / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        write_lines(out / "data" / f"{name}.jsonl", rows)
     data = {"path": str(out / "data" / "pairs.jsonl"), "eval": str(out / "data" / "heldout.jsonl")}
     with resources.as_file(HERE / "recipe.yaml") as recipe:
         return load_config(recipe, {"data": data, "train": {"seed": seed}, "out": str(out)})

@@ -1,4 +1,4 @@
-"""The processes of a data-parallel run: who deals with what, and the one thing they do together, summing arrays.
+"""The processes of a data-parallel run: which batches each computes, and the operation they share, a sum of arrays.
 
 Every process holds the whole model, reads the whole data and makes the same plan. The batches of an optimizer step are
 dealt out; what is computed of them is summed once. Everything else a process needs of the others (a flag, a text, a
@@ -190,30 +190,30 @@ class Caller:
 
 
 @contextlib.contextmanager
-def joined(told: Callable[[BaseException], str | None] = lambda error: None) -> Iterator[Group]:
+def joined(error_message: Callable[[BaseException], str | None] = lambda error: None) -> Iterator[Group]:
     """The group that `mlx.launch` started this process in; `ALONE` where it did not.
 
     While it lasts process 0 speaks for all: another one that must stop hands over its reason, and ends after it.
-    `told` makes a sentence of an error that has one; of another, its traceback is shown where it happened.
+    `error_message` makes a sentence of an error that has one; of another, its traceback is shown where it happened.
     A group that ends otherwise than well ends the process here and now (status 2 for what the user can mend, 130
     interrupted, else 1): an `all_sum` that nobody answers would hold up an orderly exit for good.
     """
-    if launcher.processes() == 1:
+    if launcher.process_count() == 1:
         yield ALONE
         return
-    peers, line = _connect()
+    group, line = _connect()
     try:
-        yield peers
+        yield group
     except UserError as error:
-        _end(peers, line, "refused", str(error), 2)
+        _end(group, line, "refused", str(error), 2)
     except PeerLost as error:
-        _end(peers, line, "gone", str(error), 1)
+        _end(group, line, "gone", str(error), 1)
     except KeyboardInterrupt:
-        _end(peers, line, "failed", "interrupted", 130)
+        _end(group, line, "failed", "interrupted", 130)
     except Exception as error:
-        if (sentence := told(error)) is None:
+        if (sentence := error_message(error)) is None:
             traceback.print_exc()
-        _end(peers, line, "failed", sentence or f"{type(error).__name__}: {error}", 1)
+        _end(group, line, "failed", sentence or f"{type(error).__name__}: {error}", 1)
     else:
         line.close("left")
 
@@ -222,32 +222,32 @@ def _connect() -> tuple[Group, Heartbeat]:
     """The group, and the lines to it. Raises `UserError` when the processes do not reach each other."""
     try:
         caller = Caller(mx.distributed.init(strict=True))
-        peers = Group(caller.group.rank(), caller.group.size(), caller)
+        group = Group(caller.group.rank(), caller.group.size(), caller)
         address = launcher.address_of_first()
-        server, token = (heartbeat.listen(address) if peers.first else None), secrets.token_hex(16)
+        server, token = (heartbeat.listen(address) if group.first else None), secrets.token_hex(16)
         where = (address or socket.gethostname(), server.getsockname()[1] if server else 0, token)
-        address, port, token = json.loads(peers.share(json.dumps(where).encode()))
+        address, port, token = json.loads(group.share(json.dumps(where).encode()))
         if server is not None:
-            caller.line = heartbeat.accept(server, peers.size, token)
+            caller.line = heartbeat.accept(server, group.size, token)
         else:
-            caller.line = heartbeat.call(address, port, peers.rank, peers.size, token)
+            caller.line = heartbeat.call(address, port, group.rank, group.size, token)
     except (OSError, RuntimeError, PeerLost) as error:
         raise UserError(
-            f"process {launcher.rank()} of {launcher.processes()} does not reach the others ({error}); "
+            f"process {launcher.process_rank()} of {launcher.process_count()} does not reach the others ({error}); "
             f"is another run using the ports of mlx.launch (--starting-port), or a firewall in between?"
         ) from None
-    return peers, caller.line
+    return group, caller.line
 
 
-def _end(peers: Group, line: Heartbeat, end: str, reason: str, status: int) -> None:
+def _end(group: Group, line: Heartbeat, end: str, reason: str, status: int) -> None:
     """Let process 0 say why, or, when it is the one that is gone, process 1; then end the process."""
-    if peers.first:
+    if group.first:
         print("interrupted" if status == 130 else f"error: {reason}", file=sys.stderr)
         line.close("left")
     else:
         line.wires[0].send(end=end, words=reason)
         wire = line.wait(heartbeat.SILENCE)
-        if peers.rank == 1 and end == "gone" and wire is not None and wire.ended == "gone":
+        if group.rank == 1 and end == "gone" and wire is not None and wire.ended == "gone":
             print(f"error: {reason}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

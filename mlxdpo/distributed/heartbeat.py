@@ -37,7 +37,7 @@ class Wire:
             self.connection.sendall(json.dumps(values).encode() + b"\n")
 
     def receive(self) -> None:
-        """Take what has come. What it said last stands when the connection ends."""
+        """Take what has come. Its last words stay when the connection ends."""
         try:
             data = self.connection.recv(LONGEST)
         except OSError:
@@ -48,8 +48,8 @@ class Wire:
         self.heard = time.monotonic()
         *lines, self.rest = (self.rest + data)[-2 * LONGEST :].split(b"\n")
         for line in lines:
-            said = json.loads(line)
-            self.ended, self.words = said.get("end", self.ended), said.get("words", self.words)
+            message = json.loads(line)
+            self.ended, self.words = message.get("end", self.ended), message.get("words", self.words)
 
 
 class Heartbeat:
@@ -59,7 +59,7 @@ class Heartbeat:
         self.wires = wires
         self.changed = threading.Condition()
         self.closing = False
-        self.thread = threading.Thread(target=self._watch, daemon=True, name="lifeline")
+        self.thread = threading.Thread(target=self._watch, daemon=True, name="heartbeat")
         self.thread.start()
 
     def _watch(self) -> None:
@@ -119,9 +119,9 @@ def accept(server: socket.socket, size: int, token: str) -> Heartbeat:
             raise TimeoutError(f"process {missing[0]} did not call back within {PATIENCE:g} seconds")
         with contextlib.suppress(TimeoutError):
             connection, _ = server.accept()
-            if (said := _hello(connection)) and hmac.compare_digest(said["token"], token):
-                name = f"process {said['rank']} of {size} ({said['host']})"
-                found[int(said["rank"])] = Wire(connection, name)
+            if (message := _hello(connection)) and hmac.compare_digest(message["token"], token):
+                name = f"process {message['rank']} of {size} ({message['host']})"
+                found[int(message["rank"])] = Wire(connection, name)
             else:
                 connection.close()
     server.close()
@@ -134,8 +134,8 @@ def _hello(connection: socket.socket) -> dict[str, Any] | None:
         line = b""
         while not line.endswith(b"\n") and len(line) < 1024:  # no byte more: what follows is the watching thread's
             line += connection.recv(1) or b"\n"
-        said = json.loads(line)
-        return {"rank": int(said["rank"]), "token": str(said["token"]), "host": str(said["host"])}
+        message = json.loads(line)
+        return {"rank": int(message["rank"]), "token": str(message["token"]), "host": str(message["host"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

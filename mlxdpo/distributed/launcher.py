@@ -12,12 +12,12 @@ FILES = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # the ring's addresses, jaccl's dev
 COORDINATORS = ("MLX_JACCL_COORDINATOR", "NCCL_HOST_IP")
 
 
-def rank() -> int:
+def process_rank() -> int:
     """The number of this process among those started together, from 0."""
     return next((int(os.environ[name]) for name in RANKS if os.environ.get(name)), 0)
 
 
-def processes() -> int:
+def process_count() -> int:
     """How many processes were started together; 1 for one that was started alone."""
     if not any(os.environ.get(name) for name in RANKS):
         return 1

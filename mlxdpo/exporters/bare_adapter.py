@@ -16,7 +16,8 @@ from mlxdpo.data.template import template_digest
 from mlxdpo.exporters import peft
 from mlxdpo.exporters.client import Say
 from mlxdpo.exporters.download import Listing, download
-from mlxdpo.exporters.redact import looks_like_hub_id
+from mlxdpo.exporters.redact import card_metadata
+from mlxdpo.io.names import looks_like_hub_id
 from mlxdpo.machine.device import this_machine, versions
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, load_adapter, read_settings, save_adapter
 from mlxdpo.model.policy import BUILTIN, Policy, load_policy
@@ -129,13 +130,6 @@ def _base_of_settings(file: Path) -> str | None:
 
 def _base_of_card(file: Path) -> str | None:
     """What the card's metadata calls `base_model`; of several (a merge) none is the base of an adapter."""
-    from huggingface_hub import ModelCard
-
-    if not file.exists():
-        return None
-    try:
-        found = ModelCard(file.read_text("utf-8", "replace"), ignore_metadata_errors=True).data.get("base_model")
-    except ValueError:
-        return None
+    found = card_metadata(file).get("base_model")
     found = found[0] if isinstance(found, list) and len(found) == 1 else found
     return found if isinstance(found, str) else None

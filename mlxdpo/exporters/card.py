@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from mlxdpo.config import Config
 from mlxdpo.exporters import sections
 from mlxdpo.exporters.client import redact
-from mlxdpo.exporters.findings import Finding, Findings, read_findings
+from mlxdpo.exporters.findings import CardNumber, CardNumbers, read_card_numbers
 from mlxdpo.exporters.record import Exported, read_record
-from mlxdpo.exporters.redact import is_hub_id, pack_run
+from mlxdpo.exporters.redact import pack_run
 from mlxdpo.exporters.sections import Licences, known
 from mlxdpo.exporters.upload_rules import CARD, CURVE
 from mlxdpo.io.atomic import write_atomic, write_text
+from mlxdpo.io.names import is_hub_id
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 
@@ -80,15 +81,15 @@ def write_card(run: Run, out: Path, licences: Licences | None = None, repo: str 
     Raises `UserError` when `out` holds no export, or a README that is not a card of ours: it would be lost.
     """
     record, config, manifest, metrics = read_record(out), run.config(), run.manifest(), run.metrics()
-    findings, named = read_findings(run), known(config, licences or Licences())
+    findings, named = read_card_numbers(run), known(config, licences or Licences())
     yours = own_part(out / CARD)
     draw_curve(metrics, out / CURVE)
     pack_run(run, out)
     parts = [
-        sections.opening(record, config, findings),
+        sections.introduction(record, config, findings),
         f"{BEGIN}\n\n{yours}\n\n{END}",
         sections.contents(record, repo),
-        sections.evaluation(findings),
+        sections.evaluation_section(findings),
         sections.fidelity(record),
         sections.training(config, manifest, metrics),
         sections.data(config, manifest, named),
@@ -117,7 +118,7 @@ def between_marks(text: str) -> str | None:
     return found[1].strip() if found else None
 
 
-def metadata(record: Exported, config: Config, findings: Findings | None, licences: Licences) -> ModelCardData:
+def metadata(record: Exported, config: Config, findings: CardNumbers | None, licences: Licences) -> ModelCardData:
     """What the Hub reads: base model and relation, library, data, licence, and the evaluation as a model-index."""
     from huggingface_hub import ModelCardData
 
@@ -141,7 +142,7 @@ def _library(record: Exported) -> str | None:
     return next((LIBRARIES[name] for name, _ in ordered if name in LIBRARIES), None)
 
 
-def _results(config: Config, findings: Findings | None) -> list[Any]:
+def _results(config: Config, findings: CardNumbers | None) -> list[Any]:
     from huggingface_hub import EvalResult
 
     subject = findings.data if findings else ""
@@ -161,7 +162,7 @@ def _results(config: Config, findings: Findings | None) -> list[Any]:
     ]
 
 
-def _arguments(finding: Finding) -> dict[str, Any] | None:
+def _arguments(finding: CardNumber) -> dict[str, Any] | None:
     """The interval and n beside the number: the Hub's format has no other place for them."""
     known = {"low": finding.low, "high": finding.high, "n": finding.n or None}
     if finding.low is not None:

@@ -109,16 +109,16 @@ def ask(about: About, call: Callable[[], T], say: Say) -> T:
         except UserError:
             raise
         except Exception as raised:  # the client lets malformed answers through as KeyError, TypeError and others
-            error = _root(raised)
+            error = _root_cause(raised)
             wait = _wait_after(error, attempt)
             if wait is None or attempt == ATTEMPTS:
-                raise explain(error, about) from None
+                raise hub_error(error, about) from None
             say(f"{_what(error)} while {about.doing}; trying again in {wait:.0f} s")
             time.sleep(wait)
             attempt += 1
 
 
-def _root(error: BaseException) -> Exception:
+def _root_cause(error: BaseException) -> Exception:
     """What the client's "Error while uploading FILE" was raised from, where it says so."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
@@ -127,7 +127,7 @@ def _root(error: BaseException) -> Exception:
 
 def _wait_after(error: Exception, attempt: int) -> float | None:
     """Seconds until the next attempt, or None where another one is of no use."""
-    status = _status(error)
+    status = _http_status(error)
     if status in AGAIN:
         asked = retry_after(_headers(error))
         return min(LONGEST, asked if asked is not None else 2.0**attempt)
@@ -182,7 +182,7 @@ def _transport_errors() -> type[Exception]:
     return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 
-def _status(error: Exception) -> int | None:
+def _http_status(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
@@ -191,16 +191,16 @@ def _headers(error: Exception) -> Mapping[str, str]:
 
 
 def _what(error: Exception) -> str:
-    status = _status(error)
+    status = _http_status(error)
     return f"the Hub answered {status}" if status else "the connection was lost"
 
 
-def explain(error: Exception, about: About) -> UserError:
+def hub_error(error: Exception, about: About) -> UserError:
     """What went wrong and what to do, in one sentence without a token."""
-    return UserError(redact(_sentence(error, about)))
+    return UserError(redact(_explanation(error, about)))
 
 
-def _sentence(error: Exception, about: About) -> str:
+def _explanation(error: Exception, about: About) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, TooLong):
@@ -214,7 +214,7 @@ def _sentence(error: Exception, about: About) -> str:
         return f"HF_HUB_OFFLINE is set, so {about.repo} cannot be reached; unset it"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{about.repo} has no branch, tag or commit {about.revision or 'main'}; look at its list of branches"
-    if (status := _status(error)) is not None:
+    if (status := _http_status(error)) is not None:
         return _of_status(status, error, about)
     if isinstance(error, _transport_errors() | errors.LocalEntryNotFoundError):
         return (

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlxdpo.exporters.client import About, Say, ask
-from mlxdpo.io.json_file import is_plain_name
+from mlxdpo.io.names import is_plain_name
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
@@ -114,11 +114,11 @@ def download(api: HfApi, listing: Listing, names: Sequence[str], folder: Path, s
 
 def check_bytes(file: Path, entry: Entry, repo: str) -> None:
     """Raise `UserError` unless the file has the size and the digest of the listing."""
-    kept = hashlib.sha256() if entry.sha256 else hashlib.sha1(b"blob %d\0" % entry.size, usedforsecurity=False)
+    digest = hashlib.sha256() if entry.sha256 else hashlib.sha1(b"blob %d\0" % entry.size, usedforsecurity=False)
     with file.open("rb") as content:
         while block := content.read(1 << 20):
-            kept.update(block)
-    if file.stat().st_size != entry.size or kept.hexdigest() != (entry.sha256 or entry.blob):
+            digest.update(block)
+    if file.stat().st_size != entry.size or digest.hexdigest() != (entry.sha256 or entry.blob):
         raise UserError(f"{repo}: {entry.name} arrived with other bytes than the repository lists; pull it again")
 
 

@@ -19,22 +19,16 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxdpo.exporters.merge_weights import Change, base_of, dequantised, expert_change, plain_weight
-from mlxdpo.exporters.names import weight_files
-from mlxdpo.exporters.source import Source, side_files
+from mlxdpo.exporters.source import ExportSource, side_files, weight_files
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import read_tensor, read_tensors
 from mlxdpo.io.json_file import read_json
 from mlxdpo.types import UserError
 
-# Safetensors files, patched in place: every byte of the original but those of the tensors that changed.
-#
-# A changed tensor keeps its name, number type and shape, so the header stays as it is, and sharding, order and index
-# too.
-
 KINDS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
-def header(file: Path) -> tuple[dict, int]:
+def safetensors_header(file: Path) -> tuple[dict, int]:
     """The parsed header of a safetensors file and where its data begins, in bytes."""
     with file.open("rb") as handle:
         (length,) = struct.unpack("<Q", handle.read(8))
@@ -44,11 +38,12 @@ def header(file: Path) -> tuple[dict, int]:
 def patch(source: Path, target: Path, changes: Mapping[str, Change], check: Callable[[str, mx.array], None]) -> None:
     """Copy `source` to `target` with each tensor of `changes` replaced by what its change makes of it.
 
-    A change sees the stored tensor in float32; its result is rounded once, to the tensor's own type. `check` is called
-    with each tensor's name and stored value before it is changed. Raises `UserError` for a tensor that is not stored
-    as F32, F16 or BF16.
+    Every other byte of the file stays: a changed tensor keeps its name, number type and shape, so the header stays as
+    it is, and sharding, order and index too. A change sees the stored tensor in float32; its result is rounded once, to
+    the tensor's own type. `check` is called with each tensor's name and stored value before it is changed. Raises
+    `UserError` for a tensor that is not stored as F32, F16 or BF16.
     """
-    entries, begin = header(source)
+    entries, begin = safetensors_header(source)
     for name in changes:
         if (kind := entries[name]["dtype"]) not in KINDS:
             raise UserError(f"{source.name}: `{name}` is stored as {kind}; only F32, F16 and BF16 can take a delta")
@@ -71,7 +66,7 @@ def raw_bytes(array: mx.array) -> bytes:
 UNLIKE = 0.5
 
 
-def refuse_hf(source: Source) -> None:
+def refuse_hf(source: ExportSource) -> None:
     """Raise `UserError` for a run whose weights cannot be written in their original form."""
     if not source.choices.base and source.stored_quantised:
         _refuse_stacks(source)
@@ -79,7 +74,7 @@ def refuse_hf(source: Source) -> None:
     stored_changes(source)
 
 
-def write_hf(source: Source, folder: Path) -> str | None:
+def write_hf(source: ExportSource, folder: Path) -> str | None:
     """Write a folder that `transformers` and mlx-lm load; returns a remark on where the numbers come from."""
     if not source.choices.base and source.stored_quantised:
         for file in weight_files(source.folder):
@@ -99,14 +94,14 @@ def write_hf(source: Source, folder: Path) -> str | None:
     return "the quantised layers of the run, dequantised" if source.quantised else None
 
 
-def reload_hf(source: Source, folder: Path) -> nn.Module:
+def reload_hf(source: ExportSource, folder: Path) -> nn.Module:
     """The written folder as mlx-lm loads it."""
     from mlx_lm.utils import load_model
 
     return load_model(folder, lazy=True)[0]
 
 
-def stored_changes(source: Source) -> dict[str, Change]:
+def stored_changes(source: ExportSource) -> dict[str, Change]:
     """What becomes of each stored tensor of the base that changes, by its stored name.
 
     Raises `UserError` for a parameter that is stored in another form than it computes in.
@@ -127,7 +122,7 @@ def stored_changes(source: Source) -> dict[str, Change]:
     return found | _twins(source, found)
 
 
-def _twins(source: Source, found: dict[str, Change]) -> dict[str, Change]:
+def _twins(source: ExportSource, found: dict[str, Change]) -> dict[str, Change]:
     """Tied heads that the checkpoint stores a second time: transformers may read either one."""
     twins: dict[str, Change] = {}
     for name, array in source.origins.unused.items():
@@ -139,15 +134,15 @@ def _twins(source: Source, found: dict[str, Change]) -> dict[str, Change]:
     return twins
 
 
-def _stored(source: Source, name: str) -> mx.array:
+def _stored(source: ExportSource, name: str) -> mx.array:
     return read_tensor(source.origins.stored[name], name)
 
 
-def _family(source: Source) -> str:
+def _family(source: ExportSource) -> str:
     return str(source.raw_config.get("model_type", "unnamed"))
 
 
-def _check_like(source: Source, name: str, stored: mx.array) -> None:
+def _check_like(source: ExportSource, name: str, stored: mx.array) -> None:
     """Raise `UserError` when `--base` is not the model whose packed weights were trained on."""
     parameter = next((p for p, one in source.origins.one.items() if one == name), "")
     module = source.adapted.get(parameter.removesuffix(".weight"))
@@ -160,11 +155,11 @@ def _check_like(source: Source, name: str, stored: mx.array) -> None:
     if not apart < UNLIKE:
         raise UserError(
             f"--base {source.choices.base}: `{name}` differs from the run's by {apart:.0%} of its size; name the "
-            f"full-precision model that {source.opened.config.model.path} was quantised from"
+            f"full-precision model that {source.trained.config.model.path} was quantised from"
         )
 
 
-def _refuse_stacks(source: Source) -> None:
+def _refuse_stacks(source: ExportSource) -> None:
     for name in dequantised(source.model):
         parts = [f"{name.removesuffix('.weight')}.{part}" for part in ("weight", "scales")]
         if any(part not in source.origins.stored for part in parts) or "switch_mlp" in name:
@@ -174,7 +169,7 @@ def _refuse_stacks(source: Source) -> None:
             )
 
 
-def _write_dequantised(source: Source, file: Path, target: Path) -> None:
+def _write_dequantised(source: ExportSource, file: Path, target: Path) -> None:
     stored = read_tensors(file)
     packed, written = dequantised(source.model), {}
     for name, array in stored.items():

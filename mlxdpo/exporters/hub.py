@@ -67,7 +67,7 @@ def push(
     export would mix with; and for whatever the Hub refuses.
     """
     files, left = outgoing(out)
-    session = _open(repo_id, say)
+    session = _log_in(repo_id, say)
     _announce(files, left, say)
     url = session.ask(
         "creating the repository",
@@ -87,7 +87,7 @@ def push(
 def propose(out: Path, repo_id: str, *, visibility: Visibility = "private", say: Say = lambda text: None) -> Pushed:
     """Upload the export in `out` as a pull request to an existing repository. Raises `UserError` like `push`."""
     files, left = outgoing(out)
-    session = _open(repo_id, say)
+    session = _log_in(repo_id, say)
     _announce(files, left, say)
     _check_visibility(session, visibility)
     _check_what_is_there(session, out, files, "main")
@@ -103,7 +103,7 @@ def propose(out: Path, repo_id: str, *, visibility: Visibility = "private", say:
     return Pushed(f"{session.api.endpoint}/{repo_id}", commit, ref, None, opened.url, tuple(files))
 
 
-def _open(repo_id: str, say: Say) -> _Session:
+def _log_in(repo_id: str, say: Say) -> _Session:
     """A client that is logged in. Raises `UserError` for a wrong id, an unsafe endpoint or no login."""
     check_repo_id(repo_id)
     session = _Session(connect(), repo_id, say)
@@ -121,7 +121,7 @@ def _announce(files: Sequence[Outgoing], left: Sequence[LeftOut], say: Say) -> N
 def _check_visibility(session: _Session, wanted: Visibility) -> None:
     """A repository that exists already keeps its visibility, so one that differs from what was asked is refused."""
     private = session.ask(
-        "looking at the repository", lambda: _known(session.api.repo_info(session.repo).private, bool)
+        "looking at the repository", lambda: _of_kind(session.api.repo_info(session.repo).private, bool)
     )
     if private and wanted == "public":
         raise UserError(
@@ -131,7 +131,7 @@ def _check_visibility(session: _Session, wanted: Visibility) -> None:
         raise UserError(f"{session.repo} exists and is public; add --public to publish there, or take another name")
 
 
-def _known(value: Any, kind: type) -> Any:
+def _of_kind(value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"expected {kind.__name__}, found {type(value).__name__}")
     return value
@@ -187,9 +187,9 @@ def _upload(session: _Session, out: Path, files: Sequence[Outgoing], revision: s
                 folder_path=staging,
                 commit_message=MESSAGE,
                 revision=revision,
-                parent_commit=_known(head, str),
+                parent_commit=_of_kind(head, str),
             )
-        return _known(info.oid, str)
+        return _of_kind(info.oid, str)
 
     return session.ask("uploading", attempt, revision)
 

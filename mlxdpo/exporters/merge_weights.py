@@ -92,7 +92,7 @@ def dequantised(model: nn.Module) -> dict[str, Change]:
         if "lora_a" in module and "scales" in base_of(module):
             found[f"{name}.weight"] = partial(_tuned_plain, module)
         elif "scales" in module and id(module) not in inside:
-            found[f"{name}.weight"] = partial(_plain, module)
+            found[f"{name}.weight"] = partial(_plain_layer, module)
     return found
 
 
@@ -100,7 +100,7 @@ def _tuned_plain(module: Any, weight: mx.array) -> mx.array:
     return tuned(module, plain_weight(base_of(module)))
 
 
-def _plain(layer: Any, weight: mx.array) -> mx.array:
+def _plain_layer(layer: Any, weight: mx.array) -> mx.array:
     return plain_weight(layer)
 
 

@@ -16,39 +16,39 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxdpo.exporters.merge_weights import base_of, plain_weight, tuned
-from mlxdpo.exporters.source import Source, hub_name, side_files
+from mlxdpo.exporters.source import ExportSource, hub_name, side_files
 from mlxdpo.io.atomic import write_json
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, adapter_settings, read_settings
 from mlxdpo.types import UserError
 
 
-def write_adapter(source: Source, folder: Path) -> str | None:
+def write_adapter(source: ExportSource, folder: Path) -> str | None:
     """The run's adapter, for `mlx_lm.generate --adapter-path`."""
-    shutil.copyfile(source.opened.run.adapter / WEIGHTS, folder / WEIGHTS)
-    # Written anew: the run's file has a seal, which another key would break, and may lack what mlx-lm needs.
-    settings = adapter_settings(read_settings(source.opened.run.adapter))
-    write_json(folder / SETTINGS, settings | {"model": hub_name(source.opened.config.model.path, source.folder)})
+    shutil.copyfile(source.trained.run.adapter / WEIGHTS, folder / WEIGHTS)
+    # Written anew: the run's file has a checksum, which another key would break, and may lack what mlx-lm needs.
+    settings = adapter_settings(read_settings(source.trained.run.adapter))
+    write_json(folder / SETTINGS, settings | {"model": hub_name(source.trained.config.model.path, source.folder)})
     if source.quantised and not source.stored_quantised:
-        bits = source.opened.policy.identity["quantization"]["bits"]
+        bits = source.trained.policy.identity["quantization"]["bits"]
         return f"trained on weights packed to {bits} bits when loading; here measured on the unpacked ones"
     return source.remark_on_base
 
 
-def reload_adapter(source: Source, folder: Path) -> nn.Module:
+def reload_adapter(source: ExportSource, folder: Path) -> nn.Module:
     """The base with the adapter, by mlx-lm's own `load(..., adapter_path=)`."""
     from mlx_lm.utils import load
 
     return load(str(source.folder), adapter_path=str(folder), lazy=True)[0]
 
 
-def write_fused(source: Source, folder: Path) -> str | None:
+def write_fused(source: ExportSource, folder: Path) -> str | None:
     """One MLX model with the tune inside; packed layers that were not trained keep their codes, byte for byte."""
     model, config = fused(source)
-    _save(source, model, config, folder)
+    _save_model(source, model, config, folder)
     return "trained layers unpacked, all others as packed as they were" if source.quantised else None
 
 
-def refuse_quantized(source: Source) -> None:
+def refuse_quantized(source: ExportSource) -> None:
     """Raise `UserError` for a model with nothing to pack at the chosen group size."""
     group = source.choices.group_size
     trained = [plain_weight(base_of(module)) for module in source.adapted.values()]
@@ -60,30 +60,30 @@ def refuse_quantized(source: Source) -> None:
         )
 
 
-def write_quantized(source: Source, folder: Path) -> str | None:
+def write_quantized(source: ExportSource, folder: Path) -> str | None:
     """The fused model with every layer packed to `--bits` (layers of a packed base keep the bits they have)."""
     from mlx_lm.utils import quantize_model
 
     bits, group = source.choices.bits, source.choices.group_size
     model, config = fused(source)
     model, config = quantize_model(model, config, group, bits)
-    _save(source, model, config, folder)
+    _save_model(source, model, config, folder)
     return f"packed to {bits} bits in groups of {group} after fusing"
 
 
-def reload_model(source: Source, folder: Path) -> nn.Module:
+def reload_model(source: ExportSource, folder: Path) -> nn.Module:
     """The written folder, by mlx-lm's own `load`."""
     from mlx_lm.utils import load
 
     return load(str(folder), lazy=True)[0]
 
 
-def fused(source: Source) -> tuple[nn.Module, dict[str, Any]]:
+def fused(source: ExportSource) -> tuple[nn.Module, dict[str, Any]]:
     """The base as stored (or packed as the run packed it), trained weights in place of its own; and its config."""
     from mlx_lm.utils import load_model, quantize_model
 
-    model = load_model(source.folder, lazy=True, trust_remote_code=source.opened.config.model.trust_remote_code)[0]
-    config, bits = dict(source.raw_config), source.opened.config.model.quantize
+    model = load_model(source.folder, lazy=True, trust_remote_code=source.trained.config.model.trust_remote_code)[0]
+    config, bits = dict(source.raw_config), source.trained.config.model.quantize
     if bits:
         model, config = quantize_model(model, config, 64, bits)
     if source.method == "full":
@@ -95,7 +95,7 @@ def fused(source: Source) -> tuple[nn.Module, dict[str, Any]]:
     return model, config
 
 
-def _replace_all(model: nn.Module, source: Source) -> None:
+def _replace_all(model: nn.Module, source: ExportSource) -> None:
     own: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     pairs = [(name, change(own[name]).astype(own[name].dtype)) for name, change in source.changes.items()]
     model.load_weights(pairs, strict=False)
@@ -126,7 +126,7 @@ def _fuse(name: str, module: nn.Module, layer: Any) -> nn.Module:
     return plain
 
 
-def _save(source: Source, model: nn.Module, config: dict[str, Any], folder: Path) -> None:
+def _save_model(source: ExportSource, model: nn.Module, config: dict[str, Any], folder: Path) -> None:
     from mlx_lm.utils import save_model
 
     save_model(folder, model, donate_model=True)

@@ -1,5 +1,7 @@
 """PEFT adapters, both ways: what `peft.PeftModel.from_pretrained` loads, and a PEFT adapter on an mlx-lm model.
 
+`import_peft` makes an adapter folder of one, which `--model.adapter` and mlx-lm read.
+
 The two store the same matrices transposed: A is (in, r) here and (r, in) there. A square matrix left untransposed loads
 without complaint and computes another function, so the gate reads back what was written.
 """
@@ -16,12 +18,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxdpo.config import LoraConfig
-from mlxdpo.exporters.source import Source
+from mlxdpo.config import LoraConfig, ModelConfig
+from mlxdpo.exporters.source import ExportSource
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import pickled_in, read_tensors
 from mlxdpo.io.json_file import read_json
-from mlxdpo.model.adapters import attach_lora, read_settings
+from mlxdpo.io.staging import publish_folder, staging_folder
+from mlxdpo.model.adapters import attach_lora, read_settings, save_adapter
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.types import UserError
 
@@ -32,7 +35,7 @@ EMBEDDED = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
 IN_BLOCK = re.compile(r"^(?P<before>.*?\blayers)\.(?P<layer>\d+)\.(?P<module>.+)$")
 
 
-def refuse_peft(source: Source) -> None:
+def refuse_peft(source: ExportSource) -> None:
     """Raise `UserError` for what PEFT has no form of."""
     if source.method == "full":
         raise UserError("peft: the run trained every weight, so there is no adapter; export --to hf")
@@ -45,7 +48,7 @@ def refuse_peft(source: Source) -> None:
         _refuse_module(source, name, module)
 
 
-def _refuse_module(source: Source, name: str, module: Any) -> None:
+def _refuse_module(source: ExportSource, name: str, module: Any) -> None:
     if module.lora_b.ndim == 3:
         raise UserError(f"peft: `{name}` adapts a stack of experts, which PEFT keeps apart; export --to mlx,fused")
     if source.origins.of(f"{name}.weight") != (f"{name}.weight",):
@@ -61,7 +64,7 @@ def _refuse_module(source: Source, name: str, module: Any) -> None:
         )
 
 
-def write_peft(source: Source, folder: Path) -> str | None:
+def write_peft(source: ExportSource, folder: Path) -> str | None:
     """Write `adapter_model.safetensors` and `adapter_config.json`."""
     arrays: dict[str, mx.array] = {}
     for name, module in source.adapted.items():
@@ -76,14 +79,14 @@ def write_peft(source: Source, folder: Path) -> str | None:
     return source.remark_on_base
 
 
-def settings(source: Source) -> dict[str, Any]:
+def settings(source: ExportSource) -> dict[str, Any]:
     """PEFT's `adapter_config.json`; their alpha / r is our scale."""
-    lora = read_settings(source.opened.run.adapter)
+    lora = read_settings(source.trained.run.adapter)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": source.base_name,
-        "revision": source.opened.config.model.revision,
+        "revision": source.trained.config.model.revision,
         "r": lora.rank,
         "lora_alpha": lora.multiplier * lora.rank,
         "lora_dropout": lora.dropout,
@@ -118,10 +121,10 @@ def targets(adapted: list[str], modules: list[str]) -> dict[str, Any]:
     return {"target_modules": adapted, "layers_to_transform": None, "layers_pattern": None}
 
 
-def reload_peft(source: Source, folder: Path) -> nn.Module:
+def reload_peft(source: ExportSource, folder: Path) -> nn.Module:
     """The base with the adapter, read back from what was written for PEFT."""
-    path = source.choices.base or source.opened.config.model.path
-    config = source.opened.config.model.model_copy(update={"path": path, "adapter": None, "quantize": None})
+    path = source.choices.base or source.trained.config.model.path
+    config = source.trained.config.model.model_copy(update={"path": path, "adapter": None, "quantize": None})
     if source.choices.base:
         config = config.model_copy(update={"revision": None})
     policy = load_policy(config)
@@ -160,7 +163,7 @@ def read_peft(folder: Path) -> Adapter:
     return Adapter(folder, raw, modules)
 
 
-def scale_of(settings: Mapping[str, Any], module: str, rank: int) -> float:
+def peft_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
     """What PEFT multiplies a module's update by: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
     alpha = _pattern(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
     return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
@@ -184,17 +187,17 @@ def attach(policy: Policy, adapter: Adapter) -> LoraConfig:
     arrays: dict[str, mx.array] = {}
     for module, parts in adapter.modules.items():
         rank = parts["lora_a"].shape[0]
-        factor = scale_of(adapter.settings, module, rank) / lora.multiplier
+        factor = peft_scale(adapter.settings, module, rank) / lora.multiplier
         for part, array in parts.items():
             name = f"{module}.{part}"
             here = array.T.astype(mx.float32) * (factor if part == "lora_b" and factor != 1 else 1)
-            arrays[name] = _fill(adapter, name, here, own[name], part)
+            arrays[name] = _fill_rank(adapter, name, here, own[name], part)
     policy.model.load_weights(list(arrays.items()), strict=False)
     mx.eval(policy.model.trainable_parameters())
     return lora
 
 
-def _fill(adapter: Adapter, name: str, given: mx.array, fresh: mx.array, part: str) -> mx.array:
+def _fill_rank(adapter: Adapter, name: str, given: mx.array, fresh: mx.array, part: str) -> mx.array:
     """`given` in the shape of a fresh adapter array, which lends A's further columns; B's further rows stay zero."""
     rank = given.shape[-1] if part == "lora_a" else given.shape[0]
     if part == "lora_a" and rank < fresh.shape[1]:
@@ -217,8 +220,50 @@ def common_settings(policy: Policy, adapter: Adapter) -> LoraConfig:
     first = min((int(m["layer"]) for m in found.values() if m), default=0)
     ranks = {name: parts["lora_a"].shape[0] for name, parts in adapter.modules.items()}
     rank = max(ranks.values())
-    scales = {scale_of(adapter.settings, name, r) for name, r in ranks.items()}
+    scales = {peft_scale(adapter.settings, name, r) for name, r in ranks.items()}
     layers = -1 if first == 0 else len(blocks) - first
     method = "dora" if adapter.settings.get("use_dora") else "lora"
     dropout = adapter.settings.get("lora_dropout", 0.0)
     return LoraConfig(method=method, rank=rank, scale=max(scales), dropout=dropout, keys=sorted(keys), layers=layers)
+
+
+class Imported(NamedTuple):
+    """What became of a PEFT adapter: its settings here, how many modules it had, what had to be written otherwise."""
+
+    lora: LoraConfig
+    modules: int
+    changes: list[str]
+
+
+def import_peft(folder: Path, model: ModelConfig, out: Path) -> Imported:
+    """Write the PEFT adapter in `folder`, made for `model`, as an mlx-lm adapter into `out`, which must not exist.
+
+    The function stays the same to the last bit where ranks and scales are one; where they differ, see
+    `attach`. Raises `UserError` for what an mlx-lm adapter cannot hold, and for a model it does not fit.
+    """
+    if out.exists():
+        raise UserError(f"{out} is already there; choose another --out")
+    if model.adapter is not None:
+        raise UserError(f"--adapter {model.adapter}: a PEFT adapter goes onto the bare model; drop --adapter")
+    adapter = read_peft(folder)
+    policy = load_policy(model)
+    lora = attach(policy, adapter)
+    with staging_folder(out.parent, f".{out.name}-draft-") as folder:
+        save_adapter(policy.model, lora, folder)
+        publish_folder(folder, out)
+    return Imported(lora, len(adapter.modules), _import_changes(adapter, lora, policy.model))
+
+
+def _import_changes(adapter: Adapter, lora: LoraConfig, model: object) -> list[str]:
+    """Sentences on what mlx-lm's one rank, one scale and last blocks made necessary."""
+    ranks = {name: parts["lora_a"].shape[0] for name, parts in adapter.modules.items()}
+    scales = {name: peft_scale(adapter.settings, name, rank) for name, rank in ranks.items()}
+    here = sum("lora_a" in module for _, module in model.named_modules())  # type: ignore[attr-defined]
+    found = []
+    if lower := sum(rank < lora.rank for rank in ranks.values()):
+        found.append(f"{lower} modules had a lower rank than {lora.rank}: their further directions do nothing yet")
+    if other := sum(scale != lora.multiplier for scale in scales.values()):
+        found.append(f"{other} modules had another scale than {lora.multiplier:g}: it went into their B")
+    if here > len(adapter.modules):
+        found.append(f"{here - len(adapter.modules)} modules had no adapter: they got one that does nothing yet")
+    return found

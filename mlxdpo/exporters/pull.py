@@ -7,8 +7,6 @@ adapter or a PEFT adapter is pulled as an adapter: its manifest is made here, fr
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,11 +15,13 @@ from mlxdpo.config import Config, dump_config, load_config
 from mlxdpo.exporters.bare_adapter import describe_adapter, find_adapter
 from mlxdpo.exporters.client import Say, check_repo_id, connect
 from mlxdpo.exporters.download import Listing, download, list_repository
-from mlxdpo.exporters.redact import REFERENCE, START, looks_like_hub_id, public_name
+from mlxdpo.exporters.redact import REFERENCE, START, public_name
 from mlxdpo.exporters.upload_rules import OF_THE_RUN, RUN
-from mlxdpo.io.atomic import sync_folder, write_json, write_text
+from mlxdpo.io.atomic import write_json, write_text
 from mlxdpo.io.checksum import PICKLES
 from mlxdpo.io.digest import folder_digest
+from mlxdpo.io.names import looks_like_hub_id
+from mlxdpo.io.staging import publish_folder, staging_folder
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS
 from mlxdpo.model.policy import BUILTIN, DOWNLOAD, find_model
 from mlxdpo.runs import check_manifest
@@ -46,7 +46,7 @@ class Pulled(NamedTuple):
     base_checked: bool
 
 
-def pull(
+def pull_run(
     repo_id: str,
     *,
     revision: str | None = None,
@@ -66,13 +66,9 @@ def pull(
     api = connect()
     listing = list_repository(api, repo_id, revision, say)
     _make_parent(target)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
-        folder = Path(name) / target.name
-        folder.mkdir()
-        found = _fill(api, listing, folder, target, base, say)
-        folder.chmod(0o755)
-        os.rename(folder, target)
-        sync_folder(target.parent)
+    with staging_folder(target.parent, f".{target.name}-draft-") as folder:
+        found = _fill_run(api, listing, folder, target, base, say)
+        publish_folder(folder, target)
     return found
 
 
@@ -83,7 +79,7 @@ def _make_parent(target: Path) -> None:
         raise UserError(f"{target}: cannot be made ({error.strerror}); give another --out") from None
 
 
-def _fill(api: HfApi, listing: Listing, folder: Path, target: Path, base: str | None, say: Say) -> Pulled:
+def _fill_run(api: HfApi, listing: Listing, folder: Path, target: Path, base: str | None, say: Say) -> Pulled:
     """Write the run into `folder`, which becomes `target`."""
     if set(ESSENTIAL) <= listing.entries.keys():
         return _fill_from_run(api, listing, folder, target, base, say)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxdpo.io.atomic import write_json
-from mlxdpo.io.json_file import as_written, is_plain_name, read_json
+from mlxdpo.io.json_file import as_written, read_json
+from mlxdpo.io.names import is_plain_name
 from mlxdpo.types import UserError
 
 RECORD = "export.json"

@@ -15,33 +15,35 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mlxdpo.config import Config, dump_config, load_config
 from mlxdpo.exporters.upload_rules import RUN
 from mlxdpo.io.atomic import write_atomic, write_json, write_text
+from mlxdpo.io.names import is_hub_id
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, read_settings
 from mlxdpo.model.reward_head import FILE as HEAD
 from mlxdpo.runs import Run
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-DATA_FILES = {".jsonl", ".json", ".csv", ".parquet", ".yaml", ".gz", ".zst"}
 # A path inside a sentence: from a root, a home or a drive to the next blank or closing mark.
 PATHS = re.compile(r"(?<![\w.:/~-])(?:~?/|[A-Za-z]:[\\/])[^\s\"'`,;()]*[\\/]")
 START, REFERENCE = "start", "reference"
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a model or data source is an id on the Hub rather than a file or folder here."""
-    return looks_like_hub_id(name) and not Path(name).exists()
-
-
-def looks_like_hub_id(name: str) -> bool:
-    """Whether a name is spelled like an id on the Hub, owner/name, whatever there is here."""
-    return bool(HUB_ID.fullmatch(name)) and not name.startswith(".") and Path(name).suffix not in DATA_FILES
-
-
 def public_name(name: str) -> str:
     """A source as others may see it: a Hub id or an address as it stands, a file or folder by its last name."""
     return name if is_hub_id(name) or "://" in name else re.split(r"[\\/]", name.rstrip("\\/"))[-1]
+
+
+def card_metadata(card: Path) -> Mapping[str, Any]:
+    """The metadata at the head of a model card; a missing card, or a head that is no YAML mapping, holds nothing."""
+    text = card.read_text("utf-8", "replace") if card.is_file() else ""
+    head = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---", text, re.DOTALL)
+    try:
+        found = yaml.safe_load(head[1]) if head else None
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date with a month 13, say
+        return {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def without_paths(value: Any) -> Any:

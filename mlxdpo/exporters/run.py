@@ -1,14 +1,11 @@
-"""The story of an export: refuse early, measure the run, write each target aside, load it again, keep what passed."""
+"""An export: refuse early, measure the run, write each target aside, load it again, keep what passed."""
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
-import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +16,11 @@ from mlxdpo.exporters import gguf, hf, mlx, peft
 from mlxdpo.exporters.card import write_card
 from mlxdpo.exporters.record import RECORD, Exported, Target, write_record
 from mlxdpo.exporters.sections import REPO, Licences
-from mlxdpo.exporters.source import Choices, Source
+from mlxdpo.exporters.source import Choices, ExportSource
 from mlxdpo.exporters.upload_rules import CARD
-from mlxdpo.exporters.verify import RunReference, measure, run_reference
+from mlxdpo.exporters.verify import RunReference, measure_fidelity, run_reference
 from mlxdpo.inference.trained_run import TrainedRun, encode_pairs, heldout_pairs, open_trained_run
+from mlxdpo.io.staging import publish_folder, staging_folder
 from mlxdpo.machine.device import versions
 from mlxdpo.runs import Run
 from mlxdpo.types import Example, UserError
@@ -31,13 +29,13 @@ from mlxdpo.types import Example, UserError
 class Exporter(NamedTuple):
     """One kind of artefact: what it refuses, how it is written into an empty folder, how it is loaded back."""
 
-    refuse: Callable[[Source], None]
-    write: Callable[[Source, Path], str | None]
-    reload: Callable[[Source, Path], nn.Module]
+    refuse: Callable[[ExportSource], None]
+    write: Callable[[ExportSource, Path], str | None]
+    reload: Callable[[ExportSource, Path], nn.Module]
     relation: str
 
 
-def _accepts(source: Source) -> None:
+def _accepts(source: ExportSource) -> None:
     """Anything that mlx-lm trains goes into its own formats."""
 
 
@@ -76,21 +74,21 @@ def export(
     holds a model card too, for the Hub repository `repo`; what the user wrote in an earlier card stays.
     Raises `UserError`, before anything is written, for a target that this run cannot become.
     """
-    names, out = _known(to), Path(out)
+    names, out = _known_targets(to), Path(out)
     _check_out(out)
     rows, _, where = heldout_pairs(run, data)
-    opened = open_trained_run(run)
-    source = Source(opened, choices)
+    trained = open_trained_run(run)
+    source = ExportSource(trained, choices)
     for name in names:
         EXPORTERS[name].refuse(source)
-    examples = _some(opened, rows, pairs)
+    examples = _some(trained, rows, pairs)
     say(f"measuring the run on {len(examples)} pairs of {where}")
-    yard = run_reference(opened, examples)
-    with _aside(out) as folder:
+    reference = run_reference(trained, examples)
+    with staged_export(out) as folder:
         targets = {}
         for name in names:
             say(f"{name}: writing, loading again, measuring")
-            targets[name] = _make(name, source, yard, folder / place(name, names), force)
+            targets[name] = _make(name, source, reference, folder / target_folder(name, names), force)
         exported = _describe(source, out, where, targets)
         write_record(exported, folder)
         if (out / CARD).exists():
@@ -100,13 +98,13 @@ def export(
     return exported
 
 
-def place(name: str, names: Sequence[str]) -> str:
+def target_folder(name: str, names: Sequence[str]) -> str:
     """Where a target lies below the export: at its root for what the Hub's libraries look for there."""
     at_root = next((other for other in AT_ROOT if other in names), None)
     return "." if name == at_root else name
 
 
-def _known(to: Sequence[str]) -> list[str]:
+def _known_targets(to: Sequence[str]) -> list[str]:
     names = list(dict.fromkeys(to))
     if not names or (unknown := [name for name in names if name not in EXPORTERS]):
         wrong = f"`{unknown[0]}` is no target" if names else "no target given"
@@ -121,55 +119,33 @@ def _check_out(out: Path) -> None:
         raise UserError(f"{out} holds something that is no earlier export; choose another --out")
 
 
-def _some(opened: TrainedRun, rows: list, pairs: int) -> list[Example]:
+def _some(trained: TrainedRun, rows: list, pairs: int) -> list[Example]:
     """Every k-th of the held-out pairs, so that a sorted file is met all over."""
     chosen = rows if not pairs or pairs >= len(rows) else [rows[i * len(rows) // pairs] for i in range(pairs)]
-    return encode_pairs(opened, chosen)[1]
+    return encode_pairs(trained, chosen)[1]
 
 
-@contextlib.contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, gone afterwards unless it was renamed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(out)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-{os.getpid()}-"))
-    folder.chmod(0o755)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sweep(out: Path) -> None:
-    """Remove what exports to `out` left that were killed: gigabytes, and hidden. Folders are named by their process.
+def staged_export(out: Path) -> contextlib.AbstractContextManager[Path]:
+    """A folder beside `out`, removed afterwards unless it was renamed; what killed exports to `out` left goes first.
 
     One that was killed between the two renames of `_replace` has the earlier export inside: it goes back.
     """
-    for folder in out.parent.glob(f".{glob.escape(out.name)}-*"):
-        named = re.fullmatch(rf"\.{re.escape(out.name)}-(\d+)-\w+", folder.name)
-        if named and not _alive(int(named[1])):
-            if (folder / WAS).exists() and not out.exists():
-                os.rename(folder / WAS, out)
-            shutil.rmtree(folder, ignore_errors=True)
+
+    def rescue(folder: Path) -> None:
+        """Put an earlier export back."""
+        if (folder / WAS).exists() and not out.exists():
+            os.rename(folder / WAS, out)
+
+    return staging_folder(out.parent, f".{out.name}-draft-", rescue)
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
-
-
-def _make(name: str, source: Source, yard: RunReference, folder: Path, force: bool) -> Target:
+def _make(name: str, source: ExportSource, reference: RunReference, folder: Path, force: bool) -> Target:
     folder.mkdir(exist_ok=True)
     before = set(_files(folder))
     exporter = EXPORTERS[name]
     note = exporter.write(source, folder)
     artefact = exporter.reload(source, folder)
-    fidelity = measure(yard, artefact, force)
+    fidelity = measure_fidelity(reference, artefact, force)
     del artefact
     mx.clear_cache()
     files = {path: size for path, size in _files(folder).items() if path not in before}
@@ -187,16 +163,16 @@ def _files(folder: Path) -> dict[str, int]:
     return {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def _relation(name: str, source: Source) -> str:
+def _relation(name: str, source: ExportSource) -> str:
     """The Hub's `base_model_relation` of one target."""
     packed = name == "fused" and source.quantised
     return "quantized" if packed else EXPORTERS[name].relation
 
 
-def _describe(source: Source, out: Path, where: str, targets: dict[str, Target]) -> Exported:
+def _describe(source: ExportSource, out: Path, where: str, targets: dict[str, Target]) -> Exported:
     # What a reader of the Hub page meets first.
     first = next(name for name in (*AT_ROOT, *EXPORTERS) if name in targets)
-    run, config = source.opened.run, source.opened.config
+    run, config = source.trained.run, source.trained.config
     return Exported(
         out=out,
         run=run.path.resolve().name,
@@ -213,9 +189,12 @@ def _describe(source: Source, out: Path, where: str, targets: dict[str, Target])
 def _replace(folder: Path, out: Path) -> None:
     """Put the finished folder where `out` is, or was."""
     if not out.exists():
-        os.rename(folder, out)
+        publish_folder(folder, out)
         return
-    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-{os.getpid()}-"))
-    os.rename(out, old / WAS)
-    os.rename(folder, out)
-    shutil.rmtree(old)
+    with staged_export(out) as old:
+        os.rename(out, old / WAS)
+        try:
+            publish_folder(folder, out)
+        except OSError:
+            os.rename(old / WAS, out)
+            raise

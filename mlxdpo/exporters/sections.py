@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxdpo.config import Config, names_of
-from mlxdpo.exporters.findings import Finding, Findings
+from mlxdpo.exporters.findings import CardNumber, CardNumbers
 from mlxdpo.exporters.record import Exported, Target
-from mlxdpo.exporters.redact import command, is_hub_id, public_name, without_paths
+from mlxdpo.exporters.redact import card_metadata, command, public_name, without_paths
 from mlxdpo.exporters.upload_rules import CURVE, RUN
+from mlxdpo.io.names import is_hub_id
 from mlxdpo.losses import LOSSES
 from mlxdpo.model.policy import BUILTIN, find_model
 
-# Licences as far as they are known: what the user says, else what the base model's own card says. Never a guess.
-
 
 class Licences(NamedTuple):
-    """Identifiers as the Hub spells them (apache-2.0) of the base model's and the data's licence; None: not known."""
+    """Identifiers as the Hub spells them (apache-2.0) of the base model's and the data's licence; None: not known.
+
+    They are what the user says, else what the base model's own card says, and never a guess.
+    """
 
     model: str | None = None
     data: str | None = None
@@ -26,7 +28,7 @@ class Licences(NamedTuple):
 
 def known(config: Config, given: Licences) -> Licences:
     """`given`, with the base model's licence filled in from its card where that lies on this machine."""
-    return given if given.model is not None else given._replace(model=_of_card(_card_of(config)))
+    return given if given.model is not None else given._replace(model=_licence_of(_card_of(config)))
 
 
 def _card_of(config: Config) -> Path | None:
@@ -41,15 +43,8 @@ def _card_of(config: Config) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _of_card(card: Path | None) -> str | None:
-    if card is None or not card.exists():
-        return None
-    from huggingface_hub import ModelCard
-
-    try:
-        licence = ModelCard(card.read_text("utf-8"), ignore_metadata_errors=True).data.get("license")
-    except ValueError:  # a card whose metadata is no YAML says nothing
-        return None
+def _licence_of(card: Path | None) -> str | None:
+    licence = card_metadata(card).get("license") if card else None
     return licence if isinstance(licence, str) else None
 
 
@@ -62,7 +57,7 @@ def cell(text: Any) -> str:
     return plain.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell(value) for value in line) + " |" for line in lines)
@@ -85,11 +80,11 @@ def objective(config: Config) -> str:
     if config.stage in ONLINE:
         return f"reward of the model's own samples: {ONLINE[config.stage]}, KL cost {config.rollout.kl:g}"
     terms = [f"{name}: {LOSSES[name].title} (arXiv {LOSSES[name].paper})" for name in names_of(config.loss.name)]
-    said = config.loss.model_dump(exclude_defaults=True, exclude={"name"}) | {"beta": config.loss.beta}
-    return ", ".join([" + ".join(terms), *(f"{name} {value}" for name, value in sorted(said.items()))])
+    settings = config.loss.model_dump(exclude_defaults=True, exclude={"name"}) | {"beta": config.loss.beta}
+    return ", ".join([" + ".join(terms), *(f"{name} {value}" for name, value in sorted(settings.items()))])
 
 
-def opening(record: Exported, config: Config, findings: Findings | None) -> str:
+def introduction(record: Exported, config: Config, findings: CardNumbers | None) -> str:
     """What this is, and the verdict of its evaluation."""
     title = cell(record.run)
     verdict = findings.headline if findings and findings.headline else ""
@@ -102,24 +97,28 @@ def opening(record: Exported, config: Config, findings: Findings | None) -> str:
 
 def contents(record: Exported, repo: str) -> str:
     """What the repository holds and how each part is loaded."""
-    rows = [(_where(target), name, target.relation, target.note or "") for name, target in record.targets.items()]
+    rows = [(_folder_of(target), name, target.relation, target.note or "") for name, target in record.targets.items()]
     rows.append((f"{RUN}/", "run", "", "recipe, manifest and adapter: `mlxdpo pull` makes a run directory of it"))
     snippets = [USAGE[name](record, target) for name, target in record.targets.items() if name in USAGE]
     snippets = [snippet.replace(REPO, repo) for snippet in snippets]
     pull = f"mlxdpo pull {repo} --out runs/pulled\nmlxdpo generate runs/pulled --prompt '...'"
-    parts = [table(("folder", "target", "relation to the base", "note"), rows), *snippets, _code("sh", pull)]
+    parts = [
+        markdown_table(("folder", "target", "relation to the base", "note"), rows),
+        *snippets,
+        _code_block("sh", pull),
+    ]
     return "## What is here\n\n" + "\n\n".join(parts)
 
 
-def _where(target: Target) -> str:
+def _folder_of(target: Target) -> str:
     return "(root)" if target.folder == "." else f"{target.folder}/"
 
 
-def _code(language: str, text: str) -> str:
+def _code_block(language: str, text: str) -> str:
     return f"```{language}\n{text}\n```"
 
 
-def _below(target: Target) -> str:
+def _subfolder(target: Target) -> str:
     return "" if target.folder == "." else f', subfolder="{target.folder}"'
 
 
@@ -127,21 +126,21 @@ def _mlx(record: Exported, target: Target) -> str:
     at = "." if target.folder == "." else target.folder
     adapter = "adapters.safetensors" in target.files
     model = f"{record.base_model} --adapter-path here/{at}" if adapter else f"here/{at}"
-    return _code("sh", f"hf download {REPO} --local-dir here\nmlx_lm.generate --model {model} --prompt '...'")
+    return _code_block("sh", f"hf download {REPO} --local-dir here\nmlx_lm.generate --model {model} --prompt '...'")
 
 
 def _peft(record: Exported, target: Target) -> str:
-    return _code(
+    return _code_block(
         "python",
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f'base = AutoModelForCausalLM.from_pretrained("{record.base_model}")\n'
-        f'model = PeftModel.from_pretrained(base, "{REPO}"{_below(target)})',
+        f'model = PeftModel.from_pretrained(base, "{REPO}"{_subfolder(target)})',
     )
 
 
 def _hf(record: Exported, target: Target) -> str:
-    load = f'"{REPO}"{_below(target)}'
-    return _code(
+    load = f'"{REPO}"{_subfolder(target)}'
+    return _code_block(
         "python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({load})\ntokenizer = AutoTokenizer.from_pretrained({load})",
@@ -149,7 +148,7 @@ def _hf(record: Exported, target: Target) -> str:
 
 
 def _gguf(record: Exported, target: Target) -> str:
-    return _code("sh", f"llama-cli -hf {REPO}")
+    return _code_block("sh", f"llama-cli -hf {REPO}")
 
 
 USAGE = {"mlx": _mlx, "fused": _mlx, "quantized": _mlx, "peft": _peft, "hf": _hf, "gguf": _gguf}
@@ -167,12 +166,12 @@ def base(record: Exported, manifest: Mapping[str, Any], licences: Licences) -> s
         ("trained in", f"{model['dtype']}, quantisation: {bits}"),
         ("relation", record.relation),
         ("licence", licences.model or "not known: look at the base model's page before you use this"),
-        ("reference of the rewards", _reference(manifest)),
+        ("reference of the rewards", _reference_of(manifest)),
     ]
-    return "## Base model\n\n" + table(("", ""), rows)
+    return "## Base model\n\n" + markdown_table(("", ""), rows)
 
 
-def _reference(manifest: Mapping[str, Any]) -> str:
+def _reference_of(manifest: Mapping[str, Any]) -> str:
     source = manifest["reference_source"]
     adapter = " with the adapter that training began from" if source["adapter"] else ""
     return f"{public_name(source['model'])}{adapter}, digest {manifest['reference']['digest']}"
@@ -190,7 +189,7 @@ def data(config: Config, manifest: Mapping[str, Any], licences: Licences) -> str
     ]
     lines = [f"- {cell(line)}" for line in _left_out(found["reports"])]
     rest = "\n\nRows left out or changed:\n\n" + "\n".join(lines) if lines else ""
-    return f"## Data\n\n{table(('', ''), rows)}{rest}"
+    return f"## Data\n\n{markdown_table(('', ''), rows)}{rest}"
 
 
 def _left_out(reports: Mapping[str, Any]) -> Iterable[str]:
@@ -218,9 +217,9 @@ def training(config: Config, manifest: Mapping[str, Any], metrics: Sequence[Mapp
     ]
     parts = [
         "## Training",
-        table(("", ""), rows),
+        markdown_table(("", ""), rows),
         "The command, on the data named above:",
-        _code("sh", command(config)),
+        _code_block("sh", command(config)),
     ]
     return "\n\n".join([*parts, f"![loss, reward accuracy and margin over the steps]({CURVE})"] if steps else parts)
 
@@ -232,23 +231,25 @@ def _ends(metrics: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
         yield "held-out loss", ", ".join(ends)
 
 
-def evaluation(findings: Findings | None) -> str:
+def evaluation_section(findings: CardNumbers | None) -> str:
     """The table of numbers, each with interval and n, and what the judges are worth."""
     if findings is None:
         return "## Evaluation\n\nNot evaluated. `mlxdpo eval` measures it, with intervals."
-    rows = [(f.name, f"{f.value:.4g}", interval(f), f.n or "not recorded", f.beside) for f in findings.findings]
+    rows = [(f.name, f"{f.value:.4g}", bounds(f), f.n or "not recorded", f.beside) for f in findings.findings]
     note = (
         f"Held-out pairs: {cell(without_paths(findings.data))}. Intervals are 95 %, clustered by prompt; "
         f"`none` means that the data could not carry one. Source: eval/{cell(findings.file)} of the run."
     )
-    parts = ["## Evaluation", table(("number", "value", "95 % interval", "n", "beside it"), rows), note]
-    parts += [f"### Judge: {cell(c.judge)}\n\n{table(('', ''), without_paths(c.rows))}" for c in findings.cards]
+    parts = ["## Evaluation", markdown_table(("number", "value", "95 % interval", "n", "beside it"), rows), note]
+    parts += [
+        f"### Judge: {cell(c.judge)}\n\n{markdown_table(('', ''), without_paths(c.rows))}" for c in findings.cards
+    ]
     if not findings.cards:
         parts.append("No judge was asked, so whether its answers are better is not known.")
     return "\n\n".join(parts)
 
 
-def interval(finding: Finding) -> str:
+def bounds(finding: CardNumber) -> str:
     """The bounds, or that there are none."""
     if finding.low is None or finding.high is None:
         return "none"
@@ -261,23 +262,23 @@ def fidelity(record: Exported) -> str:
     for name, target in record.targets.items():
         f = target.fidelity
         verdict = "passed" if f.passed else f"**failed**: {f.reason or 'no reason recorded'}"
-        figures = (_number(f.token_kl, ".2e"), _number(f.policy_reference_kl, ".2e"), _number(f.slope, ".4f"))
+        figures = (_formatted(f.token_kl, ".2e"), _formatted(f.policy_reference_kl, ".2e"), _formatted(f.slope, ".4f"))
         change = f"{f.accuracy_run:.3f} to {f.accuracy_artefact:.3f}"
         n = f"{f.pairs} pairs, {f.tokens} tokens"
-        rows.append((name, *figures, _number(f.correlation, ".4f"), change, n, verdict))
+        rows.append((name, *figures, _formatted(f.correlation, ".4f"), change, n, verdict))
     header = ("target", "KL(run, artefact)", "KL(run, reference)", "slope", "correlation", "accuracy", "n", "gate")
     note = (
         "Each artefact was loaded again and held against the run on held-out pairs: mean KL per token in nats, slope "
         f"and correlation of its DPO margins over the run's. Pairs: {cell(without_paths(record.data))}."
     )
-    return f"## Fidelity of the export\n\n{table(header, rows)}\n\n{note}"
+    return f"## Fidelity of the export\n\n{markdown_table(header, rows)}\n\n{note}"
 
 
-def _number(value: float | None, form: str) -> str:
+def _formatted(value: float | None, form: str) -> str:
     return "none" if value is None else format(value, form)
 
 
-def limits(config: Config, findings: Findings | None) -> str:
+def limits(config: Config, findings: CardNumbers | None) -> str:
     """What nobody should read into this card."""
     lines = [
         "**Not safety evaluated.** Preference tuning can weaken refusals that the base model had, and nobody looked.",

@@ -1,22 +1,23 @@
-"""What is exported: a reopened run, the folder its weights came from, and where they are to go."""
+"""What is exported: a trained run, the folder its weights came from, and where they are to go."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import mlx.core as mx
 import mlx.nn as nn
-import yaml
+import numpy as np
 
 from mlxdpo.exporters.merge_weights import Change, adapted, changes
-from mlxdpo.exporters.names import Origins, origins
-from mlxdpo.exporters.redact import is_hub_id
+from mlxdpo.exporters.redact import card_metadata
 from mlxdpo.inference.trained_run import TrainedRun
+from mlxdpo.io.checksum import read_tensors
 from mlxdpo.io.json_file import read_json
+from mlxdpo.io.names import is_hub_id
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.policy import find_model
 
@@ -24,6 +25,65 @@ GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 # What travels with weights besides weights: never code, never what some tool left in the folder.
 SIDE = ("*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 NOT_SIDE = ("*.index.json", "adapter_config.json", "export.json", "hf_quant_config.json")
+
+
+class Origins(NamedTuple):
+    """Which stored tensors a model's parameters are, found by following mlx-lm's `sanitize`.
+
+    A hundred model files rename, drop, stack or transform tensors on loading. The loader is run on lazy arrays and
+    asked afterwards: a parameter that is the very array that was stored has kept its values and only, perhaps, its
+    name. What was stacked is found again by its values. Anything else counts as unknown.
+
+    `stored` names each tensor's file, `one` the tensor that a parameter is, `made` the parameters that are none.
+    `unused` are tensors that no parameter has: tied heads stored twice, buffers, experts before they were stacked.
+    """
+
+    stored: dict[str, Path]
+    one: dict[str, str]
+    made: dict[str, mx.array]
+    unused: dict[str, mx.array]
+
+    def of(self, parameter: str) -> tuple[str, ...] | None:
+        """The tensors that make up a parameter, in their order along its first axis; None when that is not known."""
+        if parameter in self.one:
+            return (self.one[parameter],)
+        if parameter not in self.made or self.made[parameter].ndim < 3:
+            return None
+        whole, known = self.made[parameter], {}
+        for name, array in self.unused.items():
+            if array.shape == whole.shape[1:] and array.dtype == whole.dtype:
+                known[_array_digest(array)] = name
+        found = [known.get(_array_digest(part)) for part in whole]
+        return tuple(name for name in found if name) if all(found) and len(set(found)) == len(found) else None
+
+
+def origins(folder: Path) -> Origins:
+    """Follow mlx-lm's loader through the tensors of `folder`; reads headers only."""
+    from mlx_lm.utils import _get_classes, load_config
+
+    config = load_config(folder)
+    model_class, arguments = _get_classes(config)
+    stored, files = {}, {}
+    for file in weight_files(folder):
+        part = read_tensors(file)
+        stored |= part
+        files |= dict.fromkeys(part, file)
+    model = model_class(arguments.from_dict(config))  # `sanitize` may change the model: this one is for it alone
+    parameters = model.sanitize(dict(stored)) if hasattr(model, "sanitize") else dict(stored)
+    names = {id(array): name for name, array in stored.items()}
+    one = {name: names[id(array)] for name, array in parameters.items() if id(array) in names}
+    made = {name: array for name, array in parameters.items() if name not in one}
+    unused = {name: array for name, array in stored.items() if name not in set(one.values())}
+    return Origins(files, one, made, unused)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order."""
+    return sorted(folder.glob("model*.safetensors"))
+
+
+def _array_digest(array: mx.array) -> bytes:
+    return hashlib.sha256(np.array(array.view(mx.uint8)).tobytes()).digest()
 
 
 @dataclass(frozen=True)
@@ -37,26 +97,26 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A run, opened to be exported."""
+class ExportSource:
+    """A trained run to be exported."""
 
-    opened: TrainedRun
+    trained: TrainedRun
     choices: Choices
 
     @property
     def model(self) -> nn.Module:
         """The tuned model, adapters attached."""
-        return self.opened.policy.model
+        return self.trained.policy.model
 
     @property
     def folder(self) -> Path:
         """The folder of the weights that were trained on."""
-        return self.opened.policy.folder
+        return self.trained.policy.folder
 
     @cached_property
     def method(self) -> str:
         """lora, dora or full."""
-        return read_settings(self.opened.run.adapter).method
+        return read_settings(self.trained.run.adapter).method
 
     @cached_property
     def base(self) -> Path:
@@ -71,7 +131,7 @@ class Source:
     @property
     def quantised(self) -> bool:
         """Whether the run trained on packed weights, stored or made when loading."""
-        return self.opened.policy.identity["quantization"] is not None
+        return self.trained.policy.identity["quantization"] is not None
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
@@ -96,12 +156,12 @@ class Source:
     @property
     def base_name(self) -> str:
         """What cards and adapters call the base: a Hub id where there is one, never a path of this machine."""
-        return hub_name(self.choices.base or self.opened.config.model.path, self.base)
+        return hub_name(self.choices.base or self.trained.config.model.path, self.base)
 
     @property
     def remark_on_base(self) -> str | None:
         """What an adapter's user has to know when the base goes by a Hub id that is not where its weights came from."""
-        path = self.choices.base or self.opened.config.model.path
+        path = self.choices.base or self.trained.config.model.path
         if is_hub_id(path) or self.base_name == Path(path).resolve().name:
             return None
         return f"made for, and measured on, {Path(path).name}, a version of {self.base_name} by its card"
@@ -111,20 +171,9 @@ def hub_name(path: str, folder: Path) -> str:
     """The Hub id behind a model: itself, or the `base_model` of a local folder's card, else the folder's name."""
     if is_hub_id(path):
         return path
-    card = folder / "README.md"
-    named = _head_of(card).get("base_model") if card.is_file() else None
+    named = card_metadata(folder / "README.md").get("base_model")
     named = named[0] if isinstance(named, list) and named else named
     return named if isinstance(named, str) else Path(path).resolve().name
-
-
-def _head_of(card: Path) -> Mapping[str, Any]:
-    """The metadata of a model card; a head that is no YAML mapping says nothing, as on the Hub."""
-    head = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL)
-    try:
-        found = yaml.safe_load(head.group(1)) if head else None
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date with a month 13, say
-        return {}
-    return found if isinstance(found, Mapping) else {}
 
 
 def side_files(folder: Path) -> list[Path]:

@@ -44,49 +44,51 @@ class VerifiedRows(NamedTuple):
 
 
 class RunReference(NamedTuple):
-    """The run on held-out pairs: per batch its logits; `logps` and `reference` (2B,) summed nats, chosen first."""
+    """The run on held-out pairs: per batch its logits; `logps` and `ref_logps` (2B,) summed nats, chosen first."""
 
     batches: list[VerifiedRows]
     logits: list[Logits]
     logps: np.ndarray
-    reference: np.ndarray
+    ref_logps: np.ndarray
     kl: float
     tokens: int
     beta: float
     dtype: mx.Dtype
 
 
-def run_reference(opened: TrainedRun, examples: Sequence[Example]) -> RunReference:
+def run_reference(trained: TrainedRun, examples: Sequence[Example]) -> RunReference:
     """Score the run and its reference once; artefacts are then held against them one at a time.
 
     Where the model's parts are known, its last states are kept, so that an artefact costs one forward pass.
     """
-    model = opened.policy.model
-    dtype = getattr(mx, opened.policy.identity["dtype"])
-    vocabulary = opened.policy.config.get("vocab_size") or len(opened.policy.tokenizer)
+    model = trained.policy.model
+    dtype = getattr(mx, trained.policy.identity["dtype"])
+    vocabulary = trained.policy.config.get("vocab_size") or len(trained.policy.tokenizer)
     batches = list(_batches(examples, vocabulary))
-    logits = [_kept(model, rows) for rows in batches]
+    logits = [_logits_again(model, rows) for rows in batches]
     logps = _sums(batches, logits, len(examples))
-    reference, kl = _held_against(batches, logits, lambda rows: _of_reference(opened, rows), len(examples))
+    ref_logps, kl = _diverge(batches, logits, lambda rows: _of_reference(trained, rows), len(examples))
     tokens = sum(rows.at.shape[1] for rows in batches)
-    return RunReference(batches, logits, logps, reference, kl, tokens, opened.config.loss.beta, dtype)
+    return RunReference(batches, logits, logps, ref_logps, kl, tokens, trained.config.loss.beta, dtype)
 
 
-def measure(yard: RunReference, artefact: nn.Module, force: bool = False) -> Fidelity:
+def measure_fidelity(reference: RunReference, artefact: nn.Module, force: bool = False) -> Fidelity:
     """How an artefact behaves; it is run in the run's number type, so that only what was written differs."""
-    cast(artefact, yard.dtype)
+    cast(artefact, reference.dtype)
     if this_machine().kind == "cpu":  # its packed matmuls are fifty times slower, and give the same numbers
         artefact = _unpacked(artefact)
     artefact.train()  # as the run was scored; only dropout would differ, and it is off
-    logps, kl = _held_against(yard.batches, yard.logits, lambda rows: _ask(artefact, rows), len(yard.logps) // 2)
-    own, other = (_margins(values, yard.reference, yard.beta) for values in (yard.logps, logps))
-    slope, correlation = line(own, other)
-    reason = verdict(kl, yard.kl, slope)
+    logps, kl = _diverge(
+        reference.batches, reference.logits, lambda rows: _scored_logits(artefact, rows), len(reference.logps) // 2
+    )
+    own, other = (_margins(values, reference.ref_logps, reference.beta) for values in (reference.logps, logps))
+    slope, correlation = slope_and_correlation(own, other)
+    reason = why_failed(kl, reference.kl, slope)
     return Fidelity(
         pairs=len(own),
-        tokens=yard.tokens,
+        tokens=reference.tokens,
         token_kl=kl,
-        policy_reference_kl=yard.kl,
+        policy_reference_kl=reference.kl,
         slope=slope,
         correlation=correlation,
         accuracy_run=_accuracy(own),
@@ -103,7 +105,7 @@ def _unpacked(model: nn.Module) -> nn.Module:
     return dequantize_model(model)
 
 
-def verdict(kl: float, reference_kl: float, slope: float | None) -> str | None:
+def why_failed(kl: float, reference_kl: float, slope: float | None) -> str | None:
     """Why an artefact is not the run, in a sentence; None when it is."""
     limit = max(MOST_KL * reference_kl, ROUNDING)
     if not kl <= limit:  # also when it is no number
@@ -116,7 +118,7 @@ def verdict(kl: float, reference_kl: float, slope: float | None) -> str | None:
     return None
 
 
-def line(x: np.ndarray, y: np.ndarray) -> tuple[float | None, float | None]:
+def slope_and_correlation(x: np.ndarray, y: np.ndarray) -> tuple[float | None, float | None]:
     """Least-squares slope of y on x, and their correlation; None where either has no spread."""
     dx, dy = x - x.mean(), y - y.mean()
     sx, sy = float(dx @ dx), float(dy @ dy)
@@ -144,10 +146,10 @@ def _batches(examples: Sequence[Example], vocabulary: int) -> Iterator[VerifiedR
         longest = sum(map(len, pairs[order[0]])) - 1
         count = max(1, LOGITS // (4 * vocabulary * longest))
         here, order = order[:count], order[count:]
-        yield _rows(tuple(here), [pairs[i] for i in here], longest)
+        yield _padded_rows(tuple(here), [pairs[i] for i in here], longest)
 
 
-def _rows(which: tuple[int, ...], pairs: list[tuple[np.ndarray, np.ndarray]], longest: int) -> VerifiedRows:
+def _padded_rows(which: tuple[int, ...], pairs: list[tuple[np.ndarray, np.ndarray]], longest: int) -> VerifiedRows:
     inputs, at, targets = np.zeros((len(pairs), longest), np.int32), [], []
     for row, (prompt, completion) in enumerate(pairs):
         ids = np.concatenate([prompt, completion])
@@ -158,35 +160,35 @@ def _rows(which: tuple[int, ...], pairs: list[tuple[np.ndarray, np.ndarray]], lo
     return VerifiedRows(which, mx.array(inputs), np.array(at).T, mx.array(np.concatenate(targets)))
 
 
-def _ask(model: nn.Module, rows: VerifiedRows) -> mx.array:
+def _scored_logits(model: nn.Module, rows: VerifiedRows) -> mx.array:
     """(n, V) float32 logits, computed; where the model's parts are known, only scored positions meet the head."""
     i, j = (mx.array(index) for index in rows.at)
     with dropout_off(model):
-        if (trunk := model_parts(model)) is None:
+        if (parts := model_parts(model)) is None:
             logits = model(rows.inputs)[i, j].astype(mx.float32)
         else:
-            logits = heads.logits(trunk.head, _states(trunk, rows, i, j))
+            logits = heads.logits(parts.head, _states(parts, rows, i, j))
         mx.eval(logits)  # here, while dropout is off, and adapters are on or off as they are
     return logits
 
 
-def _of_reference(opened: TrainedRun, rows: VerifiedRows) -> mx.array:
-    with opened.reference() as model:
-        return _ask(model, rows)
+def _of_reference(trained: TrainedRun, rows: VerifiedRows) -> mx.array:
+    with trained.reference() as model:
+        return _scored_logits(model, rows)
 
 
-def _kept(model: nn.Module, rows: VerifiedRows) -> Logits:
+def _logits_again(model: nn.Module, rows: VerifiedRows) -> Logits:
     """The same to be asked again, with the last states at the scored positions kept where the parts are known."""
-    if (trunk := model_parts(model)) is None:
-        return lambda: _ask(model, rows)
+    if (parts := model_parts(model)) is None:
+        return lambda: _scored_logits(model, rows)
     with dropout_off(model):
-        states = _states(trunk, rows, *(mx.array(index) for index in rows.at))
+        states = _states(parts, rows, *(mx.array(index) for index in rows.at))
         mx.eval(states)
-    return lambda: heads.logits(trunk.head, states)
+    return lambda: heads.logits(parts.head, states)
 
 
-def _states(trunk: ModelParts, rows: VerifiedRows, i: mx.array, j: mx.array) -> mx.array:
-    return trunk.norm(hidden_states(trunk, rows.inputs[:, :0], rows.inputs, lambda h: h)[i, j])
+def _states(parts: ModelParts, rows: VerifiedRows, i: mx.array, j: mx.array) -> mx.array:
+    return parts.norm(hidden_states(parts, rows.inputs[:, :0], rows.inputs, lambda h: h)[i, j])
 
 
 def _sums(batches: list[VerifiedRows], logits: list[Logits], pairs: int) -> np.ndarray:
@@ -200,7 +202,7 @@ def _add(sums: np.ndarray, rows: VerifiedRows, logps: mx.array) -> None:
     np.add.at(sums, np.array(rows.which)[rows.at[0]], np.array(logps, np.float64))
 
 
-def _held_against(
+def _diverge(
     batches: list[VerifiedRows], own: list[Logits], other: Callable[[VerifiedRows], mx.array], pairs: int
 ) -> tuple[np.ndarray, float]:
     """(2B,) summed log-probs under `other`, and the mean token KL(own || other), nats."""
@@ -225,12 +227,12 @@ def token_kl(own: mx.array, other: mx.array, targets: mx.array) -> tuple[mx.arra
     Nats, the divergence at least 0. sum_v p log(p / q) with sum_v (q - p) = 0 added: what the normalisers are rounded
     by, as much as a faithful artefact diverges, then enters squared.
     """
-    (p_log, p), (q_log, q) = _softmax(own), _softmax(other)
+    (p_log, p), (q_log, q) = _softmax_pair(own), _softmax_pair(other)
     divergence = (p * (p_log - q_log) + q - p).sum(axis=-1)
     return mx.maximum(divergence, 0.0), mx.take_along_axis(q_log, targets[:, None], axis=-1)[:, 0]
 
 
-def _softmax(z: mx.array) -> tuple[mx.array, mx.array]:
+def _softmax_pair(z: mx.array) -> tuple[mx.array, mx.array]:
     """(n, V) -> log-softmax and softmax, with one exponential; summed in two sweeps, as `heads` does."""
     shifted = z - mx.max(z, axis=-1, keepdims=True)
     e = exp(shifted)

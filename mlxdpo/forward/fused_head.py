@@ -190,7 +190,7 @@ def _with_row_and_square(head: Head, h: mx.array, y: mx.array) -> tuple[mx.array
 
 
 def _logps_and_rows(head: Head, z: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Log-probs, their gradient rows, and the softmax (`_softmax`) of (N, V) logits."""
+    """Log-probs, their gradient rows, and the softmax (`_head_softmax`) of (N, V) logits."""
     logp, e, total = _head_softmax(z, y)
     if head.softcap is None:
         # W[y] - (e W) / total: the one-hot part is a look-up, not a matmul.

@@ -82,11 +82,12 @@ def finished(
     batch_size: int = 32,
 ) -> Iterator[tuple[int, Completion]]:
     """`generate`, one by one as they finish: (index into `prompts`, completion). For progress bars."""
-    _check(prompts, max_tokens, temperature, top_p, batch_size)
+    _check_sampling(prompts, max_tokens, temperature, top_p, batch_size)
     if not prompts:
         return
     samplers = [
-        greedy if temperature == 0 else seeded_sampler(stream, temperature, top_p) for stream in streams(prompts, seed)
+        greedy if temperature == 0 else seeded_sampler(stream, temperature, top_p)
+        for stream in noise_streams(prompts, seed)
     ]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     was_training = model.training
@@ -125,8 +126,8 @@ def stepwise(
     continuations by the same weights with other adapters take turns. `occurrence` says which sample of the prompt
     this is: `generate` counts them from 0. The model must be in evaluation mode.
     """
-    _check([prompt], max_tokens, temperature, top_p, 1)
-    stream = (seed, occurrence, *streams([prompt], seed)[0][2:])
+    _check_sampling([prompt], max_tokens, temperature, top_p, 1)
+    stream = (seed, occurrence, *noise_streams([prompt], seed)[0][2:])
     sample = greedy if temperature == 0 else seeded_sampler(stream, temperature, top_p)
     with enter() as model:
         cache = make_prompt_cache(model)
@@ -150,7 +151,9 @@ def stepwise(
     return "length"
 
 
-def _check(prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, top_p: float, size: int) -> None:
+def _check_sampling(
+    prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, top_p: float, size: int
+) -> None:
     if empty := [i for i, prompt in enumerate(prompts) if len(prompt) == 0]:
         raise UserError(f"prompt {empty[0] + 1} of {len(prompts)} is empty: there is nothing to continue; leave it out")
     if max_tokens < 1 or size < 1:
@@ -169,7 +172,7 @@ def _collect(generator: BatchGenerator, index: dict[int, int]) -> Iterator[tuple
                 yield index[response.uid], Completion(tokens.pop(response.uid), response.finish_reason)
 
 
-def streams(prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:
+def noise_streams(prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:
     """The noise stream of each prompt: (seed, occurrence, digest of its tokens as eight 32-bit words)."""
     seen: Counter[bytes] = Counter()
     result = []

@@ -14,7 +14,7 @@ from mlxdpo.model.adapters import dropout_off
 from mlxdpo.types import UserError
 
 
-def check_installed() -> None:
+def check_lm_eval() -> None:
     """Raise `UserError` when lm-evaluation-harness is missing."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
@@ -27,7 +27,7 @@ def find_tasks(tasks: Sequence[str], include: Path | None = None) -> Any:
 
     Raises `UserError` for a task that is not in it, and when the harness is missing.
     """
-    check_installed()
+    check_lm_eval()
     from lm_eval.tasks import TaskManager
 
     known = TaskManager(include_path=None if include is None else str(include))
@@ -70,8 +70,8 @@ def run_tasks(
             **seeds,
         )
     assert found is not None  # it is None on other ranks of a distributed job only
-    return {task: _numbers(measures) for task, measures in found["results"].items()}
+    return {task: _task_measures(measures) for task, measures in found["results"].items()}
 
 
-def _numbers(measures: dict[str, Any]) -> dict[str, Any]:
+def _task_measures(measures: dict[str, Any]) -> dict[str, Any]:
     return {name: float(v) if isinstance(v, int | float) else str(v) for name, v in measures.items()}

@@ -16,15 +16,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlxdpo.config import DataConfig
-from mlxdpo.data.batching import collate
 from mlxdpo.data.encode import encode_stream
-from mlxdpo.data.planning import outline, plan_straight
 from mlxdpo.data.report import Report
 from mlxdpo.data.template import probe
 from mlxdpo.data.transforms import with_end
 from mlxdpo.forward.architectures import model_parts
-from mlxdpo.forward.layer_plan import evaluate_batch
 from mlxdpo.forward.rewards import reward_fns
+from mlxdpo.inference.scoring import score_examples
 from mlxdpo.io.digest import file_digest, folder_digest
 from mlxdpo.model.adapters import dropout_off, load_adapter
 from mlxdpo.model.policy import Policy, load_policy
@@ -52,22 +50,20 @@ class RewardModel:
         """
         values = np.full(len(prompts), np.nan)
         examples = list(with_end(self._encoded(prompts, completions), self.data, Report()))
-        way = reward_fns(model_parts(self.policy.model) is not None).score
+        forward = reward_fns(model_parts(self.policy.model) is not None).score
         with dropout_off(self.policy.model) as model:
-            for indices in plan_straight(outline(examples, self.data.group), self.batch_size):
-                batch = collate(examples, indices, self.batch_size)
-                rewards = way(model, batch)[batch.chosen]
-                evaluate_batch(batch, rewards)
-                values[[int(examples[i].where) for i in indices]] = np.array(rewards, np.float64)[: len(indices)]
+            score = lambda batch: forward(model, batch)[batch.chosen]  # noqa: E731
+            rewards = score_examples(examples, self.data.group, self.batch_size, 1, score)[0]
+        values[[int(example.where) for example in examples]] = rewards
         return values
 
     def _encoded(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Iterable[Example]:
         """Encoded rows; `where` is the number of the row."""
         writer = probe(self.policy.tokenizer, self.data, self.policy.eos_ids)
-        return encode_stream(_rows(prompts, completions), writer, self.data, Report())
+        return encode_stream(_unpaired_rows(prompts, completions), writer, self.data, Report())
 
 
-def _rows(prompts: Sequence[Text], completions: Sequence[Text]) -> Iterator[UnpairedExample]:
+def _unpaired_rows(prompts: Sequence[Text], completions: Sequence[Text]) -> Iterator[UnpairedExample]:
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         yield UnpairedExample(prompt, completion, True, str(number))
 

@@ -41,7 +41,7 @@ class Gallery(NamedTuple):
 def gallery(run: Run) -> Gallery:
     """The prompts of a run's data; an empty gallery with a note where they are not on this machine."""
     try:
-        train, heldout = _rows(run)
+        train, heldout = _rows_of_run(run)
     except (UserError, OSError) as error:
         return Gallery((), (), (), 128, str(error))
     note = "" if heldout else "this run held out no prompts"
@@ -49,7 +49,7 @@ def gallery(run: Run) -> Gallery:
     return Gallery(unseen, seen, tuple(heldout), _usual_tokens(heldout or train), note)
 
 
-def _rows(run: Run) -> tuple[list[Preference], list[Preference]]:
+def _rows_of_run(run: Run) -> tuple[list[Preference], list[Preference]]:
     config = run.config()
     source = heldout_source(config.data)
     for path in (config.data.path, *(source[:1] if source else ())):
@@ -77,18 +77,18 @@ def text_of(answer: Text) -> str:
     return answer if isinstance(answer, str) else "\n".join(turn.content for turn in answer)
 
 
-def label(row: Preference, longest: int = 90) -> str:
+def one_line(row: Preference, longest: int = 90) -> str:
     """A prompt on one line."""
     line = " ".join(prompt_text(row.prompt).split())
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
-def as_json(text: Text) -> str | list[dict[str, object]]:
+def text_to_json(text: Text) -> str | list[dict[str, object]]:
     """Text as it stands in a data file."""
     return text if isinstance(text, str) else [turn.as_dict() for turn in text]
 
 
-def from_json(value: object) -> Text:
+def text_from_json(value: object) -> Text:
     """What `as_json` wrote."""
     if isinstance(value, str):
         return value

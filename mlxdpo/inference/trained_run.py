@@ -1,4 +1,4 @@
-"""A finished run, opened again to be judged: its tuned model, its locked reference, the pairs that were held out.
+"""A finished run, loaded to be judged: its tuned model, its locked reference, the pairs that were held out.
 
 The reference is part of what a run is: implicit rewards against another one are other numbers (people who guessed it
 got wrong ones), so it is compared with the manifest and nothing is scored when it differs.
@@ -7,35 +7,26 @@ got wrong ones), so it is compared with the manifest and nothing is scored when 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-
 from mlxdpo.config import Config
-from mlxdpo.data.batching import collate
 from mlxdpo.data.best_of_k import BestOfK, holds_best_of_k, read_best_of_k
 from mlxdpo.data.encode import encode, encode_all
 from mlxdpo.data.messages import as_turns
-from mlxdpo.data.planning import outline, plan_straight
 from mlxdpo.data.read import heldout_source, prompt_key, read_pairs, split_heldout
 from mlxdpo.data.report import Report
-from mlxdpo.forward.layer_plan import evaluate_batch
-from mlxdpo.forward.logprobs import forward_fns, score_pairs
+from mlxdpo.inference.scoring import ModelContext, PairLogps, logps_under_both
 from mlxdpo.io.digest import folder_digest
-from mlxdpo.model.adapters import adapters_off, dropout_off, load_arrays, load_run, load_start, read_settings
+from mlxdpo.model.adapters import adapters_off, load_arrays, load_run, load_start, read_settings
 from mlxdpo.model.policy import Policy
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
 from mlxdpo.training.reference import find_reference
 from mlxdpo.types import Example, Preference, Text, UserError
 
-Side = Callable[[], contextlib.AbstractContextManager[nn.Module]]
-"""Gives a model to run while the context lasts."""
 LOCKED = ("digest", "dtype", "quantization", "adapter")
 
 
@@ -45,19 +36,8 @@ class TrainedRun(NamedTuple):
     run: Run
     config: Config
     policy: Policy
-    start: Side
-    reference: Side
-
-
-class PairLogps(NamedTuple):
-    """Summed completion log-probs of pairs under policy and reference, nats, and lengths in tokens: each (B,)."""
-
-    chosen: np.ndarray
-    rejected: np.ndarray
-    ref_chosen: np.ndarray
-    ref_rejected: np.ndarray
-    chosen_len: np.ndarray
-    rejected_len: np.ndarray
+    start: ModelContext
+    reference: ModelContext
 
 
 def open_trained_run(run: Run) -> TrainedRun:
@@ -67,7 +47,7 @@ def open_trained_run(run: Run) -> TrainedRun:
     """
     config, policy = run.config(), load_run(run)
     bare = config.model.adapter is None and read_settings(run.adapter).method != "full"
-    start: Side = (
+    start: ModelContext = (
         partial(adapters_off, policy.model) if bare else partial(contextlib.nullcontext, load_start(run).model)
     )
     if config.reference.model is None:
@@ -78,17 +58,17 @@ def open_trained_run(run: Run) -> TrainedRun:
     return TrainedRun(run, config, policy, start, partial(contextlib.nullcontext, other.model))
 
 
-def at_checkpoints(opened: TrainedRun) -> Iterator[str]:
-    """Put the weights of each kept checkpoint into `opened.policy`, oldest first, and yield its name meanwhile.
+def at_checkpoints(trained: TrainedRun) -> Iterator[str]:
+    """Put the weights of each kept checkpoint into `trained.policy`, oldest first, and yield its name meanwhile.
 
     Afterwards the run's own adapter is back, also when the caller stops half-way.
     """
     try:
-        for folder in checkpoint.steps(opened.run.checkpoints):
-            load_arrays(opened.policy.model, folder)
+        for folder in checkpoint.steps(trained.run.checkpoints):
+            load_arrays(trained.policy.model, folder)
             yield folder.name
     finally:
-        load_arrays(opened.policy.model, opened.run.adapter)
+        load_arrays(trained.policy.model, trained.run.adapter)
 
 
 def check_reference(run: Run, reference: Policy, adapter: str | None) -> None:
@@ -98,12 +78,13 @@ def check_reference(run: Run, reference: Policy, adapter: str | None) -> None:
     for name in LOCKED:
         if then[name] != now[name]:
             raise UserError(
-                f"{run.path}: its reference had {name} {_short(then[name])}, the one here has {_short(now[name])}; "
+                f"{run.path}: its reference had {name} {_short_identity(then[name])}, the one here has "
+                f"{_short_identity(now[name])}; "
                 f"rewards against another reference are other numbers, restore {run.manifest()['reference_source']}"
             )
 
 
-def _short(value: Any) -> str:
+def _short_identity(value: Any) -> str:
     return value[:12] if isinstance(value, str) else str(value)
 
 
@@ -146,33 +127,22 @@ def _called(source: str) -> str:
     return Path(source).name if Path(source).exists() else source
 
 
-def encode_pairs(opened: TrainedRun, rows: Sequence[Preference]) -> tuple[list[Preference], list[Example], Report]:
+def encode_pairs(trained: TrainedRun, rows: Sequence[Preference]) -> tuple[list[Preference], list[Example], Report]:
     """Rows and their token ids, one for one, without those that do not fit (counted in the report)."""
-    tokenizer, eos, data = opened.policy.tokenizer, opened.policy.eos_ids, opened.config.data
+    tokenizer, eos, data = trained.policy.tokenizer, trained.policy.eos_ids, trained.config.data
     examples, report = encode_all(rows, tokenizer, data, eos_ids=eos)
     if len(examples) == len(rows):
         return list(rows), examples, report
     counted = Report()  # row by row, to know which ones are left
     found = [(row, encode(row, tokenizer, data, counted, eos_ids=eos)) for row in rows]
-    kept = [(row, example) for row, example in found if example is not None]
-    return [row for row, _ in kept], [example for _, example in kept], report
+    fitting = [(row, example) for row, example in found if example is not None]
+    return [row for row, _ in fitting], [example for _, example in fitting], report
 
 
-def pair_logps(opened: TrainedRun, examples: Sequence[Example], batch_size: int = 8) -> PairLogps:
+def pair_logps(trained: TrainedRun, examples: Sequence[Example], batch_size: int = 8) -> PairLogps:
     """Log-probs of every pair, in the order given, `batch_size` pairs at once."""
-    values, ways = np.zeros((4, len(examples))), forward_fns(opened.policy.model)
-    for indices in plan_straight(outline(examples, opened.config.data.group), batch_size):
-        batch = collate(examples, indices, batch_size)
-        with dropout_off(opened.policy.model) as model:
-            tuned = score_pairs(model, batch, ways.score)
-            evaluate_batch(batch, tuned.chosen, tuned.rejected)
-        with opened.reference() as model, dropout_off(model):
-            base = score_pairs(model, batch, forward_fns(model).score)
-            both = mx.stack([tuned.chosen, tuned.rejected, base.chosen, base.rejected])
-            evaluate_batch(batch, both)
-        values[:, list(indices)] = np.array(both)[:, : len(indices)]
-    lengths = [np.array([len(getattr(e, side)) for e in examples], np.float64) for side in ("chosen", "rejected")]
-    return PairLogps(*values, *lengths)
+    policy, group = trained.policy.model, trained.config.data.group
+    return logps_under_both(policy, trained.reference, examples, group, batch_size)
 
 
 def prompt_name(prompt: Text) -> str:

@@ -1,9 +1,11 @@
-"""Files that know whether they still are what was written: a SHA-256 over the contents stands in the file itself.
+"""Safetensors and JSON files with a SHA-256 over their contents in the file itself, checked when they are read.
 
 A disk or a copy that changes one bit makes a checkpoint that parses and trains on into something else; safetensors and
-JSON notice nothing. The seal travels with the file, and other programs read past it: it is one more entry of a
-safetensors file's metadata, one more key of a JSON object. A file without a seal is somebody else's, and is taken as
-it is: damage to the seal's own name harms no number.
+JSON notice nothing. The checksum travels with the file, and other programs read past it: it is one more entry of a
+safetensors file's metadata, one more key of a JSON object. A file without a checksum comes from another program and is
+accepted: damage to the name of the checksum harms no number.
+
+Safetensors is the only kind of weights that this project reads. Damaged files raise `UserError`.
 """
 
 from __future__ import annotations
@@ -19,10 +21,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlxdpo.io.atomic import write_atomic, write_json
+from mlxdpo.io.digest import json_digest
 from mlxdpo.io.json_file import read_json
 from mlxdpo.types import UserError
-
-# Safetensors files, read so that a damaged one is a sentence: the only kind of weights that this project reads.
 
 PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|msgpack|h5|npz)")
 """Files that run code when they are opened, or may hold what does."""
@@ -54,41 +55,41 @@ def read_tensor(file: Path, name: str) -> mx.array:
     return found[name]
 
 
-SEAL = "sha256"
+CHECKSUM = "sha256"
 
 
 class DamagedError(UserError):
     """A file is not what was written into it."""
 
 
-def save_sealed(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays as safetensors with their seal, whole or not at all."""
-    told = {**(metadata or {}), SEAL: seal_of(arrays)}
-    write_atomic(path, lambda file: mx.save_safetensors(str(file), dict(arrays), told))
+def save_checksummed(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+    """Write arrays as safetensors with their checksum, whole or not at all."""
+    metadata = {**(metadata or {}), CHECKSUM: checksum_of(arrays)}
+    write_atomic(path, lambda file: mx.save_safetensors(str(file), dict(arrays), metadata))
 
 
-def load_sealed(path: Path) -> dict[str, mx.array]:
-    """The arrays of a safetensors file, read. Raises `UserError` as `read_tensors`, and where the seal says no."""
-    arrays, seal = read_tensors(path), _seal_in(path)
-    if seal is not None and seal != seal_of(arrays):
+def load_checksummed(path: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file, read. Raises `UserError` as `read_tensors`, and where the checksum differs."""
+    arrays, stored = read_tensors(path), _stored_checksum(path)
+    if stored is not None and stored != checksum_of(arrays):
         raise DamagedError(f"{path}: damaged, its numbers are not those that were written; restore it")
     return arrays
 
 
-def sealed(path: Path) -> bool:
-    """Whether a safetensors file has a seal. Raises `UserError` as `read_tensors`."""
+def has_checksum(path: Path) -> bool:
+    """Whether a safetensors file has a checksum. Raises `UserError` as `read_tensors`."""
     read_tensors(path)
-    return _seal_in(path) is not None
+    return _stored_checksum(path) is not None
 
 
-def _seal_in(path: Path) -> str | None:
-    """The seal in a file that `read_tensors` could read."""
+def _stored_checksum(path: Path) -> str | None:
+    """The checksum in a file that `read_tensors` could read."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return (header.get("__metadata__") or {}).get(SEAL)
+    return (header.get("__metadata__") or {}).get(CHECKSUM)
 
 
-def seal_of(arrays: Mapping[str, mx.array]) -> str:
+def checksum_of(arrays: Mapping[str, mx.array]) -> str:
     """SHA-256 over names, types, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
@@ -99,22 +100,23 @@ def seal_of(arrays: Mapping[str, mx.array]) -> str:
     return digest.hexdigest()
 
 
-def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object with its seal, whole or not at all."""
-    write_json(path, with_seal(value))
+def write_checksummed_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with its checksum, whole or not at all."""
+    write_json(path, with_checksum(value))
 
 
-def with_seal(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with its seal as the last key."""
-    return {**value, SEAL: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}
+def with_checksum(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its checksum as the last key."""
+    return {**value, CHECKSUM: json_digest(value)}
 
 
-def read_sealed_json(path: Path) -> dict[str, Any]:
-    """A JSON object without its seal. Raises `UserError` as `read_json`, and where the seal says no."""
+def read_checksummed_json(path: Path) -> dict[str, Any]:
+    """A JSON object without its checksum. Raises `UserError` as `read_json`, and where the checksum differs."""
     value = read_json(path)
-    seal = value.pop(SEAL, None)
-    if seal is not None and seal != with_seal(value)[SEAL]:
+    stored = value.pop(CHECKSUM, None)
+    if stored is not None and stored != with_checksum(value)[CHECKSUM]:
         raise DamagedError(
-            f'{path}: changed since it was written; restore it, or take its "{SEAL}" line out if you meant the change'
+            f'{path}: changed since it was written; restore it, or take its "{CHECKSUM}" line out '
+            f"if you meant the change"
         )
     return value

@@ -1,6 +1,7 @@
-"""SHA-256 of files, remembered per file so that a second run does not read them again.
+"""SHA-256 of values, files and model folders.
 
-A Hub download names its large files by their own SHA-256, so nothing is read at all there.
+A file's digest is remembered, so that a second run does not read it again. A Hub download names its large files by
+their own SHA-256: those are not read at all.
 """
 
 from __future__ import annotations
@@ -9,13 +10,20 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mlxdpo.io.atomic import write_json
 from mlxdpo.machine.device import cache_folder
 
 # A file may be written twice within one tick of a file system's clock (2 s at worst) and keep its stamp.
 SETTLED_NS = 2_000_000_000
+
+
+def json_digest(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """SHA-256 of a value as JSON with sorted keys; `default` makes JSON of what has no form in it."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=default).encode()).hexdigest()
 
 
 def file_digest(file: Path) -> str:
@@ -37,8 +45,6 @@ def file_digest(file: Path) -> str:
     return digest
 
 
-# Who a set of weights is: a digest of their bytes.
-
 SHAPING = (
     "model*.safetensors",
     "config.json",
@@ -49,7 +55,7 @@ SHAPING = (
 
 
 def folder_digest(folder: Path, code: bool = False) -> str:
-    """SHA-256 over the names and contents of the files in `folder` that shape a log-probability.
+    """SHA-256 over the names and contents of the files in `folder` that shape a log-probability: the weights' identity.
 
     `code` says that the folder's Python files are run (model.trust_remote_code), and so are among them.
     """

@@ -10,10 +10,6 @@ from typing import Any
 
 from mlxdpo.types import UserError
 
-LONGEST_NAME = 255  # bytes; the limit of the usual file systems
-# Windows opens a device under these names, whatever ending they have.
-DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
-
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON lines of a file; a torn last line (the writer was killed) is not a line yet.
@@ -59,10 +55,3 @@ def as_written(file: Path, remedy: str = "restore it, or make it again") -> Iter
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise UserError(f"{file}: is not as mlxdpo wrote it ({reason}); {remedy}") from error
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether a name out of a file or from the Hub stays in its folder, on every system, when a file is called so."""
-    odd = not name.isprintable() or any(sign in name for sign in '/\\:*?"<>|') or name != name.strip()
-    device = name.split(".")[0].upper() in DEVICES
-    return bool(name) and not odd and not device and not name.endswith(".") and len(name.encode()) <= LONGEST_NAME

@@ -40,7 +40,7 @@ class MemoryGuard:
         self.short_of = 0 if has_room(needed) else needed
         return bool(self.short_of)
 
-    def complain(self, where: Path) -> None:
+    def raise_if_low(self, where: Path) -> None:
         """Raise `OSError` (ENOMEM) naming the folder `where`, if that was so when last asked."""
         if self.short_of:
             need = f"the next step may need {self.short_of / 1e6:,.0f} MB of memory more than there is"

@@ -92,10 +92,10 @@ def single_blas() -> Iterator[None]:
 
 
 def look_wide() -> None:
-    """Let MLX order the kernels of a graph in breadth, so that streams (`forward/streams.py`) alternate: on a
-    Linux CPU, before it evaluates.
+    """Let MLX order the kernels of a graph in breadth, so that `forward.streams` alternate: on a Linux CPU only.
 
-    Its default of 20 arrays holds half a block of a model. A variable that is set stays as it is.
+    Called before MLX evaluates anything. Its default of 20 arrays holds half a block of a model. A variable that is set
+    stays as it is.
     """
     if sys.platform == "linux" and _installed("mlx-cpu"):
         os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100")
@@ -138,6 +138,5 @@ def _renamed_openblas() -> Path:
 
 
 def stream_count() -> int:
-    """In how many streams a batch is computed here: the BLAS's threads on a CPU, as many as this process may use; else
-    1."""
+    """Streams of this machine: threads of the BLAS on a CPU, so that a process that is given one core obeys; else 1."""
     return blas_threads() if this_machine().kind == "cpu" else 1

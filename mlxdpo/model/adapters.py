@@ -15,7 +15,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxdpo.config import Config, LoraConfig
-from mlxdpo.io.checksum import load_sealed, pickled_in, read_sealed_json, save_sealed, write_sealed_json
+from mlxdpo.io.checksum import (
+    load_checksummed,
+    pickled_in,
+    read_checksummed_json,
+    save_checksummed,
+    write_checksummed_json,
+)
 from mlxdpo.io.json_file import as_written
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.runs import Run
@@ -88,8 +94,8 @@ def adapter_settings(lora: LoraConfig) -> dict[str, Any]:
 def save_adapter(model: nn.Module, lora: LoraConfig, folder: Path) -> None:
     """Write the trainable arrays and their settings; each file whole or absent."""
     arrays = dict(tree_flatten(model.trainable_parameters()))
-    save_sealed(folder / WEIGHTS, arrays, {"format": "mlx"})
-    write_sealed_json(folder / SETTINGS, adapter_settings(lora))
+    save_checksummed(folder / WEIGHTS, arrays, {"format": "mlx"})
+    write_checksummed_json(folder / SETTINGS, adapter_settings(lora))
 
 
 def read_settings(folder: Path) -> LoraConfig:
@@ -97,7 +103,7 @@ def read_settings(folder: Path) -> LoraConfig:
     file = folder / SETTINGS
     if not file.exists() or not (folder / WEIGHTS).exists():
         raise UserError(f"{folder}: no adapter there; expected {SETTINGS} and {WEIGHTS}{pickled_in(folder)}")
-    raw = read_sealed_json(file)
+    raw = read_checksummed_json(file)
     with as_written(file):
         inner = raw.get("lora_parameters") or {}
         method = raw.get("fine_tune_type", "lora")
@@ -116,7 +122,7 @@ def load_adapter(model: nn.Module, folder: Path, lora: LoraConfig | None = None)
 def load_arrays(model: nn.Module, folder: Path) -> None:
     """Overwrite the trainable arrays by those saved in `folder`; names and shapes must match one to one."""
     own = dict(tree_flatten(model.trainable_parameters()))
-    saved = load_sealed(folder / WEIGHTS)
+    saved = load_checksummed(folder / WEIGHTS)
     for name in sorted(own.keys() ^ saved.keys()):
         raise UserError(f"{folder}: `{name}` is only in the {'model' if name in own else 'adapter'}; another model?")
     for name, array in own.items():

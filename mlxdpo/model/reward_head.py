@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxdpo.io.checksum import load_sealed, save_sealed
+from mlxdpo.io.checksum import load_checksummed, save_checksummed
 from mlxdpo.types import UserError
 
 NAME, FILE = "reward_head", "head.safetensors"
@@ -56,7 +56,7 @@ def rewards(model: nn.Module, states: mx.array) -> mx.array:
 def save_head(model: nn.Module, folder: Path) -> None:
     """Write the head into `folder`, whole or not at all."""
     arrays = {"weight": model[NAME].weight}
-    save_sealed(folder / FILE, arrays, {"format": "mlx"})
+    save_checksummed(folder / FILE, arrays, {"format": "mlx"})
 
 
 def load_head(model: nn.Module, folder: Path) -> nn.Module:
@@ -65,7 +65,7 @@ def load_head(model: nn.Module, folder: Path) -> nn.Module:
     if not file.exists():
         raise UserError(f"{file}: missing; expected the run directory of a finished run with `stage: reward`")
     head = attach_head(model)[NAME]
-    weight = load_sealed(file).get("weight", mx.zeros((0,)))  # another file of that name has another shape
+    weight = load_checksummed(file).get("weight", mx.zeros((0,)))  # another file of that name has another shape
     if weight.shape != head.weight.shape:
         raise UserError(f"{file}: made for states of {weight.size} numbers, the model's have {head.weight.size}")
     head.weight = weight

@@ -18,7 +18,8 @@ import mlx.nn as nn
 
 from mlxdpo.config import LoraConfig, ModelConfig
 from mlxdpo.io.checksum import pickled_in
-from mlxdpo.io.json_file import as_written, is_plain_name, parse_object, read_json
+from mlxdpo.io.json_file import as_written, parse_object, read_json
+from mlxdpo.io.names import is_plain_name
 from mlxdpo.machine.device import default_dtype
 from mlxdpo.model.adapters import attach_lora, check_trainable
 from mlxdpo.model.policy import BUILTIN, cast, find_model, strangers_files

@@ -61,15 +61,15 @@ def arithmetic_model(dtype: mx.Dtype = mx.float32, *, moved: bool = True) -> nn.
 
     model_class, arguments = _get_classes(dict(SHAPE))
     model = model_class(arguments.from_dict(dict(SHAPE)))
-    _fill(model, tree_flatten(model.parameters()))
+    _set_weights(model, tree_flatten(model.parameters()))
     cast(model, dtype)
     attach_lora(model, LORA)
     if moved:
-        _fill(model, tree_flatten(model.trainable_parameters()))
+        _set_weights(model, tree_flatten(model.trainable_parameters()))
     mx.eval(model.parameters())
     return model
 
 
-def _fill(model: nn.Module, arrays: Any) -> None:
+def _set_weights(model: nn.Module, arrays: Any) -> None:
     made = [(name, mx.array(value(name, array.shape).astype(np.float32)).astype(array.dtype)) for name, array in arrays]
     model.load_weights(made, strict=False)

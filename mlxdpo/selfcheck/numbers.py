@@ -17,7 +17,7 @@ from mlxdpo.losses.loss import resolve
 from mlxdpo.machine.device import this_machine
 from mlxdpo.model.adapters import adapters_off
 from mlxdpo.selfcheck.material import BETA, apart, batch, examples, golden, gradient, model, reference, weighted
-from mlxdpo.selfcheck.registry import REPORT, Finding, check
+from mlxdpo.selfcheck.registry import REPORT, Finding, self_check
 from mlxdpo.training.step import make_gradient
 
 # Nats that a summed log-prob of up to 16 tokens may be off. A CPU showed 1e-5, 0.04 and 0.006. CUDA multiplies float32
@@ -49,25 +49,25 @@ def _log_probs(dtype: str) -> Finding:
     return Finding(gap <= limit, f"{gap:.2g} nats off", f"{limit:.2g} nats")
 
 
-@check("log-probs float32 = golden", REPORT)
+@self_check("log-probs float32 = golden", REPORT)
 def log_probs_float32() -> Finding:
     """Summed log-probs of policy and reference against float64 numpy."""
     return _log_probs("float32")
 
 
-@check("log-probs bfloat16 = golden", f"set model.dtype float32, and {REPORT}")
+@self_check("log-probs bfloat16 = golden", f"set model.dtype float32, and {REPORT}")
 def log_probs_bfloat16() -> Finding:
     """The same with weights in bfloat16."""
     return _log_probs("bfloat16")
 
 
-@check("log-probs float16 = golden", f"set model.dtype float32, and {REPORT}")
+@self_check("log-probs float16 = golden", f"set model.dtype float32, and {REPORT}")
 def log_probs_float16() -> Finding:
     """The same with weights in float16."""
     return _log_probs("float16")
 
 
-@check("loss and gradient = golden", REPORT)
+@self_check("loss and gradient = golden", REPORT)
 def loss_and_gradient() -> Finding:
     """DPO's loss (arXiv 2305.18290 eq. 7) and entries of its gradient against float64 numpy."""
     tuned, rows, wanted = model(), batch(reference()), golden()
@@ -75,58 +75,65 @@ def loss_and_gradient() -> Finding:
     found = step(rows, mx.array(1 / len(examples())))
     gap = abs(float(found.losses.mean().item()) - wanted["loss"])
     arrays = dict(tree_flatten(found.gradients))
-    got = [np.array(arrays[_name(key)]).ravel()[wanted["probed"]] for key in wanted["gradient"]]
-    slope, limit = apart(np.concatenate(got), np.concatenate(list(wanted["gradient"].values()))), SLOPE[_kind()]
+    got = [np.array(arrays[_parameter_name(key)]).ravel()[wanted["probed"]] for key in wanted["gradient"]]
+    slope, limit = apart(np.concatenate(got), np.concatenate(list(wanted["gradient"].values()))), SLOPE[_machine_kind()]
     ok = gap <= limit_of("float32") and slope <= limit
     return Finding(ok, f"{gap:.2g} nats, gradient {slope:.2g}", f"{limit_of('float32'):.2g} nats, {limit:.2g}")
 
 
-def _name(key: str) -> str:
+def _parameter_name(key: str) -> str:
     layer, module, side = key.split()
     return f"model.layers.{layer}.self_attn.{module}.lora_{side}"
 
 
-def _kind() -> str:
+def _machine_kind() -> str:
     return this_machine().kind
 
 
 def _same(value: tuple[float, np.ndarray], wanted: tuple[float, np.ndarray]) -> Finding:
     """Whether a value and its gradient agree with those of another way."""
-    gap, slope, limits = abs(value[0] - wanted[0]), apart(value[1], wanted[1]), (AGREE[_kind()], SLOPE[_kind()])
+    gap, slope, limits = (
+        abs(value[0] - wanted[0]),
+        apart(value[1], wanted[1]),
+        (AGREE[_machine_kind()], SLOPE[_machine_kind()]),
+    )
     ok = gap <= limits[0] and slope <= limits[1]
     return Finding(ok, f"{gap:.2g} nats, gradient {slope:.2g}", f"{limits[0]:.2g} nats, {limits[1]:.2g}")
 
 
-@check("fused = plain", f"training still works where its own start-up check finds the plain way; {REPORT}")
+@self_check("fused = plain", f"training still works where its own start-up check finds the plain way; {REPORT}")
 def fused_is_plain() -> Finding:
     """Shared prefix, distinct rows and fused head against full rows and full logits: value and gradient."""
     fast, plain = (gradient(model(), weighted(way, batch())) for way in (fast_forward(), plain_forward))
     return _same(fast, plain)
 
 
-@check("checkpoint = not", f"leave train.gradient_checkpointing false, and {REPORT}")
+@self_check("checkpoint = not", f"leave train.gradient_checkpointing false, and {REPORT}")
 def checkpoint_is_not() -> Finding:
     """Layers computed again in the backward pass against layers kept: value and gradient."""
     again, kept = (gradient(model(), weighted(fast_forward(how), batch())) for how in (checkpointed, None))
     return _same(again, kept)
 
 
-@check("packed = padded", REPORT)
+@self_check("packed = padded", REPORT)
 def packed_is_padded() -> Finding:
     """Distinct tokens without padding against padded rows: states that predict a scored token, value and gradient."""
-    packed, padded = (gradient(model(), lambda tuned, way=way: (way(tuned) ** 2).mean()) for way in (_packed, _padded))
+    packed, padded = (
+        gradient(model(), lambda tuned, way=way: (way(tuned) ** 2).mean()) for way in (_packed_states, _padded_states)
+    )
     return _same(packed, padded)
 
 
-def _packed(tuned: nn.Module) -> mx.array:
-    rows, trunk = batch(), model_parts(tuned)
-    assert trunk is not None
-    layout = PackedLayout(rows.prefix.shape, rows.rows, rows.home, rows.place, spreader(rows.group, None))  # type: ignore[arg-type]
-    return packed_states(trunk, mx.concatenate([rows.prefix.reshape(-1), rows.rest]), layout)[rows.positions]
+def _packed_states(tuned: nn.Module) -> mx.array:
+    rows, parts = batch(), model_parts(tuned)
+    assert parts is not None
+    spread = spreader(rows.group, None)
+    layout = PackedLayout(rows.prefix.shape, rows.rows, rows.home, rows.place, spread)  # type: ignore[arg-type]
+    return packed_states(parts, mx.concatenate([rows.prefix.reshape(-1), rows.rest]), layout)[rows.positions]
 
 
-def _padded(tuned: nn.Module) -> mx.array:
-    rows, trunk = batch(), model_parts(tuned)
-    assert trunk is not None
-    states = hidden_states(trunk, rows.prefix, rows.suffix, spreader(rows.group, None))
+def _padded_states(tuned: nn.Module) -> mx.array:
+    rows, parts = batch(), model_parts(tuned)
+    assert parts is not None
+    states = hidden_states(parts, rows.prefix, rows.suffix, spreader(rows.group, None))
     return states.reshape(-1, states.shape[-1])[rows.home[rows.positions]]

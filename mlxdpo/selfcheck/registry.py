@@ -24,7 +24,7 @@ class Check(NamedTuple):
     measure: Callable[[], Finding]
 
 
-class Result(NamedTuple):
+class CheckResult(NamedTuple):
     """A row of the table. `advice` is empty where the check holds."""
 
     check: str
@@ -39,7 +39,7 @@ CHECKS: dict[str, Check] = {}
 REPORT = "please report it with this table: numbers from this machine are not to be trusted until then"
 
 
-def check(name: str, advice: str) -> Callable[[Callable[[], Finding]], Callable[[], Finding]]:
+def self_check(name: str, advice: str) -> Callable[[Callable[[], Finding]], Callable[[], Finding]]:
     """Enter a function into the registry under `name`."""
 
     def enter(function: Callable[[], Finding]) -> Callable[[], Finding]:
@@ -51,23 +51,23 @@ def check(name: str, advice: str) -> Callable[[Callable[[], Finding]], Callable[
     return enter
 
 
-def run_checks(checks: Iterable[Check] | None = None) -> list[Result]:
+def run_checks(checks: Iterable[Check] | None = None) -> list[CheckResult]:
     """Every check's result, in the registry's order. A check that raises has failed, for that reason."""
     return [_run(one) for one in (CHECKS.values() if checks is None else checks)]
 
 
-def _run(one: Check) -> Result:
+def _run(one: Check) -> CheckResult:
     start = time.perf_counter()
     try:
         found = one.measure()
     except Exception as error:  # whatever a broken installation throws is a finding
         found = Finding(False, f"{type(error).__name__}: {error}", "no error")
     seconds = time.perf_counter() - start
-    figure, limit = plain(found.figure), plain(found.limit)
-    return Result(one.name, bool(found.ok), figure, limit, round(seconds, 3), "" if found.ok else one.advice)
+    figure, limit = plain_line(found.figure), plain_line(found.limit)
+    return CheckResult(one.name, bool(found.ok), figure, limit, round(seconds, 3), "" if found.ok else one.advice)
 
 
-def plain(text: str) -> str:
+def plain_line(text: str) -> str:
     """One line that a Markdown table can hold and that names no home folder; long ones are cut, and say so."""
     line = " ".join(text.split()).replace(str(Path.home()), "~")
     for character, instead in (("|", "/"), ("`", "'"), ("<", "("), (">", ")"), ("*", "x")):

@@ -22,7 +22,7 @@ from mlxdpo.model.adapters import load_arrays, save_adapter
 from mlxdpo.selfcheck.golden_model import LORA, arithmetic_model
 from mlxdpo.selfcheck.material import BETA, batch, examples, model, reference
 from mlxdpo.selfcheck.numbers import limit_of
-from mlxdpo.selfcheck.registry import REPORT, Finding, check
+from mlxdpo.selfcheck.registry import REPORT, Finding, self_check
 from mlxdpo.training.step import make_gradient, make_optimizer, make_update
 from mlxdpo.types import Batch
 
@@ -31,7 +31,7 @@ SLOWEST = 1.0  # seconds a step of the tiny model may take: a CPU core needs 0.0
 SHAPES = ((0, 1), (2,))  # pairs of two batches whose arrays have other shapes
 
 
-def steps() -> tuple[list[float], list[float]]:
+def training_steps() -> tuple[list[float], list[float]]:
     """Losses (nats) and seconds of `STEPS` optimizer steps from fresh adapters on the golden pairs."""
     tuned = arithmetic_model(moved=False)
     gradient = make_gradient(tuned, resolve(LossConfig(name="sigmoid", beta=BETA)), forward_fns(tuned).train)
@@ -47,19 +47,19 @@ def steps() -> tuple[list[float], list[float]]:
     return losses, seconds
 
 
-@check("training starts at ln 2 and falls", REPORT)
+@self_check("training starts at ln 2 and falls", REPORT)
 def training_falls() -> Finding:
     """A policy that is its reference has loss ln 2 (arXiv 2305.18290 eq. 7 with all ratios 1); then it must fall."""
-    losses, _ = steps()
+    losses, _ = training_steps()
     start, limit = abs(losses[0] - math.log(2)), limit_of("float32")
     ok = start <= limit and losses[-1] < losses[0] - 0.01
     return Finding(ok, f"{losses[0]:.5f} to {losses[-1]:.5f}", f"{math.log(2):.5f} at first, 0.01 less at last")
 
 
-@check("a tiny step", "look for other programs at work (Activity Monitor, top), then run this again")
+@self_check("a tiny step", "look for other programs at work (Activity Monitor, top), then run this again")
 def tiny_step() -> Finding:
     """Seconds of a training step of the tiny model, median after the first, which is traced."""
-    seconds = statistics.median(steps()[1][1:])
+    seconds = statistics.median(training_steps()[1][1:])
     return Finding(seconds <= SLOWEST, f"{seconds * 1000:.0f} ms", f"{SLOWEST * 1000:.0f} ms")
 
 
@@ -92,7 +92,7 @@ def compiles() -> bool:
     return len(called) == 1
 
 
-@check("one trace for each shape", f"expect memory and time of a long run to grow; {REPORT}")
+@self_check("one trace for each shape", f"expect memory and time of a long run to grow; {REPORT}")
 def traces() -> Finding:
     """MLX keeps every trace for good, so their number must stay that of the shapes."""
     count, most = count_traces(), most_traces()
@@ -102,7 +102,7 @@ def traces() -> Finding:
     return Finding(count == len(SHAPES), f"{count} for {len(SHAPES)} shapes; {where}", f"{len(SHAPES)}")
 
 
-@check("safetensors round trip", "look at the disk of the cache folder (and $MLXDPO_CACHE); no run is safe on it")
+@self_check("safetensors round trip", "look at the disk of the cache folder (and $MLXDPO_CACHE); no run is safe on it")
 def round_trip() -> Finding:
     """An adapter written in the cache folder and read back, and arrays of other dtypes: every bit the same."""
     cache_folder().mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Checkpoints: a folder that appears whole or not at all, from which a run goes on to the bit.
 
-Every file in it is sealed (`checksum.py`): one that was damaged since is refused, never trained on.
+Every file in it has a checksum (`io.checksum`): one that was damaged since is refused, never trained on.
 
 step-000200/ adapters.safetensors  adapter_config.json  optimizer.safetensors  state.json
              reference.safetensors, where the reference moves
@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxdpo.config import LoraConfig
 from mlxdpo.io.atomic import sync_folder
-from mlxdpo.io.checksum import load_sealed, read_sealed_json, save_sealed, write_sealed_json
+from mlxdpo.io.checksum import load_checksummed, read_checksummed_json, save_checksummed, write_checksummed_json
 from mlxdpo.io.json_file import as_written
 from mlxdpo.model.adapters import load_arrays, save_adapter
 from mlxdpo.types import UserError
@@ -59,9 +59,9 @@ def save(
     draft = Path(tempfile.mkdtemp(dir=folder, prefix=".draft-"))
     try:
         save_adapter(model, lora, draft)
-        save_sealed(draft / "optimizer.safetensors", dict(tree_flatten(optimizer.state)))
+        save_checksummed(draft / "optimizer.safetensors", dict(tree_flatten(optimizer.state)))
         more(draft)
-        write_sealed_json(draft / "state.json", asdict(progress))
+        write_checksummed_json(draft / "state.json", asdict(progress))
         draft.chmod(0o755)
         os.replace(draft, target)
     finally:
@@ -115,12 +115,12 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: optim.Optimizer) -> P
 
 def restore_optimizer(checkpoint: Path, optimizer: optim.Optimizer) -> None:
     """The optimizer alone: its moments, and how many updates they have seen."""
-    saved = load_sealed(checkpoint / "optimizer.safetensors")
+    saved = load_checksummed(checkpoint / "optimizer.safetensors")
     optimizer.state = tree_unflatten(list(saved.items()))
 
 
 def read_progress(checkpoint: Path) -> Progress:
     """Where the run stood when the checkpoint was written. Raises `UserError` for a damaged `state.json`."""
-    found = read_sealed_json(checkpoint / "state.json")
+    found = read_checksummed_json(checkpoint / "state.json")
     with as_written(checkpoint / "state.json"):
         return Progress(**{field.name: found.pop(field.name) for field in fields(Progress)}, **found)

@@ -7,7 +7,6 @@ what only process 0 has (recipe, run directory, checkpoint) reaches the others t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from mlx.utils import tree_map
 
 from mlxdpo.config import Config, load_config
 from mlxdpo.distributed.group import Group, recut
+from mlxdpo.io.digest import json_digest
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
 from mlxdpo.training.checkpoint import Progress
@@ -64,7 +64,7 @@ def check_alike(group: Group, config: Config, manifest: Mapping[str, Any]) -> No
         return
     settings = config.model_dump(mode="json", exclude={"out"})
     parts = [settings, *(manifest[name] for name in PARTS[1:])]
-    own = [hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).digest() for part in parts]
+    own = [bytes.fromhex(json_digest(part, default=str)) for part in parts]
     said = group.each(b"".join(own))
     for rank, theirs in enumerate(said):
         if theirs != said[0]:

@@ -9,8 +9,6 @@ Source of the need: arXiv 2305.18290 eq. 7, where the reference enters as consta
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +25,8 @@ from mlxdpo.data.planning import Indices
 from mlxdpo.data.template import template_digest
 from mlxdpo.distributed.group import ALONE, Group
 from mlxdpo.io.atomic import write_json
-from mlxdpo.io.checksum import load_sealed, save_sealed, sealed
+from mlxdpo.io.checksum import has_checksum, load_checksummed, save_checksummed
+from mlxdpo.io.digest import json_digest
 from mlxdpo.machine.device import cache_folder, this_machine, versions
 from mlxdpo.model.adapters import load_adapter
 from mlxdpo.model.policy import Policy, load_policy
@@ -57,7 +56,7 @@ def identity_of(base: Mapping[str, Any], adapter_digest: str | None) -> dict[str
 
 def digest_of(identity: Mapping[str, Any]) -> str:
     """The name of a reference's table."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    return json_digest(identity)[:32]
 
 
 def read_table(file: Path) -> Table:
@@ -72,9 +71,11 @@ def _read_arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises `UserError` for a damaged table: a wrong log-prob of the reference would be trained against, and not seen.
     """
     try:
-        if not (file.exists() and sealed(file)):  # one without a seal is not known to be whole: it is scored again
+        if not (
+            file.exists() and has_checksum(file)
+        ):  # one without a checksum is not known to be whole: it is scored again
             return np.zeros(0, "S16"), np.zeros(0, np.float32)
-        arrays = load_sealed(file)
+        arrays = load_checksummed(file)
     except UserError as error:
         raise UserError(f"{error}, or delete it, and its rows are scored again") from None
     keys = _keys(np.array(arrays["rows"]))
@@ -99,7 +100,7 @@ def write_table(file: Path, table: Table, identity: Mapping[str, Any]) -> None:
     keys, first = np.unique(np.concatenate([fresh, known]), return_index=True)
     values = np.concatenate([np.array(list(table.values()), np.float32), logps])[first]
     arrays = {"rows": mx.array(keys.view(np.uint8).reshape(-1, 16)), "logps": mx.array(values)}
-    save_sealed(file, arrays)
+    save_checksummed(file, arrays)
     write_json(file.with_suffix(".json"), dict(identity))
 
 

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from mlxdpo.config import Config
 from mlxdpo.forward.layer_plan import evaluate_batch
 from mlxdpo.forward.logprobs import Forward, RowDetails
-from mlxdpo.io.checksum import load_sealed, save_sealed
+from mlxdpo.io.checksum import load_checksummed, save_checksummed
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import dropout_off
 from mlxdpo.types import Batch, UserError
@@ -94,12 +94,12 @@ class ReferenceSync:
         """Write it into a checkpoint that is being made."""
         if self.arrays:
             marked = self.arrays | {"moved": mx.array(self.moved)}
-            save_sealed(folder / FILE, marked)
+            save_checksummed(folder / FILE, marked)
 
     def restore(self, folder: Path) -> None:
         """Bring it back to what it was at a checkpoint, to the bit."""
         if (folder / FILE).exists():
-            saved: Arrays = load_sealed(folder / FILE)
+            saved: Arrays = load_checksummed(folder / FILE)
             self.moved = bool(saved.pop("moved").item())
             self.arrays = saved
 

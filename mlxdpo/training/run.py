@@ -81,7 +81,7 @@ def train(
                 run.log({"step": event.step, **event.values})
             yield event
             if event.kind == "interrupted":
-                guard.complain(run.checkpoints)
+                guard.raise_if_low(run.checkpoints)
                 return
             step = event.step
         yield _keep_adapter(state, run, step)

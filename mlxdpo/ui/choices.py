@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
+from mlxdpo.io.names import HUB_ID
 from mlxdpo.types import UserError
 from mlxdpo.ui.runs.run_list import JOB, raw_settings, scan
 
@@ -19,7 +20,6 @@ MOST = 2_000  # folders that are looked into
 DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".ndjson.gz", ".csv.gz", ".tsv.gz")
 NOT_DATA = {"metrics.jsonl", "votes.jsonl", "talks.jsonl"}
 SKIPPED = {"node_modules", "site-packages", "__pycache__", "checkpoints", "adapter", "eval", "samples", JOB}
-HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 HUB_DATA = re.compile(rf"{HUB_ID.pattern}(:[\w-][\w.-]*)?", re.ASCII)
 NOTHING = re.compile(r"(?!)")  # matches no text: only what was offered will do
 DEMO = "the demo's recipe"

@@ -18,7 +18,8 @@ from mlx.utils import tree_unflatten
 
 from mlxdpo.config import Config
 from mlxdpo.data.template import probe
-from mlxdpo.inference.trained_run import Side, check_reference
+from mlxdpo.inference.scoring import ModelContext
+from mlxdpo.inference.trained_run import check_reference
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.model.adapters import WEIGHTS, load_adapter, load_run, read_settings
 from mlxdpo.model.policy import Policy, load_policy
@@ -34,7 +35,7 @@ class Voice(NamedTuple):
     """Somebody who answers. `enter` gives the model; `digest` names the adapter, None for the bare model."""
 
     name: str
-    enter: Side
+    enter: ModelContext
     digest: str | None
 
 
@@ -49,7 +50,7 @@ class Cast(NamedTuple):
     policy: Policy
     before: Voice
     after: Voice
-    reference: Side
+    reference: ModelContext
     chat: bool
 
 
@@ -137,7 +138,7 @@ def _stamp(folder: Path) -> int:
     return file.stat().st_mtime_ns
 
 
-def _side(base: Policy, run: Run, folder: Path) -> Side:
+def _side(base: Policy, run: Run, folder: Path) -> ModelContext:
     """How to enter the model with the adapter of `folder`."""
     lora = read_settings(folder)
     if lora.method == "full":

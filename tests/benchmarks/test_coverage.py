@@ -66,7 +66,7 @@ def test_command(capsys, tmp_path):
 
 def test_documentation_is_what_the_command_wrote():
     """Every study and method is in the page's table, with the full number of runs."""
-    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text("utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "evidence" / "intervals.md").read_text("utf-8")
     part = text[text.index(__main__.BEGIN) : text.index(__main__.END)]
     assert "2,000 simulated evaluations" in part
     for study in STUDIES:

@@ -52,10 +52,10 @@ def demo_run(folder: Path) -> None:
         )
         write_text(run / "config.yaml", dump_config(config.model_copy(update={"data": data})))
     else:
-        from mlxdpo.demo.material import as_they_are, prepare
+        from mlxdpo.demo.material import bundled_labels, prepare_demo
         from mlxdpo.training.run import train
 
-        config = prepare(Path("runs/demo0"), 0, as_they_are)
+        config = prepare_demo(Path("runs/demo0"), 0, bundled_labels)
         list(train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 3})})))
     for name in (Path("votes.jsonl"), Path("next-round/pairs.jsonl")):
         (run / name).unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from mlxdpo.config import Config, ModelConfig, dump_config, load_config
 from mlxdpo.data.cache import Spool
 from mlxdpo.data.report import BadRow
 from mlxdpo.data.sources import read_rows
-from mlxdpo.exporters.findings import FORMATS, read_findings
+from mlxdpo.exporters.findings import FORMATS, read_card_numbers
 from mlxdpo.exporters.record import read_record
 from mlxdpo.exporters.run import export
 from mlxdpo.exporters.source import hub_name
@@ -31,7 +31,7 @@ from mlxdpo.ui.runs.run_view import charts, checkpoints, headline
 from mlxdpo.ui.train.recipe_form import entered, knobs, to_config
 from mlxdpo.ui.vote.vote_file import standing_html
 from mlxdpo_eval.judges import open_judge
-from mlxdpo_eval.judges.endpoint import parse
+from mlxdpo_eval.judges.endpoint import parse_completion
 from mlxdpo_eval.judges.program import reward_judge
 from mlxdpo_eval.judges.protocol import Question, Verdict
 from mlxdpo_eval.judges.votes import problem_with, read_ballots
@@ -124,19 +124,19 @@ def reply(content="A", top=None):
 
 def test_minus_9999_is_how_some_servers_write_never():
     """exp(-9999) is 0, whose log broke; A is surely worse."""
-    verdict = parse(reply(top=[("A", -9999.0), ("B", 0.0)]))
+    verdict = parse_completion(reply(top=[("A", -9999.0), ("B", 0.0)]))
     assert verdict.logit == pytest.approx(-9999.0) and verdict.probability == 0.0
     assert Verdict(9999.0).probability == 1.0 and Verdict(0.0).probability == 0.5
 
 
 @pytest.mark.parametrize("content", [["A"], {"text": "A"}, 1])
 def test_an_answer_that_is_no_text_is_no_verdict(content):
-    assert parse(reply(content)).reason == "the reply is no chat completion"
+    assert parse_completion(reply(content)).reason == "the reply is no chat completion"
 
 
 def test_log_probs_above_0_are_none():
-    assert parse(reply("B", [("A", 1e308), ("B", 5.0)])).logit == -10.0, "the text says B"
-    assert parse(b"[" * 100_000).reason == "the reply is no chat completion"
+    assert parse_completion(reply("B", [("A", 1e308), ("B", 5.0)])).logit == -10.0, "the text says B"
+    assert parse_completion(b"[" * 100_000).reason == "the reply is no chat completion"
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://h:x", "http://h:99999999"])
@@ -258,7 +258,7 @@ def test_an_evaluation_of_another_layout_is_named_by_the_card(run):
     for wrong in ({"pairs": {"rewards": "none"}}, {"winrates": 3}, {"drift": [1]}):
         file.write_text(json.dumps({"format": FORMATS[-1], **wrong}))
         with contextlib.suppress(UserError):
-            assert read_findings(run) is not None
+            assert read_card_numbers(run) is not None
 
 
 @pytest.mark.parametrize("raw", [b"{", b"[]", b"\xff", b'{"model": "x"}', b'{"model": {"digest": 3}}', b"[" * 100_000])

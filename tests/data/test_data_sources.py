@@ -10,7 +10,7 @@ import pytest
 
 from mlxdpo.data import reasons, sources
 from mlxdpo.data.report import BadRow
-from mlxdpo.data.sources import is_hub_id, read_rows
+from mlxdpo.data.sources import is_hub_dataset, read_rows
 from mlxdpo.types import UserError
 
 ROWS = [{"prompt": f"p{n}", "chosen": f"good\n{n} é 🙂", "rejected": f"bad {n}"} for n in range(3)]
@@ -178,9 +178,9 @@ def test_what_looks_like_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here" / "now").mkdir(parents=True)
     for path in ("Anthropic/hh-rlhf", "nvidia/HelpSteer2:preference", "a/truthy-dpo-v0.1"):
-        assert is_hub_id(path)
+        assert is_hub_dataset(path)
     for path in ("here/now", "pairs.jsonl", "data/pairs.jsonl", "./a", "/a/b", "a/b/c", "a", "", "a/b.parquet"):
-        assert not is_hub_id(path)
+        assert not is_hub_dataset(path)
 
 
 def test_hub_rows_stream_and_the_part_may_be_a_folder(monkeypatch):

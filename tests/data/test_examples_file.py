@@ -21,13 +21,14 @@ from tiny_tokenizers import base_tokenizer, chatml_tokenizer, llama3_tokenizer
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data import cache, dataset, encode, examples, sources
-from mlxdpo.data.cache import Spool, draft, pairs_folder, publish_folder, source_key
+from mlxdpo.data.cache import STAGING, Spool, pairs_folder, publish_dataset, source_key
 from mlxdpo.data.dataset import encode_split, read_split
 from mlxdpo.data.encode import encode_all
 from mlxdpo.data.examples import Examples, open_examples, row_digest, write_examples
 from mlxdpo.data.planning import outline, plan_epoch, plan_straight
 from mlxdpo.data.read import heldout_prompts, read_pairs, split_heldout
 from mlxdpo.io import digest
+from mlxdpo.io.staging import staging_folder
 from mlxdpo.training.reference import read_table, with_reference, write_table
 from mlxdpo.types import Example, UserError
 
@@ -354,28 +355,28 @@ def test_refused_data_are_refused_again(tmp_path):
 def test_drafts_of_killed_processes_go_and_live_ones_stay(tmp_path):
     folder = tmp_path / "pairs"
     code = (
-        "import sys, time; from pathlib import Path; from mlxdpo.data.cache import draft\n"
-        "with draft(Path(sys.argv[1])) as folder:\n"
+        "import sys, time; from pathlib import Path; from mlxdpo.io.staging import staging_folder\n"
+        "with staging_folder(Path(sys.argv[1]), '.draft-') as folder:\n"
         "    (folder / 'tokens').write_text('half'); print(folder, flush=True); time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
     path = process.stdout.readline().strip()
-    with draft(folder):
+    with staging_folder(folder, STAGING):
         assert os.path.exists(path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
     assert os.path.exists(path)
-    with draft(folder) as mine:
+    with staging_folder(folder, STAGING) as mine:
         assert os.listdir(folder) == [mine.name]
     assert os.listdir(folder) == []
 
 
 def test_the_first_of_two_writers_stays(tmp_path):
     for text in ("first", "second"):
-        with draft(tmp_path / "pairs") as folder:
+        with staging_folder(tmp_path / "pairs", STAGING) as folder:
             (folder / "file").write_text(text)
-            publish_folder(folder, tmp_path / "pairs" / "key" / "name")
+            publish_dataset(folder, tmp_path / "pairs" / "key" / "name")
     assert (tmp_path / "pairs" / "key" / "name" / "file").read_text() == "first"
     assert files_in(tmp_path / "pairs") == ["key", "key/name", "key/name/file"]
 

@@ -1,6 +1,8 @@
 """The demo's controls and measurements on a tiny model; once, marked `real`, the demo itself."""
 
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -12,12 +14,13 @@ from tiny_tokenizers import chatml_tokenizer
 from mlxdpo.cli import run
 from mlxdpo.config import LoraConfig, load_config
 from mlxdpo.data.planning import plan_epoch
-from mlxdpo.demo.material import as_they_are, bundled, flipped, prepare, shuffled
-from mlxdpo.demo.measure import Samples, compare, heldout_margins, on_policy_kl
-from mlxdpo.inference.generate import Completion
+from mlxdpo.demo.material import bundled, bundled_labels, flipped, prepare_demo, shuffled
+from mlxdpo.demo.measure import heldout_margins, judge_change
+from mlxdpo.inference.trained_run import TrainedRun
 from mlxdpo.model.adapters import adapters_off, attach_lora
 from mlxdpo.model.policy import Policy
 from mlxdpo.types import UserError
+from mlxdpo_eval.sampling import Answers, on_policy_kl
 
 
 def tiny_policy(moved=True):
@@ -31,6 +34,12 @@ def tiny_policy(moved=True):
     return Policy(model, tokenizer, {}, None, frozenset({tokenizer.eos_token_id}), {})
 
 
+def opened(policy, config):
+    """The policy as a trained run whose reference is the model under the adapter."""
+    run, start = SimpleNamespace(config=lambda: config), partial(adapters_off, policy.model)
+    return TrainedRun(run, config, policy, start, start)
+
+
 def test_bundled_data_is_what_the_issue_of_a_demo_needs():
     pairs, heldout, prompts = bundled("pairs"), bundled("heldout"), bundled("prompts")
     assert len(pairs) >= 200 and len(heldout) >= 64 and len(prompts) >= 64
@@ -41,7 +50,7 @@ def test_bundled_data_is_what_the_issue_of_a_demo_needs():
 def test_controls_exchange_labels_with_everything_that_belongs_to_them():
     rows = bundled("pairs")
     swapped = flipped(rows, seed=0)
-    assert as_they_are(rows, seed=0) == rows == flipped(swapped, seed=0)
+    assert bundled_labels(rows, seed=0) == rows == flipped(swapped, seed=0)
     assert all(
         s["chosen"] == r["rejected"] and s["score_chosen"] == r["score_rejected"]
         for s, r in zip(swapped, rows, strict=True)
@@ -55,11 +64,11 @@ def test_controls_exchange_labels_with_everything_that_belongs_to_them():
 def test_a_second_demo_does_not_write_into_the_first(tmp_path):
     pytest.importorskip("vaderSentiment")
     pytest.importorskip("textblob")
-    config = prepare(tmp_path / "run", 3, as_they_are)
+    config = prepare_demo(tmp_path / "run", 3, bundled_labels)
     assert config.train.seed == 3 and config.data.eos == "leave" and config.data.template == "plain"
     (tmp_path / "run" / "config.yaml").write_text("")
     with pytest.raises(UserError, match="already holds a run; choose another --out"):
-        prepare(tmp_path / "run", 3, as_they_are)
+        prepare_demo(tmp_path / "run", 3, bundled_labels)
 
 
 def test_margins_are_beta_times_the_difference_of_log_ratios_and_zero_before_training(tmp_path):
@@ -70,9 +79,9 @@ def test_margins_are_beta_times_the_difference_of_log_ratios_and_zero_before_tra
     )
     data = {"path": str(file), "eval": str(file), "template": "plain", "eos": "leave"}
     config = load_config(None, {"data": data, "loss": {"beta": 0.5}})
-    assert heldout_margins(tiny_policy(moved=False), config) == ([0.0, 0.0], ["Once", "The bread"])
+    assert heldout_margins(opened(tiny_policy(moved=False), config)) == ([0.0, 0.0], ["Once", "The bread"])
     policy = tiny_policy()
-    margins, _ = heldout_margins(policy, config)
+    margins, _ = heldout_margins(opened(policy, config))
     for margin, (prompt, *completions) in zip(margins, texts, strict=True):
         ratios = []
         for completion in completions:
@@ -93,26 +102,25 @@ def naive_logp(model, ids, start):
 
 def test_kl_counts_every_sampled_step_and_no_padding():
     policy = tiny_policy()
-    completions = [Completion([5, 6, 7], "length"), Completion([8], "stop")]
-    samples = Samples(["a", "b"], [[1, 2], [3]], ["", ""], completions)
+    answers = Answers(["a", "b"], ["a", "b"], [[1, 2], [3]], ["", ""], [[5, 6, 7], [8]], [False, True])
     wanted = []
-    for ids, completion in zip(samples.ids, completions, strict=True):
-        rows = mx.array([ids + completion.tokens])
+    for ids, drawn, stopped in zip(answers.ids, answers.tokens, answers.stopped, strict=True):
+        rows = mx.array([ids + drawn])
         tuned = np.array(policy.model(rows)[0], np.float64)
         with adapters_off(policy.model):
             start = np.array(policy.model(rows)[0], np.float64)
         p, q = (np.exp(z) / np.exp(z).sum(-1, keepdims=True) for z in (tuned, start))
         steps = (p * np.log(p / q)).sum(-1)[len(ids) - 1 :]
-        wanted.append(steps[: len(completion.tokens) + (completion.finish == "stop")].sum())
-    assert on_policy_kl(policy, samples) == pytest.approx(wanted, rel=1e-3)
+        wanted.append(steps[: len(drawn) + stopped].sum())
+    assert on_policy_kl(opened(policy, load_config()), answers, 1.0) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_change_of_a_judge_is_paired_and_clustered_by_opening():
     pytest.importorskip("vaderSentiment")
-    done = [Completion([1], "length")] * 4
-    before = Samples(["x", "x", "y", "y"], [[1]] * 4, [" bad", " fine", " bad", " awful"], done)
+    openings, texts = ["x", "x", "y", "y"], [" bad", " fine", " bad", " awful"]
+    before = Answers(openings, openings, [[1]] * 4, texts, [[1]] * 4, [False] * 4)
     after = before._replace(texts=[" good", " fine", " good", " good"])
-    change = compare("vader", before, after)["change"]
+    change = judge_change("vader", before, after)["change"]
     assert change.clusters == 2 and change.low > 0
 
 

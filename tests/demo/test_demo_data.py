@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import mlxdpo.demo
 from mlxdpo.demo import make_pairs, rewards
-from mlxdpo.demo.make_pairs import MIN_GAP, Sample, rank
+from mlxdpo.demo.make_pairs import MIN_GAP, Continuation, best_against_worst
 from mlxdpo.demo.openings import GROUPS, openings
 from mlxdpo.types import UserError
 
@@ -64,12 +64,12 @@ def test_a_missing_package_names_the_command(monkeypatch):
 def test_rank_hand_worked():
     """a: .9 against -.2. b: .4 apart, too little. c: only empty texts. The first of equal scores is taken."""
     samples = [
-        ("a", [Sample(" x", "length", 0.1), Sample(" y", "stop", 0.9), Sample(" z", "length", -0.2)]),
-        ("b", [Sample(" x", "length", 0.1), Sample(" y", "length", 0.5)]),
-        ("c", [Sample("", "stop", 0.0)]),
-        ("d", [Sample(t, "length", s) for t, s in ((" 1", 0.0), (" 2", 1.0), (" 3", 0.0), (" 4", 1.0))]),
+        ("a", [Continuation(" x", "length", 0.1), Continuation(" y", "stop", 0.9), Continuation(" z", "length", -0.2)]),
+        ("b", [Continuation(" x", "length", 0.1), Continuation(" y", "length", 0.5)]),
+        ("c", [Continuation("", "stop", 0.0)]),
+        ("d", [Continuation(t, "length", s) for t, s in ((" 1", 0.0), (" 2", 1.0), (" 3", 0.0), (" 4", 1.0))]),
     ]
-    ranked = rank(samples, {"seed": 3})
+    ranked = best_against_worst(samples, {"seed": 3})
     assert [(r["prompt"], r["chosen"], r["rejected"]) for r in ranked.rows] == [
         ("a", " y", " z"),
         ("d", " 2", " 1"),
@@ -89,8 +89,8 @@ def test_rank_hand_worked():
 
 @given(st.lists(st.lists(st.tuples(st.sampled_from(["", "a", "b"]), st.floats(-1, 1)), max_size=5), max_size=6))
 def test_rank_counts_every_prompt_once(raw):
-    samples = [(str(i), [Sample(t, "length", s) for t, s in group]) for i, group in enumerate(raw)]
-    ranked = rank(samples, {})
+    samples = [(str(i), [Continuation(t, "length", s) for t, s in group]) for i, group in enumerate(raw)]
+    ranked = best_against_worst(samples, {})
     assert len(ranked.rows) + sum(ranked.left_out.values()) == len(samples)
     for row in ranked.rows:
         scores = [s.score for s in samples[int(row["prompt"])][1] if s.text]
@@ -131,5 +131,5 @@ def test_the_script_makes_the_shipped_pairs_again():
     pytest.importorskip("vaderSentiment")
     shipped = {row["prompt"]: row for row in rows("pairs.jsonl")}
     some = list(shipped)[:: len(shipped) // 7][:8]
-    made = rank(make_pairs.sample(some, seed=0).items(), make_pairs.provenance(0))
+    made = best_against_worst(make_pairs.sample_continuations(some, seed=0).items(), make_pairs.provenance(0))
     assert sum(row == shipped[row["prompt"]] for row in made.rows) >= 7

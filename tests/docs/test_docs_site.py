@@ -71,6 +71,13 @@ def test_every_command_is_in_the_reference_with_its_help(build, monkeypatch):
     assert all(f"Usage: mlxdpo {part.splitlines()[0]}" in part for part in parts)
 
 
+def test_links_to_the_readme_lead_to_the_index_and_those_to_other_readmes_stay(build):
+    text = build.with_index(build.ROOT / "docs" / "README.md")
+    assert "](../README.md" not in text and "](../index.md#two-commands)" in text
+    assert "](../examples/README.md)" in text
+    assert "](docs/README.md)" in build.with_index(build.ROOT / "README.md")
+
+
 def test_links_that_lead_nowhere_are_found(build, tmp_path):
     (tmp_path / "a.html").write_text(
         '<a href="b.html">x</a><a href="b.html#here">x</a><a href="#top"></a><h1 id="top">x</h1>'

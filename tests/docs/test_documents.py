@@ -56,19 +56,34 @@ def test_every_page_is_reached_from_the_readme():
     assert {page.resolve() for page in PAGES} <= seen
 
 
+@each_page
+def test_every_file_that_a_page_names_exists(page):
+    """`losses/pairwise.py` is in mlxdpo/, `tests/docs/test_docs.py` at the root; a page says which file is new."""
+    text = page.read_text("utf-8")
+    new = set(re.findall(r"`([\w/]+\.py)`, a new file", text))
+    named = set(re.findall(r"`(\w+(?:/\w+)+\.py|(?:mlxdpo|eval|tests|docs|examples|benchmarks)/[\w/.-]+\.\w+)`", text))
+    assert [name for name in named - new if not any((ROOT / top / name).is_file() for top in ("", "mlxdpo"))] == []
+
+
+def test_the_map_leads_to_every_page_and_the_readme_names_it_at_the_top():
+    linked = {(ROOT / "docs" / link.partition("#")[0]).resolve() for link in links(ROOT / "docs" / "README.md")}
+    assert {page.resolve() for page in PAGES} - {ROOT / "docs" / "README.md"} <= linked
+    assert "](docs/README.md)" in (ROOT / "README.md").read_text("utf-8").partition("\n## ")[0]
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").split()) < 1900
 
 
 def test_decisions_are_dated_newest_last_and_in_the_index():
-    """A new decision: `## YYYY-MM-DD: what was decided` at the end, and a link to it among those of its subject."""
+    """A new decision: `## YYYY-MM-DD: what was decided` at the end, and a line with date and link at its subject."""
     text = (ROOT / "docs" / "decisions.md").read_text("utf-8")
     index, body = text.split("<!-- /index -->")
     decisions = DECISION.findall(body)
     assert re.findall(r"^(?:#+ |\*\*)\d{4}.*", DECISION.sub("", body), re.MULTILINE) == []
     assert [date for date, _ in decisions] == sorted(date for date, _ in decisions) and len(decisions) > 40
-    wanted = [f"[{title}](#{slug(f'{date}: {title}'.replace('`', ''))})" for date, title in decisions]
-    assert [line for line in wanted if index.count(line) != 1] == []
+    wanted = [f"- {date}: [{title}](#{slug(f'{date}: {title}'.replace('`', ''))})" for date, title in decisions]
+    assert [line for line in wanted if index.splitlines().count(line) != 1] == []
     assert index.count("](#") == len(wanted)
 
 

@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 COMMANDS = [
     line for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL) for line in block.splitlines() if line
 ]
-RECIPE = "model: Qwen/Qwen2.5-0.5B-Instruct\ndata: pairs.jsonl\ntrain: {batch_size: 2, accumulate: 1}\n"
+RECIPE = "model: Qwen/Qwen2.5-0.5B-Instruct\ndata: pairs.jsonl\ntrain: {batch_size: 2, gradient_accumulation: 1}\n"
 FRUIT = ["An apple.", "A pear.", "A plum.", "A fig.", "A lime.", "A date.", "A kiwi.", "A peach."]
 
 

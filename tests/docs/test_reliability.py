@@ -1,4 +1,4 @@
-"""docs/reliability.md: every row of its table names tests, and they exist."""
+"""docs/reliability.md: every row of its table names tests, and they exist, as do those that its evidence names."""
 
 import ast
 import re
@@ -6,6 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+EVIDENCE = "".join((ROOT / "docs" / "evidence" / f"{name}.md").read_text("utf-8") for name in ("kills", "long-run"))
 ROWS = [line.strip("|").split(" | ") for line in PAGE.splitlines() if line.startswith("| ") and "`test_" in line]
 
 
@@ -30,9 +31,14 @@ def test_every_row_of_the_table_names_tests_that_exist():
             assert not case or f'"{case}"' in tests[name] + (ROOT / "tests/faults/stages.py").read_text(), (name, case)
 
 
+def test_the_evidence_names_tests_that_exist():
+    names = set(re.findall(r"`(test_\w+)", EVIDENCE))
+    assert names and names <= set(known())
+
+
 def test_every_fault_of_the_suite_is_in_the_table():
-    """But for the full-size versions of the same."""
-    told = set(re.findall(r"`(test_\w+)", PAGE))
+    """But for the full-size versions of the same, and the long run, which is in the evidence."""
+    told = set(re.findall(r"`(test_\w+)", PAGE + EVIDENCE))
     for file in sorted((ROOT / "tests" / "faults").glob("test_*.py")):
         names = {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
         tests = {name for name in names if name.startswith("test_") and "hundred" not in name and "much" not in name}

@@ -8,14 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, special
 
-from mlxdpo_eval.metrics.calibration import bin_gaps, calibration, equal_mass, fold, split_temperature, temperature
-from mlxdpo_eval.metrics.calibration_interval import ece_interval, noise_floor
+from mlxdpo_eval.metrics.calibration import (
+    bin_gaps,
+    calibration_report,
+    ece_interval,
+    equal_mass,
+    fit_temperature,
+    fold_margins,
+    noise_floor,
+    split_temperature,
+)
 
 MARGINS = st.lists(st.floats(-6, 6), min_size=3, max_size=40)
 
 
 def test_fold_hand_worked():
-    confidence, right = fold(np.array([0.0, np.log(3), -np.log(4)]))
+    confidence, right = fold_margins(np.array([0.0, np.log(3), -np.log(4)]))
     assert confidence == pytest.approx([0.5, 0.75, 0.8]) and right.tolist() == [0.5, 1, 0]
 
 
@@ -25,7 +33,7 @@ def test_hand_worked():
     ECE (2 * .1 + 3 * .23333) / 5 = .18; ACE .16667; MCE .23333. Brier: (.16 + .36 + .01 + .01 + .81) / 5.
     """
     d = special.logit([0.6, 0.6, 0.9, 0.9, 0.9]) * [1, -1, 1, 1, -1]
-    found = calibration(d, np.arange(5), bins=2)
+    found = calibration_report(d, np.arange(5), bins=2)
     assert [b.n for b in found.bins] == [2, 3]
     assert (found.ece, found.ace, found.mce) == pytest.approx((0.18, 1 / 6, 0.7 / 3))
     assert found.brier == pytest.approx(1.35 / 5) and found.ece_interval is None
@@ -34,7 +42,7 @@ def test_hand_worked():
 
 @given(MARGINS, st.integers(1, 12))
 def test_bins_hold_everyone_once_and_equals_together(margins, bins):
-    confidence, right = fold(np.array(margins))
+    confidence, right = fold_margins(np.array(margins))
     codes = equal_mass(confidence, bins)
     gaps, sizes = bin_gaps(confidence, right, codes)
     assert sizes.sum() == len(margins) and sizes.min() > 0 and len(sizes) <= bins
@@ -53,7 +61,7 @@ def test_bins_of_equal_mass():
 @given(MARGINS)
 def test_temperature_is_the_optimum(margins):
     d = np.array(margins)
-    t = temperature(d)
+    t = fit_temperature(d)
     if d.mean() <= 0 or d.min() >= 0:
         assert t is None
     elif d.mean() > 1e-3 and d.min() < -1e-3:
@@ -68,13 +76,13 @@ def test_temperature_is_the_optimum(margins):
 
 def test_temperature_hand_worked():
     """d is 2 three times and -2 once: sigmoid(2 / T) = 3/4, T = 2 / ln 3."""
-    assert temperature(np.array([2.0, 2.0, 2.0, -2.0])) == pytest.approx(2 / np.log(3))
+    assert fit_temperature(np.array([2.0, 2.0, 2.0, -2.0])) == pytest.approx(2 / np.log(3))
 
 
 @given(MARGINS, st.floats(0.1, 10))
 def test_temperature_scales_with_the_margins(margins, factor):
     d = np.array(margins)
-    t, scaled = temperature(d), temperature(factor * d)
+    t, scaled = fit_temperature(d), fit_temperature(factor * d)
     if t is not None and scaled is not None and 1e-3 < t < 1e3:
         assert scaled == pytest.approx(factor * t, rel=1e-6)
 
@@ -94,8 +102,8 @@ def test_a_known_temperature_comes_back_and_helps_the_other_half():
 def test_order_of_rows_does_not_matter():
     rng = np.random.default_rng(5)
     d, prompts = rng.normal(1, 2, 300), np.array([f"prompt {i // 2}" for i in range(300)])
-    found, order = calibration(d, prompts), rng.permutation(300)
-    again = calibration(d[order], prompts[order])
+    found, order = calibration_report(d, prompts), rng.permutation(300)
+    again = calibration_report(d[order], prompts[order])
     assert again.ece_interval == pytest.approx(found.ece_interval, abs=1e-9)
     assert again.floor == pytest.approx(found.floor, abs=1e-9)
     assert again.temperature[:3] == pytest.approx(found.temperature[:3], abs=1e-9)
@@ -146,8 +154,8 @@ def test_no_interval_for_small_bins_or_one_prompt():
 
 def test_an_untrained_policy():
     """All margins 0: every confidence is 1/2, every pair a tie, in one bin without error."""
-    found = calibration(np.zeros(50), np.arange(50))
+    found = calibration_report(np.zeros(50), np.arange(50))
     assert len(found.bins) == 1 and found.ece == 0 and found.nll == pytest.approx(np.log(2))
     assert found.temperature.temperature is None
     with pytest.raises(ValueError, match="no margins"):
-        calibration(np.array([]), np.array([]))
+        calibration_report(np.array([]), np.array([]))

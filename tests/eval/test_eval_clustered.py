@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from mlxdpo_eval.metrics.intervals import clustered_mean, clustered_se, clustered_share, quantile_t, share_of, wilson
+from mlxdpo_eval.metrics.intervals import (
+    clustered_mean,
+    clustered_se,
+    clustered_share,
+    mean_or_none,
+    quantile_t,
+    wilson,
+)
 
 # Multiples of 1/8, so that 1 - v is exact and "all alike" survives it.
 ROWS = st.lists(st.tuples(st.integers(0, 8).map(lambda k: k / 8), st.integers(0, 5)), min_size=2, max_size=30)
@@ -103,7 +110,7 @@ def test_clusters_that_only_rounding_tells_apart_have_no_spread():
 
 
 def test_share_of_values():
-    assert share_of([]) is None and share_of([0.0, 0.5, 1.0, 1.0]) == 0.625
+    assert mean_or_none([]) is None and mean_or_none([0.0, 0.5, 1.0, 1.0]) == 0.625
 
 
 def test_shares_outside_0_and_1_are_refused_at_either_end():

@@ -10,7 +10,7 @@ from tiny_runs import write_pairs
 from mlxdpo import Run, prompt_name
 from mlxdpo.cli import run as cli
 from mlxdpo_eval.compare import latest_results
-from mlxdpo_eval.judge_quality import retested
+from mlxdpo_eval.judge_quality import ask_again
 from mlxdpo_eval.judges import AnswerPair, BothOrders, Verdict, ask_both
 from mlxdpo_eval.report.blocks import roughly
 
@@ -145,22 +145,22 @@ def test_a_second_asking_goes_past_the_cache_and_leaves_it_alone(cache):
     """A judge that turns round: the cache would hide it."""
     turned = []
     judge = Planted(lambda q: Verdict(-oracle(q).logit if turned else oracle(q).logit), "turns", cached=True)
-    trios = [AnswerPair(f"p{i}", "bad", "good") for i in range(10)]
-    first = ask_both(judge, trios)
+    pairs = [AnswerPair(f"p{i}", "bad", "good") for i in range(10)]
+    first = ask_both(judge, pairs)
     turned.append(True)
-    again = retested(judge, trios, first, [t.prompt for t in trios], 5)
+    again = ask_again(judge, pairs, first, [t.prompt for t in pairs], 5)
     assert (again.asked, again.n, again.same, again.moved) == (5, 5, 0.0, 20.0)
-    assert ask_both(judge, trios) == first  # still kept
-    few = retested(Planted(coin), trios, first, [t.prompt for t in trios], 100)
+    assert ask_both(judge, pairs) == first  # still kept
+    few = ask_again(Planted(coin), pairs, first, [t.prompt for t in pairs], 100)
     assert few.asked == 10
-    assert retested(judge, trios, [BothOrders(None, None, "odd")] * 10, [], 5) is None
+    assert ask_again(judge, pairs, [BothOrders(None, None, "odd")] * 10, [], 5) is None
 
 
 def test_a_second_asking_that_fails_is_counted_apart():
-    trios = [AnswerPair(f"p{i}", "bad", "good") for i in range(10)]
+    pairs = [AnswerPair(f"p{i}", "bad", "good") for i in range(10)]
     first = [BothOrders(10.0, 10.0)] * 10
     judge = Planted(lambda q: Verdict(None, "timeout") if q.prompt in ("p0", "p9") else oracle(q))
-    again = retested(judge, trios, first, [t.prompt for t in trios], 10)
+    again = ask_again(judge, pairs, first, [t.prompt for t in pairs], 10)
     assert (again.asked, again.n, again.invalid, again.same) == (10, 8, 2, 1.0)
 
 

@@ -15,8 +15,8 @@ from planted_judges import Planted, always_first, answers, coin, good_and_bad, l
 from mlxdpo import UserError
 from mlxdpo_eval.judges import AnswerPair, BothOrders, Question, Verdict, ask_both, open_judge
 from mlxdpo_eval.judges.both import cache_file
-from mlxdpo_eval.judges.endpoint import endpoint_judge, parse
-from mlxdpo_eval.judges.protocol import SURE, invalid
+from mlxdpo_eval.judges.endpoint import endpoint_judge, parse_completion
+from mlxdpo_eval.judges.protocol import CERTAIN, invalid
 from mlxdpo_eval.winrate import judge_answers, win_rate
 
 
@@ -79,14 +79,14 @@ def test_one_invalid_order_makes_the_pair_invalid():
 
 def test_verdicts_are_kept_by_content_whatever_the_order_of_the_questions(cache):
     judge = Planted(oracle, "kept", cached=True)
-    trios = [AnswerPair(f"p{i}", f"bad {i}", f"good {i}") for i in range(70)]
-    first = ask_both(judge, trios)
+    pairs = [AnswerPair(f"p{i}", f"bad {i}", f"good {i}") for i in range(70)]
+    first = ask_both(judge, pairs)
     assert len(judge.asked) == 140
-    assert ask_both(judge, trios[::-1]) == first[::-1] and len(judge.asked) == 140
+    assert ask_both(judge, pairs[::-1]) == first[::-1] and len(judge.asked) == 140
     ask_both(judge, [AnswerPair("p0", "bad 0", "good 1")])  # another answer is another question
     assert len(judge.asked) == 142
     other = Planted(oracle, "other", cached=True)
-    ask_both(other, trios[:1])  # another judge keeps its own
+    ask_both(other, pairs[:1])  # another judge keeps its own
     assert len(other.asked) == 2 and cache_file(judge) != cache_file(other)
 
 
@@ -160,28 +160,28 @@ def test_an_endpoint_is_asked_for_one_token_and_its_log_probs_are_the_verdict(mo
     assert "secret-key" not in repr(judge) + json.dumps(judge.identity)
 
 
-@pytest.mark.parametrize("text, logit", [("A", SURE), (" b.\n", -SURE), ("(A)", SURE)])
+@pytest.mark.parametrize("text, logit", [("A", CERTAIN), (" b.\n", -CERTAIN), ("(A)", CERTAIN)])
 def test_without_log_probs_the_answer_must_be_a_label(text, logit):
-    assert parse(chat(text)).logit == logit
+    assert parse_completion(chat(text)).logit == logit
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{}", b'{"choices": []}', b'{"choices": [{"message": 3}]}'])
 def test_what_is_no_chat_completion_is_invalid(body):
-    assert parse(body) == invalid("the reply is no chat completion")
+    assert parse_completion(body) == invalid("the reply is no chat completion")
 
 
 @pytest.mark.parametrize("text", ["Answer A is better", "AB", "", "I cannot judge", "a tie"])
 def test_text_around_a_label_is_invalid(text):
-    assert parse(chat(text)) == invalid("the answer is no label")
+    assert parse_completion(chat(text)) == invalid("the answer is no label")
 
 
 def test_a_label_that_is_not_listed_lies_below_the_least_that_is():
-    assert parse(chat("A", {"A": -0.1, "x": -5.0})).logit == pytest.approx(-0.1 + 7.0)
+    assert parse_completion(chat("A", {"A": -0.1, "x": -5.0})).logit == pytest.approx(-0.1 + 7.0)
 
 
 def test_an_overloaded_server_is_asked_again():
     with served(lambda n: (200, chat("B")) if n == 3 else (429, b"slow down")) as judge:
-        assert judge.ask(ONE) == [Verdict(-SURE)] and len(Server.seen) == 3
+        assert judge.ask(ONE) == [Verdict(-CERTAIN)] and len(Server.seen) == 3
 
 
 def test_errors_that_stay_are_invalid_not_losses():
@@ -215,7 +215,7 @@ def test_a_reward_of_ones_own_and_what_it_cannot_score(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def words(prompt, answer):\n    return len(answer.split())\ndef broken(p, a):\n    return 1 / 0\n")
     judge = open_judge(f"{file}:words")
-    assert judge.ask([Question("p", "a b", "a"), Question("p", "a", "b")]) == [Verdict(SURE), Verdict(0.0)]
+    assert judge.ask([Question("p", "a b", "a"), Question("p", "a", "b")]) == [Verdict(CERTAIN), Verdict(0.0)]
     assert judge.scores(["p"], ["a b c"]) == [3.0]
     assert open_judge(f"{file}:broken").ask(ONE) == [invalid("the reward raised ZeroDivisionError")]
     with pytest.raises(UserError, match="no such function; it has words, broken"):
@@ -230,7 +230,7 @@ def test_votes_are_found_whichever_side_the_answers_were_on(tmp_path):
     )
     judge = open_judge(f"votes:{file}")
     asked = [Question("p", "y", "x"), Question("p", "z", "x"), Question("q", "y", "x"), Question("r", "x", "y")]
-    assert judge.ask(asked) == [Verdict(-SURE), Verdict(0.0), Verdict(0.0), Verdict(None, "no vote", absent=True)]
+    assert judge.ask(asked) == [Verdict(-CERTAIN), Verdict(0.0), Verdict(0.0), Verdict(None, "no vote", absent=True)]
     file.write_text('{"prompt": "p", "a": "x", "b": "y", "winner": "c"}\n')
     with pytest.raises(UserError, match=r"votes\.jsonl:1: .*none of a, b, tie, both_bad; none of the 1 lines"):
         open_judge(f"votes:{file}")

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from scipy import optimize, special
 from scipy import stats as scipy_stats
 
-from mlxdpo_eval.metrics.length import by_length, fit, length_controlled, length_report, pull, spearman
+from mlxdpo_eval.metrics.length import (
+    by_length,
+    fit_length_effect,
+    length_controlled,
+    length_report,
+    length_term,
+    spearman,
+)
 
 ROWS = st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.integers(-50, 50)), min_size=6, max_size=40)
 
@@ -34,8 +41,8 @@ def test_without_a_length_effect_theta_is_the_plain_logit():
 def test_saturated_fit_hand_worked():
     """x = ±a, wins 3 of 4 above and 1 of 4 below, no ridge: theta 0, phi a = logit(3/4). Equal length: 1/2."""
     won = np.array([1, 1, 1, 0, 0, 0, 0, 1], np.float64)
-    x = pull(np.repeat([7.0, -7.0], 4))
-    theta, phi = fit(won, x, np.ones((1, 8)), ridge=0)[0]
+    x = length_term(np.repeat([7.0, -7.0], 4))
+    theta, phi = fit_length_effect(won, x, np.ones((1, 8)), ridge=0)[0]
     assert theta == pytest.approx(0, abs=1e-9) and phi * x[0] == pytest.approx(np.log(3))
 
 
@@ -44,14 +51,14 @@ def test_saturated_fit_hand_worked():
 def test_fit_maximises_the_penalised_likelihood(rows, seed):
     y, difference = (np.array(c, np.float64) for c in zip(*rows, strict=True))
     if 0 < y.mean() < 1:
-        x, w = pull(difference), np.random.default_rng(seed).integers(0, 3, len(y)).astype(float)
+        x, w = length_term(difference), np.random.default_rng(seed).integers(0, 3, len(y)).astype(float)
         if 0 < (w * y).sum() < w.sum():
 
             def loss(p):
                 z = p[0] + p[1] * x
                 return (w * (y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z))).sum() + 0.05 * p[1] ** 2
 
-            ours = fit(y, x, w[None])[0]
+            ours = fit_length_effect(y, x, w[None])[0]
             theirs = optimize.minimize(loss, np.zeros(2), method="BFGS", options={"gtol": 1e-9})
             assert loss(ours) <= theirs.fun + 1e-8
 

@@ -1,4 +1,4 @@
-"""The judge's report card, PPI++ and Krippendorff's alpha: published examples, closed forms, planted judges."""
+"""The judge's report card and PPI++: published examples, closed forms, planted judges."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxdpo_eval.krippendorff import alpha, interval
-from mlxdpo_eval.metrics.judge_bias import agreement, position, preference_for_longer, retest
+from mlxdpo_eval.metrics.judge_bias import agreement, position_bias, preference_for_longer, repeat_agreement
 from mlxdpo_eval.metrics.ppi import debiased
 
 NAN = np.nan
@@ -68,12 +67,12 @@ def test_invalid_is_no_verdict():
     with pytest.raises(ValueError, match="a verdict is 2"):
         agreement([2], [1], ["a"])
     with pytest.raises(ValueError, match="as many"):
-        retest([1, 1], [1], ["a", "b"])
+        repeat_agreement([1, 1], [1], ["a", "b"])
 
 
 def test_position_of_an_always_first_judge():
     """It says "first" with logit 2 whatever is there: never consistent, all decided verdicts for the first."""
-    found = position([2.0] * 40, [-2.0] * 40, range(40))
+    found = position_bias([2.0] * 40, [-2.0] * 40, range(40))
     assert (found.consistent, found.first, found.bias) == (0, 1, 2)
     assert found.p == pytest.approx(2 / 2**40) and found.bias_interval is None
 
@@ -84,7 +83,7 @@ def test_position_hand_worked():
     The first two are consistent. The answer shown first wins all four of s1 and two of s2. Both flips go to it.
     """
     quality, bias = np.array([2.0, 2.0, 1.0, -1.0]), 1.5
-    found = position(quality + bias, quality - bias, range(4))
+    found = position_bias(quality + bias, quality - bias, range(4))
     assert found.consistent == 0.5 and found.bias == 1.5
     assert found.first == pytest.approx(6 / 8) and found.p == 0.5
 
@@ -93,40 +92,16 @@ def test_position_hand_worked():
 def test_position_mirrors(rows):
     """Exchange which answer is the tuned model's: the bias stays, as does everything else."""
     s1, s2 = (np.array(c) for c in zip(*rows, strict=True))
-    a, b = position(s1, s2, range(len(rows))), position(-s2, -s1, range(len(rows)))
+    a, b = position_bias(s1, s2, range(len(rows))), position_bias(-s2, -s1, range(len(rows)))
     assert b.bias == pytest.approx(a.bias, abs=1e-12) and a.consistent == b.consistent
     assert a.first == b.first and a.p == b.p
 
 
 def test_retest_and_longer_hand_worked():
-    assert retest([1, 0, -1, 1], [1, 0, 1, 1], range(4))[0] == 0.75
+    assert repeat_agreement([1, 0, -1, 1], [1, 0, 1, 1], range(4))[0] == 0.75
     found = preference_for_longer([1, -1, 0, 1, 1], [10, -5, 3, -2, 0], range(5), human=[-1, -1, 1, 1, 1])
     assert found.n == 3 and found.prefers_longer == pytest.approx(2 / 3) and found.humans == 0.5
     assert preference_for_longer([0, 1], [1, 0], range(2)) == (0, None, None, None)
-
-
-# Krippendorff 2011, "Computing Krippendorff's alpha-reliability", example C: four observers, twelve units.
-FOUR = np.array([
-    [1, 2, 3, 3, 2, 1, 4, 1, 2, NAN, NAN, NAN],
-    [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, NAN, 3],
-    [NAN, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, NAN],
-    [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, NAN],
-])  # fmt: skip
-
-
-def test_alpha_of_krippendorffs_example():
-    assert alpha(FOUR) == pytest.approx(0.743, abs=5e-4)
-    assert alpha(FOUR, interval) == pytest.approx(0.849, abs=5e-4)
-    assert alpha(FOUR[::-1]) == pytest.approx(alpha(FOUR))
-
-
-def test_alpha_of_two_raters_is_scotts_pi_with_a_small_sample_correction():
-    """1 - (1 - pi) (2n - 1) / 2n; here po .7, pe .55² + .45² = .505, n 50."""
-    judge = np.array([1.0] * 25 + [0.0] * 25)
-    human = np.array([1.0] * 20 + [0.0] * 5 + [1.0] * 10 + [0.0] * 15)
-    pi = (0.7 - 0.505) / (1 - 0.505)
-    assert alpha(np.stack([judge, human])) == pytest.approx(1 - (1 - pi) * 99 / 100)
-    assert alpha(np.array([[1.0, NAN], [NAN, 2.0]])) is None and alpha(np.ones((3, 4))) is None
 
 
 def by_formula(h, f, g):

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
 
+from mlxdpo import PairLogps
 from mlxdpo_eval.metrics.best_of_k import best_of, first_is_right, ties_score
-from mlxdpo_eval.metrics.rewards import PairScores, margins, mcnemar, mcnemar_mid, reward_report
+from mlxdpo_eval.metrics.rewards import margins, mcnemar, reward_report
 
 NATS = st.floats(-60, -1)
 
 
-def scores(rows, prompts=None):
+def scores(rows):
     """Rows of (chosen, rejected, ref_chosen, ref_rejected, chosen_len, rejected_len)."""
-    columns = [np.array(c, np.float64) for c in zip(*rows, strict=True)]
-    return PairScores(*columns, np.arange(len(rows)) if prompts is None else np.array(prompts))
+    return PairLogps(*(np.array(column, np.float64) for column in zip(*rows, strict=True)))
+
+
+def report(s, beta, prompts=None):
+    """The report, each pair a prompt of its own when no prompts are given."""
+    return reward_report(s, np.arange(len(s.ref_rejected)) if prompts is None else np.array(prompts), beta)
 
 
 def swap(s):
-    return PairScores(s.rejected, s.chosen, s.ref_rejected, s.ref_chosen, s.rejected_len, s.chosen_len, s.prompts)
+    return PairLogps(s.rejected, s.chosen, s.ref_rejected, s.ref_chosen, s.rejected_len, s.chosen_len)
 
 
 HAND = scores([(-9, -12, -10, -10, 4, 2), (-20, -20, -16, -18, 2, 2), (-5, -5, -5, -5, 1, 1), (-7, -6, -8, -5, 2, 1)])
@@ -33,7 +39,7 @@ def test_hand_worked():
     Accuracy (1 + 0 + .5 + 1) / 4. Per token .5 (1/4 + 1), .5 (-2 + 1), 0, .5 (1/2 + 1). Displacement mean -.5,
     one of four fell.
     """
-    r = reward_report(HAND, 0.5)
+    r = report(HAND, 0.5)
     assert (r.n, r.ties, r.accuracy) == (4, 1, 0.625)
     assert margins(HAND, 0.5).tolist() == [1.5, -1, 0, 1]
     assert r.margin.mean == 0.375 and r.margin.median == 0.5
@@ -46,17 +52,17 @@ def test_hand_worked():
 
 def test_rankings_hand_worked():
     """Policy ranks 1, ½, ½, 0; reference ½, 1, ½, 0: only the last pair is clear of ties, wrong in both."""
-    found = reward_report(HAND, 0.5).rankings
+    found = report(HAND, 0.5).rankings
     assert found == (0.5, 0.5, 0, 0, 0, 1, 3, 1.0)
     rows = [(-1, -2, -2, -1, 1, 1)] * 7 + [(-2, -1, -1, -2, 1, 1)] * 2 + [(-1, -2, -1, -2, 1, 1)] * 4
-    found = reward_report(scores(rows), 0.1).rankings
+    found = report(scores(rows), 0.1).rankings
     assert (found.both, found.gained, found.lost, found.neither) == (4, 7, 2, 0)
     assert found.p == pytest.approx(2 * (1 + 9 + 36) / 512)
 
 
 def test_an_untouched_policy_reads_one_half():
     rows = [(-9.3, -12.1, -9.3, -12.1, 4, 2)] * 30
-    r = reward_report(scores(rows), 0.1)
+    r = report(scores(rows), 0.1)
     assert (r.accuracy, r.ties, r.margin.mean, r.displacement.mean, r.fell) == (0.5, 30, 0, 0, 0)
     assert r.accuracy_interval is None and r.loss == pytest.approx(np.log(2))
 
@@ -65,7 +71,7 @@ def test_an_untouched_policy_reads_one_half():
 @given(st.lists(st.tuples(NATS, NATS, NATS, NATS, st.integers(1, 9), st.integers(1, 9)), min_size=2, max_size=20))
 def test_swapping_labels_negates(rows):
     s = scores(rows)
-    a, b = reward_report(s, 0.2), reward_report(swap(s), 0.2)
+    a, b = report(s, 0.2), report(swap(s), 0.2)
     assert a.accuracy + b.accuracy == pytest.approx(1)
     assert (margins(s, 0.2) == -margins(swap(s), 0.2)).all()
     assert a.margin.mean == pytest.approx(-b.margin.mean) and a.token_margin.median == pytest.approx(
@@ -82,11 +88,11 @@ def test_swapping_labels_negates(rows):
 )
 def test_order_and_duplicates(rows, random):
     prompts = [i % 3 for i in range(len(rows))]
-    plain = reward_report(scores(rows, prompts), 0.1)
+    plain = report(scores(rows), 0.1, prompts)
     order = list(range(len(rows)))
     random.shuffle(order)
-    shuffled = reward_report(scores([rows[i] for i in order], [prompts[i] for i in order]), 0.1)
-    doubled = reward_report(scores(rows * 2, prompts * 2), 0.1)
+    shuffled = report(scores([rows[i] for i in order]), 0.1, [prompts[i] for i in order])
+    doubled = report(scores(rows * 2), 0.1, prompts * 2)
     for other in (shuffled, doubled):
         assert other.accuracy == pytest.approx(plain.accuracy)
         assert other.margin.mean == pytest.approx(plain.margin.mean, abs=1e-9)
@@ -95,25 +101,21 @@ def test_order_and_duplicates(rows, random):
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
-def test_mcnemar_equals_scipy(b, c):
-    theirs = binomtest(b, b + c).pvalue if b + c else 1.0
-    assert mcnemar(b, c) == pytest.approx(theirs, abs=1e-9)
-    assert 0 < mcnemar_mid(b, c) <= mcnemar(b, c) and mcnemar_mid(b, c) == mcnemar_mid(c, b)
-
-
-def test_mcnemar_mid_hand_worked():
-    """1 against 4: exact 2 (1 + 5) / 32 = .375; less P(X = 1) = 5/32: .21875."""
-    assert mcnemar(1, 4) == pytest.approx(0.375) and mcnemar_mid(1, 4) == pytest.approx(0.21875)
+def test_mcnemar_is_the_binomial_sum(b, c):
+    """2 P(X <= min) of Binomial(b + c, 1/2), never above 1; 1 against 4: 2 (1 + 5) / 32 = .375."""
+    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c)
+    assert mcnemar(b, c) == pytest.approx(min(1.0, 2 * tail), abs=1e-9)
+    assert mcnemar(b, c) == mcnemar(c, b) and mcnemar(1, 4) == pytest.approx(0.375)
 
 
 def test_nonsense_is_refused():
     good = HAND
     with pytest.raises(ValueError, match="expected one length of at least 1"):
-        reward_report(good._replace(chosen=good.chosen[:2]), 0.1)
+        report(good._replace(chosen=good.chosen[:2]), 0.1)
     with pytest.raises(ValueError, match=r"ref_chosen\[1\] is not finite"):
-        reward_report(good._replace(ref_chosen=np.array([0, np.nan, 0, 0])), 0.1)
+        report(good._replace(ref_chosen=np.array([0, np.nan, 0, 0])), 0.1)
     with pytest.raises(ValueError, match="no tokens"):
-        reward_report(good._replace(chosen_len=np.array([1, 0, 1, 1])), 0.1)
+        report(good._replace(chosen_len=np.array([1, 0, 1, 1])), 0.1)
 
 
 def test_best_of_hand_worked():

@@ -13,11 +13,11 @@ from tiny_runs import finish, recipe
 from mlxdpo import Run, UserError, at_checkpoints, open_trained_run
 from mlxdpo.cli import run as cli
 from mlxdpo.io.atomic import write_json
-from mlxdpo_eval.compare import compare, latest_results, sentence
+from mlxdpo_eval.compare import compare_runs, comparison_sentence, latest_results
 from mlxdpo_eval.report.write import write_report
 from mlxdpo_eval.run import evaluate
 from mlxdpo_eval.sampling import Sampling
-from mlxdpo_eval.sweep import sweep
+from mlxdpo_eval.sweep import measure_checkpoints
 
 SMALL = Sampling(prompts=6, samples=2, max_tokens=5)
 
@@ -170,9 +170,11 @@ def test_capability_checks_say_what_to_install(run, capsys, monkeypatch):
 
 def test_compare_pairs_by_item_and_fails_on_a_regression_only(run, tmp_path, capsys):
     with pytest.raises(UserError, match=r"has no evaluation; run `mlxdpo eval .*run` first"):
-        compare(run, run)
+        compare_runs(run, run)
     evaluate(run, [Planted(coin)], SMALL)
-    assert compare(run, run).regressed == [] and sentence(compare(run, run)).startswith("No difference shown")
+    assert compare_runs(run, run).regressed == [] and comparison_sentence(compare_runs(run, run)).startswith(
+        "No difference shown"
+    )
     assert cli(["compare", str(run.path), str(run.path)]) == 0
     worse = trained(tmp_path, "worse")
     evaluate(worse, [Planted(coin)], SMALL)
@@ -181,7 +183,7 @@ def test_compare_pairs_by_item_and_fails_on_a_regression_only(run, tmp_path, cap
         lines = [json.loads(x) for x in file.read_text().splitlines()]
         shown = [x | {"margin": sign * (1.0 if i else -1.0)} for i, x in enumerate(lines)]
         file.write_text("".join(json.dumps(x) + "\n" for x in shown[::-1]))
-    found = compare(run, worse)
+    found = compare_runs(run, worse)
     accuracy = found.changes[0]
     assert (accuracy.items, accuracy.gained, accuracy.lost, accuracy.verdict) == (18, 1, 17, "worse")
     assert accuracy.change == pytest.approx(-16 / 18) and accuracy.p == pytest.approx(2 * 19 / 2**18)
@@ -202,11 +204,11 @@ def test_a_win_that_becomes_a_tie_is_lost_and_counts_in_the_p_value(run, tmp_pat
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         shown = [line | {"margin": margin if i < 6 else -1.0} for i, line in enumerate(lines)]
         file.write_text("".join(json.dumps(line) + "\n" for line in shown))
-    found = compare(run, other)
+    found = compare_runs(run, other)
     accuracy, flips = found.changes[0], [f["flip"] for f in found.flips if f["measure"] == "held-out accuracy"]
     assert (accuracy.gained, accuracy.lost, accuracy.change) == (0, 6, pytest.approx(-3 / 18))
     assert accuracy.p == pytest.approx(2 / 2**6) and flips == ["lost"] * 6
-    back = compare(other, run).changes[0]
+    back = compare_runs(other, run).changes[0]
     assert (back.gained, back.lost, back.p) == (6, 0, accuracy.p)
 
 
@@ -215,7 +217,7 @@ def test_runs_sampled_with_different_settings_are_not_compared(run, tmp_path):
     evaluate(run, [Planted(coin)], SMALL)
     evaluate(other, [Planted(coin)], Sampling(prompts=6, samples=2, max_tokens=4))
     with pytest.raises(UserError, match="max_tokens 5 and 4; evaluate both alike"):
-        compare(run, other)
+        compare_runs(run, other)
 
 
 def test_a_local_judge_reads_its_verdict_from_one_position(tmp_path, cache):
@@ -249,7 +251,7 @@ def test_a_sweep_has_a_point_for_each_checkpoint_and_the_adapter_stays(tmp_path,
     names = list(at_checkpoints(opened))
     assert names == [path.name for path in sorted(run.checkpoints.glob("step-*"))] and len(names) >= 2
     assert {k: v.tolist() for k, v in tree_flatten(opened.policy.model.trainable_parameters())} == final
-    points = sweep(run, Planted(coin), SMALL)
+    points = measure_checkpoints(run, Planted(coin), SMALL)
     assert [p.name for p in points] == [*names[:-1], f"{names[-1]} = adapter"]  # once, not twice
     assert points[-1].kl == pytest.approx(evaluate(run, [], SMALL).results["drift"]["kl"])
     write_report(run)
@@ -258,6 +260,6 @@ def test_a_sweep_has_a_point_for_each_checkpoint_and_the_adapter_stays(tmp_path,
 
 
 def test_an_untrained_run_is_a_point_without_drift(run):
-    (*others, last) = sweep(untrain(run), Planted(coin), SMALL)
+    (*others, last) = measure_checkpoints(untrain(run), Planted(coin), SMALL)
     assert last.name == "adapter" and "adapter" not in "".join(p.name for p in others)
     assert (last.kl, last.reward) == (0.0, 0.5)

@@ -13,7 +13,6 @@ from mlxdpo_eval.metrics.sequential import (
     anytime_interval,
     log_e_value,
     minimum_detectable,
-    running_vote,
     sample_size,
     votes_needed,
 )
@@ -25,7 +24,7 @@ def test_e_value_hand_worked():
     """E = 2^n w! l! / (n + 1)!: one vote 2 / 2 = 1, two wins 4 * 2 / 6, seven wins 128 * 5040 / 40320 = 16."""
     assert np.exp(log_e_value(0, 0)) == pytest.approx(1) and np.exp(log_e_value(1, 0)) == pytest.approx(1)
     assert np.exp(log_e_value(2, 0)) == pytest.approx(4 / 3) and np.exp(log_e_value(7, 0)) == pytest.approx(16)
-    assert not running_vote(7, 0).decided and running_vote(8, 0).decided
+    assert votes_needed(7, 0) != 0 and votes_needed(8, 0) == 0
     with pytest.raises(ValueError, match="-1 wins"):
         log_e_value(-1, 0)
 
@@ -62,13 +61,11 @@ def test_interval_is_what_is_not_refuted(wins, losses):
             assert log_e_value(wins, losses, bound) == pytest.approx(math.log(20), abs=1e-4)
     flipped = anytime_interval(losses, wins)
     assert flipped == pytest.approx((1 - high, 1 - low), abs=1e-9)
-    assert running_vote(wins, losses).decided == (not low <= 0.5 <= high)
+    assert (votes_needed(wins, losses, limit=0) == 0) == (not low <= 0.5 <= high)
 
 
 def test_no_votes_no_knowledge():
     assert anytime_interval(0, 0) == (0, 1) and votes_needed(0, 0) is None
-    found = running_vote(0, 0)
-    assert (found.e_value, found.decided, found.low, found.high, found.needed) == (1, False, 0, 1, None)
 
 
 @given(st.integers(1, 60), st.integers(0, 60))
@@ -81,7 +78,7 @@ def test_votes_needed_is_the_first_that_decides(wins, losses):
             return log_e_value(wins + k * rate, losses + k * (1 - rate)) >= math.log(20)
 
         assert decided(needed) and not decided(needed - 1)
-    assert (needed == 0) == running_vote(wins, losses).decided
+    assert (needed == 0) == (log_e_value(wins, losses) >= -np.log(0.05))
 
 
 def test_sample_sizes_of_the_textbook():

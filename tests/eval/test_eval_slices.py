@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
+from benchmarks.frontier.areas import hull
 from mlxdpo_eval.metrics.drift import distinct_n, text_stats
 from mlxdpo_eval.metrics.intervals import clustered_share
-from mlxdpo_eval.metrics.pareto import Point, hull, pareto
-from mlxdpo_eval.metrics.slices import benjamini_hochberg, slice_report
-from mlxdpo_eval.metrics.texts import distinct, length_ratio, text_report
+from mlxdpo_eval.metrics.pareto import Point, pareto_front
+from mlxdpo_eval.metrics.slices import slice_report
+from mlxdpo_eval.metrics.texts import distinct_interval, length_ratio, text_report
 
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)
 
@@ -62,11 +63,6 @@ def test_one_slice_has_no_rest_and_none_is_a_name():
         slice_report([1.0], ["a", "b"], ["p"])
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
-def test_benjamini_hochberg_equals_scipy(p):
-    assert benjamini_hochberg(p) == pytest.approx(scipy_stats.false_discovery_control(p), abs=1e-12)
-
-
 def test_text_report_is_text_stats_with_intervals():
     rng = np.random.default_rng(1)
     texts = [rng.integers(0, 30, size=rng.integers(5, 40)).tolist() for _ in range(60)]
@@ -91,8 +87,8 @@ def test_jackknife_of_distinct_hand_worked():
 
     "aa", "aa", "ab" by three prompts: value 2/3; left 2/2, 2/2, 1/2: mean 5/6, se sqrt(2/3 * (2/36 + 4/36)) = 1/3.
     """
-    assert distinct(["ab", "cdc"], ["p", "q"]) == (1.0, None)
-    found = distinct(["aa", "aa", "ab"], ["p", "q", "r"])
+    assert distinct_interval(["ab", "cdc"], ["p", "q"]) == (1.0, None)
+    found = distinct_interval(["aa", "aa", "ab"], ["p", "q", "r"])
     assert found.value == pytest.approx(2 / 3)
     assert found.interval[1:3] == (0.0, 1.0)  # 2/3 ± 4.303 / 3, cut to what a share can be
 
@@ -101,7 +97,7 @@ def test_jackknife_of_distinct_hand_worked():
 def test_jackknife_leaves_out_what_it_says(rows, n):
     """Its values are distinct_n of the set without each prompt."""
     texts, prompts = (list(c) for c in zip(*rows, strict=True))
-    found, names = distinct(texts, prompts, n), list(dict.fromkeys(prompts))
+    found, names = distinct_interval(texts, prompts, n), list(dict.fromkeys(prompts))
     left = [distinct_n([t for t, p in rows if p != name], n) for name in names]
     if found.interval is not None:
         error = np.sqrt((len(left) - 1) / len(left) * ((np.array(left) - np.mean(left)) ** 2).sum())
@@ -129,11 +125,11 @@ def points(pairs):
 
 def test_frontier_hand_worked():
     """(2, .5) is beaten by (1, .6); (3, .62) stays on the frontier but lies under the line from (1, .6) to (5, .8)."""
-    found = pareto(points([(0, 0.5), (1, 0.6), (2, 0.5), (3, 0.62), (5, 0.8), (6, 0.8)]))
+    found = pareto_front(points([(0, 0.5), (1, 0.6), (2, 0.5), (3, 0.62), (5, 0.8), (6, 0.8)]))
     assert [p.kl for p in found] == [0, 1, 3, 5]
     assert [p.kl for p in hull(found)] == [0, 1, 5]
     with pytest.raises(ValueError, match="has KL nan"):
-        pareto([Point("a", float("nan"), 0.0)])
+        pareto_front([Point("a", float("nan"), 0.0)])
 
 
 @given(POINTS)
@@ -143,8 +139,8 @@ def test_pareto_by_definition(pairs):
     def beaten(p):
         return any(o.kl <= p.kl and o.reward >= p.reward and o[1:3] != p[1:3] for o in given_points)
 
-    assert {p.name for p in pareto(given_points)} == {p.name for p in given_points if not beaten(p)}
+    assert {p.name for p in pareto_front(given_points)} == {p.name for p in given_points if not beaten(p)}
     corners = hull(given_points)
-    assert set(corners) <= set(pareto(given_points))
+    assert set(corners) <= set(pareto_front(given_points))
     slopes = [(b.reward - a.reward) / (b.kl - a.kl) for a, b in pairwise(corners)]
     assert slopes == sorted(slopes, reverse=True) and all(s > 0 for s in slopes)

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from mlxdpo_eval.metrics.intervals import checked, cluster_bootstrap, paired_difference, tails, wilson
+from mlxdpo_eval.metrics.intervals import (
+    cluster_bootstrap,
+    number_clusters,
+    paired_difference,
+    percentile_levels,
+    wilson,
+)
 
 
 def test_wilson_hand_worked():
@@ -110,8 +116,8 @@ def test_a_level_lies_strictly_between_0_and_1(level):
 def test_tails_hand_worked():
     """Level 1/2. Two clusters: Student's 3/4 quantile with one degree of freedom is tan(pi/4) = 1, so Phi(-sqrt 2).
     Three: with two degrees it is (2p - 1) / sqrt(2p (1 - p)) = .5 / sqrt(.375) = sqrt(2/3), so Phi(-1)."""
-    assert tails(0.5, 2) == pytest.approx((0.0786496, 0.9213504), abs=1e-7)
-    assert tails(0.5, 3) == pytest.approx((0.1586553, 0.8413447), abs=1e-7)
+    assert percentile_levels(0.5, 2) == pytest.approx((0.0786496, 0.9213504), abs=1e-7)
+    assert percentile_levels(0.5, 3) == pytest.approx((0.1586553, 0.8413447), abs=1e-7)
 
 
 def test_narrow_and_tiny_intervals_are_intervals():
@@ -121,7 +127,7 @@ def test_narrow_and_tiny_intervals_are_intervals():
 
 
 def test_values_meet_their_clusters_in_order_of_names():
-    data, labels = checked([5, 6, 7], [10, 9, 10])
+    data, labels = number_clusters([5, 6, 7], [10, 9, 10])
     assert data.tolist() == [5.0, 6.0, 7.0] and data.dtype == np.float64
     assert labels.tolist() == [0, 1, 0]  # by name, "10" before "9"
 
@@ -131,7 +137,7 @@ def test_a_resample_of_many_chunks_uses_every_draw():
     values, names = np.random.default_rng(6).normal(size=9), list("abcdefghi")
     rng = np.random.default_rng(5)
     means = [values[rng.integers(9, size=9)].mean() for _ in range(700)]
-    low, high = np.quantile(means, tails(0.6, 9))
+    low, high = np.quantile(means, percentile_levels(0.6, 9))
     assert cluster_bootstrap(values, names, n=700, seed=5, level=0.6)[1:3] == pytest.approx((low, high))
 
 

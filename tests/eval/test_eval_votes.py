@@ -8,10 +8,10 @@ import pytest
 from planted_judges import Planted, coin, good_and_bad, oracle
 
 from mlxdpo import Message, Run, UserError, prompt_name
-from mlxdpo_eval.judge_quality import humans
+from mlxdpo_eval.judge_quality import human_agreement
 from mlxdpo_eval.judges.votes import read_ballots
-from mlxdpo_eval.metrics.sequential import running_vote
-from mlxdpo_eval.report.blocks import of_votes, roughly
+from mlxdpo_eval.metrics.sequential import anytime_interval, log_e_value, votes_needed
+from mlxdpo_eval.report.blocks import roughly, votes_headline
 from mlxdpo_eval.voting import vote_run
 from mlxdpo_eval.winrate import judge_answers
 
@@ -85,10 +85,11 @@ def test_the_side_does_not_matter_and_every_look_is_the_running_vote(tmp_path):
     found = vote_run(read_ballots(written(tmp_path, lines)))
     assert (found.n, found.wins, found.losses, found.ties) == (8, 6, 2, 0)
     for n, look in enumerate(found.looks, 1):
-        one = running_vote(sum(won[:n]), n - sum(won[:n]))
-        assert (look.n, look.low, look.high) == (n, one.low, one.high) and look.e_value == pytest.approx(one.e_value)
-    assert found.decided_at is None and found.needed == running_vote(6, 2).needed > 0
-    assert f"at this rate about {roughly(found.needed)} more votes would tell" in of_votes(found).sentence
+        counts = sum(won[:n]), n - sum(won[:n])
+        assert (look.n, look.low, look.high) == (n, *anytime_interval(*counts))
+        assert look.e_value == pytest.approx(np.exp(log_e_value(*counts)))
+    assert found.decided_at is None and found.needed == votes_needed(6, 2) > 0
+    assert f"at this rate about {roughly(found.needed)} more votes would tell" in votes_headline(found).sentence
     assert [roughly(n) for n in (7, 84, 19976)] == ["7", "84", "20,000"]
 
 
@@ -98,9 +99,9 @@ def test_a_decision_stands_whatever_follows(tmp_path):
     assert found.looks[-1].rate == 0.5 and found.e_value < 1
     # 2^n / (n + 1) reaches 20 at n = 8: 256 / 9
     assert (found.decided_at, found.verdict, found.needed) == (8, "better", 0)
-    assert of_votes(found).sentence.endswith("decided at vote 8.")
+    assert votes_headline(found).sentence.endswith("decided at vote 8.")
     lost = vote_run(read_ballots(written(tmp_path, [vote(f"p{i}", "b") for i in range(12)])))
-    assert (lost.verdict, of_votes(lost).verdict) == ("worse", "worse")
+    assert (lost.verdict, votes_headline(lost).verdict) == ("worse", "worse")
 
 
 def test_only_the_first_vote_on_a_prompt_is_evidence_and_the_rest_is_counted(tmp_path):
@@ -135,13 +136,15 @@ def test_judges_are_asked_about_the_pairs_that_people_voted_on(tmp_path):
     names = [prompt_name(p) for p in before.prompts]
     before = before._replace(names=names)
     ballots = people(tmp_path, 30)
-    right = humans(Planted(oracle), judge_answers(Planted(oracle), before, after), before, ballots)
+    right = human_agreement(Planted(oracle), judge_answers(Planted(oracle), before, after), before, ballots)
     assert (right.agreement.n, right.agreement.raw, right.corrected, right.unjudged) == (30, 1.0, 30, 0)
-    thrown = humans(Planted(coin), judge_answers(Planted(coin), before, after), before, people(tmp_path, 30, 0.8))
+    thrown = human_agreement(
+        Planted(coin), judge_answers(Planted(coin), before, after), before, people(tmp_path, 30, 0.8)
+    )
     assert thrown.agreement.raw < 0.8
     assert abs(thrown.debiased.estimate.estimate - 0.8) < 0.2  # the votes correct a judge that knows nothing
     elsewhere = before._replace(names=[f"other {i}" for i in range(60)])
-    other = humans(Planted(oracle), judge_answers(Planted(oracle), before, after), elsewhere, ballots)
+    other = human_agreement(Planted(oracle), judge_answers(Planted(oracle), before, after), elsewhere, ballots)
     assert (other.agreement.n, other.corrected, other.debiased) == (30, 0, None)
 
 

@@ -16,7 +16,7 @@ from tiny_runs import finish, recipe
 from mlxdpo import Run, UserError
 from mlxdpo.config import Config, load_config
 from mlxdpo.exporters.card import BEGIN, END, OFFER, write_card
-from mlxdpo.exporters.findings import read_findings
+from mlxdpo.exporters.findings import read_card_numbers
 from mlxdpo.exporters.hub import push
 from mlxdpo.exporters.redact import command, public_config, public_name, without_paths
 from mlxdpo.exporters.sections import Licences, cell
@@ -89,7 +89,7 @@ def test_numbers_are_the_evaluations_own(evaluated, out):
 def test_every_number_stands_in_the_text_with_interval_and_n(evaluated, out):
     run, _ = evaluated
     text = write_card(run, out).read_text()
-    findings = read_findings(run)
+    findings = read_card_numbers(run)
     assert len(findings.findings) >= 12
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     for f in findings.findings:

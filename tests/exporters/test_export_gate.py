@@ -1,9 +1,6 @@
 """The gate: broken exports are caught, each in its own way; a failed target leaves no files; nothing half-written."""
 
 import json
-import os
-import subprocess
-import sys
 
 import mlx.core as mx
 import numpy as np
@@ -14,8 +11,9 @@ from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.cli import run as command
 from mlxdpo.exporters import EXPORTERS, export, read_record
+from mlxdpo.exporters.run import staged_export
 from mlxdpo.exporters.source import Choices
-from mlxdpo.exporters.verify import LEAST_SLOPE, MOST_KL, line, token_kl, verdict
+from mlxdpo.exporters.verify import LEAST_SLOPE, MOST_KL, slope_and_correlation, token_kl, why_failed
 from mlxdpo.types import UserError
 
 # Every projection square, so that a transposed matrix still fits.
@@ -104,13 +102,12 @@ def test_nothing_is_left_when_a_writer_fails(tmp_path, cache, monkeypatch):
 
 def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path, cache):
     run = square_run(tmp_path)
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    left = [tmp_path / f".out-{process}-abc_1" for process in (ended.pid, os.getpid())]
-    for folder in left:
-        folder.mkdir()
-    export(run, ["hf"], tmp_path / "out")
-    assert [folder.exists() for folder in left] == [False, True]  # what a killed export left is swept, a live one's not
+    killed = tmp_path / ".out-draft-0123abc_"
+    with staged_export(tmp_path / "out") as live:  # held by a lock, as long as its process lives
+        killed.mkdir()
+        export(run, ["hf"], tmp_path / "out")
+        left = [killed.exists(), live.exists()]
+    assert left == [False, True]  # what a killed export left is swept, a live one's not
     card = (tmp_path / "out/README.md").read_text()
     assert "0.05" in card or "slope" in card.lower()
     export(run, ["mlx"], tmp_path / "out")
@@ -178,9 +175,14 @@ def test_token_kl_is_the_divergence_and_zero_for_equals():
 
 
 def test_the_limits_are_where_they_say():
-    assert verdict(0.05, 1.0, LEAST_SLOPE) is None and "more than 0.05" in verdict(0.0501, 1.0, 1.0)
-    assert "margins keep 0.89" in verdict(0.0, 1.0, 0.89) and verdict(float("nan"), 1.0, 1.0) is not None
-    assert verdict(5e-7, 0.0, None) is None and verdict(0.0, 1.0, float("nan")) is not None
+    assert why_failed(0.05, 1.0, LEAST_SLOPE) is None and "more than 0.05" in why_failed(0.0501, 1.0, 1.0)
+    assert "margins keep 0.89" in why_failed(0.0, 1.0, 0.89) and why_failed(float("nan"), 1.0, 1.0) is not None
+    assert why_failed(5e-7, 0.0, None) is None and why_failed(0.0, 1.0, float("nan")) is not None
     x = np.array([1.0, 2.0, 4.0])
-    assert line(x, 0.5 * x + 3) == pytest.approx((0.5, 1.0)) and line(x, np.zeros(3)) == (0.0, None)
-    assert line(x[:1], x[:1]) == (None, None) and line(np.full(3, 2.0), x) == (None, None)
+    assert slope_and_correlation(x, 0.5 * x + 3) == pytest.approx((0.5, 1.0)) and slope_and_correlation(
+        x, np.zeros(3)
+    ) == (0.0, None)
+    assert slope_and_correlation(x[:1], x[:1]) == (None, None) and slope_and_correlation(np.full(3, 2.0), x) == (
+        None,
+        None,
+    )

@@ -11,8 +11,7 @@ from tiny_models import CONFIGS, SHAPES, tiny_model, write_model
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.exporters import export
-from mlxdpo.exporters.gguf import frequency_factors, hf_name, permute, read_gguf, rope_of
-from mlxdpo.exporters.gguf_tokens import RULES, rule_name
+from mlxdpo.exporters.gguf import RULES, frequency_factors, hf_name, permute, read_gguf, rope_of, rule_name
 from mlxdpo.exporters.source import Choices
 from mlxdpo.model.adapters import load_run
 from mlxdpo.model.builtin import unpermute

@@ -10,8 +10,7 @@ from tiny_exports import ids_of, logits_of, trained_run
 from mlxdpo.cli import run as command
 from mlxdpo.config import LoraConfig, ModelConfig
 from mlxdpo.exporters import export
-from mlxdpo.exporters.importing import import_peft
-from mlxdpo.exporters.peft import scale_of, targets
+from mlxdpo.exporters.peft import import_peft, peft_scale, targets
 from mlxdpo.forward.logprobs import next_token_logps
 from mlxdpo.model.adapters import load_adapter, load_run
 from mlxdpo.model.policy import load_policy
@@ -75,10 +74,10 @@ def test_ranks_scales_and_single_layers_keep_the_function(tmp_path, cache):
 
 def test_scales_are_peft_s():
     plain = {"lora_alpha": 16, "alpha_pattern": {"q_proj": 4, "layers.1.mlp.up_proj": 2}}
-    assert scale_of(plain, "model.layers.0.mlp.up_proj", 8) == 2 and scale_of(plain, "a.self_attn.q_proj", 8) == 0.5
-    assert scale_of(plain, "model.layers.1.mlp.up_proj", 8) == 0.25
-    assert scale_of(plain, "model.layers.11.mlp.up_proj", 8) == 2
-    assert scale_of({"lora_alpha": 16, "use_rslora": True}, "x", 16) == 4
+    assert peft_scale(plain, "model.layers.0.mlp.up_proj", 8) == 2 and peft_scale(plain, "a.self_attn.q_proj", 8) == 0.5
+    assert peft_scale(plain, "model.layers.1.mlp.up_proj", 8) == 0.25
+    assert peft_scale(plain, "model.layers.11.mlp.up_proj", 8) == 2
+    assert peft_scale({"lora_alpha": 16, "use_rslora": True}, "x", 16) == 4
 
 
 def test_targets_name_exactly_what_was_adapted():

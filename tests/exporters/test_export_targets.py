@@ -15,7 +15,7 @@ from tiny_models import CONFIGS, SHAPE, tiny_model, write_model
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.exporters import export
-from mlxdpo.exporters.hf import header
+from mlxdpo.exporters.hf import safetensors_header
 from mlxdpo.exporters.source import Choices
 from mlxdpo.model.adapters import load_run
 from mlxdpo.types import UserError
@@ -107,7 +107,7 @@ def test_only_trained_tensors_change_and_shards_stay(tmp_path, cache):
     run = trained_run(tmp_path, lora={"rank": 4, "scale": 4.0, "keys": ["self_attn.q_proj"], "layers": 1})
     check(export(run, ["hf"], tmp_path / "out"))
     for file in sorted(folder.glob("*.safetensors")):
-        (before, begin), (after, _) = header(file), header(tmp_path / "out" / file.name)
+        (before, begin), (after, _) = safetensors_header(file), safetensors_header(tmp_path / "out" / file.name)
         assert before == after
         raw = [path.read_bytes()[begin:] for path in (file, tmp_path / "out" / file.name)]
         for name, entry in before.items():

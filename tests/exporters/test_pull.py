@@ -18,7 +18,7 @@ from mlxdpo.config import dump_config
 from mlxdpo.exporters.card import write_card
 from mlxdpo.exporters.download import Entry, check_bytes, check_name, check_safetensors
 from mlxdpo.exporters.hub import push
-from mlxdpo.exporters.pull import pull
+from mlxdpo.exporters.pull import pull_run
 
 NAME = "jane/tiny-dpo"
 
@@ -53,14 +53,14 @@ def base_of(run):
 
 
 def logps(run, data):
-    opened = open_trained_run(run)
-    _, examples, _ = encode_pairs(opened, heldout_pairs(run, data)[0])
-    return np.array(pair_logps(opened, examples))
+    trained_run = open_trained_run(run)
+    _, examples, _ = encode_pairs(trained_run, heldout_pairs(run, data)[0])
+    return np.array(pair_logps(trained_run, examples))
 
 
 def refused(match, *arguments, **named):
     with pytest.raises(UserError, match=match) as caught:
-        pull(*arguments, **named)
+        pull_run(*arguments, **named)
     assert "\n" not in str(caught.value) and TOKEN not in str(caught.value)
     return str(caught.value)
 
@@ -68,7 +68,7 @@ def refused(match, *arguments, **named):
 def test_push_and_pull_give_the_same_run(hub, trained, tmp_path, capsys):
     """Bytes, every log-prob, and greedy answers; the evaluation accepts it as the run that it was."""
     out = pushed(hub, trained, tmp_path)
-    found = pull(NAME, out=tmp_path / "back", base=base_of(trained))
+    found = pull_run(NAME, out=tmp_path / "back", base=base_of(trained))
     back = Run.open(found.path)
     assert (found.kind, found.commit, found.base_checked) == ("run", hub.repos[NAME].refs["main"], True)
     for name in ("adapters.safetensors", "adapter_config.json"):
@@ -86,7 +86,7 @@ def test_push_and_pull_give_the_same_run(hub, trained, tmp_path, capsys):
 
 def test_only_where_it_lies_differs_from_the_recipe(hub, trained, tmp_path):
     pushed(hub, trained, tmp_path)
-    back = Run.open(pull(NAME, out=tmp_path / "back", base=base_of(trained)).path).config()
+    back = Run.open(pull_run(NAME, out=tmp_path / "back", base=base_of(trained)).path).config()
     then = trained.config()
     assert back.data.path == "pairs.jsonl" and back.out == str(tmp_path / "back")
     same = {"data": then.data, "out": then.out, "model": then.model}
@@ -112,8 +112,8 @@ def test_pull_by_command(hub, trained, tmp_path, monkeypatch, capsys):
 def test_a_revision(hub, trained, tmp_path):
     out = exported(trained, tmp_path / "out")
     done = push(out, NAME, revision="round-2", tag="v2")
-    assert pull(NAME, revision="v2", out=tmp_path / "a", base=base_of(trained)).commit == done.commit
-    assert pull(NAME, revision=done.commit, out=tmp_path / "b", base=base_of(trained)).commit == done.commit
+    assert pull_run(NAME, revision="v2", out=tmp_path / "a", base=base_of(trained)).commit == done.commit
+    assert pull_run(NAME, revision=done.commit, out=tmp_path / "b", base=base_of(trained)).commit == done.commit
     assert "round-9" in refused("no branch, tag or commit", NAME, revision="round-9", out=tmp_path / "c")
     refused("neither a run", NAME, out=tmp_path / "c")
     assert not (tmp_path / "c").exists() and not list(tmp_path.glob(".c-*"))
@@ -127,7 +127,7 @@ def test_an_adapter_that_training_began_from_comes_along(hub, trained, tmp_path,
     finish(config)
     second = Run.open(config.out)
     pushed(hub, second, tmp_path)
-    back = Run.open(pull(NAME, out=tmp_path / "back", base=base_of(second)).path)
+    back = Run.open(pull_run(NAME, out=tmp_path / "back", base=base_of(second)).path)
     assert back.config().model.adapter == str(tmp_path / "back" / "start")
     data = second.config().data.path
     assert np.array_equal(logps(back, data), logps(second, data))
@@ -164,7 +164,7 @@ def adapter_files(run, at="", **changes):
 def test_a_bare_adapter_becomes_a_run(hub, trained, tmp_path, capsys):
     place(hub, adapter_files(trained, "mlx/"))
     refused("does not name its base", NAME, out=tmp_path / "back")
-    found = pull(NAME, out=tmp_path / "back", base=base_of(trained))
+    found = pull_run(NAME, out=tmp_path / "back", base=base_of(trained))
     assert found.kind == "adapter" and sorted(p.name for p in found.path.iterdir()) == [
         "adapter", "config.yaml", "manifest.json",
     ]  # fmt: skip
@@ -307,7 +307,7 @@ def test_a_repository_that_is_not_there(hub, tmp_path):
 def test_a_download_that_breaks_is_taken_up_again(hub, trained, tmp_path):
     pushed(hub, trained, tmp_path)
     hub.cut("GET", "/resolve/", times=2)
-    found = pull(NAME, out=tmp_path / "back", base=base_of(trained))
+    found = pull_run(NAME, out=tmp_path / "back", base=base_of(trained))
     name = "adapters.safetensors"
     assert (found.path / "adapter" / name).read_bytes() == (trained.adapter / name).read_bytes()
 
@@ -330,5 +330,5 @@ def test_malformed_answers_give_user_errors_only(hub, trained, tmp_path, address
         pushed(hub, trained, tmp_path)
     hub.answer("GET", address, body)
     with pytest.raises(UserError) as caught:
-        pull(NAME, out=tmp_path / "back", base=base_of(trained))
+        pull_run(NAME, out=tmp_path / "back", base=base_of(trained))
     assert "\n" not in str(caught.value) and not (tmp_path / "back").exists()

@@ -14,7 +14,7 @@ from tiny_words import WORDS
 from mlxdpo.config import dump_config, load_config
 from mlxdpo.data.examples import open_examples
 from mlxdpo.exporters.record import read_record
-from mlxdpo.io.checksum import load_sealed, read_sealed_json, seal_of
+from mlxdpo.io.checksum import checksum_of, load_checksummed, read_checksummed_json
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
@@ -85,9 +85,9 @@ def check_run(run: Path) -> int:
         if file.is_dir() or any(part.startswith(".") for part in file.relative_to(run).parts):
             continue  # drafts: no reader looks at them
         if file.suffix == ".json":
-            read_sealed_json(file)
+            read_checksummed_json(file)
         elif file.suffix == ".safetensors":
-            load_sealed(file)
+            load_checksummed(file)
         elif file.suffix == ".yaml":
             load_config(file)
         else:
@@ -131,7 +131,7 @@ def run_result(place: Place) -> Found:
     check_run(run)
     assert list(run.rglob(".*")) == []
     last = checkpoint.steps(run / "checkpoints")[-1]
-    state = seal_of(load_sealed(last / "optimizer.safetensors"))  # in any order: MLX keeps none
+    state = checksum_of(load_checksummed(last / "optimizer.safetensors"))  # in any order: MLX keeps none
     return {"adapter": adapter_bytes(run), "optimizer": state, "metrics": numbers(run), "last": last.name}
 
 
@@ -179,7 +179,7 @@ def kept_pairs(place: Place) -> dict[str, bytes]:
     """The files of every data set that is kept, opened by its reader first."""
     found = {}
     for told in (place.cache / "pairs").glob("[!.]*/*/told.json"):
-        read_sealed_json(told)
+        read_checksummed_json(told)
         for part in ("train", "heldout"):
             open_examples(told.parent / part)
         files = (file for file in told.parent.rglob("*") if file.is_file())
@@ -209,7 +209,7 @@ def exported(place: Place) -> dict[str, bytes]:
             file = out / target.folder / name
             assert file.stat().st_size == size
             if file.suffix == ".safetensors":
-                load_sealed(file)
+                load_checksummed(file)
     return {str(f.relative_to(out)): f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file()}
 
 

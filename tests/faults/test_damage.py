@@ -16,7 +16,7 @@ from tiny_runs import adapter_bytes, finish, recipe
 from mlxdpo.cli import run as cli
 from mlxdpo.data.dataset import _open_dataset
 from mlxdpo.data.planning import outline, plan_epoch
-from mlxdpo.io.checksum import seal_of
+from mlxdpo.io.checksum import checksum_of
 from mlxdpo.model.adapters import load_adapter, load_run, read_settings
 from mlxdpo.model.policy import load_policy
 from mlxdpo.model.reward_head import load_head
@@ -54,7 +54,7 @@ def restored(place: Path) -> object:
     model, optimizer, last = model_of(place), make_optimizer(run.config().optim), checkpoint.steps(run.checkpoints)[-1]
     progress = checkpoint.restore(last, model, optimizer)
     states = dict(tree_flatten(model.trainable_parameters())), dict(tree_flatten(optimizer.state))
-    return progress, *map(seal_of, states)
+    return progress, *map(checksum_of, states)
 
 
 def moved(place: Path) -> object:
@@ -64,19 +64,19 @@ def moved(place: Path) -> object:
     config = Run.open(place / "run").config()
     moving = ReferenceSync(model_of(place), config, lambda model, batch: mx.array(0))
     moving.restore(checkpoint.steps(place / "run" / "checkpoints")[-1])
-    return moving.moved, seal_of(moving.arrays)
+    return moving.moved, checksum_of(moving.arrays)
 
 
 def adapter(place: Path) -> object:
     """A run's tuned model."""
     run = Run.open(place / "run")
-    return seal_of(dict(tree_flatten(load_run(run).model.parameters()))), str(read_settings(run.adapter))
+    return checksum_of(dict(tree_flatten(load_run(run).model.parameters()))), str(read_settings(run.adapter))
 
 
 def reward(place: Path) -> object:
     """The head of a reward model."""
     model = load_policy(Run.open(place / "run").config().model).model
-    return seal_of(dict(load_head(model, place / "reward")["reward_head"].parameters()))
+    return checksum_of(dict(load_head(model, place / "reward")["reward_head"].parameters()))
 
 
 def table(place: Path) -> object:

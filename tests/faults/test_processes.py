@@ -285,11 +285,10 @@ def test_the_clock_jumps(tmp_path, cache, monkeypatch, jump):
 
 
 def test_an_earlier_export_comes_back_when_its_successor_was_killed(tmp_path):
-    """Between the two renames: the earlier export lies in the hidden folder of a process that is no more."""
-    process = subprocess.Popen(["true"])
-    process.wait()
-    hidden = tmp_path / f".out-{process.pid}-x1"
+    """Between the two renames: the earlier export lies in a hidden folder that nobody locks."""
+    hidden = tmp_path / ".out-draft-01234567"
     (hidden / run.WAS).mkdir(parents=True)
     (hidden / run.WAS / "export.json").write_text("{}")
-    run._sweep(tmp_path / "out")
+    with run.staged_export(tmp_path / "out"):
+        pass
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["out", "out/export.json"]

@@ -14,8 +14,8 @@ from test_pull import NAME, base_of, exported, trained  # noqa: F401 (a fixture)
 from mlxdpo.exporters.client import check_repo_id
 from mlxdpo.exporters.download import check_name
 from mlxdpo.exporters.hub import push
-from mlxdpo.exporters.pull import pull
-from mlxdpo.io.json_file import is_plain_name
+from mlxdpo.exporters.pull import pull_run
+from mlxdpo.io.names import is_plain_name
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 
@@ -93,7 +93,7 @@ def test_pull(place, seed, name):
     rng, hub = random.Random(seed), place.hub
     back = place.folder / f"back-{seed}-{name}"
     hub.troubles[:] = [trouble(rng, name)]
-    found = case("hub: pull", lambda: quietly(lambda say: pull(NAME, out=back, base=place.base, say=say)))
+    found = case("hub: pull", lambda: quietly(lambda say: pull_run(NAME, out=back, base=place.base, say=say)))
     assert (found is not None) == back.exists() and not list(place.folder.glob(f".{back.name}*"))
     if found is not None:
         Run.open(back).config()
@@ -113,7 +113,9 @@ def test_pull_of_changed_files(place, seed):
     head = repo.refs["main"]
     repo.refs["main"] = repo.add(files, str(seed))
     try:
-        found = case("hub: changed files", lambda: quietly(lambda say: pull(NAME, out=back, base=place.base, say=say)))
+        found = case(
+            "hub: changed files", lambda: quietly(lambda say: pull_run(NAME, out=back, base=place.base, say=say))
+        )
     finally:
         repo.refs["main"] = head
     if found is not None:

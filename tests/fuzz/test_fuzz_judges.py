@@ -12,7 +12,7 @@ from mutating import ODD_NAMES, ODD_TEXTS, ODD_VALUES, SEEDS, dumped, mutate_byt
 from planted_judges import Planted, good_and_bad
 
 from mlxdpo_eval.judges import open_judge
-from mlxdpo_eval.judges.endpoint import parse
+from mlxdpo_eval.judges.endpoint import parse_completion
 from mlxdpo_eval.judges.program import reward_judge
 from mlxdpo_eval.judges.votes import read_ballots, votes_judge
 from mlxdpo_eval.voting import vote_run
@@ -52,7 +52,7 @@ def reply(rng):
 
 def checked(raw):
     """The verdict on a reply, which has a finite log-odds and names a label, or says why it has none."""
-    verdict = parse(raw)
+    verdict = parse_completion(raw)
     if verdict.logit is None:
         assert verdict.reason
     else:
@@ -71,7 +71,7 @@ def test_replies_of_endpoints(seed):
 def test_every_pair_of_a_win_rate_is_counted(seed):
     rng = random.Random(seed)
     before, after = good_and_bad(rng.randint(1, 6))
-    judge = Planted(lambda question: parse(reply(rng)))
+    judge = Planted(lambda question: parse_completion(reply(rng)))
 
     def rate():
         found = win_rate(judge, judge_answers(judge, before, after), before, after)

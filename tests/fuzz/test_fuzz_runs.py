@@ -13,7 +13,7 @@ from test_fuzz_judges import VOTE
 from tiny_runs import finish, recipe
 
 from mlxdpo.cli import run as cli
-from mlxdpo.exporters.findings import read_findings
+from mlxdpo.exporters.findings import read_card_numbers
 from mlxdpo.exporters.record import read_record
 from mlxdpo.exporters.run import export
 from mlxdpo.inference.trained_run import open_trained_run
@@ -29,7 +29,7 @@ from mlxdpo.ui.runs.run_view import report as report_view
 from mlxdpo.ui.train.process import watch
 from mlxdpo.ui.vote.next_round import export_votes
 from mlxdpo.ui.vote.vote_file import standing_html, votes_of
-from mlxdpo_eval.compare import compare
+from mlxdpo_eval.compare import compare_runs
 from mlxdpo_eval.report.rounds import write_rounds
 from mlxdpo_eval.report.write import write_report
 
@@ -156,10 +156,10 @@ def test_readers(run, seed):
         case("run: adapter settings", lambda: read_settings(run.adapter))
         case("run: progress", lambda: checkpoint.read_progress(run.path / STEP))
         case("run: votes", lambda: votes_of(run))
-        case("run: findings", lambda: read_findings(run))
+        case("run: findings", lambda: read_card_numbers(run))
         case("run: export record", lambda: read_record(run.path))
         case("run: report", lambda: write_report(run))
-        case("run: compare", lambda: compare(run, run))
+        case("run: compare", lambda: compare_runs(run, run))
         case("run: rounds report", lambda: write_rounds(runs))
 
     with_change(run, rng, READ, look)

@@ -18,9 +18,9 @@ from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.config import Config, ModelConfig
 from mlxdpo.exporters.hub import push
-from mlxdpo.exporters.pull import localised, pull
+from mlxdpo.exporters.pull import localised, pull_run
 from mlxdpo.exporters.record import read_record
-from mlxdpo.io.json_file import is_plain_name
+from mlxdpo.io.names import is_plain_name
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.policy import load_policy
 from mlxdpo.model.skeleton import read_skeleton
@@ -200,9 +200,9 @@ def test_the_login_is_in_nothing_that_is_written_or_said(token, trained, tmp_pat
     for hub in fake_hub.connected(tmp_path, monkeypatch):
         out = exported(trained, tmp_path / "out")
         push(out, NAME, say=said.append)
-        pull(NAME, out=tmp_path / "back", base=base_of(trained), say=said.append)
+        pull_run(NAME, out=tmp_path / "back", base=base_of(trained), say=said.append)
         for path, act in (
-            ("/tree/", partial(pull, NAME, out=tmp_path / "no", base=base_of(trained), say=said.append)),
+            ("/tree/", partial(pull_run, NAME, out=tmp_path / "no", base=base_of(trained), say=said.append)),
             (f"/api/models/{NAME}", partial(push, out, NAME, say=said.append)),
         ):
             hub.fail("GET", path, 422, message=f"what is {token} doing here?")

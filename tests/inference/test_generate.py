@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlx_lm.models import llama
 from scipy.stats import chisquare
 
-from mlxdpo.inference.generate import Completion, finished, generate, nucleus, seeded_sampler, streams
+from mlxdpo.inference.generate import Completion, finished, generate, noise_streams, nucleus, seeded_sampler
 from mlxdpo.types import UserError
 
 V = 61
@@ -67,7 +67,7 @@ def test_greedy_equals_decoding_one_row_without_cache(model, prompts):
 def test_sampling_equals_one_row_with_the_same_noise(model, prompts):
     """The definition, written out: argmax of full-row log-probs / T plus the stream's noise."""
     found = generate(model, prompts, max_tokens=6, eos_ids=NO_EOS, temperature=0.7, seed=5, batch_size=4)
-    for prompt, stream, completion in zip(prompts, streams(prompts, 5), found, strict=True):
+    for prompt, stream, completion in zip(prompts, noise_streams(prompts, 5), found, strict=True):
         sample, ids = seeded_sampler(stream, 0.7, 1.0), list(prompt)
         for _ in range(6):
             logits = model(mx.array([ids]))[:, -1]
@@ -152,9 +152,9 @@ def test_dropout_is_off_while_sampling_and_on_again_after(model, prompts):
 
 @given(st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=4), max_size=8))
 def test_streams_are_distinct_and_belong_to_the_prompt(prompts):
-    found = streams(prompts, 0)
+    found = noise_streams(prompts, 0)
     assert len(set(found)) == len(prompts)
-    assert sorted(streams(prompts[::-1], 0)) == sorted(found)
+    assert sorted(noise_streams(prompts[::-1], 0)) == sorted(found)
 
 
 @given(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=12), st.floats(0.01, 0.99))

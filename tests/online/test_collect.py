@@ -20,7 +20,7 @@ from mlxdpo.online.collect.screen import BROKEN, EMPTY, REPEATED, SPECIAL, UNFIN
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 from mlxdpo_eval.judges import Verdict
-from mlxdpo_eval.judges.both import scores_of
+from mlxdpo_eval.judges.both import score_answers
 
 HOW = {"samples": 4, "max_tokens": 6, "batch_size": 8, "unfinished": "keep"}  # chunks of 4 prompts
 LENGTH = Ranker("length", {"kind": "test"}, lambda prompts, answers: [[float(len(a)) for a in own] for own in answers])
@@ -217,7 +217,7 @@ class Places:
 
 def test_a_judge_that_compares_ranks_by_the_mean_probability_of_winning():
     """ "aaa" beats "aa" and "a" with sigmoid(1) and sigmoid(2): mean .8059; the preference for a place drops out."""
-    [scores, odd] = scores_of(Places(), ["p", "q"], [["a", "aaa", "aa"], ["b", "?"]])
+    [scores, odd] = score_answers(Places(), ["p", "q"], [["a", "aaa", "aa"], ["b", "?"]])
     s1, s2 = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2))
     assert scores == pytest.approx([1 - (s1 + s2) / 2, (s1 + s2) / 2, 0.5])
     assert all(math.isnan(value) for value in odd)

@@ -16,8 +16,8 @@ from mlxdpo.online.rounds import plan
 from mlxdpo.runs import Run
 from mlxdpo.training.plan import learning_rate
 from mlxdpo.training.run import train
-from mlxdpo_eval.report.rounds import verdict
-from mlxdpo_eval.rounds import weigh
+from mlxdpo_eval.report.rounds import rounds_verdict
+from mlxdpo_eval.rounds import summarize_round
 
 PROMPTS = [f"the {a} {b}" for a in WORDS[:5] for b in WORDS[12:18]]
 BASE = {
@@ -191,7 +191,7 @@ def test_the_kl_stops_the_rounds(place):
     assert cli(words) == 0
     found = results(place / "out")
     assert "surely above rounds.max_kl 0.001" in found["stopped"] and found["kept"] == 0
-    assert verdict(found)[0] == "cannot tell yet"
+    assert rounds_verdict(found)[0] == "cannot tell yet"
 
 
 def measured(first, second, kl=0.0):
@@ -221,7 +221,7 @@ CASES = [  # changes of the first and the second judge, what the reason says
 
 @pytest.mark.parametrize(("up", "other", "reason"), CASES)
 def test_the_rule_by_hand(up, other, reason):
-    found, why = weigh([measured(WAVE, WAVE), measured(moved(up), moved(other))], 0.5)
+    found, why = summarize_round([measured(WAVE, WAVE), measured(moved(up), moved(other))], 0.5)
     assert (reason in why) and bool(why) == bool(reason)
     change = found["judges"][0]["from_start"]
     assert change["estimate"] == pytest.approx(up + 0.01 * 7 / 8) and change == found["judges"][0]["from_previous"]
@@ -233,7 +233,7 @@ def test_slow_gaming_is_seen_from_the_start():
     down = [w - 0.1 + n for w, n in zip(WAVE, noise, strict=True)]
     further = [w - 0.25 + 0.2 * n for w, n in zip(WAVE, noise, strict=True)]
     rounds = [measured(WAVE, WAVE), measured(moved(0.2), down), measured(moved(0.4), further)]
-    assert weigh(rounds[:2], 9.0)[1] == "" and "since the start it rose by" in weigh(rounds, 9.0)[1]
+    assert summarize_round(rounds[:2], 9.0)[1] == "" and "since the start it rose by" in summarize_round(rounds, 9.0)[1]
 
 
 def test_kl_is_counted_per_token_with_its_end():
@@ -241,14 +241,14 @@ def test_kl_is_counted_per_token_with_its_end():
     end = measured(WAVE, WAVE)
     for line, own in zip(end["answers"], kl, strict=True):
         line["kl"] = own
-    row, why = weigh([measured(WAVE, WAVE), end], 0.5)
+    row, why = summarize_round([measured(WAVE, WAVE), end], 0.5)
     assert row["kl_per_token"] == pytest.approx(0.59) and "0.590 nats per token" in why
-    assert weigh([measured(WAVE, WAVE), end], 0.58)[1] == ""  # above it, but not surely
+    assert summarize_round([measured(WAVE, WAVE), end], 0.58)[1] == ""  # above it, but not surely
 
 
 def test_two_few_prompts_never_stop():
     one = [measured(WAVE[:1], WAVE[:1]), measured([9.0], [-9.0], kl=99.0)]
-    assert weigh(one, 0.5)[1] == ""
+    assert summarize_round(one, 0.5)[1] == ""
 
 
 def test_prompts_come_in_turn(place):

@@ -15,9 +15,10 @@ import types
 import numpy as np
 import pytest
 
+from mlxdpo import PairLogps
 from mlxdpo_eval.metrics.best_of_k import best_of, ties_score
-from mlxdpo_eval.metrics.length import fit, length_controlled, pull
-from mlxdpo_eval.metrics.rewards import PairScores, margins, reward_report
+from mlxdpo_eval.metrics.length import fit_length_effect, length_controlled, length_term
+from mlxdpo_eval.metrics.rewards import margins, reward_report
 
 pytestmark = pytest.mark.parity
 N = 400
@@ -71,7 +72,7 @@ def annotations(seed, theta, phi, soft):
     rng = np.random.default_rng(seed)
     baseline, model = rng.integers(200, 2000, N), rng.integers(300, 2600, N)
     noise = rng.normal(size=N) if soft else 0.0
-    chance = 1 / (1 + np.exp(-theta - phi * pull((model - baseline).astype(float)) - noise))
+    chance = 1 / (1 + np.exp(-theta - phi * length_term((model - baseline).astype(float)) - noise))
     won = chance if soft else (rng.random(N) < chance).astype(float)
     rows = [
         {"preference": 1 + w, "output_1": "x" * b, "output_2": "x" * m, "index": i, "generator_1": "b",
@@ -114,10 +115,10 @@ def test_without_their_penalty_the_fits_agree(glm):
     import pandas
 
     _, won, difference = annotations(4, 0.4, 1.0, soft=True)
-    x = pull(difference)
+    x = length_term(difference)
     frame = pandas.DataFrame({"x": x, "one": 1.0, "preference": won})
     model = glm.fit_LogisticRegressionCV(frame, "preference", n_splits=0, C=1e6, tol=1e-8)
-    theta, phi = fit(won, x, np.ones((1, N)), ridge=0)[0]
+    theta, phi = fit_length_effect(won, x, np.ones((1, N)), ridge=0)[0]
     assert model.coef_[0] == pytest.approx([phi, theta], abs=1e-3)
 
 
@@ -169,12 +170,12 @@ def test_reward_accuracy_is_rewardbenchs_without_ties(monkeypatch):
 
     logps = [bigram_logps(t.numpy(), i, l) for t in tables for i, l in zip(ids, labels, strict=True)]
     lengths = np.full(60, 8)
-    scores = PairScores(*logps, lengths, lengths, np.arange(60))
+    scores = PairLogps(*logps, lengths, lengths)
     np.testing.assert_allclose(margins(scores, 1.0), chosen - rejected, atol=1e-4)
-    clear = PairScores(*(field[10:] for field in scores))
-    assert reward_report(clear, 0.1).accuracy == rule[10:].mean()
+    clear = PairLogps(*(field[10:] for field in scores))
+    assert reward_report(clear, np.arange(50), 0.1).accuracy == rule[10:].mean()
     # With the ties: they lose in theirs, share in ours.
-    ours = reward_report(scores, 0.1)
+    ours = reward_report(scores, np.arange(60), 0.1)
     assert ours.ties == 10 and ours.accuracy == pytest.approx(rule.mean() + 5 / 60)
 
 

@@ -19,7 +19,7 @@ from torch_side import load_torch
 
 from mlxdpo.config import ModelConfig
 from mlxdpo.exporters import export
-from mlxdpo.exporters.importing import import_peft
+from mlxdpo.exporters.peft import import_peft
 from mlxdpo.forward.logprobs import next_token_logps
 from mlxdpo.model.adapters import load_adapter, load_run
 from mlxdpo.model.policy import load_policy

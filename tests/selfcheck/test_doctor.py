@@ -16,7 +16,7 @@ from mlxdpo.forward import packed
 from mlxdpo.machine.device import Machine
 from mlxdpo.machine.openblas import Blas
 from mlxdpo.selfcheck import CHECKS, Check, Finding, golden_model, machine, material, numbers, run_checks, training
-from mlxdpo.selfcheck.registry import plain
+from mlxdpo.selfcheck.registry import plain_line
 
 
 @pytest.fixture(autouse=True)
@@ -241,6 +241,6 @@ def test_a_failing_and_a_raising_check_are_rows_with_a_sentence_and_exit_status_
 
 def test_text_is_safe_to_paste(monkeypatch, tmp_path):
     monkeypatch.setattr(machine.Path, "home", lambda: tmp_path)
-    assert plain(f"{tmp_path}/x  a|b\n`c` *d*") == "~/x a/b 'c' xdx"
-    assert plain("y" * 250) == "y" * 200 + " ... (50 more characters)"
+    assert plain_line(f"{tmp_path}/x  a|b\n`c` *d*") == "~/x a/b 'c' xdx"
+    assert plain_line("y" * 250) == "y" * 200 + " ... (50 more characters)"
     assert doctor.table([("a", "b", "c", "d", "e")])[1].strip("|-") == ""

@@ -13,7 +13,7 @@ from tiny_tokenizers import chatml_tokenizer, llama3_tokenizer
 
 from mlxdpo.data.batching import collate
 from mlxdpo.forward import logprobs, patch_mlx_lm
-from mlxdpo.io.checksum import save_sealed
+from mlxdpo.io.checksum import save_checksummed
 from mlxdpo.losses import LOSSES, resolve
 from mlxdpo.model import adapters
 from mlxdpo.runs import Run
@@ -82,7 +82,7 @@ def test_a_tampered_reference_table_is_named(tmp_path, cache, method):
     finish(config)
     (table,) = (cache / "reference").glob("*.safetensors")
     arrays = mx.load(str(table))
-    save_sealed(table, {"rows": arrays["rows"], "logps": arrays["logps"] + 0.5})
+    save_checksummed(table, {"rows": arrays["rows"], "logps": arrays["logps"] + 0.5})
     sentence = refusal(recipe(tmp_path, "second", lora={"method": method}))
     assert "a log-prob is 0.5000 nats from its reference: the reference was scored with other weights" in sentence
     assert sentence.endswith("score it again with an empty cache")

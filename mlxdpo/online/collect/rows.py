@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from mlxdpo.config import Drawing
+from mlxdpo.io.digest import json_digest
 from mlxdpo.online.collect.rules import RULES, why_none
 
 Row = dict[str, Any]
@@ -16,7 +15,7 @@ Row = dict[str, Any]
 def made_of(identity: Mapping[str, Any]) -> Row:
     """What stands in every row: whose answers, ranked by whom, drawn how."""
     judge, source = identity["judge"], identity["source"]
-    digest = hashlib.sha256(json.dumps(judge, sort_keys=True).encode()).hexdigest()[:16]
+    digest = json_digest(judge)[:16]
     drawing = {name: identity["drawing"][name] for name in ("seed", "samples", "max_tokens", "temperature", "top_p")}
     model = {**source, "model": source["model"]["digest"]}
     return {**model, "judge": judge["name"], "judge_digest": digest, **drawing}

@@ -11,10 +11,8 @@ was interrupted ends in the same bytes as one that was not.
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +25,7 @@ from mlxdpo.inference.trained_run import prompt_text
 from mlxdpo.io.atomic import append_line
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.io.json_file import read_lines
+from mlxdpo.io.lock import single_process
 from mlxdpo.model.adapters import load_run, load_start
 from mlxdpo.model.policy import Policy
 from mlxdpo.online.collect import screen
@@ -89,7 +88,8 @@ def collect(
     out.parent.mkdir(parents=True, exist_ok=True)
     identity = _identity(source, prompts, ranker, how)
     total = len(prompts.asked)
-    with _alone(partial):
+    lock = out.with_name(f"{out.name}.lock")
+    with single_process(lock, f"{partial}: another process is collecting into it; stop it first, or wait"):
         done = _begun(partial, identity)
         for chunk in _chunks(prompts.asked, how):
             missing = [one for one in chunk if prompt_key(one.prompt).hex() not in done]
@@ -103,6 +103,7 @@ def collect(
                     done.add(key)
             yield Event("collected", len(done), {"done": len(done), "total": total})
         report = finish(partial, out, identity, prompts, how)
+        lock.unlink()
     yield Event("done", total, {"file": out, "report": report})
 
 
@@ -117,16 +118,6 @@ def _identity(source: Source, prompts: Prompts, ranker: Ranker, how: Drawing) ->
 
 def _keeps_unfinished(source: Source, how: Drawing) -> bool:
     return how.unfinished == "keep" or (how.unfinished == "auto" and source.data.eos == "leave")
-
-
-@contextmanager
-def _alone(partial: Path) -> Iterator[None]:
-    with partial.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{partial}: another process is collecting into it; stop it first, or wait") from None
-        yield
 
 
 def _begun(partial: Path, identity: Mapping[str, Any]) -> set[str]:

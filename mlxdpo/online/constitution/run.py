@@ -10,11 +10,9 @@ DIR/report.json        what was made and left out, in numbers
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +20,7 @@ from mlxdpo.data.read import prompt_key
 from mlxdpo.data.template import template_digest
 from mlxdpo.io.atomic import append_line, write_json, write_text
 from mlxdpo.io.json_file import as_written, read_json, read_lines
+from mlxdpo.io.lock import single_process
 from mlxdpo.model.policy import Policy
 from mlxdpo.online.collect import Asked, Prompts, Source
 from mlxdpo.online.constitution.conversations import WAYS, Line, Stopped, Talker, labelled
@@ -59,7 +58,7 @@ def apply_constitution(
     judge = feedback.policy if feedback else source.policy
     identity = _identity(source, prompts, rules, how, feedback)
     out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
+    with single_process(out / LOCK, f"{out}: another process is working in it; stop it first, or wait"):
         done = _begun(out, identity, rules)
         talker = Talker(source, how, should_stop)
         for chunk in (prompts.asked[at : at + CHUNK] for at in range(0, len(prompts.asked), CHUNK)):
@@ -135,13 +134,3 @@ def _short(value: Any) -> str:
 
 
 LOCK = ".lock"
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    with (out / LOCK).open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another process is working in it; stop it first, or wait") from None
-        yield

@@ -7,10 +7,8 @@ DPO on the policy's own answers (arXiv 2402.04792), its pairs `every` steps old 
 
 from __future__ import annotations
 
-import fcntl
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ from mlxdpo.config import Config, Drawing
 from mlxdpo.inference.trained_run import TrainedRun
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.json_file import as_written, read_json
+from mlxdpo.io.lock import single_process
 from mlxdpo.online.collect.prompts import Asked, Prompts, as_rows
 from mlxdpo.online.collect.run import Source, source_of
 from mlxdpo.online.collect.write_outputs import report_file
@@ -27,7 +26,7 @@ from mlxdpo.online.rounds import plan
 from mlxdpo.online.rounds.start import open_round, open_start, start_source
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
-from mlxdpo.types import Event, Preference, UserError
+from mlxdpo.types import Event, Preference
 
 Stop = Callable[[], bool]
 Measured = Mapping[str, Any]
@@ -58,7 +57,7 @@ def iterate(config: Config, hands: Hands, should_stop: Stop = lambda: False) -> 
     folder = plan.begin(config)
     config = config.model_copy(update={"out": str(folder)})
     yield Event("begin", 0, {"folder": folder, "prompts": len(prompts.asked), "heldout": len(heldout)})
-    with _alone(folder):
+    with single_process(folder / plan.LOCK, f"{folder}: another process is at these rounds; stop it first, or wait"):
         measured = [_measured(folder / plan.START, lambda: open_start(config, folder), heldout, hands, None)]
         rows: list[dict[str, Any]] = [hands.weigh(measured)[0] | {"round": 0}]
         parent, reason = None, ""
@@ -157,13 +156,3 @@ def _free_memory() -> None:
     """The weights of a finished stage are gone before the next one loads its own."""
     gc.collect()
     mx.clear_cache()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with (folder / plan.LOCK).open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is at these rounds; stop it first, or wait") from None
-        yield

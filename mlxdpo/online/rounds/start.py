@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from mlxdpo.config import Config
-from mlxdpo.inference.trained_run import Side, TrainedRun
+from mlxdpo.inference.trained_run import ModelContext, TrainedRun
 from mlxdpo.model.adapters import adapters_off, load_adapter, load_run, read_settings
 from mlxdpo.model.policy import load_policy
 from mlxdpo.online.collect.run import Source, source
@@ -25,7 +25,7 @@ def start_source(config: Config, name: str) -> Source:
 def open_start(config: Config, folder: Path) -> TrainedRun:
     """The start, its own reference."""
     policy = start_source(config, "start").policy
-    side: Side = partial(contextlib.nullcontext, policy.model)
+    side: ModelContext = partial(contextlib.nullcontext, policy.model)
     return TrainedRun(Run(folder), config, policy, side, side)
 
 
@@ -33,7 +33,7 @@ def open_round(config: Config, run: Run) -> TrainedRun:
     """A round's tuned model with the start of round 1 as reference; one set of weights where adapters switch off."""
     policy = load_run(run)
     bare = config.model.adapter is None and read_settings(run.adapter).method != "full"
-    first: Side = (
+    first: ModelContext = (
         partial(adapters_off, policy.model)
         if bare
         else partial(contextlib.nullcontext, start_source(config, "start").policy.model)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from mlxdpo.inference.run_prompts import label, text_of
+from mlxdpo.inference.run_prompts import one_line, text_of
 from mlxdpo.inference.trained_run import prompt_text
 from mlxdpo.types import UserError
 from mlxdpo.ui.app_state import NOBODY, AppState
@@ -53,7 +53,7 @@ def prompt_choices(desk: AppState, name: str | None) -> tuple[list[tuple[str, st
     if not name:
         return [], ""
     found = desk.gallery(name)
-    return [(label(row), str(i)) for i, row in enumerate(found.heldout)], found.note
+    return [(one_line(row), str(i)) for i, row in enumerate(found.heldout)], found.note
 
 
 def picked(desk: AppState, name: str | None, number: str | None) -> tuple[str, str]:

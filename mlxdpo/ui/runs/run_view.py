@@ -9,16 +9,18 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from mlxdpo.io.json_file import as_written, read_json
 from mlxdpo.training import checkpoint
 from mlxdpo.types import UserError
 from mlxdpo.ui.runs.chart import STYLE, Series, chart
 from mlxdpo.ui.runs.curves import Line, Tail, points
 from mlxdpo.ui.runs.run_list import evaluation, raw_settings
-from mlxdpo.io.json_file import as_written, read_json
 from mlxdpo.ui.widgets import table
-from mlxdpo_eval.report.rounds import NOTE, cells, header, verdict
+from mlxdpo_eval.report.rounds import NOTE, round_cells, round_columns, rounds_verdict
 
 # The rounds that a run belongs to, side by side, from their `rounds.json`. Everything from the file is escaped.
+
 
 def rounds(path: Path) -> str:
     """The rounds around the run at `path`, its own marked; or how there would be some."""
@@ -34,10 +36,10 @@ def rounds(path: Path) -> str:
 
 
 def _shown(path: Path, found: Mapping[str, Any]) -> str:
-    lines = cells(found["rounds"])
+    lines = round_cells(found["rounds"])
     why = f"<p>Stopped by itself: {escape(found['stopped'])}.</p>" if found["stopped"] else ""
-    shown = table(f"Rounds of {path.parent.name}", header(found["rounds"]), lines, path.name)
-    return f"<p><strong>{escape(verdict(found)[1])}</strong></p>{why}{shown}<p>{escape(NOTE)}</p>"
+    shown = table(f"Rounds of {path.parent.name}", round_columns(found["rounds"]), lines, path.name)
+    return f"<p><strong>{escape(rounds_verdict(found)[1])}</strong></p>{why}{shown}<p>{escape(NOTE)}</p>"
 
 
 CHARTS: tuple[tuple[str, tuple[tuple[str, str, int], ...]], ...] = (

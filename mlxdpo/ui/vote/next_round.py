@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from mlxdpo.config import Config, dump_config, load_config
 from mlxdpo.data.read import prompt_key
-from mlxdpo.inference.run_prompts import as_json, from_json, gallery
+from mlxdpo.inference.run_prompts import gallery, text_from_json, text_to_json
 from mlxdpo.inference.trained_run import heldout_pairs
 from mlxdpo.io.atomic import write_text
 from mlxdpo.model.adapters import read_settings
@@ -63,7 +63,7 @@ def pairs_of(votes: Sequence[Mapping[str, Any]], heldout: frozenset[bytes]) -> t
         if problem := problem_with(vote):
             left_out[f"that are no votes ({problem})"] += 1
             continue
-        prompt = from_json(vote["prompt"])
+        prompt = text_from_json(vote["prompt"])
         key = prompt_key(prompt)
         if vote["winner"] not in ("a", "b"):
             left_out["without a winner (equally good, or both bad)"] += 1
@@ -115,7 +115,7 @@ def row_of(pair: Pair, turns: bool) -> dict[str, Any]:
         return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
     prompt = (Message("user", pair.prompt),) if isinstance(pair.prompt, str) else pair.prompt
     chosen, rejected = ((Message("assistant", text),) for text in (pair.chosen, pair.rejected))
-    return {"prompt": as_json(prompt), "chosen": as_json(chosen), "rejected": as_json(rejected)}
+    return {"prompt": text_to_json(prompt), "chosen": text_to_json(chosen), "rejected": text_to_json(rejected)}
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -8,15 +8,13 @@ written.
 from __future__ import annotations
 
 import datetime
-import fcntl
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlxdpo.inference.run_prompts import as_json
+from filelock import FileLock
+
+from mlxdpo.inference.run_prompts import text_to_json
 from mlxdpo.io.atomic import append_line
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.runs import Run
@@ -31,7 +29,6 @@ SCHEMA = 1
 WINNERS = {"a": "A is better", "b": "B is better", "tie": "Equally good", "both_bad": "Both bad"}
 FILE = "votes.jsonl"
 FEW = 20  # votes below which nothing is said about how many more it takes
-_here = threading.Lock()
 
 
 def record(cast: Cast, game: Round, winner: str, session: str) -> dict[str, Any]:
@@ -41,7 +38,7 @@ def record(cast: Cast, game: Round, winner: str, session: str) -> dict[str, Any]
         "schema": SCHEMA,
         "id": game.id,
         "time": now.isoformat(timespec="milliseconds"),
-        "prompt": as_json(game.prompt),
+        "prompt": text_to_json(game.prompt),
         "a": game.side("a").text,
         "b": game.side("b").text,
         "winner": winner,
@@ -61,18 +58,10 @@ def append_vote(run: Run, line: dict[str, Any]) -> None:
     """Write a vote to disk. Raises `UserError` for an unknown winner and for a round that has its vote already."""
     if line["winner"] not in WINNERS:
         raise UserError(f"{line['winner']!r} is no vote; known: {', '.join(WINNERS)}")
-    with _alone(run):
+    with FileLock(run.path / f".{FILE}.lock"):  # one writer at a time, in this process and among others
         if any(old.get("id") == line["id"] for old in read_lines(run.path / FILE)):
             raise UserError("this pair has its vote already; go on to the next pair")
         append_line(run.path / FILE, line)
-
-
-@contextmanager
-def _alone(run: Run) -> Iterator[None]:
-    """One writer at a time, in this process and among others."""
-    with _here, (run.path / f".{FILE}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def votes_of(run: Run) -> list[dict[str, Any]]:

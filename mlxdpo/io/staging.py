@@ -1,0 +1,68 @@
+"""Folders that are whole or absent: written aside under a hidden name, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mlxdpo.io.atomic import sync_folder
+
+RANDOM = "?" * 8  # what `tempfile.mkdtemp` appends
+
+
+@contextlib.contextmanager
+def staging_folder(parent: Path, prefix: str, rescue: Callable[[Path], None] = lambda folder: None) -> Iterator[Path]:
+    """A new folder below `parent`, removed afterwards unless it was renamed; those of killed processes go first.
+
+    A folder in use is known by its lock, which the kernel drops when its process ends, however it ends. `rescue` gets
+    each folder of a killed process before it is removed.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    lock = _lock_folder(parent, fcntl.LOCK_EX)  # so that nobody sweeps a folder between its birth and its lock
+    try:
+        _sweep_staging(parent, prefix, rescue)
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
+        own = _lock_folder(folder, fcntl.LOCK_EX)
+    finally:
+        os.close(lock)
+    try:
+        yield folder
+    finally:
+        os.close(own)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish_folder(folder: Path, target: Path) -> None:
+    """Rename a complete staging folder to `target`. Raises `OSError` where another folder with content is there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o755)
+    os.rename(folder, target)
+    sync_folder(target.parent)
+
+
+def _sweep_staging(parent: Path, prefix: str, rescue: Callable[[Path], None]) -> None:
+    for folder in parent.glob(glob.escape(prefix) + RANDOM):
+        try:
+            lock = _lock_folder(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # in use, or just gone
+            continue
+        rescue(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock_folder(folder: Path, how: int) -> int:
+    """A descriptor that holds the lock until it is closed. `filelock` locks files only."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, how)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle

@@ -1,0 +1,1 @@
+"""The Runs tab: what was trained, and how it went."""
