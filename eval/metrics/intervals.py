@@ -53,7 +53,7 @@ def cluster_bootstrap(
     `clusters[i]` names the cluster of `values[i]` (say, its prompt). The estimate is the statistic of the
     data as they are. None when the data cannot carry an interval: fewer than two clusters, or resamples that
     do not differ (twenty wins in twenty do not make the win rate certain; for one row per prompt `wilson` has
-    an answer). The percentile method is Efron and Tibshirani 1993, chapter 13, its levels those of `tails`;
+    an answer). The percentile method is Efron and Tibshirani 1993, chapter 13, its levels those of `percentile_levels`;
     resampling clusters is Davison and Hinkley 1997, section 3.8. Raises `ValueError` for lengths that differ,
     values that are not finite, or a level outside (0, 1).
     """
