@@ -23,9 +23,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxdpo.baselines.rollouts import Actor, Drawn, Reference, Reward, checked_scores, draw, look, new_critic
-from mlxdpo.baselines.settings import check_settings
-from mlxdpo.baselines.updates import Metrics, Mover, ppo_update, rloo_update
+from mlxdpo.baselines.rollouts import (
+    Actor,
+    Drawn,
+    Reference,
+    Reward,
+    checked_scores,
+    draw_completions,
+    new_critic,
+    score_completions,
+)
+from mlxdpo.baselines.settings import check_rollout_settings
+from mlxdpo.baselines.updates import Metrics, WeightUpdate, ppo_update, rloo_update
 from mlxdpo.config import Config
 from mlxdpo.data.encode import encode_prompt
 from mlxdpo.data.read import heldout_source, prompt_key, read_preferences, split_heldout
@@ -50,7 +59,7 @@ UPDATES: dict[str, Callable[..., Metrics]] = {"ppo": ppo_update, "rloo": rloo_up
 CRITIC = "critic.safetensors"
 
 
-class Prompts(NamedTuple):
+class EncodedPrompts(NamedTuple):
     """Distinct prompts and their token ids; `dropped` had no room for a completion within data.max_length."""
 
     texts: list[Text]
@@ -72,13 +81,13 @@ def tune_on_samples(
     """
     if processes() > 1:
         raise UserError(f"stage {config.stage} runs in one process; start it without mlx.launch")
-    check_settings(config)
+    check_rollout_settings(config)
     optimizer = make_optimizer(config.optim)
     wire_memory()
     policy = load_policy(config.model)
     config = with_adapter(config, policy.model)
-    prompts = read_prompts(config, policy)
-    reference, told = _reference(config, policy)
+    prompts = encode_prompts(config, policy)
+    reference, told = _kl_reference(config, policy)
     manifest = _manifest(config, policy, prompts, reward, told)
     run = resume or Run.create(config)
     yield Event("start", 0, {"run": run, "config": config, "prompts": len(prompts.ids)})
@@ -93,7 +102,7 @@ def tune_on_samples(
         actor = Actor(policy.model, _critic(config, policy.model))
         checkpoint.remove_unfinished(run.path)
         progress = _restored(run, actor, optimizer) if resume else Progress()
-        mover = Mover(make_update(actor, optimizer), config.optim.max_grad_norm, config.train.batch_size)
+        mover = WeightUpdate(make_update(actor, optimizer), config.optim.max_grad_norm, config.train.batch_size)
         work = _Work(config, policy, actor, reference, reward, prompts, mover)
         save = partial(checkpoint.save, run.checkpoints, actor.model, config.lora, optimizer)
         for event in _steps(work, progress, run, save, should_stop):
@@ -104,7 +113,7 @@ def tune_on_samples(
         yield Event("done", work.total, {"run": run, "adapter": run.adapter, "from": f"step-{work.total:06d}"})
 
 
-def read_prompts(config: Config, policy: Policy) -> Prompts:
+def encode_prompts(config: Config, policy: Policy) -> EncodedPrompts:
     """The distinct prompts of `data.path` that are not held out, as token ids. Raises `UserError` when none is left."""
     rows: list[Any] = list(read_preferences(config.data)[0])
     if heldout_source(config.data) is None:
@@ -121,7 +130,7 @@ def read_prompts(config: Config, policy: Policy) -> Prompts:
             f"{config.data.path}: no prompt leaves room for rollout.max_tokens {config.rollout.max_tokens} within "
             f"data.max_length {config.data.max_length}; raise it, or hold out fewer"
         )
-    return Prompts([text for text, _ in kept], [ids for _, ids in kept], len(encoded) - len(kept))
+    return EncodedPrompts([text for text, _ in kept], [ids for _, ids in kept], len(encoded) - len(kept))
 
 
 class _Work:
@@ -134,8 +143,8 @@ class _Work:
         actor: Actor,
         reference: Reference,
         reward: Reward,
-        prompts: Prompts,
-        mover: Mover,
+        prompts: EncodedPrompts,
+        mover: WeightUpdate,
     ):
         self.config, self.policy, self.actor, self.reference = config, policy, actor, reference
         self.reward, self.prompts, self.mover = reward, prompts, mover
@@ -157,11 +166,13 @@ class _Work:
         chosen = self.chosen(step)
         noise, order = np.random.SeedSequence([config.train.seed, step]).generate_state(2)
         ids = [self.prompts.ids[i] for i in chosen]
-        drawn = draw(self.actor.model, ids, knobs.max_tokens, self.policy.eos_ids, int(noise), max(32, size))
+        drawn = draw_completions(
+            self.actor.model, ids, knobs.max_tokens, self.policy.eos_ids, int(noise), max(32, size)
+        )
         answers = [self._decoded(one) for one in drawn.completions]
         given = self.reward.score([self.prompts.texts[i] for i in chosen], answers)
         scores, unjudged = checked_scores(self.reward.name, given, len(answers))
-        rollouts = look(self.actor, self.reference, drawn, scores, size)
+        rollouts = score_completions(self.actor, self.reference, drawn, scores, size)
         lr = learning_rate(config.optim, step, self.total)
         update = UPDATES[config.stage]
         found = update(self.actor, self.mover, rollouts, knobs, np.random.default_rng(int(order)), lr)
@@ -206,7 +217,7 @@ def _steps(
             yield keep(progress)
 
 
-def _reference(config: Config, policy: Policy) -> tuple[Reference, tuple[Policy, str | None]]:
+def _kl_reference(config: Config, policy: Policy) -> tuple[Reference, tuple[Policy, str | None]]:
     """What the KL penalty holds the policy at, and whose it is: the frozen weights below the adapter, or a second
     model where there are none."""
     other, adapter = find_reference(config, policy)
@@ -243,7 +254,7 @@ def _restored(run: Run, actor: Actor, optimizer: Any) -> Progress:
 
 
 def _manifest(
-    config: Config, policy: Policy, prompts: Prompts, reward: Reward, told: tuple[Policy, str | None]
+    config: Config, policy: Policy, prompts: EncodedPrompts, reward: Reward, told: tuple[Policy, str | None]
 ) -> dict[str, Any]:
     """The manifest, with the same parts as that of a run on pairs."""
     reference, adapter = told

@@ -23,7 +23,7 @@ IDLE = (
 PPO_ONLY = ("epochs", "minibatches", "clip", "value_clip", "value_coef", "gamma", "lam")
 
 
-def check_settings(config: Config) -> None:
+def check_rollout_settings(config: Config) -> None:
     """Raise `UserError` for another stage, a setting without meaning in it, or samples that have no siblings."""
     if config.stage not in ("ppo", "rloo"):
         raise UserError(f"stage {config.stage} does not tune on its own samples; set stage to ppo or rloo")
@@ -32,13 +32,13 @@ def check_settings(config: Config) -> None:
     for name in idle:
         section, _, knob = name.partition(".")
         for key in (knob,) if knob else plain[section]:
-            _check(f"{section}.{key}", given[section][key], plain[section][key], config.stage)
+            _refuse_changed(f"{section}.{key}", given[section][key], plain[section][key], config.stage)
     if config.train.eval_every not in (0, Config().train.eval_every):
         raise UserError(f"train.eval_every {config.train.eval_every} has no meaning in stage {config.stage}; drop it")
     if config.stage == "rloo" and config.rollout.samples < 2:
         raise UserError("rollout.samples is 1, but rloo compares the completions of a prompt; set it to 2 or more")
 
 
-def _check(name: str, value: Any, default: Any, stage: str) -> None:
+def _refuse_changed(name: str, value: Any, default: Any, stage: str) -> None:
     if value != default:
         raise UserError(f"{name} {value} has no meaning in stage {stage}; drop it")

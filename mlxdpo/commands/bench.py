@@ -80,15 +80,15 @@ def run(
             raise UserError("no model given and `smollm2` is not installed; pass --model with a folder or a Hub id")
         model = model.model_copy(update={"path": "smollm2"})
     size = Size(prompt, completion, batch_size, checkpoint, repeats)
-    found = measure(config.model_copy(update={"model": model}), size)
+    found = measure_speed(config.model_copy(update={"model": model}), size)
     if json:
         print(jsonlib.dumps(found, indent=2))
     else:
-        show(found)
+        show_speed(found)
     return 0
 
 
-def measure(config: BenchConfig, size: Size) -> dict[str, Any]:
+def measure_speed(config: BenchConfig, size: Size) -> dict[str, Any]:
     """The answer as plain values: seconds, pairs and distinct tokens a second, GFLOP/s, shares in 0..1, bytes."""
     from mlxdpo.estimate import flops
     from mlxdpo.machine.device import this_machine
@@ -213,7 +213,7 @@ def count_weights(model: Any, full: bool) -> Weights:
     return Weights(linear, adapters, head, args.num_attention_heads * head_dim, len(model.layers), full)
 
 
-def show(found: dict[str, Any]) -> None:
+def show_speed(found: dict[str, Any]) -> None:
     """Print it for a person."""
     from rich.table import Table
 

@@ -55,15 +55,15 @@ def run(
         Print the report as JSON.
     """
     from mlxdpo.commands.interrupt import stop_flag
-    from mlxdpo.commands.terminal import console, counted
-    from mlxdpo.online.collect.write_outputs import said
+    from mlxdpo.commands.terminal import console, show_progress
+    from mlxdpo.online.collect.write_outputs import collection_sentences
 
     recipe = path.suffix in (".yaml", ".yml") and path.is_file()
     config = load_config(path) if recipe else Run.open(path).config()
     report = None
     with stop_flag() as should_stop:
         asked = (prompts, _one_of(judge, reward), drawing, out)
-        for event in counted(_events(path, config, recipe, before, asked, should_stop), "collected", json):
+        for event in show_progress(_events(path, config, recipe, before, asked, should_stop), "collected", json):
             report = event.values["report"] if event.kind == "done" else None
     if report is None:
         console.print("stopped; the same command goes on from here")
@@ -71,7 +71,7 @@ def run(
     if json:
         print(jsonlib.dumps(report, ensure_ascii=False))
         return 0
-    for sentence in (f"{out}: {report['rows']} rows of {report['answers']} answers", *said(report)):
+    for sentence in (f"{out}: {report['rows']} rows of {report['answers']} answers", *collection_sentences(report)):
         console.print(sentence, markup=False)
     console.print(f"train on it: mlxdpo train --model ... --data {out}", style="dim", markup=False)
     return 0

@@ -53,13 +53,13 @@ def run(
         Print the report as JSON.
     """
     from mlxdpo.commands.interrupt import stop_flag
-    from mlxdpo.commands.terminal import console, counted
-    from mlxdpo.online.constitution.write_outputs import RECIPE, said
+    from mlxdpo.commands.terminal import console, show_progress
+    from mlxdpo.online.constitution.write_outputs import RECIPE, constitution_sentences
 
     with stop_flag() as should_stop:
         report = None
         events = _events(path, prompts, out, (constitution, feedback, before), asking, should_stop)
-        for event in counted(events, "talked", json):
+        for event in show_progress(events, "talked", json):
             report = event.values["report"] if event.kind == "done" else None
     if report is None:
         console.print("stopped; the same command goes on from here")
@@ -67,7 +67,10 @@ def run(
     if json:
         print(jsonlib.dumps(report, ensure_ascii=False))
         return 0
-    for sentence in (f"{out}: {report['rows']} pairs from {report['prompts']} prompts", *said(report)):
+    for sentence in (
+        f"{out}: {report['rows']} pairs from {report['prompts']} prompts",
+        *constitution_sentences(report),
+    ):
         console.print(sentence, markup=False)
     console.print(f"train on it: mlxdpo train {out / RECIPE} --model ...", style="dim", markup=False)
     return 0

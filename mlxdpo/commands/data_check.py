@@ -56,7 +56,7 @@ def run(path: str, /, *, config: Annotated[CheckConfig, Parameter(name="*")] = N
         extra = {"would_stop": bad, "first_pair": None if seen is None else seen.first._asdict()}
         print(jsonlib.dumps(found.as_dict() | extra, indent=2, ensure_ascii=False))
     else:
-        _show(lines(found), seen, bad)
+        _show_findings(lines(found), seen, bad)
     return 2 if bad else 0
 
 
@@ -85,7 +85,7 @@ def _as_seen(rows: Sequence[Preference | UnpairedExample], data: DataConfig, mod
     return Seen(counts, shown_example(limited[0], tokenizer), report.lines(), names)
 
 
-def _show(sentences: list[str], seen: Seen | None, bad: int) -> None:
+def _show_findings(sentences: list[str], seen: Seen | None, bad: int) -> None:
     from mlxdpo.commands.terminal import console, show_pair
 
     for sentence in sentences:

@@ -69,7 +69,7 @@ def run(
     if config.model.adapter:
         load_adapter(policy.model, Path(config.model.adapter))
         tuned = score_all(policy.model, examples, batches, batch_size)
-    lines = (json.dumps(row) for row in _rows(examples, base, tuned, beta))
+    lines = (json.dumps(row) for row in _score_rows(examples, base, tuned, beta))
     write_text(out, "\n".join(lines) + "\n")
     console.print(f"{len(examples)} pairs scored -> {out}")
 
@@ -93,7 +93,7 @@ def score_all(model: Any, examples: list, batches: list, batch_size: int) -> lis
     return result
 
 
-def _rows(examples: list, base: list, tuned: list | None, beta: float) -> Iterator[dict[str, Any]]:
+def _score_rows(examples: list, base: list, tuned: list | None, beta: float) -> Iterator[dict[str, Any]]:
     for i, example in enumerate(examples):
         row: dict[str, Any] = {
             "where": example.where,

@@ -10,8 +10,8 @@ from typing import Any
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.online.collect.write_outputs import report_file
+from mlxdpo.online.votes_to_pairs import Pair, pairs_of, row_of, write_rows
 from mlxdpo.types import Event, UserError
-from mlxdpo.ui.vote.next_round import Pair, pairs_of, row_of, write_rows
 from mlxdpo_eval.judges.votes import read_ballots
 
 WRITTEN = {"prompt", "a", "b", "winner"}  # what the app writes, and pairs are made of

@@ -11,7 +11,7 @@ from pathlib import Path
 from mlxdpo.inference.run_prompts import Gallery, gallery
 from mlxdpo.ui.engine import Engine
 from mlxdpo.ui.runs.run_list import run_named, tuned_runs_in
-from mlxdpo.ui.variants import Cast, Company, Voice
+from mlxdpo.ui.variants import LoadedVariants, RunVariants, Variant
 
 NOBODY, CHECKPOINT, OTHER = "none", "checkpoint: ", "run: "
 
@@ -23,11 +23,11 @@ class AppState:
     runs: Path
     first: str | None = None
     engine: Engine = field(default_factory=Engine)
-    company: Company = field(default_factory=Company)
+    company: LoadedVariants = field(default_factory=LoadedVariants)
     stops: dict[str, threading.Event] = field(default_factory=dict)
     galleries: dict[str, Gallery] = field(default_factory=dict)
 
-    def cast(self, name: str | None) -> Cast:
+    def cast(self, name: str | None) -> RunVariants:
         """The voices of a run, loaded when first asked for. Raises `UserError` for one that cannot answer."""
         run = run_named(self.runs, name)
         return self.engine.call(lambda: self.company.cast(run))
@@ -38,7 +38,7 @@ class AppState:
             run = run_named(self.runs, name)
             self.engine.begin(lambda run=run: iter((self.company.cast(run),)))
 
-    def third(self, cast: Cast, choice: str) -> Voice | None:
+    def third(self, cast: RunVariants, choice: str) -> Variant | None:
         """The voice of the third column, chosen from `thirds`."""
         if choice.startswith(CHECKPOINT):
             return self.engine.call(lambda: self.company.checkpoint(cast, choice.removeprefix(CHECKPOINT)))

@@ -18,7 +18,7 @@ Task = Callable[[], Iterator[Any]]
 
 
 @dataclass
-class _Job:
+class _Task:
     task: Task
     out: queue.SimpleQueue[tuple[str, Any]] = field(default_factory=queue.SimpleQueue)
     dropped: threading.Event = field(default_factory=threading.Event)
@@ -29,12 +29,12 @@ class Engine:
     """The thread. It ends with the process."""
 
     def __init__(self) -> None:
-        self._inbox: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Task] = queue.SimpleQueue()
         threading.Thread(target=self._work, name="mlx", daemon=True).start()
 
     def stream(self, task: Task) -> Iterator[Any]:
         """What the task yields, as it comes. Leaving early ends the task; its errors are raised here."""
-        job = _Job(task)
+        job = _Task(task)
         self._inbox.put(job)
         try:
             while True:
@@ -49,7 +49,7 @@ class Engine:
 
     def latest(self, task: Task, seconds: float) -> Iterator[Any]:
         """`stream`, at most one value in so many seconds: the newest of those that have come, and always the last."""
-        job = _Job(task)
+        job = _Task(task)
         self._inbox.put(job)
         try:
             yield from _latest(job.out, seconds)
@@ -67,17 +67,17 @@ class Engine:
 
     def begin(self, task: Task) -> None:
         """Start a task whose values nobody reads."""
-        self._inbox.put(_Job(task))
+        self._inbox.put(_Task(task))
 
     def _work(self) -> None:
-        jobs: list[_Job] = []
+        jobs: list[_Task] = []
         while True:
             while not jobs or not self._inbox.empty():
                 jobs.append(self._inbox.get())
-            jobs = [job for job in jobs if _advance(job)]
+            jobs = [job for job in jobs if _run_one_step(job)]
 
 
-def _advance(job: _Job) -> bool:
+def _run_one_step(job: _Task) -> bool:
     """One step of a job; whether it has more."""
     if job.running is None:
         job.running = iter(job.task())

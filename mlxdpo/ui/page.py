@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxdpo.ui.guard import Guard
-from mlxdpo.ui.input_checks import check_kinds
+from mlxdpo.ui.input_checks import check_inputs
 
 TABS = {"Runs": "runs", "Data": "data", "Train": "train", "Constitution": "constitution"}
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")
@@ -53,5 +53,5 @@ def build_page(runs: Path, guard: Guard, first: str | None = None) -> Any:
         for name, module in TABS.items():
             with gr.Tab(name, id=f"{module}_tab"):
                 importlib.import_module(f"mlxdpo.ui.{module}.tab").build(runs, guard)
-    check_kinds(page)
+    check_inputs(page)
     return page

@@ -30,7 +30,7 @@ from mlxdpo.types import UserError
 BEFORE, AFTER = "before", "after"
 
 
-class Voice(NamedTuple):
+class Variant(NamedTuple):
     """Somebody who answers. `enter` gives the model; `digest` names the adapter, None for the bare model."""
 
     name: str
@@ -38,7 +38,7 @@ class Voice(NamedTuple):
     digest: str | None
 
 
-class Cast(NamedTuple):
+class RunVariants(NamedTuple):
     """A run's voices: `after` is tuned, `before` is where training started, `reference` what rewards count from.
 
     `chat` says whether text is written as turns by the chat template, or continued as it stands.
@@ -47,21 +47,21 @@ class Cast(NamedTuple):
     run: Run
     config: Config
     policy: Policy
-    before: Voice
-    after: Voice
+    before: Variant
+    after: Variant
     reference: Side
     chat: bool
 
 
-class Company:
+class LoadedVariants:
     """The voices that are loaded. Belongs to the MLX thread; nothing else may call it."""
 
     def __init__(self) -> None:
         self._bases: dict[str, Policy] = {}
-        self._casts: dict[Path, tuple[Any, Cast]] = {}
-        self._voices: dict[Path, tuple[int, Voice]] = {}
+        self._casts: dict[Path, tuple[Any, RunVariants]] = {}
+        self._voices: dict[Path, tuple[int, Variant]] = {}
 
-    def cast(self, run: Run) -> Cast:
+    def cast(self, run: Run) -> RunVariants:
         """A run's voices, loaded when first asked for and again when its adapter has changed.
 
         Raises `UserError` when the run has no adapter yet, or its model or reference is not the one it was trained on.
@@ -72,13 +72,13 @@ class Company:
             self._casts[run.path] = (stamp, self._load(run))
         return self._casts[run.path][1]
 
-    def _load(self, run: Run) -> Cast:
+    def _load(self, run: Run) -> RunVariants:
         config, manifest = run.config(), run.manifest()
         base = self._base(config)
         if base.identity["digest"] != manifest["model"]["digest"]:
             raise UserError(f"{run.path}: {config.model.path} is no longer the model this run was trained on")
         start = config.model.adapter
-        before = Voice(BEFORE, partial(contextlib.nullcontext, base.model), None)
+        before = Variant(BEFORE, partial(contextlib.nullcontext, base.model), None)
         if start is not None:
             before = self._adapted(BEFORE, base, run, Path(start))
         after = self._adapted(AFTER, base, run, run.adapter)
@@ -91,7 +91,7 @@ class Company:
             other.model.eval()
             reference = partial(contextlib.nullcontext, other.model)
         chat = config.data.template != "plain" and probe(base.tokenizer, config.data).chat
-        return Cast(run, config, base, before, after, reference, chat)
+        return RunVariants(run, config, base, before, after, reference, chat)
 
     def _base(self, config: Config) -> Policy:
         """The bare model of a recipe. Another one takes its place: two would not fit where one just does."""
@@ -104,21 +104,21 @@ class Company:
             self._bases[key].model.eval()
         return self._bases[key]
 
-    def _adapted(self, name: str, base: Policy, run: Run, folder: Path) -> Voice:
+    def _adapted(self, name: str, base: Policy, run: Run, folder: Path) -> Variant:
         stamp = _stamp(folder)
         known = self._voices.get(folder)
         if known is None or known[0] != stamp:
-            self._voices[folder] = (stamp, Voice(name, _side(base, run, folder), folder_digest(folder)))
+            self._voices[folder] = (stamp, Variant(name, _adapter_context(base, run, folder), folder_digest(folder)))
         return self._voices[folder][1]._replace(name=name)
 
-    def checkpoint(self, cast: Cast, name: str) -> Voice:
+    def checkpoint(self, cast: RunVariants, name: str) -> Variant:
         """A checkpoint of a run. Raises `UserError` when there is none of that name."""
         folders = {folder.name: folder for folder in checkpoint.steps(cast.run.checkpoints)}
         if name not in folders:
             raise UserError(f"{cast.run.path}: no checkpoint {name}; there are {', '.join(folders) or 'none'}")
         return self._adapted(name, cast.policy, cast.run, folders[name])
 
-    def guest(self, cast: Cast, other: Run) -> Voice:
+    def guest(self, cast: RunVariants, other: Run) -> Variant:
         """Another run's tuned model beside this run's. Raises `UserError` when it does not share the base model."""
         then = other.manifest()["model"]
         for name in ("digest", "dtype", "quantization"):
@@ -137,7 +137,7 @@ def _stamp(folder: Path) -> int:
     return file.stat().st_mtime_ns
 
 
-def _side(base: Policy, run: Run, folder: Path) -> Side:
+def _adapter_context(base: Policy, run: Run, folder: Path) -> Side:
     """How to enter the model with the adapter of `folder`."""
     lora = read_settings(folder)
     if lora.method == "full":
@@ -150,11 +150,13 @@ def _side(base: Policy, run: Run, folder: Path) -> Side:
     wrapped = {n: m for n, m in model.named_modules() if "lora_a" in m and ("linear" in m or "embedding" in m)}
     bare = {name: module["linear" if "linear" in module else "embedding"] for name, module in wrapped.items()}
     _put(model, bare)
-    return partial(_worn, model, wrapped, bare)
+    return partial(_with_modules, model, wrapped, bare)
 
 
 @contextlib.contextmanager
-def _worn(model: nn.Module, wrapped: Mapping[str, nn.Module], bare: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+def _with_modules(
+    model: nn.Module, wrapped: Mapping[str, nn.Module], bare: Mapping[str, nn.Module]
+) -> Iterator[nn.Module]:
     _put(model, wrapped)
     try:
         yield model

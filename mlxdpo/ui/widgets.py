@@ -30,40 +30,40 @@ STYLE = """<style>
 </style>"""
 
 
-def table(caption: str, headers: Sequence[str], rows: Sequence[Sequence[str]], chosen: str | None = None) -> str:
+def html_table(caption: str, headers: Sequence[str], rows: Sequence[Sequence[str]], chosen: str | None = None) -> str:
     """A table whose first column names the row; the row named `chosen` is marked."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in headers)
-    body = "".join(_row(row, row[0] == chosen) for row in rows)
+    body = "".join(_table_row(row, row[0] == chosen) for row in rows)
     return (
         f'{STYLE}<div class="lines" tabindex="0"><table><caption>{escape(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def _row(cells: Sequence[str], marked: bool) -> str:
+def _table_row(cells: Sequence[str], marked: bool) -> str:
     first, *rest = (escape(cell) for cell in cells)
     start = '<tr class="chosen" aria-current="true">' if marked else "<tr>"
     return f'{start}<th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
 
 
 @contextmanager
-def said() -> Iterator[None]:
+def show_errors() -> Iterator[None]:
     """A `UserError` becomes the page's message. Gradio renders messages as HTML, so the sentence is escaped."""
     import gradio as gr
 
     try:
         yield
     except UserError as error:
-        raise gr.Error(plain(str(error)), title="This did not work", duration=8, print_exception=False) from None
+        raise gr.Error(escaped(str(error)), title="This did not work", duration=8, print_exception=False) from None
 
 
-def saying(function: Callable[..., Any]) -> Callable[..., Any]:
+def showing_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     """A handler whose `UserError`s the page shows."""
 
     @wraps(function)
     def handler(*args: Any, **kwargs: Any) -> Any:
         """The function, its errors said."""
-        with said():
+        with show_errors():
             return function(*args, **kwargs)
 
     return handler
@@ -71,7 +71,7 @@ def saying(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def sorry(error: UserError) -> str:
     """An error where the answers would be: it says what to do, and stays until something is done."""
-    return f'<p class="empty" role="alert">{plain(str(error))}</p>'
+    return f'<p class="empty" role="alert">{escaped(str(error))}</p>'
 
 
 def session_of(request: Any) -> str:
@@ -79,6 +79,6 @@ def session_of(request: Any) -> str:
     return str(request.session_hash or "")
 
 
-def plain(text: str) -> str:
+def escaped(text: str) -> str:
     """Text as inert HTML."""
     return html.escape(text, quote=True)

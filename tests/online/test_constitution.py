@@ -24,17 +24,17 @@ from mlxdpo.inference.trained_run import forward_fns, score_pairs
 from mlxdpo.losses import resolve
 from mlxdpo.model.policy import load_policy
 from mlxdpo.online.collect import Asked, Prompts, read_prompts
-from mlxdpo.online.collect.run import source
+from mlxdpo.online.collect.run import policy_source
 from mlxdpo.online.constitution import Constitution, Feedback, SamplingSettings, apply_constitution, load_constitution
 from mlxdpo.online.constitution import labels as labelling
 from mlxdpo.online.constitution.conversations import COPIED, ECHO, SAME, TOO_LONG, Talker, drawn_principle, revised
-from mlxdpo.online.constitution.labels import Label, label, shared_next_logits
+from mlxdpo.online.constitution.labels import Label, label_pair, shared_next_logits
 from mlxdpo.online.constitution.schema import Principle, Worked, dump_constitution
 from mlxdpo.online.constitution.wording import comparison_turns, critique_turns, revision_turns
-from mlxdpo.online.constitution.write_outputs import pair_of, position
+from mlxdpo.online.constitution.write_outputs import pair_of, position_bias
 from mlxdpo.types import Message, UserError
 from mlxdpo.ui.constitution import tab, view
-from mlxdpo.ui.constitution.view import LEFT, PAIRED, Wanted
+from mlxdpo.ui.constitution.view import LEFT, PAIRED, TalkFilter
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role + ' ' + m.content + '<end>' }}{% endfor %}"
@@ -81,7 +81,7 @@ def policy(folder):
 
 @pytest.fixture
 def speaker(policy):
-    return source(policy, DataConfig(), "tiny", None)
+    return policy_source(policy, DataConfig(), "tiny", None)
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_label_golden():
 
 def test_a_models_label_is_antisymmetric_to_the_bit_and_is_what_the_letters_say(policy):
     data, prompt, texts = DataConfig(), "the cat sings", ("red dog", "blue tree and sun")
-    there, back = (label(policy, data, RULES, prompt, *order) for order in (texts, texts[::-1]))
+    there, back = (label_pair(policy, data, RULES, prompt, *order) for order in (texts, texts[::-1]))
     assert back == there.swapped() and back.lead == -there.lead != 0
     letters = [labelling.spellings(policy.tokenizer, letter) for letter in "AB"]
     for k, principle in enumerate(RULES.principles):
@@ -344,8 +344,8 @@ def test_of_two_samples_the_likelier_is_chosen(speaker):
 def test_position_golden():
     """(3, 1) prefers the answer in both orders, (2, -4) the place: bias (1 + 3) / 2, half consistent."""
     votes = {"a": {"shown_first": 3.0, "shown_second": 1.0}, "b": {"shown_first": 2.0, "shown_second": -4.0}}
-    assert position([{"votes": votes}, {}]) == {"bias": 2.0, "consistent": 0.5, "comparisons": 2}
-    assert position([{}]) is None
+    assert position_bias([{"votes": votes}, {}]) == {"bias": 2.0, "consistent": 0.5, "comparisons": 2}
+    assert position_bias([{}]) is None
 
 
 def test_soft_labels_reach_the_loss(speaker, policy, prompts, tmp_path):
@@ -430,9 +430,9 @@ def test_the_page_lists_filters_and_opens(there):
     runs = there / "runs"
     assert list(view.found(runs, there)) == ["cai"]
     talks = view.open_talks(there / "cai")
-    paired, left = (view.matching(talks, Wanted(kind=kind)) for kind in (PAIRED, LEFT))
+    paired, left = (view.matching_talks(talks, TalkFilter(kind=kind)) for kind in (PAIRED, LEFT))
     assert sorted([*paired, *left]) == list(range(len(talks))) and paired and left
-    red = view.matching(talks, Wanted(principle="red"))
+    red = view.matching_talks(talks, TalkFilter(principle="red"))
     assert red == [at for at, talk in enumerate(talks) if talk["principle"] == "red"]
     html, page = tab.listed(runs, 0, ("cai", "", "all", "any principle", 0, 0))
     assert page == 0 and f"Conversations 1 to 20 of {len(talks)} found" in html
@@ -476,7 +476,9 @@ def test_four_prompts_on_the_real_model(tmp_path):
     how = SamplingSettings(max_tokens=24, critique_tokens=24, unfinished="keep", temperature=0.7)
     rules = load_constitution()
     rules = rules.model_copy(update={"principles": rules.principles[:2]})
-    assert finish(source(policy, DataConfig(), "smollm2", None), prompts, rules, how, tmp_path / "o")[-1] == "done"
+    assert (
+        finish(policy_source(policy, DataConfig(), "smollm2", None), prompts, rules, how, tmp_path / "o")[-1] == "done"
+    )
     rows = lines_of(tmp_path / "o/pairs.jsonl")
     assert rows and all(set(row["by_principle"]) == {"truth", "harm"} for row in rows)
     # Shown alone, it nearly always says A: the average of both orders must not.

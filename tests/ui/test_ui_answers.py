@@ -17,19 +17,12 @@ from mlxdpo.model.adapters import load_run, load_start
 from mlxdpo.runs import Run
 from mlxdpo.types import Message, UserError
 from mlxdpo.ui.app_state import CHECKPOINT, NOBODY, OTHER
-from mlxdpo.ui.compare.answers import (
-    LONGEST_PROMPT,
-    Settings,
-    answer_together,
-    ids_of,
-    prompt_of,
-    settings_from,
-)
+from mlxdpo.ui.compare.answers import LONGEST_PROMPT, Settings, answer_together, chat_prompt, ids_of, settings_from
 from mlxdpo.ui.compare.columns import Column, Exchange, columns_html
 from mlxdpo.ui.compare.conversation import Chat, chat_html, converse
 from mlxdpo.ui.compare.heat import heat
-from mlxdpo.ui.compare.scores import Piece, score
-from mlxdpo.ui.widgets import plain
+from mlxdpo.ui.compare.scores import TokenPiece, score
+from mlxdpo.ui.widgets import escaped
 
 METHODS = {
     "lora": {},
@@ -153,8 +146,8 @@ def test_chat_models_get_turns(tmp_path, cache):
     finished_run(tmp_path, "one", data={"template": "chat"})
     cast = desk_over(tmp_path).cast("one")
     turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
-    assert cast.chat and prompt_of(cast, [("a", "b")], "c") == turns
-    assert prompt_of(cast, [], "c", "be brief") == (Message("system", "be brief"), Message("user", "c"))
+    assert cast.chat and chat_prompt(cast, [("a", "b")], "c") == turns
+    assert chat_prompt(cast, [], "c", "be brief") == (Message("system", "be brief"), Message("user", "c"))
 
 
 def test_stop_keeps_what_was_said(desk):
@@ -202,9 +195,9 @@ def test_runs_are_named_by_the_scan_alone(desk, name):
 def test_mistakes_are_sentences(desk):
     cast = desk.cast("one")
     with pytest.raises(UserError, match="the prompt is empty"):
-        prompt_of(cast, [], "  ")
+        chat_prompt(cast, [], "  ")
     with pytest.raises(UserError, match=r"50,000,000 characters; at most 20,000"):
-        prompt_of(cast, [], "x" * 50_000_000)
+        chat_prompt(cast, [], "x" * 50_000_000)
     assert LONGEST_PROMPT == 20_000
     with pytest.raises(UserError, match="the model reads"):
         desk.engine.call(lambda: ids_of(cast, "red " * 3000, 2000))
@@ -233,16 +226,16 @@ def test_the_page_takes_every_value_that_its_own_lists_offer(desk):
     """The gate before the handlers (`kinds.problem`) and the numbers of prompts, which nothing but a browser sends."""
     import gradio as gr
 
-    from mlxdpo.ui.compare.tab import picked, prompt_choices
+    from mlxdpo.ui.compare.tab import picked_prompt, prompt_choices
     from mlxdpo.ui.input_checks import problem
 
     choices, _ = prompt_choices(desk, "one")
     with gr.Blocks():
         pick = gr.Dropdown(choices, value=None)
     assert choices and [problem(pick, value) for _, value in choices] == [None] * len(choices)
-    assert all(picked(desk, "one", value)[0] for _, value in choices)
+    assert all(picked_prompt(desk, "one", value)[0] for _, value in choices)
     for odd in ("-1", str(len(choices)), "x", "", None):
-        assert picked(desk, "one", odd) == ("", "")
+        assert picked_prompt(desk, "one", odd) == ("", "")
 
 
 def test_a_run_without_an_adapter_says_so(tmp_path, cache):
@@ -258,7 +251,7 @@ def test_nothing_anyone_says_becomes_markup(desk):
     """Tags in the result are ours alone, whatever stands in prompt, answer, token or run name."""
     cast = desk.cast("one")
     answer = together(desk, cast, [cast.after])[0]
-    pieces = (Piece(EVIL, 0.5, -1.0), Piece("</span>", -0.5, -1.0))
+    pieces = (TokenPiece(EVIL, 0.5, -1.0), TokenPiece("</span>", -0.5, -1.0))
     found = desk.engine.call(lambda: score(cast, cast.after, answer))._replace(pieces=pieces)
     exchange = Exchange(EVIL, answer.__class__(**{**answer.__dict__, "text": EVIL}), found)
     page = columns_html([Column(EVIL, EVIL, (exchange, exchange._replace(score=None)))], EVIL)
@@ -285,10 +278,10 @@ def parsed(page):
 
 
 def test_heat_is_readable_without_colours():
-    page = heat((Piece(" good", 0.693147, -1.0), Piece("\n", -0.1, -2.0)), 1.0)
+    page = heat((TokenPiece(" good", 0.693147, -1.0), TokenPiece("\n", -0.1, -2.0)), 1.0)
     assert 'aria-label="good: +0.69 nats, 2 times likelier than before"' in page
     assert page.count('tabindex="0"') == 1 and "0, 114, 178" in page and "213, 94, 0" in page
-    assert plain('<a href="x">') == "&lt;a href=&quot;x&quot;&gt;"
+    assert escaped('<a href="x">') == "&lt;a href=&quot;x&quot;&gt;"
 
 
 def test_an_empty_chat_shows_nothing_odd():

@@ -17,10 +17,10 @@ from mlxdpo.config import load_config
 from mlxdpo.data.read import prompt_key
 from mlxdpo.inference.run_prompts import gallery
 from mlxdpo.io.json_file import read_lines
+from mlxdpo.online.votes_to_pairs import export_votes, pairs_of
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
-from mlxdpo.ui.vote.blind_round import Round, judged, pick_prompt, play, revealed, shown
-from mlxdpo.ui.vote.next_round import export_votes, pairs_of
+from mlxdpo.ui.vote.blind_round import Round, blind_html, judged, pick_prompt, play, revealed_html
 from mlxdpo.ui.vote.vote_file import FILE, append_vote, asked, record, standing, standing_html
 from mlxdpo_eval.judges.votes import read_ballots
 
@@ -59,9 +59,9 @@ def test_the_page_before_the_vote_is_a_function_of_the_two_texts(desk):
     """The same texts on the same sides give the same bytes, whichever of them is the tuned model's."""
     game = one_round(desk)
     other = replace(game, tuned="b" if game.tuned == "a" else "a", before=game.after, after=game.before)
-    assert shown(game) == shown(other) and revealed(seen(game)) != revealed(seen(other))
+    assert blind_html(game) == blind_html(other) and revealed_html(seen(game)) != revealed_html(seen(other))
     slower = replace(game.before, seconds=99.0, finish="stop", voice="x")
-    assert shown(game) == shown(replace(game, before=slower))
+    assert blind_html(game) == blind_html(replace(game, before=slower))
 
 
 def seen(game: Round) -> Round:

@@ -32,10 +32,10 @@ def pair_rows(line: Mapping[str, Any], how: Drawing) -> tuple[list[Row], str]:
     shared = {name: line[name] for name in ("prompt", "tools") if name in line}
     if how.pairs == "ranked":
         return [{**shared, "completions": [answer["text"] for answer in usable], "scores": scores}], ""
-    return [shared | _pair(usable[better], usable[worse]) for better, worse in pairs], ""
+    return [shared | _pair_row(usable[better], usable[worse]) for better, worse in pairs], ""
 
 
-def _pair(chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -> Row:
+def _pair_row(chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -> Row:
     sides = {"chosen": chosen, "rejected": rejected}
     row: Row = {name: side["text"] for name, side in sides.items()}
     for part in ("score", "finish", "tokens"):

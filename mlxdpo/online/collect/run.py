@@ -30,8 +30,8 @@ from mlxdpo.io.json_file import read_lines
 from mlxdpo.model.adapters import load_run, load_start
 from mlxdpo.model.policy import Policy
 from mlxdpo.online.collect import screen
-from mlxdpo.online.collect.prompts import Asked, Prompts
-from mlxdpo.online.collect.write_outputs import finish
+from mlxdpo.online.collect.write_outputs import write_collection
+from mlxdpo.online.prompts import Asked, Prompts
 from mlxdpo.runs import Run
 from mlxdpo.types import Event, Text, UserError
 
@@ -48,7 +48,7 @@ class Ranker(NamedTuple):
     score: Score
 
 
-class Source(NamedTuple):
+class PolicySource(NamedTuple):
     """Whose answers: a loaded policy, how its text is written, and what rows say of it (run, digests)."""
 
     policy: Policy
@@ -56,23 +56,23 @@ class Source(NamedTuple):
     made: Mapping[str, Any]
 
 
-def source_of(run: Run, before: bool = False) -> Source:
+def source_of(run: Run, before: bool = False) -> PolicySource:
     """A run's tuned model, or the one it started from."""
     policy, start = (load_start(run) if before else load_run(run)), run.config().model.adapter
     adapter = Path(start) if before and start else run.adapter
-    return source(policy, run.config().data, run.path.name, None if before and not start else adapter)
+    return policy_source(policy, run.config().data, run.path.name, None if before and not start else adapter)
 
 
-def source(policy: Policy, data: DataConfig, name: str, adapter: Path | None) -> Source:
+def policy_source(policy: Policy, data: DataConfig, name: str, adapter: Path | None) -> PolicySource:
     """A loaded policy as a source; `adapter` is the folder of the adapter it has, if any."""
     own = {name: policy.identity[name] for name in ("digest", "dtype", "quantization")}
     digest = None if adapter is None else folder_digest(adapter)
     made = {"run": name, "model": own, "adapter": digest, "template": template_digest(policy.tokenizer, data)}
-    return Source(policy, data, made)
+    return PolicySource(policy, data, made)
 
 
 def collect(
-    source: Source,
+    source: PolicySource,
     prompts: Prompts,
     ranker: Ranker,
     how: Drawing,
@@ -102,11 +102,11 @@ def collect(
                     append_line(partial, lines[key])
                     done.add(key)
             yield Event("collected", len(done), {"done": len(done), "total": total})
-        report = finish(partial, out, identity, prompts, how)
+        report = write_collection(partial, out, identity, prompts, how)
     yield Event("done", total, {"file": out, "report": report})
 
 
-def _identity(source: Source, prompts: Prompts, ranker: Ranker, how: Drawing) -> dict[str, Any]:
+def _identity(source: PolicySource, prompts: Prompts, ranker: Ranker, how: Drawing) -> dict[str, Any]:
     """What the answers and their scores follow from. Which of them make pairs does not matter here."""
     drawing = how.model_dump(exclude={"pairs", "margin", "judge", "unfinished"})
     keep = _keeps_unfinished(source, how)
@@ -115,7 +115,7 @@ def _identity(source: Source, prompts: Prompts, ranker: Ranker, how: Drawing) ->
     return json.loads(json.dumps(found))  # as it will be read back
 
 
-def _keeps_unfinished(source: Source, how: Drawing) -> bool:
+def _keeps_unfinished(source: PolicySource, how: Drawing) -> bool:
     return how.unfinished == "keep" or (how.unfinished == "auto" and source.data.eos == "leave")
 
 
@@ -158,12 +158,12 @@ def _chunks(asked: Sequence[Asked], how: Drawing) -> Iterator[Sequence[Asked]]:
 
 
 def _answered(
-    source: Source, chunk: Sequence[Asked], ranker: Ranker, how: Drawing, should_stop: Callable[[], bool]
+    source: PolicySource, chunk: Sequence[Asked], ranker: Ranker, how: Drawing, should_stop: Callable[[], bool]
 ) -> dict[str, dict[str, Any]] | None:
     """A line per prompt of the chunk, by the prompt's name; None when asked to stop."""
     policy, keep = source.policy, _keeps_unfinished(source, how)
     ids = [encode_prompt(one.prompt, policy.tokenizer, source.data, one.tools).tolist() for one in chunk]
-    drawn = _drawn(policy, ids, how, should_stop)
+    drawn = _draw_answers(policy, ids, how, should_stop)
     if drawn is None:
         return None
     special, texts, faults = frozenset(policy.tokenizer.all_special_ids), [], []
@@ -179,7 +179,7 @@ def _answered(
     usable = [[text for text, why in zip(*both, strict=True) if not why] for both in zip(texts, faults, strict=True)]
     scores = ranker.score([prompt_text(one.prompt) for one in chunk], usable)
     parts = zip(chunk, drawn, texts, faults, scores, strict=True)
-    return {prompt_key(one.prompt).hex(): _line(one, d, t, f, s) for one, d, t, f, s in parts}
+    return {prompt_key(one.prompt).hex(): _sample_line(one, d, t, f, s) for one, d, t, f, s in parts}
 
 
 def is_plain(prompt: Text, tokenizer: Any, data: DataConfig) -> bool:
@@ -195,7 +195,7 @@ def continued(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> s
     return whole[len(start) :] if whole.startswith(start) else tokenizer.decode([*tokens])
 
 
-def _drawn(
+def _draw_answers(
     policy: Policy, ids: Sequence[list[int]], how: Drawing, should_stop: Callable[[], bool]
 ) -> list[list[Completion]] | None:
     stream = finished(
@@ -216,7 +216,7 @@ def _drawn(
     return [[found[k * how.samples + i] for i in range(how.samples)] for k in range(len(ids))]
 
 
-def _line(
+def _sample_line(
     one: Asked, drawn: Sequence[Completion], texts: Sequence[str], faults: Sequence[str], scores: Sequence[float]
 ) -> dict[str, Any]:
     given = iter(scores)

@@ -15,8 +15,8 @@ from mlxdpo.data.encode import encode_prompt
 from mlxdpo.data.read import prompt_key
 from mlxdpo.inference.generate import finished
 from mlxdpo.model.policy import Policy
-from mlxdpo.online.collect import Asked, Source, screen
-from mlxdpo.online.constitution.labels import Label, label
+from mlxdpo.online.collect import Asked, PolicySource, screen
+from mlxdpo.online.constitution.labels import Label, label_pair
 from mlxdpo.online.constitution.schema import Constitution, Principle
 from mlxdpo.online.constitution.settings import SamplingSettings
 from mlxdpo.online.constitution.wording import answer_turns, critique_turns, revision_turns
@@ -44,7 +44,7 @@ def drawn_principle(rules: Constitution, key: bytes, seed: int) -> Principle:
 class Talker:
     """A source that continues conversations, as `how` says; `should_stop` is asked after each."""
 
-    def __init__(self, source: Source, how: SamplingSettings, should_stop: Callable[[], bool]):
+    def __init__(self, source: PolicySource, how: SamplingSettings, should_stop: Callable[[], bool]):
         self.source, self.how, self.should_stop = source, how, should_stop
         self.special = frozenset(source.policy.tokenizer.all_special_ids)
         self.room = int(source.policy.config.get("max_position_embeddings") or 2**31)
@@ -82,10 +82,10 @@ def revised(talker: Talker, chunk: Sequence[Asked], rules: Constitution) -> list
 
     A conversation ends at its first fault; a critique that is cut off is none.
     """
-    lines = [_begun(one) for one in chunk]
+    lines = [_new_line(one) for one in chunk]
     how = talker.how
     drawn = [drawn_principle(rules, prompt_key(one.prompt), how.seed) for one in chunk]
-    for line, principle, (said,) in zip(lines, drawn, _answers(talker, chunk, 1), strict=True):
+    for line, principle, (said,) in zip(lines, drawn, _drawn_answers(talker, chunk, 1), strict=True):
         line |= {"principle": principle.name, "initial": said, "left_out": _about("initial answer", said["fault"])}
     steps = (
         ("critique", how.critique_tokens, lambda at: critique_turns(*_so_far(rules, drawn, chunk, lines, at))),
@@ -125,10 +125,10 @@ def _near(a: str, b: str) -> bool:
 def sampled(talker: Talker, chunk: Sequence[Asked], rules: Constitution) -> list[Line]:
     """A line per prompt: two answers, and why they give no pair ("" where they do)."""
     lines = []
-    for one, (first, second) in zip(chunk, _answers(talker, chunk, 2), strict=True):
+    for one, (first, second) in zip(chunk, _drawn_answers(talker, chunk, 2), strict=True):
         why = _about("answer", first["fault"] or second["fault"])
         same = ALIKE if first["text"] == second["text"] else ""
-        lines.append(_begun(one) | {"first": first, "second": second, "left_out": why or same})
+        lines.append(_new_line(one) | {"first": first, "second": second, "left_out": why or same})
     return lines
 
 
@@ -136,21 +136,23 @@ WAYS = {"revisions": (revised, "revision", "initial"), "samples": (sampled, "fir
 """By the name of `pairs`: what makes the lines, and the two answers that are compared."""
 
 
-def labelled(lines: Sequence[Line], sides: tuple[str, str], source: Source, judge: Policy, rules: Constitution) -> None:
+def labelled(lines: Sequence[Line], sides: tuple[str, str], source: PolicySource, judge: Policy, rules: Constitution) -> None:
     """Put what the principles say of `sides` into each line that gives a pair: that the first side is better."""
     for line in lines:
         if not line["left_out"]:
             prompt = tuple(Message(**turn) for turn in line["prompt"])
-            line |= _written(label(judge, source.data, rules, prompt, *(line[side]["text"] for side in sides)), rules)
+            line |= _vote_columns(
+                label_pair(judge, source.data, rules, prompt, *(line[side]["text"] for side in sides)), rules
+            )
 
 
-def _written(found: Label, rules: Constitution) -> Line:
+def _vote_columns(found: Label, rules: Constitution) -> Line:
     each = zip(rules.principles, found.shown_first, found.shown_second, found.probabilities, strict=True)
     votes = {one.name: {"shown_first": a, "shown_second": b, "probability": p} for one, a, b, p in each}
     return {"votes": votes, "probability": found.probability}
 
 
-def _answers(talker: Talker, chunk: Sequence[Asked], count: int) -> list[list[Line]]:
+def _drawn_answers(talker: Talker, chunk: Sequence[Asked], count: int) -> list[list[Line]]:
     asked = [(answer_turns(one.prompt), one.tools) for one in chunk for _ in range(count)]
     said = talker.say(asked, talker.how.max_tokens)
     return [said[at : at + count] for at in range(0, len(said), count)]
@@ -164,7 +166,7 @@ def _about(part: str, fault: str) -> str:
     return f"{part}: {fault}" if fault else ""
 
 
-def _begun(one: Asked) -> Line:
+def _new_line(one: Asked) -> Line:
     prompt: list[Mapping[str, Any]] = [turn.as_dict() for turn in answer_turns(one.prompt)]
     tools = {"tools": [dict(tool) for tool in one.tools]} if one.tools else {}
     return {"prompt_id": prompt_key(one.prompt).hex(), "where": one.where, "prompt": prompt, **tools}

@@ -70,7 +70,7 @@ class Label(NamedTuple):
         return [float(np.tanh(logit / 2)) for logit in self.logits]
 
 
-def label(policy: Policy, data: DataConfig, rules: Constitution, prompt: Text, first: str, second: str) -> Label:
+def label_pair(policy: Policy, data: DataConfig, rules: Constitution, prompt: Text, first: str, second: str) -> Label:
     """Ask every principle about two different answers, in both orders.
 
     Raises `UserError` when the tokenizer has no single token for a letter.
@@ -105,7 +105,7 @@ def spellings(tokenizer: Any, letter: str) -> list[int]:
 
 def shared_next_logits(model: Any, rows: Rows, ids: Sequence[int]) -> np.ndarray:
     """`next_logits` of rows with a long common beginning, which is computed once: (N, len(ids)) float32."""
-    common = _common(rows)
+    common = _common_prefix(rows)
     trunk = model_parts(model)
     if trunk is None or common < 2 or len(rows) == 1:
         return next_logits(model, rows, ids)
@@ -121,7 +121,7 @@ def shared_next_logits(model: Any, rows: Rows, ids: Sequence[int]) -> np.ndarray
         return np.array(logits[:, mx.array(list(ids))].astype(mx.float32))
 
 
-def _common(rows: Rows) -> int:
+def _common_prefix(rows: Rows) -> int:
     """Tokens that all rows begin with, at most all but one of the shortest."""
     most = min(map(len, rows)) - 1
     return next((at for at in range(most) if len({row[at] for row in rows}) > 1), most)

@@ -23,12 +23,12 @@ from mlxdpo.data.template import template_digest
 from mlxdpo.io.atomic import append_line, write_json, write_text
 from mlxdpo.io.json_file import as_written, read_json, read_lines
 from mlxdpo.model.policy import Policy
-from mlxdpo.online.collect import Asked, Prompts, Source
+from mlxdpo.online.collect import Asked, PolicySource, Prompts
 from mlxdpo.online.constitution.conversations import WAYS, Line, Stopped, Talker, labelled
 from mlxdpo.online.constitution.schema import Constitution, dump_constitution
 from mlxdpo.online.constitution.settings import SamplingSettings
 from mlxdpo.online.constitution.wording import COMPARED
-from mlxdpo.online.constitution.write_outputs import PAIRS, REPORT, TALKS, finish
+from mlxdpo.online.constitution.write_outputs import PAIRS, REPORT, TALKS, write_constitution_outputs
 from mlxdpo.types import Event, UserError
 
 SETTINGS, RULES = "settings.json", "constitution.yaml"
@@ -43,7 +43,7 @@ class Feedback(NamedTuple):
 
 
 def apply_constitution(
-    source: Source,
+    source: PolicySource,
     prompts: Prompts,
     rules: Constitution,
     how: SamplingSettings,
@@ -57,7 +57,7 @@ def apply_constitution(
     Raises `UserError` when `out` was begun with other settings, and when no prompt gives a pair.
     """
     judge = feedback.policy if feedback else source.policy
-    identity = _identity(source, prompts, rules, how, feedback)
+    identity = _constitution_identity(source, prompts, rules, how, feedback)
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
         done = _begun(out, identity, rules)
@@ -66,7 +66,7 @@ def apply_constitution(
             missing = [key for one in chunk if (key := prompt_key(one.prompt).hex()) not in done]
             if missing:
                 try:
-                    lines = _lines(talker, chunk, rules, judge)
+                    lines = _conversation_lines(talker, chunk, rules, judge)
                 except Stopped:
                     yield Event("interrupted", len(done), {"file": out / TALKS})
                     return
@@ -75,11 +75,11 @@ def apply_constitution(
                         append_line(out / TALKS, line)
                 done |= set(missing)
             yield Event("talked", len(done), {"done": len(done), "total": len(prompts.asked)})
-        report = finish(out, identity, prompts.left_out, how)
+        report = write_constitution_outputs(out, identity, prompts.left_out, how)
     yield Event("done", len(done), {"file": out / PAIRS, "report": report, "said": out / REPORT})
 
 
-def _lines(talker: Talker, chunk: Sequence[Asked], rules: Constitution, judge: Policy) -> list[Line]:
+def _conversation_lines(talker: Talker, chunk: Sequence[Asked], rules: Constitution, judge: Policy) -> list[Line]:
     how = talker.how
     make, *sides = WAYS[how.pairs]
     lines = make(talker, chunk, rules)
@@ -89,8 +89,8 @@ def _lines(talker: Talker, chunk: Sequence[Asked], rules: Constitution, judge: P
     return [line | {"sampling": sampling} for line in lines]
 
 
-def _identity(
-    source: Source, prompts: Prompts, rules: Constitution, how: SamplingSettings, feedback: Feedback | None
+def _constitution_identity(
+    source: PolicySource, prompts: Prompts, rules: Constitution, how: SamplingSettings, feedback: Feedback | None
 ) -> dict[str, Any]:
     """What the lines follow from."""
     comparing = (

@@ -77,12 +77,12 @@ def load_constitution(file: Path | None = None) -> Constitution:
     Raises `UserError` naming the file and the key for anything that does not fit.
     """
     if file is not None:
-        return _read(file)
+        return _read_constitution(file)
     with as_file(files("mlxdpo.online.constitution").joinpath("default.yaml")) as own:
-        return _read(own)
+        return _read_constitution(own)
 
 
-def _read(file: Path) -> Constitution:
+def _read_constitution(file: Path) -> Constitution:
     if not file.is_file():
         raise UserError(f"{file}: no such constitution; give a YAML file with `principles`, or drop --constitution")
     try:
@@ -103,7 +103,7 @@ def _explained(error: ValidationError, source: str) -> str:
     loc = first["loc"]
     where = ".".join(f"{part + 1}" if isinstance(part, int) else str(part) for part in loc)
     if first["type"] == "extra_forbidden":
-        known = _keys(loc)
+        known = _known_keys(loc)
         near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
         return f"{source}: unknown key `{where}`; {hint}"
@@ -113,6 +113,6 @@ def _explained(error: ValidationError, source: str) -> str:
     return f"{source}: `{where}` is {repr(first['input'])[:60]}: {said}" if where else f"{source}: {said}"
 
 
-def _keys(loc: tuple[Any, ...]) -> list[str]:
+def _known_keys(loc: tuple[Any, ...]) -> list[str]:
     section = {"principles": Principle, "examples": Worked}.get(str(loc[0]), Constitution)
     return list((Constitution if len(loc) == 1 else section).model_fields)

@@ -10,16 +10,16 @@ from mlxdpo.config import Config
 from mlxdpo.inference.trained_run import Side, TrainedRun
 from mlxdpo.model.adapters import adapters_off, load_adapter, load_run, read_settings
 from mlxdpo.model.policy import load_policy
-from mlxdpo.online.collect.run import Source, source
+from mlxdpo.online.collect.run import PolicySource, policy_source
 from mlxdpo.runs import Run
 
 
-def start_source(config: Config, name: str) -> Source:
+def start_source(config: Config, name: str) -> PolicySource:
     """The model of a recipe as it is before any training, with the adapter it starts from."""
     policy, adapter = load_policy(config.model), config.model.adapter
     if adapter is not None:
         load_adapter(policy.model, Path(adapter))
-    return source(policy, config.data, name, None if adapter is None else Path(adapter))
+    return policy_source(policy, config.data, name, None if adapter is None else Path(adapter))
 
 
 def open_start(config: Config, folder: Path) -> TrainedRun:

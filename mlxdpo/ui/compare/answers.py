@@ -14,7 +14,7 @@ from mlxdpo.config import Section, explain
 from mlxdpo.data.encode import encode_prompt
 from mlxdpo.inference.generate import stepwise
 from mlxdpo.types import Message, Text, UserError
-from mlxdpo.ui.variants import Cast, Voice
+from mlxdpo.ui.variants import RunVariants, Variant
 
 LONGEST_PROMPT = 20_000  # characters
 Finish = Literal["", "stop", "length", "stopped"]
@@ -59,13 +59,13 @@ class Answer:
 
 
 @dataclass
-class _Turn:
+class _Growing:
     answer: Answer
     steps: Generator[int | None, None, str]
     tokens: list[int] = field(default_factory=list)
 
 
-def prompt_of(cast: Cast, before: Sequence[tuple[str, str]], text: str, system: str = "") -> Text:
+def chat_prompt(cast: RunVariants, before: Sequence[tuple[str, str]], text: str, system: str = "") -> Text:
     """What the model is asked, after the exchanges `before`: turns for a chat model, one running text otherwise.
 
     Raises `UserError` for a prompt that is empty or too long.
@@ -83,7 +83,7 @@ def prompt_of(cast: Cast, before: Sequence[tuple[str, str]], text: str, system: 
     return (*opening, *turns, Message("user", text))
 
 
-def ids_of(cast: Cast, prompt: Text, room: int) -> tuple[int, ...]:
+def ids_of(cast: RunVariants, prompt: Text, room: int) -> tuple[int, ...]:
     """Token ids to go on from. Raises `UserError` when `room` further tokens do not fit behind them."""
     ids = tuple(encode_prompt(prompt, cast.policy.tokenizer, cast.config.data).tolist())
     limit = cast.policy.config.get("max_position_embeddings")
@@ -96,8 +96,8 @@ def ids_of(cast: Cast, prompt: Text, room: int) -> tuple[int, ...]:
 
 
 def answer_together(
-    cast: Cast,
-    voices: Sequence[Voice],
+    cast: RunVariants,
+    voices: Sequence[Variant],
     prompts: Sequence[Text],
     settings: Settings,
     *,
@@ -105,25 +105,25 @@ def answer_together(
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Answer, ...]]:
     """All answers so far, after every round of turns; one prompt per voice. Runs on the MLX thread."""
-    turns = [_begin(cast, v, p, settings, occurrence) for v, p in zip(voices, prompts, strict=True)]
+    turns = [_start_answer(cast, v, p, settings, occurrence) for v, p in zip(voices, prompts, strict=True)]
     decode = cast.policy.tokenizer.decode
     while any(not turn.answer.finish for turn in turns):
         halt = stopped()
         for turn in turns:
             if not turn.answer.finish:
-                turn.answer = _stop(turn) if halt else _step(turn)
+                turn.answer = _end_answer(turn) if halt else _next_token(turn)
             turn.answer = replace(turn.answer, text=_readable(decode(turn.tokens), bool(turn.answer.finish)))
         yield tuple(turn.answer for turn in turns)
     mx.clear_cache()
 
 
-def _begin(cast: Cast, voice: Voice, prompt: Text, settings: Settings, occurrence: int) -> _Turn:
+def _start_answer(cast: RunVariants, voice: Variant, prompt: Text, settings: Settings, occurrence: int) -> _Growing:
     ids = ids_of(cast, prompt, settings.max_tokens)
     steps = stepwise(voice.enter, ids, eos_ids=cast.policy.eos_ids, occurrence=occurrence, **settings.model_dump())
-    return _Turn(Answer(voice.name, ids), steps)
+    return _Growing(Answer(voice.name, ids), steps)
 
 
-def _step(turn: _Turn) -> Answer:
+def _next_token(turn: _Growing) -> Answer:
     started, finish = time.perf_counter(), ""
     try:
         token = next(turn.steps)
@@ -135,7 +135,7 @@ def _step(turn: _Turn) -> Answer:
     return replace(turn.answer, tokens=tuple(turn.tokens), seconds=seconds, finish=finish)
 
 
-def _stop(turn: _Turn) -> Answer:
+def _end_answer(turn: _Growing) -> Answer:
     turn.steps.close()
     return replace(turn.answer, finish="stopped")
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mlxdpo.ui.compare.answers import Answer
-from mlxdpo.ui.compare.heat import heat, legend, scale_of
+from mlxdpo.ui.compare.heat import colour_scale, heat, legend
 from mlxdpo.ui.compare.scores import Score
-from mlxdpo.ui.widgets import plain
+from mlxdpo.ui.widgets import escaped
 
 ENDS = {
     "stop": "ended by itself",
@@ -41,36 +41,36 @@ TUNED = "After tuning"
 def columns_html(columns: Sequence[Column], note: str = "") -> str:
     """All columns side by side, below each other where there is no room; the colours share one scale."""
     scores = [e.score for column in columns for e in column.exchanges if e.score]
-    scale = scale_of(scores)
+    scale = colour_scale(scores)
     busy = any(not e.answer.finish for column in columns for e in column.exchanges)
-    body = "".join(_column(column, scale) for column in columns)
-    foot = (legend(scale) if scores else "") + (f'<p class="note" role="status">{plain(note)}</p>' if note else "")
+    body = "".join(_column_html(column, scale) for column in columns)
+    foot = (legend(scale) if scores else "") + (f'<p class="note" role="status">{escaped(note)}</p>' if note else "")
     return f'<div class="voices" aria-busy="{str(busy).lower()}">{body}</div>{foot}'
 
 
-def _column(column: Column, scale: float) -> str:
-    turns = "".join(_exchange(e, scale) for e in column.exchanges)
+def _column_html(column: Column, scale: float) -> str:
+    turns = "".join(_exchange_html(e, scale) for e in column.exchanges)
     kind = " tuned" if column.title.startswith(TUNED) else ""
     return (
-        f'<section class="voice{kind}" aria-label="{plain(column.title)}"><h3>{plain(column.title)}</h3>'
-        f'<p class="sub">{plain(column.subtitle)}</p>{turns}</section>'
+        f'<section class="voice{kind}" aria-label="{escaped(column.title)}"><h3>{escaped(column.title)}</h3>'
+        f'<p class="sub">{escaped(column.subtitle)}</p>{turns}</section>'
     )
 
 
-def _exchange(exchange: Exchange, scale: float) -> str:
-    said = f'<div class="said"><span class="sr">Prompt: </span>{plain(exchange.said)}</div>'
+def _exchange_html(exchange: Exchange, scale: float) -> str:
+    said = f'<div class="said"><span class="sr">Prompt: </span>{escaped(exchange.said)}</div>'
     return said + answer_html(exchange.answer, exchange.score, scale)
 
 
 def answer_html(answer: Answer, score: Score | None, scale: float) -> str:
     """An answer with its numbers; coloured token by token once it is scored."""
-    text = heat(score.pieces, scale) if score else plain(answer.text)
+    text = heat(score.pieces, scale) if score else escaped(answer.text)
     if answer.finish and not answer.text:
         text = '<em class="quiet">no text: it ended at once</em>'
-    return f'<div class="answer">{text}{"" if answer.finish else WRITING}</div>' + _numbers(answer, score)
+    return f'<div class="answer">{text}{"" if answer.finish else WRITING}</div>' + _answer_numbers(answer, score)
 
 
-def _numbers(answer: Answer, score: Score | None) -> str:
+def _answer_numbers(answer: Answer, score: Score | None) -> str:
     chips = [_chip(f"{len(answer.tokens)} tokens", ENDS[answer.finish])]
     if answer.seconds:
         chips.append(_chip(f"{answer.speed:.1f} tokens/s", "tokens over the time of this column's own turns"))
@@ -86,5 +86,5 @@ def _numbers(answer: Answer, score: Score | None) -> str:
 
 
 def _chip(text: str, meaning: str) -> str:
-    shown = plain(text.replace("-", "−"))
-    return f'<span class="chip" title="{plain(meaning)}">{shown}<span class="sr"> ({plain(meaning)})</span></span>'
+    shown = escaped(text.replace("-", "−"))
+    return f'<span class="chip" title="{escaped(meaning)}">{shown}<span class="sr"> ({escaped(meaning)})</span></span>'

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from mlxdpo.types import Text
 from mlxdpo.ui.app_state import NOBODY, AppState
-from mlxdpo.ui.compare.answers import Answer, Settings, answer_together, prompt_of
+from mlxdpo.ui.compare.answers import Answer, Settings, answer_together, chat_prompt
 from mlxdpo.ui.compare.columns import TUNED, Column, Exchange, columns_html
 from mlxdpo.ui.compare.scores import score
-from mlxdpo.ui.variants import Cast, Voice
+from mlxdpo.ui.variants import RunVariants, Variant
 
 PACE = 0.12  # seconds between two updates of the page
 DRIFT = "Reward and KL say how far tuning moved the model on these words, not which answer is better: vote for that."
@@ -27,23 +27,23 @@ class Chat:
     columns: tuple[Column, ...] = ()
 
 
-class Seats(NamedTuple):
+class Answering(NamedTuple):
     """The voices of the columns, and by which policy each column's answers are scored."""
 
-    cast: Cast
-    voices: tuple[Voice, ...]
-    judges: tuple[Voice, ...]
+    cast: RunVariants
+    voices: tuple[Variant, ...]
+    judges: tuple[Variant, ...]
 
 
-def seats(desk: AppState, name: str | None, third: str) -> Seats:
+def who_answers(desk: AppState, name: str | None, third: str) -> Answering:
     """Who answers: before, after, and perhaps a third. The first two are scored by the tuned model."""
     cast = desk.cast(name)
     guest = desk.third(cast, third)
     extra = (guest,) if guest else ()
-    return Seats(cast, (cast.before, cast.after, *extra), (cast.after, cast.after, *extra))
+    return Answering(cast, (cast.before, cast.after, *extra), (cast.after, cast.after, *extra))
 
 
-def empty_columns(sitting: Seats) -> tuple[Column, ...]:
+def empty_columns(sitting: Answering) -> tuple[Column, ...]:
     """Columns in which nothing has been said."""
     base, run = sitting.cast.config.model, sitting.cast.run.path.name
     subtitles = [base.path + (f" with {base.adapter}" if base.adapter else ""), run]
@@ -65,11 +65,11 @@ def converse(
     stopped: Callable[[], bool],
 ) -> Iterator[Chat]:
     """The chat as it grows by one exchange; the last one is scored. Raises `UserError` for a prompt it cannot take."""
-    sitting = seats(desk, name, third)
+    sitting = who_answers(desk, name, third)
     wanted = Chat(sitting.cast.run.path.name, third, system, empty_columns(sitting))
     same = (chat.run, chat.third, chat.system) == (wanted.run, third, system)
     chat = chat if same and len(chat.columns) == len(sitting.voices) else wanted
-    prompts = [_prompt(sitting.cast, column, text, system) for column in chat.columns]
+    prompts = [_next_prompt(sitting.cast, column, text, system) for column in chat.columns]
 
     def task() -> Iterator[tuple[Answer, ...]]:
         """What the engine's thread does: all columns, as far as they have come."""
@@ -87,8 +87,8 @@ def converse(
     yield replace(grown, columns=tuple(scored))
 
 
-def _prompt(cast: Cast, column: Column, text: str, system: str) -> Text:
-    return prompt_of(cast, [(e.said, e.answer.text) for e in column.exchanges], text, system)
+def _next_prompt(cast: RunVariants, column: Column, text: str, system: str) -> Text:
+    return chat_prompt(cast, [(e.said, e.answer.text) for e in column.exchanges], text, system)
 
 
 def _with(chat: Chat, text: str, answers: tuple[Answer, ...]) -> Chat:

@@ -10,32 +10,32 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlxdpo.ui.compare.scores import Piece, Score
-from mlxdpo.ui.widgets import plain
+from mlxdpo.ui.compare.scores import Score, TokenPiece
+from mlxdpo.ui.widgets import escaped
 
 BLUE, ORANGE = "0, 114, 178", "213, 94, 0"
 STRONGEST = 0.75  # opacity
 
 
-def scale_of(scores: Sequence[Score]) -> float:
+def colour_scale(scores: Sequence[Score]) -> float:
     """The log-ratio that gets the full colour: the 99th percentile of all tokens shown, at least 0.5 nats."""
     sizes = [abs(piece.ratio) for score in scores for piece in score.pieces]
     return max(0.5, float(np.quantile(sizes, 0.99))) if sizes else 0.5
 
 
-def heat(pieces: Sequence[Piece], scale: float) -> str:
+def heat(pieces: Sequence[TokenPiece], scale: float) -> str:
     """The tokens as spans. One tab stop for the whole answer; the arrow keys go from token to token (page.js)."""
     return "".join(_span(piece, scale, first=i == 0) for i, piece in enumerate(pieces))
 
 
-def _span(piece: Piece, scale: float, first: bool) -> str:
+def _span(piece: TokenPiece, scale: float, first: bool) -> str:
     strength = min(1.0, abs(piece.ratio) / scale) * STRONGEST
     colour = f"rgba({BLUE if piece.ratio > 0 else ORANGE}, {strength:.2f})"
     label = f"{piece.text.strip() or 'space'}: {piece.ratio:+.2f} nats, {_times(piece.ratio)}"
-    said = plain(label)
+    said = escaped(label)
     return (
         f'<span class="tok" style="background:{colour}" title="{said}" aria-label="{said}" role="text"'
-        f' tabindex="{0 if first else -1}">{plain(piece.text)}</span>'
+        f' tabindex="{0 if first else -1}">{escaped(piece.text)}</span>'
     )
 
 

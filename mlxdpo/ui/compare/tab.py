@@ -14,7 +14,7 @@ from mlxdpo.ui.compare.answers import LONGEST_PROMPT, Settings, settings_from
 from mlxdpo.ui.compare.columns import Column, columns_html
 from mlxdpo.ui.compare.conversation import Chat, chat_html, converse
 from mlxdpo.ui.guard import Guard
-from mlxdpo.ui.widgets import plain, said, saying, session_of, sorry
+from mlxdpo.ui.widgets import escaped, session_of, show_errors, showing_errors, sorry
 
 WELCOME = (
     "Write a prompt and press Enter, or take one that training never saw: the model before and after tuning answers "
@@ -28,7 +28,7 @@ NO_RUNS = (
 LOADING = '<p class="empty" role="status">Loading the model …</p>'
 
 
-class Asked(NamedTuple):
+class SendRequest(NamedTuple):
     """What a press of the button asks for."""
 
     chat: Chat
@@ -41,7 +41,7 @@ class Asked(NamedTuple):
 def welcome(desk: AppState) -> str:
     """The empty columns, or what to do where there is no run."""
     if not desk.names():
-        return f'<p class="empty">{plain(NO_RUNS)}</p>'
+        return f'<p class="empty">{escaped(NO_RUNS)}</p>'
     return columns_html([Column("Before tuning", ""), Column("After tuning", "")], WELCOME)
 
 
@@ -56,7 +56,7 @@ def prompt_choices(desk: AppState, name: str | None) -> tuple[list[tuple[str, st
     return [(label(row), str(i)) for i, row in enumerate(found.heldout)], found.note
 
 
-def picked(desk: AppState, name: str | None, number: str | None) -> tuple[str, str]:
+def picked_prompt(desk: AppState, name: str | None, number: str | None) -> tuple[str, str]:
     """A held-out prompt by its number, and its chosen and rejected answers as HTML."""
     rows = desk.gallery(name).heldout if name else ()
     row = {str(i): row for i, row in enumerate(rows)}.get(number or "")
@@ -64,7 +64,7 @@ def picked(desk: AppState, name: str | None, number: str | None) -> tuple[str, s
         return "", ""
     pair = [("Chosen in the data", row.chosen), ("Rejected in the data", row.rejected)]
     cards = "".join(
-        f'<section class="voice"><h3>{name}</h3><div class="answer">{plain(text_of(text))}</div></section>'
+        f'<section class="voice"><h3>{name}</h3><div class="answer">{escaped(text_of(text))}</div></section>'
         for name, text in pair
     )
     heading = '<p class="quiet">What the data have for the prompt picked above:</p>'
@@ -82,7 +82,7 @@ def another(desk: AppState, name: str | None, now: str | None) -> tuple[str, str
         raise UserError(f"no held-out prompts: {note}; write a prompt of your own")
     others = [number for number in map(str, range(len(found))) if number != now] or ["0"]
     number = random.choice(others)
-    return number, *picked(desk, name, number)
+    return number, *picked_prompt(desk, name, number)
 
 
 def _without_last(chat: Chat) -> tuple[Chat, str]:
@@ -97,7 +97,7 @@ def build(desk: AppState, guard: Guard, page: Any) -> Any:
     """Make the tab inside the current `gr.Tab`; returns the run's dropdown."""
     import gradio as gr
 
-    see, do = _layout(gr, desk), _handlers(desk, guard)
+    see, do = _compare_widgets(gr, desk), _compare_handlers(desk, guard)
     knobs = list(see.knobs.values())
     outputs = [see.chat, see.text, see.board, see.knobs["seed"]]
     asked = [see.run, see.third]
@@ -115,7 +115,7 @@ def build(desk: AppState, guard: Guard, page: Any) -> Any:
     return see.run
 
 
-def _layout(gr: Any, desk: AppState) -> SimpleNamespace:
+def _compare_widgets(gr: Any, desk: AppState) -> SimpleNamespace:
     """The widgets, from top to bottom."""
     names = desk.names()
     first = names[0] if names else None
@@ -154,11 +154,11 @@ def _layout(gr: Any, desk: AppState) -> SimpleNamespace:
     return see
 
 
-def _handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
+def _compare_handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
     """What the widgets call."""
     import gradio as gr
 
-    def answers(request: Any, asked: Asked, knobs: tuple[Any, ...]) -> Iterator[Any]:
+    def answers(request: Any, asked: SendRequest, knobs: tuple[Any, ...]) -> Iterator[Any]:
         """Page updates while the columns grow: the chat, the text field, the page's columns, the seed."""
         guard(request)
         chat, name, third, text, system = asked
@@ -175,13 +175,13 @@ def _handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
 
     def send(chat, name, third, text, system, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
         """The button `Send`, and Enter."""
-        yield from answers(request, Asked(chat, name, third, text or "", system or ""), (t, p, n, seed))
+        yield from answers(request, SendRequest(chat, name, third, text or "", system or ""), (t, p, n, seed))
 
     def again(chat, name, third, system, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
         """The same question with the next seed."""
-        with said():
+        with show_errors():
             shorter, text = _without_last(chat)
-        yield from answers(request, Asked(shorter, name, third, text, system or ""), (t, p, n, (seed or 0) + 1))
+        yield from answers(request, SendRequest(shorter, name, third, text, system or ""), (t, p, n, (seed or 0) + 1))
 
     def stop(request: gr.Request) -> None:
         """End this page's answers where they are."""
@@ -202,11 +202,13 @@ def _handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
         send=send,
         again=again,
         stop=stop,
-        run=saying(chosen),
+        run=showing_errors(chosen),
         load=load,
         clear=lambda: (Chat(), welcome(desk)),
-        pick=saying(lambda name, number: (gr.skip(), "") if number is None else picked(desk, name, number)),
-        chance=saying(lambda name, now: another(desk, name, now)),
+        pick=showing_errors(
+            lambda name, number: (gr.skip(), "") if number is None else picked_prompt(desk, name, number)
+        ),
+        chance=showing_errors(lambda name, now: another(desk, name, now)),
     )
 
 

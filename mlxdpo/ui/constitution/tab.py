@@ -8,7 +8,7 @@ from typing import Any
 
 from mlxdpo.types import UserError
 from mlxdpo.ui.constitution import view as view
-from mlxdpo.ui.constitution.view import ANY, EVERY, LEFT, PAGE, PAIRED, Wanted
+from mlxdpo.ui.constitution.view import ANY, EVERY, LEFT, PAGE, PAIRED, TalkFilter
 from mlxdpo.ui.guard import Guard
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -40,8 +40,8 @@ def build(runs: Path, guard: Guard) -> None:
         about = gr.HTML(elem_id="constitution-about")
 
     browse = {"inputs": [folder, text, kind, principle, page, number], "outputs": [listing, page]}
-    gr.context.Context.root_block.load(lambda: _choices(gr, runs), None, [folder, listing], **QUIET)
-    folder.change(lambda name: _opened(gr, runs, name), folder, [principle, number, about, page], **QUIET).then(
+    gr.context.Context.root_block.load(lambda: _folder_choices(gr, runs), None, [folder, listing], **QUIET)
+    folder.change(lambda name: _folder_opened(gr, runs, name), folder, [principle, number, about, page], **QUIET).then(
         lambda *now: listed(runs, 0, now), **browse, **QUIET
     )
     for happening in (text.change, kind.change, principle.change):
@@ -60,12 +60,12 @@ def _folder(runs: Path, name: str | None) -> Path:
     return offered[name]
 
 
-def _choices(gr: Any, runs: Path) -> Any:
+def _folder_choices(gr: Any, runs: Path) -> Any:
     names = list(view.found(runs, Path.cwd()))
     return gr.update(choices=names), CHOOSE if names else NONE
 
 
-def _opened(gr: Any, runs: Path, name: str | None) -> Any:
+def _folder_opened(gr: Any, runs: Path, name: str | None) -> Any:
     """Principles to choose from, no number, what the folder is, the first page."""
     if not name:
         return gr.update(choices=[ANY], value=ANY), None, "", 0
@@ -86,9 +86,9 @@ def listed(runs: Path, move: int, now: tuple[Any, ...]) -> tuple[str, int]:
         talks = view.open_talks(_folder(runs, name))
     except UserError as error:
         return _alert(error), 0
-    shown = view.matching(talks, Wanted(text or "", kind or EVERY, principle or ANY))
+    shown = view.matching_talks(talks, TalkFilter(text or "", kind or EVERY, principle or ANY))
     page = max(0, min(page + move, (len(shown) - 1) // PAGE))
-    return view.page_html(talks, shown, page, number or None), page
+    return view.talks_html(talks, shown, page, number or None), page
 
 
 def read(runs: Path, name: str | None, number: float | None) -> str:

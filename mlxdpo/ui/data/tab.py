@@ -10,10 +10,10 @@ from mlxdpo.data.report import BadRow
 from mlxdpo.types import UserError
 from mlxdpo.ui import choices
 from mlxdpo.ui.data import edit, view
-from mlxdpo.ui.data.view import ANY, FIELDS, PAGE, Wanted
+from mlxdpo.ui.data.view import ANY, FIELDS, PAGE, RowFilter
 from mlxdpo.ui.guard import Guard
 from mlxdpo.ui.runs.run_list import choose, scan
-from mlxdpo.ui.widgets import said
+from mlxdpo.ui.widgets import show_errors
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 AS_RUN = "as run "
@@ -56,26 +56,28 @@ def build(runs: Path, guard: Guard) -> None:
     def saved(request: gr.Request, name: str, row: Any, *texts: str) -> Any:
         """Save the row, and show the file that holds it now."""
         guard(request)
-        with said():
-            target = _save(runs, name, row, texts)
+        with show_errors():
+            target = _save_edit(runs, name, row, texts)
         words = f"<p role='status'>Saved in {escape(str(target))}; the original is as it was.</p>"
         files = choices.data_files(runs, Path.cwd())
         mine = next((one for one in files if Path(one).resolve() == target.resolve()), None)
         return gr.update(choices=files, value=mine), words
 
-    gr.context.Context.root_block.load(lambda: _choices(gr, runs), None, [file, model, listing], **QUIET)
-    file.change(lambda name: _columns(gr, runs, name), file, [column, number, findings, page], **QUIET).then(
-        lambda *now: _listed(runs, 0, now), **browse, **QUIET
+    gr.context.Context.root_block.load(lambda: _file_choices(gr, runs), None, [file, model, listing], **QUIET)
+    file.change(lambda name: _file_opened(gr, runs, name), file, [column, number, findings, page], **QUIET).then(
+        lambda *now: listed_rows(runs, 0, now), **browse, **QUIET
     )
     for happening in (text.change, column.change, least.change, most.change):
-        happening(lambda *now: _listed(runs, 0, (*now[:-2], 0, now[-1])), **browse, trigger_mode="always_last", **QUIET)
-    back.click(lambda *now: _listed(runs, -1, now), **browse, **QUIET)
-    forth.click(lambda *now: _listed(runs, 1, now), **browse, **QUIET)
-    number.change(lambda *now: _opened(gr, runs, *now), [file, number], [shown, into, keep, *boxes], **QUIET)
+        happening(
+            lambda *now: listed_rows(runs, 0, (*now[:-2], 0, now[-1])), **browse, trigger_mode="always_last", **QUIET
+        )
+    back.click(lambda *now: listed_rows(runs, -1, now), **browse, **QUIET)
+    forth.click(lambda *now: listed_rows(runs, 1, now), **browse, **QUIET)
+    number.change(lambda *now: _row_opened(gr, runs, *now), [file, number], [shown, into, keep, *boxes], **QUIET)
     for happening in (number.change, model.change):
         happening(lambda *now: _seen(runs, *now), [file, number, model], seen, **QUIET)
-    number.change(lambda *now: _listed(runs, 0, now), **browse, **QUIET)
-    check.click(lambda name: _checked(runs, name), file, findings, api_visibility="private")
+    number.change(lambda *now: listed_rows(runs, 0, now), **browse, **QUIET)
+    check.click(lambda name: _doctor_findings(runs, name), file, findings, api_visibility="private")
     keep.click(saved, [file, shown, *boxes], [file, news], api_visibility="private")
 
 
@@ -88,7 +90,7 @@ def _path(runs: Path, name: str | None) -> Path:
     return Path(name)
 
 
-def _choices(gr: Any, runs: Path) -> Any:
+def _file_choices(gr: Any, runs: Path) -> Any:
     files = [name for name in choices.data_files(runs, Path.cwd()) if Path(name).is_file()]
     seers = [AS_RUN + name for name, path in scan(runs).items() if (path / "manifest.json").exists()]
     models = [m for m in choices.models(runs, Path.cwd()) if m == "smollm2" or Path(m).is_dir()]
@@ -96,7 +98,7 @@ def _choices(gr: Any, runs: Path) -> Any:
     return gr.update(choices=files), gr.update(choices=[*seers, *models], value=[*seers, *models][0]), hint
 
 
-def _columns(gr: Any, runs: Path, name: str | None) -> Any:
+def _file_opened(gr: Any, runs: Path, name: str | None) -> Any:
     try:
         columns = view.columns_of(view.open_book(_path(runs, name))) if name else []
     except UserError:
@@ -104,7 +106,7 @@ def _columns(gr: Any, runs: Path, name: str | None) -> Any:
     return gr.update(choices=[ANY, *columns], value=ANY), None, "", 0
 
 
-def _listed(runs: Path, move: int, now: tuple[Any, ...]) -> tuple[str, int]:
+def listed_rows(runs: Path, move: int, now: tuple[Any, ...]) -> tuple[str, int]:
     """The page of rows, `move` pages on, and its number; `now` is what the form holds."""
     name, text, column, least, most, page, number = now  # a number field that is left empty arrives as 0
     if not name:
@@ -113,12 +115,12 @@ def _listed(runs: Path, move: int, now: tuple[Any, ...]) -> tuple[str, int]:
         book = view.open_book(_path(runs, name))
     except UserError as error:
         return f"<p role='alert'>{escape(str(error))}</p>", 0
-    found = view.matching(book, Wanted(text or "", column or ANY, least or None, most or None))
+    found = view.matching_rows(book, RowFilter(text or "", column or ANY, least or None, most or None))
     page = max(0, min(page + move, (len(found) - 1) // PAGE))
-    return view.page_html(book, found, page, number), page
+    return view.rows_html(book, found, page, number), page
 
 
-def _opened(gr: Any, runs: Path, name: str | None, number: int | None) -> Any:
+def _row_opened(gr: Any, runs: Path, name: str | None, number: int | None) -> Any:
     """The row to remember, where an edit goes, the button, and the fields."""
     none = [gr.update(visible=False)] * FIELDS
     if not name or not number:
@@ -139,7 +141,7 @@ def _opened(gr: Any, runs: Path, name: str | None, number: int | None) -> Any:
     return (where, row), into, button, *boxes, *none[len(boxes) :]
 
 
-def _save(runs: Path, name: str, shown: Any, texts: tuple[str, ...]) -> Path:
+def _save_edit(runs: Path, name: str, shown: Any, texts: tuple[str, ...]) -> Path:
     if shown is None:
         raise UserError("no row is open; open one by its number first")
     where, row = shown
@@ -147,7 +149,7 @@ def _save(runs: Path, name: str, shown: Any, texts: tuple[str, ...]) -> Path:
     new = edit.edited_row(book, where, row, texts)
     if new == row:
         raise UserError(f"{where}: nothing was changed, so nothing was saved")
-    return edit.save(book.path, where, row, new)
+    return edit.save_row(book.path, where, row, new)
 
 
 def _seen(runs: Path, name: str | None, number: int | None, seer: str | None) -> str:
@@ -160,31 +162,31 @@ def _seen(runs: Path, name: str | None, number: int | None, seer: str | None) ->
         if isinstance(row, BadRow):
             raise UserError(f"{where}: {row.sentence}")
         pair, count = view.preference(book, where, row)
-        data, tokenizer = _seer(runs, seer)
+        data, tokenizer = _encoding_of(runs, seer)
         return view.as_seen(pair, count, data, tokenizer)
     except UserError as error:
         return f"<p role='alert'>{escape(str(error))}</p>"
 
 
-def _seer(runs: Path, seer: str) -> tuple[DataConfig, Any]:
+def _encoding_of(runs: Path, seer: str) -> tuple[DataConfig, Any]:
     """How a row is encoded, and the tokenizer: a run's, or a model's with the settings that a recipe starts from."""
     if seer.startswith(AS_RUN):
         from mlxdpo.runs import Run
 
         config = Run.open(choose(runs, seer.removeprefix(AS_RUN))).config()
-        return config.data, _tokenizer(config.model.path, config.model.revision)
-    model = choices.checked(seer, choices.models(runs, Path.cwd()), "the model", choices.NOTHING)
-    return DataConfig(), _tokenizer(model or "", None)
+        return config.data, _cached_tokenizer(config.model.path, config.model.revision)
+    model = choices.checked_choice(seer, choices.models(runs, Path.cwd()), "the model", choices.NOTHING)
+    return DataConfig(), _cached_tokenizer(model or "", None)
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(model: str, revision: str | None) -> Any:
+def _cached_tokenizer(model: str, revision: str | None) -> Any:
     from mlxdpo.model.policy import find_model, load_tokenizer
 
     return load_tokenizer(find_model(model, revision), model)
 
 
-def _checked(runs: Path, name: str | None) -> str:
+def _doctor_findings(runs: Path, name: str | None) -> str:
     try:
         return view.doctor(_path(runs, name))
     except UserError as error:

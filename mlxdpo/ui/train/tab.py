@@ -16,7 +16,7 @@ from mlxdpo.ui.runs.run_list import choose, scan, state
 from mlxdpo.ui.train import process, recipe_form
 from mlxdpo.ui.train.recipe_form import CHOSEN, VISIBLE, Knob
 from mlxdpo.ui.train.view import estimate, estimate_html, shown_training
-from mlxdpo.ui.widgets import said
+from mlxdpo.ui.widgets import show_errors
 
 EVERY = 2.0  # seconds between looks at the files
 PATHS = [name for name in CHOSEN if name != "out"]
@@ -41,26 +41,26 @@ def build(runs: Path, guard: Guard) -> None:
     gr.Markdown("### 3. Train")
     command = gr.Textbox(label="The same in a terminal", lines=2, interactive=False, buttons=["copy"])
     begin = gr.Button("Start training", variant="primary", elem_id="train-start")
-    chosen, note = _desk(runs, guard)
+    chosen, note = _watch_panel(runs, guard)
 
     def started(request: gr.Request, title: str, *values: Any) -> Any:
         """Begin the training, and choose it among those that are watched."""
         guard(request)
-        with said():
-            config = _config(runs, knobs, values)
-            path = process.start(runs, title.strip() or _free_name(runs, config), config)
+        with show_errors():
+            config = _form_config(runs, knobs, values)
+            path = process.start_training(runs, title.strip() or _free_name(runs, config), config)
         return gr.update(choices=_trainings(runs), value=path.name), f"<p>{escape(path.name)} has begun.</p>"
 
     def planned(request: gr.Request, *values: Any) -> str:
         """What `mlxdpo plan` would say of the form."""
         guard(request)  # it may fetch a tokenizer
-        with said():
-            return estimate_html(estimate(_config(runs, knobs, values)))
+        with show_errors():
+            return estimate_html(estimate(_form_config(runs, knobs, values)))
 
     page = gr.context.Context.root_block
-    page.load(lambda: _choices(gr, runs), None, [recipe, *paths.values()], **QUIET)
+    page.load(lambda: _form_choices(gr, runs), None, [recipe, *paths.values()], **QUIET)
     recipe.change(
-        lambda which: _fill(gr, runs, knobs, which) if which else [gr.skip()] * len(form), recipe, form, **QUIET
+        lambda which: _filled_form(gr, runs, knobs, which) if which else [gr.skip()] * len(form), recipe, form, **QUIET
     )
     ask.click(planned, form, needs, **SHOWN)
     begin.click(started, [name, *form], [chosen, note], concurrency_limit=1, **SHOWN)
@@ -74,7 +74,7 @@ def build(runs: Path, guard: Guard) -> None:
     )
 
 
-def _desk(runs: Path, guard: Guard) -> tuple[Any, Any]:
+def _watch_panel(runs: Path, guard: Guard) -> tuple[Any, Any]:
     """Where a training is watched, stopped and resumed; gives the drop-down of trainings and the line of news."""
     import gradio as gr
 
@@ -87,21 +87,21 @@ def _desk(runs: Path, guard: Guard) -> tuple[Any, Any]:
     def stopped(request: gr.Request, which: str | None) -> str:
         """Ask the training to save and end."""
         guard(request)
-        with said():
-            return f"<p>{escape(process.stop(choose(runs, which)))}</p>"
+        with show_errors():
+            return f"<p>{escape(process.stop_training(choose(runs, which)))}</p>"
 
     def resumed(request: gr.Request, which: str | None) -> str:
         """Go on from the last checkpoint."""
         guard(request)
-        with said():
-            process.resume(choose(runs, which))
+        with show_errors():
+            process.resume_training(choose(runs, which))
         return f"<p>{escape(str(which))} goes on from its last checkpoint.</p>"
 
     page, timer = gr.context.Context.root_block, gr.Timer(EVERY)
     for happening in (page.load, timer.tick):
         happening(lambda now: _current(gr, runs, now), chosen, chosen, **QUIET)
     for happening in (chosen.change, timer.tick):
-        happening(lambda which: _looked(gr, runs, which), chosen, [view, halt, again], **QUIET)
+        happening(lambda which: _training_shown(gr, runs, which), chosen, [view, halt, again], **QUIET)
     halt.click(stopped, chosen, note, **SHOWN)
     again.click(resumed, chosen, note, concurrency_limit=1, **SHOWN)
     return chosen, note
@@ -158,7 +158,7 @@ def _field(gr: Any, knob: Knob) -> Any:
     about: dict[str, Any] = {
         "label": knob.name,
         "info": knob.help,
-        "value": recipe_form.shown(knob, knob.default),
+        "value": recipe_form.form_value(knob, knob.default),
         "min_width": 220,
     }
     if knob.kind == "choice":
@@ -174,7 +174,7 @@ def _field(gr: Any, knob: Knob) -> Any:
     return gr.Textbox(placeholder="not set" if knob.empty else "", **about)
 
 
-def _config(runs: Path, knobs: list[Knob], values: tuple[Any, ...]) -> Config:
+def _form_config(runs: Path, knobs: list[Knob], values: tuple[Any, ...]) -> Config:
     """The recipe that the form holds; paths are held against what there is."""
     here = Path.cwd()
     model, adapter = choices.models(runs, here), choices.adapters(runs)
@@ -188,7 +188,9 @@ def _config(runs: Path, knobs: list[Knob], values: tuple[Any, ...]) -> Config:
         "data.eval": (data, choices.NOTHING),
     }
     chosen = dict(zip(PATHS, values[: len(PATHS)], strict=True))
-    given = {name: choices.checked(value, offered[name][0], name, offered[name][1]) for name, value in chosen.items()}
+    given = {
+        name: choices.checked_choice(value, offered[name][0], name, offered[name][1]) for name, value in chosen.items()
+    }
     for name, what in (("model.path", "a model"), ("data.path", "preference data")):
         if given[name] is None:
             raise UserError(f"choose {what} first: {name} is empty")
@@ -196,19 +198,19 @@ def _config(runs: Path, knobs: list[Knob], values: tuple[Any, ...]) -> Config:
     return recipe_form.to_config(given | {knob.name: recipe_form.entered(knob, value) for knob, value in rest})
 
 
-def _fill(gr: Any, runs: Path, knobs: list[Knob], which: str) -> list[Any]:
+def _filled_form(gr: Any, runs: Path, knobs: list[Knob], which: str) -> list[Any]:
     """The form's values from a recipe; a recipe that names no data leaves the chosen ones."""
     found = choices.recipes(runs, Path.cwd())
     if which not in found:
         raise gr.Error(f"there is no recipe {escape(which[:80])}; choose one of the list", duration=None)
-    with said():
+    with show_errors():
         flat = recipe_form.flat(load_config(found[which]).model_dump())
     needed = ("model.path", "data.path")
     filled = [gr.skip() if name in needed and not flat.get(name) else flat.get(name) or "" for name in PATHS]
-    return filled + [recipe_form.shown(knob, flat.get(knob.name, knob.default)) for knob in knobs]
+    return filled + [recipe_form.form_value(knob, flat.get(knob.name, knob.default)) for knob in knobs]
 
 
-def _choices(gr: Any, runs: Path) -> list[Any]:
+def _form_choices(gr: Any, runs: Path) -> list[Any]:
     """What there is to choose from, for the recipe's drop-down and those of the paths."""
     here = Path.cwd()
     models, adapters = choices.models(runs, here), choices.adapters(runs)
@@ -233,14 +235,14 @@ def _free_name(runs: Path, config: Config) -> str:
 def _command(runs: Path, knobs: list[Knob], title: str, values: tuple[Any, ...]) -> str:
     """The command line, or what is missing before there is one."""
     try:
-        config = _config(runs, knobs, values)
+        config = _form_config(runs, knobs, values)
         path = process.run_path(runs, title.strip() or _free_name(runs, config))
         return shlex.join(process.command_of(config.model_copy(update={"out": str(path)})))
     except UserError as error:
         return f"# {error}"
 
 
-def _looked(gr: Any, runs: Path, which: str | None) -> Any:
+def _training_shown(gr: Any, runs: Path, which: str | None) -> Any:
     """The chosen training, and which of Stop and Resume make sense."""
     now = state(choose(runs, which)) if which in scan(runs) else ""
     live = now in ("training", "starting")

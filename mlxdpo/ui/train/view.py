@@ -16,7 +16,7 @@ from mlxdpo.types import UserError
 from mlxdpo.ui.runs.run_list import choose, scan
 from mlxdpo.ui.train.process import Watched, watch
 from mlxdpo.ui.train.recipe_form import flags
-from mlxdpo.ui.widgets import table
+from mlxdpo.ui.widgets import html_table
 
 # A training as the page shows it: its state, how far it is, how fast, and the last lines it said.
 
@@ -99,7 +99,7 @@ def estimate_html(plan: dict[str, Any]) -> str:
     )
     advice = f"<p>What helps, most first:</p><ul>{help_}</ul>" if help_ else ""
     rows = [[words, size(plan["parts"][name])] for name, words in PARTS.items()]
-    return f"<p><strong>{verdict}</strong> {head} {steps}</p>{advice}{table('Memory', ('part', 'size'), rows)}"
+    return f"<p><strong>{verdict}</strong> {head} {steps}</p>{advice}{html_table('Memory', ('part', 'size'), rows)}"
 
 
 def size(count: int) -> str:

@@ -4,16 +4,16 @@ import secrets
 from types import SimpleNamespace
 from typing import Any
 
+from mlxdpo.online.votes_to_pairs import export_votes
 from mlxdpo.types import UserError
 from mlxdpo.ui.app_state import AppState
 from mlxdpo.ui.compare.answers import LONGEST_PROMPT, Settings, settings_from
 from mlxdpo.ui.compare.tab import NO_RUNS, knobs_of, usual_tokens
 from mlxdpo.ui.guard import Guard
 from mlxdpo.ui.runs.run_list import run_named
-from mlxdpo.ui.vote.blind_round import Round, judged, pick_prompt, play, revealed, shown, writing
-from mlxdpo.ui.vote.next_round import export_votes
+from mlxdpo.ui.vote.blind_round import Round, blind_html, judged, pick_prompt, play, revealed_html, waiting_html
 from mlxdpo.ui.vote.vote_file import FILE, WINNERS, append_vote, asked, record, standing_html
-from mlxdpo.ui.widgets import plain, said, saying, session_of, sorry
+from mlxdpo.ui.widgets import escaped, session_of, show_errors, showing_errors, sorry
 
 SOURCES = [
     ("Held-out prompts: is it better?", "heldout"),
@@ -31,9 +31,9 @@ START = (
 )
 
 
-def opening(name: str | None) -> str:
+def start_board(name: str | None) -> str:
     """What the board says before the first round."""
-    return f'<p class="empty">{plain(START if name else NO_RUNS)}</p>'
+    return f'<p class="empty">{escaped(START if name else NO_RUNS)}</p>'
 
 
 def tally(desk: AppState, name: str | None) -> str:
@@ -56,14 +56,14 @@ def exported(desk: AppState, name: str | None) -> tuple[str, str]:
     """Write the votes as pairs; (what was written, the command of the next round)."""
     found = export_votes(run_named(desk.runs, name))
     text = f"{found.sentence()} Written to {found.file}. The next round starts from this run's adapter and is measured "
-    return f'<p class="standing" role="status">{plain(text)}against it.</p>', found.command
+    return f'<p class="standing" role="status">{escaped(text)}against it.</p>', found.command
 
 
 def build(desk: AppState, guard: Guard, page: Any) -> Any:
     """Make the tab inside the current `gr.Tab`; returns the run's dropdown."""
     import gradio as gr
 
-    see, do = _layout(gr, desk), _handlers(desk, guard)
+    see, do = _vote_widgets(gr, desk), _vote_handlers(desk, guard)
     buttons, knobs = list(see.buttons.values()), list(see.knobs.values())
     many: dict[str, Any] = {"concurrency_limit": 8, "api_visibility": "private", "show_progress": "hidden"}
     asked = [see.run, see.source, see.own, *knobs]
@@ -75,11 +75,11 @@ def build(desk: AppState, guard: Guard, page: Any) -> Any:
     see.source.change(lambda kind: gr.Textbox(visible=kind == "own"), see.source, see.own, **many)
     reset = [see.game, see.board, see.result, see.written, see.command, see.knobs["max_tokens"], *buttons]
     see.run.change(do.run, see.run, reset, **many)
-    page.load(saying(lambda name: tally(desk, name)), see.run, see.result, **many)
+    page.load(showing_errors(lambda name: tally(desk, name)), see.run, see.result, **many)
     return see.run
 
 
-def _layout(gr: Any, desk: AppState) -> SimpleNamespace:
+def _vote_widgets(gr: Any, desk: AppState) -> SimpleNamespace:
     """The widgets, from top to bottom."""
     names = desk.names()
     first = names[0] if names else None
@@ -93,12 +93,12 @@ def _layout(gr: Any, desk: AppState) -> SimpleNamespace:
     with gr.Row(elem_classes="buttons"):
         see.begin = gr.Button("Next pair (n)", variant="primary", elem_id="vote-next", min_width=120)
         see.stop = gr.Button("Stop", elem_id="vote-stop", min_width=90)
-    see.board = gr.HTML(opening(first), elem_id="vote-board", elem_classes="board")
+    see.board = gr.HTML(start_board(first), elem_id="vote-board", elem_classes="board")
     with gr.Row(elem_classes="buttons"):
         see.buttons = {winner: _button(gr, winner, words) for winner, words in WINNERS.items()}
     see.result = gr.HTML(tally(desk, first), elem_id="vote-standing")
     with gr.Accordion("Teach the next round with these votes", open=False, elem_id="vote-teach"):
-        gr.HTML(f'<p class="quiet">{plain(TEACHING)}</p>')
+        gr.HTML(f'<p class="quiet">{escaped(TEACHING)}</p>')
         see.write = gr.Button("Export votes as training pairs", elem_id="vote-export")
         see.written = gr.HTML(elem_id="vote-written")
         see.command = gr.Code(
@@ -115,7 +115,7 @@ def _button(gr: Any, winner: str, words: str) -> Any:
     return gr.Button(f"{words} ({KEYS[winner]})", interactive=False, elem_id=name, min_width=130)
 
 
-def _handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
+def _vote_handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
     """What the widgets call."""
     import gradio as gr
 
@@ -127,16 +127,16 @@ def _handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
         """Page updates of a round: progress while both answers are written, then the answers."""
         guard(request)
         with desk.stoppable("vote " + session_of(request)) as halt:
-            yield None, writing(0.0), *votable(False)
+            yield None, waiting_html(0.0), *votable(False)
             try:
                 cast = desk.cast(name)
                 prompt = pick_prompt(desk.gallery(name), kind, text or "", asked(cast.run, kind))
                 drawn = settings_from(temperature=t, top_p=p, max_tokens=n, seed=seed or secrets.randbelow(2**32))
                 for step in play(desk, cast, prompt, kind, drawn, stopped=halt.is_set):
                     if isinstance(step, Round):
-                        yield step, shown(step), *votable(True)
+                        yield step, blind_html(step), *votable(True)
                     else:
-                        yield gr.skip(), writing(step), *(gr.skip() for _ in WINNERS)
+                        yield gr.skip(), waiting_html(step), *(gr.skip() for _ in WINNERS)
             except UserError as error:
                 yield None, sorry(error), *votable(False)
 
@@ -146,16 +146,16 @@ def _handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
         def handler(state, request: gr.Request):  # type: ignore[no-untyped-def]
             """Keep the vote, and reveal which side was which."""
             guard(request)
-            with said():
+            with show_errors():
                 done = cast_vote(desk, state, winner, session_of(request))
-                return done, revealed(done), tally(desk, done.run), *votable(False)
+                return done, revealed_html(done), tally(desk, done.run), *votable(False)
 
         return handler
 
     def export(name, request: gr.Request):  # type: ignore[no-untyped-def]
         """Write the votes as pairs, and show the command that trains on them."""
         guard(request)
-        with said():
+        with show_errors():
             text, words = exported(desk, name)
             return text, gr.Code(words, visible=True)
 
@@ -166,6 +166,6 @@ def _handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
     def chosen(name: str) -> tuple[Any, ...]:
         """Another run: no round, its tally and its usual length."""
         hidden = gr.Code(visible=False)
-        return None, opening(name), tally(desk, name), "", hidden, usual_tokens(desk, name), *votable(False)
+        return None, start_board(name), tally(desk, name), "", hidden, usual_tokens(desk, name), *votable(False)
 
-    return SimpleNamespace(begin=begin, vote=vote, export=export, stop=stop, run=saying(chosen))
+    return SimpleNamespace(begin=begin, vote=vote, export=export, stop=stop, run=showing_errors(chosen))

@@ -21,9 +21,9 @@ from mlxdpo.io.atomic import append_line
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
-from mlxdpo.ui.variants import Cast
+from mlxdpo.ui.variants import RunVariants
 from mlxdpo.ui.vote.blind_round import Round
-from mlxdpo.ui.widgets import plain
+from mlxdpo.ui.widgets import escaped
 from mlxdpo_eval.judges.votes import read_ballots
 from mlxdpo_eval.voting import VoteRun, vote_run
 
@@ -34,7 +34,7 @@ FEW = 20  # votes below which nothing is said about how many more it takes
 _here = threading.Lock()
 
 
-def record(cast: Cast, game: Round, winner: str, session: str) -> dict[str, Any]:
+def record(cast: RunVariants, game: Round, winner: str, session: str) -> dict[str, Any]:
     """The line of a vote."""
     now = datetime.datetime.now(datetime.UTC)
     return {
@@ -100,9 +100,9 @@ def standing_html(file: Path) -> str:
     found, trained = standing(file)
     if found is None or found.n + trained == 0:
         return '<p class="standing">No votes yet. The win rate appears here after the first one.</p>'
-    extra = f" {counted(trained)} on training prompts: they teach, but are no evidence." if trained else ""
+    extra = f" {count_of_votes(trained)} on training prompts: they teach, but are no evidence." if trained else ""
     if found.n == 0:
-        return f'<p class="standing">{plain(extra.strip())}</p>'
+        return f'<p class="standing">{escaped(extra.strip())}</p>'
     last = found.looks[-1]
     more = "" if found.needed is None or found.n < 3 else f", about {found.needed} more votes at this rate"
     verdict = {
@@ -114,18 +114,18 @@ def standing_html(file: Path) -> str:
         hopeless = "Cannot tell yet, and at this rate no number of votes will: there may be no difference."
         verdict = "Cannot tell yet." if found.n < FEW else hopeless
     repeated = sum(found.uncounted.values())
-    extra += f" {counted(repeated)} on prompts voted on before: they do not count twice." if repeated else ""
+    extra += f" {count_of_votes(repeated)} on prompts voted on before: they do not count twice." if repeated else ""
     if broken := sum(found.left_out.values()):
         extra += f" {broken} lines of {file.name} are no votes and are left out."
     return (
-        f'<div class="standing" role="status"><strong>{plain(verdict)}</strong>{_bar(last.low, last.rate, last.high)}'
-        f"<span>Tuned preferred in {last.rate:.0%} of {counted(found.n)} ({found.wins} won, {found.losses} lost, "
+        f'<div class="standing" role="status"><strong>{escaped(verdict)}</strong>{_bar(last.low, last.rate, last.high)}'
+        f"<span>Tuned preferred in {last.rate:.0%} of {count_of_votes(found.n)} ({found.wins} won, {found.losses} lost, "
         f"{found.ties} equal, half each); 95 % interval {last.low:.0%} to {last.high:.0%}, valid however often you "
-        f"look.{plain(extra)}</span></div>"
+        f"look.{escaped(extra)}</span></div>"
     )
 
 
-def counted(count: int) -> str:
+def count_of_votes(count: int) -> str:
     """A number of votes in words."""
     return f"{count} vote{'' if count == 1 else 's'}"
 

@@ -20,7 +20,7 @@ from mlxdpo.io.atomic import write_text
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.runs import Run
 from mlxdpo.types import Message, Text, UserError
-from mlxdpo.ui.vote.vote_file import counted, votes_of
+from mlxdpo.ui.vote.vote_file import count_of_votes, votes_of
 from mlxdpo_eval.judges.votes import problem_with
 
 FOLDER = "next-round"
@@ -47,7 +47,9 @@ class Export(NamedTuple):
     def sentence(self) -> str:
         """The counts in words."""
         out = "; ".join(f"{count} {reason}" for reason, count in self.left_out.items())
-        return f"Pairs: {self.pairs}, from {counted(self.votes)}. " + (f"Left out: {out}." if out else "None left out.")
+        return f"Pairs: {self.pairs}, from {count_of_votes(self.votes)}. " + (
+            f"Left out: {out}." if out else "None left out."
+        )
 
 
 def pairs_of(votes: Sequence[Mapping[str, Any]], heldout: frozenset[bytes]) -> tuple[list[Pair], dict[str, int]]:
@@ -134,14 +136,14 @@ def next_recipe(run: Run, folder: Path) -> Config:
     values["lora"] = own | {"dropout": config.lora.dropout}  # another shape than the adapter's would be refused
     values["reference"] = {}  # the start is the reference
     kept = {k: v for k, v in values["data"].items() if k not in ("path", "split", "eval", "format", "columns")}
-    values["data"] = kept | {"path": str(folder / "pairs.jsonl")} | _heldout(run, config, folder)
+    values["data"] = kept | {"path": str(folder / "pairs.jsonl")} | _heldout_settings(run, config, folder)
     if "eval" not in values["data"]:
         values["train"] |= {"keep_model": "last", "patience": None}
-    values["out"] = str(_free(run.path))
+    values["out"] = str(_free_run_folder(run.path))
     return load_config(None, values)
 
 
-def _heldout(run: Run, config: Config, folder: Path) -> dict[str, Any]:
+def _heldout_settings(run: Run, config: Config, folder: Path) -> dict[str, Any]:
     if config.data.eval is not None and Path(config.data.eval).exists() and not config.data.columns:
         return {"eval": config.data.eval}
     try:
@@ -149,15 +151,15 @@ def _heldout(run: Run, config: Config, folder: Path) -> dict[str, Any]:
     except UserError:
         return {"eval_fraction": 0.0}  # nothing was held out, and a handful of votes can spare none
     turns = any(not isinstance(row.prompt, str) for row in rows)
-    lines = [Pair(row.prompt, _said(row.chosen), _said(row.rejected)) for row in rows]
+    lines = [Pair(row.prompt, _answer_text(row.chosen), _answer_text(row.rejected)) for row in rows]
     write_rows(folder / "heldout.jsonl", [row_of(line, turns) for line in lines])
     return {"eval": str(folder / "heldout.jsonl")}
 
 
-def _said(answer: Text) -> str:
+def _answer_text(answer: Text) -> str:
     return answer if isinstance(answer, str) else answer[-1].content
 
 
-def _free(path: Path) -> Path:
+def _free_run_folder(path: Path) -> Path:
     stem = path.name.split("-votes-")[0]
     return next(p for n in range(1, 10**6) if not (p := path.with_name(f"{stem}-votes-{n}")).exists())
