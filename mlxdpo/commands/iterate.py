@@ -104,7 +104,7 @@ def _stages(config: Config, quiet: bool) -> Any:
     def gather(source: Any, prompts: Any, drawing: Any, out: Path, stop: Callable[[], bool]) -> Iterator[Event]:
         """Drawn and ranked, or from votes."""
         if ranker is None:
-            from mlxdpo.commands.votes_to_pairs import voted_pairs
+            from mlxdpo.commands.collect import voted_pairs
 
             return voted_pairs(Path(how.judge.removeprefix("votes:")), out, prompts.heldout, {"run": "start"})
         from mlxdpo.online.collect import collect

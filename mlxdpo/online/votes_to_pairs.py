@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +17,18 @@ from mlxdpo.data.read import prompt_key
 from mlxdpo.inference.run_prompts import as_json, from_json, gallery
 from mlxdpo.inference.trained_run import heldout_pairs
 from mlxdpo.io.atomic import write_text
+from mlxdpo.io.json_file import read_lines
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.runs import Run
 from mlxdpo.types import Message, Text, UserError
-from mlxdpo.ui.vote.vote_file import count_of_votes, votes_of
-from mlxdpo_eval.judges.votes import problem_with
 
+FILE = "votes.jsonl"
 FOLDER = "next-round"
 HELDOUT = "on held-out prompts, which must stay unseen: they measure, they do not teach"
+
+
+ProblemWith = Callable[[Mapping[str, Any]], str | None]
+"""Why a line is no vote, None for one that is: `mlxdpo_eval.judges.votes.problem_with`."""
 
 
 class Pair(NamedTuple):
@@ -52,7 +56,19 @@ class Export(NamedTuple):
         )
 
 
-def pairs_of(votes: Sequence[Mapping[str, Any]], heldout: frozenset[bytes]) -> tuple[list[Pair], dict[str, int]]:
+def votes_of(run: Run) -> list[dict[str, Any]]:
+    """The votes of a run, in order."""
+    return list(read_lines(run.path / FILE))
+
+
+def count_of_votes(count: int) -> str:
+    """A number of votes in words."""
+    return f"{count} vote{'' if count == 1 else 's'}"
+
+
+def pairs_of(
+    votes: Sequence[Mapping[str, Any]], heldout: frozenset[bytes], problem_with: ProblemWith
+) -> tuple[list[Pair], dict[str, int]]:
     """The pairs in the order of their first vote, and how many votes became none, by reason.
 
     Votes on the same two answers are added up; where they cancel out there is no pair.
@@ -88,13 +104,13 @@ def pairs_of(votes: Sequence[Mapping[str, Any]], heldout: frozenset[bytes]) -> t
     return pairs, {reason: count for reason, count in left_out.items() if count}
 
 
-def export_votes(run: Run) -> Export:
+def export_votes(run: Run, problem_with: ProblemWith) -> Export:
     """Write RUN/next-round/{pairs.jsonl, recipe.yaml}, whole or not at all.
 
     Raises `UserError` when no vote gives a pair.
     """
     votes, found = votes_of(run), gallery(run)
-    pairs, left_out = pairs_of(votes, found.heldout_keys)
+    pairs, left_out = pairs_of(votes, found.heldout_keys, problem_with)
     if not pairs:
         out = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise UserError(

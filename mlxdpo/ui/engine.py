@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -34,25 +36,27 @@ class Engine:
 
     def stream(self, task: Task) -> Iterator[Any]:
         """What the task yields, as it comes. Leaving early ends the task; its errors are raised here."""
-        job = _Task(task)
-        self._inbox.put(job)
-        try:
+        with self._begun(task) as out:
             while True:
-                kind, value = job.out.get()
+                kind, value = out.get()
                 if kind == "error":
                     raise value
                 if kind == "end":
                     return
                 yield value
-        finally:
-            job.dropped.set()
 
     def latest(self, task: Task, seconds: float) -> Iterator[Any]:
         """`stream`, at most one value in so many seconds: the newest of those that have come, and always the last."""
+        with self._begun(task) as out:
+            yield from _latest(out, seconds)
+
+    @contextmanager
+    def _begun(self, task: Task) -> Iterator[queue.SimpleQueue[tuple[str, Any]]]:
+        """What the task puts out; leaving the context ends it."""
         job = _Task(task)
         self._inbox.put(job)
         try:
-            yield from _latest(job.out, seconds)
+            yield job.out
         finally:
             job.dropped.set()
 
@@ -95,8 +99,6 @@ def _run_one_step(job: _Task) -> bool:
 
 
 def _latest(out: queue.SimpleQueue[tuple[str, Any]], seconds: float) -> Iterator[Any]:
-    import time
-
     shown, kind = 0.0, "value"
     waiting: list[Any] = []
     while kind == "value":

@@ -30,6 +30,7 @@ from mlxdpo.ui.runs.run_view import report_frame as report_view
 from mlxdpo.ui.train.process import watch
 from mlxdpo.ui.vote.vote_file import standing_html, votes_of
 from mlxdpo_eval.compare import compare
+from mlxdpo_eval.judges.votes import problem_with
 from mlxdpo_eval.report.rounds import write_rounds
 from mlxdpo_eval.report.write import write_report
 
@@ -188,7 +189,7 @@ def test_pages(run, seed):
     def look():
         case("run: app's pages", lambda: page_of(run))
         case("run: app's votes", lambda: standing_html(run.path / "votes.jsonl"))
-        case("run: app's next round", lambda: export_votes(run))
+        case("run: app's next round", lambda: export_votes(run, problem_with))
 
     with_change(run, random.Random(seed), READ, look)
 

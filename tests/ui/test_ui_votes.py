@@ -22,7 +22,7 @@ from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 from mlxdpo.ui.vote.blind_round import Round, blind_html, judged, pick_prompt, play, revealed_html
 from mlxdpo.ui.vote.vote_file import FILE, append_vote, asked, record, standing, standing_html
-from mlxdpo_eval.judges.votes import read_ballots
+from mlxdpo_eval.judges.votes import problem_with, read_ballots
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
 
@@ -142,7 +142,7 @@ def test_every_vote_is_a_pair_or_counted():
         vote("r", "x", "y", "b"),
         vote(" r ", "x", "y", "b"),
     ]
-    pairs, left_out = pairs_of(votes, frozenset({prompt_key("h")}))
+    pairs, left_out = pairs_of(votes, frozenset({prompt_key("h")}), problem_with)
     assert [tuple(pair) for pair in pairs] == [("p", "x", "y"), ("r", "y", "x")]
     assert sorted(left_out.values()) == [1, 2, 2, 2] and len(pairs) + sum(left_out.values()) == len(votes)
 
@@ -168,7 +168,7 @@ def test_votes_train_the_next_round(desk, place, monkeypatch):
 
 def test_no_pair_no_file(desk, place):
     with pytest.raises(UserError, match="none of the 0 votes gives a training pair"):
-        export_votes(Run.open(place / "runs/one"))
+        export_votes(Run.open(place / "runs/one"), problem_with)
     assert not (place / "runs/one/next-round").exists()
 
 

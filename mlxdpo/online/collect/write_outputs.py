@@ -54,9 +54,8 @@ def write_collection(
     }
     if not rows:
         write_json(report_file(out), report)
-        raise UserError(
-            f"{out}: no prompt gave a pair ({'; '.join(collection_sentences(report))}); the answers are in {partial.name}"
-        )
+        why = "; ".join(collection_sentences(report))
+        raise UserError(f"{out}: no prompt gave a pair ({why}); the answers are in {partial.name}")
     made, turns = made_of(identity), any(not isinstance(one.prompt, str) for one in prompts.asked)
     text = _text(rows, made, turns)
     write_json(report_file(out), report | {"sha256": hashlib.sha256(text.encode()).hexdigest()})

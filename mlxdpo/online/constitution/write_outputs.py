@@ -11,8 +11,8 @@ from typing import Any
 from mlxdpo.io.atomic import write_json, write_text
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.io.yaml_file import yaml_text
-from mlxdpo.online.constitution.conversations import WAYS
-from mlxdpo.online.constitution.settings import SamplingSettings
+from mlxdpo.online.constitution.conversations import PAIR_KINDS
+from mlxdpo.online.constitution.schema import SamplingSettings
 from mlxdpo.types import UserError
 
 PAIRS, TALKS, REPORT, RECIPE = "pairs.jsonl", "talks.jsonl", "report.json", "recipe.yaml"
@@ -44,9 +44,8 @@ def write_constitution_outputs(
     }
     write_json(out / REPORT, report)
     if not rows:
-        raise UserError(
-            f"{out}: no prompt gave a pair ({'; '.join(constitution_sentences(report))}); read {TALKS} there for what was said"
-        )
+        why = "; ".join(constitution_sentences(report))
+        raise UserError(f"{out}: no prompt gave a pair ({why}); read {TALKS} there for what was said")
     write_text(out / RECIPE, recipe(out, identity, how))
     write_text(out / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return report
@@ -54,7 +53,7 @@ def write_constitution_outputs(
 
 def pair_of(line: Mapping[str, Any], identity: Mapping[str, Any], how: SamplingSettings) -> dict[str, Any]:
     """The row of a conversation. `probability` is that chosen is better: of samples at least one half."""
-    sides, p = list(WAYS[how.pairs][1:]), line.get("probability")
+    sides, p = list(PAIR_KINDS[how.pairs][1:]), line.get("probability")
     flipped = how.pairs == "samples" and p is not None and p < 0.5
     if flipped:
         sides.reverse()

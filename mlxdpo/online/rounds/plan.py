@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,12 +16,13 @@ from mlxdpo.config import Config, Drawing, dump_config, load_config
 from mlxdpo.data.read import heldout_prompts, heldout_source, prompt_key
 from mlxdpo.io.atomic import write_text
 from mlxdpo.model.adapters import read_settings
+from mlxdpo.online.partial_output import changed_setting
 from mlxdpo.online.prompts import Asked, Prompts, holds_answers, read_prompts
 from mlxdpo.runs import Run
 from mlxdpo.training.plan import learning_rate
 from mlxdpo.types import UserError
 
-RECIPE, RESULTS, START, LOCK = "rounds.yaml", "rounds.json", "start.json", ".lock"
+RECIPE, RESULTS, START = "rounds.yaml", "rounds.json", "start.json"
 
 
 def check_rounds(config: Config) -> None:
@@ -54,21 +54,14 @@ def begin_rounds(config: Config) -> Path:
         then, now = (one.model_dump(mode="json") for one in (load_config(file), config))
         if config.rounds.every is None:
             now["rounds"]["count"] = then["rounds"]["count"]
-        if name := _differing(then, now):
-            raise UserError(f"{folder} holds rounds with another {name}; choose another --out, or put it back")
+        if changed := changed_setting(then, now | {"out": then["out"]}):
+            raise UserError(f"{folder} holds rounds with another {changed}; choose another --out, or put it back")
     elif (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds a run, not rounds; choose another --out")
     text = dump_config(config.model_copy(update={"out": str(folder)}))
     if not file.exists() or file.read_text("utf-8") != text:
         write_text(file, text)
     return folder
-
-
-def _differing(then: Any, now: Any, name: str = "") -> str:
-    if isinstance(then, dict) and isinstance(now, dict):
-        found = (_differing(then.get(k), now.get(k), f"{name}.{k}".lstrip(".")) for k in {**then, **now} if k != "out")
-        return next(filter(None, found), "")
-    return "" if then == now else f"{name} ({then} then, {now} now)"
 
 
 def _free_rounds_folder(config: Config) -> Path:

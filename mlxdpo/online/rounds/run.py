@@ -7,27 +7,28 @@ DPO on the policy's own answers (arXiv 2402.04792), its pairs `every` steps old 
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlxdpo.config import Config, Drawing
-from mlxdpo.inference.trained_run import TrainedRun
+from mlxdpo.inference.trained_run import Side, TrainedRun
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.json_file import as_written, read_json
-from mlxdpo.online.collect.run import PolicySource, source_of
+from mlxdpo.model.adapters import adapters_off, load_run, read_settings
 from mlxdpo.online.collect.write_outputs import report_file
+from mlxdpo.online.partial_output import LOCK, one_process
+from mlxdpo.online.policy_source import PolicySource, source_of, start_source
 from mlxdpo.online.prompts import Asked, Prompts, as_rows
 from mlxdpo.online.rounds import plan
-from mlxdpo.online.rounds.start import open_round, open_start, start_source
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
-from mlxdpo.types import Event, Preference, UserError
+from mlxdpo.types import Event, Preference
 
 Stop = Callable[[], bool]
 Measured = Mapping[str, Any]
@@ -58,7 +59,7 @@ def iterate(config: Config, hands: Stages, should_stop: Stop = lambda: False) ->
     folder = plan.begin_rounds(config)
     config = config.model_copy(update={"out": str(folder)})
     yield Event("begin", 0, {"folder": folder, "prompts": len(prompts.asked), "heldout": len(heldout)})
-    with _alone(folder):
+    with one_process(folder / LOCK, f"{folder}: another process is at these rounds"):
         measured = [_measure_once(folder / plan.START, lambda: open_start(config, folder), heldout, hands, None)]
         rows: list[dict[str, Any]] = [hands.weigh(measured)[0] | {"round": 0}]
         parent, reason = None, ""
@@ -84,6 +85,25 @@ def iterate(config: Config, hands: Stages, should_stop: Stop = lambda: False) ->
             if reason:
                 break
     yield Event("over", len(rows) - 1, {"folder": folder, "rows": rows, "reason": reason})
+
+
+def open_start(config: Config, folder: Path) -> TrainedRun:
+    """The start, its own reference."""
+    policy = start_source(config, "start").policy
+    side: Side = partial(contextlib.nullcontext, policy.model)
+    return TrainedRun(Run(folder), config, policy, side, side)
+
+
+def open_round(config: Config, run: Run) -> TrainedRun:
+    """A round's tuned model with the start of round 1 as reference; one set of weights where adapters switch off."""
+    policy = load_run(run)
+    bare = config.model.adapter is None and read_settings(run.adapter).method != "full"
+    first: Side = (
+        partial(adapters_off, policy.model)
+        if bare
+        else partial(contextlib.nullcontext, start_source(config, "start").policy.model)
+    )
+    return TrainedRun(run, config, policy, first, first)
 
 
 class _Round:
@@ -157,13 +177,3 @@ def _free_memory() -> None:
     """The weights of a finished stage are gone before the next one loads its own."""
     gc.collect()
     mx.clear_cache()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with (folder / plan.LOCK).open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is at these rounds; stop it first, or wait") from None
-        yield

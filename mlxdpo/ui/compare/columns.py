@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import NamedTuple
 
 from mlxdpo.ui.compare.answers import Answer
 from mlxdpo.ui.compare.heat import colour_scale, heat, legend
 from mlxdpo.ui.compare.scores import Score
-from mlxdpo.ui.widgets import escaped
 
 ENDS = {
     "stop": "ended by itself",
@@ -44,7 +44,7 @@ def columns_html(columns: Sequence[Column], note: str = "") -> str:
     scale = colour_scale(scores)
     busy = any(not e.answer.finish for column in columns for e in column.exchanges)
     body = "".join(_column_html(column, scale) for column in columns)
-    foot = (legend(scale) if scores else "") + (f'<p class="note" role="status">{escaped(note)}</p>' if note else "")
+    foot = (legend(scale) if scores else "") + (f'<p class="note" role="status">{escape(note)}</p>' if note else "")
     return f'<div class="voices" aria-busy="{str(busy).lower()}">{body}</div>{foot}'
 
 
@@ -52,19 +52,19 @@ def _column_html(column: Column, scale: float) -> str:
     turns = "".join(_exchange_html(e, scale) for e in column.exchanges)
     kind = " tuned" if column.title.startswith(TUNED) else ""
     return (
-        f'<section class="voice{kind}" aria-label="{escaped(column.title)}"><h3>{escaped(column.title)}</h3>'
-        f'<p class="sub">{escaped(column.subtitle)}</p>{turns}</section>'
+        f'<section class="voice{kind}" aria-label="{escape(column.title)}"><h3>{escape(column.title)}</h3>'
+        f'<p class="sub">{escape(column.subtitle)}</p>{turns}</section>'
     )
 
 
 def _exchange_html(exchange: Exchange, scale: float) -> str:
-    said = f'<div class="said"><span class="sr">Prompt: </span>{escaped(exchange.said)}</div>'
+    said = f'<div class="said"><span class="sr">Prompt: </span>{escape(exchange.said)}</div>'
     return said + answer_html(exchange.answer, exchange.score, scale)
 
 
 def answer_html(answer: Answer, score: Score | None, scale: float) -> str:
     """An answer with its numbers; coloured token by token once it is scored."""
-    text = heat(score.pieces, scale) if score else escaped(answer.text)
+    text = heat(score.pieces, scale) if score else escape(answer.text)
     if answer.finish and not answer.text:
         text = '<em class="quiet">no text: it ended at once</em>'
     return f'<div class="answer">{text}{"" if answer.finish else WRITING}</div>' + _answer_numbers(answer, score)
@@ -86,5 +86,5 @@ def _answer_numbers(answer: Answer, score: Score | None) -> str:
 
 
 def _chip(text: str, meaning: str) -> str:
-    shown = escaped(text.replace("-", "−"))
-    return f'<span class="chip" title="{escaped(meaning)}">{shown}<span class="sr"> ({escaped(meaning)})</span></span>'
+    shown = escape(text.replace("-", "−"))
+    return f'<span class="chip" title="{escape(meaning)}">{shown}<span class="sr"> ({escape(meaning)})</span></span>'

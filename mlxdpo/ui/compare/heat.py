@@ -7,11 +7,11 @@ and Ito). The number is on hover, on keyboard focus and in the text that screen 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 
 import numpy as np
 
 from mlxdpo.ui.compare.scores import Score, TokenPiece
-from mlxdpo.ui.widgets import escaped
 
 BLUE, ORANGE = "0, 114, 178", "213, 94, 0"
 STRONGEST = 0.75  # opacity
@@ -32,10 +32,10 @@ def _span(piece: TokenPiece, scale: float, first: bool) -> str:
     strength = min(1.0, abs(piece.ratio) / scale) * STRONGEST
     colour = f"rgba({BLUE if piece.ratio > 0 else ORANGE}, {strength:.2f})"
     label = f"{piece.text.strip() or 'space'}: {piece.ratio:+.2f} nats, {_times(piece.ratio)}"
-    said = escaped(label)
+    said = escape(label)
     return (
         f'<span class="tok" style="background:{colour}" title="{said}" aria-label="{said}" role="text"'
-        f' tabindex="{0 if first else -1}">{escaped(piece.text)}</span>'
+        f' tabindex="{0 if first else -1}">{escape(piece.text)}</span>'
     )
 
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from html import escape
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from mlxdpo.ui.compare.answers import LONGEST_PROMPT, Settings, settings_from
 from mlxdpo.ui.compare.columns import Column, columns_html
 from mlxdpo.ui.compare.conversation import Chat, chat_html, converse
 from mlxdpo.ui.guard import Guard
-from mlxdpo.ui.widgets import escaped, session_of, show_errors, showing_errors, sorry
+from mlxdpo.ui.widgets import MANY, alert, session_of, show_errors, showing_errors
 
 WELCOME = (
     "Write a prompt and press Enter, or take one that training never saw: the model before and after tuning answers "
@@ -41,7 +42,7 @@ class SendRequest(NamedTuple):
 def welcome(desk: AppState) -> str:
     """The empty columns, or what to do where there is no run."""
     if not desk.names():
-        return f'<p class="empty">{escaped(NO_RUNS)}</p>'
+        return f'<p class="empty">{escape(NO_RUNS)}</p>'
     return columns_html([Column("Before tuning", ""), Column("After tuning", "")], WELCOME)
 
 
@@ -64,7 +65,7 @@ def picked_prompt(desk: AppState, name: str | None, number: str | None) -> tuple
         return "", ""
     pair = [("Chosen in the data", row.chosen), ("Rejected in the data", row.rejected)]
     cards = "".join(
-        f'<section class="voice"><h3>{name}</h3><div class="answer">{escaped(text_of(text))}</div></section>'
+        f'<section class="voice"><h3>{name}</h3><div class="answer">{escape(text_of(text))}</div></section>'
         for name, text in pair
     )
     heading = '<p class="quiet">What the data have for the prompt picked above:</p>'
@@ -101,17 +102,16 @@ def build(desk: AppState, guard: Guard, page: Any) -> Any:
     knobs = list(see.knobs.values())
     outputs = [see.chat, see.text, see.board, see.knobs["seed"]]
     asked = [see.run, see.third]
-    many: dict[str, Any] = {"concurrency_limit": 8, "api_visibility": "private", "show_progress": "hidden"}
-    gr.on([see.text.submit, see.send.click], do.send, [see.chat, *asked, see.text, see.system, *knobs], outputs, **many)
-    see.again.click(do.again, [see.chat, *asked, see.system, *knobs], outputs, **many)
-    see.stop.click(do.stop, None, None, **many)
-    gr.on([see.new.click, see.third.change], do.clear, None, [see.chat, see.board], **many)
+    gr.on([see.text.submit, see.send.click], do.send, [see.chat, *asked, see.text, see.system, *knobs], outputs, **MANY)
+    see.again.click(do.again, [see.chat, *asked, see.system, *knobs], outputs, **MANY)
+    see.stop.click(do.stop, None, None, **MANY)
+    gr.on([see.new.click, see.third.change], do.clear, None, [see.chat, see.board], **MANY)
     changed = [see.chat, see.board, see.third, see.pick, see.pair, see.knobs["max_tokens"]]
-    see.run.change(do.run, see.run, changed, **many)
-    see.pick.change(do.pick, [see.run, see.pick], [see.text, see.pair], **many)
+    see.run.change(do.run, see.run, changed, **MANY)
+    see.pick.change(do.pick, [see.run, see.pick], [see.text, see.pair], **MANY)
     # Not through the drop-down alone: set to what it shows already, it says nothing.
-    see.chance.click(do.chance, [see.run, see.pick], [see.pick, see.text, see.pair], **many)
-    page.load(do.load, None, see.run, **many)
+    see.chance.click(do.chance, [see.run, see.pick], [see.pick, see.text, see.pair], **MANY)
+    page.load(do.load, None, see.run, **MANY)
     return see.run
 
 
@@ -171,7 +171,7 @@ def _compare_handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
                     yield grown, written, chat_html(grown), settings.seed
                     written = gr.skip()
             except UserError as error:
-                yield chat, gr.skip(), sorry(error) + chat_html(chat), gr.skip()
+                yield chat, gr.skip(), alert(error, "empty") + chat_html(chat), gr.skip()
 
     def send(chat, name, third, text, system, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
         """The button `Send`, and Enter."""

@@ -14,11 +14,10 @@ from mlxdpo.online.constitution.schema import Constitution, load_constitution
 from mlxdpo.online.constitution.write_outputs import REPORT, TALKS, constitution_sentences
 from mlxdpo.types import UserError
 from mlxdpo.ui.choices import folders
-from mlxdpo.ui.data.view import short
+from mlxdpo.ui.listing import holds_text, page_table, short
 from mlxdpo.ui.widgets import html_table
 
 Talk = Mapping[str, Any]
-PAGE = 20  # conversations shown at once
 EVERY, PAIRED, LEFT = "all", "pairs", "left out"
 ANY = "any principle"
 PARTS = {
@@ -82,9 +81,7 @@ def _talk_fits(talk: Talk, wanted: TalkFilter) -> bool:
         return False
     if wanted.principle != ANY and talk.get("principle") != wanted.principle:
         return False
-    texts = [talk_prompt(talk), *(talk[part]["text"] for part in PARTS if part in talk)]
-    asked = wanted.text.casefold()
-    return not asked or any(asked in text.casefold() for text in texts)
+    return holds_text((talk_prompt(talk), *(talk[part]["text"] for part in PARTS if part in talk)), wanted.text)
 
 
 def talk_prompt(talk: Talk) -> str:
@@ -95,13 +92,8 @@ def talk_prompt(talk: Talk) -> str:
 
 def talks_html(talks: Sequence[Talk], shown: Sequence[int], page: int, chosen: int | None = None) -> str:
     """One page of the conversations found, numbered from 1 as they stand in the file."""
-    rows = [_talk_cells(at, talks[at]) for at in shown[page * PAGE : (page + 1) * PAGE]]
-    if not rows:
-        return "<p>No conversation fits. Clear the search, or make it wider.</p>"
-    first = page * PAGE + 1
-    caption = f"Conversations {first:,} to {first + len(rows) - 1:,} of {len(shown):,} found"
     headers = ["number", "prompt", "principle", "before", "after", "label", "left out"]
-    return html_table(caption, headers, rows, None if chosen is None else str(chosen))
+    return page_table("conversation", headers, lambda at: _talk_cells(at, talks[at]), shown, page, chosen)
 
 
 def _talk_cells(at: int, talk: Talk) -> list[str]:

@@ -22,11 +22,9 @@ from mlxdpo.data.read import read_preferences
 from mlxdpo.data.report import BadRow, Report
 from mlxdpo.data.sources import Found, read_rows
 from mlxdpo.types import Preference, UserError
-from mlxdpo.ui.widgets import html_table
+from mlxdpo.ui.listing import holds_text, page_table, short
 
 MOST = 50_000  # rows held in memory; the others are neither shown nor searched, and that is said
-PAGE = 20  # rows shown at once
-WIDTH = 90  # characters of a cell
 FIELDS = 4  # columns that can be edited
 ANY = "any column"
 
@@ -97,20 +95,15 @@ def _row_fits(row: Mapping[str, Any], wanted: RowFilter) -> bool:
     length = sum(map(len, texts))
     if (wanted.least is not None and length < wanted.least) or (wanted.most is not None and length > wanted.most):
         return False
-    asked = wanted.text.casefold()
-    return not asked or any(asked in text.casefold() for text in texts)
+    return holds_text(texts, wanted.text)
 
 
 def rows_html(book: Book, found: Sequence[int], page: int, chosen: int | None = None) -> str:
     """One page of the rows found."""
     names = columns_of(book)[:FIELDS]
-    shown = [_row_cells(book.rows[at], names) for at in found[page * PAGE : (page + 1) * PAGE]]
-    if not shown:
-        return "<p>No row fits. Clear the search, or make it wider.</p>"
-    first = page * PAGE + 1
     limit = f" (of the first {MOST:,}; the file is longer)" if book.more else ""
-    caption = f"Rows {first:,} to {first + len(shown) - 1:,} of {len(found):,} found{limit}"
-    return html_table(caption, ["row", *names, "characters"], shown, None if chosen is None else str(chosen))
+    headers = ["row", *names, "characters"]
+    return page_table("row", headers, lambda at: _row_cells(book.rows[at], names), found, page, chosen, limit)
 
 
 def _row_cells(found: Found, names: Sequence[str]) -> list[str]:
@@ -120,12 +113,6 @@ def _row_cells(found: Found, names: Sequence[str]) -> list[str]:
         return [number, f"cannot be read: {row.sentence}", *[""] * len(names)]
     texts = [as_text(row.get(name, "")) for name in names]
     return [number, *(short(text) for text in texts), " / ".join(str(len(text)) for text in texts)]
-
-
-def short(text: str) -> str:
-    """The beginning of a text on one line."""
-    line = " ".join(text[: 2 * WIDTH].split())
-    return line if len(line) <= WIDTH and len(text) <= 2 * WIDTH else line[:WIDTH] + "…"
 
 
 def row_at(book: Book, number: int | None) -> Found:

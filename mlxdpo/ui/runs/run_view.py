@@ -15,29 +15,21 @@ from mlxdpo.ui.runs.chart import STYLE, Series, chart
 from mlxdpo.ui.runs.curves import Line, Tail, points
 from mlxdpo.ui.runs.run_list import newest_evaluation, raw_settings
 from mlxdpo.io.json_file import as_written, read_json
-from mlxdpo.ui.widgets import html_table
+from mlxdpo.ui.widgets import html_table, or_alert
 from mlxdpo_eval.report.rounds import NOTE, cells, header, verdict
 
-# The rounds that a run belongs to, side by side, from their `rounds.json`. Everything from the file is escaped.
-
+@or_alert
 def rounds(path: Path) -> str:
     """The rounds around the run at `path`, its own marked; or how there would be some."""
     file = path.parent / "rounds.json"
     if not file.exists():
         return "<p>This run is no round of several. In a terminal: <code>mlxdpo iterate RECIPE --rounds 3</code></p>"
-    try:
-        found = read_json(file)
-        with as_written(file, "run `mlxdpo iterate` again"):
-            return _rounds_table(path, found)
-    except UserError as error:
-        return f'<p role="alert">{escape(str(error))}</p>'
-
-
-def _rounds_table(path: Path, found: Mapping[str, Any]) -> str:
-    lines = cells(found["rounds"])
-    why = f"<p>Stopped by itself: {escape(found['stopped'])}.</p>" if found["stopped"] else ""
-    shown = html_table(f"Rounds of {path.parent.name}", header(found["rounds"]), lines, path.name)
-    return f"<p><strong>{escape(verdict(found)[1])}</strong></p>{why}{shown}<p>{escape(NOTE)}</p>"
+    found = read_json(file)
+    with as_written(file, "run `mlxdpo iterate` again"):
+        why = f"<p>Stopped by itself: {escape(found['stopped'])}.</p>" if found["stopped"] else ""
+        rows = cells(found["rounds"])
+        shown = html_table(f"Rounds of {path.parent.name}", header(found["rounds"]), rows, path.name)
+        return f"<p><strong>{escape(verdict(found)[1])}</strong></p>{why}{shown}<p>{escape(NOTE)}</p>"
 
 
 CHARTS: tuple[tuple[str, tuple[tuple[str, str, int], ...]], ...] = (

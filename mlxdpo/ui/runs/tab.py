@@ -10,14 +10,13 @@ from mlxdpo.ui.guard import Guard
 from mlxdpo.ui.runs.run_view import rounds
 from mlxdpo.ui.runs.run_list import HEADERS, choose, summary_rows, scan, state
 from mlxdpo.ui.runs.run_view import CHECKPOINT_HEADERS, charts, checkpoints, difference, headline, measured, report_frame
-from mlxdpo.ui.widgets import html_table
+from mlxdpo.ui.widgets import QUIET, html_table
 
 EVERY = 2.0  # seconds between looks at the files
 NO_RUNS = (
     "<p>There is no run in <code>{}</code> yet. Start one in the Train tab, or in a terminal:"
     " <code>mlxdpo demo</code>. This page finds it by itself.</p>"
 )
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(runs: Path, guard: Guard) -> None:  # nothing here changes anything, so the guard is not asked

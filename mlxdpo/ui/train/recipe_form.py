@@ -19,8 +19,8 @@ from mlxdpo.types import UserError
 from mlxdpo.ui.runs.run_view import flat
 
 VISIBLE = (
-    "loss.name", "loss.beta", "lora.rank", "optim.lr", "train.epochs", "train.batch_size", "train.gradient_accumulation",
-    "data.max_length",
+    "loss.name", "loss.beta", "lora.rank", "optim.lr", "train.epochs", "train.batch_size",
+    "train.gradient_accumulation", "data.max_length",
 )  # fmt: skip
 CHOSEN = ("model.path", "model.adapter", "reference.model", "reference.adapter", "data.path", "data.eval", "out")
 """Paths: chosen from what is there, never typed."""

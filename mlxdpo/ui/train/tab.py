@@ -16,11 +16,10 @@ from mlxdpo.ui.runs.run_list import choose, scan, state
 from mlxdpo.ui.train import process, recipe_form
 from mlxdpo.ui.train.recipe_form import CHOSEN, VISIBLE, Knob
 from mlxdpo.ui.train.view import estimate, estimate_html, shown_training
-from mlxdpo.ui.widgets import show_errors
+from mlxdpo.ui.widgets import QUIET, show_errors
 
 EVERY = 2.0  # seconds between looks at the files
 PATHS = [name for name in CHOSEN if name != "out"]
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 SHOWN: dict[str, Any] = {"api_visibility": "private"}
 
 

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from html import escape
 from typing import Literal
 
 from mlxdpo.inference.run_prompts import Gallery
@@ -23,7 +24,6 @@ from mlxdpo.ui.compare.columns import answer_html
 from mlxdpo.ui.compare.heat import colour_scale, legend
 from mlxdpo.ui.compare.scores import Score, score
 from mlxdpo.ui.variants import RunVariants
-from mlxdpo.ui.widgets import escaped
 
 Side = Literal["a", "b"]
 Source = Literal["heldout", "train", "own"]
@@ -143,15 +143,15 @@ def waiting_html(share: float) -> str:
 
 
 def _answers_html(prompt: str, cards: str) -> str:
-    said = f'<div class="said"><span class="sr">Prompt: </span>{escaped(prompt)}</div>'
+    said = f'<div class="said"><span class="sr">Prompt: </span>{escape(prompt)}</div>'
     return f'{said}<div class="voices">{cards}</div>'
 
 
 def _answer_card(title: str, note: str, body: str, kind: str = "") -> str:
-    heading = f'<h3>{escaped(title)}<span class="quiet">{escaped(note)}</span></h3>'
-    return f'<section class="voice {kind}" aria-label="{escaped(title)}">{heading}{body}</section>'
+    heading = f'<h3>{escape(title)}<span class="quiet">{escape(note)}</span></h3>'
+    return f'<section class="voice {kind}" aria-label="{escape(title)}">{heading}{body}</section>'
 
 
 def _bare_answer(text: str) -> str:
     empty = '<em class="quiet">no text</em>'
-    return f'<div class="answer">{escaped(text) if text.strip() else empty}</div>'
+    return f'<div class="answer">{escape(text) if text.strip() else empty}</div>'

@@ -1,6 +1,7 @@
 """The Blind vote tab: its widgets and what they call. No postponed annotations: Gradio reads `gr.Request` off them."""
 
 import secrets
+from html import escape
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,8 @@ from mlxdpo.ui.guard import Guard
 from mlxdpo.ui.runs.run_list import run_named
 from mlxdpo.ui.vote.blind_round import Round, blind_html, judged, pick_prompt, play, revealed_html, waiting_html
 from mlxdpo.ui.vote.vote_file import FILE, WINNERS, append_vote, asked, record, standing_html
-from mlxdpo.ui.widgets import escaped, session_of, show_errors, showing_errors, sorry
+from mlxdpo.ui.widgets import MANY, alert, session_of, show_errors, showing_errors
+from mlxdpo_eval.judges.votes import problem_with
 
 SOURCES = [
     ("Held-out prompts: is it better?", "heldout"),
@@ -33,7 +35,7 @@ START = (
 
 def start_board(name: str | None) -> str:
     """What the board says before the first round."""
-    return f'<p class="empty">{escaped(START if name else NO_RUNS)}</p>'
+    return f'<p class="empty">{escape(START if name else NO_RUNS)}</p>'
 
 
 def tally(desk: AppState, name: str | None) -> str:
@@ -54,9 +56,9 @@ def cast_vote(desk: AppState, game: Round | None, winner: str, session: str) -> 
 
 def exported(desk: AppState, name: str | None) -> tuple[str, str]:
     """Write the votes as pairs; (what was written, the command of the next round)."""
-    found = export_votes(run_named(desk.runs, name))
+    found = export_votes(run_named(desk.runs, name), problem_with)
     text = f"{found.sentence()} Written to {found.file}. The next round starts from this run's adapter and is measured "
-    return f'<p class="standing" role="status">{escaped(text)}against it.</p>', found.command
+    return f'<p class="standing" role="status">{escape(text)}against it.</p>', found.command
 
 
 def build(desk: AppState, guard: Guard, page: Any) -> Any:
@@ -65,17 +67,16 @@ def build(desk: AppState, guard: Guard, page: Any) -> Any:
 
     see, do = _vote_widgets(gr, desk), _vote_handlers(desk, guard)
     buttons, knobs = list(see.buttons.values()), list(see.knobs.values())
-    many: dict[str, Any] = {"concurrency_limit": 8, "api_visibility": "private", "show_progress": "hidden"}
     asked = [see.run, see.source, see.own, *knobs]
-    gr.on([see.begin.click, see.own.submit], do.begin, asked, [see.game, see.board, *buttons], **many)
-    see.stop.click(do.stop, None, None, **many)
+    gr.on([see.begin.click, see.own.submit], do.begin, asked, [see.game, see.board, *buttons], **MANY)
+    see.stop.click(do.stop, None, None, **MANY)
     for winner, button in see.buttons.items():
-        button.click(do.vote(winner), see.game, [see.game, see.board, see.result, *buttons], **many)
-    see.write.click(do.export, see.run, [see.written, see.command], **many)
-    see.source.change(lambda kind: gr.Textbox(visible=kind == "own"), see.source, see.own, **many)
+        button.click(do.vote(winner), see.game, [see.game, see.board, see.result, *buttons], **MANY)
+    see.write.click(do.export, see.run, [see.written, see.command], **MANY)
+    see.source.change(lambda kind: gr.Textbox(visible=kind == "own"), see.source, see.own, **MANY)
     reset = [see.game, see.board, see.result, see.written, see.command, see.knobs["max_tokens"], *buttons]
-    see.run.change(do.run, see.run, reset, **many)
-    page.load(showing_errors(lambda name: tally(desk, name)), see.run, see.result, **many)
+    see.run.change(do.run, see.run, reset, **MANY)
+    page.load(showing_errors(lambda name: tally(desk, name)), see.run, see.result, **MANY)
     return see.run
 
 
@@ -98,7 +99,7 @@ def _vote_widgets(gr: Any, desk: AppState) -> SimpleNamespace:
         see.buttons = {winner: _button(gr, winner, words) for winner, words in WINNERS.items()}
     see.result = gr.HTML(tally(desk, first), elem_id="vote-standing")
     with gr.Accordion("Teach the next round with these votes", open=False, elem_id="vote-teach"):
-        gr.HTML(f'<p class="quiet">{escaped(TEACHING)}</p>')
+        gr.HTML(f'<p class="quiet">{escape(TEACHING)}</p>')
         see.write = gr.Button("Export votes as training pairs", elem_id="vote-export")
         see.written = gr.HTML(elem_id="vote-written")
         see.command = gr.Code(
@@ -138,7 +139,7 @@ def _vote_handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
                     else:
                         yield gr.skip(), waiting_html(step), *(gr.skip() for _ in WINNERS)
             except UserError as error:
-                yield None, sorry(error), *votable(False)
+                yield None, alert(error, "empty"), *votable(False)
 
     def vote(winner: str) -> Any:
         """The handler of one button."""

@@ -8,30 +8,27 @@ written.
 from __future__ import annotations
 
 import datetime
-import fcntl
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from mlxdpo.inference.run_prompts import as_json
 from mlxdpo.io.atomic import append_line
 from mlxdpo.io.json_file import read_lines
+from mlxdpo.online.votes_to_pairs import FILE, count_of_votes, votes_of
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 from mlxdpo.ui.variants import RunVariants
 from mlxdpo.ui.vote.blind_round import Round
-from mlxdpo.ui.widgets import escaped
 from mlxdpo_eval.judges.votes import read_ballots
 from mlxdpo_eval.voting import VoteRun, vote_run
 
 SCHEMA = 1
 WINNERS = {"a": "A is better", "b": "B is better", "tie": "Equally good", "both_bad": "Both bad"}
-FILE = "votes.jsonl"
 FEW = 20  # votes below which nothing is said about how many more it takes
-_here = threading.Lock()
 
 
 def record(cast: RunVariants, game: Round, winner: str, session: str) -> dict[str, Any]:
@@ -61,23 +58,10 @@ def append_vote(run: Run, line: dict[str, Any]) -> None:
     """Write a vote to disk. Raises `UserError` for an unknown winner and for a round that has its vote already."""
     if line["winner"] not in WINNERS:
         raise UserError(f"{line['winner']!r} is no vote; known: {', '.join(WINNERS)}")
-    with _alone(run):
+    with FileLock(run.path / f".{FILE}.lock"):  # one writer at a time, in this process and among others
         if any(old.get("id") == line["id"] for old in read_lines(run.path / FILE)):
             raise UserError("this pair has its vote already; go on to the next pair")
         append_line(run.path / FILE, line)
-
-
-@contextmanager
-def _alone(run: Run) -> Iterator[None]:
-    """One writer at a time, in this process and among others."""
-    with _here, (run.path / f".{FILE}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def votes_of(run: Run) -> list[dict[str, Any]]:
-    """The votes of a run, in order."""
-    return list(read_lines(run.path / FILE))
 
 
 def asked(run: Run, source: str) -> int:
@@ -102,7 +86,7 @@ def standing_html(file: Path) -> str:
         return '<p class="standing">No votes yet. The win rate appears here after the first one.</p>'
     extra = f" {count_of_votes(trained)} on training prompts: they teach, but are no evidence." if trained else ""
     if found.n == 0:
-        return f'<p class="standing">{escaped(extra.strip())}</p>'
+        return f'<p class="standing">{escape(extra.strip())}</p>'
     last = found.looks[-1]
     more = "" if found.needed is None or found.n < 3 else f", about {found.needed} more votes at this rate"
     verdict = {
@@ -118,16 +102,11 @@ def standing_html(file: Path) -> str:
     if broken := sum(found.left_out.values()):
         extra += f" {broken} lines of {file.name} are no votes and are left out."
     return (
-        f'<div class="standing" role="status"><strong>{escaped(verdict)}</strong>{_bar(last.low, last.rate, last.high)}'
-        f"<span>Tuned preferred in {last.rate:.0%} of {count_of_votes(found.n)} ({found.wins} won, {found.losses} lost, "
-        f"{found.ties} equal, half each); 95 % interval {last.low:.0%} to {last.high:.0%}, valid however often you "
-        f"look.{escaped(extra)}</span></div>"
+        f'<div class="standing" role="status"><strong>{escape(verdict)}</strong>{_bar(last.low, last.rate, last.high)}'
+        f"<span>Tuned preferred in {last.rate:.0%} of {count_of_votes(found.n)} ({found.wins} won, "
+        f"{found.losses} lost, {found.ties} equal, half each); 95 % interval {last.low:.0%} to {last.high:.0%}, valid "
+        f"however often you look.{escape(extra)}</span></div>"
     )
-
-
-def count_of_votes(count: int) -> str:
-    """A number of votes in words."""
-    return f"{count} vote{'' if count == 1 else 's'}"
 
 
 def _bar(low: float, rate: float, high: float) -> str:
