@@ -33,7 +33,6 @@ from mlxdpo.baselines.rollouts import (
     new_critic,
     score_completions,
 )
-from mlxdpo.baselines.settings import check_rollout_settings
 from mlxdpo.baselines.updates import Metrics, WeightUpdate, ppo_update, rloo_update
 from mlxdpo.config import Config
 from mlxdpo.data.encode import encode_prompt
@@ -57,6 +56,21 @@ from mlxdpo.types import Event, Text, UserError
 
 UPDATES: dict[str, Callable[..., Metrics]] = {"ppo": ppo_update, "rloo": rloo_update}
 CRITIC = "critic.safetensors"
+IDLE = (
+    "loss",
+    "reward",
+    "collect",
+    "rounds",
+    "reference.sync_every",
+    "lora.dropout",
+    "train.gradient_checkpointing",
+    "train.patience",
+    "train.keep_model",
+    "data.on_long_prompt",
+    "data.on_long_completion",
+)
+"""Settings without a meaning in these stages: refused when given, never ignored."""
+PPO_ONLY = ("epochs", "minibatches", "clip", "value_clip", "value_coef", "gamma", "lam")
 
 
 class EncodedPrompts(NamedTuple):
@@ -111,6 +125,24 @@ def tune_on_samples(
                 return
         save_adapter(actor.model, config.lora, run.adapter)
         yield Event("done", work.total, {"run": run, "adapter": run.adapter, "from": f"step-{work.total:06d}"})
+
+
+def check_rollout_settings(config: Config) -> None:
+    """Raise `UserError` for another stage, a setting without meaning in it, or samples that have no siblings."""
+    if config.stage not in ("ppo", "rloo"):
+        raise UserError(f"stage {config.stage} does not tune on its own samples; set stage to ppo or rloo")
+    idle = [*IDLE, *(f"rollout.{knob}" for knob in PPO_ONLY if config.stage == "rloo")]
+    given, plain = config.model_dump(), Config().model_dump()
+    for name in idle:
+        section, _, knob = name.partition(".")
+        for key in (knob,) if knob else plain[section]:
+            if given[section][key] != plain[section][key]:
+                what = f"{section}.{key} {given[section][key]}"
+                raise UserError(f"{what} has no meaning in stage {config.stage}; drop it")
+    if config.train.eval_every not in (0, Config().train.eval_every):
+        raise UserError(f"train.eval_every {config.train.eval_every} has no meaning in stage {config.stage}; drop it")
+    if config.stage == "rloo" and config.rollout.samples < 2:
+        raise UserError("rollout.samples is 1, but rloo compares the completions of a prompt; set it to 2 or more")
 
 
 def encode_prompts(config: Config, policy: Policy) -> EncodedPrompts:

@@ -3,6 +3,7 @@
 import os
 import re
 import threading
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,11 +19,9 @@ from mlxdpo.runs import Run
 from mlxdpo.types import Message, UserError
 from mlxdpo.ui.app_state import CHECKPOINT, NOBODY, OTHER
 from mlxdpo.ui.compare.answers import LONGEST_PROMPT, Settings, answer_together, chat_prompt, ids_of, settings_from
-from mlxdpo.ui.compare.columns import Column, Exchange, columns_html
+from mlxdpo.ui.compare.columns import Column, Exchange, columns_html, heat
 from mlxdpo.ui.compare.conversation import Chat, chat_html, converse
-from mlxdpo.ui.compare.heat import heat
 from mlxdpo.ui.compare.scores import TokenPiece, score
-from mlxdpo.ui.widgets import escaped
 
 METHODS = {
     "lora": {},
@@ -61,7 +60,7 @@ def together(desk, cast, voices, prompt=PROMPT, settings=SHORT):
 def test_shared_weights_answer_like_models_of_their_own(method, tmp_path, cache):
     run = finished_run(tmp_path, "one", **METHODS[method])
     desk = desk_over(tmp_path)
-    cast = desk.cast("one")
+    cast = desk.load("one")
     before, after = together(desk, cast, [cast.before, cast.after])
     ids = ids_of(cast, PROMPT, 8)
     assert before.tokens == alone(load_start(run), ids, SHORT)
@@ -70,7 +69,7 @@ def test_shared_weights_answer_like_models_of_their_own(method, tmp_path, cache)
 
 
 def test_a_checkpoint_and_another_run_in_the_third_column(desk, place):
-    cast = desk.cast("one")
+    cast = desk.load("one")
     one, two = Run.open(place / "runs/one"), Run.open(place / "runs/two")
     step = desk.third(cast, CHECKPOINT + "step-000002")
     guest = desk.third(cast, OTHER + "two")
@@ -83,7 +82,7 @@ def test_a_checkpoint_and_another_run_in_the_third_column(desk, place):
 
 
 def test_the_base_is_untouched_by_the_voices(desk):
-    cast, rows = desk.cast("one"), mx.array([[1, 2, 3]])
+    cast, rows = desk.load("one"), mx.array([[1, 2, 3]])
 
     def bare():
         return np.array(cast.policy.model(rows))
@@ -94,21 +93,21 @@ def test_the_base_is_untouched_by_the_voices(desk):
 
 
 def test_one_base_serves_both_runs(desk):
-    assert desk.cast("one").policy is desk.cast("two").policy
+    assert desk.load("one").policy is desk.load("two").policy
 
 
 def test_an_adapter_that_changed_is_loaded_again(tmp_path, cache):
     run, desk = finished_run(tmp_path, "one"), desk_over(tmp_path)
-    old = desk.cast("one").after.digest
+    old = desk.load("one").after.digest
     file = run.adapter / "adapters.safetensors"
     mx.save_safetensors(str(file), {k: v * 0 for k, v in mx.load(str(file)).items()})
-    cast = desk.cast("one")
+    cast = desk.load("one")
     before, after = together(desk, cast, [cast.before, cast.after])
     assert cast.after.digest != old and before.tokens == after.tokens
 
 
 def test_scores_are_the_log_ratios_of_two_models(desk, place):
-    cast = desk.cast("one")
+    cast = desk.load("one")
     answer = together(desk, cast, [cast.after])[0]
     found = desk.engine.call(lambda: score(cast, cast.after, answer))
     row = [*answer.prompt, *answer.tokens]
@@ -136,7 +135,7 @@ def test_a_chat_goes_on_with_what_each_column_said(desk):
     for column in chat.columns:
         first, second = column.exchanges
         text = PROMPT + first.answer.text + " and q4:"
-        assert second.answer.prompt == ids_of(desk.cast("one"), text, 8)
+        assert second.answer.prompt == ids_of(desk.load("one"), text, 8)
         assert first.score is not None and second.score is not None
     *_, other = converse(desk, chat, "one", CHECKPOINT + "step-000002", PROMPT, "", SHORT, lambda: False)
     assert [len(column.exchanges) for column in other.columns] == [1, 1, 1]
@@ -144,14 +143,14 @@ def test_a_chat_goes_on_with_what_each_column_said(desk):
 
 def test_chat_models_get_turns(tmp_path, cache):
     finished_run(tmp_path, "one", data={"template": "chat"})
-    cast = desk_over(tmp_path).cast("one")
+    cast = desk_over(tmp_path).load("one")
     turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
     assert cast.chat and chat_prompt(cast, [("a", "b")], "c") == turns
     assert chat_prompt(cast, [], "c", "be brief") == (Message("system", "be brief"), Message("user", "c"))
 
 
 def test_stop_keeps_what_was_said(desk):
-    cast, steps = desk.cast("one"), iter(range(4))
+    cast, steps = desk.load("one"), iter(range(4))
     task = lambda: answer_together(  # noqa: E731
         cast, [cast.before], [PROMPT], Settings(max_tokens=500), stopped=lambda: next(steps, None) is None
     )
@@ -185,15 +184,15 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_runs_are_named_by_the_scan_alone(desk, name):
     with pytest.raises(UserError, match=re.escape(REFUSED[name])):
-        desk.cast(name)
+        desk.load(name)
     with pytest.raises(UserError):
-        desk.third(desk.cast("one"), OTHER + name)
+        desk.third(desk.load("one"), OTHER + name)
     with pytest.raises(UserError, match="no checkpoint"):
-        desk.third(desk.cast("one"), CHECKPOINT + "../../two/adapter")
+        desk.third(desk.load("one"), CHECKPOINT + "../../two/adapter")
 
 
 def test_mistakes_are_sentences(desk):
-    cast = desk.cast("one")
+    cast = desk.load("one")
     with pytest.raises(UserError, match="the prompt is empty"):
         chat_prompt(cast, [], "  ")
     with pytest.raises(UserError, match=r"50,000,000 characters; at most 20,000"):
@@ -244,12 +243,12 @@ def test_a_run_without_an_adapter_says_so(tmp_path, cache):
     desk = desk_over(tmp_path)
     assert desk.names() == []
     with pytest.raises(UserError, match="no adapter there yet"):
-        desk.cast("one")
+        desk.load("one")
 
 
 def test_nothing_anyone_says_becomes_markup(desk):
     """Tags in the result are ours alone, whatever stands in prompt, answer, token or run name."""
-    cast = desk.cast("one")
+    cast = desk.load("one")
     answer = together(desk, cast, [cast.after])[0]
     pieces = (TokenPiece(EVIL, 0.5, -1.0), TokenPiece("</span>", -0.5, -1.0))
     found = desk.engine.call(lambda: score(cast, cast.after, answer))._replace(pieces=pieces)
@@ -281,7 +280,7 @@ def test_heat_is_readable_without_colours():
     page = heat((TokenPiece(" good", 0.693147, -1.0), TokenPiece("\n", -0.1, -2.0)), 1.0)
     assert 'aria-label="good: +0.69 nats, 2 times likelier than before"' in page
     assert page.count('tabindex="0"') == 1 and "0, 114, 178" in page and "213, 94, 0" in page
-    assert escaped('<a href="x">') == "&lt;a href=&quot;x&quot;&gt;"
+    assert escape('<a href="x">') == "&lt;a href=&quot;x&quot;&gt;"
 
 
 def test_an_empty_chat_shows_nothing_odd():

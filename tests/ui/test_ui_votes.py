@@ -41,7 +41,7 @@ def desk(place):
 
 
 def one_round(desk, prompt="q3 red the:", source="own", settings=SHORT) -> Round:
-    *shares, game = play(desk, desk.cast("one"), prompt, source, settings)
+    *shares, game = play(desk, desk.load("one"), prompt, source, settings)
     assert all(0 <= share < 1 for share in shares)
     return game
 
@@ -90,7 +90,7 @@ def test_there_is_nothing_to_vote_on_before_the_round(desk):
 
 def test_a_stopped_round_is_no_round(desk):
     with pytest.raises(UserError, match="stopped before both answers"):
-        list(play(desk, desk.cast("one"), "q3:", "own", SHORT, stopped=lambda: True))
+        list(play(desk, desk.load("one"), "q3:", "own", SHORT, stopped=lambda: True))
 
 
 def test_equal_answers_are_drawn_again_and_given_up_on(desk, monkeypatch):
@@ -227,7 +227,7 @@ def test_kill_minus_9_loses_no_vote_and_doubles_none(tmp_path, after):
 
 def test_a_record_names_both_models(desk):
     game = one_round(desk)
-    line = record(desk.cast("one"), game, "tie", "s")
+    line = record(desk.load("one"), game, "tie", "s")
     assert line["adapter"]["before"] is None and len(line["adapter"]["after"]) == 64 and len(line["model"]) == 64
     assert line["sampling"] == game.settings.model_dump() and line["blind"] is True
-    assert judged(desk, desk.cast("one"), game, "tie").winner == "tie"
+    assert judged(desk, desk.load("one"), game, "tie").winner == "tie"

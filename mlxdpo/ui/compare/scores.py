@@ -32,22 +32,22 @@ class Score(NamedTuple):
     end: float | None
 
 
-def score(cast: RunVariants, policy: Variant, answer: Answer) -> Score | None:
+def score(loaded: RunVariants, policy: Variant, answer: Answer) -> Score | None:
     """The score of an answer, its end-of-turn token included when it came to one; None for an empty answer."""
-    ends = [min(cast.policy.eos_ids)] if answer.finish == "stop" and cast.policy.eos_ids else []
+    ends = [min(loaded.policy.eos_ids)] if answer.finish == "stop" and loaded.policy.eos_ids else []
     targets = [*answer.tokens, *ends]
     if not targets:
         return None
     rows, first = mx.array([[*answer.prompt, *targets[:-1]]]), len(answer.prompt) - 1
-    own, base = (_logits(side, rows, first) for side in (policy.enter, cast.reference))
+    own, base = (_logits(side, rows, first) for side in (policy.enter, loaded.reference))
     logps = np.stack([_chosen(logits, targets) for logits in (own, base)])
     mask = mx.ones((1, len(targets)))
     kl = float(sequence_kl(lambda at: own[:, at], lambda at: base[:, at], mask).item())
     mx.clear_cache()
     ratios = logps[0] - logps[1]
-    pieces = _token_pieces(cast.policy.tokenizer, answer.tokens, ratios, logps[0])
+    pieces = _token_pieces(loaded.policy.tokenizer, answer.tokens, ratios, logps[0])
     total = float(ratios.sum())
-    return Score(pieces, cast.config.loss.beta * total, total, kl, float(ratios[-1]) if ends else None)
+    return Score(pieces, loaded.config.loss.beta * total, total, kl, float(ratios[-1]) if ends else None)
 
 
 def _logits(enter: Any, rows: mx.array, first: int) -> mx.array:

@@ -39,27 +39,27 @@ class SendRequest(NamedTuple):
     system: str
 
 
-def welcome(desk: AppState) -> str:
+def welcome(app: AppState) -> str:
     """The empty columns, or what to do where there is no run."""
-    if not desk.names():
+    if not app.names():
         return f'<p class="empty">{escape(NO_RUNS)}</p>'
     return columns_html([Column("Before tuning", ""), Column("After tuning", "")], WELCOME)
 
 
-def prompt_choices(desk: AppState, name: str | None) -> tuple[list[tuple[str, str]], str]:
+def prompt_choices(app: AppState, name: str | None) -> tuple[list[tuple[str, str]], str]:
     """(label, number) of the held-out prompts of a run, and a note where there are none.
 
     A number is text, as every value of a dropdown here (`kinds.py`).
     """
     if not name:
         return [], ""
-    found = desk.gallery(name)
+    found = app.gallery(name)
     return [(label(row), str(i)) for i, row in enumerate(found.heldout)], found.note
 
 
-def picked_prompt(desk: AppState, name: str | None, number: str | None) -> tuple[str, str]:
+def picked_prompt(app: AppState, name: str | None, number: str | None) -> tuple[str, str]:
     """A held-out prompt by its number, and its chosen and rejected answers as HTML."""
-    rows = desk.gallery(name).heldout if name else ()
+    rows = app.gallery(name).heldout if name else ()
     row = {str(i): row for i, row in enumerate(rows)}.get(number or "")
     if row is None:
         return "", ""
@@ -72,18 +72,18 @@ def picked_prompt(desk: AppState, name: str | None, number: str | None) -> tuple
     return prompt_text(row.prompt), f'{heading}<div class="voices small">{cards}</div>'
 
 
-def another(desk: AppState, name: str | None, now: str | None) -> tuple[str, str, str]:
+def another(app: AppState, name: str | None, now: str | None) -> tuple[str, str, str]:
     """One of the held-out prompts, another than `now` where there are two: its number, and what `picked` says of it.
 
     Raises `UserError` where there are none.
     """
-    found = desk.gallery(name).heldout if name else ()
+    found = app.gallery(name).heldout if name else ()
     if not name or not found:
-        note = desk.gallery(name).note if name else "choose a run first"
+        note = app.gallery(name).note if name else "choose a run first"
         raise UserError(f"no held-out prompts: {note}; write a prompt of your own")
     others = [number for number in map(str, range(len(found))) if number != now] or ["0"]
     number = random.choice(others)
-    return number, *picked_prompt(desk, name, number)
+    return number, *picked_prompt(app, name, number)
 
 
 def _without_last(chat: Chat) -> tuple[Chat, str]:
@@ -94,11 +94,11 @@ def _without_last(chat: Chat) -> tuple[Chat, str]:
     return replace(chat, columns=columns), chat.columns[0].exchanges[-1].said
 
 
-def build(desk: AppState, guard: Guard, page: Any) -> Any:
+def build(app: AppState, guard: Guard, page: Any) -> Any:
     """Make the tab inside the current `gr.Tab`; returns the run's dropdown."""
     import gradio as gr
 
-    see, do = _compare_widgets(gr, desk), _compare_handlers(desk, guard)
+    see, do = _compare_widgets(gr, app), _compare_handlers(app, guard)
     knobs = list(see.knobs.values())
     outputs = [see.chat, see.text, see.board, see.knobs["seed"]]
     asked = [see.run, see.third]
@@ -115,15 +115,15 @@ def build(desk: AppState, guard: Guard, page: Any) -> Any:
     return see.run
 
 
-def _compare_widgets(gr: Any, desk: AppState) -> SimpleNamespace:
+def _compare_widgets(gr: Any, app: AppState) -> SimpleNamespace:
     """The widgets, from top to bottom."""
-    names = desk.names()
+    names = app.names()
     first = names[0] if names else None
     see = SimpleNamespace(chat=gr.State(Chat()))
     with gr.Row():
         see.run = gr.Dropdown(names, value=first, label="Run", elem_id="compare-run")
-        see.third = gr.Dropdown(desk.thirds(first), value=NOBODY, label="Third column", elem_id="compare-third")
-    choices, note = prompt_choices(desk, first)
+        see.third = gr.Dropdown(app.thirds(first), value=NOBODY, label="Third column", elem_id="compare-third")
+    choices, note = prompt_choices(app, first)
     with gr.Row(equal_height=True, elem_classes="buttons"):
         see.pick = gr.Dropdown(
             choices,
@@ -148,13 +148,13 @@ def _compare_widgets(gr: Any, desk: AppState) -> SimpleNamespace:
         see.system = gr.Textbox(
             label="System prompt (chat models)", max_length=LONGEST_PROMPT, elem_id="compare-system"
         )
-        see.knobs = knobs_of(gr, "compare", Settings(max_tokens=usual_tokens(desk, first)))
-    see.board = gr.HTML(welcome(desk), elem_id="columns", elem_classes="board")
+        see.knobs = knobs_of(gr, "compare", Settings(max_tokens=usual_tokens(app, first)))
+    see.board = gr.HTML(welcome(app), elem_id="columns", elem_classes="board")
     see.pair = gr.HTML(elem_id="compare-pair")
     return see
 
 
-def _compare_handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
+def _compare_handlers(app: AppState, guard: Guard) -> SimpleNamespace:
     """What the widgets call."""
     import gradio as gr
 
@@ -162,12 +162,12 @@ def _compare_handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
         """Page updates while the columns grow: the chat, the text field, the page's columns, the seed."""
         guard(request)
         chat, name, third, text, system = asked
-        with desk.stoppable(session_of(request)) as halt:
+        with app.stoppable(session_of(request)) as halt:
             yield chat, gr.skip(), LOADING + chat_html(chat), gr.skip()
             try:
                 settings = settings_from(**dict(zip(Settings.model_fields, knobs, strict=True)))
                 written: Any = ""  # cleared once: what is typed while the answers grow stays
-                for grown in converse(desk, chat, name, third, text, system, settings, halt.is_set):
+                for grown in converse(app, chat, name, third, text, system, settings, halt.is_set):
                     yield grown, written, chat_html(grown), settings.seed
                     written = gr.skip()
             except UserError as error:
@@ -185,17 +185,17 @@ def _compare_handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
 
     def stop(request: gr.Request) -> None:
         """End this page's answers where they are."""
-        desk.stop(session_of(request))
+        app.stop(session_of(request))
 
     def chosen(name: str) -> tuple[Any, ...]:
-        """Another run: an empty chat, its third voices, its prompts and its usual length."""
-        choices, note = prompt_choices(desk, name)
-        third = gr.Dropdown(desk.thirds(name), value=NOBODY)
-        return Chat(), welcome(desk), third, gr.Dropdown(choices, value=None, info=note), "", usual_tokens(desk, name)
+        """Another run: an empty chat, its third variants, its prompts and its usual length."""
+        choices, note = prompt_choices(app, name)
+        third = gr.Dropdown(app.thirds(name), value=NOBODY)
+        return Chat(), welcome(app), third, gr.Dropdown(choices, value=None, info=note), "", usual_tokens(app, name)
 
     def load() -> Any:
         """The runs that can answer, the one the page opens with chosen."""
-        names = desk.names()
+        names = app.names()
         return gr.Dropdown(names, value=names[0]) if names else gr.skip()
 
     return SimpleNamespace(
@@ -204,17 +204,17 @@ def _compare_handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
         stop=stop,
         run=showing_errors(chosen),
         load=load,
-        clear=lambda: (Chat(), welcome(desk)),
+        clear=lambda: (Chat(), welcome(app)),
         pick=showing_errors(
-            lambda name, number: (gr.skip(), "") if number is None else picked_prompt(desk, name, number)
+            lambda name, number: (gr.skip(), "") if number is None else picked_prompt(app, name, number)
         ),
-        chance=showing_errors(lambda name, now: another(desk, name, now)),
+        chance=showing_errors(lambda name, now: another(app, name, now)),
     )
 
 
-def usual_tokens(desk: AppState, name: str | None) -> int:
+def usual_tokens(app: AppState, name: str | None) -> int:
     """How long answers usually are in a run's data, in tokens."""
-    return desk.gallery(name).tokens if name else 128
+    return app.gallery(name).tokens if name else 128
 
 
 def knobs_of(gr: Any, where: str, start: Settings) -> dict[str, Any]:

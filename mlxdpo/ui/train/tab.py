@@ -21,6 +21,19 @@ from mlxdpo.ui.widgets import QUIET, show_errors
 EVERY = 2.0  # seconds between looks at the files
 PATHS = [name for name in CHOSEN if name != "out"]
 SHOWN: dict[str, Any] = {"api_visibility": "private"}
+NONE = [("none", "")]
+HUB = "Or the id of one on the Hugging Face Hub: owner/name."
+PATH_FIELDS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "model.path": ("Model", HUB, {"value": "smollm2", "allow_custom_value": True, "elem_id": "train-model"}),
+    "data.path": ("Preference data", HUB, {"value": "", "allow_custom_value": True, "elem_id": "train-data"}),
+    "data.eval": ("Held-out pairs", "Empty: a share of the prompts is held out.", {}),
+    "model.adapter": ("Start from the adapter of", "The reference then includes it.", {}),
+    "reference.model": ("Reference model", "Empty: the weights that training starts from.", {}),
+    "reference.adapter": ("Adapter on the reference", None, {}),
+}
+"""Label, help and further arguments of each drop-down of a path; one without them may stay empty."""
+PATTERNS = {"model.path": choices.HUB_ID, "reference.model": choices.HUB_ID, "data.path": choices.HUB_DATA}
+"""What a path may be besides one that is offered."""
 
 
 def build(runs: Path, guard: Guard) -> None:
@@ -108,33 +121,16 @@ def _watch_panel(runs: Path, guard: Guard) -> tuple[Any, Any]:
 
 def _path_fields(gr: Any) -> dict[str, Any]:
     """Drop-downs for what is a path in the recipe, by its dotted name."""
-    hub = "Or the id of one on the Hugging Face Hub: owner/name."
+
+    def field(name: str) -> Any:
+        """The drop-down of one path."""
+        label, info, own = PATH_FIELDS[name]
+        return gr.Dropdown([] if own else NONE, label=label, info=info, **(own or {"value": ""}))
+
     with gr.Row():
-        model = gr.Dropdown(
-            [], value="smollm2", label="Model", info=hub, allow_custom_value=True, elem_id="train-model"
-        )
-        data = gr.Dropdown(
-            [], value="", label="Preference data", info=hub, allow_custom_value=True, elem_id="train-data"
-        )
+        found = {name: field(name) for name in ("model.path", "data.path")}
     with gr.Accordion("Held-out pairs, starting adapter, other reference", open=False):
-        held = gr.Dropdown(
-            [("none", "")], value="", label="Held-out pairs", info="Empty: a share of the prompts is held out."
-        )
-        adapter = gr.Dropdown(
-            [("none", "")], value="", label="Start from the adapter of", info="The reference then includes it."
-        )
-        reference = gr.Dropdown(
-            [("none", "")], value="", label="Reference model", info="Empty: the weights that training starts from."
-        )
-        on_top = gr.Dropdown([("none", "")], value="", label="Adapter on the reference")
-    found = {
-        "model.path": model,
-        "model.adapter": adapter,
-        "reference.model": reference,
-        "reference.adapter": on_top,
-        "data.path": data,
-        "data.eval": held,
-    }
+        found |= {name: field(name) for name in ("data.eval", "model.adapter", "reference.model", "reference.adapter")}
     return {name: found[name] for name in PATHS}
 
 
@@ -175,20 +171,10 @@ def _field(gr: Any, knob: Knob) -> Any:
 
 def _form_config(runs: Path, knobs: list[Knob], values: tuple[Any, ...]) -> Config:
     """The recipe that the form holds; paths are held against what there is."""
-    here = Path.cwd()
-    model, adapter = choices.models(runs, here), choices.adapters(runs)
-    data = choices.data_files(runs, here)
-    offered = {
-        "model.path": (model, choices.HUB_ID),
-        "model.adapter": (adapter, choices.NOTHING),
-        "reference.model": (model, choices.HUB_ID),
-        "reference.adapter": (adapter, choices.NOTHING),
-        "data.path": (data, choices.HUB_DATA),
-        "data.eval": (data, choices.NOTHING),
-    }
-    chosen = dict(zip(PATHS, values[: len(PATHS)], strict=True))
+    offered = _offered(runs)
     given = {
-        name: choices.checked_choice(value, offered[name][0], name, offered[name][1]) for name, value in chosen.items()
+        name: choices.checked_choice(value, offered[name], name, PATTERNS.get(name, choices.NOTHING))
+        for name, value in zip(PATHS, values[: len(PATHS)], strict=True)
     }
     for name, what in (("model.path", "a model"), ("data.path", "preference data")):
         if given[name] is None:
@@ -209,21 +195,19 @@ def _filled_form(gr: Any, runs: Path, knobs: list[Knob], which: str) -> list[Any
     return filled + [recipe_form.form_value(knob, flat.get(knob.name, knob.default)) for knob in knobs]
 
 
+def _offered(runs: Path) -> dict[str, list[str]]:
+    """What there is to choose from for each path of the recipe."""
+    models, data = choices.models(runs, Path.cwd()), choices.data_files(runs, Path.cwd())
+    kinds = {"path": models, "model": models, "adapter": choices.adapters(runs), "eval": data}
+    return {name: kinds[name.partition(".")[2]] for name in PATHS} | {"data.path": data}
+
+
 def _form_choices(gr: Any, runs: Path) -> list[Any]:
     """What there is to choose from, for the recipe's drop-down and those of the paths."""
-    here = Path.cwd()
-    models, adapters = choices.models(runs, here), choices.adapters(runs)
-    data = choices.data_files(runs, here)
-    none = [("none", "")]
-    lists = {
-        "model.path": models,
-        "model.adapter": none + adapters,
-        "reference.model": none + models,
-        "reference.adapter": none + adapters,
-        "data.path": data,
-        "data.eval": none + data,
-    }
-    return [gr.update(choices=list(choices.recipes(runs, here)))] + [gr.update(choices=lists[name]) for name in PATHS]
+    lists = {name: found if PATH_FIELDS[name][2] else NONE + found for name, found in _offered(runs).items()}
+    return [gr.update(choices=list(choices.recipes(runs, Path.cwd())))] + [
+        gr.update(choices=lists[name]) for name in PATHS
+    ]
 
 
 def _free_name(runs: Path, config: Config) -> str:

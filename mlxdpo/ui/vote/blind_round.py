@@ -20,8 +20,7 @@ from mlxdpo.inference.trained_run import prompt_text
 from mlxdpo.types import Text, UserError
 from mlxdpo.ui.app_state import AppState
 from mlxdpo.ui.compare.answers import Answer, Settings, answer_together
-from mlxdpo.ui.compare.columns import answer_html
-from mlxdpo.ui.compare.heat import colour_scale, legend
+from mlxdpo.ui.compare.columns import answer_html, colour_scale, legend
 from mlxdpo.ui.compare.scores import Score, score
 from mlxdpo.ui.variants import RunVariants
 
@@ -69,8 +68,8 @@ def pick_prompt(found: Gallery, source: Source, own: str, asked: int) -> Text:
 
 
 def play(
-    desk: AppState,
-    cast: RunVariants,
+    app: AppState,
+    loaded: RunVariants,
     prompt: Text,
     source: Source,
     settings: Settings,
@@ -84,14 +83,14 @@ def play(
     for attempt in range(TRIES):
         drawn = settings.model_copy(update={"seed": (settings.seed + attempt) % 2**32})
         answers: tuple[Answer, ...] = ()
-        for step in desk.engine.latest(lambda s=drawn: _counted(cast, prompt, s, stopped), PACE):
+        for step in app.engine.latest(lambda s=drawn: _counted(loaded, prompt, s, stopped), PACE):
             steps, answers = step
             yield min(0.99, steps / settings.max_tokens)
         if stopped() or len(answers) != 2:
             raise UserError("stopped before both answers were there, so there is nothing to vote on")
         before, after = answers
         if before.text.strip() != after.text.strip():
-            side, name = SIDES[secrets.randbelow(2)], cast.run.path.name
+            side, name = SIDES[secrets.randbelow(2)], loaded.run.path.name
             yield Round(secrets.token_hex(8), name, source, prompt, before, after, side, drawn, time.monotonic())
             return
     raise UserError(
@@ -100,16 +99,16 @@ def play(
 
 
 def _counted(
-    cast: RunVariants, prompt: Text, settings: Settings, stopped: Callable[[], bool]
+    loaded: RunVariants, prompt: Text, settings: Settings, stopped: Callable[[], bool]
 ) -> Iterator[tuple[int, tuple[Answer, ...]]]:
-    voices = (cast.before, cast.after)
-    yield from enumerate(answer_together(cast, voices, (prompt, prompt), settings, stopped=stopped), 1)
+    variants = (loaded.before, loaded.after)
+    yield from enumerate(answer_together(loaded, variants, (prompt, prompt), settings, stopped=stopped), 1)
 
 
-def judged(desk: AppState, cast: RunVariants, game: Round, winner: str) -> Round:
+def judged(app: AppState, loaded: RunVariants, game: Round, winner: str) -> Round:
     """The round after its vote, with what tuning did to each answer."""
     answers = (game.before, game.after)
-    found = [desk.engine.call(lambda a=a: score(cast, cast.after, a)) for a in answers]
+    found = [app.engine.call(lambda a=a: score(loaded, loaded.after, a)) for a in answers]
     return replace(game, winner=winner, scores=(found[0], found[1]))
 
 

@@ -38,34 +38,34 @@ def start_board(name: str | None) -> str:
     return f'<p class="empty">{escape(START if name else NO_RUNS)}</p>'
 
 
-def tally(desk: AppState, name: str | None) -> str:
+def tally(app: AppState, name: str | None) -> str:
     """The running win rate of a run."""
-    return standing_html(run_named(desk.runs, name).path / FILE) if name else ""
+    return standing_html(run_named(app.runs, name).path / FILE) if name else ""
 
 
-def cast_vote(desk: AppState, game: Round | None, winner: str, session: str) -> Round:
+def cast_vote(app: AppState, game: Round | None, winner: str, session: str) -> Round:
     """Write the vote to disk, then look behind the curtain. Raises `UserError` where there is nothing to vote on."""
     if game is None:
         raise UserError("there is nothing to vote on yet; press “Next pair” first")
     if game.winner:
         raise UserError("this pair has its vote already; go on to the next pair")
-    cast = desk.cast(game.run)
-    append_vote(cast.run, record(cast, game, winner, session))
-    return judged(desk, cast, game, winner)
+    loaded = app.load(game.run)
+    append_vote(loaded.run, record(loaded, game, winner, session))
+    return judged(app, loaded, game, winner)
 
 
-def exported(desk: AppState, name: str | None) -> tuple[str, str]:
+def exported(app: AppState, name: str | None) -> tuple[str, str]:
     """Write the votes as pairs; (what was written, the command of the next round)."""
-    found = export_votes(run_named(desk.runs, name), problem_with)
+    found = export_votes(run_named(app.runs, name), problem_with)
     text = f"{found.sentence()} Written to {found.file}. The next round starts from this run's adapter and is measured "
     return f'<p class="standing" role="status">{escape(text)}against it.</p>', found.command
 
 
-def build(desk: AppState, guard: Guard, page: Any) -> Any:
+def build(app: AppState, guard: Guard, page: Any) -> Any:
     """Make the tab inside the current `gr.Tab`; returns the run's dropdown."""
     import gradio as gr
 
-    see, do = _vote_widgets(gr, desk), _vote_handlers(desk, guard)
+    see, do = _vote_widgets(gr, app), _vote_handlers(app, guard)
     buttons, knobs = list(see.buttons.values()), list(see.knobs.values())
     asked = [see.run, see.source, see.own, *knobs]
     gr.on([see.begin.click, see.own.submit], do.begin, asked, [see.game, see.board, *buttons], **MANY)
@@ -76,13 +76,13 @@ def build(desk: AppState, guard: Guard, page: Any) -> Any:
     see.source.change(lambda kind: gr.Textbox(visible=kind == "own"), see.source, see.own, **MANY)
     reset = [see.game, see.board, see.result, see.written, see.command, see.knobs["max_tokens"], *buttons]
     see.run.change(do.run, see.run, reset, **MANY)
-    page.load(showing_errors(lambda name: tally(desk, name)), see.run, see.result, **MANY)
+    page.load(showing_errors(lambda name: tally(app, name)), see.run, see.result, **MANY)
     return see.run
 
 
-def _vote_widgets(gr: Any, desk: AppState) -> SimpleNamespace:
+def _vote_widgets(gr: Any, app: AppState) -> SimpleNamespace:
     """The widgets, from top to bottom."""
-    names = desk.names()
+    names = app.names()
     first = names[0] if names else None
     see = SimpleNamespace(game=gr.State(None))
     with gr.Row():
@@ -97,7 +97,7 @@ def _vote_widgets(gr: Any, desk: AppState) -> SimpleNamespace:
     see.board = gr.HTML(start_board(first), elem_id="vote-board", elem_classes="board")
     with gr.Row(elem_classes="buttons"):
         see.buttons = {winner: _button(gr, winner, words) for winner, words in WINNERS.items()}
-    see.result = gr.HTML(tally(desk, first), elem_id="vote-standing")
+    see.result = gr.HTML(tally(app, first), elem_id="vote-standing")
     with gr.Accordion("Teach the next round with these votes", open=False, elem_id="vote-teach"):
         gr.HTML(f'<p class="quiet">{escape(TEACHING)}</p>')
         see.write = gr.Button("Export votes as training pairs", elem_id="vote-export")
@@ -106,7 +106,7 @@ def _vote_widgets(gr: Any, desk: AppState) -> SimpleNamespace:
             label="Train the next round with", language="shell", visible=False, elem_id="vote-command"
         )
     with gr.Accordion("Settings", open=False):
-        see.knobs = knobs_of(gr, "vote", Settings(temperature=1.0, max_tokens=usual_tokens(desk, first)))
+        see.knobs = knobs_of(gr, "vote", Settings(temperature=1.0, max_tokens=usual_tokens(app, first)))
         gr.HTML('<p class="quiet">Seed 0 draws a new one for every pair.</p>')
     return see
 
@@ -116,7 +116,7 @@ def _button(gr: Any, winner: str, words: str) -> Any:
     return gr.Button(f"{words} ({KEYS[winner]})", interactive=False, elem_id=name, min_width=130)
 
 
-def _vote_handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
+def _vote_handlers(app: AppState, guard: Guard) -> SimpleNamespace:
     """What the widgets call."""
     import gradio as gr
 
@@ -127,13 +127,13 @@ def _vote_handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
     def begin(name, kind, text, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
         """Page updates of a round: progress while both answers are written, then the answers."""
         guard(request)
-        with desk.stoppable("vote " + session_of(request)) as halt:
+        with app.stoppable("vote " + session_of(request)) as halt:
             yield None, waiting_html(0.0), *votable(False)
             try:
-                cast = desk.cast(name)
-                prompt = pick_prompt(desk.gallery(name), kind, text or "", asked(cast.run, kind))
+                loaded = app.load(name)
+                prompt = pick_prompt(app.gallery(name), kind, text or "", asked(loaded.run, kind))
                 drawn = settings_from(temperature=t, top_p=p, max_tokens=n, seed=seed or secrets.randbelow(2**32))
-                for step in play(desk, cast, prompt, kind, drawn, stopped=halt.is_set):
+                for step in play(app, loaded, prompt, kind, drawn, stopped=halt.is_set):
                     if isinstance(step, Round):
                         yield step, blind_html(step), *votable(True)
                     else:
@@ -148,8 +148,8 @@ def _vote_handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
             """Keep the vote, and reveal which side was which."""
             guard(request)
             with show_errors():
-                done = cast_vote(desk, state, winner, session_of(request))
-                return done, revealed_html(done), tally(desk, done.run), *votable(False)
+                done = cast_vote(app, state, winner, session_of(request))
+                return done, revealed_html(done), tally(app, done.run), *votable(False)
 
         return handler
 
@@ -157,16 +157,16 @@ def _vote_handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
         """Write the votes as pairs, and show the command that trains on them."""
         guard(request)
         with show_errors():
-            text, words = exported(desk, name)
+            text, words = exported(app, name)
             return text, gr.Code(words, visible=True)
 
     def stop(request: gr.Request) -> None:
         """End this page's round."""
-        desk.stop("vote " + session_of(request))
+        app.stop("vote " + session_of(request))
 
     def chosen(name: str) -> tuple[Any, ...]:
         """Another run: no round, its tally and its usual length."""
         hidden = gr.Code(visible=False)
-        return None, start_board(name), tally(desk, name), "", hidden, usual_tokens(desk, name), *votable(False)
+        return None, start_board(name), tally(app, name), "", hidden, usual_tokens(app, name), *votable(False)
 
     return SimpleNamespace(begin=begin, vote=vote, export=export, stop=stop, run=showing_errors(chosen))

@@ -31,7 +31,7 @@ WINNERS = {"a": "A is better", "b": "B is better", "tie": "Equally good", "both_
 FEW = 20  # votes below which nothing is said about how many more it takes
 
 
-def record(cast: RunVariants, game: Round, winner: str, session: str) -> dict[str, Any]:
+def record(loaded: RunVariants, game: Round, winner: str, session: str) -> dict[str, Any]:
     """The line of a vote."""
     now = datetime.datetime.now(datetime.UTC)
     return {
@@ -47,8 +47,8 @@ def record(cast: RunVariants, game: Round, winner: str, session: str) -> dict[st
         "source": game.source,
         "finish": {side: game.side(side).finish for side in ("a", "b")},
         "sampling": game.settings.model_dump(),
-        "model": cast.policy.identity["digest"],
-        "adapter": {"before": cast.before.digest, "after": cast.after.digest},
+        "model": loaded.policy.identity["digest"],
+        "adapter": {"before": loaded.before.digest, "after": loaded.after.digest},
         "session": session,
         "seconds": round(time.monotonic() - game.shown_at, 3),  # the clock may be set meanwhile
     }
