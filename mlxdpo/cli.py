@@ -29,11 +29,12 @@ def build_app() -> Any:
     for name, help_text in COMMANDS.items():
         target = data if name.startswith("data ") else app
         short = name.removeprefix("data ")
-        file = {"import": "import_"}.get(name, name.replace(" ", "_"))  # a keyword names no module
-        target.command(f"mlxdpo.commands.{file}:run", name=short, help=help_text)
+        where = ELSEWHERE.get(name, f"{name.replace(' ', '_')}:run")
+        target.command(f"mlxdpo.commands.{where}", name=short, help=help_text)
     return app
 
 
+ELSEWHERE = {"import": "import_:run", "data formats": "data_check:list_formats"}  # a keyword names no module
 COMMANDS = {
     "demo": "Tune a real model in minutes, offline, and show what changed.",
     "train": "Tune a model on preference pairs.",

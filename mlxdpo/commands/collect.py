@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from mlxdpo.config import Config, DataConfig, Drawing, load_config
-from mlxdpo.io.atomic import write_json
-from mlxdpo.io.json_file import read_lines
+from mlxdpo.io.atomic import write_json, write_text
+from mlxdpo.io.json_file import json_lines, read_lines
 from mlxdpo.runs import Run
 from mlxdpo.types import Event, UserError
 
@@ -172,7 +172,7 @@ def voted_pairs(votes: Path, out: Path, heldout: frozenset[bytes], source: Mappi
     `source` goes into every row. Raises `UserError` for a file that is missing, or without a vote that gives a pair.
     """
     from mlxdpo.online.collect.write_outputs import report_file
-    from mlxdpo.online.votes_to_pairs import pairs_of, row_of, write_rows
+    from mlxdpo.online.votes_to_pairs import pairs_of, row_of
     from mlxdpo_eval.judges.votes import problem_with, read_ballots
 
     if out.exists():
@@ -188,7 +188,7 @@ def voted_pairs(votes: Path, out: Path, heldout: frozenset[bytes], source: Mappi
     turns = any(not isinstance(pair.prompt, str) for pair in pairs)
     report = _votes_report(pairs, len(lines), left_out | known.left_out, made)
     write_json(report_file(out), report)
-    write_rows(out, [row_of(pair, turns) | {"made": made} for pair in pairs])
+    write_text(out, json_lines(row_of(pair, turns) | {"made": made} for pair in pairs))
     yield Event("done", len(pairs), {"file": out, "report": report})
 
 

@@ -5,7 +5,6 @@ The next round starts from this run's adapter and measures against it. Prompts t
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from mlxdpo.data.read import prompt_key
 from mlxdpo.inference.run_prompts import as_json, from_json, gallery
 from mlxdpo.inference.trained_run import heldout_pairs
 from mlxdpo.io.atomic import write_text
-from mlxdpo.io.json_file import read_lines
+from mlxdpo.io.json_file import json_lines, read_lines
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.runs import Run
 from mlxdpo.types import Message, Text, UserError
@@ -119,7 +118,7 @@ def export_votes(run: Run, problem_with: ProblemWith) -> Export:
         )
     folder = run.path / FOLDER
     turns = any(not isinstance(pair.prompt, str) for pair in pairs)
-    write_rows(folder / "pairs.jsonl", [row_of(pair, turns) for pair in pairs])
+    write_text(folder / "pairs.jsonl", json_lines(row_of(pair, turns) for pair in pairs))
     recipe = next_recipe(run, folder)
     write_text(folder / "recipe.yaml", dump_config(recipe))
     words = ["mlxdpo", "train", str(folder / "recipe.yaml"), "--model.adapter", str(run.adapter)]
@@ -134,11 +133,6 @@ def row_of(pair: Pair, turns: bool) -> dict[str, Any]:
     prompt = (Message("user", pair.prompt),) if isinstance(pair.prompt, str) else pair.prompt
     chosen, rejected = ((Message("assistant", text),) for text in (pair.chosen, pair.rejected))
     return {"prompt": as_json(prompt), "chosen": as_json(chosen), "rejected": as_json(rejected)}
-
-
-def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """JSON lines, whole or absent."""
-    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def next_recipe(run: Run, folder: Path) -> Config:
@@ -168,7 +162,7 @@ def _heldout_settings(run: Run, config: Config, folder: Path) -> dict[str, Any]:
         return {"eval_fraction": 0.0}  # nothing was held out, and a handful of votes can spare none
     turns = any(not isinstance(row.prompt, str) for row in rows)
     lines = [Pair(row.prompt, _answer_text(row.chosen), _answer_text(row.rejected)) for row in rows]
-    write_rows(folder / "heldout.jsonl", [row_of(line, turns) for line in lines])
+    write_text(folder / "heldout.jsonl", json_lines(row_of(line, turns) for line in lines))
     return {"eval": str(folder / "heldout.jsonl")}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 from mlxdpo.config import Drawing
 from mlxdpo.io.atomic import write_json, write_text
-from mlxdpo.io.json_file import read_lines
-from mlxdpo.online.collect.rows import Row, made_of, pair_rows, written
+from mlxdpo.io.json_file import json_lines, read_lines
+from mlxdpo.online.collect.rows import made_of, pair_rows, written
 from mlxdpo.online.prompts import Prompts
 from mlxdpo.types import UserError
 
@@ -57,7 +56,7 @@ def write_collection(
         why = "; ".join(collection_sentences(report))
         raise UserError(f"{out}: no prompt gave a pair ({why}); the answers are in {partial.name}")
     made, turns = made_of(identity), any(not isinstance(one.prompt, str) for one in prompts.asked)
-    text = _text(rows, made, turns)
+    text = json_lines(written(row, turns) | {"made": made} for row in rows)
     write_json(report_file(out), report | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
     write_text(out, text)
     partial.rename(samples_file(out))
@@ -77,7 +76,3 @@ def _all_answers(lines: Lines) -> Iterator[Mapping[str, Any]]:
 
 def _mean_score(scores: Sequence[float]) -> float | None:
     return sum(scores) / len(scores) if scores else None
-
-
-def _text(rows: Sequence[Row], made: Row, turns: bool) -> str:
-    return "".join(json.dumps(written(row, turns) | {"made": made}, ensure_ascii=False) + "\n" for row in rows)

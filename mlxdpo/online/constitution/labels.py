@@ -105,7 +105,7 @@ def spellings(tokenizer: Any, letter: str) -> list[int]:
 
 def shared_next_logits(model: Any, rows: Rows, ids: Sequence[int]) -> np.ndarray:
     """`next_logits` of rows with a long common beginning, which is computed once: (N, len(ids)) float32."""
-    common = _common_prefix(rows)
+    common = _shared_beginning(rows)
     trunk = model_parts(model)
     if trunk is None or common < 2 or len(rows) == 1:
         return next_logits(model, rows, ids)
@@ -121,7 +121,7 @@ def shared_next_logits(model: Any, rows: Rows, ids: Sequence[int]) -> np.ndarray
         return np.array(logits[:, mx.array(list(ids))].astype(mx.float32))
 
 
-def _common_prefix(rows: Rows) -> int:
+def _shared_beginning(rows: Rows) -> int:
     """Tokens that all rows begin with, at most all but one of the shortest."""
     most = min(map(len, rows)) - 1
     return next((at for at in range(most) if len({row[at] for row in rows}) > 1), most)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlxdpo.io.atomic import write_json, write_text
-from mlxdpo.io.json_file import read_lines
+from mlxdpo.io.json_file import json_lines, read_lines
 from mlxdpo.io.yaml_file import yaml_text
 from mlxdpo.online.constitution.conversations import PAIR_KINDS
 from mlxdpo.online.constitution.schema import SamplingSettings
@@ -47,7 +46,7 @@ def write_constitution_outputs(
         why = "; ".join(constitution_sentences(report))
         raise UserError(f"{out}: no prompt gave a pair ({why}); read {TALKS} there for what was said")
     write_text(out / RECIPE, recipe(out, identity, how))
-    write_text(out / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(out / PAIRS, json_lines(rows))
     return report
 
 
