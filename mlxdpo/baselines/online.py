@@ -101,8 +101,8 @@ def tune_on_samples(
     policy = load_policy(config.model)
     config = with_adapter(config, policy.model)
     prompts = encode_prompts(config, policy)
-    reference, told = _kl_reference(config, policy)
-    manifest = _manifest(config, policy, prompts, reward, told)
+    reference, penalised = _kl_reference(config, policy)
+    manifest = _manifest(config, policy, prompts, reward, penalised)
     run = resume or Run.create(config)
     yield Event("start", 0, {"run": run, "config": config, "prompts": len(prompts.ids)})
     if resume and (run.path / "manifest.json").exists():
@@ -286,10 +286,10 @@ def _restored(run: Run, actor: Actor, optimizer: Any) -> Progress:
 
 
 def _manifest(
-    config: Config, policy: Policy, prompts: EncodedPrompts, reward: Reward, told: tuple[Policy, str | None]
+    config: Config, policy: Policy, prompts: EncodedPrompts, reward: Reward, penalised: tuple[Policy, str | None]
 ) -> dict[str, Any]:
     """The manifest, with the same parts as that of a run on pairs."""
-    reference, adapter = told
+    reference, adapter = penalised
     digest = lambda folder: None if folder is None else folder_digest(Path(folder))  # noqa: E731
     return {
         "versions": versions(),

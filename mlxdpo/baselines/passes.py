@@ -61,26 +61,26 @@ def lay_out(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int
     return RolloutRows(*map(mx.array, (tokens, at, targets, mask)))
 
 
-def frozen_layers(model: nn.Module, trunk: ModelParts) -> int:
+def frozen_layers(model: nn.Module, parts: ModelParts) -> int:
     """How many layers from the bottom give the same states whatever is trained; 0 when the embedding is trained."""
     if any("embed" in name for name, _ in tree_flatten(model.trainable_parameters())):
         return 0
-    trained = [i for i, layer in enumerate(trunk.layers) if tree_flatten(layer.trainable_parameters())]
-    return min(trained, default=len(trunk.layers))
+    trained = [i for i, layer in enumerate(parts.layers) if tree_flatten(layer.trainable_parameters())]
+    return min(trained, default=len(parts.layers))
 
 
 def with_lower(model: nn.Module, rows: RolloutRows, size: int) -> RolloutRows:
     """The rows with the states below the first trained layer, `size` rows at once; as they are where there is none."""
-    trunk = model_parts(model)
-    count = 0 if trunk is None else frozen_layers(model, trunk)
-    if trunk is None or count == 0:
+    parts = model_parts(model)
+    count = 0 if parts is None else frozen_layers(model, parts)
+    if parts is None or count == 0:
         return rows
-    under, parts = trunk._replace(layers=trunk.layers[:count], windows=trunk.windows[:count]), []
+    under, lower = parts._replace(layers=parts.layers[:count], windows=parts.windows[:count]), []
     for start in range(0, rows.tokens.shape[0], size):
         tokens = rows.tokens[start : start + size]
-        parts.append(hidden_states(under, tokens[:, :0], tokens, lambda h: h))
-        mx.eval(parts[-1])
-    return rows._replace(lower=mx.concatenate(parts), depth=count)
+        lower.append(hidden_states(under, tokens[:, :0], tokens, lambda h: h))
+        mx.eval(lower[-1])
+    return rows._replace(lower=mx.concatenate(lower), depth=count)
 
 
 def token_pass(model: nn.Module, rows: RolloutRows, head: HeadPass = heads.token_logps) -> tuple[mx.array, mx.array]:
@@ -88,15 +88,15 @@ def token_pass(model: nn.Module, rows: RolloutRows, head: HeadPass = heads.token
 
     `head` is `heads.score_logps` for who needs no gradient. What stands where the mask is 0 means nothing.
     """
-    trunk = model_parts(model)
-    if trunk is None:
+    parts = model_parts(model)
+    if parts is None:
         return _whole_model_pass(model, rows)
     if (lower := rows.lower) is not None:
         above = slice(rows.depth, None)
-        trunk = trunk._replace(embed=lambda _: lower, layers=trunk.layers[above], windows=trunk.windows[above])
-    states = hidden_states(trunk, rows.tokens[:, :0], rows.tokens, lambda h: h)
-    picked = trunk.norm(_picked(states, rows.at))
-    logps = head(trunk.head, picked.reshape(-1, picked.shape[-1]), rows.targets.reshape(-1))
+        parts = parts._replace(embed=lambda _: lower, layers=parts.layers[above], windows=parts.windows[above])
+    states = hidden_states(parts, rows.tokens[:, :0], rows.tokens, lambda h: h)
+    picked = parts.norm(_picked(states, rows.at))
+    logps = head(parts.head, picked.reshape(-1, picked.shape[-1]), rows.targets.reshape(-1))
     return logps.reshape(rows.targets.shape), picked
 
 

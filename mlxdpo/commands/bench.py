@@ -154,9 +154,9 @@ def _passes(model: Any, batch: Batch, size: Size) -> dict[str, Callable[[], None
     from mlxdpo.losses import resolve
     from mlxdpo.training.step import gradient_norm, make_gradient, make_optimizer, make_scorer, make_update
 
-    ways = forward_fns(model, size.checkpoint)
-    gradient = make_gradient(model, resolve(LossConfig()), ways.train)
-    update, scorer = make_update(model, make_optimizer(OptimConfig())), make_scorer(model, ways.score)
+    fns = forward_fns(model, size.checkpoint)
+    gradient = make_gradient(model, resolve(LossConfig()), fns.train)
+    update, scorer = make_update(model, make_optimizer(OptimConfig())), make_scorer(model, fns.score)
 
     def step() -> None:
         """Gradient, its norm, update."""

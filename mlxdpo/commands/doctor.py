@@ -63,7 +63,7 @@ def check_rows(findings: dict[str, Any]) -> list[tuple[str, ...]]:
     machine = findings["machine"]
     about = f"{machine['kind']}: {machine['name']}, {machine['memory'] / 1e9:.0f} GB, {machine['system']}"
     there = [name for name, installed in findings["optional"].items() if installed]
-    said = {
+    facts = {
         "machine": about,
         "installed": ", ".join(f"{name} {version}" for name, version in findings["versions"].items()),
         "optional parts": ", ".join(there) or "none",
@@ -72,7 +72,7 @@ def check_rows(findings: dict[str, Any]) -> list[tuple[str, ...]]:
         (one["check"], "ok" if one["ok"] else "FAIL", one["figure"], one["limit"], f"{one['seconds']:.1f}")
         for one in findings["checks"]
     ]
-    return [*((name, "", plain(text), "", "") for name, text in said.items()), *checks]
+    return [*((name, "", plain(text), "", "") for name, text in facts.items()), *checks]
 
 
 def markdown_lines(body: Sequence[Iterable[str]]) -> list[str]:

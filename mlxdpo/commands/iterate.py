@@ -56,8 +56,8 @@ def run(
         for event in iterate(asked, _stages(asked, json), should_stop):
             if event.kind == "begin":
                 folder = event.values["folder"]
-                said = f"{folder}: {event.values['prompts']} prompts to learn from, {event.values['heldout']} held out"
-                (terminal.warn if json else terminal.console.print)(said)
+                text = f"{folder}: {event.values['prompts']} prompts to learn from, {event.values['heldout']} held out"
+                (terminal.warn if json else terminal.console.print)(text)
             elif event.kind == "round" and not json:
                 _show_rounds(event.values["rows"])
             elif event.kind == "over":

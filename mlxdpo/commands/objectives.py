@@ -1,4 +1,4 @@
-"""`mlxdpo objectives [NAME] [--json | --markdown]`"""
+"""`mlxdpo objectives [NAME] [--json | --markdown]`: the registry as tables, also those of docs/objectives.md."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from mlxdpo.losses.loss import resolve
 from mlxdpo.losses.modifiers import MODIFIERS
 from mlxdpo.losses.registry import LOSSES
 from mlxdpo.types import UserError
-
-# The registry as tables: what `mlxdpo objectives` prints and docs/objectives.md holds between its marks.
 
 SETTINGS = {
     "f_divergence": "`loss.f_divergence`, `loss.f_alpha`",

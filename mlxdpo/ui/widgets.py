@@ -49,25 +49,16 @@ def html_table(caption: str, headers: Sequence[str], rows: Sequence[Sequence[str
 
 @contextmanager
 def show_errors() -> Iterator[None]:
-    """A `UserError` becomes the page's message. Gradio renders messages as HTML, so the sentence is escaped."""
+    """A `UserError` becomes the page's message; as a decorator, that of a handler.
+
+    Gradio renders messages as HTML, so the sentence is escaped.
+    """
     import gradio as gr
 
     try:
         yield
     except UserError as error:
         raise gr.Error(escape(str(error)), title="This did not work", duration=8, print_exception=False) from None
-
-
-def showing_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler whose `UserError`s the page shows."""
-
-    @wraps(function)
-    def handler(*args: Any, **kwargs: Any) -> Any:
-        """The function, its errors said."""
-        with show_errors():
-            return function(*args, **kwargs)
-
-    return handler
 
 
 def alert(error: UserError, css: str = "") -> str:

@@ -174,5 +174,5 @@ def _sample_line(
         kept = {"text": text, "tokens": len(completion.tokens), "finish": completion.finish, "score": score}
         answers.append(kept | {"left_out": why})
     prompt = one.prompt if isinstance(one.prompt, str) else [turn.as_dict() for turn in one.prompt]
-    said = {"prompt_id": prompt_key(one.prompt).hex(), "where": one.where, "prompt": prompt, "answers": answers}
-    return said | ({"tools": [dict(tool) for tool in one.tools]} if one.tools else {})
+    line = {"prompt_id": prompt_key(one.prompt).hex(), "where": one.where, "prompt": prompt, "answers": answers}
+    return line | ({"tools": [dict(tool) for tool in one.tools]} if one.tools else {})

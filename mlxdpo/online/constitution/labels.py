@@ -106,8 +106,8 @@ def spellings(tokenizer: Any, letter: str) -> list[int]:
 def shared_next_logits(model: Any, rows: Rows, ids: Sequence[int]) -> np.ndarray:
     """`next_logits` of rows with a long common beginning, which is computed once: (N, len(ids)) float32."""
     common = _shared_beginning(rows)
-    trunk = model_parts(model)
-    if trunk is None or common < 2 or len(rows) == 1:
+    parts = model_parts(model)
+    if parts is None or common < 2 or len(rows) == 1:
         return next_logits(model, rows, ids)
     rest = np.zeros((len(rows), max(map(len, rows)) - common), np.int32)
     for padded, row in zip(rest, rows, strict=True):
@@ -116,8 +116,8 @@ def shared_next_logits(model: Any, rows: Rows, ids: Sequence[int]) -> np.ndarray
     group = mx.zeros(len(rows), mx.int32)
     with dropout_off(model):
         prefix = mx.array(np.array([rows[0][:common]], np.int32))
-        states = hidden_states(trunk, prefix, mx.array(rest), spreader(group, len(rows)))
-        logits = heads.logits(trunk.head, trunk.norm(states[mx.arange(len(rows)), last]))
+        states = hidden_states(parts, prefix, mx.array(rest), spreader(group, len(rows)))
+        logits = heads.logits(parts.head, parts.norm(states[mx.arange(len(rows)), last]))
         return np.array(logits[:, mx.array(list(ids))].astype(mx.float32))
 
 

@@ -43,7 +43,7 @@ def settings_from(**values: Any) -> Settings:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a variant has said so far. `finish` is empty while it is at it; `seconds` counts its own turns alone."""
+    """What a variant has written so far. `finish` is empty while it is at it; `seconds` counts its own turns alone."""
 
     variant: str
     prompt: tuple[int, ...]
@@ -75,8 +75,8 @@ def chat_prompt(loaded: RunVariants, before: Sequence[tuple[str, str]], text: st
     if len(text) + len(system) > LONGEST_PROMPT:
         raise UserError(f"the prompt has {len(text) + len(system):,} characters; at most {LONGEST_PROMPT:,} are read")
     if not loaded.chat:
-        return "".join(said + answer for said, answer in before) + text
-    turns = [turn for said, answer in before for turn in (Message("user", said), Message("assistant", answer))]
+        return "".join(asked + answer for asked, answer in before) + text
+    turns = [turn for asked, answer in before for turn in (Message("user", asked), Message("assistant", answer))]
     opening = [Message("system", system)] if system.strip() else []
     if not before and not opening:
         return text

@@ -28,9 +28,9 @@ WRITING = '<span class="caret" aria-hidden="true"></span>'
 
 
 class Exchange(NamedTuple):
-    """One turn of a chat: what was said, what was answered, and what tuning did to the answer once it is known."""
+    """One turn of a chat: what was asked, what was answered, and what tuning did to the answer once it is known."""
 
-    said: str
+    prompt: str
     answer: Answer
     score: Score | None = None
 
@@ -66,8 +66,12 @@ def _column_html(column: Column, scale: float) -> str:
 
 
 def _exchange_html(exchange: Exchange, scale: float) -> str:
-    said = f'<div class="said"><span class="sr">Prompt: </span>{escape(exchange.said)}</div>'
-    return said + answer_html(exchange.answer, exchange.score, scale)
+    return prompt_html(exchange.prompt) + answer_html(exchange.answer, exchange.score, scale)
+
+
+def prompt_html(prompt: str) -> str:
+    """What was asked, above its answers."""
+    return f'<div class="said"><span class="sr">Prompt: </span>{escape(prompt)}</div>'
 
 
 def answer_html(answer: Answer, score: Score | None, scale: float) -> str:

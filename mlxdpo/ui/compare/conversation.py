@@ -90,7 +90,7 @@ def converse(
 
 
 def _next_prompt(loaded: RunVariants, column: Column, text: str, system: str) -> Text:
-    return chat_prompt(loaded, [(e.said, e.answer.text) for e in column.exchanges], text, system)
+    return chat_prompt(loaded, [(e.prompt, e.answer.text) for e in column.exchanges], text, system)
 
 
 def _with(chat: Chat, text: str, answers: tuple[Answer, ...]) -> Chat:

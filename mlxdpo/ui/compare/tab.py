@@ -15,7 +15,7 @@ from mlxdpo.ui.compare.answers import LONGEST_PROMPT, Settings, settings_from
 from mlxdpo.ui.compare.columns import Column, columns_html
 from mlxdpo.ui.compare.conversation import Chat, chat_html, converse
 from mlxdpo.ui.guard import Guard
-from mlxdpo.ui.widgets import MANY, alert, session_of, show_errors, showing_errors
+from mlxdpo.ui.widgets import MANY, alert, session_of, show_errors
 
 WELCOME = (
     "Write a prompt and press Enter, or take one that training never saw: the model before and after tuning answers "
@@ -49,7 +49,7 @@ def welcome(app: AppState) -> str:
 def prompt_choices(app: AppState, name: str | None) -> tuple[list[tuple[str, str]], str]:
     """(label, number) of the held-out prompts of a run, and a note where there are none.
 
-    A number is text, as every value of a dropdown here (`kinds.py`).
+    A number is text, as every value of a dropdown here (`input_checks.py`).
     """
     if not name:
         return [], ""
@@ -91,7 +91,7 @@ def _without_last(chat: Chat) -> tuple[Chat, str]:
     if not chat.columns or not chat.columns[0].exchanges:
         raise UserError("nothing to draw again yet; send a prompt first")
     columns = tuple(column._replace(exchanges=column.exchanges[:-1]) for column in chat.columns)
-    return replace(chat, columns=columns), chat.columns[0].exchanges[-1].said
+    return replace(chat, columns=columns), chat.columns[0].exchanges[-1].prompt
 
 
 def build(app: AppState, guard: Guard, page: Any) -> Any:
@@ -202,13 +202,13 @@ def _compare_handlers(app: AppState, guard: Guard) -> SimpleNamespace:
         send=send,
         again=again,
         stop=stop,
-        run=showing_errors(chosen),
+        run=show_errors()(chosen),
         load=load,
         clear=lambda: (Chat(), welcome(app)),
-        pick=showing_errors(
+        pick=show_errors()(
             lambda name, number: (gr.skip(), "") if number is None else picked_prompt(app, name, number)
         ),
-        chance=showing_errors(lambda name, now: another(app, name, now)),
+        chance=show_errors()(lambda name, now: another(app, name, now)),
     )
 
 

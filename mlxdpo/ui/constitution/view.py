@@ -123,9 +123,9 @@ def talk_html(talks: Sequence[Talk], number: int, rules: Constitution) -> str:
     return f"{STYLE}{why}{''.join(parts)}{_votes(talk)}"
 
 
-def _remark(said: Mapping[str, Any]) -> str:
-    cut = ", cut off" if said["finish"] == "length" else ""
-    return f": {said['tokens']} tokens{cut}"
+def _remark(reply: Mapping[str, Any]) -> str:
+    cut = ", cut off" if reply["finish"] == "length" else ""
+    return f": {reply['tokens']} tokens{cut}"
 
 
 def _part(title: str, text: str, request: str = "") -> str:

@@ -1,6 +1,7 @@
 """The runs of a folder: which there are, what state each is in, how far and how good it is.
 
-Only directories found here can be chosen; a name from the browser is looked up, never joined to a path.
+Only directories found here can be chosen: a name from the browser is looked up, never joined to a path, so that anything
+else, `../` included, is not found.
 """
 
 from __future__ import annotations
@@ -16,9 +17,6 @@ from mlxdpo.runs import Run
 from mlxdpo.io.json_file import read_json
 from mlxdpo.types import UserError
 
-# The folder of runs that the page shows: everything the page opens is found by scanning it, nothing by its path.
-#
-# What a browser sends is a name from this list; anything else, `../` included, is not found.
 
 def runs_in(folder: Path) -> dict[str, Run]:
     """Name -> run of every run directory right below `folder`, the newest first."""

@@ -124,7 +124,7 @@ def _mapping(knob: Knob, text: str) -> dict[str, str]:
     try:
         found = yaml.safe_load(f"{{{text}}}")
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        found = None  # as in `recipe.read_recipe`
+        found = None  # as in `yaml_file.read_recipe`
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise UserError(f"{knob.name} is {text!r}; write it as `prompt: question, chosen: good`")
     return found

@@ -1,6 +1,6 @@
 """The Train tab: model, data and recipe; what it will need; start, watch, stop, resume.
 
-A training is a process of its own (`training.py`), so the page answers meanwhile and closing it stops nothing.
+A training is a process of its own (`process.py`), so the page answers meanwhile and closing it stops nothing.
 """
 
 import shlex
@@ -197,9 +197,16 @@ def _filled_form(gr: Any, runs: Path, knobs: list[Knob], which: str) -> list[Any
 
 def _offered(runs: Path) -> dict[str, list[str]]:
     """What there is to choose from for each path of the recipe."""
-    models, data = choices.models(runs, Path.cwd()), choices.data_files(runs, Path.cwd())
-    kinds = {"path": models, "model": models, "adapter": choices.adapters(runs), "eval": data}
-    return {name: kinds[name.partition(".")[2]] for name in PATHS} | {"data.path": data}
+    models, adapters = choices.models(runs, Path.cwd()), choices.adapters(runs)
+    data = choices.data_files(runs, Path.cwd())
+    return {
+        "model.path": models,
+        "model.adapter": adapters,
+        "reference.model": models,
+        "reference.adapter": adapters,
+        "data.path": data,
+        "data.eval": data,
+    }
 
 
 def _form_choices(gr: Any, runs: Path) -> list[Any]:

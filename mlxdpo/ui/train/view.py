@@ -1,4 +1,7 @@
-"""What a training will need, asked of `mlxdpo plan` in a process of its own: the page's never loads a model's shape."""
+"""A training as the page shows it: its state, how far it is, how fast, its last lines; and what one will need.
+
+That is asked of `mlxdpo plan` in another process: the page's never loads a model's shape.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,6 @@ from mlxdpo.ui.runs.run_list import choose, scan
 from mlxdpo.ui.train.process import Watched, watch
 from mlxdpo.ui.train.recipe_form import flags
 from mlxdpo.ui.widgets import html_table
-
-# A training as the page shows it: its state, how far it is, how fast, and the last lines it said.
 
 STYLE = """<style>
 .log { contain: inline-size; max-height: 300px; overflow: auto; padding: 8px; font-size: .85em; white-space: pre-wrap;

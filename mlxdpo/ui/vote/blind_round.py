@@ -20,7 +20,7 @@ from mlxdpo.inference.trained_run import prompt_text
 from mlxdpo.types import Text, UserError
 from mlxdpo.ui.app_state import AppState
 from mlxdpo.ui.compare.answers import Answer, Settings, answer_together
-from mlxdpo.ui.compare.columns import answer_html, colour_scale, legend
+from mlxdpo.ui.compare.columns import answer_html, colour_scale, legend, prompt_html
 from mlxdpo.ui.compare.scores import Score, score
 from mlxdpo.ui.variants import RunVariants
 
@@ -142,8 +142,7 @@ def waiting_html(share: float) -> str:
 
 
 def _answers_html(prompt: str, cards: str) -> str:
-    said = f'<div class="said"><span class="sr">Prompt: </span>{escape(prompt)}</div>'
-    return f'{said}<div class="voices">{cards}</div>'
+    return f'{prompt_html(prompt)}<div class="voices">{cards}</div>'
 
 
 def _answer_card(title: str, note: str, body: str, kind: str = "") -> str:

@@ -14,7 +14,7 @@ from mlxdpo.ui.guard import Guard
 from mlxdpo.ui.runs.run_list import run_named
 from mlxdpo.ui.vote.blind_round import Round, blind_html, judged, pick_prompt, play, revealed_html, waiting_html
 from mlxdpo.ui.vote.vote_file import FILE, WINNERS, append_vote, asked, record, standing_html
-from mlxdpo.ui.widgets import MANY, alert, session_of, show_errors, showing_errors
+from mlxdpo.ui.widgets import MANY, alert, session_of, show_errors
 from mlxdpo_eval.judges.votes import problem_with
 
 SOURCES = [
@@ -76,7 +76,7 @@ def build(app: AppState, guard: Guard, page: Any) -> Any:
     see.source.change(lambda kind: gr.Textbox(visible=kind == "own"), see.source, see.own, **MANY)
     reset = [see.game, see.board, see.result, see.written, see.command, see.knobs["max_tokens"], *buttons]
     see.run.change(do.run, see.run, reset, **MANY)
-    page.load(showing_errors(lambda name: tally(app, name)), see.run, see.result, **MANY)
+    page.load(show_errors()(lambda name: tally(app, name)), see.run, see.result, **MANY)
     return see.run
 
 
@@ -169,4 +169,4 @@ def _vote_handlers(app: AppState, guard: Guard) -> SimpleNamespace:
         hidden = gr.Code(visible=False)
         return None, start_board(name), tally(app, name), "", hidden, usual_tokens(app, name), *votable(False)
 
-    return SimpleNamespace(begin=begin, vote=vote, export=export, stop=stop, run=showing_errors(chosen))
+    return SimpleNamespace(begin=begin, vote=vote, export=export, stop=stop, run=show_errors()(chosen))
