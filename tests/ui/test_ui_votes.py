@@ -60,7 +60,7 @@ def test_the_page_before_the_vote_is_a_function_of_the_two_texts(desk):
     game = one_round(desk)
     other = replace(game, tuned="b" if game.tuned == "a" else "a", before=game.after, after=game.before)
     assert blind_html(game) == blind_html(other) and revealed_html(seen(game)) != revealed_html(seen(other))
-    slower = replace(game.before, seconds=99.0, finish="stop", voice="x")
+    slower = replace(game.before, seconds=99.0, finish="stop", variant="x")
     assert blind_html(game) == blind_html(replace(game, before=slower))
 
 
