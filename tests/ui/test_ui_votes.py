@@ -152,7 +152,7 @@ def test_votes_train_the_next_round(desk, place, monkeypatch):
     heldout = gallery(Run.open(place / "runs/one")).heldout[0].prompt
     for prompt, source in (("q50 blue:", "own"), ("q51 red:", "own"), (heldout, "heldout")):
         cast_vote(desk, one_round(desk, prompt, source), "a", "s")
-    found = export_votes(Run.open(Path("runs/one")))
+    found = export_votes(Run.open(Path("runs/one")), problem_with)
     assert (found.pairs, found.votes) == (2, 3) and "1 on held-out prompts" in found.sentence()
     words = shlex.split(found.command)
     assert words[:2] == ["mlxdpo", "train"] and words[3:5] == ["--model.adapter", "runs/one/adapter"]
@@ -163,7 +163,7 @@ def test_votes_train_the_next_round(desk, place, monkeypatch):
     assert after.manifest()["reference"]["adapter"] is not None and after.manifest()["data"]["pairs"] == 2
     kept = {prompt_key(row.prompt) for row in gallery(after).heldout}
     assert kept == gallery(Run.open("runs/one")).heldout_keys
-    assert export_votes(Run.open(Path("runs/one"))).command.endswith("runs/one-votes-2")
+    assert export_votes(Run.open(Path("runs/one")), problem_with).command.endswith("runs/one-votes-2")
 
 
 def test_no_pair_no_file(desk, place):
