@@ -63,7 +63,7 @@ def served(tmp_path_factory):
     """The app over one tiny run; nothing is trained, and what a handler raises is kept."""
     import gradio as gr
 
-    from mlxdpo.ui.server import start
+    from mlxdpo.ui.server import start_app
     from mlxdpo.ui.train import process, view
 
     folder = tmp_path_factory.mktemp("app")
@@ -77,7 +77,7 @@ def served(tmp_path_factory):
         finished_run(folder)
         patch.setattr(process, "_spawn", refuse)
         patch.setattr(view.subprocess, "run", refuse)
-        app = start(folder / "runs", "one")
+        app = start_app(folder / "runs", "one")
         broken = []
         for block in app.page.fns.values():
             if block.fn is not None:

@@ -15,7 +15,7 @@ from mlxdpo.data.read import prompt_key, read_pairs
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.online.collect import Ranker, collect, read_prompts, source_of
-from mlxdpo.online.collect.rules import CLOSE, FEW, RULES, TIED, best_worst, every, why_none
+from mlxdpo.online.collect.rows import CLOSE, FEW, RULES, TIED, best_worst, every, why_none
 from mlxdpo.online.collect.screen import BROKEN, EMPTY, REPEATED, SPECIAL, UNFINISHED, fault, grams, jaccard, repeats
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
@@ -78,10 +78,10 @@ def test_a_chunk_of_which_half_was_written_is_filled_up(place):
 
 def test_going_on_with_other_settings_is_refused_by_name(place):
     gathered(place, "p.jsonl", stop_after(17))
-    with pytest.raises(UserError, match=r"begun with another drawing \(seed 0 then, 5 now\)"):
+    with pytest.raises(UserError, match=r"begun with another drawing\.seed \(0 then, 5 now\)"):
         gathered(place, "p.jsonl", seed=5)
     other = Ranker("other", {}, LENGTH.score)
-    with pytest.raises(UserError, match=r"begun with another judge \(name length then, other now"):
+    with pytest.raises(UserError, match=r"begun with another judge\.name \(length then, other now"):
         gathered(place, "p.jsonl", ranker=other)
     gathered(place, "p.jsonl", pairs="all")  # which answers make pairs is decided at the end
     with pytest.raises(UserError, match="is there already"):

@@ -11,7 +11,7 @@ from tiny_words import WORDS, write_words
 from mlxdpo.cli import run as cli
 from mlxdpo.config import load_config
 from mlxdpo.io.digest import folder_digest
-from mlxdpo.online.collect.prompts import Asked, Prompts
+from mlxdpo.online.prompts import Asked, Prompts
 from mlxdpo.online.rounds import plan
 from mlxdpo.runs import Run
 from mlxdpo.training.plan import learning_rate

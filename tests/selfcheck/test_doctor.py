@@ -242,4 +242,4 @@ def test_text_is_safe_to_paste(monkeypatch, tmp_path):
     monkeypatch.setattr(machine.Path, "home", lambda: tmp_path)
     assert plain_line(f"{tmp_path}/x  a|b\n`c` *d*") == "~/x a/b 'c' xdx"
     assert plain_line("y" * 250) == "y" * 200 + " ... (50 more characters)"
-    assert doctor.table([("a", "b", "c", "d", "e")])[1].strip("|-") == ""
+    assert doctor.markdown_lines([("a", "b", "c", "d", "e")])[1].strip("|-") == ""

@@ -11,7 +11,7 @@ from mlxdpo.cli import run as cli
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.types import UserError
 from mlxdpo.ui.guard import known_host, refusal
-from mlxdpo.ui.server import Login, check_login, hosts_for, is_open, start
+from mlxdpo.ui.server import Login, check_login, hosts_for, is_open, start_app
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
 import httpx
@@ -62,14 +62,14 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(place):
-    app = start(place / "runs", "one")
+    app = start_app(place / "runs", "one")
     yield app
     app.page.close()
 
 
 @pytest.fixture(scope="module")
 def locked(place):
-    app = start(place / "runs", "one", login=Login("ada", "lovelace-1843"))
+    app = start_app(place / "runs", "one", login=Login("ada", "lovelace-1843"))
     yield app
     app.page.close()
 
