@@ -54,7 +54,7 @@ Text = str | tuple[Message, ...]
 
 
 class Extras(NamedTuple):
-    """What a row says besides its texts: numbers of one row, or (B,) vectors of a batch. The defaults say nothing.
+    """Numbers of a row besides its texts, or (B,) vectors of a batch. The defaults change no loss.
 
     label      the probability that `chosen` is the better completion (a soft label)
     weight     what the pair's loss is multiplied by
@@ -68,7 +68,7 @@ class Extras(NamedTuple):
     desirable: Any = 1.0
 
 
-NOTHING_SAID = Extras()
+NO_EXTRAS = Extras()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Preference:
 
     `prompt` is plain text or the turns before the completion. `chosen` and `rejected` are one answer each: plain
     text, or a tuple of one assistant `Message`. `where` names the source for error messages ("pairs.jsonl:37").
-    `prompt_id` ties together the rows of one prompt. `columns` keeps the row's other columns.
+    `columns` keeps the row's other columns.
     """
 
     prompt: Text
@@ -86,7 +86,7 @@ class Preference:
     where: str
     tools: tuple[Mapping[str, Any], ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
-    extras: Extras = NOTHING_SAID
+    extras: Extras = NO_EXTRAS
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class UnpairedExample:
     where: str
     tools: tuple[Mapping[str, Any], ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
-    extras: Extras = NOTHING_SAID
+    extras: Extras = NO_EXTRAS
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class Example:
     chosen: np.ndarray
     rejected: np.ndarray
     where: str
-    extras: Extras = NOTHING_SAID
+    extras: Extras = NO_EXTRAS
 
 
 class Batch(NamedTuple):
@@ -143,11 +143,11 @@ class Batch(NamedTuple):
     chosen     (B,) int32, row index of each pair's chosen completion; rejected likewise
     weight     (B,) float32, 1, or 0 for a pair that only fills the batch
     per_prompt how many rows each prompt has, 0 when they differ; static
-    extras     what the pairs' rows say besides their texts, each field (B,) float32
+    extras     numbers of the pairs' rows besides their texts, each field (B,) float32
     ref_shared (2, B) float32, the reference's log-probs of the first min(|chosen|, |rejected|) tokens of each pair's
                two completions, nats; None unless the objective asks (LD-DPO)
-    parts      the same rows and pairs in their order as several batches, which a CPU computes side by side (`lanes`);
-               () where it is computed whole
+    parts      the same rows and pairs in their order as several batches, which a CPU computes side by side; () where
+               it is computed whole
     """
 
     prefix: mx.array

@@ -6,8 +6,8 @@ import mlxdpo  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
-def lanes(monkeypatch):
-    """Batches are computed whole, as on a Mac, however many cores are here; called with a number, in as many lanes."""
+def streams_here(monkeypatch):
+    """Batches are computed whole, as on a Mac, whatever cores are here; called with a number, in so many streams."""
 
     def count(number):
         """From now on in this test."""

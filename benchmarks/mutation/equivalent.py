@@ -16,9 +16,9 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "_check_knobs: continue -> break [1]": "behind f_alpha come only switches, over which the loop goes anyway",
     },
     "mlxdpo/losses/modifiers.py": {
-        "shortened: pairs.shared is not None and pairs.ref_shared is not None -> pairs.shared is not None or"
+        "ld_pairs: pairs.shared is not None and pairs.ref_shared is not None -> pairs.shared is not None or"
         " pairs.ref_shared is not None": "an assertion about ourselves: both are scored together or neither",
-        "shortened_ratios: pairs.shared is not None and pairs.ref_shared is not None -> pairs.shared is not None or"
+        "ld_log_ratios: pairs.shared is not None and pairs.ref_shared is not None -> pairs.shared is not None or"
         " pairs.ref_shared is not None": "an assertion about ourselves: both are scored together or neither",
     },
     "mlxdpo/losses/ratios.py": {

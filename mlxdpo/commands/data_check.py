@@ -41,7 +41,7 @@ def run(path: str, /, *, config: Annotated[CheckConfig, Parameter(name="*")] = N
     json
         Machine-readable.
     """
-    from mlxdpo.data.check import examine, lines
+    from mlxdpo.data.check import check_rows, finding_lines
     from mlxdpo.data.read import heldout_source, read_preferences
     from mlxdpo.data.reasons import NO_PREFERENCE
 
@@ -50,13 +50,13 @@ def run(path: str, /, *, config: Annotated[CheckConfig, Parameter(name="*")] = N
     source = heldout_source(data)
     heldout = None if source is None else read_preferences(data, *source)[0]
     seen = _as_seen(rows, data, config.model) if config.model.path else None
-    found = examine(rows, report, path, heldout, seen and seen.counts, data.max_length if seen else None)
+    found = check_rows(rows, report, path, heldout, seen and seen.counts, data.max_length if seen else None)
     bad = sum(n for reason, n in found.refused.items() if reason not in NO_PREFERENCE)
     if json:
         extra = {"would_stop": bad, "first_pair": None if seen is None else seen.first._asdict()}
         print(jsonlib.dumps(found.as_dict() | extra, indent=2, ensure_ascii=False))
     else:
-        _show_findings(lines(found), seen, bad)
+        _show_findings(finding_lines(found), seen, bad)
     return 2 if bad else 0
 
 

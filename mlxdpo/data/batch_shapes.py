@@ -1,7 +1,7 @@
 """Which shapes the batches of a run have: few where each is compiled, close to what the rows hold where none is.
 
 MLX keeps every trace of a compiled step for good, so a run over real text, in which hardly two batches are alike, must
-not have a shape for each. `plan_frames` chooses a bounded number that waste least on the batches of the first epoch;
+not have a shape for each. `plan_shapes` chooses a bounded number that waste least on the batches of the first epoch;
 one more holds anything.
 """
 
@@ -18,7 +18,7 @@ from mlxdpo.machine.device import most_traces
 
 PREFIX_STEP = 32  # tokens: how finely the shared prefix follows the shortest prompt
 SAMPLE = 2000  # batches that are looked at
-CUTS = 128  # places between sorted batches where one frame may end and the next begin
+CUTS = 128  # places between sorted batches where one shape may end and the next begin
 
 
 class BatchSize(NamedTuple):
@@ -51,13 +51,13 @@ class BatchShape(NamedTuple):
     scored: int
     pairs: int
 
-    def holds(self, need: BatchSize) -> bool:
+    def holds(self, size: BatchSize) -> bool:
         """Whether a batch fits."""
-        counts = self.prompts >= need.prompts and self.rows >= need.rows and self.pairs >= need.pairs
+        counts = self.prompts >= size.prompts and self.rows >= size.rows and self.pairs >= size.pairs
         # A row's suffix needs a token of the prompt to predict its first completion token from.
-        tokens = self.shared < need.shortest and self.width >= need.longest - self.shared
-        rest = need.distinct - need.prompts * self.shared
-        return counts and tokens and self.rest >= rest and self.scored >= need.scored
+        tokens = self.shared < size.shortest and self.width >= size.longest - self.shared
+        rest = size.distinct - size.prompts * self.shared
+        return counts and tokens and self.rest >= rest and self.scored >= size.scored
 
     @property
     def tokens(self) -> int:
@@ -88,43 +88,43 @@ def batch_size_of(examples: Examples, indices: Indices) -> BatchSize:
     return BatchSize(*counts, int(prompt.min()), longest, distinct, int(completion.sum()))
 
 
-def shape_for(needs: Sequence[BatchSize], batch_size: int) -> BatchShape:
-    """The smallest frame that holds all of `needs`, lengths rounded up."""
+def shape_for(sizes: Sequence[BatchSize], batch_size: int) -> BatchShape:
+    """The smallest shape that holds all of `sizes`, lengths rounded up."""
     prompts, rows, pairs, longest, scored = (
-        max(getattr(need, name) for need in needs) for name in ("prompts", "rows", "pairs", "longest", "scored")
+        max(getattr(size, name) for size in sizes) for name in ("prompts", "rows", "pairs", "longest", "scored")
     )
-    shared = shared_prefix(min(need.shortest for need in needs))
-    rest = max(need.distinct - need.prompts * shared for need in needs)
+    shared = shared_prefix(min(size.shortest for size in sizes))
+    rest = max(size.distinct - size.prompts * shared for size in sizes)
     room = batch_size if pairs <= batch_size else bucket(pairs)
     return BatchShape(prompts, shared, rows, bucket(longest - shared), bucket(rest), bucket(scored), room)
 
 
-def choose_shape(need: BatchSize, frames: Iterable[BatchShape], batch_size: int) -> BatchShape:
-    """The cheapest of `frames` that holds a batch, or one of its own where there are none to choose from.
+def choose_shape(size: BatchSize, shapes: Iterable[BatchShape], batch_size: int) -> BatchShape:
+    """The cheapest of `shapes` that holds a batch, or one of its own where there are none to choose from.
 
-    Raises `ValueError` when there are frames and none holds it.
+    Raises `ValueError` when there are shapes and none holds it.
     """
-    if not frames:
-        return shape_for([need], batch_size)
-    fitting = [frame for frame in frames if frame.holds(need)]
+    if not shapes:
+        return shape_for([size], batch_size)
+    fitting = [shape for shape in shapes if shape.holds(size)]
     if not fitting:
-        raise ValueError(f"no frame holds a batch of {need}")
-    return min(fitting, key=lambda frame: (frame.tokens, frame.rows * frame.width))
+        raise ValueError(f"no shape holds a batch of {size}")
+    return min(fitting, key=lambda shape: (shape.tokens, shape.rows * shape.width))
 
 
 def batch_shapes_for(examples: Examples, batches: Sequence[Indices], batch_size: int) -> tuple[BatchShape, ...]:
-    """The frames of a run on this machine, from its first batches; none where nothing is compiled."""
+    """The shapes of a run on this machine, from its first batches; none where nothing is compiled."""
     limit = most_traces()
     return plan_shapes(examples, batches[:SAMPLE], batch_size, limit) if limit and batches else ()
 
 
 def plan_shapes(examples: Examples, batches: Sequence[Indices], batch_size: int, limit: int) -> tuple[BatchShape, ...]:
-    """At most `limit` frames for batches like these; the last holds every batch that can be made of the examples."""
-    needs = sorted((batch_size_of(examples, indices) for indices in batches), key=lambda need: (need.distinct, need))
-    distinct = np.array([need.distinct for need in needs])
+    """At most `limit` shapes for batches like these; the last holds every batch that can be made of the examples."""
+    sizes = sorted((batch_size_of(examples, indices) for indices in batches), key=lambda size: (size.distinct, size))
+    distinct = np.array([size.distinct for size in sizes])
     ends = cut_points(distinct, limit - 1)
-    frames = [shape_for(needs[a:b], batch_size) for a, b in zip([0, *ends], ends, strict=False)]
-    return tuple(dict.fromkeys([*frames, _anything(examples, batch_size)]))
+    shapes = [shape_for(sizes[a:b], batch_size) for a, b in zip([0, *ends], ends, strict=False)]
+    return tuple(dict.fromkeys([*shapes, _largest_shape(examples, batch_size)]))
 
 
 def cut_points(sizes: np.ndarray, count: int) -> list[int]:
@@ -151,7 +151,7 @@ def cut_points(sizes: np.ndarray, count: int) -> list[int]:
     return ends[::-1]
 
 
-def _anything(examples: Examples, batch_size: int) -> BatchShape:
+def _largest_shape(examples: Examples, batch_size: int) -> BatchShape:
     rows, lengths = 2 * batch_size, examples.lengths
     longest, completion = int(examples.row_lengths.max()) - 1, int(lengths[:, 1:].max())
     pairs = bucket(max(rows * (rows - 1), batch_size))  # contradicting pairs are two

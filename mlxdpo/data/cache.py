@@ -75,11 +75,11 @@ class Spool:
 def _back(name: str, value: Any) -> Any:
     """A field out of JSON, which knows lists alone."""
     if name in ("prompt", "chosen", "rejected", "completion"):
-        return _text(value)
+        return _key_text(value)
     return {"tools": tuple, "extras": lambda numbers: Extras(*numbers)}.get(name, lambda same: same)(value)
 
 
-def _text(value: Any) -> Text:
+def _key_text(value: Any) -> Text:
     return value if isinstance(value, str) else tuple(Message(*turn) for turn in value)
 
 
@@ -99,7 +99,7 @@ def source_key(data: DataConfig, seed: int) -> str | None:
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     drawn = named is None and data.eval_fraction > 0
     settings = data.model_dump(mode="json", exclude={"path", "eval", "group"})
-    return json_digest([sources, settings, seed if drawn else None, _code(), libraries])[:32]
+    return json_digest([sources, settings, seed if drawn else None, _code_digest(), libraries])[:32]
 
 
 def encoding_key(template: str, writer: Writer) -> str:
@@ -125,7 +125,7 @@ def publish_dataset(path: Path, target: Path) -> None:
 
 
 @functools.cache
-def _code() -> str:
+def _code_digest() -> str:
     """Digest of this room's own source: changed code cannot find what the old code made."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):

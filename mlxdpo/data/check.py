@@ -25,7 +25,7 @@ Rows = Sequence[Preference] | Sequence[UnpairedExample]
 
 
 @dataclass(frozen=True)
-class Spread:
+class LengthSpread:
     """A distribution of lengths by nearest rank: half are at most `median`, 95 % at most `p95`."""
 
     median: int
@@ -34,7 +34,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Findings:
+class DataFindings:
     """What a preference set holds. Shares are between 0 and 1; None means not asked for or not defined.
 
     longer         share of pairs whose chosen completion is the longer one, in `unit`
@@ -55,8 +55,8 @@ class Findings:
     ties: int
     prompts: int
     most_per_prompt: int
-    characters: dict[str, Spread]
-    tokens: dict[str, Spread] | None
+    characters: dict[str, LengthSpread]
+    tokens: dict[str, LengthSpread] | None
     unit: str
     longer: float | None
     always_longer: float | None
@@ -71,14 +71,14 @@ class Findings:
         return dataclasses.asdict(self)
 
 
-def examine(
+def check_rows(
     rows: Rows,
     report: Report,
     source: str,
     heldout: Rows | None = None,
     tokens: Sequence[Sequence[int]] | None = None,
     limit: int | None = None,
-) -> Findings:
+) -> DataFindings:
     """The findings on `rows` (one or more) as `read_preferences` gave them together with `report`.
 
     `tokens` holds, per row, the lengths (prompt, chosen, rejected), or (prompt, completion) for opinions, before
@@ -88,11 +88,11 @@ def examine(
     if not rows:
         raise ValueError("no rows to examine")
     characters = [_characters(row) for row in rows]
-    pairs, kind = isinstance(rows[0], Preference), _kind(rows[0], report)
+    pairs, kind = isinstance(rows[0], Preference), _row_kind(rows[0], report)
     per_prompt = Counter(prompt_key(row.prompt) for row in rows)
     measured = tokens or characters
     over = None if tokens is None or limit is None else sum(n[0] + max(n[1:]) > limit for n in tokens)
-    return Findings(
+    return DataFindings(
         source=source,
         format=report.format,
         kind=kind,
@@ -108,9 +108,9 @@ def examine(
         characters=_spreads(characters),
         tokens=_spreads(tokens) if tokens else None,
         unit="tokens" if tokens else "characters",
-        longer=_share([chosen > rejected for _, chosen, rejected in measured]) if pairs else None,
-        always_longer=_share([_longer_wins(a, b) for _, a, b in measured]) if pairs else None,
-        desirable=_share([row.desirable for row in rows]) if kind == "opinions" else None,  # type: ignore[union-attr]
+        longer=_share_text([chosen > rejected for _, chosen, rejected in measured]) if pairs else None,
+        always_longer=_share_text([_longer_wins(a, b) for _, a, b in measured]) if pairs else None,
+        desirable=_share_text([row.desirable for row in rows]) if kind == "opinions" else None,  # type: ignore[union-attr]
         limit=limit,
         over_limit=over,
         heldout=None if heldout is None else len(heldout),
@@ -118,7 +118,7 @@ def examine(
     )
 
 
-def _kind(row: Preference | UnpairedExample, report: Report) -> str:
+def _row_kind(row: Preference | UnpairedExample, report: Report) -> str:
     """pairs; opinions where rows say whether they are liked; else demonstrations, which are to be imitated."""
     if isinstance(row, Preference):
         return "pairs"
@@ -128,45 +128,45 @@ def _kind(row: Preference | UnpairedExample, report: Report) -> str:
 
 def _characters(row: Preference | UnpairedExample) -> tuple[int, ...]:
     if isinstance(row, UnpairedExample):
-        return _size(row.prompt), _size(row.completion)
-    return _size(row.prompt), _size(row.chosen), _size(row.rejected)
+        return _lengths_line(row.prompt), _lengths_line(row.completion)
+    return _lengths_line(row.prompt), _lengths_line(row.chosen), _lengths_line(row.rejected)
 
 
-def _size(text: Text) -> int:
+def _lengths_line(text: Text) -> int:
     return len(text) if isinstance(text, str) else sum(len(turn.content) for turn in text)
 
 
-def _spreads(lengths: Sequence[Sequence[int]]) -> dict[str, Spread]:
+def _spreads(lengths: Sequence[Sequence[int]]) -> dict[str, LengthSpread]:
     names = ("prompt", "chosen", "rejected") if len(lengths[0]) == 3 else ("prompt", "completion")
-    return {name: spread(column) for name, column in zip(names, zip(*lengths, strict=True), strict=True)}
+    return {name: length_spread(column) for name, column in zip(names, zip(*lengths, strict=True), strict=True)}
 
 
-def spread(lengths: Sequence[int]) -> Spread:
+def length_spread(lengths: Sequence[int]) -> LengthSpread:
     """Median, 95th percentile and maximum of one or more lengths, each one of the lengths (nearest rank)."""
     ordered = sorted(lengths)
     median, p95 = (ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.95))
-    return Spread(median, p95, ordered[-1])
+    return LengthSpread(median, p95, ordered[-1])
 
 
 def _longer_wins(chosen: int, rejected: int) -> float:
     return 0.5 if chosen == rejected else float(chosen > rejected)
 
 
-def _share(values: Sequence[float]) -> float:
+def _share_text(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def lines(found: Findings) -> list[str]:
+def finding_lines(found: DataFindings) -> list[str]:
     """The findings as plain sentences, the most general first."""
     report = Report(refused=found.refused, changed=found.changed, first=found.first)
     said = [
         f"{found.source}: {found.kept} {found.kind} from {found.read} rows, read as {_format(found.format)}.",
         *(f"{line[0].upper()}{line[1:]}." for line in report.lines()),
         _prompts(found),
-        _lengths("Characters", found.characters),
+        _length_line("Characters", found.characters),
     ]
     if found.tokens:
-        said.append(_lengths("Tokens", found.tokens))
+        said.append(_length_line("Tokens", found.tokens))
     return [*said, *_limits(found), *_bias(found), *_overlap(found)]
 
 
@@ -174,25 +174,25 @@ def _format(name: str) -> str:
     return f"{name} ({FORMATS[name].about})" if name in FORMATS else name or "an unnamed shape"
 
 
-def _prompts(found: Findings) -> str:
+def _prompts(found: DataFindings) -> str:
     mean = found.kept / found.prompts
     return (
         f"{found.prompts} distinct prompts, {mean:.2f} {found.kind} each on average, {found.most_per_prompt} at most."
     )
 
 
-def _lengths(unit: str, spreads: dict[str, Spread]) -> str:
+def _length_line(unit: str, spreads: dict[str, LengthSpread]) -> str:
     parts = [f"{name} {s.median} / {s.p95} / {s.longest}" for name, s in spreads.items()]
     return f"{unit} (median / 95 % / longest): {', '.join(parts)}."
 
 
-def _limits(found: Findings) -> list[str]:
+def _limits(found: DataFindings) -> list[str]:
     if found.over_limit is None:
         return []
     return [f"{found.over_limit} of {found.kept} {found.kind} are longer than {found.limit} tokens."]
 
 
-def _bias(found: Findings) -> list[str]:
+def _bias(found: DataFindings) -> list[str]:
     if found.desirable is not None:
         ups = round(found.desirable * found.kept)
         weighed = balance(np.repeat([1.0, 0.0], [ups, found.kept - ups]), 1, 1)
@@ -205,7 +205,7 @@ def _bias(found: Findings) -> list[str]:
     ]
 
 
-def _overlap(found: Findings) -> list[str]:
+def _overlap(found: DataFindings) -> list[str]:
     if found.overlap is None:
         return []
     if found.overlap == 0:

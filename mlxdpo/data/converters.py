@@ -15,7 +15,7 @@ from mlxdpo.data.messages import (
     as_turns,
     extra_id_turns,
     one_answer,
-    prompt_of,
+    prompt_of_row,
     prompt_turns,
     split_last_turns,
     split_transcripts,
@@ -28,8 +28,8 @@ Items = Sequence[Preference | UnpairedExample]
 
 def text_pair(row: Row) -> Items:
     """Plain prompt and completions, as they stand."""
-    prompt = prompt_of(row.values, "prompt")
-    return [_pair(row, prompt, answer(row.values, "chosen", prompt), answer(row.values, "rejected", prompt))]
+    prompt = prompt_of_row(row.values, "prompt")
+    return [_preference(row, prompt, answer(row.values, "chosen", prompt), answer(row.values, "rejected", prompt))]
 
 
 def system_text(row: Row) -> Items:
@@ -43,16 +43,16 @@ def orca(row: Row) -> Items:
 
 
 def _with_system(row: Row, column: str) -> Items:
-    question = (Message("user", fields.text(row.values, column)),)
+    question = (Message("user", fields.checked_text(row.values, column)),)
     system = row.values.get("system") or ""
-    turns = (Message("system", fields.text(row.values, "system")), *question) if system.strip() else question
+    turns = (Message("system", fields.checked_text(row.values, "system")), *question) if system.strip() else question
     prompt = prompt_turns(turns)
-    return [_pair(row, prompt, answer(row.values, "chosen", prompt), answer(row.values, "rejected", prompt))]
+    return [_preference(row, prompt, answer(row.values, "chosen", prompt), answer(row.values, "rejected", prompt))]
 
 
 def implicit(row: Row) -> Items:
     """The prompt is the turns that both conversations share; what differs is one assistant turn."""
-    return [_pair(row, *split_last_turns(row.values))]
+    return [_preference(row, *split_last_turns(row.values))]
 
 
 def turns(row: Row) -> Items:
@@ -62,7 +62,7 @@ def turns(row: Row) -> Items:
         return text_pair(row)
     prompt, chosen, rejected = split_last_turns(row.values)
     asked, said = (
-        _squeezed(fields.text(row.values, "prompt")),
+        _squeezed(fields.checked_text(row.values, "prompt")),
         [_squeezed(m.content) for m in prompt if m.content],
     )
     if not any(asked in turn or turn in asked for turn in said if turn):
@@ -71,7 +71,7 @@ def turns(row: Row) -> Items:
             '"prompt" is in none of the shared turns of "chosen" and "rejected"; '
             "set data.format to implicit if the turns are right",
         )
-    return [_pair(row, prompt, chosen, rejected)]
+    return [_preference(row, prompt, chosen, rejected)]
 
 
 def _squeezed(text: str) -> str:
@@ -80,12 +80,12 @@ def _squeezed(text: str) -> str:
 
 def hh(row: Row) -> Items:
     """Human:/Assistant: transcripts, split at the last Assistant: of the chosen one."""
-    return [_pair(row, *split_transcripts(row.values))]
+    return [_preference(row, *split_transcripts(row.values))]
 
 
 def opinion(row: Row) -> Items:
     """One completion with a thumb up or down."""
-    prompt = prompt_of(row.values, "prompt")
+    prompt = prompt_of_row(row.values, "prompt")
     completion = answer(row.values, "completion", prompt)
     if not isinstance(completion, str):
         prompt = as_turns(prompt)
@@ -94,7 +94,7 @@ def opinion(row: Row) -> Items:
 
 def demonstration(row: Row) -> Items:
     """One completion that is worth imitating."""
-    prompt = prompt_of(row.values, "prompt")
+    prompt = prompt_of_row(row.values, "prompt")
     completion = answer(row.values, "completion", prompt)
     return [UnpairedExample(prompt if isinstance(completion, str) else as_turns(prompt), completion, True, row.where)]
 
@@ -113,17 +113,17 @@ def conversation(row: Row) -> Items:
 
 def signed_strength(row: Row) -> Items:
     """preference_strength above zero: response_2 is better (the HelpSteer3 card's sign); zero is a tie."""
-    strength = fields.number(row.values, "preference_strength")
+    strength = fields.checked_number(row.values, "preference_strength")
     if strength == 0:
         raise BadRow(reasons.TIED, '"preference_strength" is 0: neither response is better')
     better, worse = ("response_2", "response_1") if strength > 0 else ("response_1", "response_2")
-    prompt = prompt_turns(extra_id_turns(fields.text(row.values, "prompt")))
-    return [_pair(row, prompt, answer(row.values, better, prompt), answer(row.values, worse, prompt))]
+    prompt = prompt_turns(extra_id_turns(fields.checked_text(row.values, "prompt")))
+    return [_preference(row, prompt, answer(row.values, better, prompt), answer(row.values, worse, prompt))]
 
 
 def helpsteer(row: Row) -> Items:
     """Rated responses of one prompt, gathered; the one rated more helpful is chosen."""
-    prompt = prompt_turns(extra_id_turns(fields.text(row.values, "prompt")))
+    prompt = prompt_turns(extra_id_turns(fields.checked_text(row.values, "prompt")))
     return _ranked(row, prompt, row.values["completions"], row.values["scores"])
 
 
@@ -143,7 +143,7 @@ def gather_helpsteer(rows: Sequence[Row]) -> Row:
 
 def ranked(row: Row) -> Items:
     """K scored completions of one prompt make a pair of every two whose scores differ, at most K(K-1)/2."""
-    prompt = prompt_of(row.values, "prompt")
+    prompt = prompt_of_row(row.values, "prompt")
     return _ranked(row, prompt, row.values["completions"], row.values["scores"])
 
 
@@ -156,27 +156,27 @@ def _ranked(row: Row, prompt: Text, completions: Sequence[str], scores: Sequence
     pairs = [(a, b) for i, (high, a) in enumerate(found) for low, b in found[i + 1 :] if high > low]
     if not pairs:
         raise BadRow(reasons.TIED, f"all {len(scores)} completions have the score {float(scores[0]):g}")
-    return [_pair(row, prompt, better, worse) for better, worse in pairs]
+    return [_preference(row, prompt, better, worse) for better, worse in pairs]
 
 
 def reddit(row: Row) -> Items:
     """SHP: labels 1: comment A is better. Vote ratios below 2 are left out, as the data card advises."""
-    if "score_ratio" in row.values and (ratio := fields.number(row.values, "score_ratio")) < 2:
+    if "score_ratio" in row.values and (ratio := fields.checked_number(row.values, "score_ratio")) < 2:
         raise BadRow(reasons.WEAK, f'"score_ratio" is {ratio:g}, below 2')
     first, second = "human_ref_A", "human_ref_B"
     better, worse = (first, second) if fields.flag(row.values, "labels") else (second, first)
-    prompt = prompt_of(row.values, "history")
-    return [_pair(row, prompt, answer(row.values, better, prompt), answer(row.values, worse, prompt))]
+    prompt = prompt_of_row(row.values, "history")
+    return [_preference(row, prompt, answer(row.values, better, prompt), answer(row.values, worse, prompt))]
 
 
 def revision(row: Row) -> Items:
     """Constitutional AI: the revised response is chosen over the first one."""
-    prompt = prompt_of(row.values, "init_prompt")
+    prompt = prompt_of_row(row.values, "init_prompt")
     better, worse = (answer(row.values, name, prompt) for name in ("revision_response", "init_response"))
-    return [_pair(row, prompt, better, worse)]
+    return [_preference(row, prompt, better, worse)]
 
 
-def _pair(row: Row, prompt: Text, chosen: Text, rejected: Text) -> Preference:
+def _preference(row: Row, prompt: Text, chosen: Text, rejected: Text) -> Preference:
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow(reasons.WRONG_TYPE, "one completion is text and the other messages; expected the same of both")
     return Preference(prompt if isinstance(chosen, str) else as_turns(prompt), chosen, rejected, row.where)

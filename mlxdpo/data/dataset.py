@@ -1,7 +1,7 @@
 """From a recipe's `data` section to encoded training and held-out pairs, with everything that happened to the rows.
 
-Rows stream: source → `spool` → tokens in flat files (`store`), which are kept by content (`kept`), so that a second
-start opens them and reads nothing. Never are all rows or all tokens in memory.
+Rows stream: source → `Spool` → tokens in flat files (`examples.py`), which are cached by content (`cache.py`), so that
+a second start opens them and reads nothing. All rows or all tokens are never in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from mlxdpo.config import DataConfig
 from mlxdpo.data.cache import STAGING, Spool, encoding_key, pairs_folder, publish_dataset, source_key
 from mlxdpo.data.encode import encode_stream
-from mlxdpo.data.examples import Examples, open_examples, writing
+from mlxdpo.data.examples import Examples, open_examples, write_examples
 from mlxdpo.data.read import heldout_prompts, heldout_source, stream_rows
 from mlxdpo.data.report import Report
 from mlxdpo.data.template import Writer, probe, template_digest
@@ -98,17 +98,17 @@ def reading(data: DataConfig, seed: int, take: Transform) -> Generator[Sofar, No
     """`read_split`, saying now and then how far it is."""
     if not data.path:
         raise UserError("no data given; pass --data with a file, a folder, or a Hub dataset id")
-    key = _key(data, seed, take)
+    key = _split_key(data, seed, take)
     known = key is not None and (pairs_folder() / key).exists()
-    return Split(key, seed, None if known else (yield from _read(data, take)), take)
+    return Split(key, seed, None if known else (yield from _read_parts(data, take)), take)
 
 
-def _key(data: DataConfig, seed: int, take: Transform) -> str | None:
+def _split_key(data: DataConfig, seed: int, take: Transform) -> str | None:
     source = source_key(data, seed)
     return source if source is None or take is PAIRS else f"{source}-{take.name}"
 
 
-def _read(data: DataConfig, take: Transform) -> Generator[Sofar, None, Clean]:
+def _read_parts(data: DataConfig, take: Transform) -> Generator[Sofar, None, Clean]:
     source, reports, spools = heldout_source(data), {}, []
     for name, place in (("data", ()), ("held-out data", source)):
         if place is None:
@@ -135,18 +135,18 @@ def encoding(
     template, writer = template_digest(tokenizer, data), probe(tokenizer, data, eos_ids)
     target = None if split.key is None else pairs_folder() / split.key / encoding_key(template, writer)
     if target and target.exists():
-        return _open(target, template)
-    clean = split.clean or (yield from _read(data, split.take))
+        return _open_dataset(target, template)
+    clean = split.clean or (yield from _read_parts(data, split.take))
     with staging_folder(pairs_folder(), STAGING) as folder:
-        yield from _write(folder, clean, split, data, writer)
+        yield from _write_dataset(folder, clean, split, data, writer)
         # A source that changed while it was read is not kept under the name it had.
-        if target is None or _key(data, split.seed, split.take) != split.key:
-            return _open(folder, template)  # files that are mapped outlive their names
+        if target is None or _split_key(data, split.seed, split.take) != split.key:
+            return _open_dataset(folder, template)  # files that are mapped outlive their names
         publish_dataset(folder, target)
-    return _open(target, template)
+    return _open_dataset(target, template)
 
 
-def _write(folder: Path, clean: Clean, split: Split, data: DataConfig, writer: Writer) -> Iterator[Sofar]:
+def _write_dataset(folder: Path, clean: Clean, split: Split, data: DataConfig, writer: Writer) -> Iterator[Sofar]:
     total = clean.rows.count + (0 if clean.heldout is None else clean.heldout.count)
     reports = {**clean.reports, "encoding": Report(), "held-out encoding": Report()}
     if clean.heldout is None:
@@ -157,7 +157,7 @@ def _write(folder: Path, clean: Clean, split: Split, data: DataConfig, writer: W
     for name, rows, report in (("train", train, "encoding"), ("heldout", heldout, "held-out encoding")):
         encoded = encode_stream(rows, writer, data, reports[report])
         others = open_examples(folder / "train")[:ELSEWHERE] if name == "heldout" else []
-        for _ in writing(folder / name, split.take.lay_out(encoded, data, reports[report], others)):
+        for _ in write_examples(folder / name, split.take.lay_out(encoded, data, reports[report], others)):
             yield Sofar("encoding", reports["encoding"].read + reports["held-out encoding"].read, total)
     if not reports["encoding"].kept:
         why = "; ".join(line for report in reports.values() for line in report.lines()) or "all were held out"
@@ -167,7 +167,7 @@ def _write(folder: Path, clean: Clean, split: Split, data: DataConfig, writer: W
     write_text(folder / "told.json", json.dumps(with_checksum(told)))  # escaped: a row's name may hold half a character
 
 
-def _open(folder: Path, template: str) -> Dataset:
+def _open_dataset(folder: Path, template: str) -> Dataset:
     try:
         told = read_checksummed_json(folder / "told.json")
         train, heldout = open_examples(folder / "train"), open_examples(folder / "heldout")

@@ -27,7 +27,7 @@ class DroppedRow(BadRow):
     """A row left out because the settings say so; nothing is wrong with it, so it never stops a run."""
 
 
-def fit(
+def fit_to_limit(
     where: str,
     prompt: np.ndarray,
     completions: list[np.ndarray],
@@ -133,7 +133,7 @@ def encode_prompt(
     except BadRow as bad:
         raise UserError(f"prompt: {bad.sentence}") from None
     ids = writer.ids([rendered.prompt])[0]
-    return np.array(_begin(ids, writer) if rendered.plain else _one_bos(ids, writer), np.int32)
+    return np.array(_cut_beginning(ids, writer) if rendered.plain else _one_bos(ids, writer), np.int32)
 
 
 def shown_example(example: Example, tokenizer: Any) -> Shown:
@@ -191,7 +191,7 @@ def _example(
     try:
         prompt, completions = split_completion(ids, rendered, writer, changes)
         _differ(completions)
-        prompt, completions = fit(row.where, prompt, completions, writer.bos, data, changes)
+        prompt, completions = fit_to_limit(row.where, prompt, completions, writer.bos, data, changes)
         _differ(completions)  # truncation may have cut off where they differ
     except BadRow as bad:
         report.refuse(row.where, bad, "skip" if isinstance(bad, DroppedRow) else data.on_bad_row)
@@ -219,7 +219,7 @@ def split_completion(
     The boundary is the common token prefix, the shortest over the completions, so that they share their
     prompt. Raises `BadRow` for an empty prompt and for an end-of-sequence token in mid-completion.
     """
-    begin = _begin if rendered.plain else _one_bos
+    begin = _cut_beginning if rendered.plain else _one_bos
     prompt, *fulls = (np.array(begin(i, writer), np.int32) for i in ids)
     boundary = min(_common_prefix(prompt, full) for full in fulls)
     if boundary < len(prompt) and all(full.startswith(rendered.prompt) for full in rendered.fulls):
@@ -247,7 +247,7 @@ def _ended(completion: np.ndarray, writer: Writer) -> np.ndarray:
     return np.append(completion, np.int32(writer.eos))
 
 
-def _begin(ids: list[int], writer: Writer) -> list[int]:
+def _cut_beginning(ids: list[int], writer: Writer) -> list[int]:
     """Plain text with the tokenizer's BOS, unless the text brings it."""
     start = list(writer.start)
     return _one_bos(ids if ids[: len(start)] == start else start + ids, writer)

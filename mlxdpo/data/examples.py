@@ -27,7 +27,7 @@ from typing import overload
 import numpy as np
 
 from mlxdpo.io.checksum import DamagedError, read_checksummed_json, write_checksummed_json
-from mlxdpo.types import NOTHING_SAID, Example, Extras
+from mlxdpo.types import NO_EXTRAS, Example, Extras
 
 FLUSH = 1000  # pairs in memory while writing
 
@@ -123,7 +123,7 @@ def row_digest(prompt: np.ndarray, completion: np.ndarray) -> bytes:
     return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
-def writing(folder: Path, examples: Iterable[Example]) -> Iterator[None]:
+def write_examples(folder: Path, examples: Iterable[Example]) -> Iterator[None]:
     """Write pairs as they come, never holding more than a few; `open_examples` reads them.
 
     Pauses after every `FLUSH` pairs for a caller who shows how far it is, or stops it; all is written when it ends. The
@@ -134,7 +134,7 @@ def writing(folder: Path, examples: Iterable[Example]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in _LAYOUT}
         sums = {name: hashlib.sha256() for name in _LAYOUT}
-        for some in _chunks(examples):
+        for some in _flush_chunks(examples):
             parts, hashed = _pack(some)
             digest.update(hashed)
             for name, raw in parts.items():
@@ -155,12 +155,12 @@ def open_examples(folder: Path) -> Examples:
 
     Every byte is read for that once, about a second for a gigabyte: a wrong token would be trained on and not seen.
     """
-    _check(folder)
+    _check_sums(folder)
     arrays = {name: _typed(_mapped(folder / name), name) for name in _LAYOUT}
     return Examples(**arrays, digest=(folder / "digest").read_text())
 
 
-def _check(folder: Path) -> None:
+def _check_sums(folder: Path) -> None:
     for name, then in read_checksummed_json(folder / "sums").items():
         try:
             with (folder / name).open("rb") as file:
@@ -192,7 +192,7 @@ def _mapped(file: Path) -> np.ndarray:
     return np.asarray(np.memmap(file, np.uint8, "r"))
 
 
-def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
+def _flush_chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
     left = iter(examples)
     while some := list(itertools.islice(left, FLUSH)):
         yield some
@@ -212,6 +212,6 @@ def _pack(examples: Sequence[Example]) -> tuple[dict[str, bytes], bytes]:
         "prompts": b"".join(prompt_digest(prompt) for prompt, *_ in parts),
         "extras": np.array([e.extras for e in examples], "<f4").tobytes(),
     }
-    said = [b"" if e.extras == NOTHING_SAID else np.array(e.extras, "<f4").tobytes() for e in examples]
+    said = [b"" if e.extras == NO_EXTRAS else np.array(e.extras, "<f4").tobytes() for e in examples]
     counted = (part + ([extras] if extras else []) for part, extras in zip(ids, said, strict=True))
     return files, b"".join((len(raw) // 4).to_bytes(4, "little") + raw for part in counted for raw in part)

@@ -73,7 +73,7 @@ TEXTS = Kind("a list of text", lambda v: isinstance(v, list) and bool(v) and all
 NUMBERS = Kind("a list of numbers", lambda v: isinstance(v, list) and bool(v) and all(is_number(n) for n in v))
 
 
-def describe(value: Any) -> str:
+def describe_type(value: Any) -> str:
     """What a value is, for a sentence: "a Boolean", "a list of numbers", "null"."""
     if isinstance(value, list):
         return _describe_list(value)
@@ -88,7 +88,7 @@ def _describe_list(value: list[Any]) -> str:
         return "an empty list"
     if is_messages(value):
         return "messages" if any("role" in turn or "from" in turn for turn in value) else "a list of objects"
-    kinds = {describe(item) for item in value}
+    kinds = {describe_type(item) for item in value}
     plural = {"a number": "numbers", "text": "text", "a Boolean": "Booleans", "null": "nulls"}
     return f"a list of {plural.get(kinds.pop(), 'mixed values')}" if len(kinds) == 1 else "a list of mixed values"
 
@@ -115,11 +115,11 @@ def parsed(value: Any) -> Any:
     return found if is_messages(found) else value
 
 
-def text(values: Mapping[str, Any], name: str) -> str:
+def checked_text(values: Mapping[str, Any], name: str) -> str:
     """A text column. Refuses text that UTF-8 cannot hold, and messages printed as Python lists."""
     value = values[name]
     if not isinstance(value, str):
-        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {describe(value)}; expected text')
+        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {describe_type(value)}; expected text')
     _check_unicode(value, name)
     if _WRITTEN_MESSAGES.match(value):
         raise BadRow(reasons.WRONG_TYPE, f'"{name}" is a list of messages printed as text; expected JSON')
@@ -136,10 +136,10 @@ def _check_unicode(value: str, name: str) -> None:
         ) from None
 
 
-def number(values: Mapping[str, Any], name: str) -> float:
+def checked_number(values: Mapping[str, Any], name: str) -> float:
     """A number column, finite."""
     if not is_number(values[name]):
-        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {describe(values[name])}; expected a number')
+        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {describe_type(values[name])}; expected a number')
     return float(values[name])
 
 
@@ -147,7 +147,7 @@ def flag(values: Mapping[str, Any], name: str) -> bool:
     """A true-or-false column."""
     found = _flag(values[name])
     if found is None:
-        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {describe(values[name])}; expected true or false')
+        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {describe_type(values[name])}; expected true or false')
     return found
 
 
@@ -161,7 +161,7 @@ def messages(values: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     """A column of turns, `role`/`content` or ShareGPT's `from`/`value`, as messages with known roles."""
     value = values[name]
     if not is_messages(value):
-        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {describe(value)}; expected messages')
+        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {describe_type(value)}; expected messages')
     return tuple(_message(turn, f'turn {number} of "{name}"') for number, turn in enumerate(value, 1))
 
 
@@ -181,7 +181,7 @@ def _message(turn: Mapping[str, Any], place: str) -> Message:
     if content is None and extra.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
-        raise BadRow(reasons.WRONG_TYPE, f"the {content_key} of {place} is {describe(content)}; expected text")
+        raise BadRow(reasons.WRONG_TYPE, f"the {content_key} of {place} is {describe_type(content)}; expected text")
     _check_unicode(content, place.replace('"', "'"))
     return Message(role, content, extra)
 
@@ -197,5 +197,5 @@ def tools(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     if value is None or value in ("", []):
         return ()
     if not is_messages(value):
-        raise BadRow(reasons.WRONG_TYPE, f'"tools" is {describe(value)}; expected a list of tools')
+        raise BadRow(reasons.WRONG_TYPE, f'"tools" is {describe_type(value)}; expected a list of tools')
     return tuple(value)

@@ -1,7 +1,7 @@
 """The registry of row shapes, how a row's shape is detected, and how a row of a shape is converted and checked.
 
 Detection looks at columns *and types*, because well-known sets share column names with different contents. To
-add a shape: write its function in `shapes.py`, add a `Format`, add a row to the fixtures of the tests.
+add a shape: write its function in `converters.py`, add a `Format`, add a row to the fixtures of the tests.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from mlxdpo.data import converters, fields, reasons
 from mlxdpo.data.converters import Items
-from mlxdpo.data.fields import Kind, Row, describe, is_number
+from mlxdpo.data.fields import Kind, Row, describe_type, is_number
 from mlxdpo.data.report import BadRow
 from mlxdpo.types import Extras, Preference, UnpairedExample, UserError
 
@@ -54,14 +54,14 @@ def with_extras(items: Sequence[Item], rows: Sequence[Row], columns: Mapping[str
             reasons.WRONG_TYPE, f'the row makes several pairs, so "{next(iter(named.values()))}" belongs to none'
         )
     extras = Extras(
-        **{COLUMNS[name].field: _number(rows[0].values[name], own, COLUMNS[name]) for name, own in named.items()}
+        **{COLUMNS[name].field: _extra_number(rows[0].values[name], own, COLUMNS[name]) for name, own in named.items()}
     )
     yield from (dataclasses.replace(item, extras=extras) for item in items)
 
 
-def _number(value: Any, name: str, said: ExtraColumn) -> float:
+def _extra_number(value: Any, name: str, said: ExtraColumn) -> float:
     if not is_number(value):
-        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {describe(value)}; expected {said.expected}')
+        raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {describe_type(value)}; expected {said.expected}')
     if not said.fits(float(value)):
         raise BadRow(reasons.WRONG_TYPE, f'"{name}" is {float(value):g}; expected {said.expected}')
     return float(value)
@@ -255,7 +255,7 @@ def _misfit(shape: Format, row: Mapping[str, Any]) -> BadRow | None:
 
 
 def _wrong(name: str, kind: Kind, row: Mapping[str, Any]) -> BadRow:
-    return BadRow(reasons.WRONG_TYPE, f'"{name}" is {fields.describe(row[name])}; expected {kind.name}')
+    return BadRow(reasons.WRONG_TYPE, f'"{name}" is {fields.describe_type(row[name])}; expected {kind.name}')
 
 
 def convert(shape: Format, rows: Sequence[Row]) -> Items:

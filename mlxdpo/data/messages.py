@@ -19,11 +19,11 @@ _NEXT_MARK = re.compile(r"\n\n(Human|Assistant):")
 _EXTRA_ID = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
-def prompt_of(row: Mapping[str, Any], name: str) -> Text:
+def prompt_of_row(row: Mapping[str, Any], name: str) -> Text:
     """A prompt column: text, or turns with something said by a user."""
     if not isinstance(row[name], str):
         return prompt_turns(fields.messages(row, name))
-    text = fields.text(row, name)
+    text = fields.checked_text(row, name)
     if not text.strip():
         raise BadRow(reasons.EMPTY_PROMPT, f'"{name}" is empty; expected the text to answer')
     return text
@@ -46,7 +46,7 @@ def as_turns(prompt: Text) -> tuple[Message, ...]:
 def answer(row: Mapping[str, Any], name: str, prompt: Text) -> Text:
     """A completion column: text beside a text prompt, else one assistant turn, its repeated prompt taken off."""
     if isinstance(row[name], str) or not fields.is_messages(row[name]):
-        text = fields.text(row, name)
+        text = fields.checked_text(row, name)
         if not text.strip():
             raise BadRow(reasons.EMPTY_COMPLETION, f'"{name}" is empty; expected a completion')
         return text if isinstance(prompt, str) else (Message("assistant", text),)
@@ -83,7 +83,7 @@ def split_last_turns(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], Text,
 
 def split_transcripts(row: Mapping[str, Any]) -> tuple[Text, Text, Text]:
     """Two Human:/Assistant: transcripts as prompt turns and one assistant turn each."""
-    chosen, rejected = fields.text(row, "chosen"), fields.text(row, "rejected")
+    chosen, rejected = fields.checked_text(row, "chosen"), fields.checked_text(row, "rejected")
     marks = list(_MARK.finditer(chosen))
     if len(marks) < 2 or marks[-1][1] != "Assistant":
         raise BadRow(reasons.NOT_ONE_ANSWER, '"chosen" does not end with an Assistant: turn')
@@ -94,10 +94,10 @@ def split_transcripts(row: Mapping[str, Any]) -> tuple[Text, Text, Text]:
             '"chosen" and "rejected" part before the last Assistant: turn; expected only that turn to differ',
         )
     prompt = prompt_turns(_transcript(chosen, marks[:-1], marks[-1].start()))
-    return prompt, _said(chosen[end:], "chosen"), _said(rejected[end:], "rejected")
+    return prompt, _text_of_turn(chosen[end:], "chosen"), _text_of_turn(rejected[end:], "rejected")
 
 
-def _said(text: str, name: str) -> tuple[Message, ...]:
+def _text_of_turn(text: str, name: str) -> tuple[Message, ...]:
     return one_answer((Message("assistant", text.strip()),), name)
 
 

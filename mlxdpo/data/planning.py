@@ -108,11 +108,11 @@ def _shares(measures: np.ndarray, window: int) -> np.ndarray:
 def _cutter(pairs: Outline, batch_size: int) -> Callable[[np.ndarray], Iterator[Indices]]:
     """What cuts indices, the pairs of a unit side by side, into batches of at most 2 * batch_size distinct rows."""
     if len(np.unique(pairs.rows)) == pairs.rows.size:  # every pair has two rows of its own: nothing to count
-        return lambda ranked: _slices(ranked.tolist(), batch_size)
+        return lambda ranked: _equal_batches(ranked.tolist(), batch_size)
     return lambda ranked: _greedy(ranked.tolist(), pairs, 2 * batch_size)
 
 
-def _slices(indices: list[int], size: int) -> Iterator[Indices]:
+def _equal_batches(indices: list[int], size: int) -> Iterator[Indices]:
     return (tuple(indices[i : i + size]) for i in range(0, len(indices), size))
 
 
@@ -120,7 +120,7 @@ def _greedy(indices: list[int], pairs: Outline, room: int) -> Iterator[Indices]:
     """One piece after the other into a batch while there is room for its rows."""
     batch: list[int] = []
     held: set[int] = set()
-    for piece, rows in _pieces(indices, pairs, room):
+    for piece, rows in _units_and_rows(indices, pairs, room):
         if batch and len(held | rows) > room:
             yield tuple(batch)
             batch, held = [], set()
@@ -130,7 +130,7 @@ def _greedy(indices: list[int], pairs: Outline, room: int) -> Iterator[Indices]:
         yield tuple(batch)
 
 
-def _pieces(indices: list[int], pairs: Outline, room: int) -> Iterator[tuple[list[int], set[int]]]:
+def _units_and_rows(indices: list[int], pairs: Outline, room: int) -> Iterator[tuple[list[int], set[int]]]:
     """Units with their rows; a unit that no batch has room for, pair by pair."""
     for _, members in itertools.groupby(indices, lambda i: pairs.units[i]):
         unit = list(members)

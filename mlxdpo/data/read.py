@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data import reasons
-from mlxdpo.data.fields import Row, column_names, describe, parsed
+from mlxdpo.data.fields import Row, column_names, describe_type, parsed
 from mlxdpo.data.formats import (
     FORMATS,
     Format,
@@ -39,7 +39,7 @@ ROWS_TO_DETECT = 100
 """Rows looked at for one that fits a known shape: the first may be a bad one."""
 
 
-def as_they_are(items: Iterable[Item], report: Report) -> Iterator[Item]:
+def all_rows(items: Iterable[Item], report: Report) -> Iterator[Item]:
     """Pairs and opinions alike."""
     return iter(items)
 
@@ -59,18 +59,18 @@ def stream_rows(
     shape, found = _shape_of(found, data.format)
     report = Report(format=shape.name)
     usable = _fitting(shape, found, report, data.on_bad_row)
-    clean = distinct(_converted(shape, usable, report, data), report, "the same pair stands in an earlier row")
-    return _kept(take(clean, report), report, source), report
+    clean = distinct_pairs(_converted(shape, usable, report, data), report, "the same pair stands in an earlier row")
+    return _counted_kept(take(clean, report), report, source), report
 
 
 def stream_preferences(
     data: DataConfig, path: str | None = None, split: str | None = None
 ) -> tuple[Iterator[Item], Report]:
     """`stream_rows` as they are."""
-    return stream_rows(data, as_they_are, path, split)
+    return stream_rows(data, all_rows, path, split)
 
 
-def _kept(items: Iterable[Any], report: Report, source: str) -> Iterator[Any]:
+def _counted_kept(items: Iterable[Any], report: Report, source: str) -> Iterator[Any]:
     for item in items:
         report.kept += 1
         yield item
@@ -166,7 +166,7 @@ def _shape_by_names(looked: Sequence[Found]) -> Format:
     where, row = rows[0]
     if shape := detect_by_names(row):
         return shape
-    seen = column_names(f"{name} ({describe(value)})" for name, value in row.items())
+    seen = column_names(f"{name} ({describe_type(value)})" for name, value in row.items())
     known = "; ".join(f"{shape.name} ({', '.join(shape.columns)})" for shape in _nearest(row))
     raise UserError(
         f"{where}: the columns {seen} are no known row shape; "
@@ -210,12 +210,12 @@ def _groups(shape: Format, rows: Iterable[Row]) -> Iterator[list[Row]]:
     return (list(group) for _, group in itertools.groupby(rows, key=lambda row: row.values["prompt"]))
 
 
-def distinct(items: Iterable[Item], report: Report, sentence: str) -> Iterator[Item]:
+def distinct_pairs(items: Iterable[Item], report: Report, sentence: str) -> Iterator[Item]:
     """Leave out repetitions, of which `sentence` says what they are; keep and count a row whose label is the reverse
     of an earlier one's."""
     seen: set[bytes] = set()
     for item in items:
-        this, reverse = _keys(item)
+        this, reverse = _pair_keys(item)
         if this in seen:
             report.refuse(item.where, BadRow(reasons.DUPLICATE, sentence), "skip")
             continue
@@ -225,15 +225,15 @@ def distinct(items: Iterable[Item], report: Report, sentence: str) -> Iterator[I
         yield item
 
 
-def _keys(item: Item) -> tuple[bytes, bytes]:
+def _pair_keys(item: Item) -> tuple[bytes, bytes]:
     if isinstance(item, UnpairedExample):
         labels = item.desirable, not item.desirable
-        return tuple(_digest(repr((item.prompt, item.tools, item.completion, label))) for label in labels)  # type: ignore[return-value]
+        return tuple(_pair_digest(repr((item.prompt, item.tools, item.completion, label))) for label in labels)  # type: ignore[return-value]
     orders = (item.chosen, item.rejected), (item.rejected, item.chosen)
-    return tuple(_digest(repr((item.prompt, item.tools, *order))) for order in orders)  # type: ignore[return-value]
+    return tuple(_pair_digest(repr((item.prompt, item.tools, *order))) for order in orders)  # type: ignore[return-value]
 
 
-def _digest(text: str) -> bytes:
+def _pair_digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
 
 
@@ -248,7 +248,7 @@ def unpaired(pairs: Iterable[Preference]) -> list[UnpairedExample]:
 
 def prompt_key(prompt: Text) -> bytes:
     """What makes two prompts the same: roles and words. White space, or text for one user turn, do not matter."""
-    return _digest(repr([(turn.role, turn.content.split()) for turn in as_turns(prompt)]))
+    return _pair_digest(repr([(turn.role, turn.content.split()) for turn in as_turns(prompt)]))
 
 
 def split_heldout(rows: Sequence[One], fraction: float, seed: int) -> tuple[list[One], list[One]]:
@@ -268,15 +268,15 @@ def heldout_prompts(prompts: Collection[bytes], fraction: float, seed: int) -> s
     """Which of the distinct `prompts` (their `prompt_key`s) are held out, by the rule of `split_heldout`."""
     if fraction <= 0 or len(prompts) < 2:
         return set()
-    heldout = {key for key in prompts if _draw(key, seed) < fraction}
+    heldout = {key for key in prompts if _draw_heldout(key, seed) < fraction}
     if not heldout:
-        return {min(prompts, key=lambda key: (_draw(key, seed), key))}
+        return {min(prompts, key=lambda key: (_draw_heldout(key, seed), key))}
     if len(heldout) == len(prompts):
-        heldout.remove(max(prompts, key=lambda key: (_draw(key, seed), key)))
+        heldout.remove(max(prompts, key=lambda key: (_draw_heldout(key, seed), key)))
     return heldout
 
 
-def _draw(key: bytes, seed: int) -> float:
+def _draw_heldout(key: bytes, seed: int) -> float:
     return int.from_bytes(hashlib.sha256(key + str(seed).encode()).digest()[:8], "big") / 2**64
 
 

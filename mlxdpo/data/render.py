@@ -51,8 +51,8 @@ def render(
     before = writer.render(turns, tools, generate=True)
     fulls = []
     for completion in completions:
-        answer = _without_end(_turns(completion, "assistant"), writer, changes)
-        fulls.append(_cut(writer.render((*turns, *answer), tools, generate=False), writer))
+        answer = _without_end_token(_turns(completion, "assistant"), writer, changes)
+        fulls.append(_cut_at(writer.render((*turns, *answer), tools, generate=False), writer))
         if not all(message.content.strip() in fulls[-1] for message in answer):
             changes.append("completion rewritten by the chat template")
     return Rendered(_led(before, fulls, writer, changes), tuple(fulls), plain=False)
@@ -90,7 +90,7 @@ def _turns(text: Text, role: str) -> tuple[Message, ...]:
     return (Message(role, text),) if isinstance(text, str) else text
 
 
-def _without_end(answer: tuple[Message, ...], writer: Writer, changes: list[str]) -> tuple[Message, ...]:
+def _without_end_token(answer: tuple[Message, ...], writer: Writer, changes: list[str]) -> tuple[Message, ...]:
     """Texts copied from a model's output may end in the token that the template is about to write again."""
     end = writer.end.strip()
     if not end or not answer or not answer[-1].content.rstrip().endswith(end):
@@ -100,6 +100,6 @@ def _without_end(answer: tuple[Message, ...], writer: Writer, changes: list[str]
     return (*answer[:-1], last._replace(content=last.content.rstrip().removesuffix(end)))
 
 
-def _cut(full: str, writer: Writer) -> str:
+def _cut_at(full: str, writer: Writer) -> str:
     """Without what the template prints after the end of the turn."""
     return full.removesuffix(writer.rest) if full.endswith(writer.end + writer.rest) else full

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlxdpo.data import reasons
-from mlxdpo.data.fields import column_names, describe
+from mlxdpo.data.fields import column_names, describe_type
 from mlxdpo.data.report import BadRow
 from mlxdpo.io.digest import file_digest
 from mlxdpo.io.names import HUB_ID
@@ -78,7 +78,7 @@ def _local(path: str, split: str) -> list[tuple[Path, str]]:
 
 def is_hub_dataset(path: str) -> bool:
     """Whether a path is a Hub dataset id: org/name without a data file's ending, and nothing here has that name."""
-    return HUB_DATA.fullmatch(path) is not None and _kind(Path(path)) not in READERS and not os.path.exists(path)
+    return HUB_DATA.fullmatch(path) is not None and _file_kind(Path(path)) not in READERS and not os.path.exists(path)
 
 
 def _guarded(rows: Iterator[Found], path: str) -> Iterator[Found]:
@@ -97,7 +97,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _kind(file: Path) -> str:
+def _file_kind(file: Path) -> str:
     suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
@@ -105,7 +105,7 @@ def _kind(file: Path) -> str:
 
 
 def _reader(file: Path, name: str) -> Callable[[Path, str], Iterator[Found]]:
-    if reader := READERS.get(_kind(file)):
+    if reader := READERS.get(_file_kind(file)):
         return reader
     raise UserError(f"{name}: unknown kind of file; expected {', '.join(READERS)}")
 
@@ -125,7 +125,7 @@ def _files_of(folder: Path, split: str) -> list[Path]:
 
 def _is_data(file: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.parts)
-    return not hidden and file.name not in _BOOKKEEPING and _kind(file) in READERS
+    return not hidden and file.name not in _BOOKKEEPING and _file_kind(file) in READERS
 
 
 def _split_of(file: Path, wanted: str) -> str | None:
@@ -135,12 +135,12 @@ def _split_of(file: Path, wanted: str) -> str | None:
     return None
 
 
-def _opened(file: Path) -> IO[bytes]:
+def _opened_file(file: Path) -> IO[bytes]:
     return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")  # type: ignore[return-value]
 
 
 def _json_lines(file: Path, name: str) -> Iterator[Found]:
-    with _opened(file) as stream:
+    with _opened_file(file) as stream:
         for line, raw in enumerate(stream, 1):
             if raw.strip():
                 yield f"{name}:{line}", _object_in(raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw)
@@ -156,7 +156,7 @@ def _object_in(raw: bytes) -> dict[str, Any] | BadRow:
 def _as_row(value: Any) -> dict[str, Any] | BadRow:
     if isinstance(value, dict):
         return value
-    return BadRow(reasons.NOT_OBJECT, f"the row is {describe(value)}; expected an object of columns")
+    return BadRow(reasons.NOT_OBJECT, f"the row is {describe_type(value)}; expected an object of columns")
 
 
 def _parse(raw: bytes) -> Any:
@@ -176,7 +176,7 @@ def _parse(raw: bytes) -> Any:
 
 def _json_file(file: Path, name: str) -> Iterator[Found]:
     """An array of rows, an object with one list of rows, or JSON lines under the wrong ending."""
-    with _opened(file) as stream:
+    with _opened_file(file) as stream:
         raw = stream.read().removeprefix(b"\xef\xbb\xbf").strip()
     if not raw:
         return
@@ -199,14 +199,14 @@ def _rows_in(value: Any, name: str) -> list[Any]:
     if isinstance(value, list):
         return value
     raise UserError(
-        f"{name}: the file is {describe(value)}; expected an array of rows or an object with one list of rows"
+        f"{name}: the file is {describe_type(value)}; expected an array of rows or an object with one list of rows"
     )
 
 
-def _table(file: Path, name: str, delimiter: str) -> Iterator[Found]:
+def _table_rows(file: Path, name: str, delimiter: str) -> Iterator[Found]:
     """CSV or TSV with a header. Bytes that are not UTF-8 become surrogates, which the text check refuses."""
     csv.field_size_limit(2**31 - 1)  # the default refuses answers beyond 128 KiB
-    with _opened(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as stream:
+    with _opened_file(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as stream:
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
         header = next(reader, [])
         if len(set(header)) < len(header):
@@ -221,10 +221,10 @@ def _table(file: Path, name: str, delimiter: str) -> Iterator[Found]:
                 yield where, BadRow(reasons.MALFORMED, f"not a valid table row ({_one_line(error)})")
                 continue
             if cells:
-                yield where, _cells(header, cells)
+                yield where, _csv_cells(header, cells)
 
 
-def _cells(header: list[str], cells: list[str]) -> dict[str, Any] | BadRow:
+def _csv_cells(header: list[str], cells: list[str]) -> dict[str, Any] | BadRow:
     if len(cells) != len(header):
         return BadRow(reasons.MALFORMED, f"the row has {len(cells)} cells where the header has {len(header)}")
     return dict(zip(header, cells, strict=True))
@@ -293,8 +293,8 @@ READERS: dict[str, Callable[[Path, str], Iterator[Found]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_file,
-    ".csv": partial(_table, delimiter=","),
-    ".tsv": partial(_table, delimiter="\t"),
+    ".csv": partial(_table_rows, delimiter=","),
+    ".tsv": partial(_table_rows, delimiter="\t"),
     ".parquet": _parquet,
 }
 """Readers by file ending; all but Parquet also with .gz behind it."""

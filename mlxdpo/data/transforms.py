@@ -16,7 +16,7 @@ import numpy as np
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data.examples import Examples
-from mlxdpo.data.read import Item, distinct, pairs_only, unpaired
+from mlxdpo.data.read import Item, distinct_pairs, pairs_only, unpaired
 from mlxdpo.data.report import BadRow, Report
 from mlxdpo.types import Example, Extras, Preference, UnpairedExample, UserError
 
@@ -75,7 +75,7 @@ def opinions(items: Iterable[Item], report: Report) -> Iterator[UnpairedExample]
 
 def _kept_once(items: Iterable[UnpairedExample], report: Report) -> Iterator[UnpairedExample]:
     """A completion may stand in several pairs of its prompt."""
-    return distinct(items, report, "the same completion stands in an earlier pair")  # type: ignore[return-value]
+    return distinct_pairs(items, report, "the same completion stands in an earlier pair")  # type: ignore[return-value]
 
 
 def mismatched(

@@ -78,10 +78,10 @@ class Forecast(NamedTuple):
     outlook: PlanSummary
     machine: int
     fits: bool
-    advice: tuple[Change, ...]
+    advice: tuple[SettingChange, ...]
 
 
-class Change(NamedTuple):
+class SettingChange(NamedTuple):
     """What to change in the recipe, and the peak it leads to, bytes."""
 
     setting: str
@@ -110,21 +110,21 @@ def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, Pl
     """The parts of a prediction and the numbers of its plan. Makes the skeleton trainable."""
     model = skeleton.model
     lora = config.lora if config.model.adapter is None else read_settings(Path(config.model.adapter))
-    trunk = model_parts(model)
-    packed = trunk is not None and can_pack(trunk)
+    parts = model_parts(model)
+    packed = parts is not None and can_pack(parts)
     make_trainable(model, lora)
     plan = make_plan(config, data.train, data.heldout)
-    found = planned_batches(data.train, plan.training, packed, trunk is None, plan.shapes)
-    heldout = planned_batches(data.heldout, plan.heldout, packed, trunk is None, plan.heldout_shapes)
+    found = planned_batches(data.train, plan.training, packed, parts is None, plan.shapes)
+    heldout = planned_batches(data.heldout, plan.heldout, packed, parts is None, plan.heldout_shapes)
     outlook = summarize_plan(plan, data.train, found)
     training = tuple({one.layout: None for one in found})
-    checked = planned_batches(data.train, [plan.training[0][:CHECKED]], packed, trunk is None)
+    checked = planned_batches(data.train, [plan.training[0][:CHECKED]], packed, parts is None)
     layouts = Layouts(training, (*training, *{one.layout: None for one in heldout}), checked[0].layout)
     train = config.train
     setting = Setting(
         train.gradient_checkpointing, STATES[config.optim.name], train.gradient_accumulation, _light(model)
     )
-    trained = trained_of(model, lora, trunk)
+    trained = trained_of(model, lora, parts)
     frozen = _frozen(config, skeleton, trained)
     quantised = bool(config.model.quantize or skeleton.config.get("quantization"))
     shape = shape_of(skeleton, config.model)
@@ -161,7 +161,7 @@ def shape_of(skeleton: Skeleton, config: ModelConfig) -> Shape:
     )
 
 
-def trained_of(model: Any, lora: LoraConfig, trunk: ModelParts | None) -> Trained:
+def trained_of(model: Any, lora: LoraConfig, parts: ModelParts | None) -> Trained:
     """What a model that was made trainable trains."""
     size = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
     if lora.method == "dora":
@@ -172,20 +172,20 @@ def trained_of(model: Any, lora: LoraConfig, trunk: ModelParts | None) -> Traine
     inputs = frozenset(name for name, maps in INPUTS.items() if maps & adapted.keys())
     ranks = sum(min(m.lora_a.shape[-2:]) for m in adapted.values() if "lora_a" in m)
     tied = "lm_head" not in model
-    head = trunk is not None and not is_frozen(trunk.head)
+    head = parts is not None and not is_frozen(parts.head)
     return Trained(len(model.layers) - min(lowest, default=len(model.layers)), size, ranks, inputs, full, head, tied)
 
 
 def _frozen(config: Config, skeleton: Skeleton, trained: Trained) -> Frozen:
-    weights = _size(skeleton.model) - _size_trained(skeleton.model)
+    weights = _readable_bytes(skeleton.model) - _size_trained(skeleton.model)
     largest = max((math.prod(one.shape) for one in skeleton.stored.values()), default=0)
     loading = 4 * largest if config.model.quantize else 0
     named = config.reference.model
-    other = _size(read_skeleton(ModelConfig(path=named, dtype=config.model.dtype)).model) if named else 0
+    other = _readable_bytes(read_skeleton(ModelConfig(path=named, dtype=config.model.dtype)).model) if named else 0
     return Frozen(weights, loading, other)
 
 
-def _size(model: Any) -> int:
+def _readable_bytes(model: Any) -> int:
     return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
 
 
@@ -193,23 +193,25 @@ def _size_trained(model: Any) -> int:
     return sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
 
 
-def advise(config: Config, parts: Parts, data: Dataset) -> tuple[Change, ...]:
+def advise(config: Config, parts: Parts, data: Dataset) -> tuple[SettingChange, ...]:
     """Changes that lower the peak, the one that gains most first, each alone on top of the recipe."""
     now, changes = parts.memory().peak, []
-    for setting, sections in _changes(config, parts):
+    for setting, sections in _setting_changes(config, parts):
         changed = config
         for name, values in sections.items():
             changed = changed.model_copy(update={name: getattr(changed, name).model_copy(update=values)})
-        changes.append(Change(setting, gather(changed, read_skeleton(changed.model), data)[0].memory().peak))
+        changes.append(SettingChange(setting, gather(changed, read_skeleton(changed.model), data)[0].memory().peak))
     half = max(at.shared + at.width for at in parts.layouts.scoring) // 2
     if half >= 8:
         changes.append(
-            Change(f"data.max_length {half}", parts._replace(layouts=shortened(parts.layouts, half)).memory().peak)
+            SettingChange(
+                f"data.max_length {half}", parts._replace(layouts=shortened(parts.layouts, half)).memory().peak
+            )
         )
     return tuple(sorted((change for change in changes if change.peak < now), key=lambda change: change.peak))
 
 
-def _changes(config: Config, parts: Parts) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+def _setting_changes(config: Config, parts: Parts) -> list[tuple[str, dict[str, dict[str, Any]]]]:
     """Settings that could be lowered, as they are written and as sections of a recipe."""
     train, blocks, found = config.train, parts.shape.layers, []
     if not train.gradient_checkpointing and not parts.layouts.first.plain:

@@ -11,7 +11,7 @@ F inner, H heads of d, K of them for keys and values):
     the softmax of the scores                          H per query and key, where attention's backward is not fused;
                                                        else its output and log-sum-exp, H (d + 1) per query
 
-The head, fused, holds a chunk of logits and its exponentials and keeps N rows of D (`model/head.py`). With a checkpoint
+The head, fused, holds a chunk of logits and its exponentials and keeps N rows of D (`fused_head.py`). With a checkpoint
 a block keeps its input alone, and one block at a time exists whole. Peak memory is the largest of the phases of a run,
 each the sum of what exists in it. All sizes are bytes; shapes are those of `types.Batch`.
 """
@@ -63,13 +63,13 @@ class Trained(NamedTuple):
 
 class Setting(NamedTuple):
     """How it is run: checkpointed or not, states of the optimizer per trained element, batches of a window, and
-    from how many keys on attention is differentiated without keeping its scores (`light`): 0 where MLX or
+    from how many keys on attention is differentiated without keeping its scores (`chunked_from`): 0 where MLX or
     this project has a fused backward pass, infinity where nothing does."""
 
     checkpoint: bool
     states: int
     accumulate: int
-    light: float
+    chunked_from: float
 
 
 class Frozen(NamedTuple):
@@ -108,9 +108,9 @@ class Memory:
         return max(self.phases.values())
 
 
-def attention_kept(shape: Shape, at: BatchLayout, light: float) -> int:
+def attention_kept(shape: Shape, at: BatchLayout, chunked_from: float) -> int:
     """Bytes that one block's attention keeps: queries, keys, values, and scores or what stands for them."""
-    queries, pairs = _queries(at), _scores(at)
+    queries, pairs = _queries(at), _score_count(at)
     keys = queries + (0 if at.plain else at.rows * at.shared)  # each row has its prompt's keys before its own
     kept = (shape.heads * queries + 2 * shape.kv_heads * keys) * shape.head_dim * shape.item
     kept += shape.normed_heads * shape.head_dim * at.tokens * shape.item
@@ -119,13 +119,13 @@ def attention_kept(shape: Shape, at: BatchLayout, light: float) -> int:
         # keys and values are views, which keep those of all tokens alive.
         kept += 2 * shape.head_dim * at.tokens * FLOAT
         kept += at.rest * (shape.heads + 2 * shape.kv_heads) * shape.head_dim * shape.item
-    if light == math.inf:
+    if chunked_from == math.inf:
         return kept + shape.heads * pairs * shape.item
     kept += shape.heads * queries * (shape.head_dim * shape.item + FLOAT)
-    return kept if _keys(at) >= light else kept + shape.heads * pairs * FLOAT
+    return kept if _keys_seen(at) >= chunked_from else kept + shape.heads * pairs * FLOAT
 
 
-def _keys(at: BatchLayout) -> int:
+def _keys_seen(at: BatchLayout) -> int:
     """Keys that a row's last token sees."""
     return at.shared + at.width
 
@@ -136,14 +136,14 @@ def _queries(at: BatchLayout) -> int:
     return at.prompts * at.shared + at.rows * at.width
 
 
-def _scores(at: BatchLayout) -> int:
+def _score_count(at: BatchLayout) -> int:
     """Query-key pairs of one head, computed as whole squares."""
     if at.plain:
         return at.rows * (at.shared + at.width) ** 2
     return at.prompts * at.shared**2 + at.rows * at.width * (at.shared + at.width)
 
 
-def block_kept(shape: Shape, trained: Trained, at: BatchLayout, light: float) -> int:
+def block_kept(shape: Shape, trained: Trained, at: BatchLayout, chunked_from: float) -> int:
     """Bytes that one trained block keeps for its backward pass."""
     sizes = {
         "attention": shape.hidden,
@@ -155,10 +155,10 @@ def block_kept(shape: Shape, trained: Trained, at: BatchLayout, light: float) ->
     streams = (2 * shape.hidden + 2 * shape.inner) * shape.item
     if trained.full:  # the gradient of a norm's weights needs what they multiply
         streams += 2 * shape.hidden * shape.item
-    return at.tokens * (streams + floats * FLOAT) + attention_kept(shape, at, light)
+    return at.tokens * (streams + floats * FLOAT) + attention_kept(shape, at, chunked_from)
 
 
-def idle(shape: Shape, trained: Trained, at: BatchLayout, light: float) -> int:
+def idle(shape: Shape, trained: Trained, at: BatchLayout, chunked_from: float) -> int:
     """Bytes of `block_kept` that the uppermost block saves: of its prefix only keys and values are looked at."""
     if at.packed or at.plain:
         return 0
@@ -166,7 +166,7 @@ def idle(shape: Shape, trained: Trained, at: BatchLayout, light: float) -> int:
     inputs = {"out": queries, "mlp": shape.hidden, "inner": shape.inner}
     floats = sum(size for name, size in inputs.items() if name in trained.inputs)
     token = (shape.hidden + 2 * shape.inner + queries) * shape.item + floats * FLOAT
-    if _keys(at) >= light:
+    if _keys_seen(at) >= chunked_from:
         return count * token
     return count * (token + shape.heads * at.shared * shape.item)
 
@@ -177,8 +177,8 @@ def kept(shape: Shape, trained: Trained, at: BatchLayout, setting: Setting) -> i
     states = 2 * at.scored * shape.hidden * FLOAT
     if setting.checkpoint:
         return trained.layers * stream + states
-    block = block_kept(shape, trained, at, setting.light)
-    return trained.layers * block - idle(shape, trained, at, setting.light) + states
+    block = block_kept(shape, trained, at, setting.chunked_from)
+    return trained.layers * block - idle(shape, trained, at, setting.chunked_from) + states
 
 
 def block_backward(shape: Shape, trained: Trained, at: BatchLayout, setting: Setting) -> int:
@@ -191,11 +191,11 @@ def block_backward(shape: Shape, trained: Trained, at: BatchLayout, setting: Set
     stream = 5 * at.tokens * shape.hidden * shape.item
     mlp = 4 * at.tokens * shape.inner * shape.item
     freed = (2 + ("inner" in trained.inputs)) * at.tokens * shape.inner * shape.item
-    if _keys(at) >= setting.light:
+    if _keys_seen(at) >= setting.chunked_from:
         attention = 3 * _queries(at) * shape.heads * shape.head_dim * FLOAT
     else:
-        attention = 2 * shape.heads * _scores(at) * shape.item
-    again = block_kept(shape, trained, at, setting.light) if setting.checkpoint else 0
+        attention = 2 * shape.heads * _score_count(at) * shape.item
+    again = block_kept(shape, trained, at, setting.chunked_from) if setting.checkpoint else 0
     return again + stream + max(mlp, attention - freed, 0)
 
 
@@ -225,17 +225,17 @@ def plain_logits_memory(shape: Shape, at: BatchLayout) -> int:
     return full + 2 * at.scored * shape.vocabulary * FLOAT
 
 
-def plain_check(shape: Shape, at: BatchLayout, light: float) -> int:
+def plain_check(shape: Shape, at: BatchLayout, chunked_from: float) -> int:
     """Bytes of the plain way, which the start compares the fast one with on its first pairs, before it attends in
     chunks of its own."""
-    return forward_memory(shape, at._replace(plain=True, packed=False), 0 if light == 0 else math.inf)
+    return forward_memory(shape, at._replace(plain=True, packed=False), 0 if chunked_from == 0 else math.inf)
 
 
-def forward_memory(shape: Shape, at: BatchLayout, light: float) -> int:
+def forward_memory(shape: Shape, at: BatchLayout, chunked_from: float) -> int:
     """Bytes beside the weights of a pass without gradients: one block's insides, or a chunk of the head."""
     tokens = at.tokens
     stream = 2 * tokens * shape.hidden * shape.item
-    scores = 0 if _keys(at) >= light else 2 * shape.heads * _scores(at) * shape.item
+    scores = 0 if _keys_seen(at) >= chunked_from else 2 * shape.heads * _score_count(at) * shape.item
     projections = (shape.heads + 2 * shape.kv_heads) * shape.head_dim * _queries(at) * shape.item
     block = max(3 * tokens * shape.inner * shape.item, projections + scores)
     return stream + max(block, head_forward(shape, at))
@@ -254,8 +254,8 @@ def predict(shape: Shape, trained: Trained, frozen: Frozen, setting: Setting, st
     activations = kept(shape, trained, worst, setting)
     backward = block_backward(shape, trained, worst, setting)
     head, head_again = head_forward(shape, worst), head_backward(shape, trained, worst)
-    reference = max(forward_memory(shape, at, setting.light) for at in layouts.scoring)
-    check = max(f(shape, layouts.first, setting.light) for f in (plain_check, forward_memory))
+    reference = max(forward_memory(shape, at, setting.chunked_from) for at in layouts.scoring)
+    check = max(f(shape, layouts.first, setting.chunked_from) for f in (plain_check, forward_memory))
     start = frozen.weights + trained.full * size  # adapters come later
     resting = frozen.weights + size + states
     # While a window is computed, the loop still holds the gradients of the one before, and the sum of this one's.

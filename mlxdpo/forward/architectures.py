@@ -1,7 +1,7 @@
 """A model taken apart into embedding, layers, norm and head, where that is known to be exact.
 
 White-listed by mlx-lm's module name; everything else takes the plain path `model(x)`. At the start of a run
-`start.choose_ways` still compares both paths on real rows: a list is knowledge about one version of mlx-lm.
+`preflight.choose_forward` still compares both paths on real rows: a list is knowledge about one version of mlx-lm.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Family(NamedTuple):
     array: bool = False
 
 
-def _root(args: Any, h: mx.array) -> mx.array:
+def _root_scaled(args: Any, h: mx.array) -> mx.array:
     return h * args.hidden_size**0.5
 
 
-def _rounded_root(args: Any, h: mx.array) -> mx.array:
+def _rounded_root_scaled(args: Any, h: mx.array) -> mx.array:
     # Gemma 3 was trained with the factor rounded to bfloat16.
     return h * mx.array(args.hidden_size**0.5, mx.bfloat16).astype(h.dtype)
 
@@ -71,9 +71,9 @@ FAMILIES: dict[str, Family] = {
     "phi3": STANDARD,
     "olmo2": STANDARD,
     "starcoder2": STANDARD,
-    "gemma": Family(scale=_root),
-    "gemma2": Family(scale=_root, softcap=lambda args: args.final_logit_softcapping, array=True),
-    "gemma3_text": Family(scale=_rounded_root, windows=_gemma3_windows),
+    "gemma": Family(scale=_root_scaled),
+    "gemma2": Family(scale=_root_scaled, softcap=lambda args: args.final_logit_softcapping, array=True),
+    "gemma3_text": Family(scale=_rounded_root_scaled, windows=_gemma3_windows),
     "cohere": Family(factor=lambda args: args.logit_scale),
     "granite": Family(scale=lambda args, h: h * args.embedding_multiplier, factor=lambda args: 1 / args.logits_scaling),
 }
@@ -96,9 +96,16 @@ def model_parts(model: Any) -> ModelParts | None:
     )
 
 
+def known_parts(model: Any) -> ModelParts:
+    """The parts of a model that is on the white list."""
+    parts = model_parts(model)
+    assert parts is not None  # callers choose the fast path only where there are parts
+    return parts
+
+
 def causal_mask(queries: int, offset: int, window: int | None) -> Mask:
-    """The mask of `queries` tokens after `offset` others: "causal" wherever it says all, so that MLX keeps its light
-    attention; an array only where a sliding window really cuts something off."""
+    """The mask of `queries` tokens after `offset` others: "causal" wherever it says all, so that MLX keeps the
+    attention that takes less memory; an array only where a sliding window really cuts something off."""
     if window is None or offset + queries <= window:
         return "causal"
     return _array_mask(queries, offset, window)
@@ -107,5 +114,5 @@ def causal_mask(queries: int, offset: int, window: int | None) -> Mask:
 def _array_mask(queries: int, offset: int, window: int | None) -> mx.array:
     """(queries, offset + queries) bool, True where a query may look."""
     query, key = mx.arange(offset, offset + queries)[:, None], mx.arange(offset + queries)[None]
-    seen = query >= key
-    return seen if window is None else seen & (query < key + window)
+    causal = query >= key
+    return causal if window is None else causal & (query < key + window)

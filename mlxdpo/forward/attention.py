@@ -11,20 +11,13 @@ Query i is token T-L+i: the last L of T tokens, which is what a prefix cache lea
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlxdpo.forward.elementwise import LOG2E, exp2
-from mlxdpo.forward.streams import with_gradient
-
-# Causal attention over short rows on a CPU: it keeps its softmax for the backward pass, which is cheaper than making it
-# again (`attention.chunked_attention`) as long as the square is small.
-#
-# Shapes as in `attention`: B rows, H query heads, K key/value heads (G = H / K), L queries, T >= L keys, D head size;
-# query i is token T-L+i.
+from mlxdpo.forward.layer_plan import with_gradient
 
 QUERIES = 128  # at a time: the upper half of the square is hardly computed
 
@@ -32,15 +25,17 @@ QUERIES = 128  # at a time: the upper half of the square is hardly computed
 def short_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
     """q (B, H, L, D), k and v (B, K, T, D) -> (B, H, L, D), exact; scores and softmax in float32.
 
-    Source of the gradient: arXiv 2205.14135 appendix B.2, with the softmax kept.
+    For short rows on a CPU: it keeps its softmax for the backward pass, which is cheaper than making it again
+    (`chunked_attention`) as long as the square is small. Source of the gradient: arXiv 2205.14135 appendix B.2,
+    with the softmax kept.
     """
     L, T = q.shape[2], k.shape[2]
     cuts = [(a, min(a + QUERIES, L)) for a in range(0, L, QUERIES)]
-    parts = [_attend(q[:, :, a:b], k[:, :, : T - L + b], v[:, :, : T - L + b], scale) for a, b in cuts]
+    parts = [_short_chunk(q[:, :, a:b], k[:, :, : T - L + b], v[:, :, : T - L + b], scale) for a, b in cuts]
     return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
 
 
-def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+def _short_chunk(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     """The last L of T tokens attend; K heads side by side, the G queries that share one in one matmul."""
     (B, H, L, D), (K, T) = q.shape, k.shape[1:3]
     # The largest a score may be: a minimum takes half the time of a selection.
@@ -93,11 +88,11 @@ def chunked_attention(
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: need H a multiple of K, and T >= L keys")
     if any(limit is not None and limit <= 0 for limit in (window, softcap, chunk)):
         raise ValueError(f"window {window}, softcap {softcap}, chunk {chunk}: each must be positive")
-    seen = min(T, window + LARGEST_CHUNK) if window else T
-    return _attention(Rule(float(scale), window, softcap), chunk or _chunk(B * H, seen))(q, k, v)[0]
+    visible = min(T, window + LARGEST_CHUNK) if window else T
+    return _chunked(ScoreRule(float(scale), window, softcap), chunk or _queries_at_a_time(B * H, visible))(q, k, v)[0]
 
 
-def _chunk(heads: int, keys: int) -> int:
+def _queries_at_a_time(heads: int, keys: int) -> int:
     """Queries at a time: a power of two whose scores fill about SCORE_BYTES, of which some eight are alive at once.
 
     Measured on a CPU, 9 heads, 1,024 to 8,192 tokens, BLAS on one thread: 64 is fastest, 32 and 128 within 8 %, 256 up
@@ -108,7 +103,7 @@ def _chunk(heads: int, keys: int) -> int:
     return min(LARGEST_CHUNK, max(SMALLEST_CHUNK, 1 << max(fits, 1).bit_length() - 1))
 
 
-class Rule(NamedTuple):
+class ScoreRule(NamedTuple):
     """What a score is: its scale, the window in tokens or None, the soft cap or None."""
 
     scale: float
@@ -125,21 +120,21 @@ class Chunk(NamedTuple):
     high: int
 
 
-def _chunks(L: int, T: int, window: int | None, chunk: int) -> Iterator[Chunk]:
+def _query_chunks(L: int, T: int, window: int | None, chunk: int) -> Iterator[Chunk]:
     for first in range(0, L, chunk):
         last = min(first + chunk, L)
         low = max(0, T - L + first - window + 1) if window else 0
         yield Chunk(first, last, low, T - L + last)
 
 
-def _visible(at: Chunk, window: int | None) -> mx.array:
+def _visible_keys(at: Chunk, window: int | None) -> mx.array:
     """(queries, keys) of one chunk: which keys each query sees. Its last query is its last key."""
     tokens = mx.arange(at.high - (at.last - at.first), at.high)[:, None]
     keys = mx.arange(at.low, at.high)[None]
     return (keys <= tokens) & (keys > tokens - window) if window else keys <= tokens
 
 
-def _scores(rule: Rule, q: mx.array, k: mx.array) -> tuple[mx.array, mx.array | None]:
+def _chunk_scores(rule: ScoreRule, q: mx.array, k: mx.array) -> tuple[mx.array, mx.array | None]:
     """In units of log 2, so that `exp2` needs no factor; and the tanh of a soft cap, for its derivative."""
     if rule.softcap is None:
         return (q * (rule.scale * LOG2E)) @ k.swapaxes(-1, -2), None
@@ -147,46 +142,45 @@ def _scores(rule: Rule, q: mx.array, k: mx.array) -> tuple[mx.array, mx.array | 
     return tanh * (rule.softcap * LOG2E), tanh
 
 
-def _forward(rule: Rule, at: Chunk, q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+def _chunk_forward(rule: ScoreRule, at: Chunk, q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
     """One chunk's output (B, K, G, queries, D) and lse (B, K, G, queries, 1): log2 of the softmax's denominator."""
-    rows, k, v = _rows(q, at), k[:, :, at.low : at.high], v[:, :, at.low : at.high]
-    s = mx.where(_visible(at, rule.window), _heads(_scores(rule, rows, k)[0], q, at), -mx.inf)
+    rows, k, v = _chunk_rows(q, at), k[:, :, at.low : at.high], v[:, :, at.low : at.high]
+    s = mx.where(_visible_keys(at, rule.window), _chunk_heads(_chunk_scores(rule, rows, k)[0], q, at), -mx.inf)
     top = s.max(axis=-1, keepdims=True)
     p = exp2(s - top)
     total = p.sum(axis=-1, keepdims=True)
-    return _heads(p.reshape(*rows.shape[:3], -1) @ v, q, at) / total, top + mx.log2(total)
+    return _chunk_heads(p.reshape(*rows.shape[:3], -1) @ v, q, at) / total, top + mx.log2(total)
 
 
-def _backward(
-    rule: Rule, at: Chunk, q: mx.array, k: mx.array, v: mx.array, ct: mx.array, lse: mx.array, delta: mx.array
+def _chunk_backward(
+    rule: ScoreRule, at: Chunk, q: mx.array, k: mx.array, v: mx.array, ct: mx.array, lse: mx.array, delta: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     """One chunk's dq, and its share of dk and dv of the keys it sees, dq and dk still without `scale`.
 
     dS = P (dP - delta) with delta = sum(dO O): arXiv 2205.14135 algorithm 4; times 1 - tanh^2 under a soft cap.
     """
-    rows, cts, k, v = _rows(q, at), _rows(ct, at), k[:, :, at.low : at.high], v[:, :, at.low : at.high]
-    s, tanh = _scores(rule, rows, k)
-    p = _heads(exp2(s - _rows(lse, at)), q, at)
-    p = mx.where(_visible(at, rule.window), p, 0.0).reshape(s.shape)
-    ds = p * (cts @ v.swapaxes(-1, -2) - _rows(delta, at))
+    rows, cts, k, v = _chunk_rows(q, at), _chunk_rows(ct, at), k[:, :, at.low : at.high], v[:, :, at.low : at.high]
+    s, tanh = _chunk_scores(rule, rows, k)
+    p = _chunk_heads(exp2(s - _chunk_rows(lse, at)), q, at)
+    p = mx.where(_visible_keys(at, rule.window), p, 0.0).reshape(s.shape)
+    ds = p * (cts @ v.swapaxes(-1, -2) - _chunk_rows(delta, at))
     if tanh is not None:
         ds = ds * (1 - tanh * tanh)
-    return _heads(ds @ k, q, at), ds.swapaxes(-1, -2) @ rows, p.swapaxes(-1, -2) @ cts
+    return _chunk_heads(ds @ k, q, at), ds.swapaxes(-1, -2) @ rows, p.swapaxes(-1, -2) @ cts
 
 
-@functools.cache
-def _attention(rule: Rule, chunk: int) -> Callable[..., Any]:
+def _chunked(rule: ScoreRule, chunk: int) -> Callable[..., Any]:
     """The custom function (q, k, v) -> (out, lse) with lse (B, K, G, L, 1). Only `out` has a gradient."""
 
     def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Forward, one chunk of queries after the other."""
         shape, dtype = (*q.shape[:3], v.shape[3]), q.dtype
-        q, k, v = _grouped(q, k), k.astype(mx.float32), v.astype(mx.float32)
+        q, k, v = _grouped_heads(q, k), k.astype(mx.float32), v.astype(mx.float32)
         outs, lses = [], []
-        for at in _chunks(q.shape[3], k.shape[2], rule.window, chunk):
+        for at in _query_chunks(q.shape[3], k.shape[2], rule.window, chunk):
             # One chunk after the other: without this chain the scheduler holds the scores of many at once.
             after = mx.depends([q], [outs[-1]])[0] if outs else q
-            out, lse = _forward(rule, at, after, k, v)
+            out, lse = _chunk_forward(rule, at, after, k, v)
             outs.append(out)
             lses.append(lse)
         return mx.concatenate(outs, axis=3).reshape(shape).astype(dtype), mx.concatenate(lses, axis=3)
@@ -194,13 +188,13 @@ def _attention(rule: Rule, chunk: int) -> Callable[..., Any]:
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
         """Gradients of q, k and v, in the same chunks."""
         q, k, v, out, ct = (a.astype(mx.float32) for a in (*primals, outputs[0], cotangents[0]))
-        delta = _grouped((ct * out).sum(axis=-1, keepdims=True), k)
-        q, ct = _grouped(q, k), _grouped(ct, k)
+        delta = _grouped_heads((ct * out).sum(axis=-1, keepdims=True), k)
+        q, ct = _grouped_heads(q, k), _grouped_heads(ct, k)
         dqs, dk, dv = [], mx.zeros(k.shape), mx.zeros(v.shape)
-        for at in _chunks(q.shape[3], k.shape[2], rule.window, chunk):
+        for at in _query_chunks(q.shape[3], k.shape[2], rule.window, chunk):
             # dq is in the chain too: left for the end, it would keep every chunk's dS until then.
             after, ct = mx.depends([q, ct], [dqs[-1], dk, dv]) if dqs else (q, ct)
-            dq, dk_here, dv_here = _backward(rule, at, after, k, v, ct, outputs[1], delta)
+            dq, dk_here, dv_here = _chunk_backward(rule, at, after, k, v, ct, outputs[1], delta)
             dqs.append(dq)
             dk[:, :, at.low : at.high] += dk_here
             dv[:, :, at.low : at.high] += dv_here
@@ -211,18 +205,18 @@ def _attention(rule: Rule, chunk: int) -> Callable[..., Any]:
     return with_gradient(attend, backward)
 
 
-def _grouped(a: mx.array, k: mx.array) -> mx.array:
+def _grouped_heads(a: mx.array, k: mx.array) -> mx.array:
     """(B, H, L, D) -> float32 (B, K, G, L, D): the G query heads that share a key head side by side."""
     B, H, L, D = a.shape
     return a.astype(mx.float32).reshape(B, k.shape[1], H // k.shape[1], L, D)
 
 
-def _rows(a: mx.array, at: Chunk) -> mx.array:
+def _chunk_rows(a: mx.array, at: Chunk) -> mx.array:
     """(B, K, G, L, D) -> (B, K, G * queries, D) of one chunk: one large matmul per key head, not G small ones."""
     a = a[:, :, :, at.first : at.last]
     return a.reshape(*a.shape[:2], -1, a.shape[-1])
 
 
-def _heads(a: mx.array, q: mx.array, at: Chunk) -> mx.array:
+def _chunk_heads(a: mx.array, q: mx.array, at: Chunk) -> mx.array:
     """The inverse: (B, K, G * queries, N) -> (B, K, G, queries, N)."""
     return a.reshape(*q.shape[:3], at.last - at.first, a.shape[-1])

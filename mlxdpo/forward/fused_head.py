@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxdpo.forward.elementwise import exp
-from mlxdpo.forward.streams import pin_to_stream, with_gradient
+from mlxdpo.forward.layer_plan import checkpointed, with_gradient
 from mlxdpo.machine.device import this_machine
 
 LOGITS = 64 << 20  # bytes of float32 logits that are made at a time, whatever the vocabulary
@@ -59,7 +59,7 @@ def chunk_of(vocabulary: int) -> int:
     return max(LOGITS // (4 * vocabulary) // 8 * 8, 32)
 
 
-def _chunks(head: Head, h: mx.array) -> list[slice]:
+def _position_chunks(head: Head, h: mx.array) -> list[slice]:
     module = head.module()
     # An adapter on the head keeps what it adapts under one of these names.
     plain = next((module[name] for name in ("linear", "embedding") if name in module), module)
@@ -72,8 +72,8 @@ def token_logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
     if is_frozen(head):
         return _fused(head, _with_row)(h, y)[0]
     module = head.module()
-    logps = nn.utils.checkpoint(module, pin_to_stream(lambda hh, yy: _logps(head, hh, yy)))
-    return mx.concatenate([logps(h[at], y[at]) for at in _chunks(head, h)])
+    logps = checkpointed(module, lambda hh, yy: _logps(head, hh, yy))
+    return mx.concatenate([logps(h[at], y[at]) for at in _position_chunks(head, h)])
 
 
 def token_logps_and_squares(head: Head, h: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
@@ -88,11 +88,11 @@ def token_logps_and_squares(head: Head, h: mx.array, y: mx.array) -> tuple[mx.ar
 def score_logps_and_squares(head: Head, h: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
     """`token_logps_and_squares` for who needs no gradient: one chunk after the other, nothing kept."""
     parts: list[tuple[mx.array, mx.array]] = []
-    for at in _chunks(head, h):
+    for at in _position_chunks(head, h):
         states = h[at]
         if parts:
             (states,) = mx.depends([states], list(parts[-1]))
-        logps, e, total = _softmax(logits(head, states), y[at])
+        logps, e, total = _head_softmax(logits(head, states), y[at])
         parts.append((logps, _log_square(e, total)))
     logps, squares = (mx.concatenate(column) for column in zip(*parts, strict=True))
     return logps, squares
@@ -106,7 +106,7 @@ def _log_square(e: mx.array, total: mx.array) -> mx.array:
 def score_logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
     """`token_logps` for who needs no gradient: one chunk after the other, nothing kept."""
     parts: list[mx.array] = []
-    for at in _chunks(head, h):
+    for at in _position_chunks(head, h):
         states = h[at]
         if parts:  # one chunk after the other, or the scheduler holds the logits of many at once
             (states,) = mx.depends([states], [parts[-1]])
@@ -115,10 +115,10 @@ def score_logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
 
 
 def _logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
-    return _softmax(logits(head, h), mx.stop_gradient(y))[0]  # inside a checkpoint, y is an input like any other
+    return _head_softmax(logits(head, h), mx.stop_gradient(y))[0]  # inside a checkpoint, y is an input like any other
 
 
-def _softmax(z: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def _head_softmax(z: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """(N, V) logits -> log p(y) (N,), exp(z - max) (N, V) and its row sums (N, 1).
 
     Training and scoring share it to the operation: a policy that has not moved differs from its reference by nothing.
@@ -164,7 +164,7 @@ def _fused(head: Head, measure: Callable[..., tuple[mx.array, ...]]) -> Callable
     def run(h: mx.array, y: mx.array) -> tuple[mx.array, ...]:
         """One chunk of logits after the other."""
         parts: list[tuple[mx.array, ...]] = []
-        for at in _chunks(head, h):
+        for at in _position_chunks(head, h):
             states = h[at]
             if parts:
                 # All of them, or each chunk's logits wait for their look-up until the end.
@@ -181,24 +181,24 @@ def _fused(head: Head, measure: Callable[..., tuple[mx.array, ...]]) -> Callable
 
 
 def _with_row(head: Head, h: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
-    return _rows(head, logits(head, h), y)[:2]
+    return _logps_and_rows(head, logits(head, h), y)[:2]
 
 
 def _with_row_and_square(head: Head, h: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    logp, row, e, total = _rows(head, logits(head, h), y)
+    logp, row, e, total = _logps_and_rows(head, logits(head, h), y)
     return logp, row, _log_square(e, total)
 
 
-def _rows(head: Head, z: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+def _logps_and_rows(head: Head, z: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Log-probs, their gradient rows, and the softmax (`_softmax`) of (N, V) logits."""
-    logp, e, total = _softmax(z, y)
+    logp, e, total = _head_softmax(z, y)
     if head.softcap is None:
         # W[y] - (e W) / total: the one-hot part is a look-up, not a matmul.
-        row = _rows_of(head, y) - _times_weight(head, e) / total
+        row = _weight_rows(head, y) - _times_weight(head, e) / total
         return logp, row * head.factor, e, total
     slope = 1 - (z / head.softcap) ** 2
     at = mx.take_along_axis(slope, y[:, None], axis=-1)
-    row = _rows_of(head, y) * at - _times_weight(head, e * slope) / total
+    row = _weight_rows(head, y) * at - _times_weight(head, e * slope) / total
     return logp, row * head.factor, e, total
 
 
@@ -215,7 +215,7 @@ def _times_weight(head: Head, p: mx.array) -> mx.array:
     return (p.astype(module.weight.dtype) @ module.weight).astype(mx.float32)
 
 
-def _rows_of(head: Head, y: mx.array) -> mx.array:
+def _weight_rows(head: Head, y: mx.array) -> mx.array:
     """W[y], (N, D) float32, W plain or quantised."""
     module = head.module()
     if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):

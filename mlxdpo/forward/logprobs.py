@@ -1,13 +1,13 @@
 """A model meets a batch: log-probabilities of completions, in float32.
 
-Two ways to the same numbers. The fast one computes each distinct token once and lets only scored positions meet the
-head; it needs to know the model's parts (`model/trunk.py`). The plain one asks the model for all logits of full rows.
-Right padding is harmless under a causal mask, and it keeps MLX's light attention path, which array masks leave.
+Two paths to the same numbers. The fast one computes each distinct token once and runs the head over scored positions
+alone; it needs to know the model's parts (`architectures.py`). The plain one asks the model for all logits of full
+rows. Right padding is harmless under a causal mask, and it keeps MLX's attention that takes less memory: array masks
+leave it.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,20 +16,19 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxdpo.forward import fused_head as heads
-from mlxdpo.forward import streams
-from mlxdpo.forward.architectures import ModelParts, model_parts
-from mlxdpo.forward.packed import PackedLayout, can_pack, packed_layers, packing_is_worth_it
-from mlxdpo.forward.shared_prefix import checkpointed, padded_layers, spreader
-from mlxdpo.forward.streams import LayerPlan, run_layers
+from mlxdpo.forward.architectures import ModelParts, known_parts, model_parts
+from mlxdpo.forward.layer_plan import LayerPlan, checkpointed, join_columns, run_layers, run_whole
+from mlxdpo.forward.packed import PackedLayout, can_pack, packed_layers, packing_is_worth_it, spreader
+from mlxdpo.forward.shared_prefix import padded_layers
 from mlxdpo.types import Batch, Pairs
 
-CHECKED = 2  # pairs that the fast way has to get right
+CHECKED = 2  # pairs that the fast path has to get right
 # How far one summed log-prob may be from the reference's at the start, nats: rounding differs with the batch's shape.
 TOLERANCE = {mx.float32: 1e-2, mx.bfloat16: 4.0, mx.float16: 1.0}
 
 
 Forward = Callable[[nn.Module, Batch], Any]
-"""(model, batch) -> (R,) summed completion log-probs, nats; or `Rows`, where a modifier asks for more."""
+"""(model, batch) -> (R,) summed completion log-probs, nats; or `RowDetails`, where a modifier asks for more."""
 
 
 def next_token_logps(model: nn.Module, tokens: mx.array) -> mx.array:
@@ -41,53 +40,59 @@ def next_token_logps(model: nn.Module, tokens: mx.array) -> mx.array:
 def completion_logps(model: nn.Module, tokens: mx.array, mask: mx.array) -> mx.array:
     """(R, T) token ids and (R, T-1) mask of scored targets -> (R,) summed log-probs of the completions, nats.
 
-    Source: log pi(y|x) of arXiv 2305.18290 eq. 7, a sum over the completion's tokens. The plainest way there is: the
-    yardstick of the two below.
+    Source: log pi(y|x) of arXiv 2305.18290 eq. 7, a sum over the completion's tokens. The
+    simplest code for it: what the two paths below are checked against.
     """
     return (next_token_logps(model, tokens) * mask).sum(axis=-1)
 
 
 def plain_forward(model: nn.Module, batch: Batch) -> mx.array:
-    """Full rows and full logits: for any model that mlx-lm can run."""
-
-    def logps(part: Batch) -> mx.array:
-        """(R,) log-probs of a part's rows."""
-        return _by_row(heads.target_logps(scored_logits(model, part), part.targets), part)
-
-    return whole_rows(streams.map_streams(logps, batch.parts or (batch,)), batch)
-
-
-def scored_logits(model: nn.Module, batch: Batch) -> mx.array:
-    """(N, V) float32 logits of the scored positions, out of full rows."""
-    shared = batch.prefix.shape[1]
-    rows = mx.concatenate([batch.prefix[batch.group], batch.suffix], axis=1) if shared else batch.suffix
-    logits = model(rows)[:, shared:]
-    return logits.reshape(-1, logits.shape[-1])[batch.home[batch.positions]].astype(mx.float32)
+    """(R,) log-probs from full rows and full logits: for any model that mlx-lm can run."""
+    return run_whole(
+        batch, lambda batch: _row_sums(heads.target_logps(scored_logits(model, batch), batch.targets), batch)
+    )
 
 
 def plain_details(model: nn.Module, batch: Batch) -> RowDetails:
     """`plain_forward` with all that a modifier may ask."""
 
-    def details(part: Batch) -> RowDetails:
-        """The same of a part."""
-        logits = scored_logits(model, part)
-        return _details(heads.target_logps(logits, part.targets), heads.target_squares(logits), part)
+    def read(batch: Batch) -> RowDetails:
+        """From the logits of the scored positions."""
+        logits = scored_logits(model, batch)
+        return _details(heads.target_logps(logits, batch.targets), heads.target_squares(logits), batch)
 
-    return _whole_details(streams.map_streams(details, batch.parts or (batch,)), batch)
+    return run_whole(batch, read, _join_details)
+
+
+def scored_logits(model: nn.Module, batch: Batch) -> mx.array:
+    """(N, V) float32 logits of the scored positions, out of full rows."""
+    logits = model(whole_rows(batch))[:, batch.prefix.shape[1] :]
+    return logits.reshape(-1, logits.shape[-1])[batch.home[batch.positions]].astype(mx.float32)
+
+
+def whole_rows(batch: Batch) -> mx.array:
+    """(R, P + S) token ids: each row with its prefix."""
+    return mx.concatenate([batch.prefix[batch.group], batch.suffix], axis=1) if batch.prefix.shape[1] else batch.suffix
 
 
 def fast_forward(checkpoint: Callable[..., Any] | None = None, *, head: Any = heads.token_logps) -> Forward:
     """Shared prefix once, distinct rows once, only scored positions through the head.
 
-    `checkpoint` is `model.prefix.checkpointed` to keep less for the backward pass; `head` is `heads.score_logps` for
-    who needs no backward pass.
+    `checkpoint` is `checkpointed` to keep less for the backward pass; `head` is `heads.score_logps` where no backward
+    pass follows.
     """
 
-    def logps(trunk: ModelParts, states: mx.array, batch: Batch) -> mx.array:
-        """(R,) log-probs of a part's rows."""
-        return _by_row(head(trunk.head, trunk.norm(states[batch.positions]), batch.targets), batch)
+    def forward(model: nn.Module, batch: Batch) -> mx.array:
+        """(R,) log-probs of the batch's rows."""
+        parts = known_parts(model)
 
-    return lambda model, batch: whole_rows(in_parts(model, batch, checkpoint, logps), batch)
+        def read(batch: Batch, states: mx.array) -> mx.array:
+            """(R,) log-probs, from the states of all distinct tokens."""
+            return _row_sums(head(parts.head, parts.norm(states[batch.positions]), batch.targets), batch)
+
+        return run_layers(batch, lambda batch: plan_batch(parts, batch, checkpoint), read)
+
+    return forward
 
 
 def fast_details(
@@ -95,67 +100,34 @@ def fast_details(
 ) -> Callable[[nn.Module, Batch], RowDetails]:
     """`fast_forward` with all that a modifier may ask."""
 
-    def details(trunk: ModelParts, states: mx.array, batch: Batch) -> RowDetails:
-        """Log-probs of a part's rows, of parts of them, and how concentrated the policy is."""
-        logps, squares = head(trunk.head, trunk.norm(states[batch.positions]), batch.targets)
-        return _details(logps, squares, batch)
+    def forward(model: nn.Module, batch: Batch) -> RowDetails:
+        """The details of the batch's rows."""
+        parts = known_parts(model)
 
-    return lambda model, batch: _whole_details(in_parts(model, batch, checkpoint, details), batch)
+        def read(batch: Batch, states: mx.array) -> RowDetails:
+            """From the states of all distinct tokens."""
+            logps, squares = head(parts.head, parts.norm(states[batch.positions]), batch.targets)
+            return _details(logps, squares, batch)
 
+        return run_layers(batch, lambda batch: plan_batch(parts, batch, checkpoint), read, _join_details)
 
-def in_parts(
-    model: nn.Module,
-    batch: Batch,
-    checkpoint: Callable[..., Any] | None,
-    measure: Callable[[ModelParts, mx.array, Batch], Any],
-) -> list[Any]:
-    """What `measure` makes of the states of each part of a batch: (M, D), those of its `rest`, before the last norm.
-
-    Parts are computed side by side (`lanes`); a batch without any is its only one.
-    """
-    trunk = model_parts(model)
-    assert trunk is not None  # whoever chose this path asked first
-    parts = batch.parts or (batch,)
-    states = run_layers([functools.partial(_layer_plan, trunk, part, checkpoint) for part in parts])
-    return streams.map_streams(lambda part, found: measure(trunk, found, part), parts, states)
+    return forward
 
 
-def _layer_plan(trunk: ModelParts, batch: Batch, checkpoint: Callable[..., Any] | None) -> LayerPlan:
-    """The way of a batch through the blocks: packed where that pays, else as padded rows."""
+def plan_batch(parts: ModelParts, batch: Batch, checkpoint: Callable[..., Any] | None) -> LayerPlan:
+    """A batch through the layers: packed where that saves enough, else as padded rows. It ends at (M, D), the states
+    of `batch.rest` before the last norm."""
     spread = spreader(batch.group, batch.per_prompt or None)
     prompts, rows = batch.prefix.shape, batch.rows.shape
-    if can_pack(trunk) and packing_is_worth_it(prompts, rows, len(batch.rest)):
+    if can_pack(parts) and packing_is_worth_it(prompts, rows, len(batch.rest)):
         layout = PackedLayout(prompts, batch.rows, batch.home, batch.place, spread)
         tokens = mx.concatenate([batch.prefix.reshape(-1), batch.rest])
-        return packed_layers(trunk, tokens, layout, checkpoint)
-    padded = padded_layers(trunk, batch.prefix, batch.suffix, spread, checkpoint)
+        return packed_layers(parts, tokens, layout, checkpoint)
+    padded = padded_layers(parts, batch.prefix, batch.suffix, spread, checkpoint)
     return padded._replace(leave=lambda *hs: padded.leave(*hs).reshape(-1, hs[-1].shape[-1])[batch.home])
 
 
-def whole_rows(parts: Sequence[mx.array], batch: Batch) -> mx.array:
-    """(R,) numbers of the batch's rows from those of its parts' rows."""
-    return widened(_joined(parts), batch.length.shape[0])
-
-
-def _whole_details(parts: Sequence[RowDetails], batch: Batch) -> RowDetails:
-    rows, pairs = batch.length.shape[0], batch.chosen.shape[0]
-    columns = map(_joined, zip(*parts, strict=True))
-    return RowDetails(*(widened(a, count) for a, count in zip(columns, (rows, pairs, rows), strict=True)))
-
-
-def _joined(parts: Sequence[mx.array]) -> mx.array:
-    """(..., n) of each part, one after the other."""
-    return mx.concatenate(list(parts), axis=-1) if len(parts) > 1 else parts[0]
-
-
-def widened(a: mx.array, count: int) -> mx.array:
-    """(..., n) widened to (..., count): what only fills a batch gets what the first has."""
-    if a.shape[-1] == count:
-        return a
-    return mx.concatenate([a, mx.repeat(a[..., :1], count - a.shape[-1], axis=-1)], axis=-1)
-
-
-def _by_row(logps: mx.array, batch: Batch) -> mx.array:
+def _row_sums(logps: mx.array, batch: Batch) -> mx.array:
     """(N,) log-probs of tokens -> (R,) sums over each row's completion."""
     return mx.zeros(batch.length.shape).at[batch.owner].add(logps * batch.scored)
 
@@ -174,7 +146,13 @@ class RowDetails(NamedTuple):
 
 
 def _details(logps: mx.array, squares: mx.array, batch: Batch) -> RowDetails:
-    return RowDetails(_by_row(logps, batch), _shared(logps, batch), _by_row(squares, batch))
+    return RowDetails(_row_sums(logps, batch), _shared(logps, batch), _row_sums(squares, batch))
+
+
+def _join_details(parts: Sequence[RowDetails], batch: Batch) -> RowDetails:
+    rows, pairs = batch.length.shape[0], batch.chosen.shape[0]
+    counts = (rows, pairs, rows)
+    return RowDetails(*(join_columns(a, count) for a, count in zip(zip(*parts, strict=True), counts, strict=True)))
 
 
 def _shared(logps: mx.array, batch: Batch) -> mx.array:
@@ -190,7 +168,7 @@ def _shared(logps: mx.array, batch: Batch) -> mx.array:
     counts = (batch.owner == rows[..., None]) & (rank < shorter[None, :, None])
     part = (counts * (logps * batch.scored)).sum(axis=-1)
     # The shorter one is there whole: the same number as its row's, to the bit.
-    return mx.where(batch.length[rows] == shorter, _by_row(logps, batch)[rows], part)
+    return mx.where(batch.length[rows] == shorter, _row_sums(logps, batch)[rows], part)
 
 
 class ForwardFns(NamedTuple):
@@ -205,15 +183,15 @@ PLAIN_DETAILS = ForwardFns(plain_details, plain_details)  # type: ignore[arg-typ
 
 
 def forward_fns(model: nn.Module, checkpoint: bool = False) -> ForwardFns:
-    """The fast way where the model's parts are known, else the plain one, which knows no checkpointing."""
+    """The fast path where the model's parts are known, else the plain one, which knows no checkpointing."""
     if model_parts(model) is None:
         return PLAIN_FORWARD
     return ForwardFns(fast_forward(checkpointed if checkpoint else None), fast_forward(head=heads.score_logps))
 
 
-def detailed_fns(ways: ForwardFns, checkpoint: bool = False) -> ForwardFns:
-    """The same way through the model, giving `Rows`: for modifiers that ask more than summed log-probs."""
-    if ways is PLAIN_FORWARD:
+def detailed_fns(fns: ForwardFns, checkpoint: bool = False) -> ForwardFns:
+    """The same path through the model, giving `RowDetails`: for modifiers that ask more than summed log-probs."""
+    if fns is PLAIN_FORWARD:
         return PLAIN_DETAILS
     train, score = fast_details(checkpointed if checkpoint else None), fast_details(head=heads.score_logps_and_squares)
     return ForwardFns(train, score)  # type: ignore[arg-type]
@@ -232,6 +210,7 @@ def score_pairs(model: nn.Module, batch: Batch, forward: Forward | None = None) 
     return Pairs(*both, *(extras or ()), shared=rows.shared, ref_shared=batch.ref_shared, squares=squares)
 
 
-def _tolerance(model: nn.Module) -> float:
+def logp_tolerance(model: nn.Module) -> float:
+    """How far two paths' sums of log-probs may be apart for a model of this precision, nats."""
     floating = {a.dtype for _, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)}
     return max(TOLERANCE[dtype] for dtype in floating)

@@ -22,12 +22,12 @@ def next_logits(model: nn.Module, rows: Sequence[Sequence[int]], ids: Sequence[i
     """
     result = np.zeros((len(rows), len(ids)), np.float32)
     with dropout_off(model):
-        for indices in _portions([len(row) for row in rows], tokens):
-            result[indices] = _portion(model, [rows[i] for i in indices], ids)
+        for indices in _like_lengths([len(row) for row in rows], tokens):
+            result[indices] = _next_of_rows(model, [rows[i] for i in indices], ids)
     return result
 
 
-def _portions(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+def _like_lengths(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     portions: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if portions and (len(portions[-1]) + 1) * lengths[portions[-1][0]] <= tokens:
@@ -37,14 +37,14 @@ def _portions(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     return portions
 
 
-def _portion(model: nn.Module, rows: list[Sequence[int]], ids: Sequence[int]) -> np.ndarray:
+def _next_of_rows(model: nn.Module, rows: list[Sequence[int]], ids: Sequence[int]) -> np.ndarray:
     padded = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for row, given in zip(padded, rows, strict=True):
         row[: len(given)] = given
     last, tokens = mx.array([len(row) - 1 for row in rows]), mx.array(padded)
-    if (trunk := model_parts(model)) is not None:
-        states = hidden_states(trunk, tokens[:, :0], tokens, lambda h: h)
-        logits = heads.logits(trunk.head, trunk.norm(states[mx.arange(len(rows)), last]))
+    if (parts := model_parts(model)) is not None:
+        states = hidden_states(parts, tokens[:, :0], tokens, lambda h: h)
+        logits = heads.logits(parts.head, parts.norm(states[mx.arange(len(rows)), last]))
     else:
         logits = model(tokens)[mx.arange(len(rows)), last]
     return np.array(logits[:, mx.array(list(ids))].astype(mx.float32))

@@ -6,7 +6,7 @@ attention, its queries, keys and values are laid out as prompts and rows, and wh
 call per layer serves prefix and suffix, nothing crosses a checkpoint, and rows of unequal length cost what they hold.
 
 This needs a layer that calls `scaled_dot_product_attention` by the name in its file, with the cache object it was
-given: the name is switched while the layer runs (`light.switched`).
+given: the name is replaced while the layer runs (`patched`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,29 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxdpo.forward.architectures import ModelParts
+from mlxdpo.forward.layer_plan import LayerPlan
 from mlxdpo.forward.patch_mlx_lm import attention_files, own_attention, patched
-from mlxdpo.forward.streams import LayerPlan, run_layers
 
 Spread = Callable[[mx.array], mx.array]
-LEAST_SAVING = 0.03  # share of tokens that packing must save to pay for laying rows out in every layer
+"""(G, ...) -> (R, ...): each prompt's array for each of its rows."""
+LEAST_SAVING = 0.03  # share of tokens that packing must save to be worth laying rows out in every layer
+
+
+def spreader(group: mx.array, rows_per_prompt: int | None) -> Callable[[mx.array], mx.array]:
+    """(G, ...) -> (R, ...): each prompt's array for each of its rows. `group` is (R,), the prompt of each row.
+
+    With the same number of adjacent rows for every prompt it is a broadcast, whose gradient is a plain sum; otherwise
+    a gather.
+    """
+    if rows_per_prompt is None:
+        return lambda a: a[group]
+
+    def repeat(a: mx.array) -> mx.array:
+        """A broadcast, whose gradient is a plain sum."""
+        wide = mx.broadcast_to(a[:, None], (a.shape[0], rows_per_prompt, *a.shape[1:]))
+        return wide.reshape(-1, *a.shape[1:])
+
+    return repeat
 
 
 class PackedLayout:
@@ -41,8 +59,8 @@ class PackedLayout:
 class Packed:
     """The cache object of one layer's call: brings each token's position and knows the rows when attention comes."""
 
-    def __init__(self, layout: PackedLayout, trunk: ModelParts, window: int | None):
-        self.layout, self.trunk, self.window, self.offset = layout, trunk, window, layout.offset
+    def __init__(self, layout: PackedLayout, parts: ModelParts, window: int | None):
+        self.layout, self.parts, self.window, self.offset = layout, parts, window, layout.offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """What mlx-lm's attention calls."""
@@ -50,12 +68,12 @@ class Packed:
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
         """(N, H, 1, Dh) queries, keys and values of single tokens -> (N, H, 1, Dh), each within its own row."""
-        layout, mask = self.layout, self.trunk.mask
+        layout, mask = self.layout, self.parts.mask
         count, shared = layout.prompts
         q, k, v = (a[:, :, 0] for a in (queries, keys, values))
-        (rq, rk, rv), done = (_rows(a[count * shared :][layout.rows]) for a in (q, k, v)), []
+        (rq, rk, rv), done = (_heads_first(a[count * shared :][layout.rows]) for a in (q, k, v)), []
         if shared:
-            pq, pk, pv = (_rows(a[: count * shared].reshape(count, shared, *a.shape[1:])) for a in (q, k, v))
+            pq, pk, pv = (_heads_first(a[: count * shared].reshape(count, shared, *a.shape[1:])) for a in (q, k, v))
             done.append(own_attention(pq, pk, pv, None, scale, mask(shared, 0, self.window)))
             rk, rv = (mx.concatenate([layout.spread(a), b], axis=2) for a, b in ((pk, rk), (pv, rv)))
         done.append(own_attention(rq, rk, rv, None, scale, mask(layout.rows.shape[1], shared, self.window)))
@@ -64,14 +82,14 @@ class Packed:
         return mx.concatenate(flat)[:, :, None]
 
 
-def _rows(a: mx.array) -> mx.array:
+def _heads_first(a: mx.array) -> mx.array:
     """(R, T, H, Dh) -> (R, H, T, Dh)."""
     return a.swapaxes(1, 2)
 
 
-def can_pack(trunk: ModelParts) -> bool:
+def can_pack(parts: ModelParts) -> bool:
     """Whether the layers call attention by name, so that packing is possible."""
-    return bool(attention_files(trunk.layers[0]))
+    return bool(attention_files(parts.layers[0]))
 
 
 def packing_is_worth_it(prompts: tuple[int, int], rows: tuple[int, int], rest: int) -> bool:
@@ -81,33 +99,33 @@ def packing_is_worth_it(prompts: tuple[int, int], rows: tuple[int, int], rest: i
 
 
 def packed_states(
-    trunk: ModelParts,
+    parts: ModelParts,
     tokens: mx.array,
     layout: PackedLayout,
     checkpoint: Callable[..., Any] | None = None,
 ) -> mx.array:
     """(G * P + M,) token ids -> (M, D) states behind the prefixes, before the last norm.
 
-    `checkpoint` is `prefix.checkpointed`, to compute each layer again in the backward pass.
+    `checkpoint` is `checkpointed`, to compute each layer again in the backward pass.
     """
-    return run_layers([lambda: packed_layers(trunk, tokens, layout, checkpoint)])[0]
+    return packed_layers(parts, tokens, layout, checkpoint).run()
 
 
 def packed_layers(
-    trunk: ModelParts, tokens: mx.array, layout: PackedLayout, checkpoint: Callable[..., Any] | None = None
+    parts: ModelParts, tokens: mx.array, layout: PackedLayout, checkpoint: Callable[..., Any] | None = None
 ) -> LayerPlan:
-    """The way of `packed_states`."""
-    run, layers = checkpoint or (lambda layer, function: function), zip(trunk.layers, trunk.windows, strict=True)
-    blocks = [run(layer, _alone(trunk, layer, window, layout)) for layer, window in layers]
-    return LayerPlan((trunk.embed(tokens[:, None]),), blocks, lambda h: h[layout.prompts[0] * layout.prompts[1] :, 0])
+    """The layers of `packed_states`."""
+    run, layers = checkpoint or (lambda layer, function: function), zip(parts.layers, parts.windows, strict=True)
+    packed = [run(layer, _packed_layer(parts, layer, window, layout)) for layer, window in layers]
+    return LayerPlan((parts.embed(tokens[:, None]),), packed, lambda h: h[layout.prompts[0] * layout.prompts[1] :, 0])
 
 
-def _alone(
-    trunk: ModelParts, layer: nn.Module, window: int | None, layout: PackedLayout
+def _packed_layer(
+    parts: ModelParts, layer: nn.Module, window: int | None, layout: PackedLayout
 ) -> Callable[..., tuple[mx.array]]:
     def one(h: mx.array) -> tuple[mx.array]:
         """The layer on all tokens at once."""
         with patched(attention_files(layer)):  # in here, because a checkpoint calls it again in the backward pass
-            return (layer(h, None, Packed(layout, trunk, window)),)
+            return (layer(h, None, Packed(layout, parts, window)),)
 
     return one

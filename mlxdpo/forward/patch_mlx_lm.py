@@ -1,6 +1,6 @@
-"""Which attention and which SwiGLU the layers of a model call: mlx-lm's, or this project's where they are lighter.
+"""Which attention and which SwiGLU the layers of a model call: mlx-lm's, or this project's where they take less memory.
 
-mlx-lm's layers find both by name in their own file. A name is exchanged while it is needed and put back; nothing is
+mlx-lm's layers find both by name in their own file. A name is replaced while it is needed and put back; nothing is
 changed on a class.
 """
 
@@ -23,7 +23,7 @@ from mlxdpo.forward.attention import chunked_attention, short_attention
 from mlxdpo.forward.elementwise import swiglu
 from mlxdpo.machine.device import this_machine
 
-PAYS_FROM = 1024  # tokens
+MASKED_FROM = 1024  # tokens: chunks are faster from here on where MLX has no fused kernel
 SHORT = 512  # tokens: up to here a CPU had better keep the softmax
 NAME = "scaled_dot_product_attention"
 
@@ -36,7 +36,7 @@ def chunking_is_faster(kind: str, length: int, masked: bool) -> bool:
     kernels, forward and backward, from mlx 0.32.4. A CPU has none, and its softmax alone takes longer than all of
     this: a SmolLM2 step over rows of 384 tokens 5.1 -> 4.7 s, 1.9 -> 1.6 GB.
     """
-    return kind == "cpu" or (masked and length >= PAYS_FROM)
+    return kind == "cpu" or (masked and length >= MASKED_FROM)
 
 
 def causal_window(mask: mx.array, queries: int, keys: int) -> int | None:
@@ -67,28 +67,28 @@ def own_attention(
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """mlx-lm's `scaled_dot_product_attention`, in chunks for the calls where that is the same thing and pays.
+    """mlx-lm's `scaled_dot_product_attention`, in chunks for the calls where that is the same thing and faster.
 
     A cache that attends for itself (`packed.Packed`) is asked to.
     """
     if attend := getattr(cache, "attend", None):
         return attend(queries, keys, values, scale)
-    own = functools.partial(base.scaled_dot_product_attention, queries, keys, values, cache, scale, mask, sinks)
+    mlx_lm = functools.partial(base.scaled_dot_product_attention, queries, keys, values, cache, scale, mask, sinks)
     if hasattr(cache, "bits") or sinks is not None or mask is None:
-        return own()
+        return mlx_lm()
     masked, L, T = isinstance(mask, mx.array), queries.shape[2], keys.shape[2]
     if T < L or not chunking_is_faster(this_machine().kind, T, masked):
-        return own()
+        return mlx_lm()
     window = causal_window(mask, L, T) if masked else T
     if window is None or not (masked or mask == "causal"):
-        return own()
+        return mlx_lm()
     if window >= T and T <= SHORT and this_machine().kind == "cpu":
         return short_attention(queries, keys, values, scale=scale)
     return chunked_attention(queries, keys, values, scale=scale, window=window if window < T else None)
 
 
 NAMES = (NAME, "swiglu")
-OWN, LIGHT = (base.scaled_dot_product_attention, activations.swiglu), (own_attention, swiglu)
+MLX_LM, OURS = (base.scaled_dot_product_attention, activations.swiglu), (own_attention, swiglu)
 _users: Counter[ModuleType] = Counter()
 _lock = threading.Lock()
 
@@ -96,8 +96,8 @@ _lock = threading.Lock()
 def attention_files(model: nn.Module) -> list[ModuleType]:
     """The mlx-lm model files whose layers `model` is made of and that call `scaled_dot_product_attention` by name.
 
-    A file with a function of its own under that name is none of them, nor one that writes its attention out
-    (gemma2): their attention stays what it is.
+    Not a file that defines another function under that name, nor one that writes its attention out (gemma2): their
+    attention stays what it is.
     """
     names = {parent.__module__ for layer in model.modules() for parent in type(layer).__mro__}
     ours = (base.scaled_dot_product_attention, own_attention)
@@ -107,10 +107,10 @@ def attention_files(model: nn.Module) -> list[ModuleType]:
 
 @contextmanager
 def chunked_attention_on(model: nn.Module, longest: int) -> Iterator[bool]:
-    """While it lasts, `model` attends in chunks wherever `pays` says so; `longest` is its longest row in tokens.
+    """While it lasts, `model` attends in chunks wherever `chunking_is_faster`; `longest` is its longest row in tokens.
 
-    Yields whether anything was switched. Another model of the same file is switched with it (same values, other order
-    of sums); one of another file is not touched. A function compiled inside keeps what it was traced with, so trace
+    Yields whether anything was replaced. Another model of the same file attends so too (same values, other order of
+    sums); one of another file does not. A function compiled inside keeps what it was traced with, so trace
     inside.
     """
     files = attention_files(model) if chunking_is_faster(this_machine().kind, longest, masked=True) else []
@@ -120,7 +120,7 @@ def chunked_attention_on(model: nn.Module, longest: int) -> Iterator[bool]:
 
 @contextmanager
 def patched(files: Sequence[ModuleType]) -> Iterator[None]:
-    """While it lasts, the layers of mlx-lm's model `files` call `light_or_own`, and SwiGLU with its own gradient.
+    """While it lasts, the layers of mlx-lm's model `files` call `own_attention`, and `swiglu`.
 
     It replaces names in each file and puts them back, also after an exception; it can be nested, and left in any
     order from several threads.
@@ -128,7 +128,7 @@ def patched(files: Sequence[ModuleType]) -> Iterator[None]:
     with _lock:
         for file in files:
             _users[file] += 1
-            _exchange(file, OWN, LIGHT)
+            _replace_names(file, MLX_LM, OURS)
     try:
         yield
     finally:
@@ -136,10 +136,10 @@ def patched(files: Sequence[ModuleType]) -> Iterator[None]:
             for file in files:
                 _users[file] -= 1
                 if not _users[file]:
-                    _exchange(file, LIGHT, OWN)
+                    _replace_names(file, OURS, MLX_LM)
 
 
-def _exchange(file: ModuleType, before: Sequence[Any], after: Sequence[Any]) -> None:
+def _replace_names(file: ModuleType, before: Sequence[Any], after: Sequence[Any]) -> None:
     for name, old, new in zip(NAMES, before, after, strict=True):
         if vars(file).get(name) is old:
             setattr(file, name, new)

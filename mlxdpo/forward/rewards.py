@@ -1,7 +1,7 @@
 """A reward model meets a batch: one number per row, from the state of its last token. Nothing of width V is computed.
 
 A batch lays out a completion without its last token, because nothing is predicted from it; here the last token is
-what is read. So rows are laid out with one token more (`data.takes.with_end`), which is never computed.
+what is read. So rows are laid out with one token more (`transforms.with_end`), which is never computed.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxdpo.forward import streams
-from mlxdpo.forward.architectures import ModelParts
-from mlxdpo.forward.logprobs import Forward, ForwardFns, in_parts, whole_rows
-from mlxdpo.forward.shared_prefix import checkpointed
+from mlxdpo.forward.architectures import known_parts
+from mlxdpo.forward.layer_plan import checkpointed, run_layers, run_whole
+from mlxdpo.forward.logprobs import Forward, ForwardFns, plan_batch, whole_rows
 from mlxdpo.model.reward_head import normed_states, rewards
 from mlxdpo.types import Batch
 
@@ -31,31 +30,30 @@ def fast_rewards(checkpoint: Callable[..., Any] | None = None) -> Forward:
 
     def forward(model: nn.Module, batch: Batch) -> mx.array:
         """(R,) rewards of the batch's rows."""
+        parts = known_parts(model)
 
-        def measure(trunk: ModelParts, states: mx.array, part: Batch) -> mx.array:
-            """(R,) rewards of a part's rows."""
-            return rewards(model, trunk.norm(states[last_places(part)]))
+        def read(batch: Batch, states: mx.array) -> mx.array:
+            """(R,) rewards, from the states of all distinct tokens."""
+            return rewards(model, parts.norm(states[last_places(batch)]))
 
-        return whole_rows(in_parts(model, batch, checkpoint, measure), batch)
+        return run_layers(batch, lambda batch: plan_batch(parts, batch, checkpoint), read)
 
     return forward
 
 
 def plain_rewards(model: nn.Module, batch: Batch) -> mx.array:
-    """(R,) rewards from full rows through the model's own trunk."""
+    """(R,) rewards from full rows through the model's own layers."""
 
-    def measure(part: Batch) -> mx.array:
-        """(R,) rewards of a part's rows."""
-        shared = part.prefix.shape[1]
-        rows = mx.concatenate([part.prefix[part.group], part.suffix], axis=1) if shared else part.suffix
-        states = normed_states(model, rows)[:, shared:]
-        return rewards(model, states.reshape(-1, states.shape[-1])[part.home[last_places(part)]])
+    def read(batch: Batch) -> mx.array:
+        """(R,) rewards."""
+        states = normed_states(model, whole_rows(batch))[:, batch.prefix.shape[1] :]
+        return rewards(model, states.reshape(-1, states.shape[-1])[batch.home[last_places(batch)]])
 
-    return whole_rows(streams.map_streams(measure, batch.parts or (batch,)), batch)
+    return run_whole(batch, read)
 
 
 def reward_fns(fast: bool, checkpoint: bool = False) -> ForwardFns:
-    """How rewards are computed where log-probs take the `fast` way, and where they do not."""
+    """How rewards are computed where log-probs take the `fast` path, and where they do not."""
     if not fast:
         return ForwardFns(plain_rewards, plain_rewards)
     return ForwardFns(fast_rewards(checkpointed if checkpoint else None), fast_rewards())

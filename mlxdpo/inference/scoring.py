@@ -12,7 +12,7 @@ import numpy as np
 
 from mlxdpo.data.batching import collate
 from mlxdpo.data.planning import Group, Indices, outline, plan_straight
-from mlxdpo.forward import streams
+from mlxdpo.forward.layer_plan import evaluate_batch
 from mlxdpo.forward.logprobs import forward_fns, score_pairs
 from mlxdpo.model.adapters import dropout_off
 from mlxdpo.types import Batch, Example
@@ -49,7 +49,7 @@ def score_examples(
     for indices in progress(plan_straight(outline(examples, group), batch_size)):
         batch = collate(examples, indices, batch_size)
         found = score(batch)
-        streams.evaluate_parts(batch.parts, found)
+        evaluate_batch(batch, found)
         values[:, list(indices)] = np.array(found).reshape(count, -1)[:, : len(indices)]
     return values
 
@@ -82,11 +82,11 @@ def logps_under_both(
         """(4, B) of a batch: chosen and rejected under the policy, then under the reference."""
         with dropout_off(policy) as model:
             tuned = score_pairs(model, batch, forward_fns(model).score)
-            streams.evaluate_parts(batch.parts, tuned.chosen, tuned.rejected)
+            evaluate_batch(batch, tuned.chosen, tuned.rejected)
         with reference() as model, dropout_off(model):  # evaluated here, while the reference's adapters are on
             base = score_pairs(model, batch, forward_fns(model).score)
             both = mx.stack([tuned.chosen, tuned.rejected, base.chosen, base.rejected])
-            streams.evaluate_parts(batch.parts, both)
+            evaluate_batch(batch, both)
         return both
 
     values = score_examples(examples, group, batch_size, 4, score)

@@ -5,7 +5,7 @@ What is put together here is resolved before training: what has no effect is ref
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +13,20 @@ import mlx.core as mx
 
 from mlxdpo.config import LossConfig, names_of
 from mlxdpo.losses.modifiers import (
-    likeness,
-    scored_by,
-    shortened,
-    shortened_ratios,
-    singles,
-    swapped,
+    f_divergence_scores,
+    ld_log_ratios,
+    ld_pairs,
+    swapped_pairs,
+    unpaired_rows,
     without_reference,
+    wpo_weight,
 )
 from mlxdpo.losses.objective import Objective
 from mlxdpo.losses.registry import LOSSES
 from mlxdpo.types import Pairs, UserError
 
-SAID = ("probability", "weight", "margin")
-"""Columns that `data.columns` may name beside those of a row shape: what a row says of its pair (`types.Extras`)."""
+EXTRA_COLUMNS = ("probability", "weight", "margin")
+"""Columns that `data.columns` may name beside those of a row shape: numbers of the pair (`types.Extras`)."""
 SWITCHES = {"f_divergence": "reverse_kl", "ld_alpha": None, "wpo": False, "reference_free": False}
 """Modifiers that a recipe switches on, with the value that is off."""
 
@@ -47,58 +47,58 @@ class Loss:
 
     terms: tuple[Term, ...]
     config: LossConfig
-    said: frozenset[str] = frozenset()
+    extra_columns: frozenset[str] = frozenset()
 
-    def __call__(self, pairs: Pairs, window: mx.array | None = None) -> mx.array:
-        """One loss per pair. `window` is what `look` took from all pairs of the step, (K, B); without it these pairs
-        are all there are."""
-        rows = iter(window) if window is not None else None
-        total = sum(term.share * self._value(term, pairs, rows) for term in self.terms)
-        return total * pairs.weight if "weight" in self.said else total  # type: ignore[operator]
+    def __call__(self, pairs: Pairs, step_statistics: mx.array | None = None) -> mx.array:
+        """One loss per pair, (B,). `step_statistics` (K, B) is what the method of that name took from all pairs of the
+        step; without it these pairs are all there are."""
+        statistics = iter(step_statistics) if step_statistics is not None else None
+        total: Any = 0
+        for term in self.terms:
+            objective, modified, knobs = term.objective, self._modified(term, pairs), term.knobs
+            if objective.step_statistics is not None:
+                own = None if statistics is None else tuple(next(statistics) for _ in range(objective.entries))
+                value = objective.function(modified, **knobs, step_statistics=own)
+            else:
+                value = objective.function(modified, **knobs)
+                if "probability" in self.extra_columns and objective.paired:
+                    opposite = objective.function(swapped_pairs(modified), **knobs)
+                    value = pairs.label * value + (1 - pairs.label) * opposite  # type: ignore[operator]
+            if self.config.wpo and term.name != "sft":
+                value = value * wpo_weight(pairs)
+            total = total + term.share * value
+        return total * pairs.weight if "weight" in self.extra_columns else total
 
-    def _value(self, term: Term, pairs: Pairs, rows: Any) -> mx.array:
-        """One term's loss per pair, under the modifiers that it takes."""
-        seen, objective = self._view(term, pairs), term.objective
-        if objective.looks:
-            window = None if rows is None else tuple(next(rows) for _ in range(objective.entries))
-            return self._weighed(term, objective(seen, **term.knobs, window=window), pairs)
-        value = objective(seen, **term.knobs)
-        if "probability" in self.said and objective.paired:
-            value = pairs.label * value + (1 - pairs.label) * objective(swapped(seen), **term.knobs)  # type: ignore[operator]
-        return self._weighed(term, value, pairs)
-
-    def _weighed(self, term: Term, value: mx.array, pairs: Pairs) -> mx.array:
-        return value * likeness(pairs) if self.config.wpo and term.name != "sft" else value
-
-    def _view(self, term: Term, pairs: Pairs) -> Any:
-        """The pairs as the term sees them; imitation sees them whole."""
-        if "margin" not in self.said:
+    def _modified(self, term: Term, pairs: Pairs) -> Any:
+        """The pairs as the term's objective gets them, under the modifiers; imitation gets them whole."""
+        if "margin" not in self.extra_columns:
             pairs = pairs._replace(margin=None)
         if term.name == "sft":
             return pairs
         if not term.objective.paired:
-            return singles(pairs)
+            return unpaired_rows(pairs)
         if self.config.reference_free:
             pairs = without_reference(pairs)
         if self.config.ld_alpha is not None:
-            cut = shortened if term.objective.family == "ranked" else shortened_ratios
-            pairs = cut(pairs, self.config.ld_alpha)
+            desensitized = ld_pairs if term.objective.family == "ranked" else ld_log_ratios
+            pairs = desensitized(pairs, self.config.ld_alpha)
         if self.config.f_divergence != "reverse_kl":
-            pairs = scored_by(pairs, self.config.f_divergence, self.config.f_alpha)
+            pairs = f_divergence_scores(pairs, self.config.f_divergence, self.config.f_alpha)
         return pairs
 
-    def look(self, pairs: Pairs) -> mx.array | None:
+    def step_statistics(self, pairs: Pairs) -> mx.array | None:
         """(K, B) what the objectives take from all pairs of a step, or None where each pair stands for itself."""
-        found = [row for t in self.terms if t.objective.looks for row in t.objective.looks(self._view(t, pairs))]
+        coupled = [term for term in self.terms if term.objective.step_statistics is not None]
+        found = [row for t in coupled for row in t.objective.step_statistics(self._modified(t, pairs))]  # type: ignore[misc]
         return mx.stop_gradient(mx.stack(found)) if found else None
 
     @property
-    def looks(self) -> bool:
+    def needs_step_statistics(self) -> bool:
         """Whether it takes something from all pairs of a step."""
-        return any(term.objective.looks for term in self.terms)
+        return any(term.objective.step_statistics is not None for term in self.terms)
 
     @property
-    def looks_at_logps(self) -> bool:
+    def needs_step_logps(self) -> bool:
         """Whether that asks for their log-probs, so that a step scores its pairs before it differentiates."""
         return any(term.objective.over == "log-probs" for term in self.terms)
 
@@ -135,7 +135,7 @@ class Loss:
 
     def start(self) -> float | None:
         """Its value while policy and reference agree, before weights of pairs; None where that is no constant."""
-        if self.config.wpo or self.config.reference_free or "margin" in self.said:
+        if self.config.wpo or self.config.reference_free or "margin" in self.extra_columns:
             return None
         values = [t.objective.start(**t.knobs) if t.objective.start else None for t in self.terms]
         known = [t.share * v for t, v in zip(self.terms, values, strict=True) if v is not None]
@@ -154,23 +154,21 @@ def resolve(config: LossConfig, columns: Collection[str] = ()) -> Loss:
             raise UserError(f"loss.name `{name}` is unknown; known: {', '.join(LOSSES)}")
     objectives = [LOSSES[name] for name in names]
     if len({objective.paired for objective in objectives}) > 1:
-        raise UserError(f"loss.name {config.name} mixes pairs with single completions; {_kinds(names)}")
+        single = ", ".join(name for name in names if not LOSSES[name].paired)
+        raise UserError(
+            f"loss.name {config.name} mixes pairs with single completions; of these {single} reads single completions"
+        )
     shares = config.weights or [1.0] * len(names)
     if len(shares) != len(names):
         raise UserError(f"loss.weights has {len(shares)} numbers for the {len(names)} objectives of {config.name}")
     _check_knobs(config, names)
-    said = frozenset(columns) & frozenset(SAID)
-    _check_modifiers(config, names, said)
+    extra_columns = frozenset(columns) & frozenset(EXTRA_COLUMNS)
+    _check_modifiers(config, names, extra_columns)
     terms = [
         Term(name, objective, share, {knob: getattr(config, knob) for knob in objective.knobs})
         for name, objective, share in zip(names, objectives, shares, strict=True)
     ]
-    return Loss(tuple(terms), config, said)
-
-
-def _kinds(names: Iterable[str]) -> str:
-    single = [name for name in names if not LOSSES[name].paired]
-    return f"of these {', '.join(single)} reads single completions"
+    return Loss(tuple(terms), config, extra_columns)
 
 
 def _check_knobs(config: LossConfig, names: list[str]) -> None:
@@ -190,12 +188,12 @@ def _check_knobs(config: LossConfig, names: list[str]) -> None:
         raise UserError("exo_pair needs loss.label_smoothing above 0 (its paper: 1e-3): at 0 its loss is infinite")
 
 
-def _check_modifiers(config: LossConfig, names: list[str], said: frozenset[str]) -> None:
+def _check_modifiers(config: LossConfig, names: list[str], extra_columns: frozenset[str]) -> None:
     """Refuse what makes no sense for one of the objectives; imitation beside another objective is left as it is."""
     given: dict[str, str] = {
         name: f"loss.{name} {getattr(config, name)}" for name, off in SWITCHES.items() if getattr(config, name) != off
     }
-    given |= {name: f"data.columns {name}" for name in said}
+    given |= {name: f"data.columns {name}" for name in extra_columns}
     for modifier, shown in given.items():
         for name in names:
             if name == "sft" and len(names) > 1:

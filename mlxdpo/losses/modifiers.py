@@ -26,7 +26,7 @@ MODIFIERS: dict[str, str] = {
 """Every modifier with its paper; the last three come from columns of the data."""
 
 
-def shortened(pairs: Pairs, ld_alpha: float) -> Pairs:
+def ld_pairs(pairs: Pairs, ld_alpha: float) -> Pairs:
     """LD-DPO, arXiv 2409.06411: of each completion the first min(|y_w|, |y_l|) tokens count fully and the rest
     ld_alpha, under policy and reference alike. Needs `Pairs.shared` and `ref_shared`."""
     assert pairs.shared is not None and pairs.ref_shared is not None  # whoever asks for it had them scored
@@ -35,7 +35,7 @@ def shortened(pairs: Pairs, ld_alpha: float) -> Pairs:
     return pairs._replace(chosen=policy[0], rejected=policy[1], ref_chosen=ref[0], ref_rejected=ref[1])
 
 
-def shortened_ratios(pairs: Pairs, ld_alpha: float) -> Pairs:
+def ld_log_ratios(pairs: Pairs, ld_alpha: float) -> Pairs:
     """The same for objectives of log-ratios: those are formed first, or sums ten times as large lose a digit."""
     assert pairs.shared is not None and pairs.ref_shared is not None
     beginnings, nothing = pairs.shared - pairs.ref_shared, mx.zeros_like(pairs.chosen)
@@ -50,7 +50,7 @@ def without_reference(pairs: Pairs) -> Pairs:
     return pairs._replace(ref_chosen=nothing, ref_rejected=nothing, ref_shared=shared)
 
 
-def scored_by(pairs: Pairs, divergence: str, alpha: float) -> Pairs:
+def f_divergence_scores(pairs: Pairs, divergence: str, alpha: float) -> Pairs:
     """f-DPO, arXiv 2309.16240: each log-ratio x becomes f'(e^x), up to a constant that cancels."""
     score = divergence_score(divergence, alpha)
     a, b = log_ratios(pairs)
@@ -69,7 +69,7 @@ def divergence_score(divergence: str, alpha: float) -> Callable[[mx.array], mx.a
     return lambda x: x
 
 
-def swapped(pairs: Pairs) -> Pairs:
+def swapped_pairs(pairs: Pairs) -> Pairs:
     """The pairs with their roles exchanged, as a label says that they are with probability 1 - p."""
     margin = None if pairs.margin is None else -pairs.margin
     return pairs._replace(
@@ -83,7 +83,7 @@ def swapped(pairs: Pairs) -> Pairs:
     )
 
 
-def likeness(pairs: Pairs) -> mx.array:
+def wpo_weight(pairs: Pairs) -> mx.array:
     """WPO, arXiv 2406.11827 eq. 2: how much the pair looks like the policy's own samples, a weight without gradient.
 
     w(y) = exp(mean over tokens of log p(y_t) - log sum_v p_v^2), the product of both completions', (B,). Needs
@@ -95,7 +95,7 @@ def likeness(pairs: Pairs) -> mx.array:
     return mx.stop_gradient(mx.exp(chosen + rejected))
 
 
-def singles(pairs: Pairs) -> Unpaired:
+def unpaired_rows(pairs: Pairs) -> Unpaired:
     """Unpaired rows out of the pairs they are laid out as (`types.Example`)."""
     assert pairs.desirable is not None
     kl = pairs.rejected - pairs.ref_rejected

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-Window = tuple[mx.array, ...]
+StepStatistics = tuple[mx.array, ...]
 """What an objective must know of all pairs of an optimizer step at once: vectors (B,), one entry for each pair."""
 
 Family = Literal["difference", "separate", "ranked", "reference-free", "unpaired"]
@@ -19,16 +19,18 @@ Family = Literal["difference", "separate", "ranked", "reference-free", "unpaired
 class Objective:
     """An objective: its function, its paper, and everything that tests, tables and the start of a run ask of it.
 
-    start      its value while policy and reference agree, as a function of its knobs; None where lengths or the
-               policy's own log-probs decide
-    looks      what it takes from all pairs of a step; `over` says from what: their lengths, or log-probs, for which
-               the step scores all its pairs once before it differentiates; `entries`: how many vectors it takes
-    opposite   its slopes by the two log-probs are opposite: it depends on their difference alone
-    lifts      it pulls the chosen completion's likelihood up, or holds it: it counters falling chosen log-probs
-    per_token  it compares means over tokens
-    mismatched it needs completions of other prompts (the KL term of KTO)
-    reports    what it logs besides rewards and log-probs
-    refuses    modifiers that make no sense for it, with the reason
+    title, paper, use  what tables say: its name, its arXiv id, and when to take it
+    start            its value while policy and reference agree, as a function of its knobs; None where lengths or the
+                     policy's own log-probs decide
+    step_statistics  what it takes from all pairs of a step, None where each pair stands alone; `over` says from what:
+                     their lengths, or log-probs, for which the step scores all its pairs once before it
+                     differentiates; `entries`: how many vectors it takes
+    opposite         its slopes by the two log-probs are opposite: it depends on their difference alone
+    lifts            it pulls the chosen completion's likelihood up, or holds it: it counters falling chosen log-probs
+    per_token        it compares means over tokens
+    mismatched       it needs completions of other prompts (the KL term of KTO)
+    reports          what it logs besides rewards and log-probs
+    refuses          modifiers that make no sense for it, with the reason
     """
 
     function: Callable[..., mx.array]
@@ -37,7 +39,7 @@ class Objective:
     family: Family
     start: Callable[..., float | None] | None
     use: str
-    looks: Callable[[Any], Window] | None = None
+    step_statistics: Callable[[Any], StepStatistics] | None = None
     entries: int = 1
     over: Literal["", "lengths", "log-probs"] = ""
     opposite: bool = False
@@ -55,7 +57,7 @@ class Objective:
     def knobs(self) -> tuple[str, ...]:
         """Names of the knobs it takes."""
         parameters = inspect.signature(self.function).parameters.values()
-        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "window")
+        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "step_statistics")
 
     @property
     def paired(self) -> bool:

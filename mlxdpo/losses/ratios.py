@@ -22,23 +22,23 @@ def log_ratios(pairs: Pairs) -> tuple[mx.array, mx.array]:
     return pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected
 
 
-def lead(pairs: Pairs, beta: Number) -> mx.array:
+def reward_lead(pairs: Pairs, beta: Number) -> mx.array:
     """beta d, less the margin that a row may demand (ODPO, arXiv 2402.10571); reward units."""
     a, b = log_ratios(pairs)
-    return demanded(beta * (a - b), pairs)
+    return less_margin(beta * (a - b), pairs)
 
 
-def demanded(reward: mx.array, pairs: Pairs) -> mx.array:
+def less_margin(reward: mx.array, pairs: Pairs) -> mx.array:
     """A difference of rewards less the row's margin, where there is one."""
     return reward if pairs.margin is None else reward - pairs.margin
 
 
-def token_means(pairs: Pairs) -> tuple[mx.array, mx.array]:
+def mean_logps(pairs: Pairs) -> tuple[mx.array, mx.array]:
     """Mean log-prob of a token of the chosen and of the rejected completion, nats."""
     return pairs.chosen / pairs.chosen_len, pairs.rejected / pairs.rejected_len
 
 
-def smoothed(logit: mx.array, label_smoothing: Number) -> mx.array:
+def smoothed_logistic(logit: mx.array, label_smoothing: Number) -> mx.array:
     """-(1-e) log s(logit) - e log s(-logit): the cross entropy of a label that is wrong with probability e."""
     return -(1 - label_smoothing) * nn.log_sigmoid(logit) - label_smoothing * nn.log_sigmoid(-logit)
 

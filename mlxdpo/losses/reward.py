@@ -13,7 +13,7 @@ import numpy as np
 from mlxdpo.config import LossConfig
 from mlxdpo.losses.loss import Loss, Term
 from mlxdpo.losses.objective import Objective
-from mlxdpo.losses.ratios import Number, demanded
+from mlxdpo.losses.ratios import Number, less_margin
 from mlxdpo.types import Pairs, UserError
 
 
@@ -24,7 +24,7 @@ def bradley_terry(pairs: Pairs, *, margin: Number = 0.0, center: Number = 0.0) -
     (Llama 2), to which a row's own is added. Second term: arXiv 2312.09244; without it a constant added to all rewards
     changes nothing. No pair's term looks at another pair, so batches of any size give the same gradient.
     """
-    lead = demanded(pairs.chosen - pairs.rejected - margin, pairs)
+    lead = less_margin(pairs.chosen - pairs.rejected - margin, pairs)
     return -nn.log_sigmoid(lead) + center * (pairs.chosen + pairs.rejected) ** 2
 
 
@@ -33,7 +33,7 @@ def start_bradley_terry(*, margin: float, center: float) -> float:
     return math.log1p(math.exp(margin))
 
 
-def spread(scored: Any) -> dict[str, float]:
+def reward_range(scored: Any) -> dict[str, float]:
     """Smallest, mean and largest reward of the completions in `metrics.Scored`, by TRL's names (RewardTrainer)."""
     rewards = np.concatenate([scored.chosen, scored.rejected])
     return {f"{name}_reward": float(getattr(rewards, name)()) for name in ("min", "mean", "max")}
@@ -46,7 +46,7 @@ OBJECTIVE = Objective(
     "reference-free",
     start_bradley_terry,
     "stage: reward",
-    reports=spread,
+    reports=reward_range,
 )
 
 

@@ -79,7 +79,7 @@ def blas_threads() -> int:
 
 @contextmanager
 def single_blas() -> Iterator[None]:
-    """While it lasts, a matmul takes one thread. What is evaluated counts, not what is written down."""
+    """While it lasts, a matmul takes one thread. What is evaluated inside counts, not what is built."""
     library, threads = _openblas(), blas_threads()
     if library is None or threads == 1:
         yield
@@ -92,7 +92,8 @@ def single_blas() -> Iterator[None]:
 
 
 def look_wide() -> None:
-    """Let MLX order the kernels of a graph in breadth, so that `forward.streams` alternate: on a Linux CPU only.
+    """Let MLX order the kernels of a graph in breadth, so that streams (`forward/streams.py`) alternate: on a
+    Linux CPU, before it evaluates.
 
     Called before MLX evaluates anything. Its default of 20 arrays holds half a block of a model. A variable that is set
     stays as it is.
@@ -138,5 +139,6 @@ def _renamed_openblas() -> Path:
 
 
 def stream_count() -> int:
-    """Streams of this machine: threads of the BLAS on a CPU, so that a process that is given one core obeys; else 1."""
+    """In how many streams a batch is computed here: the BLAS's threads on a CPU, as many as this process may use; else
+    1."""
     return blas_threads() if this_machine().kind == "cpu" else 1

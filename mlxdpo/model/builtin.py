@@ -106,14 +106,14 @@ def _convert(source: Path, folder: Path) -> None:
     # "pt" is the layout of the arrays (rows are outputs); transformers refuses a file that names none.
     mx.save_safetensors(str(folder / "model.safetensors"), hf_weights(gguf), metadata={"format": "pt"})
     files = {
-        "config.json": _config(gguf),
+        "config.json": _llama_config(gguf),
         "generation_config.json": _special_ids(gguf),
-        "tokenizer.json": _tokenizer(gguf.metadata),
+        "tokenizer.json": _byte_tokenizer(gguf.metadata),
         "tokenizer_config.json": _tokenizer_config(gguf),
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2), "utf-8")
-    (folder / "README.md").write_text(_card(), "utf-8")
+    (folder / "README.md").write_text(_model_card(), "utf-8")
 
 
 def hf_weights(gguf: Gguf) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def _special_ids(gguf: Gguf) -> dict[str, Any]:
     }
 
 
-def _config(gguf: Gguf) -> dict[str, Any]:
+def _llama_config(gguf: Gguf) -> dict[str, Any]:
     heads = gguf.number("llama.attention.head_count")
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -192,7 +192,7 @@ def _config(gguf: Gguf) -> dict[str, Any]:
     }
 
 
-def _tokenizer(metadata: dict[str, Any]) -> dict[str, Any]:
+def _byte_tokenizer(metadata: dict[str, Any]) -> dict[str, Any]:
     """`tokenizer.json`: digits one by one, then byte-level BPE (llama.cpp's "smollm" pre-tokenizer).
 
     The GGUF reader of transformers leaves the digit splitting out and gives other ids for text with numbers.
@@ -242,7 +242,7 @@ def _tokenizer_config(gguf: Gguf) -> dict[str, Any]:
     }
 
 
-def _card() -> str:
+def _model_card() -> str:
     return (
         "---\nlicense: apache-2.0\nlanguage: en\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n---\n\n"
         f"# {NAME}\n\nConverted by mlxdpo from the Q4_1 GGUF file in the Python package {PACKAGE} {VERSION}. "

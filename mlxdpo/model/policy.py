@@ -108,7 +108,7 @@ def check_weights(folder: Path, name: str) -> None:
 def load_policy(config: ModelConfig) -> Policy:
     """Load weights and tokenizer, all weights frozen.
 
-    The adapter named in `config` is not attached here: see `adapters.warm_start`.
+    The adapter named in `config` is not attached here: see `adapters.with_adapter`.
     Raises `UserError` for a folder that is no model or one that mlx-lm has no definition for.
     """
     from mlx_lm.utils import load_model, quantize_model

@@ -53,7 +53,7 @@ def read_skeleton(config: ModelConfig) -> Skeleton:
     """
     from mlx_lm.utils import load_config, quantize_model
 
-    folder, stored = _look(config)
+    folder, stored = _look_up_files(config)
     with strangers_files(config.path):
         raw = load_config(folder)
         if raw.get("model_file"):
@@ -85,7 +85,7 @@ def dora_extra(model: nn.Module) -> int:
     return sum(m.lora_b.shape[-1] for _, m in model.named_modules() if "lora_b" in m)
 
 
-def _look(config: ModelConfig) -> tuple[Path, dict[str, Stored]]:
+def _look_up_files(config: ModelConfig) -> tuple[Path, dict[str, Stored]]:
     """The model's folder, with or without weights in it, and what the headers of its weight files say."""
     on_hub = not (config.path in BUILTIN or Path(config.path).is_dir() or config.path.count("/") != 1)
     folder = find_model(config.path, config.revision, *([LIGHT] if on_hub else []))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from mlxdpo.config import DataConfig
 from mlxdpo.data import fields
 from mlxdpo.data.formats import detect
-from mlxdpo.data.messages import prompt_of
+from mlxdpo.data.messages import prompt_of_row
 from mlxdpo.data.read import Item, prompt_key, stream_preferences
 from mlxdpo.data.report import BadRow, Report
 from mlxdpo.data.sources import Found, read_rows
@@ -85,7 +85,7 @@ def _bare_prompts(found: Iterable[Found], data: DataConfig, report: Report) -> I
             if "prompt" not in row:
                 raise BadRow("no prompt", f'"prompt" is missing; the row has {fields.column_names(row)}')
             read = {name: fields.parsed(value) for name, value in row.items()}
-            yield Asked(prompt_of(read, "prompt"), where, fields.tools(read))
+            yield Asked(prompt_of_row(read, "prompt"), where, fields.tools(read))
         except BadRow as bad:
             report.refuse(where, bad, data.on_bad_row)
 

@@ -9,9 +9,10 @@ from mlx.utils import tree_flatten
 
 from mlxdpo.config import LossConfig
 from mlxdpo.forward.architectures import model_parts
+from mlxdpo.forward.layer_plan import checkpointed
 from mlxdpo.forward.logprobs import fast_forward, forward_fns, plain_forward, score_pairs
-from mlxdpo.forward.packed import PackedLayout, packed_states
-from mlxdpo.forward.shared_prefix import checkpointed, hidden_states, spreader
+from mlxdpo.forward.packed import PackedLayout, packed_states, spreader
+from mlxdpo.forward.shared_prefix import hidden_states
 from mlxdpo.losses.loss import resolve
 from mlxdpo.machine.device import this_machine
 from mlxdpo.model.adapters import adapters_off

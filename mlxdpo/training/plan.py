@@ -28,7 +28,6 @@ from mlxdpo.data.planning import (
     steps_per_epoch,
 )
 from mlxdpo.forward.packed import packing_is_worth_it
-from mlxdpo.machine import openblas
 from mlxdpo.types import Example
 
 
@@ -113,7 +112,7 @@ def planned_batch(examples: Examples, indices: Indices, packs: bool, shapes: Seq
     packed = packs and packing_is_worth_it((shape.prompts, shape.shared), (shape.rows, shape.width), shape.rest)
     index = np.array(indices)
     numbers = (examples.prompt_numbers[index], examples.row_numbers[index], examples.lengths[index])
-    parts = len(cut_by_prompts(*numbers, openblas.stream_count()))
+    parts = len(cut_by_prompts(*numbers))
     layout = BatchLayout(
         shape.prompts, shape.shared, shape.rows, shape.width, shape.rest, shape.scored, packed, parts=parts
     )

@@ -15,9 +15,9 @@ from mlxdpo.forward.logprobs import (
     CHECKED,
     PLAIN_FORWARD,
     ForwardFns,
-    _tolerance,
     detailed_fns,
     forward_fns,
+    logp_tolerance,
     plain_forward,
     score_pairs,
 )
@@ -73,7 +73,7 @@ def choose_forward(model: nn.Module, data: Dataset, plan: TrainPlan, config: Con
             fast = fns.score(model, batch)
             mx.eval(fast)  # one after the other: full logits of full rows would be the peak of a small run
             gap = mx.abs(fast - plain_forward(model, batch)).max().item()
-        if gap <= _tolerance(model):
+        if gap <= logp_tolerance(model):
             return fns, ""
         note = f"{name}: the fast way is {gap:.3g} nats off here, so full rows and full logits are computed"
     if config.train.gradient_checkpointing:
@@ -109,7 +109,7 @@ def check_start(state: TrainState) -> None:
     count = int(batch.weight.sum().item())
     with dropout_off(state.model):
         pairs = first_pairs(score_pairs(state.model, batch, state.forward.score), count)
-        if _gap(pairs) <= _tolerance(state.model):
+        if _gap(pairs) <= logp_tolerance(state.model):
             _check_value(state, pairs, wanted)
             return
         cause = _cause(state, batch)
@@ -170,6 +170,6 @@ def _cause(state: TrainState, batch: Batch) -> str:
     if state.config.model.adapter is None and state.config.lora.method != "full":
         with adapters_off(state.model):
             bare = _gap(score_pairs(state.model, batch, state.forward.score))
-        if bare <= _tolerance(state.model):
+        if bare <= logp_tolerance(state.model):
             return "the fresh adapter is not zero"
     return "the reference was scored with other weights than training starts from; score it again with an empty cache"

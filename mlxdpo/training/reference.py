@@ -164,7 +164,7 @@ def _score(
     examples: Sequence[Example], scorer: Scorer, size: int, frames: Sequence[BatchShape], columns: int, indices: Indices
 ) -> np.ndarray:
     """(pairs, columns) log-probs of one batch."""
-    pairs = scorer(collate(examples, indices, size, frames=frames))
+    pairs = scorer(collate(examples, indices, size, shapes=frames))
     return np.stack(_columns(pairs)[:columns], axis=1)[: len(indices)]
 
 

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import Config
-from mlxdpo.forward import streams
+from mlxdpo.forward.layer_plan import evaluate_batch
 from mlxdpo.forward.logprobs import Forward, RowDetails
 from mlxdpo.io.checksum import load_checksummed, save_checksummed
 from mlxdpo.losses import Loss
@@ -85,7 +85,7 @@ class ReferenceSync:
             return batch
         with swapped_in(self.model, self.arrays), dropout_off(self.model):
             found = self.score(self.model, batch)
-            streams.evaluate_parts(batch.parts, found)
+            evaluate_batch(batch, found)
         if isinstance(found, RowDetails):
             return batch._replace(ref=found.logps, ref_shared=found.shared)
         return batch._replace(ref=found)

@@ -29,8 +29,8 @@ from mlxdpo.data.batching import collate
 from mlxdpo.data.examples import Examples
 from mlxdpo.data.planning import Indices
 from mlxdpo.distributed.group import ALONE, Group
-from mlxdpo.forward import streams
-from mlxdpo.forward.logprobs import Forward, ForwardFns, forward_fns, score_pairs, widened
+from mlxdpo.forward.layer_plan import evaluate_batch, widened
+from mlxdpo.forward.logprobs import Forward, ForwardFns, forward_fns, score_pairs
 from mlxdpo.losses import Loss
 from mlxdpo.machine.device import compiled
 from mlxdpo.model.adapters import dropout_off
@@ -145,7 +145,7 @@ def make_scorer(model: nn.Module, forward: Forward | None = None) -> Callable[[B
     def scorer(batch: Batch) -> Pairs:
         """The pairs of a batch, evaluated."""
         pairs = score(batch)
-        streams.evaluate_parts(batch.parts, pairs)
+        evaluate_batch(batch, pairs)
         return pairs
 
     return scorer
@@ -184,7 +184,7 @@ def make_gradient(model: nn.Module, loss: Loss, forward: Forward | None = None) 
             statistics = widened(statistics, batch.chosen.shape[0])
         found = Gradient(*traced(batch, share, statistics))
         if batch.parts:
-            streams.evaluate_parts(batch.parts, found)
+            evaluate_batch(batch, found)
         return found
 
     return gradient
@@ -243,7 +243,7 @@ def train_step(
         return fns.reference.refreshed(state.train.batch(batches[number], settings.batch_size))
 
     statistics: list[mx.array | None] = [None] * len(batches)
-    if loss.looks:
+    if loss.needs_step_statistics:
         examples = [[state.train.examples[i] for i in indices] for indices in batches]
         with dropout_off(state.model):  # what couples the pairs of a step is taken without noise
             statistics = step_statistics(loss, examples, map(laid_out, range(len(batches))), fns.scorer, group)
@@ -288,9 +288,9 @@ def step_statistics(
     lengths are enough nothing is computed; else each batch of `laid_out` is scored, None standing for one that another
     process scores.
     """
-    if not loss.looks:
+    if not loss.needs_step_statistics:
         return [None] * len(batches)
-    if loss.looks_at_logps:
+    if loss.needs_step_logps:
         scored = zip(laid_out, batches, strict=True)
         parts = [None if batch is None else first_pairs(scorer(batch), len(examples)) for batch, examples in scored]
         pairs = distributed.gather_pairs(group, parts, [len(examples) for examples in batches])
@@ -299,7 +299,7 @@ def step_statistics(
         unknown = mx.zeros(len(every))
         lengths = (mx.array([float(len(getattr(e, side))) for e in every]) for side in ("chosen", "rejected"))
         pairs = Pairs(unknown, unknown, unknown, unknown, *lengths)
-    statistics = loss.look(pairs)
+    statistics = loss.step_statistics(pairs)
     assert statistics is not None
     ends = [sum(map(len, batches[: n + 1])) for n in range(len(batches) - 1)]
     return list(mx.split(statistics, ends, axis=1)) if ends else [statistics]

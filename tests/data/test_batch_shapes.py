@@ -70,7 +70,7 @@ def test_the_batch_has_the_shape_of_its_frame(seed, ranked):
     (first,) = epochs(examples, 3, 1)
     for frames, indices in itertools.product(((), plan_shapes(examples, first, 3, 3)), first):
         frame = choose_shape(batch_size_of(examples, indices), frames, 3)
-        batch = collate(examples, indices, 3, frames=frames)
+        batch = collate(examples, indices, 3, shapes=frames)
         assert shapes_of(batch) == tuple(frame)
         assert batch.place.shape == batch.home.shape == (frame.rest,) and batch.group.shape == (frame.rows,)
 
@@ -81,7 +81,7 @@ def test_a_frame_changes_no_number():
     (batches,) = epochs(examples, 3, 1)
     frames = plan_shapes(examples, batches, 3, 2)
     for indices in batches:
-        alone, framed = collate(examples, indices, 3), collate(examples, indices, 3, frames=frames)
+        alone, framed = collate(examples, indices, 3), collate(examples, indices, 3, shapes=frames)
         for forward in (plain_forward, fast_forward()):
             want, got = (np.array(forward(model, b))[np.array(b.chosen)] for b in (alone, framed))
             count = min(len(want), len(got))
@@ -136,5 +136,5 @@ def test_nothing_is_compiled_on_a_cpu(monkeypatch):
 
 def test_a_batch_that_no_frame_holds_is_an_error():
     examples = real_lengths(3, 0)
-    with pytest.raises(ValueError, match="no frame holds a batch of BatchSize"):
+    with pytest.raises(ValueError, match="no shape holds a batch of BatchSize"):
         choose_shape(batch_size_of(examples, (0, 1, 2)), [BatchShape(1, 0, 2, 8, 8, 8, 1)], 3)

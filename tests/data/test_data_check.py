@@ -6,7 +6,7 @@ import pytest
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data import reasons
-from mlxdpo.data.check import Spread, examine, lines, spread
+from mlxdpo.data.check import LengthSpread, check_rows, finding_lines, length_spread
 from mlxdpo.data.read import read_preferences
 from mlxdpo.data.report import Report
 from mlxdpo.types import Message, Preference, UnpairedExample
@@ -15,15 +15,15 @@ from mlxdpo.types import Message, Preference, UnpairedExample
 @pytest.mark.parametrize(
     ("lengths", "expected"),
     [
-        ([7], Spread(7, 7, 7)),
-        ([1, 9], Spread(1, 9, 9)),
-        ([3, 1, 2], Spread(2, 3, 3)),
-        (list(range(1, 101)), Spread(50, 95, 100)),
-        (list(range(20, 0, -1)), Spread(10, 19, 20)),
+        ([7], LengthSpread(7, 7, 7)),
+        ([1, 9], LengthSpread(1, 9, 9)),
+        ([3, 1, 2], LengthSpread(2, 3, 3)),
+        (list(range(1, 101)), LengthSpread(50, 95, 100)),
+        (list(range(20, 0, -1)), LengthSpread(10, 19, 20)),
     ],
 )
 def test_spread_is_the_nearest_rank(lengths, expected):
-    assert spread(lengths) == expected
+    assert length_spread(lengths) == expected
 
 
 ROWS = [  # chosen longer, rejected longer, equal, chosen longer
@@ -42,25 +42,33 @@ REPORT = Report(
 
 
 def test_counts_shares_and_lengths_of_pairs():
-    found = examine(ROWS, REPORT, "x.jsonl")
+    found = check_rows(ROWS, REPORT, "x.jsonl")
     assert (found.kind, found.read, found.kept, found.duplicates, found.ties) == ("pairs", 8, 4, 3, 1)
     assert (found.prompts, found.most_per_prompt) == (3, 2)
-    assert found.characters == {"prompt": Spread(3, 4, 4), "chosen": Spread(2, 4, 4), "rejected": Spread(1, 5, 5)}
+    assert found.characters == {
+        "prompt": LengthSpread(3, 4, 4),
+        "chosen": LengthSpread(2, 4, 4),
+        "rejected": LengthSpread(1, 5, 5),
+    }
     assert (found.unit, found.longer, found.always_longer) == ("characters", 2 / 4, 2.5 / 4)
     assert found.tokens is found.limit is found.over_limit is found.overlap is found.heldout is found.desirable is None
 
 
 def test_token_lengths_decide_when_given():
     tokens = [(4, 1, 3), (4, 1, 3), (4, 1, 3), (4, 6, 3)]
-    found = examine(ROWS, REPORT, "x.jsonl", tokens=tokens, limit=7)
+    found = check_rows(ROWS, REPORT, "x.jsonl", tokens=tokens, limit=7)
     assert (found.unit, found.longer, found.always_longer, found.over_limit) == ("tokens", 1 / 4, 1 / 4, 1)
-    assert found.tokens == {"prompt": Spread(4, 4, 4), "chosen": Spread(1, 6, 6), "rejected": Spread(3, 3, 3)}
+    assert found.tokens == {
+        "prompt": LengthSpread(4, 4, 4),
+        "chosen": LengthSpread(1, 6, 6),
+        "rejected": LengthSpread(3, 3, 3),
+    }
 
 
 def test_sentences_of_pairs():
     tokens = [(4, 1, 3), (4, 1, 3), (4, 1, 3), (4, 6, 3)]
     heldout = [Preference("aaaa ", "q", "r", "y:1")]
-    assert lines(examine(ROWS, REPORT, "x.jsonl", heldout, tokens, 7)) == [
+    assert finding_lines(check_rows(ROWS, REPORT, "x.jsonl", heldout, tokens, 7)) == [
         "x.jsonl: 4 pairs from 8 rows, read as text (a prompt and two texts).",
         "Left out 3 x duplicate of an earlier row (first: x:5: the same pair stands in an earlier row).",
         "Left out 1 x tied scores (first: x:8: both 4).",
@@ -74,7 +82,10 @@ def test_sentences_of_pairs():
         "out of one side, or let data.eval_fraction split by prompt.",
     ]
     heldout = [Preference("other", "q", "r", "y:1")]
-    assert lines(examine(ROWS, REPORT, "x", heldout))[-1] == "None of the prompts is among the 1 held-out pairs."
+    assert (
+        finding_lines(check_rows(ROWS, REPORT, "x", heldout))[-1]
+        == "None of the prompts is among the 1 held-out pairs."
+    )
 
 
 def test_opinions_have_a_desirable_share_and_no_length_bias():
@@ -83,10 +94,10 @@ def test_opinions_have_a_desirable_share_and_no_length_bias():
         UnpairedExample("b", "x", False, "x:2"),
         UnpairedExample("c", "x", True, "x:3"),
     ]
-    found = examine(rows, Report(read=3, kept=3, format="unpaired"), "x.jsonl", tokens=[(1, 2)] * 3, limit=2)
+    found = check_rows(rows, Report(read=3, kept=3, format="unpaired"), "x.jsonl", tokens=[(1, 2)] * 3, limit=2)
     assert (found.kind, found.longer, found.always_longer, found.over_limit) == ("opinions", None, None, 3)
     assert found.desirable == 2 / 3
-    assert lines(found)[-1] == (
+    assert finding_lines(found)[-1] == (
         "67% of the completions are desirable: 2 thumbs up and 1 down; with loss.desirable_weight 1 and "
         "undesirable_weight 1 they weigh 2.00 to 1; "
         "KTO's authors advise 1 to 1.5, as with loss.undesirable_weight 1.33."
@@ -94,16 +105,18 @@ def test_opinions_have_a_desirable_share_and_no_length_bias():
 
 
 def test_demonstrations_have_no_thumbs_to_speak_of():
-    found = examine([UnpairedExample("a", "xx", True, "x:1")], Report(read=1, kept=1, format="completion"), "x.jsonl")
+    found = check_rows(
+        [UnpairedExample("a", "xx", True, "x:1")], Report(read=1, kept=1, format="completion"), "x.jsonl"
+    )
     assert (found.kind, found.desirable) == ("demonstrations", None)
-    assert lines(found)[0].startswith("x.jsonl: 1 demonstrations from 1 rows") and "desirable" not in " ".join(
-        lines(found)
+    assert finding_lines(found)[0].startswith("x.jsonl: 1 demonstrations from 1 rows") and "desirable" not in " ".join(
+        finding_lines(found)
     )
 
 
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="no rows to examine"):
-        examine([], Report(), "x")
+        check_rows([], Report(), "x")
 
 
 def test_findings_of_a_file_as_json(tmp_path):
@@ -111,7 +124,7 @@ def test_findings_of_a_file_as_json(tmp_path):
     pairs[0] |= {"chosen": "bad", "rejected": "good 2"}
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     rows, report = read_preferences(DataConfig(path=str(tmp_path / "a.jsonl")))
-    found = json.loads(json.dumps(examine(rows, report, "a.jsonl").as_dict(), allow_nan=False))
+    found = json.loads(json.dumps(check_rows(rows, report, "a.jsonl").as_dict(), allow_nan=False))
     assert found["refused"] == {reasons.DUPLICATE: 1}
     assert found["changed"] == {reasons.CONTRADICTION: 1}
     assert found["characters"]["prompt"] == {"median": 1, "p95": 1, "longest": 1}

@@ -24,7 +24,7 @@ from mlxdpo.data import cache, dataset, encode, examples, sources
 from mlxdpo.data.cache import STAGING, Spool, pairs_folder, publish_dataset, source_key
 from mlxdpo.data.dataset import encode_split, read_split
 from mlxdpo.data.encode import encode_all
-from mlxdpo.data.examples import Examples, open_examples, row_digest, writing
+from mlxdpo.data.examples import Examples, open_examples, row_digest, write_examples
 from mlxdpo.data.planning import outline, plan_epoch, plan_straight
 from mlxdpo.data.read import heldout_prompts, read_pairs, split_heldout
 from mlxdpo.io import digest
@@ -60,7 +60,7 @@ def test_what_is_written_is_read(tmp_path_factory, flush, monkeypatch):
     @given(EXAMPLES)
     def round_trip(examples):
         folder = tmp_path_factory.mktemp("store") / "part"
-        list(writing(folder, iter(examples)))
+        list(write_examples(folder, iter(examples)))
         for pairs in (open_examples(folder), Examples.of(examples)):
             assert plain(pairs) == plain(examples) and len(pairs) == len(examples)
             assert pairs.digest == old_digest(examples)
@@ -86,7 +86,7 @@ def test_index_as_in_a_list():
 
 
 def test_pairs_on_disk_are_not_loaded_and_cannot_be_written(tmp_path):
-    list(writing(tmp_path / "part", [Example(*(np.arange(3, dtype=np.int32),) * 3, "row 1")]))
+    list(write_examples(tmp_path / "part", [Example(*(np.arange(3, dtype=np.int32),) * 3, "row 1")]))
     pairs = open_examples(tmp_path / "part")
     with pytest.raises(ValueError, match="read-only"):
         pairs[0].chosen[0] = 7
@@ -98,7 +98,7 @@ def test_pairs_on_disk_are_not_loaded_and_cannot_be_written(tmp_path):
 
 @pytest.mark.parametrize("name", ["tokens", "where", "rows"])
 def test_a_damaged_file_is_named(tmp_path, name):
-    list(writing(tmp_path / "part", [Example(*(np.arange(3, dtype=np.int32),) * 3, "row 1")] * 2))
+    list(write_examples(tmp_path / "part", [Example(*(np.arange(3, dtype=np.int32),) * 3, "row 1")] * 2))
     file = tmp_path / "part" / name
     size = file.stat().st_size // 2 // 16 * 16 if name != "where" else 3
     os.truncate(file, size)
@@ -302,7 +302,7 @@ def test_changed_code_or_libraries_find_nothing(tmp_path, reads, monkeypatch):
     data = DataConfig(path=str(write_pairs(tmp_path / "pairs.jsonl")))
     made(data, base_tokenizer())
     with monkeypatch.context() as other:
-        other.setattr(cache, "_code", lambda: "another")
+        other.setattr(cache, "_code_digest", lambda: "another")
         made(data, base_tokenizer())
     assert len(reads) == 2
     monkeypatch.setattr(cache.importlib.metadata, "version", lambda name: "0")

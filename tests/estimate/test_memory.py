@@ -28,7 +28,7 @@ from mlxdpo.types import Example
 # D 8, F 16, two heads of 4 over one key head, V 50, float32, two blocks.
 TINY = Shape(layers=2, hidden=8, inner=16, heads=2, kv_heads=1, head_dim=4, vocabulary=50, item=4)
 LORA = Trained(layers=2, size=1000, ranks=14, inputs=frozenset({"attention", "out", "mlp", "inner"}))
-SQUARES = Setting(checkpoint=False, states=2, accumulate=1, light=math.inf)
+SQUARES = Setting(checkpoint=False, states=2, accumulate=1, chunked_from=math.inf)
 # One prompt of 3 shared tokens, two rows of 5 behind it.
 ROWS = BatchLayout(prompts=1, shared=3, rows=2, width=5, rest=9, scored=6)
 
@@ -46,7 +46,7 @@ def test_a_block_by_hand():
 
 
 def test_fused_attention_keeps_its_output_and_a_number_a_query_instead_of_scores():
-    squares, fused = (memory.attention_kept(TINY, ROWS, light) for light in (math.inf, 0))
+    squares, fused = (memory.attention_kept(TINY, ROWS, chunked_from) for chunked_from in (math.inf, 0))
     assert squares - fused == 4 * (2 * 89 - 13 * (8 + 2))
 
 
@@ -105,7 +105,7 @@ shapes = st.builds(
 )  # fmt: skip
 settings = st.builds(
     Setting, checkpoint=st.booleans(), states=st.integers(0, 2), accumulate=st.integers(1, 4),
-    light=st.sampled_from([0, 1024, math.inf]),
+    chunked_from=st.sampled_from([0, 1024, math.inf]),
 )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_more_rows_never_need_less(shape, at, setting):
 
 @given(shapes, layouts, settings)
 def test_longer_rows_never_need_less_where_attention_stays_what_it_is(shape, at, setting):
-    fixed = setting._replace(light=0 if setting.light == 0 else math.inf)
+    fixed = setting._replace(chunked_from=0 if setting.chunked_from == 0 else math.inf)
     assert peak(shape, at._replace(width=at.width + 8), fixed) >= peak(shape, at, fixed)
 
 

@@ -14,7 +14,7 @@ from stages import numbers
 from tiny_runs import adapter_bytes, finish, recipe
 
 from mlxdpo.cli import run as cli
-from mlxdpo.data.dataset import _open
+from mlxdpo.data.dataset import _open_dataset
 from mlxdpo.data.planning import outline, plan_epoch
 from mlxdpo.io.checksum import checksum_of
 from mlxdpo.model.adapters import load_adapter, load_run, read_settings
@@ -88,7 +88,7 @@ def pairs(place: Path) -> object:
     """The kept token ids."""
     found = []
     for told in sorted((place / "cache" / "pairs").glob("[!.]*/*/told.json")):
-        data = _open(told.parent, "")
+        data = _open_dataset(told.parent, "")
         names = ("tokens", "spans", "where", "rows", "prompts", "extras")
         found += [np.asarray(getattr(p, n)).tobytes() for p in (data.train, data.heldout) for n in names]
         found += [data.digest, str(data.reports)]

@@ -196,8 +196,8 @@ def test_memory_grows_with_the_length_not_with_its_square():
         ("cpu", 8192, False, True),
         ("cpu", 8192, True, True),
         ("cpu", 10, False, True),
-        ("metal", patch_mlx_lm.PAYS_FROM, True, True),
-        ("metal", patch_mlx_lm.PAYS_FROM - 1, True, False),
+        ("metal", patch_mlx_lm.MASKED_FROM, True, True),
+        ("metal", patch_mlx_lm.MASKED_FROM - 1, True, False),
         ("metal", 8192, False, False),
         ("metal", 8192, True, True),
         ("metal", 100, True, False),
@@ -245,7 +245,7 @@ def pays_at_once(monkeypatch):
         calls.append(options)
         return chunked_attention(*args, **options, chunk=16)
 
-    monkeypatch.setattr(patch_mlx_lm, "PAYS_FROM", 2)
+    monkeypatch.setattr(patch_mlx_lm, "MASKED_FROM", 2)
     monkeypatch.setattr(patch_mlx_lm, "SHORT", 0)
     monkeypatch.setattr(patch_mlx_lm, "chunked_attention", counted)
     return calls
@@ -416,7 +416,7 @@ def test_scopes_left_in_another_order_than_entered(pays_at_once):
 def test_short_rows_and_files_without_the_name_are_not_switched(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(patch_mlx_lm, "this_machine", lambda: SimpleNamespace(kind="metal"))
-        with chunked_attention_on(tiny_model("llama"), patch_mlx_lm.PAYS_FROM - 1) as on:
+        with chunked_attention_on(tiny_model("llama"), patch_mlx_lm.MASKED_FROM - 1) as on:
             assert not on
     with chunked_attention_on(tiny_model("gemma2"), 10**6) as on:  # it writes its attention out
         assert not on

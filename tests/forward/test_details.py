@@ -12,6 +12,7 @@ from tiny_models import tiny_model
 from mlxdpo.config import LoraConfig, LossConfig
 from mlxdpo.data.batching import collate
 from mlxdpo.data.examples import row_digest
+from mlxdpo.forward.layer_plan import checkpointed
 from mlxdpo.forward.logprobs import (
     PLAIN_FORWARD,
     detailed_fns,
@@ -21,7 +22,6 @@ from mlxdpo.forward.logprobs import (
     plain_details,
     score_pairs,
 )
-from mlxdpo.forward.shared_prefix import checkpointed
 from mlxdpo.losses import resolve
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.training.reference import shared_rows, with_reference

@@ -15,7 +15,9 @@ from mlxdpo.forward import fused_head as head_module
 from mlxdpo.forward import shared_prefix as prefix_module
 from mlxdpo.forward.architectures import FAMILIES, model_parts
 from mlxdpo.forward.fused_head import chunk_of, score_logps, token_logps
-from mlxdpo.forward.shared_prefix import checkpointed, hidden_states, spreader
+from mlxdpo.forward.layer_plan import checkpointed
+from mlxdpo.forward.packed import spreader
+from mlxdpo.forward.shared_prefix import hidden_states
 from mlxdpo.model.adapters import attach_lora
 
 V, G, K, P, S = 300, 2, 3, 31, 20
@@ -158,7 +160,7 @@ def test_a_key_captured_as_a_constant_would_be_noticed(monkeypatch):
 
     model, rows = moved(tiny_model("llama"), LoraConfig(rank=4)), Rows()
     value, wanted = gradients(model, rows.plain)
-    monkeypatch.setattr(prefix_module, "_joint", broken)
+    monkeypatch.setattr(prefix_module, "_prefix_layer", broken)
     fast, got = gradients(model, lambda m: rows.fast(m, K, checkpointed))
     assert fast == pytest.approx(value, rel=1e-5) and apart(got, wanted) > 1e-2
 

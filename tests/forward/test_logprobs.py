@@ -10,6 +10,7 @@ from tiny_models import CONFIGS, tiny_model
 
 from mlxdpo.config import LoraConfig
 from mlxdpo.data.batching import collate, distinct_rows
+from mlxdpo.forward.layer_plan import checkpointed
 from mlxdpo.forward.logprobs import (
     completion_logps,
     fast_forward,
@@ -18,7 +19,6 @@ from mlxdpo.forward.logprobs import (
     plain_forward,
     score_pairs,
 )
-from mlxdpo.forward.shared_prefix import checkpointed
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.training.step import make_scorer
 from mlxdpo.types import Example

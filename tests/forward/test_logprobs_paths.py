@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 from mlxdpo.data.batching import collate
 from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward import logprobs
-from mlxdpo.forward.shared_prefix import checkpointed
+from mlxdpo.forward.layer_plan import checkpointed
 from mlxdpo.types import Example, Extras
 
 

@@ -15,8 +15,8 @@ from mlxdpo.config import LoraConfig
 from mlxdpo.data.batching import collate
 from mlxdpo.forward import logprobs, packed, patch_mlx_lm
 from mlxdpo.forward.architectures import FAMILIES, model_parts
+from mlxdpo.forward.layer_plan import checkpointed
 from mlxdpo.forward.logprobs import fast_forward, plain_forward
-from mlxdpo.forward.shared_prefix import checkpointed
 from mlxdpo.types import Example
 
 PACKED = sorted(set(FAMILIES) - {"gemma2"})  # writes its attention out, so it stays with padded rows

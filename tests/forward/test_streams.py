@@ -1,4 +1,4 @@
-"""Parts of a batch side by side: the same numbers as the whole batch, each part and its gradient in its own lane."""
+"""Parts of a batch side by side: the same numbers as the whole batch, each part and its gradient in its own stream."""
 
 import itertools
 import os
@@ -21,13 +21,13 @@ from tiny_models import tiny_model
 
 from mlxdpo.config import LoraConfig, LossConfig
 from mlxdpo.data import batching
-from mlxdpo.data.batching import LEAST, collate, cut_by_prompts
+from mlxdpo.data.batching import SMALLEST_PART, collate, cut_by_prompts
 from mlxdpo.data.examples import Examples
-from mlxdpo.forward import logprobs, streams
+from mlxdpo.forward import layer_plan, logprobs, streams
 from mlxdpo.forward.architectures import FAMILIES
+from mlxdpo.forward.layer_plan import checkpointed
 from mlxdpo.forward.logprobs import PLAIN_DETAILS, PLAIN_FORWARD, detailed_fns, fast_forward, forward_fns
 from mlxdpo.forward.rewards import fast_rewards, reward_fns
-from mlxdpo.forward.shared_prefix import checkpointed
 from mlxdpo.losses import resolve
 from mlxdpo.machine import openblas
 from mlxdpo.model.reward_head import NAME, attach_head
@@ -39,10 +39,10 @@ THREADS = openblas.blas_threads()
 LONG = ((90, 150, 60), ((40, 35, 21), (22, 30, 41), (60, 33, 13)))
 
 
-def cut(lanes, number, *shape):
+def cut(streams_here, number, *shape):
     """A ragged batch whole, and in that many parts."""
     whole = ragged(*(shape or LONG))
-    lanes(number)
+    streams_here(number)
     parts = ragged(*(shape or LONG))
     assert not whole.parts and len(parts.parts) == number
     return whole, parts
@@ -51,52 +51,55 @@ def cut(lanes, number, *shape):
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 @pytest.mark.parametrize("checkpoint", [None, checkpointed])
 @pytest.mark.parametrize("packs", [True, False])
-def test_value_and_gradient_are_those_of_the_whole_batch(kind, checkpoint, packs, lanes, monkeypatch):
+def test_value_and_gradient_are_those_of_the_whole_batch(kind, checkpoint, packs, streams_here, monkeypatch):
     monkeypatch.setattr(logprobs, "packing_is_worth_it", lambda *shapes: packs)
-    model, (whole, parts) = moved(tiny_model(kind), LoraConfig(rank=4)), cut(lanes, 3)
+    model, (whole, parts) = moved(tiny_model(kind), LoraConfig(rank=4)), cut(streams_here, 3)
     value, wanted = gradients(model, weighted(fast_forward(checkpoint), whole))
     fast, got = gradients(model, weighted(fast_forward(checkpoint), parts))
     assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < (5e-5 if kind == "gemma" else 1e-5)
 
 
 @pytest.mark.parametrize(
-    "ways", [PLAIN_FORWARD, PLAIN_DETAILS, reward_fns(fast=False)], ids=["logps", "details", "rewards"]
+    "fns", [PLAIN_FORWARD, PLAIN_DETAILS, reward_fns(fast=False)], ids=["logps", "details", "rewards"]
 )
-def test_the_plain_way_walks_in_lanes_too(ways, lanes):
-    """A model whose parts are not known is one block: nothing ties its lanes, and the numbers are the same."""
-    model, (whole, parts) = attach_head(tiny_model("llama")), cut(lanes, 2)
+def test_the_plain_path_runs_in_streams_too(fns, streams_here):
+    """A model whose parts are not known is one layer: nothing ties its streams, and the numbers are the same."""
+    model, (whole, parts) = attach_head(tiny_model("llama")), cut(streams_here, 2)
     model[NAME].weight = mx.random.normal(model[NAME].weight.shape)
-    one, other = (ways.score(model, batch) for batch in (whole, parts))
+    one, other = (fns.score(model, batch) for batch in (whole, parts))
     for a, b in zip(tree_flatten(one), tree_flatten(other), strict=True):
         assert np.allclose(a[1], b[1], rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["dora", "full"])
-def test_dora_and_a_trained_head(method, lanes):
-    model, (whole, parts) = moved(tiny_model("llama"), LoraConfig(method=method, rank=4)), cut(lanes, 2)
+def test_dora_and_a_trained_head(method, streams_here):
+    model, (whole, parts) = moved(tiny_model("llama"), LoraConfig(method=method, rank=4)), cut(streams_here, 2)
     (value, wanted), (fast, got) = (gradients(model, weighted(fast_forward(), batch)) for batch in (whole, parts))
     assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < 1e-5
 
 
-def test_a_prompt_without_a_shared_prefix_walks_beside_one_that_has_it(lanes):
-    """The lanes' states are not alike: one array in the first, two in the second."""
-    model, (whole, parts) = moved(tiny_model("llama"), LoraConfig(rank=4)), cut(lanes, 2, (5, 90), ((95, 60), (70, 31)))
+def test_a_prompt_without_a_shared_prefix_runs_beside_one_that_has_it(streams_here):
+    """The streams' states are not alike: one array in the first, two in the second."""
+    model, (whole, parts) = (
+        moved(tiny_model("llama"), LoraConfig(rank=4)),
+        cut(streams_here, 2, (5, 90), ((95, 60), (70, 31))),
+    )
     assert [part.prefix.shape[1] > 0 for part in parts.parts] == [False, True]
     (value, wanted), (fast, got) = (gradients(model, weighted(fast_forward(), batch)) for batch in (whole, parts))
     assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("knobs", [{}, {"ld_alpha": 0.5}, {"wpo": True}], ids=str)
-def test_everything_a_step_is_made_of(knobs, lanes):
+def test_everything_a_step_is_made_of(knobs, streams_here):
     """Losses, gradients and whatever modifiers ask of the pairs, in a batch that is filled up."""
     model, pairs, loss = moved(tiny_model("qwen3"), LoraConfig(rank=4)), pairs_of(*LONG), resolve(LossConfig(**knobs))
     ref = np.random.default_rng(2).normal(-300, 3, (len(pairs), 4)).astype(np.float32)
-    ways, batches = detailed_fns(forward_fns(model)) if knobs else forward_fns(model), []
+    fns, batches = detailed_fns(forward_fns(model)) if knobs else forward_fns(model), []
     for number in (1, 2):
-        lanes(number)
+        streams_here(number)
         batches.append(collate(pairs, tuple(range(len(pairs))), len(pairs) + 2, ref))
     assert [len(batch.parts) for batch in batches] == [0, 2] and len(batches[1].weight) == len(pairs) + 2
-    gradient = make_gradient(model, loss, ways.train)
+    gradient = make_gradient(model, loss, fns.train)
     one, other = (gradient(batch, mx.array(0.2)) for batch in batches)
     for name, wanted in one.pairs._asdict().items():
         assert wanted is None or np.allclose(getattr(other.pairs, name), wanted, rtol=1e-5, atol=1e-3), name
@@ -114,8 +117,8 @@ def pairs_of(prompts, completions):
     return made
 
 
-def test_scores_and_rewards(lanes):
-    model, (whole, parts) = tiny_model("llama"), cut(lanes, 3)
+def test_scores_and_rewards(streams_here):
+    model, (whole, parts) = tiny_model("llama"), cut(streams_here, 3)
     one, other = (make_scorer(model)(batch) for batch in (whole, parts))
     assert np.allclose(one.chosen, other.chosen, atol=1e-3) and np.allclose(one.rejected, other.rejected, atol=1e-3)
     attach_head(model)
@@ -124,8 +127,8 @@ def test_scores_and_rewards(lanes):
     assert one.shape == whole.length.shape and np.allclose(one, other, rtol=1e-5, atol=1e-4)
 
 
-def test_dropout_is_the_same_each_time(lanes):
-    model, (_, parts) = moved(tiny_model("llama"), LoraConfig(rank=4, dropout=0.5)), cut(lanes, 2)
+def test_dropout_is_the_same_each_time(streams_here):
+    model, (_, parts) = moved(tiny_model("llama"), LoraConfig(rank=4, dropout=0.5)), cut(streams_here, 2)
     model.train()
     gradient = make_gradient(model, resolve(LossConfig()), forward_fns(model, checkpoint=True).train)
     found = []
@@ -149,38 +152,36 @@ class Seen:
         return noting
 
 
-def in_lane(gradient):
-    """Write `gradient`'s forward pass down in lane 1 and differentiate it outside; which streams were current."""
+def in_stream_1(gradient):
+    """Run the forward pass of `gradient` in stream 1 and differentiate outside; which streams were current."""
     seen, forward = Seen(), []
 
     def function(x):
         forward.append(mx.default_stream(mx.cpu))
         return mx.sin(x)
 
-    run = streams.with_gradient(function, seen(gradient))
-
     def loss(x):
         with streams.stream(1):
-            y = run(x)
+            y = layer_plan.with_gradient(function, seen(gradient))(x)
         return y.sum()
 
     return mx.grad(loss)(mx.array([0.3, 0.7])), forward, seen.streams
 
 
-def test_a_gradient_of_our_own_is_computed_in_the_lane_of_its_forward_pass():
-    got, forward, backward = in_lane(lambda primals, cotangent, _: cotangent * mx.cos(primals))
+def test_a_gradient_of_our_own_is_computed_in_the_stream_of_its_forward_pass():
+    got, forward, backward = in_stream_1(lambda primals, cotangent, _: cotangent * mx.cos(primals))
     assert np.allclose(got, np.cos([0.3, 0.7]))
     assert forward == backward != [mx.default_stream(mx.cpu)] and len(forward) == 1
 
 
-def test_every_function_with_a_gradient_of_its_own_keeps_its_lane():
-    """Attention, SwiGLU and the head's log-probs come from `with_gradient`; nothing else differentiates by hand."""
+def test_every_function_with_a_gradient_written_by_hand_keeps_its_stream():
+    """Attention, SwiGLU and the head's log-probs come from `with_gradient`; only `interleave` does without it."""
     root = Path(streams.__file__).parent
     by_hand = [file.name for file in root.rglob("*.py") if "custom_function" in file.read_text("utf-8")]
-    assert by_hand == ["streams.py"]
+    assert sorted(by_hand) == ["layer_plan.py", "streams.py"]
 
 
-def test_a_block_under_a_checkpoint_is_computed_again_in_its_lane():
+def test_a_layer_under_a_checkpoint_is_computed_again_in_its_stream():
     seen, layer = Seen(), nn.Linear(2, 2)
 
     def loss(x):
@@ -192,7 +193,7 @@ def test_a_block_under_a_checkpoint_is_computed_again_in_its_lane():
     assert len(seen.streams) == 2 and seen.streams[0] == seen.streams[1] != mx.default_stream(mx.cpu)
 
 
-def test_lanes_abreast_change_neither_values_nor_gradients():
+def test_interleaved_streams_change_neither_values_nor_gradients():
     first, second = mx.array([1.0, 2.0]), mx.array([3.0])
 
     def total(first, second):
@@ -206,7 +207,7 @@ def test_lanes_abreast_change_neither_values_nor_gradients():
     assert streams.interleave(alone) == alone
 
 
-def test_lanes_wait_for_each_other_on_the_way_there_and_back(monkeypatch):
+def test_streams_wait_for_each_other_on_the_way_there_and_back(monkeypatch):
     """Without that MLX computes them one after the other, and nothing but the clock would say so."""
     tied, depends = [], mx.depends
     monkeypatch.setattr(mx, "depends", lambda own, others: tied.append((len(own), len(others))) or depends(own, others))
@@ -219,15 +220,15 @@ def test_lanes_wait_for_each_other_on_the_way_there_and_back(monkeypatch):
     assert tied == [(2, 1), (1, 2)] * 2
 
 
-def test_a_model_is_walked_abreast_block_by_block(lanes, monkeypatch):
-    widths, abreast = [], streams.interleave
-    monkeypatch.setattr(streams, "interleave", lambda states: widths.append(len(states)) or abreast(states))
-    model, (_, parts) = tiny_model("llama"), cut(lanes, 3)
+def test_streams_are_interleaved_layer_by_layer(streams_here, monkeypatch):
+    widths, interleave = [], streams.interleave
+    monkeypatch.setattr(layer_plan, "interleave", lambda states: widths.append(len(states)) or interleave(states))
+    model, (_, parts) = tiny_model("llama"), cut(streams_here, 3)
     mx.eval(fast_forward()(model, parts))
     assert widths == [3] * len(model.layers)
 
 
-def test_what_is_in_lanes_is_evaluated_with_single_threads_and_nothing_else(lanes, monkeypatch):
+def test_what_is_in_streams_is_evaluated_with_single_threads_and_nothing_else(streams_here, monkeypatch):
     entered = []
 
     @contextmanager
@@ -235,8 +236,8 @@ def test_what_is_in_lanes_is_evaluated_with_single_threads_and_nothing_else(lane
         entered.append(1)
         yield
 
-    monkeypatch.setattr(streams, "single_blas", noting)
-    model, (whole, parts) = moved(tiny_model("llama"), LoraConfig(rank=4)), cut(lanes, 2)
+    monkeypatch.setattr(layer_plan, "single_blas", noting)
+    model, (whole, parts) = moved(tiny_model("llama"), LoraConfig(rank=4)), cut(streams_here, 2)
     gradient, scorer = make_gradient(model, resolve(LossConfig()), forward_fns(model).train), make_scorer(model)
     for batch, times in ((whole, 0), (parts, 2)):
         gradient(batch, mx.array(1.0))
@@ -257,7 +258,7 @@ def test_cuts_part_no_prompt(data, most):
     for one, other in itertools.combinations(cuts, 2):
         assert not set(prompts[one]) & set(prompts[other])
     distinct = sum(map(size, {*prompts})) + sum(map(size, {*rows.ravel()}))
-    assert len(cuts) == 1 or distinct >= 2 * LEAST
+    assert len(cuts) == 1 or distinct >= 2 * SMALLEST_PART
 
 
 def test_cuts_are_as_even_as_prompts_allow():
@@ -270,27 +271,27 @@ def test_cuts_are_as_even_as_prompts_allow():
     assert len(cut_by_prompts(np.arange(4), rows, lengths // 20, 2)) == 1  # too small to gain by it
 
 
-def test_a_plan_knows_the_parts_that_collate_makes(lanes):
+def test_a_plan_knows_the_parts_that_collate_makes(streams_here):
     pairs = pairs_of(*LONG)
     for number in (1, 2, 3):
-        lanes(number)
+        streams_here(number)
         indices = tuple(range(len(pairs)))
         found = planned_batch(Examples.of(pairs), indices, True).layout.parts
         assert found == max(1, len(collate(pairs, indices, len(pairs)).parts)) == number
 
 
-def test_a_batch_in_one_lane_is_laid_out_once(lanes, monkeypatch):
-    """On a Mac a batch costs what it did before there were lanes."""
-    calls, laid_out, pairs = [], batching._laid_out, pairs_of(*LONG)
-    monkeypatch.setattr(batching, "_laid_out", lambda *a: calls.append(1) or laid_out(*a))
+def test_a_batch_in_one_stream_is_laid_out_once(streams_here, monkeypatch):
+    """On a Mac a batch costs what it did before there were streams."""
+    calls, collate_whole, pairs = [], batching._collate_whole, pairs_of(*LONG)
+    monkeypatch.setattr(batching, "_collate_whole", lambda *a: calls.append(1) or collate_whole(*a))
     for number, times in ((1, 1), (2, 3)):
-        lanes(number)
+        streams_here(number)
         calls.clear()
         collate(pairs, tuple(range(len(pairs))), len(pairs))
         assert len(calls) == times
 
 
-def test_a_gpu_has_one_lane(monkeypatch):
+def test_a_gpu_has_one_stream(monkeypatch):
     monkeypatch.undo()  # of the fixture that every test has
     monkeypatch.setattr(openblas, "blas_threads", lambda: 8)
     for kind, wanted in (("cpu", 8), ("metal", 1), ("cuda", 1)):
@@ -313,7 +314,7 @@ def test_a_process_that_is_given_one_core_takes_one_and_a_variable_that_is_set_s
 
 
 @pytest.mark.skipif(THREADS < 2, reason="the BLAS has one thread here")
-def test_a_matmul_in_lanes_takes_one_thread(lanes):
+def test_a_matmul_in_streams_takes_one_thread(streams_here):
     during = []
     with pytest.raises(KeyboardInterrupt), openblas.single_blas():
         during.append(openblas.blas_threads())

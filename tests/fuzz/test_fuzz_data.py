@@ -15,7 +15,7 @@ from mutating import ODD_TEXTS, SEEDS, SPECIAL, dumped, mutate_bytes, mutate_val
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.config import DataConfig
-from mlxdpo.data.check import examine, lines
+from mlxdpo.data.check import check_rows, finding_lines
 from mlxdpo.data.encode import encode_all, encode_prompt
 from mlxdpo.data.formats import FORMATS
 from mlxdpo.data.read import read_preferences
@@ -105,7 +105,7 @@ def test_data_check(tmp_path, seed):
 
     def look():
         rows, report = read_preferences(DataConfig(path=str(file), on_bad_row="skip"))
-        for line in lines(examine(rows, report, file.name)):
+        for line in finding_lines(check_rows(rows, report, file.name)):
             assert line.isprintable()
 
     case("data check", look)

@@ -17,9 +17,9 @@ from mlxdpo.config import DataConfig, LoraConfig
 from mlxdpo.data.batching import collate
 from mlxdpo.data.report import Report
 from mlxdpo.data.transforms import with_end
+from mlxdpo.forward.layer_plan import checkpointed
 from mlxdpo.forward.logprobs import score_pairs
 from mlxdpo.forward.rewards import fast_rewards, plain_rewards
-from mlxdpo.forward.shared_prefix import checkpointed
 from mlxdpo.losses.reward import bradley_terry, reward_loss, start_bradley_terry
 from mlxdpo.model.adapters import attach_lora, load_run
 from mlxdpo.model.reward_head import NAME, attach_head, normed_states

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from mlxdpo.config import OWN, LossConfig
 from mlxdpo.losses import LOSSES, resolve
-from mlxdpo.losses.loss import SAID, SWITCHES
-from mlxdpo.losses.modifiers import MODIFIERS, singles
+from mlxdpo.losses.loss import EXTRA_COLUMNS, SWITCHES
+from mlxdpo.losses.modifiers import MODIFIERS, unpaired_rows
 from mlxdpo.types import Pairs, UserError
 
 NAMES = sorted(LOSSES)
@@ -27,7 +27,7 @@ TOLERANCE, FLOOR = 1e-5, 2e-3  # of float32, relative; of numbers near zero abso
 
 
 def call(name, pairs, **knobs):
-    return LOSSES[name](pairs if LOSSES[name].paired else singles(pairs), **knobs)
+    return LOSSES[name](pairs if LOSSES[name].paired else unpaired_rows(pairs), **knobs)
 
 
 def with_beta(name, beta, **knobs):
@@ -166,7 +166,7 @@ def refused(name, modifier):
 @pytest.mark.parametrize("modifier", sorted(MODIFIERS))
 @pytest.mark.parametrize("name", NAMES)
 def test_modifiers_equal_their_formulas_or_are_refused_with_the_reason(name, modifier):
-    said = (modifier,) if modifier in SAID else ()
+    said = (modifier,) if modifier in EXTRA_COLUMNS else ()
     for knobs in MODIFIED[modifier]:
         config = with_beta(name, 0.1).config.model_copy(update=knobs)
         if reason := refused(name, modifier):
@@ -181,7 +181,7 @@ def test_modifiers_equal_their_formulas_or_are_refused_with_the_reason(name, mod
 
 
 def test_every_modifier_is_tried():
-    assert set(MODIFIED) == set(MODIFIERS) == {*SWITCHES, *SAID}
+    assert set(MODIFIED) == set(MODIFIERS) == {*SWITCHES, *EXTRA_COLUMNS}
     assert all(set(objective.refuses) <= set(MODIFIERS) for objective in LOSSES.values())
 
 
@@ -191,7 +191,7 @@ def test_every_modifier_is_tried():
         ("sigmoid+sft", [1.0, 0.1], {}, ()),  # RPO
         ("sigmoid+bco_pair+sft", [0.8, 0.2, 1.0], {}, ()),  # MPO
         ("ipo+sigmoid", [], {"f_divergence": "js_divergence"}, ()),
-        ("sigmoid+sft", [1.0, 0.3], {"ld_alpha": 0.5, "wpo": True, "label_smoothing": 0.1}, SAID),
+        ("sigmoid+sft", [1.0, 0.3], {"ld_alpha": 0.5, "wpo": True, "label_smoothing": 0.1}, EXTRA_COLUMNS),
         ("sigmoid", [], {"ld_alpha": 0.4, "reference_free": True}, ()),
         ("hinge", [], {"ld_alpha": 0.4, "f_divergence": "js_divergence"}, ("margin",)),
         ("aot+aot_unpaired+sft", [1.0, 2.0, 0.5], {}, ()),
@@ -244,7 +244,7 @@ def far_pairs(margin):
 
 
 EXTREMES = [(name, {}, ()) for name in NAMES] + [
-    (name, knobs, (modifier,) if modifier in SAID else ())
+    (name, knobs, (modifier,) if modifier in EXTRA_COLUMNS else ())
     for name, modifier in itertools.product(NAMES, MODIFIED)
     for knobs in MODIFIED[modifier]
     if not refused(name, modifier)
@@ -282,7 +282,9 @@ def test_slopes_are_opposite_exactly_where_the_difference_alone_counts(name):
 
 @pytest.mark.parametrize("name", [name for name in PAIRED if not refused(name, "probability")])
 def test_a_pair_with_label_p_is_the_swapped_pair_with_label_1_minus_p(name):
-    loss = resolve(with_beta(name, 0.2).config, ("probability", "margin") if not refused(name, "margin") else SAID[:1])
+    loss = resolve(
+        with_beta(name, 0.2).config, ("probability", "margin") if not refused(name, "margin") else EXTRA_COLUMNS[:1]
+    )
     wide = random_pairs(6)
     there = on_device(wide)
     back = on_device(formulas.exchanged(wide)._replace(label=1 - wide.label))
@@ -302,11 +304,11 @@ def test_soft_labels_of_one_half_and_smoothing_are_the_same():
 @pytest.mark.parametrize("name", NAMES)
 def test_one_loss_per_pair_independent_of_the_others_but_for_what_was_looked_at(name):
     pairs, loss = on_device(random_pairs(8, count=7)), with_beta(name, 0.2)
-    seen, together = loss.look(pairs), loss(pairs).tolist()
+    seen, together = loss.step_statistics(pairs), loss(pairs).tolist()
     one = lambda i: Pairs(*(None if a is None else a[..., i : i + 1] for a in pairs))  # noqa: E731
     alone = [loss(one(i), None if seen is None else seen[:, i : i + 1]).item() for i in range(7)]
     assert together == pytest.approx(alone, rel=1e-6)
-    assert (seen is None) == (LOSSES[name].looks is None)
+    assert (seen is None) == (LOSSES[name].step_statistics is None)
 
 
 @pytest.mark.parametrize("name", NAMES)

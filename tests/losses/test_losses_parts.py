@@ -10,10 +10,10 @@ import pytest
 from mlxdpo.commands.objectives import facts
 from mlxdpo.config import LossConfig
 from mlxdpo.losses import LOSSES, resolve
-from mlxdpo.losses.modifiers import singles, without_reference
+from mlxdpo.losses.modifiers import unpaired_rows, without_reference
 from mlxdpo.losses.ratios import bounded_expm1, log1mexp
-from mlxdpo.losses.reference_free import imitation, odds, shaped
-from mlxdpo.losses.reward import OBJECTIVE, bradley_terry, reward_loss, spread
+from mlxdpo.losses.reference_free import imitation, odds, shaped_reward
+from mlxdpo.losses.reward import OBJECTIVE, bradley_terry, reward_loss, reward_range
 from mlxdpo.types import Pairs, UserError
 
 FAR_AND_NEAR = [-1e-4, -1e-3, -0.01, -0.3, -0.6, -0.8, -2.0, -8.0, -16.0, -20.0, -40.0]
@@ -53,10 +53,10 @@ def test_expm1_is_accurate_near_0_and_bounded_far_away():
 def test_a_shaped_reward_hand_worked():
     """p = 1/e: (1 - e^alpha) / alpha, and log p itself at alpha = 0."""
     logp = mx.array([-1.0])
-    assert shaped(logp, 0).tolist() == [-1.0]
-    assert shaped(logp, 1).item() == pytest.approx(1 - math.e, rel=1e-6)
-    assert shaped(logp, 0.5).item() == pytest.approx((1 - math.exp(0.5)) / 0.5, rel=1e-6)
-    assert shaped(logp, -1).item() == pytest.approx(math.exp(-1) - 1, rel=1e-6)
+    assert shaped_reward(logp, 0).tolist() == [-1.0]
+    assert shaped_reward(logp, 1).item() == pytest.approx(1 - math.e, rel=1e-6)
+    assert shaped_reward(logp, 0.5).item() == pytest.approx((1 - math.exp(0.5)) / 0.5, rel=1e-6)
+    assert shaped_reward(logp, -1).item() == pytest.approx(math.exp(-1) - 1, rel=1e-6)
 
 
 def test_without_a_reference_its_beginnings_are_nothing_too():
@@ -68,7 +68,7 @@ def test_without_a_reference_its_beginnings_are_nothing_too():
 
 
 @pytest.mark.parametrize(
-    ("name", "looks", "at_logps", "paired", "mismatched", "per_token"),
+    ("name", "statistics", "logps", "paired", "mismatched", "per_token"),
     [
         ("sigmoid", False, False, True, False, False),
         ("sigmoid+sft", True, False, True, False, False),
@@ -80,10 +80,10 @@ def test_without_a_reference_its_beginnings_are_nothing_too():
         ("apo_zero_unpaired", False, False, False, False, False),
     ],
 )
-def test_what_a_sum_asks_of_a_step(name, looks, at_logps, paired, mismatched, per_token):
+def test_what_a_sum_asks_of_a_step(name, statistics, logps, paired, mismatched, per_token):
     """One term that looks at all pairs, or that needs strangers' completions, is enough."""
     loss = resolve(LossConfig(name=name))
-    assert (loss.looks, loss.looks_at_logps, loss.paired) == (looks, at_logps, paired)
+    assert (loss.needs_step_statistics, loss.needs_step_logps, loss.paired) == (statistics, logps, paired)
     assert (loss.mismatched, loss.per_token) == (mismatched, per_token)
 
 
@@ -108,10 +108,10 @@ def test_what_is_looked_at_is_said():
     pairs = Pairs(*map(mx.array, numbers), desirable=mx.ones((2,)))
     others = pairs._replace(chosen=pairs.rejected, rejected=pairs.chosen + 3.0)
     for name, objective in LOSSES.items():
-        if objective.looks is None:
+        if objective.step_statistics is None:
             assert (objective.over, objective.entries) == ("", 1), name
             continue
-        seen, again = (objective.looks(p if objective.paired else singles(p)) for p in (pairs, others))
+        seen, again = (objective.step_statistics(p if objective.paired else unpaired_rows(p)) for p in (pairs, others))
         same = all(mx.array_equal(a, b).item() for a, b in zip(seen, again, strict=True))
         assert objective.over == ("lengths" if same else "log-probs"), name
         assert len(seen) == objective.entries and all(v.shape == (2,) for v in seen), name
@@ -206,12 +206,12 @@ def test_a_reward_models_rows_bring_margins_and_weights():
     loss = reward_loss(0.0, 0.0, ["margin", "weight", "prompt"])
     rows = rewards(2.0, 0.5, margin=mx.array([0.5]), weight=mx.array([3.0]))
     assert loss(rows).item() == pytest.approx(3 * math.log1p(math.exp(-1)), rel=1e-6)
-    assert loss.said == {"margin", "weight"}
+    assert loss.extra_columns == {"margin", "weight"}
     with pytest.raises(UserError, match="probability makes no sense in stage reward"):
         reward_loss(0.0, 0.0, ["probability"])
 
 
 def test_what_a_reward_model_reports():
-    found = spread(columns([3.0, 1.0], [-2.0, 0.0]))
+    found = reward_range(columns([3.0, 1.0], [-2.0, 0.0]))
     assert found == {"min_reward": -2.0, "mean_reward": 0.5, "max_reward": 3.0}
-    assert OBJECTIVE.reports is spread
+    assert OBJECTIVE.reports is reward_range

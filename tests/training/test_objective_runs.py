@@ -32,7 +32,7 @@ def notes_of(events):
     return [event.values["text"] for event in events if event.kind == "note"]
 
 
-COUPLED = sorted(name for name, objective in LOSSES.items() if objective.looks)
+COUPLED = sorted(name for name, objective in LOSSES.items() if objective.step_statistics)
 
 
 @pytest.mark.parametrize("name", [*COUPLED, "sigmoid+sft"])

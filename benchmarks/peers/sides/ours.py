@@ -62,12 +62,12 @@ class Swiglu(Switch):
 
     def turn(self) -> None:
         """Exchange it, for the rest of this process."""
-        patch_mlx_lm.LIGHT = (patch_mlx_lm.LIGHT[0], self)
+        patch_mlx_lm.OURS = (patch_mlx_lm.OURS[0], self)
 
 
-def _rows_of_each_pair(pairs: list[Example]) -> tuple[list[batching.Row], np.ndarray]:
+def _rows_of_each_pair(pairs: list[Example]) -> tuple[list[batching.DistinctRow], np.ndarray]:
     """Two rows for each pair, whatever it shares with others: stands in for `batching.distinct_rows`."""
-    rows = [batching.Row(p.prompt, c, i) for i, p in enumerate(pairs) for c in (p.chosen, p.rejected)]
+    rows = [batching.DistinctRow(p.prompt, c, i) for i, p in enumerate(pairs) for c in (p.chosen, p.rejected)]
     return rows, np.arange(len(rows), dtype=np.int32).reshape(-1, 2)
 
 
@@ -77,7 +77,7 @@ SWITCHES: dict[str, Switch] = {
     "chunked-head": Switch(fused_head, "is_frozen", lambda head: False),
     "ungrouped": Switch(batching, "distinct_rows", _rows_of_each_pair),
     "mlx-attention": Switch(patch_mlx_lm, "chunking_is_faster", lambda kind, tokens, masked: False),
-    "mlx-swiglu": Swiglu(patch_mlx_lm, "LIGHT", patch_mlx_lm.OWN[1]),
+    "mlx-swiglu": Swiglu(patch_mlx_lm, "OURS", patch_mlx_lm.MLX_LM[1]),
 }
 
 

@@ -24,6 +24,7 @@ from mlxdpo.inference.generate import Completion, finished
 from mlxdpo.inference.trained_run import prompt_text
 from mlxdpo.io.atomic import append_line
 from mlxdpo.io.json_file import read_lines
+from mlxdpo.io.lock import single_process
 from mlxdpo.model.policy import Policy
 from mlxdpo.online.collect import screen
 from mlxdpo.online.collect.write_outputs import write_collection

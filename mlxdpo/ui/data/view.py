@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxdpo.config import DataConfig
-from mlxdpo.data.check import examine, lines
+from mlxdpo.data.check import check_rows, finding_lines
 from mlxdpo.data.fields import Row
 from mlxdpo.data.formats import Format, convert, detect
 from mlxdpo.data.read import read_preferences
@@ -126,8 +126,8 @@ def row_at(book: Book, number: int | None) -> Found:
 def doctor(path: Path) -> str:
     """The findings of `mlxdpo data check` on the whole file, as a list."""
     rows, report = read_preferences(DataConfig(path=str(path), on_bad_row="skip"))
-    found = examine(rows, report, path.name)
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines(found)) + "</ul>"
+    found = check_rows(rows, report, path.name)
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in finding_lines(found)) + "</ul>"
 
 
 def preference(book: Book, where: str, row: Mapping[str, Any]) -> tuple[Preference, int]:

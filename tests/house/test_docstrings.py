@@ -1,0 +1,103 @@
+"""Docstrings and comments tell the truth: every name in backticks is defined, and a dotted one where it says."""
+
+import ast
+import io
+import re
+import tokenize
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(path for folder in ("mlxdpo", "eval") for path in (ROOT / folder).rglob("*.py"))
+NAMED = re.compile(r"(?<!`)`([A-Za-z_][\w./]*?)(?:\(\))?`(?!`)")
+OUTSIDE = {
+    "process_single_model", "glm_winrate",  # functions and files of evaluations that ours are compared with
+    "launch", "nohup", "mpirun",  # commands of others
+    "eos_token", "PeftModel", "from_pretrained",  # transformers and peft
+    "response_a", "response_b", "report.html", "report.md", "model.gguf", "model.safetensors",  # files and columns
+    "model.safetensors.index.json", "heldout.jsonl", "prompts.jsonl", "glm_winrate.py",
+}  # fmt: skip
+
+
+@cache
+def parsed(path):
+    return ast.parse(path.read_text("utf-8"))
+
+
+def docstrings(tree):
+    """(line, text) of every string that stands by itself: of modules, classes, functions, fields and constants."""
+    return [
+        (node.lineno, node.value.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+
+
+def comments(path):
+    """(line, text) of every comment."""
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text("utf-8")).readline)
+    return [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
+
+
+def names_in(tree):
+    """Every identifier of a syntax tree: definitions, parameters, fields, names of libraries, columns and keys."""
+    texts, found = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}, set()
+    for node in ast.walk(tree):
+        for field in ("name", "id", "attr", "arg", "asname"):
+            value = getattr(node, field, None)
+            if isinstance(value, str):
+                found.update(value.split("."))
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.update(node.module.split("."))
+        text = node.value if isinstance(node, ast.Constant) and id(node) not in texts else None
+        if isinstance(text, str) and not re.search(r"\s", text):
+            found.update([text, *re.findall(r"[A-Za-z_]\w*", text)])
+    return found
+
+
+@cache
+def known():
+    """Identifiers of the whole tree; and the names defined in each module and class of it, by its own name."""
+    everywhere, inside = set(OUTSIDE), {}
+    for path in FILES:
+        tree = parsed(path)
+        everywhere |= names_in(tree) | set(path.relative_to(ROOT).with_suffix("").parts)
+        inside.setdefault(path.stem if path.stem != "__init__" else path.parent.name, set()).update(names_in(tree))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and not node.bases:
+                inside.setdefault(node.name, set()).update(names_in(node))
+    return everywhere, inside
+
+
+def is_file(name):
+    return any(path.as_posix().endswith(f"/{name}") for path in ROOT.rglob(Path(name).name))
+
+
+def missing(name):
+    """Whether a name in backticks is not found."""
+    everywhere, inside = known()
+    if name in everywhere:
+        return False
+    if "/" in name or name.endswith(".py"):
+        return name.endswith(".py") and not is_file(name)
+    first, *rest = name.split(".")
+    if rest and first in inside:  # a setting is named by its section, which a folder may be called too
+        folder = ROOT / "mlxdpo" / first if first != "mlxdpo" else ROOT / "mlxdpo"
+        return rest[0] not in inside[first] | inside["config"] | OUTSIDE and not list(folder.glob(f"{rest[0]}*"))
+    return any(part not in everywhere for part in (first, *rest))
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+def test_every_name_in_backticks_is_found(path):
+    texts = [*docstrings(parsed(path)), *comments(path)]
+    lost = [f"{line}: `{name}`" for line, text in texts for name in NAMED.findall(text) if missing(name)]
+    assert not lost, f"{path.relative_to(ROOT)} names what is not there: {', '.join(lost)}"
+
+
+def test_a_name_that_is_not_there_is_noticed():
+    for name in ("prompt_ident", "adapters.warm_start", "Batch.lanes", "model/trunk.py"):
+        assert missing(name), name
+    for name in ("adapters.attach_lora", "Batch.parts", "forward/streams.py", "data.columns", "train.batch_size"):
+        assert not missing(name), name
