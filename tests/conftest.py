@@ -1,8 +1,24 @@
-"""mlxdpo first: on Linux it puts the fast BLAS in front before anything imports mlx. Caches go to a private folder."""
+"""mlxdpo first: on Linux it puts the fast BLAS in front before anything imports mlx. Caches go to a private folder.
+
+Beside other workers of pytest-xdist a process takes one thread of OpenBLAS, which reads the variable when it is loaded:
+two workers with two threads each on two cores wait for one another. No test depends on the clock, so hypothesis has no
+deadline and does not mind slow data.
+"""
+
+import itertools
+import os
+import time
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import mlxdpo  # noqa: F401
+
+settings.register_profile("mlxdpo", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("mlxdpo")
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +38,12 @@ def cache(tmp_path, monkeypatch):
     """A private cache folder."""
     monkeypatch.setenv("MLXDPO_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """A stopwatch that goes on by 20 ms whenever it is read: what measures seconds measures the same on a busy machine."""
+    monkeypatch.setattr(time, "perf_counter", itertools.count(0.0, 0.02).__next__)
 
 
 @pytest.fixture

@@ -237,7 +237,7 @@ def test_chat_rows_are_scored_exactly_through_the_end_of_the_turn(name, kind, an
 
 
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n != "mistral"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(question=st.text(max_size=40), chosen=st.text(max_size=40), rejected=st.text(max_size=40))
 def test_any_text_comes_back(name, question, chosen, rejected):
     tokenizer, report = load(name), Report()

@@ -312,7 +312,7 @@ def test_a_download_that_breaks_is_taken_up_again(hub, trained, tmp_path):
     assert (found.path / "adapter" / name).read_bytes() == (trained.adapter / name).read_bytes()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     address=st.sampled_from([f"/api/models/{NAME}", "/tree/", "/resolve/"]),
     body=st.binary(max_size=30)

@@ -24,7 +24,7 @@ class Browser:
 
     def __init__(self, served, session="s1", **options):
         self.url = served.url.rstrip("/")
-        self.http = httpx.Client(base_url=self.url, headers={"Origin": self.url}, timeout=60, **options)
+        self.http = httpx.Client(base_url=self.url, headers={"Origin": self.url}, timeout=600, **options)
         self.http.get("/")
         self.session, self.seen = session, b""
 
