@@ -7,7 +7,7 @@ import re
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_runs import finish, recipe, stop_after
 
@@ -167,6 +167,7 @@ def test_ticks_are_round(low, high, expected):
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**7), st.floats(-1e9, 1e9)), min_size=1, max_size=30))
+@example([(0, 5e-324)])
 def test_every_point_lies_inside_the_chart(found):
     frame = frame_of([Series("a", found, "line", 0)])
     for x, y in (frame.place(*point) for point in found):
