@@ -50,8 +50,40 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def ticking(monkeypatch):
-    """A stopwatch that goes on by 20 ms whenever it is read: what measures seconds measures the same on a busy machine."""
+    """A stopwatch that goes on by 20 ms whenever it is read, however busy the machine is."""
     monkeypatch.setattr(time, "perf_counter", itertools.count(0.0, 0.02).__next__)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A tiny run with held-out pairs, trained once; nobody changes it."""
+    from tiny_runs import finish, recipe
+
+    from mlxdpo.runs import Run
+
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDPO_CACHE", str(folder / "cache"))
+        config = recipe(folder, data={"eval_fraction": 0.2})
+        finish(config)
+    return Run.open(config.out)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory):
+    """A tiny llama with its tokenizer; nobody changes it."""
+    from tiny_models import write_model
+    from tiny_tokenizers import chatml_tokenizer
+
+    return write_model(tmp_path_factory.mktemp("model"), chatml_tokenizer())
+
+
+@pytest.fixture
+def own(tiny_model_folder, tmp_path):
+    """A copy of the tiny model to change."""
+    for file in tiny_model_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
 
 
 @pytest.fixture

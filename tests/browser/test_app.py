@@ -30,6 +30,7 @@ CHROMIUM = next(
 )
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.xdist_group("browser"),
     pytest.mark.real,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: install one from the system's packages"),
 ]

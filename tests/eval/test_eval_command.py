@@ -4,8 +4,7 @@ import json
 
 import pytest
 from planted_judges import Planted, coin, oracle
-from test_eval_run import trained, untrain
-from tiny_runs import write_pairs
+from tiny_runs import trained, untrain, write_pairs
 
 from mlxdpo import Run, prompt_name
 from mlxdpo.cli import run as cli

@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from gradients import apart, gradients, moved
 from mlx.utils import tree_flatten
 from tiny_models import SHAPES, tiny_model
 
@@ -16,20 +17,9 @@ from mlxdpo.forward import shared_prefix as prefix_module
 from mlxdpo.forward.architectures import FAMILIES, model_parts
 from mlxdpo.forward.fused_head import chunk_of, score_logps, token_logps
 from mlxdpo.forward.shared_prefix import checkpointed, hidden_states, spreader
-from mlxdpo.model.adapters import attach_lora
 
 V, G, K, P, S = 300, 2, 3, 31, 20
 KINDS = sorted(FAMILIES)
-
-
-def moved(model, lora):
-    """Attach adapters and move them away from their start, so that they matter."""
-    attach_lora(model, lora)
-    mx.random.seed(1)
-    if lora.method != "full":
-        arrays = [(n, p + mx.random.normal(p.shape) * 0.05) for n, p in tree_flatten(model.trainable_parameters())]
-        model.load_weights(arrays, strict=False)
-    return model
 
 
 class Rows:
@@ -57,17 +47,6 @@ class Rows:
         spread = spreader(self.group, rows_per_prompt)
         h = trunk.norm(hidden_states(trunk, self.prefix, self.suffix, spread, checkpoint))
         return (token_logps(trunk.head, h.reshape(-1, h.shape[-1]), self.targets) * self.weight).sum()
-
-
-def gradients(model, function):
-    """Value, and the gradient as one vector."""
-    value, tree = nn.value_and_grad(model, function)(model)
-    return value.item(), np.concatenate([np.array(g).ravel() for _, g in tree_flatten(tree)])
-
-
-def apart(got, want):
-    """Relative distance of two vectors."""
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("kind", KINDS)

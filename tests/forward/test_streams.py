@@ -12,11 +12,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from gradients import apart, gradients, moved, ragged, weighted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from test_fast_path import apart, gradients, moved
-from test_packed import ragged, weighted
 from tiny_models import tiny_model
 
 from mlxdpo.config import LoraConfig, LossConfig

@@ -4,10 +4,9 @@ import json
 import os
 import shutil
 
-import mlx.core as mx
 import pytest
 from tiny_models import write_model
-from tiny_runs import adapter_bytes, finish, recipe, stop_after, write_pairs
+from tiny_runs import adapter_bytes, assert_same, finish, interrupted, numbers, recipe, stop_after, write_pairs
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.io.json_file import read_lines
@@ -18,7 +17,6 @@ from mlxdpo.training.step import OPTIMIZERS
 from mlxdpo.types import UserError
 
 pytestmark = pytest.mark.usefixtures("cache")
-CLOCK = {"tokens_per_second", "peak_memory_gb", "seconds_left"}  # what may differ between two runs
 HARD = {
     "lora": {"dropout": 0.1},
     "data": {"eval_fraction": 0.4},
@@ -28,29 +26,9 @@ HARD = {
 # per batch, two a step: the question after the 17th comes inside the window of step 3.
 
 
-def numbers(run):
-    return [{k: v for k, v in line.items() if k not in CLOCK} for line in Run.open(run).metrics()]
-
-
-def interrupted(config, stop):
-    events = finish(config, stop=stop)
-    assert events[-1].kind == "interrupted"
-    return Run.open(config.out), events[-1].step
-
-
 def straight(folder, **sections):
     finish(recipe(folder, "straight", **sections))
     return folder / "straight"
-
-
-def assert_same(run, other):
-    assert adapter_bytes(run) == adapter_bytes(other)
-    assert numbers(run) == numbers(other)
-    last, expected = (checkpoint.steps(Run.open(path).checkpoints)[-1] for path in (run, other))
-    assert last.name == expected.name
-    states = [mx.load(str(path / "optimizer.safetensors")) for path in (last, expected)]
-    assert states[0].keys() == states[1].keys()
-    assert all(mx.array_equal(states[0][name], states[1][name]).item() for name in states[0])
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from test_resume import assert_same, interrupted
-from tiny_runs import DEFAULTS, finish, losses, recipe, stop_after, write_pairs
+from tiny_runs import DEFAULTS, assert_same, finish, interrupted, losses, recipe, stop_after, write_pairs
 
 from mlxdpo.cli import run as command
 from mlxdpo.config import STAGE_LR, Config, load_config

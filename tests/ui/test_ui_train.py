@@ -237,7 +237,8 @@ def wait_for(path, wanted):
 def test_started_by_an_app_that_is_killed_stopped_and_resumed_it_reaches_the_same_bytes(place):
     config, runs = load_config("tiny.yaml"), Path("runs")
     app = (
-        "import time; from pathlib import Path; from mlxdpo.config import load_config; from mlxdpo.ui.train import process;"
+        "import time; from pathlib import Path; from mlxdpo.config import load_config;"
+        " from mlxdpo.ui.train import process;"
         " process.start(Path('runs'), 'one', load_config('tiny.yaml')); print('up', flush=True); time.sleep(600)"
     )
     started = subprocess.Popen([sys.executable, "-c", app], stdout=subprocess.PIPE, text=True)
