@@ -79,10 +79,17 @@ def cut_back(source, target, keep):
     return Run.open(target)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody stopped, trained once."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDPO_CACHE", str(folder / "cache"))
+        return straight(folder, **HARD | {"train": HARD["train"] | {"save_every": 3, "eval_every": 4}})
+
+
 @pytest.mark.parametrize("keep", [0, 3, 6, 9])
-def test_killed_it_goes_back_to_its_last_checkpoint(tmp_path, keep):
-    sections = HARD | {"train": HARD["train"] | {"save_every": 3, "eval_every": 4}}
-    whole = straight(tmp_path, **sections)
+def test_killed_it_goes_back_to_its_last_checkpoint(tmp_path, keep, whole):
     run = cut_back(whole, tmp_path / "killed", keep)
     at = max((int(p.name[5:]) for p in checkpoint.steps(run.checkpoints)), default=0)
     with (run.path / "metrics.jsonl").open("ab") as file:

@@ -140,13 +140,11 @@ HARD = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopped_and_resumed_it_is_the_straight_run(tmp_path, kind):
-    straight = made(tmp_path, kind, "straight", **HARD)
-    finish(straight)
+    straight, asked = made(tmp_path, kind, "straight", **HARD), iter(range(10**6))
+    finish(straight, stop=lambda: next(asked) < 0)
+    last = next(asked)  # questions in a run that is not stopped
     steps = len([line for line in Run(Path(straight.out)).metrics() if "loss" in line])
     assert steps >= 4
-    asked = iter(range(10**6))
-    finish(made(tmp_path, kind, "asked", **HARD), stop=lambda: next(asked) < 0)
-    last = next(asked)  # questions in a run that is not stopped
     for number, calls in enumerate((last // 2, last - 2)):
         run, _ = interrupted(made(tmp_path, kind, f"run{number}", **HARD), stop_after(calls))
         finish(run.config(), run)

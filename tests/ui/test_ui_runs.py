@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import threading
 
 import pytest
@@ -35,11 +36,21 @@ def held(n, loss=0.6):
     return {"step": n, "eval_loss": loss, "eval_rewards/accuracies": 0.75}
 
 
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """A finished run and an interrupted one, trained once."""
+    folder = tmp_path_factory.mktemp("two_runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDPO_CACHE", str(folder / "cache"))
+        finish(recipe(folder, "runs/done"))
+        finish(recipe(folder, "runs/cut", train={"epochs": 9}), stop=stop_after(8))
+    return folder / "runs"
+
+
 @pytest.fixture
-def runs(tmp_path, cache):
+def runs(two_runs, tmp_path, cache):
     """A finished run, an interrupted one, and a job that failed before there was a run."""
-    finish(recipe(tmp_path, "runs/done"))
-    finish(recipe(tmp_path, "runs/cut", train={"epochs": 9}), stop=stop_after(8))
+    shutil.copytree(two_runs, tmp_path / "runs")
     (tmp_path / "runs" / "fell" / "job").mkdir(parents=True)
     (tmp_path / "runs" / "fell" / "job" / "job.json").write_text("{}")
     (tmp_path / "runs" / "no-run").mkdir()
