@@ -16,11 +16,6 @@ from mlxdpo_eval.report.blocks import roughly
 ARGS = ["--prompts", "6", "--samples", "1", "--max-tokens", "4"]
 
 
-@pytest.fixture
-def run(tmp_path, cache):
-    return trained(tmp_path)
-
-
 def lines(file, rows):
     """A JSON lines file."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -22,11 +22,6 @@ from mlxdpo_eval.sweep import sweep
 SMALL = Sampling(prompts=6, samples=2, max_tokens=5)
 
 
-@pytest.fixture
-def run(tmp_path, cache):
-    return trained(tmp_path)
-
-
 def numbers(results):
     """Everything but when and with what machine's speed."""
     return {name: value for name, value in results.items() if name != "when"}

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -105,6 +106,14 @@ def trained(folder, out="run", **sections) -> Run:
     data = config.data.model_copy(update={"eval": config.data.path})
     finish(config.model_copy(update={"data": data}))
     return Run.open(config.out)
+
+
+def copied(folder: Path, target: Path, out: str = "run") -> Run:
+    """The run `out` of a folder with its model and pairs, in `target`, as if it had been trained there."""
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    config = target / out / "config.yaml"
+    config.write_text(config.read_text("utf-8").replace(str(folder), str(target)), "utf-8")
+    return Run.open(target / out)
 
 
 def untrain(run: Run) -> Run:
