@@ -83,7 +83,7 @@ def test_no_drawers_for_odds_and_ends():
 
 def test_the_walk_finds_what_it_looks_for(tmp_path, monkeypatch):
     """The walker itself: late, early, relative, type-checking-only and front-door imports."""
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    monkeypatch.setattr("house.ROOT", tmp_path)
     file = tmp_path / "mlxdpo" / "data" / "x.py"
     file.parent.mkdir(parents=True)
     file.write_text(
