@@ -11,14 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import yaml
-from mlxdpo.runs import Run
+
 from mlxdpo.io.json_file import read_json
+from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 
 # The folder of runs that the page shows: everything the page opens is found by scanning it, nothing by its path.
 #
 # What a browser sends is a name from this list; anything else, `../` included, is not found.
+
 
 def runs_in(folder: Path) -> dict[str, Run]:
     """Name -> run of every run directory right below `folder`, the newest first."""

@@ -9,16 +9,18 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from mlxdpo.io.json_file import as_written, read_json
 from mlxdpo.training import checkpoint
 from mlxdpo.types import UserError
 from mlxdpo.ui.runs.chart import STYLE, Series, chart
 from mlxdpo.ui.runs.curves import Line, Tail, points
 from mlxdpo.ui.runs.run_list import evaluation, raw_settings
-from mlxdpo.io.json_file import as_written, read_json
 from mlxdpo.ui.widgets import table
 from mlxdpo_eval.report.rounds import NOTE, cells, header, verdict
 
 # The rounds that a run belongs to, side by side, from their `rounds.json`. Everything from the file is escaped.
+
 
 def rounds(path: Path) -> str:
     """The rounds around the run at `path`, its own marked; or how there would be some."""

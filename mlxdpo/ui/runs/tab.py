@@ -5,11 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from mlxdpo.types import UserError
-from mlxdpo.ui.runs.curves import Tail, follow
 from mlxdpo.ui.guard import Guard
-from mlxdpo.ui.runs.run_view import rounds
+from mlxdpo.ui.runs.curves import Tail, follow
 from mlxdpo.ui.runs.run_list import HEADERS, choose, lines, scan, state
-from mlxdpo.ui.runs.run_view import CHECKPOINT_HEADERS, charts, checkpoints, difference, headline, measured, report
+from mlxdpo.ui.runs.run_view import (
+    CHECKPOINT_HEADERS,
+    charts,
+    checkpoints,
+    difference,
+    headline,
+    measured,
+    report,
+    rounds,
+)
 from mlxdpo.ui.widgets import table
 
 EVERY = 2.0  # seconds between looks at the files
