@@ -83,7 +83,7 @@ def pad(rows, like):
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(r=rollouts())
 def test_rewards_advantages_and_whitening_are_those_of_the_loops(estimator, r):
     kl = ppo.ESTIMATORS[estimator](r["old"], r["ref"])
@@ -98,7 +98,7 @@ def test_rewards_advantages_and_whitening_are_those_of_the_loops(estimator, r):
         np.testing.assert_allclose(ppo.whiten(found, r["mask"]), pad(loop_whitened(expected), found), atol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(r=rollouts())
 def test_losses_are_those_of_the_loops_to_1e5(r):
     advantage, target = r["values"], r["before"] + 0.3
@@ -118,7 +118,7 @@ def test_losses_are_those_of_the_loops_to_1e5(r):
     np.testing.assert_allclose(np.array(value), wanted, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(r=rollouts())
 def test_slopes_of_the_losses_are_finite_differences_of_the_loops(r):
     """At points away from the corners of clip and max, where there is no slope."""
@@ -153,7 +153,7 @@ def test_only_completions_without_an_end_are_penalised():
     assert ppo.less_without_end(np.array([1.0, 2.0]), np.array([True, False]), 0.5).tolist() == [1.0, 1.5]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 4), st.integers(2, 4), st.integers(0, 10**6))
 def test_leave_one_out_is_the_mean_of_the_others(groups, samples, seed):
     rewards = np.random.default_rng(seed).normal(size=groups * samples)
@@ -211,7 +211,7 @@ def test_the_bound_is_reached_where_no_outcome_weighs_much():
     assert (best * np.log(best / TOY)).sum() == pytest.approx(best_of_n.kl_bound(4) - 0.0524, abs=1e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.data())
 def test_selection_is_the_mean_over_all_subsets(rewards, data):
     n = data.draw(st.integers(1, len(rewards)))

@@ -7,8 +7,7 @@ import math
 
 import pytest
 from small_export import small_export
-from test_pull import trained  # noqa: F401 (a fixture)
-from test_supply_chain import change, model, own  # noqa: F401 (fixtures)
+from tiny_models import change
 
 from mlxdpo.config import Config, ModelConfig, dump_config, load_config
 from mlxdpo.data.cache import Spool
@@ -278,7 +277,7 @@ def test_damaged_adapter_settings_are_named(tmp_path, raw):
         read_settings(tmp_path)
 
 
-def test_an_exported_adapter_is_one_to_start_from(trained, tmp_path):  # noqa: F811
+def test_an_exported_adapter_is_one_to_start_from(trained, tmp_path):
     """Its settings had the seal of the run's file and one key more: they counted as damaged."""
     out = export(trained, ["mlx"], tmp_path / "out", pairs=1).out
     assert read_settings(out / "mlx") == read_settings(trained.adapter)
@@ -309,13 +308,13 @@ def test_a_card_whose_head_is_broken_says_nothing(tmp_path, head):
         ("config.json", {"eos_token_id": {"a": 1}}),
     ],
 )
-def test_settings_of_a_model_that_break_its_loader(own, file, values):  # noqa: F811
+def test_settings_of_a_model_that_break_its_loader(own, file, values):
     change(own / file, **values)
     with pytest.raises(UserError, match="cannot be loaded"):
         load_policy(ModelConfig(path=str(own)))
 
 
-def test_weights_that_are_cut_off(own):  # noqa: F811
+def test_weights_that_are_cut_off(own):
     file = own / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"model\.safetensors: not a readable safetensors file"):

@@ -125,7 +125,7 @@ SENT = st.sampled_from([*MILD, *NAMES, ["one"], {"path": "/etc/passwd"}, {"__typ
 @fuzzed(25, 300, which=SEEDS, data=st.lists(SENT, max_size=6), as_wanted=st.booleans())
 def test_handlers(served, which, data, as_wanted):
     """Any handler by its number, with values of any kind; half of the time as many as it takes."""
-    from test_ui_server import Browser
+    from browser_client import Browser
 
     app, broken = served
     browser = Browser(app, session=f"s{which}")
@@ -166,7 +166,7 @@ def post(browser, body):
 @fuzzed(10, 200, seed=SEEDS)
 def test_bodies(served, seed):
     """Broken JSON, and JSON of another form, at the addresses of gradio's own API."""
-    from test_ui_server import Browser
+    from browser_client import Browser
 
     app, broken = served
     browser, rng = Browser(app, session=f"b{seed}"), random.Random(seed)

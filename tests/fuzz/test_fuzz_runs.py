@@ -9,8 +9,8 @@ import pytest
 import yaml
 from counting import case, fuzzed
 from mutating import ODD_TEXTS, SEEDS, dumped, mutate_bytes, mutate_value
-from test_fuzz_judges import VOTE
 from tiny_runs import finish, recipe
+from votes import VOTE
 
 from mlxdpo.cli import run as cli
 from mlxdpo.exporters.findings import read_card_numbers

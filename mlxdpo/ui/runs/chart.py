@@ -79,7 +79,8 @@ def frame_of(series: Sequence[Series]) -> Frame:
     ys = [y for s in series for _, y in s.points]
     low, high = min(ys), max(ys)
     if high - low < 1e-9 * max(1.0, abs(high)):
-        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
+        below, above = (0.5 * (abs(y) if abs(y) > 1e-300 else 1.0) for y in (low, high))  # half of 5e-324 is 0
+        low, high = low - below, high + above
     step = tick_step(low, high)
     first = min(xs)
     return Frame((first, max(max(xs), first + 1)), (math.floor(low / step) * step, math.ceil(high / step) * step))
