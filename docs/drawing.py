@@ -48,8 +48,8 @@ class House(NamedTuple):
 
 
 def floors(root: Path = ROOT) -> dict[str, int]:
-    """The table of floors that tests/house/test_house.py enforces."""
-    tree = ast.parse((root / "tests" / "house" / "test_house.py").read_text("utf-8"))
+    """The table of floors in tests/support/house.py, which tests/house/test_house.py enforces."""
+    tree = ast.parse((root / "tests" / "support" / "house.py").read_text("utf-8"))
     table = next(
         node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FLOORS"
     )
@@ -101,7 +101,7 @@ def house(root: Path = ROOT) -> House:
     for room, others in below.items():
         others.discard(room)
     if homeless := sorted(below.keys() - known.keys() - {"eval"}):
-        raise SystemExit(f"no floor for {', '.join(homeless)}; give it one in FLOORS of tests/house/test_house.py")
+        raise SystemExit(f"no floor for {', '.join(homeless)}; give it one in FLOORS of tests/support/house.py")
     floor = {room: -1 if room == "eval" else known[room] for room in below}
     return House(_ordered(floor, below), floor, below)
 

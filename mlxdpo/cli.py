@@ -29,11 +29,12 @@ def build_app() -> Any:
     for name, help_text in COMMANDS.items():
         target = data if name.startswith("data ") else app
         short = name.removeprefix("data ")
-        file = {"import": "import_"}.get(name, name.replace(" ", "_"))  # a keyword names no module
-        target.command(f"mlxdpo.commands.{file}:run", name=short, help=help_text)
+        where = ELSEWHERE.get(name, f"{name.replace(' ', '_')}:run")
+        target.command(f"mlxdpo.commands.{where}", name=short, help=help_text)
     return app
 
 
+ELSEWHERE = {"import": "import_:run", "data formats": "data_check:list_formats"}  # a keyword names no module
 COMMANDS = {
     "demo": "Tune a real model in minutes, offline, and show what changed.",
     "train": "Tune a model on preference pairs.",
@@ -69,13 +70,13 @@ def run(arguments: list[str]) -> int:
 
     words = [_expand(word) for word in arguments]
     try:
-        _check_together(words)
+        _refuse_launched(words)
         return build_app()(words, exit_on_error=False, print_error=False) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except CycloptsError as error:
-        print(f"error: {UserError(_sentence(error))}", file=sys.stderr)
+        print(f"error: {UserError(_cyclopts_message(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -89,7 +90,7 @@ def run(arguments: list[str]) -> int:
         return 1
 
 
-def _check_together(words: Sequence[str]) -> None:
+def _refuse_launched(words: Sequence[str]) -> None:
     """Raise `UserError` for a command that several processes would do several times over."""
     if process_count() > 1 and words and words[0] in COMMANDS and words[0] != "train":
         if process_rank() > 0:
@@ -105,7 +106,7 @@ def _expand(word: str) -> str:
     return SHORTHAND.get(name, name) + equals + value
 
 
-def _sentence(error: Any) -> str:
+def _cyclopts_message(error: Any) -> str:
     from pydantic import ValidationError
 
     cause = error.__cause__

@@ -1,8 +1,32 @@
-"""mlxdpo first: on Linux it puts the fast BLAS in front before anything imports mlx. Caches go to a private folder."""
+"""mlxdpo first: on Linux it puts the fast BLAS in front before anything imports mlx. Caches go to a private folder.
+
+Beside other workers of pytest-xdist a process takes one thread of OpenBLAS, which reads the variable when it is loaded:
+two workers with two threads each on two cores wait for one another. No test depends on the clock, so hypothesis has no
+deadline and does not mind slow data.
+"""
+
+import gc
+import itertools
+import os
+import time
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import mlxdpo  # noqa: F401
+
+settings.register_profile("mlxdpo", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("mlxdpo")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_garbage_collection():
+    """What is imported by now is left out of later collections: each training run begins with one (0.3 s otherwise)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +46,44 @@ def cache(tmp_path, monkeypatch):
     """A private cache folder."""
     monkeypatch.setenv("MLXDPO_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """A stopwatch that goes on by 20 ms whenever it is read, however busy the machine is."""
+    monkeypatch.setattr(time, "perf_counter", itertools.count(0.0, 0.02).__next__)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A tiny run with held-out pairs, trained once; nobody changes it."""
+    from tiny_runs import finish, recipe
+
+    from mlxdpo.runs import Run
+
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDPO_CACHE", str(folder / "cache"))
+        config = recipe(folder, data={"eval_fraction": 0.2})
+        finish(config)
+    return Run.open(config.out)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory):
+    """A tiny llama with its tokenizer; nobody changes it."""
+    from tiny_models import write_model
+    from tiny_tokenizers import chatml_tokenizer
+
+    return write_model(tmp_path_factory.mktemp("model"), chatml_tokenizer())
+
+
+@pytest.fixture
+def own(tiny_model_folder, tmp_path):
+    """A copy of the tiny model to change."""
+    for file in tiny_model_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
 
 
 @pytest.fixture

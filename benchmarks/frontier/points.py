@@ -15,8 +15,8 @@ import mlx.nn as nn
 
 from benchmarks.frontier.plan import Arm, Budget
 from benchmarks.frontier.runs import folder_of
-from mlxdpo.baselines.passes import Rows, lay_out, token_pass, with_lower
-from mlxdpo.baselines.rollouts import draw, portions
+from mlxdpo.baselines.passes import RolloutRows, lay_out, token_pass, with_lower
+from mlxdpo.baselines.rollouts import draw_completions, portions
 from mlxdpo.config import Config
 from mlxdpo.data.encode import encode_prompt
 from mlxdpo.demo.material import bundled
@@ -58,7 +58,7 @@ def load_bench(config: Config, budget: Budget) -> Bench:
 def sampled(bench: Bench, number: int, kl: bool) -> dict[str, list[float]]:
     """The `number`-th continuation of every opening by the weights that are in now: rewards, drift, length, end."""
     policy, model = bench.policy, bench.policy.model
-    drawn = draw(model, bench.ids, MAX_TOKENS, policy.eos_ids, NOISE + number, BATCH)
+    drawn = draw_completions(model, bench.ids, MAX_TOKENS, policy.eos_ids, NOISE + number, BATCH)
     texts = [
         policy.tokenizer.decode([t for t in tokens if t not in policy.eos_ids]).rstrip() for tokens in drawn.completions
     ]
@@ -70,7 +70,7 @@ def sampled(bench: Bench, number: int, kl: bool) -> dict[str, list[float]]:
     return found
 
 
-def divergence(model: nn.Module, rows: Rows) -> list[float]:
+def divergence(model: nn.Module, rows: RolloutRows) -> list[float]:
     """KL(policy || its start) along each row, exact per step, summed: nats (arXiv 2305.18290 section 6.1, footnote 3).
 
     Layers below the first adapter are computed once for both. Raises `ValueError` for a model without known parts.
@@ -89,7 +89,7 @@ def divergence(model: nn.Module, rows: Rows) -> list[float]:
     return result
 
 
-def _states(model: nn.Module, rows: Rows) -> mx.array:
+def _states(model: nn.Module, rows: RolloutRows) -> mx.array:
     states = token_pass(model, rows)[1]
     mx.eval(states)
     return states

@@ -23,9 +23,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxdpo.baselines.rollouts import Actor, Drawn, Reference, Reward, checked_scores, draw, look, new_critic
-from mlxdpo.baselines.settings import check_settings
-from mlxdpo.baselines.updates import Metrics, Mover, ppo_update, rloo_update
+from mlxdpo.baselines.rollouts import (
+    Actor,
+    Drawn,
+    Reference,
+    Reward,
+    checked_scores,
+    draw_completions,
+    new_critic,
+    score_completions,
+)
+from mlxdpo.baselines.updates import Metrics, WeightUpdate, ppo_update, rloo_update
 from mlxdpo.config import Config
 from mlxdpo.data.encode import encode_prompt
 from mlxdpo.data.read import heldout_source, prompt_key, read_preferences, split_heldout
@@ -48,9 +56,24 @@ from mlxdpo.types import Event, Text, UserError
 
 UPDATES: dict[str, Callable[..., Metrics]] = {"ppo": ppo_update, "rloo": rloo_update}
 CRITIC = "critic.safetensors"
+IDLE = (
+    "loss",
+    "reward",
+    "collect",
+    "rounds",
+    "reference.sync_every",
+    "lora.dropout",
+    "train.gradient_checkpointing",
+    "train.patience",
+    "train.keep_model",
+    "data.on_long_prompt",
+    "data.on_long_completion",
+)
+"""Settings without a meaning in these stages: refused when given, never ignored."""
+PPO_ONLY = ("epochs", "minibatches", "clip", "value_clip", "value_coef", "gamma", "lam")
 
 
-class Prompts(NamedTuple):
+class EncodedPrompts(NamedTuple):
     """Distinct prompts and their token ids; `dropped` had no room for a completion within data.max_length."""
 
     texts: list[Text]
@@ -72,14 +95,14 @@ def tune_on_samples(
     """
     if process_count() > 1:
         raise UserError(f"stage {config.stage} runs in one process; start it without mlx.launch")
-    check_settings(config)
+    check_rollout_settings(config)
     optimizer = make_optimizer(config.optim)
     wire_memory()
     policy = load_policy(config.model)
     config = with_adapter(config, policy.model)
-    prompts = read_prompts(config, policy)
-    reference, told = _reference(config, policy)
-    manifest = _manifest(config, policy, prompts, reward, told)
+    prompts = encode_prompts(config, policy)
+    reference, penalised = _kl_reference(config, policy)
+    manifest = _manifest(config, policy, prompts, reward, penalised)
     run = resume or Run.create(config)
     yield Event("start", 0, {"run": run, "config": config, "prompts": len(prompts.ids)})
     if resume and (run.path / "manifest.json").exists():
@@ -93,7 +116,7 @@ def tune_on_samples(
         actor = Actor(policy.model, _critic(config, policy.model))
         checkpoint.remove_unfinished(run.path)
         progress = _restored(run, actor, optimizer) if resume else Progress()
-        mover = Mover(make_update(actor, optimizer), config.optim.max_grad_norm, config.train.batch_size)
+        mover = WeightUpdate(make_update(actor, optimizer), config.optim.max_grad_norm, config.train.batch_size)
         work = _Work(config, policy, actor, reference, reward, prompts, mover)
         save = partial(checkpoint.save, run.checkpoints, actor.model, config.lora, optimizer)
         for event in _steps(work, progress, run, save, should_stop):
@@ -104,7 +127,25 @@ def tune_on_samples(
         yield Event("done", work.total, {"run": run, "adapter": run.adapter, "from": f"step-{work.total:06d}"})
 
 
-def read_prompts(config: Config, policy: Policy) -> Prompts:
+def check_rollout_settings(config: Config) -> None:
+    """Raise `UserError` for another stage, a setting without meaning in it, or samples that have no siblings."""
+    if config.stage not in ("ppo", "rloo"):
+        raise UserError(f"stage {config.stage} does not tune on its own samples; set stage to ppo or rloo")
+    idle = [*IDLE, *(f"rollout.{knob}" for knob in PPO_ONLY if config.stage == "rloo")]
+    given, plain = config.model_dump(), Config().model_dump()
+    for name in idle:
+        section, _, knob = name.partition(".")
+        for key in (knob,) if knob else plain[section]:
+            if given[section][key] != plain[section][key]:
+                what = f"{section}.{key} {given[section][key]}"
+                raise UserError(f"{what} has no meaning in stage {config.stage}; drop it")
+    if config.train.eval_every not in (0, Config().train.eval_every):
+        raise UserError(f"train.eval_every {config.train.eval_every} has no meaning in stage {config.stage}; drop it")
+    if config.stage == "rloo" and config.rollout.samples < 2:
+        raise UserError("rollout.samples is 1, but rloo compares the completions of a prompt; set it to 2 or more")
+
+
+def encode_prompts(config: Config, policy: Policy) -> EncodedPrompts:
     """The distinct prompts of `data.path` that are not held out, as token ids. Raises `UserError` when none is left."""
     rows: list[Any] = list(read_preferences(config.data)[0])
     if heldout_source(config.data) is None:
@@ -121,7 +162,7 @@ def read_prompts(config: Config, policy: Policy) -> Prompts:
             f"{config.data.path}: no prompt leaves room for rollout.max_tokens {config.rollout.max_tokens} within "
             f"data.max_length {config.data.max_length}; raise it, or hold out fewer"
         )
-    return Prompts([text for text, _ in kept], [ids for _, ids in kept], len(encoded) - len(kept))
+    return EncodedPrompts([text for text, _ in kept], [ids for _, ids in kept], len(encoded) - len(kept))
 
 
 class _Work:
@@ -134,8 +175,8 @@ class _Work:
         actor: Actor,
         reference: Reference,
         reward: Reward,
-        prompts: Prompts,
-        mover: Mover,
+        prompts: EncodedPrompts,
+        mover: WeightUpdate,
     ):
         self.config, self.policy, self.actor, self.reference = config, policy, actor, reference
         self.reward, self.prompts, self.mover = reward, prompts, mover
@@ -157,11 +198,13 @@ class _Work:
         chosen = self.chosen(step)
         noise, order = np.random.SeedSequence([config.train.seed, step]).generate_state(2)
         ids = [self.prompts.ids[i] for i in chosen]
-        drawn = draw(self.actor.model, ids, knobs.max_tokens, self.policy.eos_ids, int(noise), max(32, size))
+        drawn = draw_completions(
+            self.actor.model, ids, knobs.max_tokens, self.policy.eos_ids, int(noise), max(32, size)
+        )
         answers = [self._decoded(one) for one in drawn.completions]
         given = self.reward.score([self.prompts.texts[i] for i in chosen], answers)
         scores, unjudged = checked_scores(self.reward.name, given, len(answers))
-        rollouts = look(self.actor, self.reference, drawn, scores, size)
+        rollouts = score_completions(self.actor, self.reference, drawn, scores, size)
         lr = learning_rate(config.optim, step, self.total)
         update = UPDATES[config.stage]
         found = update(self.actor, self.mover, rollouts, knobs, np.random.default_rng(int(order)), lr)
@@ -206,7 +249,7 @@ def _steps(
             yield keep(progress)
 
 
-def _reference(config: Config, policy: Policy) -> tuple[Reference, tuple[Policy, str | None]]:
+def _kl_reference(config: Config, policy: Policy) -> tuple[Reference, tuple[Policy, str | None]]:
     """What the KL penalty holds the policy at, and whose it is: the frozen weights below the adapter, or a second
     model where there are none."""
     other, adapter = find_reference(config, policy)
@@ -243,10 +286,10 @@ def _restored(run: Run, actor: Actor, optimizer: Any) -> Progress:
 
 
 def _manifest(
-    config: Config, policy: Policy, prompts: Prompts, reward: Reward, told: tuple[Policy, str | None]
+    config: Config, policy: Policy, prompts: EncodedPrompts, reward: Reward, penalised: tuple[Policy, str | None]
 ) -> dict[str, Any]:
     """The manifest, with the same parts as that of a run on pairs."""
-    reference, adapter = told
+    reference, adapter = penalised
     digest = lambda folder: None if folder is None else folder_digest(Path(folder))  # noqa: E731
     return {
         "versions": versions(),

@@ -22,7 +22,7 @@ from mlxdpo.model.reward_head import normed_states
 HeadPass = Callable[[heads.Head, mx.array, mx.array], mx.array]
 
 
-class Rows(NamedTuple):
+class RolloutRows(NamedTuple):
     """R completions behind their prompts, padded on the right, which a causal model does not see.
 
     tokens   (R, T) int32, prompt and completion
@@ -39,14 +39,14 @@ class Rows(NamedTuple):
     lower: mx.array | None = None
     depth: int = 0
 
-    def part(self, rows: Sequence[int]) -> Rows:
+    def part(self, rows: Sequence[int]) -> RolloutRows:
         """Some of the rows."""
         index = mx.array(list(rows))
         lower = None if self.lower is None else self.lower[index]
-        return Rows(self.tokens[index], self.at[index], self.targets[index], self.mask[index], lower, self.depth)
+        return RolloutRows(self.tokens[index], self.at[index], self.targets[index], self.mask[index], lower, self.depth)
 
 
-def lay_out(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Rows:
+def lay_out(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> RolloutRows:
     """Token ids of prompts and completions, one for one, as rows; a completion has at least one token."""
     count, longest = len(prompts), max(map(len, completions))
     width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
@@ -58,49 +58,49 @@ def lay_out(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int
         tokens[i, : len(prompt) + size] = [*prompt, *completion]
         at[i, :size], targets[i, :size] = len(prompt) - 1 + np.arange(size), completion
         mask[i, :size] = 1
-    return Rows(*map(mx.array, (tokens, at, targets, mask)))
+    return RolloutRows(*map(mx.array, (tokens, at, targets, mask)))
 
 
-def frozen_layers(model: nn.Module, trunk: ModelParts) -> int:
+def frozen_layers(model: nn.Module, parts: ModelParts) -> int:
     """How many layers from the bottom give the same states whatever is trained; 0 when the embedding is trained."""
     if any("embed" in name for name, _ in tree_flatten(model.trainable_parameters())):
         return 0
-    trained = [i for i, layer in enumerate(trunk.layers) if tree_flatten(layer.trainable_parameters())]
-    return min(trained, default=len(trunk.layers))
+    trained = [i for i, layer in enumerate(parts.layers) if tree_flatten(layer.trainable_parameters())]
+    return min(trained, default=len(parts.layers))
 
 
-def with_lower(model: nn.Module, rows: Rows, size: int) -> Rows:
+def with_lower(model: nn.Module, rows: RolloutRows, size: int) -> RolloutRows:
     """The rows with the states below the first trained layer, `size` rows at once; as they are where there is none."""
-    trunk = model_parts(model)
-    count = 0 if trunk is None else frozen_layers(model, trunk)
-    if trunk is None or count == 0:
+    parts = model_parts(model)
+    count = 0 if parts is None else frozen_layers(model, parts)
+    if parts is None or count == 0:
         return rows
-    under, parts = trunk._replace(layers=trunk.layers[:count], windows=trunk.windows[:count]), []
+    under, lower = parts._replace(layers=parts.layers[:count], windows=parts.windows[:count]), []
     for start in range(0, rows.tokens.shape[0], size):
         tokens = rows.tokens[start : start + size]
-        parts.append(hidden_states(under, tokens[:, :0], tokens, lambda h: h))
-        mx.eval(parts[-1])
-    return rows._replace(lower=mx.concatenate(parts), depth=count)
+        lower.append(hidden_states(under, tokens[:, :0], tokens, lambda h: h))
+        mx.eval(lower[-1])
+    return rows._replace(lower=mx.concatenate(lower), depth=count)
 
 
-def token_pass(model: nn.Module, rows: Rows, head: HeadPass = heads.token_logps) -> tuple[mx.array, mx.array]:
+def token_pass(model: nn.Module, rows: RolloutRows, head: HeadPass = heads.token_logps) -> tuple[mx.array, mx.array]:
     """(R, L) log-probs of the completion tokens, nats, and (R, L, D) normed states that predict them.
 
     `head` is `heads.score_logps` for who needs no gradient. What stands where the mask is 0 means nothing.
     """
-    trunk = model_parts(model)
-    if trunk is None:
-        return _plain(model, rows)
+    parts = model_parts(model)
+    if parts is None:
+        return _whole_model_pass(model, rows)
     if (lower := rows.lower) is not None:
         above = slice(rows.depth, None)
-        trunk = trunk._replace(embed=lambda _: lower, layers=trunk.layers[above], windows=trunk.windows[above])
-    states = hidden_states(trunk, rows.tokens[:, :0], rows.tokens, lambda h: h)
-    picked = trunk.norm(_picked(states, rows.at))
-    logps = head(trunk.head, picked.reshape(-1, picked.shape[-1]), rows.targets.reshape(-1))
+        parts = parts._replace(embed=lambda _: lower, layers=parts.layers[above], windows=parts.windows[above])
+    states = hidden_states(parts, rows.tokens[:, :0], rows.tokens, lambda h: h)
+    picked = parts.norm(_picked(states, rows.at))
+    logps = head(parts.head, picked.reshape(-1, picked.shape[-1]), rows.targets.reshape(-1))
     return logps.reshape(rows.targets.shape), picked
 
 
-def _plain(model: Any, rows: Rows) -> tuple[mx.array, mx.array]:
+def _whole_model_pass(model: Any, rows: RolloutRows) -> tuple[mx.array, mx.array]:
     logits = _picked(model(rows.tokens), rows.at).astype(mx.float32)
     return heads.target_logps(logits, rows.targets), _picked(normed_states(model, rows.tokens), rows.at)
 

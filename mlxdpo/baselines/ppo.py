@@ -83,7 +83,7 @@ def whiten(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask > 0, (values - kept.mean()) / spread, 0.0)
 
 
-def policy_loss(logps: mx.array, old: mx.array, advantages: mx.array, clip: float) -> mx.array:
+def clipped_surrogate_loss(logps: mx.array, old: mx.array, advantages: mx.array, clip: float) -> mx.array:
     """max(-A rho, -A clip(rho, 1 - clip, 1 + clip)) of each token, rho = exp(log pi - log pi_old).
 
     Minus the clipped surrogate of arXiv 1707.06347 eq. 7; any shape, the same for all three arrays.

@@ -27,6 +27,6 @@ def leave_one_out(rewards: np.ndarray, samples: int) -> np.ndarray:
     return (groups - others).reshape(-1)
 
 
-def policy_loss(logps: mx.array, advantages: mx.array, mask: mx.array) -> mx.array:
+def reinforce_loss(logps: mx.array, advantages: mx.array, mask: mx.array) -> mx.array:
     """(R,) -A_i log pi(y_i | x_i): its gradient is REINFORCE's (Williams 1992). `logps`, `mask` (R, L)."""
     return -advantages * (logps * mask).sum(axis=-1)

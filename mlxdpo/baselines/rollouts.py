@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxdpo.baselines.passes import Rows, lay_out, token_pass, with_lower
+from mlxdpo.baselines.passes import RolloutRows, lay_out, token_pass, with_lower
 from mlxdpo.baselines.ppo import mask_after_end
 from mlxdpo.forward import fused_head as heads
 from mlxdpo.inference.generate import generate
@@ -70,7 +70,7 @@ class Drawn(NamedTuple):
 class Rollouts(NamedTuple):
     """R completions: `scores`, `ended` (R,); log-probs of policy (`old`) and reference, nats, and values, (R, L)."""
 
-    rows: Rows
+    rows: RolloutRows
     scores: np.ndarray
     ended: np.ndarray
     old: np.ndarray
@@ -83,7 +83,7 @@ class Rollouts(NamedTuple):
         return np.array(self.rows.mask, np.float64)
 
 
-def draw(
+def draw_completions(
     model: nn.Module, prompts: Sequence[list[int]], max_tokens: int, eos_ids: frozenset[int], seed: int, size: int
 ) -> Drawn:
     """One completion for each prompt, at temperature 1: what the policy's log-probs are about.
@@ -115,17 +115,17 @@ def checked_scores(name: str, scores: Sequence[float] | np.ndarray, count: int) 
     return np.where(bad, values[~bad].min(), values), int(bad.sum())
 
 
-def look(actor: Actor, reference: Reference, drawn: Drawn, scores: np.ndarray, size: int) -> Rollouts:
+def score_completions(actor: Actor, reference: Reference, drawn: Drawn, scores: np.ndarray, size: int) -> Rollouts:
     """Lay the completions out and ask policy, critic and reference about them, `size` rows at once."""
     rows = with_lower(actor.model, lay_out(drawn.prompts, drawn.completions), size)
-    own = _ask(actor.model, rows, size, actor.values)
+    own = _score_rollouts(actor.model, rows, size, actor.values)
     with reference.side() as model:
-        ref = _ask(model, rows if reference.shares else rows._replace(lower=None), size, None)
+        ref = _score_rollouts(model, rows if reference.shares else rows._replace(lower=None), size, None)
     return Rollouts(rows, scores, drawn.ended, own[0], ref[0], own[1])
 
 
-def _ask(
-    model: nn.Module, rows: Rows, size: int, values: Callable[[mx.array], mx.array] | None
+def _score_rollouts(
+    model: nn.Module, rows: RolloutRows, size: int, values: Callable[[mx.array], mx.array] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for at in portions(rows.tokens.shape[0], size):

@@ -21,7 +21,7 @@ Terms = Callable[[Sequence[int]], tuple[mx.array, list[mx.array]]]
 """Rows of a batch -> their part of the loss, and sums to report."""
 
 
-class Mover(NamedTuple):
+class WeightUpdate(NamedTuple):
     """What moves the weights: `update` of `step.make_update`, the largest gradient norm, and rows computed at once."""
 
     update: Callable[[Gradients, float, float], None]
@@ -53,7 +53,7 @@ class Mover(NamedTuple):
 
 
 def ppo_update(
-    actor: Actor, mover: Mover, batch: Rollouts, knobs: RolloutConfig, rng: np.random.Generator, lr: float
+    actor: Actor, mover: WeightUpdate, batch: Rollouts, knobs: RolloutConfig, rng: np.random.Generator, lr: float
 ) -> Metrics:
     """Epochs of minibatches on one batch of rollouts: arXiv 1707.06347 algorithm 1."""
     mask = batch.mask
@@ -72,7 +72,7 @@ def ppo_update(
     loss, policy, value, clipped, approx = np.mean(sums, axis=0)
     spread = returns[mask > 0]
     unexplained = float(np.var((returns - batch.values)[mask > 0]))
-    return _common(batch, scores, rewards.sum(axis=1)) | {
+    return _shared_metrics(batch, scores, rewards.sum(axis=1)) | {
         "loss": float(loss),
         "loss/policy_avg": float(policy),
         "loss/value_avg": float(value),
@@ -95,7 +95,7 @@ def _ppo_terms(
         logps, states = token_pass(actor.model, part)
         logps = mx.where(part.mask > 0, logps, old)  # a ratio of padding may overflow, and 0 * inf is no gradient
         mean = lambda each: mx.where(part.mask > 0, each, 0.0).sum() / tokens  # noqa: E731
-        policy = mean(ppo.policy_loss(logps, old, advantages, knobs.clip))
+        policy = mean(ppo.clipped_surrogate_loss(logps, old, advantages, knobs.clip))
         value = mean(ppo.value_loss(actor.values(states), before, returns, knobs.value_clip))
         moved = logps - old
         clipped = mean((mx.abs(mx.exp(moved) - 1) > knobs.clip).astype(mx.float32))
@@ -105,7 +105,7 @@ def _ppo_terms(
 
 
 def rloo_update(
-    actor: Actor, mover: Mover, batch: Rollouts, knobs: RolloutConfig, rng: np.random.Generator, lr: float
+    actor: Actor, mover: WeightUpdate, batch: Rollouts, knobs: RolloutConfig, rng: np.random.Generator, lr: float
 ) -> Metrics:
     """One step on one batch, which is on-policy to the bit: arXiv 2402.14740."""
     mask = batch.mask
@@ -118,13 +118,13 @@ def rloo_update(
         """The share of some rows in the mean over the batch."""
         part, index = batch.rows.part(rows), mx.array(list(rows))
         logps, _ = token_pass(actor.model, part)
-        return rloo.policy_loss(logps, advantages[index], part.mask).sum() / len(rewards), []
+        return rloo.reinforce_loss(logps, advantages[index], part.mask).sum() / len(rewards), []
 
     (loss,), norm = mover.move(actor, terms, range(len(rewards)), lr)
-    return _common(batch, scores, rewards) | {"loss": loss, "grad_norm": norm}
+    return _shared_metrics(batch, scores, rewards) | {"loss": loss, "grad_norm": norm}
 
 
-def _common(batch: Rollouts, scores: np.ndarray, rewards: np.ndarray) -> Metrics:
+def _shared_metrics(batch: Rollouts, scores: np.ndarray, rewards: np.ndarray) -> Metrics:
     """What both report, by TRL's names: means over completions; KL in nats a completion, k1."""
     mask = batch.mask
     return {

@@ -53,12 +53,12 @@ def run(
         Open the page in the browser.
     """
     from mlxdpo.machine.openblas import preload_blas
-    from mlxdpo.ui.server import start
+    from mlxdpo.ui.server import start_app
 
-    folder, first = place(path, runs)
+    folder, first = runs_folder(path, runs)
     if not preload_blas().fast:
         print(preload_blas().note, file=sys.stderr)
-    served = start(folder, first, host=host, port=port, login=ask_login(auth), share=share, names=tuple(name or ()))
+    served = start_app(folder, first, host=host, port=port, login=ask_login(auth), share=share, names=tuple(name or ()))
     print(f"mlxdpo app: {served.url}   (Ctrl+C ends it; training goes on)", flush=True)
     if open_browser:
         import webbrowser
@@ -71,7 +71,7 @@ def run(
     return 0
 
 
-def place(path: Path | None, runs: Path) -> tuple[Path, str | None]:
+def runs_folder(path: Path | None, runs: Path) -> tuple[Path, str | None]:
     """The folder of runs and the run to open with. Raises `UserError` for a path that is no run."""
     from mlxdpo.runs import Run
 

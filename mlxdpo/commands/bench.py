@@ -80,15 +80,15 @@ def run(
             raise UserError("no model given and `smollm2` is not installed; pass --model with a folder or a Hub id")
         model = model.model_copy(update={"path": "smollm2"})
     size = Size(prompt, completion, batch_size, checkpoint, repeats)
-    found = measure(config.model_copy(update={"model": model}), size)
+    found = measure_speed(config.model_copy(update={"model": model}), size)
     if json:
         print(jsonlib.dumps(found, indent=2))
     else:
-        show(found)
+        show_speed(found)
     return 0
 
 
-def measure(config: BenchConfig, size: Size) -> dict[str, Any]:
+def measure_speed(config: BenchConfig, size: Size) -> dict[str, Any]:
     """The answer as plain values: seconds, pairs and distinct tokens a second, GFLOP/s, shares in 0..1, bytes."""
     from mlxdpo.estimate import flops
     from mlxdpo.machine.device import this_machine
@@ -154,9 +154,9 @@ def _passes(model: Any, batch: Batch, size: Size) -> dict[str, Callable[[], None
     from mlxdpo.losses import resolve
     from mlxdpo.training.step import gradient_norm, make_gradient, make_optimizer, make_scorer, make_update
 
-    ways = forward_fns(model, size.checkpoint)
-    gradient = make_gradient(model, resolve(LossConfig()), ways.train)
-    update, scorer = make_update(model, make_optimizer(OptimConfig())), make_scorer(model, ways.score)
+    fns = forward_fns(model, size.checkpoint)
+    gradient = make_gradient(model, resolve(LossConfig()), fns.train)
+    update, scorer = make_update(model, make_optimizer(OptimConfig())), make_scorer(model, fns.score)
 
     def step() -> None:
         """Gradient, its norm, update."""
@@ -213,7 +213,7 @@ def count_weights(model: Any, full: bool) -> Weights:
     return Weights(linear, adapters, head, args.num_attention_heads * head_dim, len(model.layers), full)
 
 
-def show(found: dict[str, Any]) -> None:
+def show_speed(found: dict[str, Any]) -> None:
     """Print it for a person."""
     from rich.table import Table
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json as jsonlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from mlxdpo.config import Config, DataConfig, Drawing, load_config
+from mlxdpo.io.atomic import write_json, write_text
+from mlxdpo.io.json_file import json_lines, read_lines
 from mlxdpo.runs import Run
 from mlxdpo.types import Event, UserError
 
+if TYPE_CHECKING:
+    from mlxdpo.online.votes_to_pairs import Pair
+
 AS_IT_IS = Drawing()
+WRITTEN = {"prompt", "a", "b", "winner"}  # what the app writes, and pairs are made of
 
 
 def run(
@@ -54,16 +61,35 @@ def run(
     json
         Print the report as JSON.
     """
-    from mlxdpo.commands.interrupt import stop_flag
-    from mlxdpo.commands.terminal import console, counted
-    from mlxdpo.online.collect.write_outputs import said
+    from mlxdpo.online.collect.write_outputs import collection_sentences
 
-    recipe = path.suffix in (".yaml", ".yml") and path.is_file()
-    config = load_config(path) if recipe else Run.open(path).config()
+    asked = (prompts, _one_of(judge, reward), drawing, out)
+    return write_pairs(
+        lambda should_stop: _collecting(path, before, asked, should_stop),
+        "collected",
+        lambda report: [f"{out}: {report['rows']} rows of {report['answers']} answers", *collection_sentences(report)],
+        f"train on it: mlxdpo train --model ... --data {out}",
+        json,
+    )
+
+
+def write_pairs(
+    begin: Callable[[Callable[[], bool]], Iterator[Event]],
+    kind: str,
+    sentences: Callable[[dict[str, Any]], list[str]],
+    hint: str,
+    json: bool,
+) -> int:
+    """Show how far along the prompts are (events of `kind`), then the report; 0 when done, 130 when interrupted.
+
+    `begin` gives the events, asked whether the user wants to stop; `sentences` puts the report into words.
+    """
+    from mlxdpo.commands.interrupt import stop_flag
+    from mlxdpo.commands.terminal import console, show_progress
+
     report = None
     with stop_flag() as should_stop:
-        asked = (prompts, _one_of(judge, reward), drawing, out)
-        for event in counted(_events(path, config, recipe, before, asked, should_stop), "collected", json):
+        for event in show_progress(begin(should_stop), kind, json):
             report = event.values["report"] if event.kind == "done" else None
     if report is None:
         console.print("stopped; the same command goes on from here")
@@ -71,9 +97,9 @@ def run(
     if json:
         print(jsonlib.dumps(report, ensure_ascii=False))
         return 0
-    for sentence in (f"{out}: {report['rows']} rows of {report['answers']} answers", *said(report)):
+    for sentence in sentences(report):
         console.print(sentence, markup=False)
-    console.print(f"train on it: mlxdpo train --model ... --data {out}", style="dim", markup=False)
+    console.print(hint, style="dim", markup=False)
     return 0
 
 
@@ -84,29 +110,45 @@ def _one_of(judge: str | None, reward: str | None) -> tuple[str, bool]:
     return (judge, False) if judge is not None else (str(reward), True)
 
 
-def _events(
-    path: Path, config: Config, recipe: bool, before: bool, asked: Any, should_stop: Callable[[], bool]
-) -> Iterator[Event]:
+def _collecting(path: Path, before: bool, asked: Any, should_stop: Callable[[], bool]) -> Iterator[Event]:
     prompts, (spec, numbers), drawing, out = asked
+    config, run = open_recipe_or_run(path)
     if spec.startswith("votes:"):
-        from mlxdpo.commands.votes_to_pairs import voted_pairs
         from mlxdpo.inference.run_prompts import gallery
         from mlxdpo.io.digest import folder_digest
 
-        if recipe or prompts is not None or before or drawing != AS_IT_IS:
+        if run is None or prompts is not None or before or drawing != AS_IT_IS:
             raise UserError("--judge votes:FILE draws nothing: give the run, --out and nothing else")
-        run = Run.open(path)
         source = {"run": run.path.name, "adapter": folder_digest(run.adapter)}
         return voted_pairs(Path(spec.removeprefix("votes:")), out, gallery(run).heldout_keys, source)
     if prompts is None:
         raise UserError("no prompts given; name a file of them with --prompts")
-    from mlxdpo.online.collect import collect, read_prompts, source_of
-    from mlxdpo.online.rounds.start import start_source
+    from mlxdpo.online.collect import collect
 
-    data = config.data.model_copy(update={"columns": {}, "format": "auto"})
-    found, ranker = read_prompts(data, prompts), ranker_of(spec, config.data, numbers)
-    source = start_source(config, path.name) if recipe else source_of(Run.open(path), before)
-    return collect(source, found, ranker, drawing, out, should_stop)
+    found, ranker = prompts_for(config, prompts), ranker_of(spec, config.data, numbers)
+    return collect(source_at(config, run, path.name, before), found, ranker, drawing, out, should_stop)
+
+
+def open_recipe_or_run(path: Path) -> tuple[Config, Run | None]:
+    """The settings of a recipe or a run, and the run if it is one."""
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return load_config(path), None
+    run = Run.open(path)
+    return run.config(), run
+
+
+def prompts_for(config: Config, file: str) -> Any:
+    """The prompts of a file, read as the settings read data but for its shape."""
+    from mlxdpo.online.prompts import read_prompts
+
+    return read_prompts(config.data.model_copy(update={"columns": {}, "format": "auto"}), file)
+
+
+def source_at(config: Config, run: Run | None, name: str, before: bool) -> Any:
+    """The model of a run, or that of a recipe before any training."""
+    from mlxdpo.online.policy_source import source_of, start_source
+
+    return start_source(config, name) if run is None else source_of(run, before)
 
 
 def ranker_of(spec: str, data: DataConfig, numbers: bool = False) -> Any:
@@ -120,3 +162,46 @@ def ranker_of(spec: str, data: DataConfig, numbers: bool = False) -> Any:
     if numbers and not isinstance(judge, Scalar):
         raise UserError(f"--reward {spec} compares answers and gives none a number; use --judge {spec}")
     return Ranker(judge.name, judge.identity, lambda prompts, answers: score_answers(judge, prompts, answers))
+
+
+def voted_pairs(votes: Path, out: Path, heldout: frozenset[bytes], source: Mapping[str, Any]) -> Iterator[Event]:
+    """Pairs that the app's votes decide, as a collection: the same files, the same counts, nothing drawn.
+
+    Writes the pairs of a votes file to `out`; prompts in `heldout` teach nothing and are counted.
+
+    `source` goes into every row. Raises `UserError` for a file that is missing, or without a vote that gives a pair.
+    """
+    from mlxdpo.online.collect.write_outputs import report_file
+    from mlxdpo.online.votes_to_pairs import pairs_of, row_of
+    from mlxdpo_eval.judges.votes import problem_with, read_ballots
+
+    if out.exists():
+        raise UserError(f"{out} is there already; choose another --out, or remove it")
+    known = read_ballots(votes)  # says what is wrong with a file that holds no vote at all
+    lines = [line for line in read_lines(votes) if line.keys() >= WRITTEN]
+    pairs, left_out = pairs_of(lines, heldout, problem_with)
+    if not pairs:
+        why = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
+        raise UserError(f"{votes}: none of its {len(known.votes)} votes gives a pair ({why})")
+    digest = hashlib.sha256(votes.read_bytes()).hexdigest()
+    made = {**source, "judge": f"votes:{votes.name}", "judge_digest": digest[:16]}
+    turns = any(not isinstance(pair.prompt, str) for pair in pairs)
+    report = _votes_report(pairs, len(lines), left_out | known.left_out, made)
+    write_json(report_file(out), report)
+    write_text(out, json_lines(row_of(pair, turns) | {"made": made} for pair in pairs))
+    yield Event("done", len(pairs), {"file": out, "report": report})
+
+
+def _votes_report(
+    pairs: Sequence[Pair], votes: int, left_out: Mapping[str, int], made: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "prompts": len({str(pair.prompt) for pair in pairs}),
+        "prompts_left_out": {},
+        "prompts_without_pair": {},
+        "answers": 2 * votes,
+        "answers_left_out": {f"votes {reason}": count for reason, count in left_out.items()},
+        "mean_score": None,
+        "rows": len(pairs),
+        "identity": {"judge": dict(made)},
+    }

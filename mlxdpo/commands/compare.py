@@ -33,7 +33,7 @@ def run(first: Path, second: Path, /, *, json: bool = False) -> int:
     if json:
         print(jsonlib.dumps(to_json(found) | {"sentence": comparison_sentence(found)}, ensure_ascii=False))
         return 1 if found.regressed else 0
-    console.print(_table(found))
+    console.print(_changes_table(found))
     for flip in found.flips[:FLIPS]:
         where = flip.get("where") or f"sample {flip.get('sample')}"
         console.print(
@@ -52,7 +52,7 @@ def run(first: Path, second: Path, /, *, json: bool = False) -> int:
     return 1 if found.regressed else 0
 
 
-def _table(found: Any) -> Any:
+def _changes_table(found: Any) -> Any:
     from rich.table import Table
 
     sheet = Table("", "first", "second", "change [95 % interval]", "gained / lost", "sign test p", "")

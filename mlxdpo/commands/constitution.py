@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json as jsonlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from mlxdpo.config import Config, ModelConfig, load_config
-from mlxdpo.online.constitution.settings import SamplingSettings
+from mlxdpo.commands.collect import open_recipe_or_run, prompts_for, source_at, write_pairs
+from mlxdpo.config import ModelConfig, load_config
+from mlxdpo.online.constitution.schema import SamplingSettings
 from mlxdpo.types import Event, UserError
 
 AS_IT_IS = SamplingSettings()
@@ -52,70 +52,42 @@ def run(
     json
         Print the report as JSON.
     """
-    from mlxdpo.commands.interrupt import stop_flag
-    from mlxdpo.commands.terminal import console, counted
-    from mlxdpo.online.constitution.write_outputs import RECIPE, said
+    from mlxdpo.online.constitution.write_outputs import RECIPE, constitution_sentences
 
-    with stop_flag() as should_stop:
-        report = None
-        events = _events(path, prompts, out, (constitution, feedback, before), asking, should_stop)
-        for event in counted(events, "talked", json):
-            report = event.values["report"] if event.kind == "done" else None
-    if report is None:
-        console.print("stopped; the same command goes on from here")
-        return 130
-    if json:
-        print(jsonlib.dumps(report, ensure_ascii=False))
-        return 0
-    for sentence in (f"{out}: {report['rows']} pairs from {report['prompts']} prompts", *said(report)):
-        console.print(sentence, markup=False)
-    console.print(f"train on it: mlxdpo train {out / RECIPE} --model ...", style="dim", markup=False)
-    return 0
+    chosen = (constitution, feedback, before)
+    return write_pairs(
+        lambda should_stop: _applying(path, prompts, out, chosen, asking, should_stop),
+        "talked",
+        lambda found: [
+            f"{out}: {found['rows']} pairs from {found['prompts']} prompts",
+            *constitution_sentences(found),
+        ],
+        f"train on it: mlxdpo train {out / RECIPE} --model ...",
+        json,
+    )
 
 
-def _events(
+def _applying(
     path: str,
     prompts: str,
     out: Path,
     chosen: tuple[Path | None, str | None, bool],
     asking: SamplingSettings,
-    should_stop: Any,
+    should_stop: Callable[[], bool],
 ) -> Iterator[Event]:
-    from mlxdpo.online.collect import read_prompts
     from mlxdpo.online.constitution import apply_constitution, load_constitution
 
     file, feedback, before = chosen
     rules = load_constitution(file)
-    config, run = _config(path)
+    recipe = Path(path).suffix in (".yaml", ".yml") and Path(path).is_file()
+    known = recipe or (Path(path) / "config.yaml").exists()
+    config, run = open_recipe_or_run(Path(path)) if known else (load_config(None, {"model": {"path": path}}), None)
     if before and run is None:
         raise UserError(f"--before is for runs, and {path} is none; drop it")
     if feedback is not None and asking.labels == "none":
         raise UserError(f"--feedback {feedback} has nothing to compare with --labels none; drop one of them")
-    data = config.data.model_copy(update={"columns": {}, "format": "auto"})
-    found = read_prompts(data, prompts)
-    return apply_constitution(
-        _source(config, run, path, before), found, rules, asking, out, _feedback(feedback), should_stop
-    )
-
-
-def _config(path: str) -> tuple[Config, Any]:
-    """The settings behind a run, a recipe or a model's name, and the run if it is one."""
-    from mlxdpo.runs import Run
-
-    place = Path(path)
-    if (place / "config.yaml").exists():
-        run = Run.open(place)
-        return run.config(), run
-    if place.suffix in (".yaml", ".yml") and place.is_file():
-        return load_config(place), None
-    return load_config(None, {"model": {"path": path}}), None
-
-
-def _source(config: Config, run: Any, path: str, before: bool) -> Any:
-    from mlxdpo.online.collect import source_of
-    from mlxdpo.online.rounds.start import start_source
-
-    return source_of(run, before) if run else start_source(config, Path(path).name)
+    found, source = prompts_for(config, prompts), source_at(config, run, Path(path).name, before)
+    return apply_constitution(source, found, rules, asking, out, _feedback(feedback), should_stop)
 
 
 def _feedback(model: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""`mlxdpo data check D [--model M]`: the data doctor."""
+"""`mlxdpo data check D [--model M]`: the data doctor; `mlxdpo data formats [--json]`: the row shapes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(path: str, /, *, config: Annotated[CheckConfig, Parameter(name="*")] = N
         extra = {"would_stop": bad, "first_pair": None if seen is None else seen.first._asdict()}
         print(jsonlib.dumps(found.as_dict() | extra, indent=2, ensure_ascii=False))
     else:
-        _show(finding_lines(found), seen, bad)
+        _show_findings(finding_lines(found), seen, bad)
     return 2 if bad else 0
 
 
@@ -85,7 +85,7 @@ def _as_seen(rows: Sequence[Preference | UnpairedExample], data: DataConfig, mod
     return Seen(counts, shown_example(limited[0], tokenizer), report.lines(), names)
 
 
-def _show(sentences: list[str], seen: Seen | None, bad: int) -> None:
+def _show_findings(sentences: list[str], seen: Seen | None, bad: int) -> None:
     from mlxdpo.commands.terminal import console, show_pair
 
     for sentence in sentences:
@@ -99,3 +99,28 @@ def _show(sentences: list[str], seen: Seen | None, bad: int) -> None:
         show_pair(seen.first, seen.names)
     if bad:
         console.print(f"{bad} bad rows: mend them, or train with --data.on-bad-row skip", style="yellow")
+
+
+def list_formats(*, json: bool = False) -> None:
+    """List the row shapes that are understood, in the order of detection.
+
+    Parameters
+    ----------
+    json
+        Machine-readable.
+    """
+    from rich.table import Table
+
+    from mlxdpo.commands.terminal import console
+    from mlxdpo.data.formats import FORMATS
+
+    rows = [
+        {"name": f.name, "columns": list(f.columns), "about": f.about, "example": f.example} for f in FORMATS.values()
+    ]
+    if json:
+        print(jsonlib.dumps(rows, indent=2))
+        return
+    table = Table("data.format", "columns", "what", "as in")
+    for row in rows:
+        table.add_row(row["name"], ", ".join(row["columns"]), row["about"], row["example"])
+    console.print(table)

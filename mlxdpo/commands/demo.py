@@ -41,12 +41,12 @@ def run(*, seed: Seed = 0, shuffle_labels: bool = False, flip_labels: bool = Fal
 
     started = time.monotonic()
     labels = shuffled if shuffle_labels else flipped if flip_labels else bundled_labels
-    folder = out or _free(Path("runs/demo"))
+    folder = out or _free_demo_folder(Path("runs/demo"))
     if status := follow_training(prepare_demo(folder, seed, labels), None):
         return status
     terminal.console.print("sampling before and after ...")
     result, before, after = measure_demo(Run.open(folder), seed)
-    terminal.console.print(table(result))
+    terminal.console.print(figures_table(result))
     terminal.console.print(f"the first {SHOWN} held-out openings (not a selection):", style="bold")
     terminal.console.print(side_by_side(before, after))
     terminal.console.print(f"figures: {folder}/eval/demo.json, samples: {folder}/samples/")
@@ -54,13 +54,13 @@ def run(*, seed: Seed = 0, shuffle_labels: bool = False, flip_labels: bool = Fal
     return 0
 
 
-def _free(path: Path) -> Path:
+def _free_demo_folder(path: Path) -> Path:
     """runs/demo, or runs/demo-2 and so on when there is one."""
     candidates = [path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 1000))]
     return next(p for p in candidates if not p.exists())
 
 
-def table(result: Any) -> Any:
+def figures_table(result: Any) -> Any:
     """The figures as a table, each with its interval."""
     from rich.table import Table
 
@@ -69,21 +69,28 @@ def table(result: Any) -> Any:
     )
     for name, row in result.rewards.items():
         seen = "the reward" if name == "vader" else "a judge training never saw"
-        sheet.add_row(f"{name} ({seen})", _number(row["before"]), _number(row["after"]), _interval(row["change"], "+"))
-    sheet.add_row("held-out reward accuracy", "0.500", _number(result.accuracy), _interval(result.accuracy))
-    sheet.add_row("held-out reward margin", "+0.000", _number(result.margin, "+"), _interval(result.margin, "+"))
-    sheet.add_row("sequence KL to the reference, nats", "0.000", _number(result.kl), _interval(result.kl))
+        sheet.add_row(
+            f"{name} ({seen})",
+            _estimate_text(row["before"]),
+            _estimate_text(row["after"]),
+            _interval_text(row["change"], "+"),
+        )
+    sheet.add_row("held-out reward accuracy", "0.500", _estimate_text(result.accuracy), _interval_text(result.accuracy))
+    sheet.add_row(
+        "held-out reward margin", "+0.000", _estimate_text(result.margin, "+"), _interval_text(result.margin, "+")
+    )
+    sheet.add_row("sequence KL to the reference, nats", "0.000", _estimate_text(result.kl), _interval_text(result.kl))
     for name in ("repetition", "distinct_2", "length", "stopped"):
         values = [getattr(stats, name) for stats in (result.before, result.after)]
         sheet.add_row(name.replace("_", "-"), *(f"{v:.3f}" if v is not None else "-" for v in values), "")
     return sheet
 
 
-def _number(interval: Any, sign: str = "") -> str:
+def _estimate_text(interval: Any, sign: str = "") -> str:
     return "-" if interval is None else f"{interval.estimate:{sign}.3f}"
 
 
-def _interval(interval: Any, sign: str = "") -> str:
+def _interval_text(interval: Any, sign: str = "") -> str:
     if interval is None:
         return "too little data for an interval"
     return f"{interval.estimate:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}] n={interval.clusters}"

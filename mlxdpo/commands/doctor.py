@@ -22,15 +22,19 @@ def run(*, json: bool = False) -> int:
     json
         Machine-readable.
     """
-    findings = examine()
+    findings = examine_machine()
     if json:
         print(jsonlib.dumps(findings, indent=2))
     else:
-        print("\n".join([*table(rows(findings)), *([""] if findings["problems"] else []), *findings["problems"]]))
+        print(
+            "\n".join(
+                [*markdown_lines(check_rows(findings)), *([""] if findings["problems"] else []), *findings["problems"]]
+            )
+        )
     return 1 if findings["problems"] else 0
 
 
-def examine() -> dict[str, Any]:
+def examine_machine() -> dict[str, Any]:
     """The findings as a value: machine, versions, matmul rate (GFLOP/s), optional parts, every check's result.
 
     `problems` has a sentence for each check that failed. No text in it breaks a Markdown table or names a home folder.
@@ -52,14 +56,14 @@ def examine() -> dict[str, Any]:
     }
 
 
-def rows(findings: dict[str, Any]) -> list[tuple[str, ...]]:
+def check_rows(findings: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table's rows: what the machine is, then every check."""
     from mlxdpo.selfcheck.registry import plain_line
 
     machine = findings["machine"]
     about = f"{machine['kind']}: {machine['name']}, {machine['memory'] / 1e9:.0f} GB, {machine['system']}"
     there = [name for name, installed in findings["optional"].items() if installed]
-    said = {
+    facts = {
         "machine": about,
         "installed": ", ".join(f"{name} {version}" for name, version in findings["versions"].items()),
         "optional parts": ", ".join(there) or "none",
@@ -68,10 +72,10 @@ def rows(findings: dict[str, Any]) -> list[tuple[str, ...]]:
         (one["check"], "ok" if one["ok"] else "FAIL", one["figure"], one["limit"], f"{one['seconds']:.1f}")
         for one in findings["checks"]
     ]
-    return [*((name, "", plain_line(text), "", "") for name, text in said.items()), *checks]
+    return [*((name, "", plain_line(text), "", "") for name, text in facts.items()), *checks]
 
 
-def table(body: Sequence[Iterable[str]]) -> list[str]:
+def markdown_lines(body: Sequence[Iterable[str]]) -> list[str]:
     """The lines of a Markdown table under `HEAD`, padded so that it can be read unrendered too."""
     cells = [list(HEAD), *(list(row) for row in body)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(HEAD))]

@@ -97,11 +97,11 @@ def run(
     file = votes or next((f for f in (path / "votes.jsonl",) if f.exists()), None)
     wanted = EvalOptions(data, file, tuple(slices or ()), retest or 0)
     found = _evaluate(source, judge or [], answering, wanted, say)
-    _tell(found, path, json)
-    return _status(found, max_invalid)
+    _show_results(found, path, json)
+    return _exit_status(found, max_invalid)
 
 
-def _status(found: Any, max_invalid: float) -> int:
+def _exit_status(found: Any, max_invalid: float) -> int:
     from mlxdpo.commands.terminal import warn
 
     share, name = found.worst_judge
@@ -110,7 +110,7 @@ def _status(found: Any, max_invalid: float) -> int:
     return 1 if share > max_invalid else 0
 
 
-def _tell(found: Any, path: Path, json: bool) -> None:
+def _show_results(found: Any, path: Path, json: bool) -> None:
     from mlxdpo.commands.terminal import console
 
     if json:
@@ -170,11 +170,11 @@ def _capability(
         before = run_tasks(model, opened.policy.tokenizer, tasks, known, limit)
     results = {"tasks": tasks, "limit": limit, "before": before, "after": after}
     write_json(run.path / "eval" / "capability.json", results)
-    print(jsonlib.dumps(results, ensure_ascii=False)) if json else _show(before, after)
+    print(jsonlib.dumps(results, ensure_ascii=False)) if json else _show_capabilities(before, after)
     return 0
 
 
-def _show(before: dict[str, Any], after: dict[str, Any]) -> None:
+def _show_capabilities(before: dict[str, Any], after: dict[str, Any]) -> None:
     from rich.table import Table
 
     from mlxdpo.commands.terminal import console

@@ -121,21 +121,21 @@ def run(
             force=force,
             say=warn if json else (lambda text: console.print(text, style="dim", markup=False)),
         )
-    report_fidelity(exported, json)
+    show_export(exported, json)
     if exported.passed and publishing.push:
         publish_export(out, publishing, json)
     return 0 if exported.passed else 1
 
 
-def report_fidelity(exported: Exported, json: bool) -> None:
+def show_export(exported: Exported, json: bool) -> None:
     """The figures on standard output, failures on standard error."""
     from mlxdpo.commands.terminal import console, warn
 
     if json:
         print((exported.out / "export.json").read_text("utf-8"), end="")
     else:
-        console.print(fidelity_table(exported))
-        tell(exported, console)
+        console.print(gate_table(exported))
+        show_files(exported, console)
     for name, target in exported.targets.items():
         if target.fidelity.reason:
             kept = "kept by --force" if target.kept else "its files are not kept"
@@ -155,7 +155,7 @@ def check_publishing(publishing: Publishing) -> None:
         raise UserError("--pull-request makes its own branch; drop --revision and --tag")
 
 
-def fidelity_table(exported: Exported) -> Any:
+def gate_table(exported: Exported) -> Any:
     """What the gate measured, one row a target."""
     from rich import box
     from rich.table import Table
@@ -164,11 +164,11 @@ def fidelity_table(exported: Exported) -> Any:
     for name, target in exported.targets.items():
         verdict = "passed" if target.fidelity.passed else "forced" if target.kept else "FAILED"
         size = f"{sum(target.files.values()) / 1e6:.1f}" if target.kept else "-"
-        sheet.add_row(name, size, *fidelity_figures(target.fidelity), verdict)
+        sheet.add_row(name, size, *gate_figures(target.fidelity), verdict)
     return sheet
 
 
-def fidelity_figures(fidelity: Fidelity) -> list[str]:
+def gate_figures(fidelity: Fidelity) -> list[str]:
     """The numbers of one target: KL in nats a token, its share of what was learned, slope, correlation, accuracy."""
     kl, learned = fidelity.token_kl, fidelity.policy_reference_kl
     number = lambda value: "-" if value is None else f"{value:.4f}"  # noqa: E731
@@ -182,7 +182,7 @@ def fidelity_figures(fidelity: Fidelity) -> list[str]:
     ]
 
 
-def tell(exported: Exported, console: Any) -> None:
+def show_files(exported: Exported, console: Any) -> None:
     """What was measured on what, and what stands where, with the remarks of the exporters."""
     first = next(iter(exported.targets.values())).fidelity
     console.print(

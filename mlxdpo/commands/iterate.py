@@ -44,32 +44,32 @@ def run(
     """
     from mlxdpo.commands import terminal
     from mlxdpo.commands.interrupt import stop_flag
-    from mlxdpo.commands.trackers import check_installed
+    from mlxdpo.commands.trackers import check_trackers
     from mlxdpo.online.rounds import iterate
-    from mlxdpo.online.rounds.plan import check
+    from mlxdpo.online.rounds.plan import check_rounds
 
-    asked = _asked(recipe, config, resume)
-    check(asked)
-    check_installed(asked)
+    asked = _rounds_config(recipe, config, resume)
+    check_rounds(asked)
+    check_trackers(asked)
     folder, done = None, None
     with stop_flag() as should_stop:
-        for event in iterate(asked, _hands(asked, json), should_stop):
+        for event in iterate(asked, _stages(asked, json), should_stop):
             if event.kind == "begin":
                 folder = event.values["folder"]
-                said = f"{folder}: {event.values['prompts']} prompts to learn from, {event.values['heldout']} held out"
-                (terminal.warn if json else terminal.console.print)(said)
+                text = f"{folder}: {event.values['prompts']} prompts to learn from, {event.values['heldout']} held out"
+                (terminal.warn if json else terminal.console.print)(text)
             elif event.kind == "round" and not json:
-                _show(event.values["rows"])
+                _show_rounds(event.values["rows"])
             elif event.kind == "over":
                 done = event.values
     if done is None:
         terminal.warn(f"stopped; go on with: mlxdpo iterate --resume {folder}")
         return 130
-    _tell(folder, done, json)
+    _show_verdict(folder, done, json)
     return 0
 
 
-def _asked(recipe: Path | None, config: Config, resume: Path | None) -> Config:
+def _rounds_config(recipe: Path | None, config: Config, resume: Path | None) -> Config:
     given = config.model_dump(exclude_unset=True)
     if resume is None:
         return load_config(recipe, given)
@@ -83,12 +83,12 @@ def _asked(recipe: Path | None, config: Config, resume: Path | None) -> Config:
     return load_config(file, given | {"out": str(resume)})
 
 
-def _hands(config: Config, quiet: bool) -> Any:
+def _stages(config: Config, quiet: bool) -> Any:
     """The stages as this command does them: shown, tracked, and judged by what the recipe names."""
     from mlxdpo.commands.collect import ranker_of
     from mlxdpo.commands.eval import named_rewards
-    from mlxdpo.commands.terminal import counted
-    from mlxdpo.online.rounds import Hands
+    from mlxdpo.commands.terminal import show_progress
+    from mlxdpo.online.rounds import Stages
     from mlxdpo_eval.judges import open_judge
     from mlxdpo_eval.rounds import measure_round, summarize_round
     from mlxdpo_eval.sampling import Sampling
@@ -104,12 +104,12 @@ def _hands(config: Config, quiet: bool) -> Any:
     def gather(source: Any, prompts: Any, drawing: Any, out: Path, stop: Callable[[], bool]) -> Iterator[Event]:
         """Drawn and ranked, or from votes."""
         if ranker is None:
-            from mlxdpo.commands.votes_to_pairs import voted_pairs
+            from mlxdpo.commands.collect import voted_pairs
 
             return voted_pairs(Path(how.judge.removeprefix("votes:")), out, prompts.heldout, {"run": "start"})
         from mlxdpo.online.collect import collect
 
-        return counted(collect(source(), prompts, ranker, drawing, out, stop), "collected", quiet)
+        return show_progress(collect(source(), prompts, ranker, drawing, out, stop), "collected", quiet)
 
     def measure(opened: Any, rows: Any, start: Any) -> Any:
         """Answers of the held-out prompts."""
@@ -120,16 +120,16 @@ def _hands(config: Config, quiet: bool) -> Any:
         """Shown and tracked."""
         return _training(*asked, quiet=quiet)
 
-    return Hands(gather, training, measure, lambda found: summarize_round(found, rounds.max_kl))
+    return Stages(gather, training, measure, lambda found: summarize_round(found, rounds.max_kl))
 
 
 def _training(config: Config, resume: Any, warm: Path | None, stop: Callable[[], bool], quiet: bool) -> Iterator[Event]:
-    from mlxdpo.commands.terminal import follow
+    from mlxdpo.commands.terminal import show_training
     from mlxdpo.commands.trackers import tracked
     from mlxdpo.training.run import train
 
     events = train(config, resume=resume, warm=warm, should_stop=stop)
-    return tracked(events if quiet else follow(events), config)
+    return tracked(events if quiet else show_training(events), config)
 
 
 def _say(quiet: bool, text: str) -> None:
@@ -139,7 +139,7 @@ def _say(quiet: bool, text: str) -> None:
         console.print(text, style="dim", markup=False)
 
 
-def _show(rows: Any) -> None:
+def _show_rounds(rows: Any) -> None:
     """A table where it fits, else a line for the newest round."""
     from rich.table import Table
 
@@ -157,7 +157,7 @@ def _show(rows: Any) -> None:
         console.print(f"{line[0]}: " + ", ".join(f"{name} {cell}" for name, cell in pairs), markup=False, style="bold")
 
 
-def _tell(folder: Any, done: Any, json: bool) -> None:
+def _show_verdict(folder: Any, done: Any, json: bool) -> None:
     from mlxdpo.commands.terminal import console
     from mlxdpo.io.json_file import read_json
     from mlxdpo_eval.report.rounds import rounds_verdict, write_rounds

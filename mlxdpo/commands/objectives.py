@@ -1,4 +1,4 @@
-"""`mlxdpo objectives [NAME] [--json | --markdown]`"""
+"""`mlxdpo objectives [NAME] [--json | --markdown]`: the registry as tables, also those of docs/objectives.md."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from mlxdpo.losses.loss import resolve
 from mlxdpo.losses.modifiers import MODIFIERS
 from mlxdpo.losses.registry import LOSSES
 from mlxdpo.types import UserError
-
-# The registry as tables: what `mlxdpo objectives` prints and docs/objectives.md holds between its marks.
 
 SETTINGS = {
     "f_divergence": "`loss.f_divergence`, `loss.f_alpha`",
@@ -49,10 +47,10 @@ def facts(name: str) -> dict[str, Any]:
 def objectives_table() -> str:
     """Every objective in Markdown."""
     head = ("loss.name", "what", "paper", "knobs and their defaults", "at the start", "reference", "holds chosen up")
-    return _markdown(head, [_row(facts(name)) for name in LOSSES])
+    return _markdown(head, [_objective_row(facts(name)) for name in LOSSES])
 
 
-def _row(found: dict[str, Any]) -> tuple[str, ...]:
+def _objective_row(found: dict[str, Any]) -> tuple[str, ...]:
     knobs = ", ".join(f"{knob} {value:g}" for knob, value in found["knobs"].items())
     paper = f"[{found['arxiv']}](https://arxiv.org/abs/{found['arxiv']})"
     start = "-" if found["start"] is None else f"{found['start']:.6g}"
@@ -110,12 +108,12 @@ def run(name: str | None = None, /, *, json: bool = False, markdown: bool = Fals
     elif markdown:
         print("\n".join(table() for table in TABLES.values()))
     elif name:
-        _show(rows[0], inspect.getdoc(LOSSES[name].function) or "")
+        _show_objective(rows[0], inspect.getdoc(LOSSES[name].function) or "")
     else:
-        _list(rows)
+        _list_objectives(rows)
 
 
-def _list(rows: list[dict[str, Any]]) -> None:
+def _list_objectives(rows: list[dict[str, Any]]) -> None:
     from rich.table import Column, Table
 
     from mlxdpo.commands.terminal import console
@@ -128,7 +126,7 @@ def _list(rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def _show(row: dict[str, Any], formula: str) -> None:
+def _show_objective(row: dict[str, Any], formula: str) -> None:
     from mlxdpo.commands.terminal import console
     from mlxdpo.config import LossConfig
 

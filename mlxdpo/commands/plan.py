@@ -30,13 +30,13 @@ def run(recipe: Path | None = None, /, *, config: Overrides = NOTHING, json: boo
 
     found = forecast(load_config(recipe, config.model_dump(exclude_unset=True)))
     if json:
-        print(jsonlib.dumps(as_json(found), indent=2))
+        print(jsonlib.dumps(forecast_json(found), indent=2))
     else:
-        show(found)
+        show_forecast(found)
     return 0
 
 
-def as_json(found: Forecast) -> dict[str, Any]:
+def forecast_json(found: Forecast) -> dict[str, Any]:
     """The forecast as plain values; sizes in bytes."""
     memory, outlook = found.memory, found.outlook
     return {
@@ -57,7 +57,7 @@ def worst_phase(found: Forecast) -> str:
     return max(phases, key=lambda name: phases[name])
 
 
-def show(found: Forecast) -> None:
+def show_forecast(found: Forecast) -> None:
     """Print it for a person."""
     from rich.table import Table
 

@@ -32,7 +32,7 @@ SHOWN = {
 }
 
 
-def follow(events: Iterable[Event]) -> Iterator[Event]:
+def show_training(events: Iterable[Event]) -> Iterator[Event]:
     """Show events as they pass and hand them on."""
     columns = (
         TextColumn("{task.description}"),
@@ -60,12 +60,12 @@ def follow(events: Iterable[Event]) -> Iterator[Event]:
             yield event
 
 
-def _step(event: Event, steps: int) -> None:
+def _print_step(event: Event, steps: int) -> None:
     left = clock(event.values["seconds_left"])
     console.print(f"step {event.step}/{steps}  {numbers(event.values)}  {left} left")
 
 
-def _eval(event: Event, steps: int) -> None:
+def _print_eval(event: Event, steps: int) -> None:
     held = {name.removeprefix("eval_"): value for name, value in event.values.items()}
     console.print(f"held-out at step {event.step}/{steps}  {numbers(held)}", style="bold")
 
@@ -76,8 +76,8 @@ LINES = {
         f"reference: log-probs of {event.values['total']} {event.values['part']} pairs are ready"
     ),
     "resumed": lambda event, steps: console.print(f"going on from step {event.step}/{steps}"),
-    "step": _step,
-    "eval": _eval,
+    "step": _print_step,
+    "eval": _print_eval,
     "note": lambda event, steps: console.print(event.values["text"], style="yellow"),
 }
 
@@ -123,7 +123,7 @@ def warn(text: str) -> None:
 COUNTED = {"collected": ("answering", "answered"), "talked": ("talking", "talked over")}
 
 
-def counted(events: Iterable[Event], kind: str, quiet: bool = False) -> Iterator[Event]:
+def show_progress(events: Iterable[Event], kind: str, quiet: bool = False) -> Iterator[Event]:
     """Show how far along prompts are, by events of `kind` (a key of `COUNTED`), and hand all events on.
 
     A bar with the time left on a terminal, plain lines elsewhere, nothing when `quiet`.

@@ -50,7 +50,7 @@ TRACKERS: dict[str, Callable[[str, Config], Tracker]] = {
 }
 
 
-def check_installed(config: Config) -> None:
+def check_trackers(config: Config) -> None:
     """Raise `UserError` before anything is loaded when a tracker's library is missing."""
     import importlib.util
 

@@ -35,13 +35,13 @@ def run(recipe: Path | None = None, /, *, config: Overrides = NOTHING, resume: P
     from mlxdpo.training.distributed import asked_for
 
     with joined(error_message) as peers:
-        settings, existing = asked_for(peers, lambda: _asked(recipe, config, resume))
+        settings, existing = asked_for(peers, lambda: _settings_and_run(recipe, config, resume))
         if peers.first:
             return follow_training(settings, existing, peers)
         return _follow_the_first(settings, existing, peers)
 
 
-def _asked(recipe: Path | None, config: Config, resume: Path | None) -> tuple[Config, Run | None]:
+def _settings_and_run(recipe: Path | None, config: Config, resume: Path | None) -> tuple[Config, Run | None]:
     """The settings of a run, and the run to go on with."""
     given = config.model_dump(exclude_unset=True)
     if resume is None:
@@ -66,11 +66,11 @@ def _follow_the_first(config: Config, resume: Run | None, peers: Group) -> int:
                 kind = event.kind
                 path = event.values["run"].path if kind == "start" else path
         except PeerLost as lost:
-            raise PeerLost(f"{lost}; {_goes_on(path)}") from lost
+            raise PeerLost(f"{lost}; {_resume_hint(path)}") from lost
     return 0 if kind == "done" else 130
 
 
-def _goes_on(path: Path | None) -> str:
+def _resume_hint(path: Path | None) -> str:
     return "start again" if path is None else f"go on from the last checkpoint with: mlxdpo train --resume {path}"
 
 
@@ -78,26 +78,26 @@ def follow_training(config: Config, resume: Run | None, peers: Group | None = No
     """Train with everything shown and tracked; 0 when done, 130 when interrupted."""
     from mlxdpo.commands import terminal
     from mlxdpo.commands.interrupt import stop_flag
-    from mlxdpo.commands.trackers import check_installed, tracked
+    from mlxdpo.commands.trackers import check_trackers, tracked
     from mlxdpo.distributed.group import ALONE, PeerLost
     from mlxdpo.machine.openblas import preload_blas
     from mlxdpo.training.run import train
 
     if not preload_blas().fast:
         terminal.warn(preload_blas().note)
-    check_installed(config)
+    check_trackers(config)
     path, finished = resume.path if resume else None, False
     with stop_flag() as should_stop:
         events = train(config, resume=resume, should_stop=should_stop, group=peers or ALONE)
         try:
-            for event in tracked(terminal.follow(events), config):
+            for event in tracked(terminal.show_training(events), config):
                 if event.kind == "start":
                     path = event.values["run"].path
                 elif event.kind == "done":
                     finished = True
                     terminal.console.print(f"done: {event.values['adapter']} holds {event.values['from']}")
         except PeerLost as lost:
-            raise PeerLost(f"{lost}; {_goes_on(path)}") from lost
+            raise PeerLost(f"{lost}; {_resume_hint(path)}") from lost
     if not finished:
         way = "nothing was begun, start again" if path is None else f"go on with: mlxdpo train --resume {path}"
         terminal.console.print(f"stopped; {way}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from mlxdpo.inference.run_prompts import Gallery, gallery
 from mlxdpo.ui.engine import Engine
 from mlxdpo.ui.runs.run_list import run_named, tuned_runs_in
-from mlxdpo.ui.variants import Cast, Company, Voice
+from mlxdpo.ui.variants import LoadedVariants, RunVariants, Variant
 
 NOBODY, CHECKPOINT, OTHER = "none", "checkpoint: ", "run: "
 
@@ -23,28 +23,28 @@ class AppState:
     runs: Path
     first: str | None = None
     engine: Engine = field(default_factory=Engine)
-    company: Company = field(default_factory=Company)
+    variants: LoadedVariants = field(default_factory=LoadedVariants)
     stops: dict[str, threading.Event] = field(default_factory=dict)
     galleries: dict[str, Gallery] = field(default_factory=dict)
 
-    def cast(self, name: str | None) -> Cast:
-        """The voices of a run, loaded when first asked for. Raises `UserError` for one that cannot answer."""
+    def load(self, name: str | None) -> RunVariants:
+        """The variants of a run, loaded when first asked for. Raises `UserError` for one that cannot answer."""
         run = run_named(self.runs, name)
-        return self.engine.call(lambda: self.company.cast(run))
+        return self.engine.call(lambda: self.variants.load(run))
 
     def warm(self) -> None:
         """Load the run the page opens with, before anybody asks; what goes wrong is said to whoever asks."""
         for name in self.names()[:1]:
             run = run_named(self.runs, name)
-            self.engine.begin(lambda run=run: iter((self.company.cast(run),)))
+            self.engine.begin(lambda run=run: iter((self.variants.load(run),)))
 
-    def third(self, cast: Cast, choice: str) -> Voice | None:
-        """The voice of the third column, chosen from `thirds`."""
+    def third(self, loaded: RunVariants, choice: str) -> Variant | None:
+        """The variant of the third column, chosen from `thirds`."""
         if choice.startswith(CHECKPOINT):
-            return self.engine.call(lambda: self.company.checkpoint(cast, choice.removeprefix(CHECKPOINT)))
+            return self.engine.call(lambda: self.variants.checkpoint(loaded, choice.removeprefix(CHECKPOINT)))
         if choice.startswith(OTHER):
             other = run_named(self.runs, choice.removeprefix(OTHER))
-            return self.engine.call(lambda: self.company.guest(cast, other))
+            return self.engine.call(lambda: self.variants.other_run(loaded, other))
         return None
 
     def gallery(self, name: str) -> Gallery:

@@ -96,7 +96,7 @@ def _spelled(path: Path, top: Path) -> str:
     return path.relative_to(top).as_posix() if path.is_relative_to(top) else str(path)
 
 
-def checked(value: str | None, offered: list[str], what: str, pattern: re.Pattern[str]) -> str | None:
+def checked_choice(value: str | None, offered: list[str], what: str, pattern: re.Pattern[str]) -> str | None:
     """`value` when it was offered or is a Hub id; None for nothing. Raises `UserError` for everything else.
 
     An id that is also a path here is a path, and was not offered.

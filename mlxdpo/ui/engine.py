@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,7 +20,7 @@ Task = Callable[[], Iterator[Any]]
 
 
 @dataclass
-class _Job:
+class _Task:
     task: Task
     out: queue.SimpleQueue[tuple[str, Any]] = field(default_factory=queue.SimpleQueue)
     dropped: threading.Event = field(default_factory=threading.Event)
@@ -29,30 +31,32 @@ class Engine:
     """The thread. It ends with the process."""
 
     def __init__(self) -> None:
-        self._inbox: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Task] = queue.SimpleQueue()
         threading.Thread(target=self._work, name="mlx", daemon=True).start()
 
     def stream(self, task: Task) -> Iterator[Any]:
         """What the task yields, as it comes. Leaving early ends the task; its errors are raised here."""
-        job = _Job(task)
-        self._inbox.put(job)
-        try:
+        with self._begun(task) as out:
             while True:
-                kind, value = job.out.get()
+                kind, value = out.get()
                 if kind == "error":
                     raise value
                 if kind == "end":
                     return
                 yield value
-        finally:
-            job.dropped.set()
 
     def latest(self, task: Task, seconds: float) -> Iterator[Any]:
         """`stream`, at most one value in so many seconds: the newest of those that have come, and always the last."""
-        job = _Job(task)
+        with self._begun(task) as out:
+            yield from _latest(out, seconds)
+
+    @contextmanager
+    def _begun(self, task: Task) -> Iterator[queue.SimpleQueue[tuple[str, Any]]]:
+        """What the task puts out; leaving the context ends it."""
+        job = _Task(task)
         self._inbox.put(job)
         try:
-            yield from _latest(job.out, seconds)
+            yield job.out
         finally:
             job.dropped.set()
 
@@ -67,17 +71,17 @@ class Engine:
 
     def begin(self, task: Task) -> None:
         """Start a task whose values nobody reads."""
-        self._inbox.put(_Job(task))
+        self._inbox.put(_Task(task))
 
     def _work(self) -> None:
-        jobs: list[_Job] = []
+        jobs: list[_Task] = []
         while True:
             while not jobs or not self._inbox.empty():
                 jobs.append(self._inbox.get())
-            jobs = [job for job in jobs if _advance(job)]
+            jobs = [job for job in jobs if _run_one_step(job)]
 
 
-def _advance(job: _Job) -> bool:
+def _run_one_step(job: _Task) -> bool:
     """One step of a job; whether it has more."""
     if job.running is None:
         job.running = iter(job.task())
@@ -95,8 +99,6 @@ def _advance(job: _Job) -> bool:
 
 
 def _latest(out: queue.SimpleQueue[tuple[str, Any]], seconds: float) -> Iterator[Any]:
-    import time
-
     shown, kind = 0.0, "value"
     waiting: list[Any] = []
     while kind == "value":

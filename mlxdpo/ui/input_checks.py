@@ -14,11 +14,11 @@ LARGEST = 1e15  # what a browser's numbers hold without rounding; NaN is not bel
 TEXTS, NUMBERS = ("textbox", "dropdown", "radio"), ("slider", "number")
 
 
-def check_kinds(page: Any) -> None:
+def check_inputs(page: Any) -> None:
     """Put `problem` in front of every handler of a page."""
     for block in page.fns.values():
         if block.fn is not None:
-            block.fn = _checked(block.fn, tuple(block.inputs))
+            block.fn = _checked_handler(block.fn, tuple(block.inputs))
 
 
 def problem(widget: Any, value: Any) -> str | None:
@@ -49,7 +49,7 @@ def _in_range(widget: Any, value: Any) -> bool:
     return (least is None or value >= least) and (most is None or value <= most)
 
 
-def _checked(function: Callable[..., Any], widgets: Sequence[Any]) -> Callable[..., Any]:
+def _checked_handler(function: Callable[..., Any], widgets: Sequence[Any]) -> Callable[..., Any]:
     """A handler that refuses values of other kinds; a generator stays one, as Gradio tells by the function."""
     import gradio as gr
 

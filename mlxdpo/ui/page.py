@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxdpo.ui.guard import Guard
-from mlxdpo.ui.input_checks import check_kinds
+from mlxdpo.ui.input_checks import check_inputs
 
 TABS = {"Runs": "runs", "Data": "data", "Train": "train", "Constitution": "constitution"}
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")
@@ -41,17 +41,17 @@ def build_page(runs: Path, guard: Guard, first: str | None = None) -> Any:
     from mlxdpo.ui.compare.tab import build as build_compare
     from mlxdpo.ui.vote.tab import build as build_vote
 
-    desk = AppState(runs, first)
-    desk.warm()
+    app = AppState(runs, first)
+    app.warm()
     with gr.Blocks(title="mlxdpo", analytics_enabled=False) as page:
         gr.HTML(HEADING)
         with gr.Tab("Compare", id="compare"):
-            compared = build_compare(desk, guard, page)
+            compared = build_compare(app, guard, page)
         with gr.Tab("Blind vote", id="vote"):
-            voted = build_vote(desk, guard, page)
-        compared.change(lambda name: gr.Dropdown(desk.names(), value=name), compared, voted, api_visibility="private")
+            voted = build_vote(app, guard, page)
+        compared.change(lambda name: gr.Dropdown(app.names(), value=name), compared, voted, api_visibility="private")
         for name, module in TABS.items():
             with gr.Tab(name, id=f"{module}_tab"):
                 importlib.import_module(f"mlxdpo.ui.{module}.tab").build(runs, guard)
-    check_kinds(page)
+    check_inputs(page)
     return page

@@ -59,7 +59,7 @@ def hosts_for(host: str, share: bool, extra: tuple[str, ...] = ()) -> tuple[str,
     return tuple(dict.fromkeys([*names, *([SHARED] if share else [])]))
 
 
-def start(
+def start_app(
     runs: Path,
     first: str | None = None,
     *,

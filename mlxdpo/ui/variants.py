@@ -1,6 +1,6 @@
 """Who answers: a run's model before and after tuning, at a checkpoint, or another run's; one set of weights for all.
 
-A voice is a way to enter the model. Adapters are modules that stand in for linear layers: entering puts them in,
+A variant is a way to enter the model. Adapters are modules that stand in for linear layers: entering puts them in,
 leaving takes them out, both in about a millisecond, and the arithmetic is that of a model loaded that way. Only full
 fine-tuning and another base model need weights of their own.
 """
@@ -31,16 +31,16 @@ from mlxdpo.types import UserError
 BEFORE, AFTER = "before", "after"
 
 
-class Voice(NamedTuple):
-    """Somebody who answers. `enter` gives the model; `digest` names the adapter, None for the bare model."""
+class Variant(NamedTuple):
+    """One that answers. `enter` gives the model; `digest` names the adapter, None for the bare model."""
 
     name: str
     enter: ModelContext
     digest: str | None
 
 
-class Cast(NamedTuple):
-    """A run's voices: `after` is tuned, `before` is where training started, `reference` what rewards count from.
+class RunVariants(NamedTuple):
+    """A run's variants: `after` is tuned, `before` is where training started, `reference` what rewards count from.
 
     `chat` says whether text is written as turns by the chat template, or continued as it stands.
     """
@@ -48,38 +48,38 @@ class Cast(NamedTuple):
     run: Run
     config: Config
     policy: Policy
-    before: Voice
-    after: Voice
+    before: Variant
+    after: Variant
     reference: ModelContext
     chat: bool
 
 
-class Company:
-    """The voices that are loaded. Belongs to the MLX thread; nothing else may call it."""
+class LoadedVariants:
+    """The variants that are loaded. Belongs to the MLX thread; nothing else may call it."""
 
     def __init__(self) -> None:
         self._bases: dict[str, Policy] = {}
-        self._casts: dict[Path, tuple[Any, Cast]] = {}
-        self._voices: dict[Path, tuple[int, Voice]] = {}
+        self._runs: dict[Path, tuple[Any, RunVariants]] = {}
+        self._adapted_variants: dict[Path, tuple[int, Variant]] = {}
 
-    def cast(self, run: Run) -> Cast:
-        """A run's voices, loaded when first asked for and again when its adapter has changed.
+    def load(self, run: Run) -> RunVariants:
+        """A run's variants, loaded when first asked for and again when its adapter has changed.
 
         Raises `UserError` when the run has no adapter yet, or its model or reference is not the one it was trained on.
         """
         stamp = _stamp(run.adapter)
-        known = self._casts.get(run.path)
+        known = self._runs.get(run.path)
         if known is None or known[0] != stamp:
-            self._casts[run.path] = (stamp, self._load(run))
-        return self._casts[run.path][1]
+            self._runs[run.path] = (stamp, self._load(run))
+        return self._runs[run.path][1]
 
-    def _load(self, run: Run) -> Cast:
+    def _load(self, run: Run) -> RunVariants:
         config, manifest = run.config(), run.manifest()
         base = self._base(config)
         if base.identity["digest"] != manifest["model"]["digest"]:
             raise UserError(f"{run.path}: {config.model.path} is no longer the model this run was trained on")
         start = config.model.adapter
-        before = Voice(BEFORE, partial(contextlib.nullcontext, base.model), None)
+        before = Variant(BEFORE, partial(contextlib.nullcontext, base.model), None)
         if start is not None:
             before = self._adapted(BEFORE, base, run, Path(start))
         after = self._adapted(AFTER, base, run, run.adapter)
@@ -92,43 +92,46 @@ class Company:
             other.model.eval()
             reference = partial(contextlib.nullcontext, other.model)
         chat = config.data.template != "plain" and probe(base.tokenizer, config.data).chat
-        return Cast(run, config, base, before, after, reference, chat)
+        return RunVariants(run, config, base, before, after, reference, chat)
 
     def _base(self, config: Config) -> Policy:
         """The bare model of a recipe. Another one takes its place: two would not fit where one just does."""
         key = config.model.model_copy(update={"adapter": None}).model_dump_json()
         if key not in self._bases:
             self._bases.clear()
-            self._casts.clear()
-            self._voices.clear()
+            self._runs.clear()
+            self._adapted_variants.clear()
             self._bases[key] = load_policy(config.model)
             self._bases[key].model.eval()
         return self._bases[key]
 
-    def _adapted(self, name: str, base: Policy, run: Run, folder: Path) -> Voice:
+    def _adapted(self, name: str, base: Policy, run: Run, folder: Path) -> Variant:
         stamp = _stamp(folder)
-        known = self._voices.get(folder)
+        known = self._adapted_variants.get(folder)
         if known is None or known[0] != stamp:
-            self._voices[folder] = (stamp, Voice(name, _side(base, run, folder), folder_digest(folder)))
-        return self._voices[folder][1]._replace(name=name)
+            self._adapted_variants[folder] = (
+                stamp,
+                Variant(name, _adapter_context(base, run, folder), folder_digest(folder)),
+            )
+        return self._adapted_variants[folder][1]._replace(name=name)
 
-    def checkpoint(self, cast: Cast, name: str) -> Voice:
+    def checkpoint(self, loaded: RunVariants, name: str) -> Variant:
         """A checkpoint of a run. Raises `UserError` when there is none of that name."""
-        folders = {folder.name: folder for folder in checkpoint.steps(cast.run.checkpoints)}
+        folders = {folder.name: folder for folder in checkpoint.steps(loaded.run.checkpoints)}
         if name not in folders:
-            raise UserError(f"{cast.run.path}: no checkpoint {name}; there are {', '.join(folders) or 'none'}")
-        return self._adapted(name, cast.policy, cast.run, folders[name])
+            raise UserError(f"{loaded.run.path}: no checkpoint {name}; there are {', '.join(folders) or 'none'}")
+        return self._adapted(name, loaded.policy, loaded.run, folders[name])
 
-    def guest(self, cast: Cast, other: Run) -> Voice:
+    def other_run(self, loaded: RunVariants, other: Run) -> Variant:
         """Another run's tuned model beside this run's. Raises `UserError` when it does not share the base model."""
         then = other.manifest()["model"]
         for name in ("digest", "dtype", "quantization"):
-            if then[name] != cast.policy.identity[name]:
+            if then[name] != loaded.policy.identity[name]:
                 raise UserError(
-                    f"{other.path.name} was trained on another base model than {cast.run.path.name} ({name} differs); "
-                    f"open it by itself instead"
+                    f"{other.path.name} was trained on another base model than {loaded.run.path.name} ({name} "
+                    f"differs); open it by itself instead"
                 )
-        return self._adapted(other.path.name, cast.policy, other, other.adapter)
+        return self._adapted(other.path.name, loaded.policy, other, other.adapter)
 
 
 def _stamp(folder: Path) -> int:
@@ -138,7 +141,7 @@ def _stamp(folder: Path) -> int:
     return file.stat().st_mtime_ns
 
 
-def _side(base: Policy, run: Run, folder: Path) -> ModelContext:
+def _adapter_context(base: Policy, run: Run, folder: Path) -> ModelContext:
     """How to enter the model with the adapter of `folder`."""
     lora = read_settings(folder)
     if lora.method == "full":
@@ -151,11 +154,13 @@ def _side(base: Policy, run: Run, folder: Path) -> ModelContext:
     wrapped = {n: m for n, m in model.named_modules() if "lora_a" in m and ("linear" in m or "embedding" in m)}
     bare = {name: module["linear" if "linear" in module else "embedding"] for name, module in wrapped.items()}
     _put(model, bare)
-    return partial(_worn, model, wrapped, bare)
+    return partial(_with_modules, model, wrapped, bare)
 
 
 @contextlib.contextmanager
-def _worn(model: nn.Module, wrapped: Mapping[str, nn.Module], bare: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+def _with_modules(
+    model: nn.Module, wrapped: Mapping[str, nn.Module], bare: Mapping[str, nn.Module]
+) -> Iterator[nn.Module]:
     _put(model, wrapped)
     try:
         yield model

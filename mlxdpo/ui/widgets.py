@@ -1,8 +1,11 @@
-"""What handlers of the page have in common: errors as sentences, the session's name."""
+"""What the tabs have in common: tables, errors as sentences, the session's name, how events are declared.
+
+Tables are escaped HTML: they scroll inside themselves on a narrow screen and are read out as tables. Gradio's Dataframe
+draws a table at least as wide as its content, which on a phone widens the whole page.
+"""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -11,10 +14,10 @@ from typing import Any
 
 from mlxdpo.types import UserError
 
-# Tables as escaped HTML: they scroll inside themselves on a narrow screen and are read out as tables.
-#
-# Gradio's Dataframe draws a table at least as wide as its content, which on a phone widens the whole page.
-
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""An event that shows no progress of its own and is no part of the API."""
+MANY = QUIET | {"concurrency_limit": 8}
+"""The same for several users at once."""
 STYLE = """<style>
 .lines { contain: inline-size; overflow: auto; max-height: 420px; }
 .lines table { border: 0 !important; border-collapse: collapse; width: 100%; font-size: .92em;
@@ -30,55 +33,54 @@ STYLE = """<style>
 </style>"""
 
 
-def table(caption: str, headers: Sequence[str], rows: Sequence[Sequence[str]], chosen: str | None = None) -> str:
+def html_table(caption: str, headers: Sequence[str], rows: Sequence[Sequence[str]], chosen: str | None = None) -> str:
     """A table whose first column names the row; the row named `chosen` is marked."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in headers)
-    body = "".join(_row(row, row[0] == chosen) for row in rows)
+    body = ""
+    for first, *rest in rows:
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
+        marked = ' class="chosen" aria-current="true"' if first == chosen else ""
+        body += f'<tr{marked}><th scope="row">{escape(first)}</th>{cells}</tr>'
     return (
         f'{STYLE}<div class="lines" tabindex="0"><table><caption>{escape(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def _row(cells: Sequence[str], marked: bool) -> str:
-    first, *rest = (escape(cell) for cell in cells)
-    start = '<tr class="chosen" aria-current="true">' if marked else "<tr>"
-    return f'{start}<th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
-
-
 @contextmanager
-def said() -> Iterator[None]:
-    """A `UserError` becomes the page's message. Gradio renders messages as HTML, so the sentence is escaped."""
+def show_errors() -> Iterator[None]:
+    """A `UserError` becomes the page's message; as a decorator, that of a handler.
+
+    Gradio renders messages as HTML, so the sentence is escaped.
+    """
     import gradio as gr
 
     try:
         yield
     except UserError as error:
-        raise gr.Error(plain(str(error)), title="This did not work", duration=8, print_exception=False) from None
+        raise gr.Error(escape(str(error)), title="This did not work", duration=8, print_exception=False) from None
 
 
-def saying(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler whose `UserError`s the page shows."""
+def alert(error: UserError, css: str = "") -> str:
+    """An error where the answer would be, of a CSS class: it says what to do, and stays until something is done."""
+    shown = f' class="{css}"' if css else ""
+    return f'<p{shown} role="alert">{escape(str(error))}</p>'
+
+
+def or_alert(function: Callable[..., str]) -> Callable[..., str]:
+    """A function that gives HTML; its `UserError` as an alert instead."""
 
     @wraps(function)
-    def handler(*args: Any, **kwargs: Any) -> Any:
-        """The function, its errors said."""
-        with said():
+    def shown(*args: Any, **kwargs: Any) -> str:
+        """The HTML, or the alert."""
+        try:
             return function(*args, **kwargs)
+        except UserError as error:
+            return alert(error)
 
-    return handler
-
-
-def sorry(error: UserError) -> str:
-    """An error where the answers would be: it says what to do, and stays until something is done."""
-    return f'<p class="empty" role="alert">{plain(str(error))}</p>'
+    return shown
 
 
 def session_of(request: Any) -> str:
     """The name of a browser tab's session."""
     return str(request.session_hash or "")
-
-
-def plain(text: str) -> str:
-    """Text as inert HTML."""
-    return html.escape(text, quote=True)

@@ -83,7 +83,7 @@ def pad(rows, like):
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(r=rollouts())
 def test_rewards_advantages_and_whitening_are_those_of_the_loops(estimator, r):
     kl = ppo.ESTIMATORS[estimator](r["old"], r["ref"])
@@ -98,11 +98,13 @@ def test_rewards_advantages_and_whitening_are_those_of_the_loops(estimator, r):
         np.testing.assert_allclose(ppo.whiten(found, r["mask"]), pad(loop_whitened(expected), found), atol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(r=rollouts())
 def test_losses_are_those_of_the_loops_to_1e5(r):
     advantage, target = r["values"], r["before"] + 0.3
-    policy = ppo.policy_loss(*(mx.array(a.astype(np.float32)) for a in (r["new"], r["old"], advantage)), CLIP)
+    policy = ppo.clipped_surrogate_loss(
+        *(mx.array(a.astype(np.float32)) for a in (r["new"], r["old"], advantage)), CLIP
+    )
     value = ppo.value_loss(*(mx.array(a.astype(np.float32)) for a in (r["values"], r["before"], target)), CLIP)
     wanted = [
         [loop_policy(*three) for three in zip(*rows, strict=True)]
@@ -116,13 +118,13 @@ def test_losses_are_those_of_the_loops_to_1e5(r):
     np.testing.assert_allclose(np.array(value), wanted, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(r=rollouts())
 def test_slopes_of_the_losses_are_finite_differences_of_the_loops(r):
     """At points away from the corners of clip and max, where there is no slope."""
     step, advantage, target = 1e-6, r["values"], r["before"] + 0.3
     for ours, loop, first, more in (
-        (ppo.policy_loss, loop_policy, r["new"], (r["old"], advantage)),
+        (ppo.clipped_surrogate_loss, loop_policy, r["new"], (r["old"], advantage)),
         (ppo.value_loss, loop_value, r["values"], (r["before"], target)),
     ):
         arrays = [mx.array(a.astype(np.float32)) for a in (first, *more)]
@@ -137,7 +139,7 @@ def test_slopes_of_the_losses_are_finite_differences_of_the_loops(r):
 def test_whitening_one_token_and_a_ratio_that_leaves_the_trust_region():
     assert ppo.whiten(np.array([[3.0, 9.0]]), np.array([[1.0, 0.0]])).tolist() == [[0.0, 0.0]]
     # Ratio e > 1.2: rewarded no further (slope 0) for a good token, punished in full for a bad one.
-    slope = mx.grad(lambda x, a: ppo.policy_loss(x, mx.array(0.0), a, 0.2))
+    slope = mx.grad(lambda x, a: ppo.clipped_surrogate_loss(x, mx.array(0.0), a, 0.2))
     assert slope(mx.array(1.0), mx.array(1.0)).item() == 0.0
     assert slope(mx.array(1.0), mx.array(-1.0)).item() == pytest.approx(math.e, rel=1e-6)
 
@@ -151,7 +153,7 @@ def test_only_completions_without_an_end_are_penalised():
     assert ppo.less_without_end(np.array([1.0, 2.0]), np.array([True, False]), 0.5).tolist() == [1.0, 1.5]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 4), st.integers(2, 4), st.integers(0, 10**6))
 def test_leave_one_out_is_the_mean_of_the_others(groups, samples, seed):
     rewards = np.random.default_rng(seed).normal(size=groups * samples)
@@ -173,8 +175,8 @@ def test_rloo_rewards_and_loss_by_hand():
     mask = np.array([[1.0, 1.0, 0.0]])
     assert rloo.sequence_rewards(np.array([2.0]), np.array([[0.5, 1.0, 9.0]]), mask, 0.1) == pytest.approx([1.85])
     logps, advantage, shown = mx.array([[-1.0, -2.0, -7.0]]), mx.array([3.0]), mx.array([[1.0, 1.0, 0.0]])
-    assert rloo.policy_loss(logps, advantage, shown).item() == pytest.approx(9.0)
-    slope = mx.grad(lambda x: rloo.policy_loss(x, advantage, shown).sum())(logps)
+    assert rloo.reinforce_loss(logps, advantage, shown).item() == pytest.approx(9.0)
+    slope = mx.grad(lambda x: rloo.reinforce_loss(x, advantage, shown).sum())(logps)
     assert slope.tolist() == [[-3.0, -3.0, 0.0]]
 
 
@@ -209,7 +211,7 @@ def test_the_bound_is_reached_where_no_outcome_weighs_much():
     assert (best * np.log(best / TOY)).sum() == pytest.approx(best_of_n.kl_bound(4) - 0.0524, abs=1e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.data())
 def test_selection_is_the_mean_over_all_subsets(rewards, data):
     n = data.draw(st.integers(1, len(rewards)))

@@ -15,8 +15,17 @@ from tiny_models import tiny_model
 
 from mlxdpo.baselines.online import tune_on_samples
 from mlxdpo.baselines.passes import lay_out, token_pass, with_lower
-from mlxdpo.baselines.rollouts import Actor, Drawn, Reference, Reward, checked_scores, draw, look, new_critic
-from mlxdpo.baselines.updates import Mover, ppo_update, rloo_update
+from mlxdpo.baselines.rollouts import (
+    Actor,
+    Drawn,
+    Reference,
+    Reward,
+    checked_scores,
+    draw_completions,
+    new_critic,
+    score_completions,
+)
+from mlxdpo.baselines.updates import WeightUpdate, ppo_update, rloo_update
 from mlxdpo.config import LoraConfig, OptimConfig, RolloutConfig
 from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward.logprobs import completion_logps
@@ -52,17 +61,17 @@ def test_the_reference_below_the_adapters_shares_the_lower_layers():
     model = attach_lora(tiny_model(), LoraConfig(rank=2, layers=2))
     reference = Reference(lambda: adapters_off(model), shares=True)
     drawn, scores = Drawn(PROMPTS, COMPLETIONS, np.array([False, True, False])), np.zeros(3)
-    start = look(Actor(model), reference, drawn, scores, 2)
+    start = score_completions(Actor(model), reference, drawn, scores, 2)
     assert ((start.old - start.ref) * start.mask == 0).all() and start.old.min() < 0
     model.load_weights([(n, a + 0.1) for n, a in tree_flatten(model.trainable_parameters())], strict=False)
-    moved = look(Actor(model), reference, drawn, scores, 2)
+    moved = score_completions(Actor(model), reference, drawn, scores, 2)
     np.testing.assert_allclose(moved.ref, start.ref, atol=1e-5)
     assert np.abs((moved.old - moved.ref) * moved.mask).max() > 0.1
 
 
 def test_completions_end_with_their_first_end_and_differ_for_one_prompt():
     model = tiny_model(vocab=12)
-    drawn = draw(model, [[5, 6]] * 16, 8, frozenset({2, 3}), seed=1, size=8)
+    drawn = draw_completions(model, [[5, 6]] * 16, 8, frozenset({2, 3}), seed=1, size=8)
     plain = generate(model, [[5, 6]] * 16, max_tokens=8, eos_ids={2, 3}, seed=1, batch_size=8)
     assert {one.finish for one in plain} == {"stop", "length"}
     for completion, ended, one in zip(drawn.completions, drawn.ended, plain, strict=True):
@@ -113,7 +122,7 @@ def test_a_toy_problem_ends_at_its_known_optimum(update, knobs, lr, steps):
     top, best = BETA * np.log(best.sum()), best / best.sum()
     actor = Actor(model, new_critic(16)) if update is ppo_update else Actor(model)
     optimizer = make_optimizer(OptimConfig(lr=lr))
-    mover = Mover(make_update(actor, optimizer), 1.0, 64)
+    mover = WeightUpdate(make_update(actor, optimizer), 1.0, 64)
     settings, rng = RolloutConfig(kl=BETA, max_tokens=2, lam=1.0, **knobs), np.random.default_rng(0)
     assert 0.5 * np.abs(probabilities(model) - best).sum() > 0.4
 
@@ -122,9 +131,9 @@ def test_a_toy_problem_ends_at_its_known_optimum(update, knobs, lr, steps):
         yield frozen
 
     for step in range(steps):
-        drawn = draw(model, [PROMPT] * 64, 2, frozenset({END}), step, 64)
+        drawn = draw_completions(model, [PROMPT] * 64, 2, frozenset({END}), step, 64)
         scores = np.array([prize(c) for c in drawn.completions])
-        batch = look(actor, Reference(side, shares=False), drawn, scores, 64)
+        batch = score_completions(actor, Reference(side, shares=False), drawn, scores, 64)
         update(actor, mover, batch, settings, rng, lr * (1 - step / steps))
     found = probabilities(model)
     value = (found * (rewards - BETA * np.log(found / ref))).sum()
@@ -254,8 +263,10 @@ def test_a_bad_gradient_does_not_reach_the_weights():
     model = attach_lora(tiny_model(), LoraConfig(rank=2))
     actor, before = Actor(model), {n: np.array(a) for n, a in tree_flatten(model.trainable_parameters())}
     drawn = Drawn(PROMPTS + PROMPTS[:1], [*COMPLETIONS, [9]], np.zeros(4, bool))
-    batch = look(actor, Reference(lambda: adapters_off(model), shares=True), drawn, np.array([1.0, 2.0, 3e38, 0.0]), 2)
-    mover = Mover(make_update(actor, make_optimizer(OptimConfig())), 1.0, 2)
+    batch = score_completions(
+        actor, Reference(lambda: adapters_off(model), shares=True), drawn, np.array([1.0, 2.0, 3e38, 0.0]), 2
+    )
+    mover = WeightUpdate(make_update(actor, make_optimizer(OptimConfig())), 1.0, 2)
     with pytest.raises(NonFiniteError):
         rloo_update(actor, mover, batch, RolloutConfig(samples=2), np.random.default_rng(0), 1e-2)
     assert all((np.array(a) == before[n]).all() for n, a in tree_flatten(model.trainable_parameters()))
@@ -268,11 +279,11 @@ def test_gradients_of_rloo_are_reinforce_and_do_not_depend_on_the_cut():
     actor = Actor(model)
     drawn = Drawn(PROMPTS + PROMPTS[:1], [*COMPLETIONS, [9, 4]], np.zeros(4, bool))
     scores = np.array([1.0, 2.0, -1.0, 0.5])
-    batch = look(actor, Reference(lambda: adapters_off(model), shares=True), drawn, scores, 4)
+    batch = score_completions(actor, Reference(lambda: adapters_off(model), shares=True), drawn, scores, 4)
     found = {}
     for size in (1, 4):
         keep = functools.partial(lambda size, gradients, factor, lr: found.update({size: gradients["model"]}), size)
-        mover = Mover(keep, 0.0, size)
+        mover = WeightUpdate(keep, 0.0, size)
         rloo_update(actor, mover, batch, RolloutConfig(samples=2, kl=0.0), np.random.default_rng(0), 1e-2)
     found = {size: dict(tree_flatten(gradients)) for size, gradients in found.items()}
     advantages = [-1.0, 1.0, -1.5, 1.5]

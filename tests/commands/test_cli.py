@@ -138,10 +138,11 @@ def test_data_check_counts_tokens_and_shows_what_is_scored(place, capsys):
     assert "completion: " in shown and "[[Hello<|im_end|>]]" in shown and "rejected" not in shown
 
 
-def test_doctor_reports_the_fast_blas(capsys):
+def test_doctor_reports_the_fast_blas(capsys, ticking):
     assert run(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["fast_blas"] and found["matmul_gflops"] > 20 and found["problems"] == []
+    assert found["fast_blas"] and found["problems"] == []
+    assert found["matmul_gflops"] == pytest.approx(2 * 1024**3 / 0.02 / 1e9)
 
 
 def test_the_clock_and_the_numbers_of_a_line():

@@ -34,7 +34,7 @@ def test_numbers_go_to_the_tracker_and_it_is_closed(tmp_path, monkeypatch):
 def test_a_missing_library_is_named_with_the_command_that_brings_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"log.trackers has wandb, but wandb is not installed: pip install wandb"):
-        trackers.check_installed(load_config(None, {"log": {"trackers": ["wandb"]}}))
+        trackers.check_trackers(load_config(None, {"log": {"trackers": ["wandb"]}}))
 
 
 def test_tensorboard_writes_its_own_files(tmp_path):

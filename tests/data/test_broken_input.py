@@ -7,8 +7,7 @@ import math
 
 import pytest
 from small_export import small_export
-from test_pull import trained  # noqa: F401 (a fixture)
-from test_supply_chain import change, model, own  # noqa: F401 (fixtures)
+from tiny_models import change
 
 from mlxdpo.config import Config, ModelConfig, dump_config, load_config
 from mlxdpo.data.cache import Spool
@@ -25,8 +24,8 @@ from mlxdpo.runs import Run
 from mlxdpo.types import Extras, Message, Preference, UnpairedExample, UserError
 from mlxdpo.ui.guard import Gate
 from mlxdpo.ui.input_checks import problem
-from mlxdpo.ui.runs.curves import Tail, follow
-from mlxdpo.ui.runs.run_list import lines
+from mlxdpo.ui.runs.curves import Tail, follow_metrics
+from mlxdpo.ui.runs.run_list import summary_rows
 from mlxdpo.ui.runs.run_view import charts, checkpoints, headline
 from mlxdpo.ui.train.recipe_form import entered, knobs, to_config
 from mlxdpo.ui.vote.vote_file import standing_html
@@ -174,7 +173,7 @@ def test_a_damaged_line_of_metrics_is_named_and_the_page_counts_it(run):
     with pytest.raises(UserError, match=r"metrics\.jsonl:3: not JSON"):
         run.metrics()
     tail = Tail(file)
-    follow(tail)
+    follow_metrics(tail)
     assert [line["step"] for line in tail.steps] == [1, 2, 5] and tail.damaged == 4
     assert "4 lines of metrics.jsonl are damaged and left out." in charts(tail, {})
 
@@ -185,7 +184,7 @@ def test_text_among_the_metrics_is_named_and_not_formatted(run):
     )
     with pytest.raises(UserError, match="`eval_rewards/accuracies` is no number"):
         run.metrics()
-    assert lines(run.path.parent)[0][5:7] == ["0.5000", "–"]
+    assert summary_rows(run.path.parent)[0][5:7] == ["0.5000", "–"]
 
 
 @pytest.mark.parametrize("text", ["a\x85b", "a\u2028b", "\ufeff", "é", "null", "1e-5", "a\nb"])
@@ -248,7 +247,7 @@ def test_a_damaged_evaluation_does_not_take_the_list_of_runs_down(run, text):
     (run.path / "eval").mkdir()
     (run.path / "eval" / "results_1.json").write_bytes(text.encode("latin-1"))
     (run.path / "checkpoints" / "step-abc").mkdir(parents=True)
-    assert lines(run.path.parent)[0][0] == "one"
+    assert summary_rows(run.path.parent)[0][0] == "one"
     assert isinstance(headline(run.path), str) and checkpoints(run.path, Tail(run.path / "metrics.jsonl")) == []
 
 
@@ -278,7 +277,7 @@ def test_damaged_adapter_settings_are_named(tmp_path, raw):
         read_settings(tmp_path)
 
 
-def test_an_exported_adapter_is_one_to_start_from(trained, tmp_path):  # noqa: F811
+def test_an_exported_adapter_is_one_to_start_from(trained, tmp_path):
     """Its settings had the seal of the run's file and one key more: they counted as damaged."""
     out = export(trained, ["mlx"], tmp_path / "out", pairs=1).out
     assert read_settings(out / "mlx") == read_settings(trained.adapter)
@@ -309,13 +308,13 @@ def test_a_card_whose_head_is_broken_says_nothing(tmp_path, head):
         ("config.json", {"eos_token_id": {"a": 1}}),
     ],
 )
-def test_settings_of_a_model_that_break_its_loader(own, file, values):  # noqa: F811
+def test_settings_of_a_model_that_break_its_loader(own, file, values):
     change(own / file, **values)
     with pytest.raises(UserError, match="cannot be loaded"):
         load_policy(ModelConfig(path=str(own)))
 
 
-def test_weights_that_are_cut_off(own):  # noqa: F811
+def test_weights_that_are_cut_off(own):
     file = own / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"model\.safetensors: not a readable safetensors file"):

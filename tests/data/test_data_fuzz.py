@@ -63,7 +63,7 @@ ANYTHING = ALIKE | st.lists(
     NEAR | CHATS | JSON | st.dictionaries(NAMES | st.text(max_size=3), JSON, max_size=4), max_size=6
 )
 NAME = st.just("auto") | st.sampled_from(sorted(FORMATS))
-FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @FUZZ

@@ -370,7 +370,7 @@ def test_completions_that_are_the_same_after_truncation_are_refused():
 CONTENT = st.text(max_size=30)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(name=st.sampled_from(CHAT), question=CONTENT, chosen=CONTENT, rejected=CONTENT)
 def test_any_text_comes_back(name, question, chosen, rejected):
     tokenizer, end = family(name), FAMILIES[name][1]
@@ -392,7 +392,7 @@ def test_any_text_comes_back(name, question, chosen, rejected):
             assert text(tokenizer, completion) == lead + kept(content) + end
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from([*CHAT, "base"]),
     limit=st.integers(8, 60),
@@ -422,7 +422,7 @@ def test_any_row_fits_with_its_completions_whole(name, limit, rows):
     assert report.refused.get("completion too long", 0) == len(dropped)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(name=st.sampled_from(list(FAMILIES)), prompt=CONTENT, chosen=CONTENT, rejected=CONTENT)
 def test_many_rows_and_one_row_give_the_same(name, prompt, chosen, rejected):
     rows = [Preference(prompt, chosen, rejected, "p.jsonl:1"), Preference("Q", " A", " B", "p.jsonl:2")]

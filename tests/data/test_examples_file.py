@@ -56,7 +56,7 @@ def old_digest(examples):
 def test_what_is_written_is_read(tmp_path_factory, flush, monkeypatch):
     monkeypatch.setattr(examples, "FLUSH", flush)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(EXAMPLES)
     def round_trip(examples):
         folder = tmp_path_factory.mktemp("store") / "part"
@@ -121,7 +121,7 @@ def made(data, tokenizer, seed=0, eos_ids=frozenset()):
     return encode_split(read_split(data, seed), data, tokenizer, eos_ids)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(ROWS, st.sampled_from([0.0, 0.1, 0.6, 0.99]), st.integers(0, 3))
 def test_streaming_gives_what_lists_give(tmp_path_factory, rows, fraction, seed):
     file = write(tmp_path_factory.mktemp("rows") / "pairs.jsonl", rows)

@@ -99,7 +99,7 @@ def test_the_moving_line_names_what_is_done(monkeypatch):
     seen = []
     monkeypatch.setattr(terminal.Progress, "update", lambda self, task, **told: seen.append(told))
     sofar = [Sofar("reading", 2000, None), Sofar("encoding", 1000, 5000)]
-    list(terminal.follow(Event("reading", 0, at._asdict()) for at in sofar))
+    list(terminal.show_training(Event("reading", 0, at._asdict()) for at in sofar))
     assert seen == [
         {"description": "reading", "completed": 2000, "total": None},
         {"description": "encoding", "completed": 1000, "total": 5000},

@@ -118,7 +118,7 @@ def examples_of(prompts):
     ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=40), st.integers(0, 3))
 def test_the_other_completion_is_always_of_another_prompt(prompts, seed):
     """And it is a completion of the data, a function of data and seed, while everything else stays as it was."""

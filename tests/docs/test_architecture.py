@@ -6,8 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+import house
 import pytest
-import test_house
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
@@ -31,22 +31,22 @@ def test_the_committed_drawing_is_the_one_that_the_imports_make(drawing):
 def test_the_drawing_sees_what_the_test_of_the_house_sees(drawing):
     """Two walkers over the same files, written apart, find the same imports between rooms."""
     found = {}
-    for path in test_house.FILES:
-        room = test_house.room_of(path)
-        for statement in test_house.imports(path):
+    for path in house.FILES:
+        room = house.room_of(path)
+        for statement in house.imports(path):
             first = statement.module.split(".")[0]
-            others = {"eval"} if first == "mlxdpo_eval" else test_house.own_rooms(statement)
+            others = {"eval"} if first == "mlxdpo_eval" else house.own_rooms(statement)
             if room == "eval" and first == "mlxdpo":
                 others = {"__init__"}
             found.setdefault(room, set()).update(others - {room})
     plan = drawing.house()
     assert plan.below == {room: found.get(room, set()) for room in plan.rooms}
-    assert plan.floor == {room: test_house.FLOORS.get(room, -1) for room in plan.rooms}
+    assert plan.floor == {room: house.FLOORS.get(room, -1) for room in plan.rooms}
 
 
 def test_an_import_that_points_up_would_be_drawn_left_of_the_diagonal(drawing, tmp_path):
-    (tmp_path / "tests" / "house").mkdir(parents=True)
-    (tmp_path / "tests" / "house" / "test_house.py").write_text('FLOORS = {"low": 0, "high": 4}\n')
+    (tmp_path / "tests" / "support").mkdir(parents=True)
+    (tmp_path / "tests" / "support" / "house.py").write_text('FLOORS = {"low": 0, "high": 4}\n')
     for name, text in (("mlxdpo/low.py", "def f():\n    from mlxdpo.high import x\n"), ("mlxdpo/high.py", "")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -70,5 +70,5 @@ def test_every_function_of_the_walk_is_where_the_page_says():
 
 
 def test_the_page_names_every_room():
-    rooms = set(test_house.FLOORS) | test_house.ROOF
+    rooms = set(house.FLOORS) | house.ROOF
     assert [room for room in rooms if not re.search(rf"`{room}(\.py|/)`", PAGE)] == []

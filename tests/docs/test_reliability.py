@@ -28,7 +28,7 @@ def test_every_row_of_the_table_names_tests_that_exist():
         assert names, row
         for name, case in names:
             assert name in tests, f"{row[0]}: there is no test `{name}`"
-            assert not case or f'"{case}"' in tests[name] + (ROOT / "tests/faults/stages.py").read_text(), (name, case)
+            assert not case or f'"{case}"' in tests[name] + (ROOT / "tests/support/stages.py").read_text(), (name, case)
 
 
 def test_the_evidence_names_tests_that_exist():

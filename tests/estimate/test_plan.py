@@ -80,7 +80,7 @@ def test_a_file_that_is_no_safetensors_is_one_sentence(raw, tmp_path):
 completions = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(1, 120), completions), min_size=1, max_size=4), st.booleans(), st.data())
 def test_a_shape_is_the_batch_that_collate_makes(prompts, packs, data):
     """Prompts with several completions each, some of them the same in several pairs."""

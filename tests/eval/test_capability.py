@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed; pip install 'mlxdpo[tasks]' runs this")
 
 import mlx.core as mx
-from test_eval_run import trained, untrain
+from tiny_runs import trained, untrain
 
 from mlxdpo import open_trained_run
 from mlxdpo.cli import run as cli

@@ -4,8 +4,7 @@ import json
 
 import pytest
 from planted_judges import Planted, coin, oracle
-from test_eval_run import trained, untrain
-from tiny_runs import write_pairs
+from tiny_runs import trained, untrain, write_pairs
 
 from mlxdpo import Run, prompt_name
 from mlxdpo.cli import run as cli
@@ -15,11 +14,6 @@ from mlxdpo_eval.judges import AnswerPair, BothOrders, Verdict, ask_both
 from mlxdpo_eval.report.blocks import roughly
 
 ARGS = ["--prompts", "6", "--samples", "1", "--max-tokens", "4"]
-
-
-@pytest.fixture
-def run(tmp_path, cache):
-    return trained(tmp_path)
 
 
 def lines(file, rows):

@@ -4,7 +4,6 @@ import http.server
 import json
 import math
 import threading
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import ClassVar
@@ -98,7 +97,7 @@ def test_failures_are_not_kept(cache):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Answers with what `reply(number of the request)` says: (status, body), or seconds to sleep."""
+    """Answers with what `reply(number of the request)` says: (status, body), or an event to wait for."""
 
     reply = staticmethod(lambda number: (200, b""))
     seen: ClassVar[list] = []
@@ -107,8 +106,8 @@ class Server(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         Server.seen.append((body, self.headers))
         found = Server.reply(len(Server.seen))
-        if isinstance(found, float):
-            time.sleep(found)
+        if isinstance(found, threading.Event):
+            found.wait(600)
             found = (200, chat("A"))
         status, answer = found
         self.send_response(status)
@@ -130,7 +129,7 @@ def served(reply):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         judge = endpoint_judge(f"m@http://127.0.0.1:{server.server_port}/v1/")
-        yield replace(judge, pause=0.01, timeout=0.3, tries=3)
+        yield replace(judge, pause=0.01, timeout=600, tries=3)
     finally:
         server.shutdown()
         server.server_close()
@@ -187,8 +186,10 @@ def test_an_overloaded_server_is_asked_again():
 def test_errors_that_stay_are_invalid_not_losses():
     with served(lambda n: (500, b"secret details")) as judge:
         assert judge.ask(ONE) == [invalid("HTTP 500")] and len(Server.seen) == 3
-    with served(lambda n: 1.0) as judge:
+    gave_up = threading.Event()
+    with served(lambda n: gave_up) as judge:
         assert replace(judge, timeout=0.1).ask(ONE) == [invalid("timeout")]
+        gave_up.set()
     assert replace(judge, tries=1).ask(ONE) == [invalid("no connection")]  # it is down by now
 
 

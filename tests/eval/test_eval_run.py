@@ -8,9 +8,9 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from planted_judges import Planted, coin
-from tiny_runs import finish, recipe
+from tiny_runs import recipe, trained, untrain
 
-from mlxdpo import Run, UserError, at_checkpoints, open_trained_run
+from mlxdpo import UserError, at_checkpoints, open_trained_run
 from mlxdpo.cli import run as cli
 from mlxdpo.io.atomic import write_json
 from mlxdpo_eval.compare import compare_runs, comparison_sentence, latest_results
@@ -20,27 +20,6 @@ from mlxdpo_eval.sampling import Sampling
 from mlxdpo_eval.sweep import measure_checkpoints
 
 SMALL = Sampling(prompts=6, samples=2, max_tokens=5)
-
-
-def trained(folder, out="run", **sections) -> Run:
-    """A tiny trained run whose held-out pairs are all of its pairs."""
-    config = recipe(folder, out, **sections)
-    data = config.data.model_copy(update={"eval": config.data.path})
-    finish(config.model_copy(update={"data": data}))
-    return Run.open(config.out)
-
-
-def untrain(run: Run) -> Run:
-    """The same run with an adapter that does nothing."""
-    file = run.adapter / "adapters.safetensors"
-    arrays = mx.load(str(file))
-    mx.save_safetensors(str(file), {k: mx.zeros_like(v) if "lora_b" in k else v for k, v in arrays.items()})
-    return run
-
-
-@pytest.fixture
-def run(tmp_path, cache):
-    return trained(tmp_path)
 
 
 def numbers(results):

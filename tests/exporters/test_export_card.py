@@ -268,7 +268,7 @@ CHANGES = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(CHANGES)
 def test_the_command_gives_the_recipe(changes):
     config = load_config(None, changes)

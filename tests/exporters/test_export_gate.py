@@ -25,6 +25,15 @@ def square_run(folder, **sections):
     return trained_run(folder, **sections)
 
 
+@pytest.fixture(scope="module")
+def square(tmp_path_factory):
+    """Such a run, trained once."""
+    folder = tmp_path_factory.mktemp("square")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDPO_CACHE", str(folder / "cache"))
+        return square_run(folder)
+
+
 def spoil(monkeypatch, name, file, change):
     """Let the exporter `name` write as it does, then lay `change` over the arrays of `file`."""
     exporter = EXPORTERS[name]
@@ -54,8 +63,8 @@ def without_a_layer(arrays):
 
 
 @pytest.mark.parametrize("change", [swapped, unscaled, without_a_layer])
-def test_a_broken_adapter_is_caught(change, tmp_path, cache, monkeypatch):
-    run = square_run(tmp_path)
+def test_a_broken_adapter_is_caught(change, tmp_path, cache, monkeypatch, square):
+    run = square
     assert export(run, ["peft"], tmp_path / "good").passed
     spoil(monkeypatch, "peft", "adapter_model.safetensors", change)
     exported = export(run, ["peft", "mlx"], tmp_path / "out")
@@ -84,8 +93,8 @@ def test_a_small_tune_does_not_survive_4_bits(tmp_path, cache, monkeypatch):
     assert not export(run, ["hf"], tmp_path / "hf").passed
 
 
-def test_nothing_is_left_when_a_writer_fails(tmp_path, cache, monkeypatch):
-    run = square_run(tmp_path)
+def test_nothing_is_left_when_a_writer_fails(tmp_path, cache, monkeypatch, square):
+    run = square
     first = export(run, ["mlx"], tmp_path / "out")
     before = {path.name for path in tmp_path.iterdir()}
 
@@ -100,8 +109,8 @@ def test_nothing_is_left_when_a_writer_fails(tmp_path, cache, monkeypatch):
     assert read_record(tmp_path / "out").targets == first.targets
 
 
-def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path, cache):
-    run = square_run(tmp_path)
+def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path, cache, square):
+    run = square
     killed = tmp_path / ".out-draft-0123abc_"
     with staged_export(tmp_path / "out") as live:  # held by a lock, as long as its process lives
         killed.mkdir()

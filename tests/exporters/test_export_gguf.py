@@ -34,14 +34,16 @@ needs_llama_cpp = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=sorted(FAMILIES))
-def exported(request, tmp_path, cache, monkeypatch):
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def exported(request, tmp_path_factory):
     """A run of the family, exported as GGUF."""
-    kind, rule, changes = FAMILIES[request.param]
-    monkeypatch.setitem(CONFIGS, "qwen2", QWEN2)
-    write_model(tmp_path / kind, known_tokenizer(rule), kind, vocab_size=320, **changes)
-    run = trained_run(tmp_path, kind)
-    return run, export(run, ["gguf"], tmp_path / "out")
+    (kind, rule, changes), folder = FAMILIES[request.param], tmp_path_factory.mktemp("gguf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDPO_CACHE", str(folder / "cache"))
+        patch.setitem(CONFIGS, "qwen2", QWEN2)
+        write_model(folder / kind, known_tokenizer(rule), kind, vocab_size=320, **changes)
+        run = trained_run(folder, kind)
+        yield run, export(run, ["gguf"], folder / "out")
 
 
 def test_the_file_alone_is_the_run(exported):

@@ -330,7 +330,7 @@ SHAPES = st.dictionaries(
 ADDRESSES = ["whoami", "repos/create", "/revision/", "/tree/", "/preupload/", "/objects/batch", "/commit/", "validate"]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     address=st.sampled_from([*ADDRESSES, f"/api/models/{NAME}"]),
     body=st.binary(max_size=20) | (JSON | SHAPES).map(lambda value: __import__("json").dumps(value).encode()),

@@ -8,6 +8,7 @@ from tiny_models import write_model
 
 from mlxdpo.exporters import EXPORTERS, export
 from mlxdpo.exporters.sections import USAGE
+from mlxdpo.exporters.upload_rules import OF_TARGETS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text("utf-8")
 
@@ -33,11 +34,15 @@ def run(tmp_path_factory):
 
 @pytest.mark.parametrize("name", EXPORTERS)
 def test_every_target_is_an_export_by_itself(name, run, tmp_path):
-    """Written, loaded again, measured; its card says how to load it. In 4 bits the tiny run is lost, so: forced."""
+    """Written, loaded again, measured; its card says how to load it. In 4 bits the tiny run is lost, so: forced.
+
+    A file of a kind that the rules of uploads do not know would be missing on the Hub.
+    """
     if name == "gguf":
         pytest.importorskip("gguf", reason="the optional gguf package is not installed")
     done = export(run, [name], tmp_path / "out", force=name == "quantized")
     target = done.targets[name]
     assert target.kept and target.files and done.relation == target.relation
     assert target.fidelity.passed or name == "quantized"
+    assert [file for file in target.files if not OF_TARGETS.fullmatch(file)] == []
     assert USAGE[name](done, target) in (tmp_path / "out" / "README.md").read_text()

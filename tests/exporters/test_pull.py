@@ -9,47 +9,21 @@ import pytest
 from fake_hub import TOKEN, FakeHub, Repo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_export import record, safetensors
+from small_export import NAME, base_of, exported, safetensors
 from tiny_runs import finish, recipe
 
 from mlxdpo import Run, UserError, encode_pairs, heldout_pairs, open_trained_run, pair_logps
 from mlxdpo.cli import run as cli
 from mlxdpo.config import dump_config
-from mlxdpo.exporters.card import write_card
 from mlxdpo.exporters.download import Entry, check_bytes, check_name, check_safetensors
 from mlxdpo.exporters.hub import push
 from mlxdpo.exporters.pull import pull_run
-
-NAME = "jane/tiny-dpo"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A tiny run with held-out pairs, trained once."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLXDPO_CACHE", str(folder / "cache"))
-        config = recipe(folder, data={"eval_fraction": 0.2})
-        finish(config)
-    return Run.open(config.out)
-
-
-def exported(run, out):
-    """The mlx target with card and run, as the exporter leaves them."""
-    shutil.copytree(run.adapter, out / "mlx")
-    record(out, {"mlx": "mlx"})
-    write_card(run, out, repo=NAME)
-    return out
 
 
 def pushed(hub, run, tmp_path):
     out = exported(run, tmp_path / "out")
     push(out, NAME)
     return out
-
-
-def base_of(run):
-    return run.config().model.path
 
 
 def logps(run, data):
@@ -312,7 +286,7 @@ def test_a_download_that_breaks_is_taken_up_again(hub, trained, tmp_path):
     assert (found.path / "adapter" / name).read_bytes() == (trained.adapter / name).read_bytes()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     address=st.sampled_from([f"/api/models/{NAME}", "/tree/", "/resolve/"]),
     body=st.binary(max_size=30)

@@ -56,7 +56,7 @@ def script(place: Place, text: str) -> subprocess.CompletedProcess:
     """
     return subprocess.run(
         [*OWN_MOUNTS, "sh", "-c", textwrap.dedent(names + text)],
-        capture_output=True, text=True, env=environment(place), cwd=place.own, timeout=300,
+        capture_output=True, text=True, env=environment(place), cwd=place.own, timeout=600,
     )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def test_a_file_may_grow_no_further(place):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # noqa: E731
     process = subprocess.run(
         [sys.executable, str(LAUNCH), "cli", "train", str(place.own / "recipe.yaml")],
-        capture_output=True, text=True, env=environment(place), preexec_fn=limit, timeout=120,
+        capture_output=True, text=True, env=environment(place), preexec_fn=limit, timeout=600,
     )  # fmt: skip
     assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
     said = process.stderr.splitlines()[-1]  # a fast BLAS of megabytes cannot be copied either, which is said before

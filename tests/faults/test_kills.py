@@ -56,7 +56,7 @@ def straight(base: Path, name: str) -> tuple[dict, float]:
     while stage.at_work(place) and process.poll() is None:
         time.sleep(0.001)
     lasts = time.monotonic() - begun
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
     return dict(stage.result(place)), lasts
 
@@ -73,7 +73,7 @@ def killed(stage: Stage, place: Place, seconds: float) -> bool:
     until_at_work(stage, place, process)
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode in (-signal.SIGKILL, 0), said
     return process.returncode != 0
 
@@ -124,7 +124,7 @@ def vote_kills(base: Path, count: int, record: bool) -> None:
         told = [process.stdout.readline()]  # it is at work
         time.sleep(draw.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
-        told += process.communicate(timeout=60)[0].splitlines()
+        told += process.communicate(timeout=600)[0].splitlines()
         on_disk = [int(line["id"]) for line in read_lines(run.path / "votes.jsonl")]
         last = max(int(line) for line in told if line.strip())
         lost, again = last + 1 > len(on_disk), on_disk != list(range(len(on_disk)))

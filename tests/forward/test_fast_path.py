@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from gradients import apart, gradients, moved
 from mlx.utils import tree_flatten
 from tiny_models import SHAPES, tiny_model
 
@@ -18,20 +19,9 @@ from mlxdpo.forward.fused_head import chunk_of, score_logps, token_logps
 from mlxdpo.forward.layer_plan import checkpointed
 from mlxdpo.forward.packed import spreader
 from mlxdpo.forward.shared_prefix import hidden_states
-from mlxdpo.model.adapters import attach_lora
 
 V, G, K, P, S = 300, 2, 3, 31, 20
 KINDS = sorted(FAMILIES)
-
-
-def moved(model, lora):
-    """Attach adapters and move them away from their start, so that they matter."""
-    attach_lora(model, lora)
-    mx.random.seed(1)
-    if lora.method != "full":
-        arrays = [(n, p + mx.random.normal(p.shape) * 0.05) for n, p in tree_flatten(model.trainable_parameters())]
-        model.load_weights(arrays, strict=False)
-    return model
 
 
 class Rows:
@@ -61,20 +51,15 @@ class Rows:
         return (token_logps(trunk.head, h.reshape(-1, h.shape[-1]), self.targets) * self.weight).sum()
 
 
-def gradients(model, function):
-    """Value, and the gradient as one vector."""
-    value, tree = nn.value_and_grad(model, function)(model)
-    return value.item(), np.concatenate([np.array(g).ravel() for _, g in tree_flatten(tree)])
+# Every family with rows in order and in any, with and without checkpointing; the four together for two of them.
+PASSES = [
+    *((kind, K, None) for kind in KINDS),
+    *((kind, None, checkpointed) for kind in KINDS),
+    *((kind, rows, None if rows is None else checkpointed) for kind in ("llama", "gemma2") for rows in (K, None)),
+]
 
 
-def apart(got, want):
-    """Relative distance of two vectors."""
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows_per_prompt", [K, None])
-@pytest.mark.parametrize("checkpoint", [None, checkpointed])
+@pytest.mark.parametrize(("kind", "rows_per_prompt", "checkpoint"), PASSES)
 def test_equals_full_rows_and_full_logits(kind, rows_per_prompt, checkpoint):
     model, rows = moved(tiny_model(kind), LoraConfig(rank=4)), Rows()
     value, wanted = gradients(model, rows.plain)

@@ -1,45 +1,21 @@
 """Distinct tokens without padding against full rows and full logits: exact, for every white-listed architecture."""
 
-import itertools
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from compilers import needs_compiler
+from gradients import apart, gradients, moved, ragged, weighted
 from mlx.utils import tree_flatten
-from test_fast_path import apart, gradients, moved
 from tiny_models import tiny_model
 
 from mlxdpo.config import LoraConfig
-from mlxdpo.data.batching import collate
 from mlxdpo.forward import logprobs, packed, patch_mlx_lm
 from mlxdpo.forward.architectures import FAMILIES, model_parts
 from mlxdpo.forward.layer_plan import checkpointed
 from mlxdpo.forward.logprobs import fast_forward, plain_forward
-from mlxdpo.types import Example
 
 PACKED = sorted(set(FAMILIES) - {"gemma2"})  # writes its attention out, so it stays with padded rows
-
-
-def ragged(prompts=(70, 41, 55), completions=((9, 30, 2), (1, 25, 12), (40, 3, 3)), seed=0):
-    """A batch of ranked answers whose lengths differ as in real text."""
-    draw = np.random.default_rng(seed)
-
-    def ids(n):
-        return draw.integers(1, 300, n).astype(np.int32)
-
-    pairs = []
-    for prompt, lengths in zip(map(ids, prompts), completions, strict=True):
-        answers = [ids(n) for n in lengths]
-        pairs += [Example(prompt, a, b, "") for a, b in itertools.pairwise(answers)]
-    return collate(pairs, tuple(range(len(pairs))), len(pairs))
-
-
-def weighted(forward, batch):
-    """A scalar in which every row counts differently."""
-    weight = mx.array(np.random.default_rng(1).normal(size=len(batch.group)).astype("f"))
-    return lambda model: (forward(model, batch) * weight).sum()
 
 
 @pytest.fixture

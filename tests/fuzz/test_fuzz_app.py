@@ -63,7 +63,7 @@ def served(tmp_path_factory):
     """The app over one tiny run; nothing is trained, and what a handler raises is kept."""
     import gradio as gr
 
-    from mlxdpo.ui.server import start
+    from mlxdpo.ui.server import start_app
     from mlxdpo.ui.train import process, view
 
     folder = tmp_path_factory.mktemp("app")
@@ -77,7 +77,7 @@ def served(tmp_path_factory):
         finished_run(folder)
         patch.setattr(process, "_spawn", refuse)
         patch.setattr(view.subprocess, "run", refuse)
-        app = start(folder / "runs", "one")
+        app = start_app(folder / "runs", "one")
         broken = []
         for block in app.page.fns.values():
             if block.fn is not None:
@@ -125,7 +125,7 @@ SENT = st.sampled_from([*MILD, *NAMES, ["one"], {"path": "/etc/passwd"}, {"__typ
 @fuzzed(25, 300, which=SEEDS, data=st.lists(SENT, max_size=6), as_wanted=st.booleans())
 def test_handlers(served, which, data, as_wanted):
     """Any handler by its number, with values of any kind; half of the time as many as it takes."""
-    from test_ui_server import Browser
+    from browser_client import Browser
 
     app, broken = served
     browser = Browser(app, session=f"s{which}")
@@ -166,7 +166,7 @@ def post(browser, body):
 @fuzzed(10, 200, seed=SEEDS)
 def test_bodies(served, seed):
     """Broken JSON, and JSON of another form, at the addresses of gradio's own API."""
-    from test_ui_server import Browser
+    from browser_client import Browser
 
     app, broken = served
     browser, rng = Browser(app, session=f"b{seed}"), random.Random(seed)

@@ -74,7 +74,7 @@ def test_rounds(tmp_path, monkeypatch, seed):
 
     def prepare():
         config = load_config(None, changed if isinstance(changed, dict) else {})
-        plan.check(config)
+        plan.check_rounds(config)
         plan.drawing_of(config, 1)
         return plan.round_config(config, tmp_path, rng.choice([1, 2]), None)
 

@@ -167,6 +167,6 @@ def test_encoder(rows, how):
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma3", "llama2", "mistral"])
 @fuzzed(10, 300, rows=ROWS, how=HOW)
 def test_encoder_of_real_tokenizers(name, rows, how):
-    from test_encode_real import load
+    from real_tokenizers import load
 
     encoder_case(f"encoder: {name}", load(name), rows, how)

@@ -9,7 +9,7 @@ from fake_hub import TOKEN, connected
 from hub_http import Problem, Trouble
 from hypothesis import strategies as st
 from mutating import ODD_NAMES, ODD_VALUES, SEEDS, dumped, mutate_bytes, mutate_value
-from test_pull import NAME, base_of, exported, trained  # noqa: F401 (a fixture)
+from small_export import NAME, base_of, exported
 
 from mlxdpo.exporters.client import check_repo_id
 from mlxdpo.exporters.download import check_name
@@ -45,7 +45,7 @@ STATUSES = [400, 401, 403, 404, 408, 409, 412, 413, 416, 418, 422, 429, 451, 500
 
 
 @pytest.fixture
-def place(trained, tmp_path, monkeypatch):  # noqa: F811
+def place(trained, tmp_path, monkeypatch):
     """The fake Hub with a pushed run, and the export it was pushed from."""
     for hub in connected(tmp_path, monkeypatch):
         out = exported(trained, tmp_path / "out")

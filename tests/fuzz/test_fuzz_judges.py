@@ -10,6 +10,7 @@ from counting import balanced, case, fuzzed
 from hypothesis import strategies as st
 from mutating import ODD_NAMES, ODD_TEXTS, ODD_VALUES, SEEDS, dumped, mutate_bytes, mutate_value
 from planted_judges import Planted, good_and_bad
+from votes import VOTE
 
 from mlxdpo_eval.judges import open_judge
 from mlxdpo_eval.judges.endpoint import parse_completion
@@ -90,13 +91,6 @@ def test_programmed_rewards(value):
         balanced(found.n, found.wins + found.ties + found.losses, sum(found.invalid.values()) + found.absent)
 
     case("programmed rewards", rate)
-
-
-VOTE = {
-    "schema": 1, "id": "v1", "time": "2026-01-01T00:00:00.000+00:00", "prompt": [{"role": "user", "content": "Hi?"}],
-    "a": "one", "b": "two", "winner": "a", "tuned": "b", "blind": True, "source": "heldout",
-    "adapter": {"before": None, "after": "d" * 64}, "seconds": 1.5,
-}  # fmt: skip
 
 
 def votes(rng):

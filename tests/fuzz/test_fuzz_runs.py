@@ -9,8 +9,8 @@ import pytest
 import yaml
 from counting import case, fuzzed
 from mutating import ODD_TEXTS, SEEDS, dumped, mutate_bytes, mutate_value
-from test_fuzz_judges import VOTE
 from tiny_runs import finish, recipe
+from votes import VOTE
 
 from mlxdpo.cli import run as cli
 from mlxdpo.exporters.findings import read_card_numbers
@@ -18,18 +18,19 @@ from mlxdpo.exporters.record import read_record
 from mlxdpo.exporters.run import export
 from mlxdpo.inference.trained_run import open_trained_run
 from mlxdpo.model.adapters import read_settings
+from mlxdpo.online.votes_to_pairs import export_votes
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
 from mlxdpo.training.run import train
 from mlxdpo.ui import choices
-from mlxdpo.ui.runs.curves import Tail, follow
-from mlxdpo.ui.runs.run_list import lines, scan
+from mlxdpo.ui.runs.curves import Tail, follow_metrics
+from mlxdpo.ui.runs.run_list import scan, summary_rows
 from mlxdpo.ui.runs.run_view import charts, checkpoints, difference, headline, measured, rounds
-from mlxdpo.ui.runs.run_view import report as report_view
+from mlxdpo.ui.runs.run_view import report_frame as report_view
 from mlxdpo.ui.train.process import watch
-from mlxdpo.ui.vote.next_round import export_votes
 from mlxdpo.ui.vote.vote_file import standing_html, votes_of
 from mlxdpo_eval.compare import compare_runs
+from mlxdpo_eval.judges.votes import problem_with
 from mlxdpo_eval.report.rounds import write_rounds
 from mlxdpo_eval.report.write import write_report
 
@@ -168,9 +169,9 @@ def test_readers(run, seed):
 def page_of(run):
     """Every part of the app that shows a run; it may say what is wrong, and must not break."""
     runs = run.path.parent
-    assert lines(runs) and "one" in scan(runs)
+    assert summary_rows(runs) and "one" in scan(runs)
     tail = Tail(run.path / "metrics.jsonl")
-    follow(tail)
+    follow_metrics(tail)
     charts(tail, measured(run.path))
     checkpoints(run.path, tail)
     for view in (report_view, headline, rounds):
@@ -188,7 +189,7 @@ def test_pages(run, seed):
     def look():
         case("run: app's pages", lambda: page_of(run))
         case("run: app's votes", lambda: standing_html(run.path / "votes.jsonl"))
-        case("run: app's next round", lambda: export_votes(run))
+        case("run: app's next round", lambda: export_votes(run, problem_with))
 
     with_change(run, random.Random(seed), READ, look)
 

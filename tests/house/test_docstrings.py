@@ -51,9 +51,9 @@ def names_in(tree):
                 found.update(value.split("."))
         if isinstance(node, ast.ImportFrom) and node.module:
             found.update(node.module.split("."))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
-            if not re.search(r"\s", node.value):
-                found.update([node.value, *re.findall(r"[A-Za-z_]\w*", node.value)])
+        text = node.value if isinstance(node, ast.Constant) and id(node) not in texts else None
+        if isinstance(text, str) and not re.search(r"\s", text):
+            found.update([text, *re.findall(r"[A-Za-z_]\w*", text)])
     return found
 
 

@@ -4,91 +4,16 @@ A file imports its own room and the rooms of strictly lower floors.
 """
 
 import ast
-from functools import cache
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from house import FILES, FLOORS, ROOF, ROOT, imports, own_rooms, room_of, tree_of
 
-ROOT = Path(__file__).parents[2]
-FLOORS = {
-    "types": 0, "machine": 0,
-    "io": 1, "distributed": 1,
-    "config": 2, "__init__": 2,
-    "runs": 3,
-    "data": 4, "losses": 4, "model": 4,
-    "forward": 5,
-    "training": 6,
-    "inference": 7, "estimate": 7, "selfcheck": 7,
-    "online": 8, "exporters": 8, "baselines": 8,
-    "demo": 9, "ui": 9,
-    "commands": 10,
-    "cli": 11,
-}  # fmt: skip
-ROOF = {"cli", "commands", "demo", "ui"}
 HEAVY = {"gradio", "matplotlib", "datasets", "huggingface_hub", "transformers", "torch"}
 MAY_IMPORT_MLX_LM = {"model", "forward", "inference", "exporters", "selfcheck"}
 
 
-class Import(NamedTuple):
-    """An import statement: the module it names, the names taken from it, whether it runs when the file is imported."""
-
-    module: str
-    names: tuple[str, ...]
-    at_import: bool
-    line: int
-
-
-def files():
-    return sorted(p for folder in ("mlxdpo", "eval") for p in (ROOT / folder).rglob("*.py"))
-
-
-FILES = files()
 IDS = [str(path.relative_to(ROOT)) for path in FILES]
 each_file = pytest.mark.parametrize("path", FILES, ids=IDS)
-
-
-@cache
-def tree_of(path):
-    return ast.parse(path.read_text("utf-8"))
-
-
-def room_of(path):
-    """The second word of a module's name: mlxdpo/data/dataset.py is `data`; eval files are `eval`."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return "eval" if parts[0] == "eval" else parts[1]
-
-
-def imports(path):
-    """Every import of a file, relative ones spelled out; those for type checkers alone are left out."""
-    package = ("mlxdpo_eval" if room_of(path) == "eval" else "mlxdpo", *path.relative_to(ROOT).parts[1:-1])
-    found = []
-
-    def walk(node, at_import):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            return
-        if isinstance(node, ast.Import):
-            found.extend(Import(alias.name, (), at_import, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            found.append(Import(module, tuple(alias.name for alias in node.names), at_import, node.lineno))
-        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for child in ast.iter_child_nodes(node):
-            walk(child, at_import and not inside)
-
-    walk(tree_of(path), True)
-    return found
-
-
-def own_rooms(statement):
-    """Rooms of mlxdpo that an import reaches; `from mlxdpo import runs` reaches `runs`."""
-    first, *rest = statement.module.split(".")
-    if first != "mlxdpo":
-        return set()
-    if rest:
-        return {rest[0]}
-    return {name for name in statement.names if name in FLOORS} or {"__init__"}
 
 
 def test_every_file_of_mlxdpo_has_a_floor():
@@ -158,7 +83,7 @@ def test_no_drawers_for_odds_and_ends():
 
 def test_the_walk_finds_what_it_looks_for(tmp_path, monkeypatch):
     """The walker itself: late, early, relative, type-checking-only and front-door imports."""
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    monkeypatch.setattr("house.ROOT", tmp_path)
     file = tmp_path / "mlxdpo" / "data" / "x.py"
     file.parent.mkdir(parents=True)
     file.write_text(

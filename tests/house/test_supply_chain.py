@@ -11,10 +11,8 @@ import fake_hub
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_export import small_export
-from test_pull import NAME, base_of, exported, trained  # noqa: F401 (a fixture)
-from tiny_models import write_model
-from tiny_tokenizers import chatml_tokenizer
+from small_export import NAME, base_of, exported, small_export
+from tiny_models import change
 
 from mlxdpo.config import Config, ModelConfig
 from mlxdpo.exporters.hub import push
@@ -76,25 +74,6 @@ def test_the_search_finds_what_it_looks_for(code):
 def test_harmless_calls_are_not_found():
     code = "mx.eval(x)\nmodel.eval()\nmx.compile(f)\nnp.load(f)\nyaml.load(f, Loader=_Loader)\nyaml.safe_load(f)"
     assert list(dangers(ast.parse(code))) == []
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_model(folder, chatml_tokenizer(), "llama")
-    return folder
-
-
-@pytest.fixture
-def own(model, tmp_path):
-    """A copy of the tiny model to change."""
-    for file in model.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
-
-
-def change(file, **values):
-    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | values))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
@@ -189,7 +168,7 @@ def test_a_plain_name_stays_in_its_folder(name):
 
 
 @pytest.mark.parametrize("token", ["hf_" + "PlantedToken" * 3, "sk-another-kind-of-secret-0123456789"])
-def test_the_login_is_in_nothing_that_is_written_or_said(token, trained, tmp_path, monkeypatch, caplog, capsys):  # noqa: F811
+def test_the_login_is_in_nothing_that_is_written_or_said(token, trained, tmp_path, monkeypatch, caplog, capsys):
     """Push, pull, and a refusal of each that repeats the token: files, logs, terminal, exceptions."""
     from huggingface_hub.utils import logging as hub_logging
 

@@ -6,7 +6,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import finish, recipe, stop_after
+from tiny_runs import copied, finish, recipe, stop_after
 from tiny_words import WORDS, write_words
 
 from mlxdpo.cli import run as cli
@@ -15,7 +15,7 @@ from mlxdpo.data.read import prompt_key, read_pairs
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.online.collect import Ranker, collect, read_prompts, source_of
-from mlxdpo.online.collect.rules import CLOSE, FEW, RULES, TIED, best_worst, every, why_none
+from mlxdpo.online.collect.rows import CLOSE, FEW, RULES, TIED, best_worst, every, why_none
 from mlxdpo.online.collect.screen import BROKEN, EMPTY, REPEATED, SPECIAL, UNFINISHED, fault, grams, jaccard, repeats
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
@@ -26,13 +26,23 @@ HOW = {"samples": 4, "max_tokens": 6, "batch_size": 8, "unfinished": "keep"}  # 
 LENGTH = Ranker("length", {"kind": "test"}, lambda prompts, answers: [[float(len(a)) for a in own] for own in answers])
 
 
-@pytest.fixture
-def place(tmp_path, cache, monkeypatch):
-    """A finished run of the model of words, and ten prompts, the last one twice."""
-    write_words(tmp_path / "llama")
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A finished run of the model of words, trained once."""
+    folder = tmp_path_factory.mktemp("once")
+    write_words(folder / "llama")
     rows = [{"prompt": f"the {a}", "chosen": " runs", "rejected": f" {a} sleeps"} for a in WORDS[:8]]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    finish(recipe(tmp_path))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDPO_CACHE", str(folder.with_name("once-cache")))
+        finish(recipe(folder))
+    return folder
+
+
+@pytest.fixture
+def place(once, tmp_path, cache, monkeypatch):
+    """A copy of that run, and ten prompts, the last one twice."""
+    copied(once, tmp_path)
     prompts = [f"the {a} {b}" for a in WORDS[:2] for b in WORDS[12:17]]
     lines = [json.dumps({"prompt": p}) for p in [*prompts, prompts[-1]]]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
@@ -78,10 +88,10 @@ def test_a_chunk_of_which_half_was_written_is_filled_up(place):
 
 def test_going_on_with_other_settings_is_refused_by_name(place):
     gathered(place, "p.jsonl", stop_after(17))
-    with pytest.raises(UserError, match=r"begun with another drawing \(seed 0 then, 5 now\)"):
+    with pytest.raises(UserError, match=r"begun with another drawing\.seed \(0 then, 5 now\)"):
         gathered(place, "p.jsonl", seed=5)
     other = Ranker("other", {}, LENGTH.score)
-    with pytest.raises(UserError, match=r"begun with another judge \(name length then, other now"):
+    with pytest.raises(UserError, match=r"begun with another judge\.name \(length then, other now"):
         gathered(place, "p.jsonl", ranker=other)
     gathered(place, "p.jsonl", pairs="all")  # which answers make pairs is decided at the end
     with pytest.raises(UserError, match="is there already"):

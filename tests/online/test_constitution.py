@@ -24,17 +24,17 @@ from mlxdpo.forward.next_token import next_logits
 from mlxdpo.losses import resolve
 from mlxdpo.model.policy import load_policy
 from mlxdpo.online.collect import Asked, Prompts, read_prompts
-from mlxdpo.online.collect.run import source
 from mlxdpo.online.constitution import Constitution, Feedback, SamplingSettings, apply_constitution, load_constitution
 from mlxdpo.online.constitution import labels as labelling
-from mlxdpo.online.constitution.conversations import COPIED, ECHO, SAME, TOO_LONG, Talker, drawn_principle, revised
-from mlxdpo.online.constitution.labels import Label, label, shared_next_logits
+from mlxdpo.online.constitution.conversations import COPIED, ECHO, SAME, TOO_LONG, ChatModel, drawn_principle, revised
+from mlxdpo.online.constitution.labels import Label, label_pair, shared_next_logits
 from mlxdpo.online.constitution.schema import Principle, Worked, dump_constitution
 from mlxdpo.online.constitution.wording import comparison_turns, critique_turns, revision_turns
-from mlxdpo.online.constitution.write_outputs import pair_of, position
+from mlxdpo.online.constitution.write_outputs import pair_of, position_bias
+from mlxdpo.online.policy_source import policy_source
 from mlxdpo.types import Message, UserError
 from mlxdpo.ui.constitution import tab, view
-from mlxdpo.ui.constitution.view import LEFT, PAIRED, Wanted
+from mlxdpo.ui.constitution.view import LEFT, PAIRED, TalkFilter
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role + ' ' + m.content + '<end>' }}{% endfor %}"
@@ -81,7 +81,7 @@ def policy(folder):
 
 @pytest.fixture
 def speaker(policy):
-    return source(policy, DataConfig(), "tiny", None)
+    return policy_source(policy, DataConfig(), "tiny", None)
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_label_golden():
 
 def test_a_models_label_is_antisymmetric_to_the_bit_and_is_what_the_letters_say(policy):
     data, prompt, texts = DataConfig(), "the cat sings", ("red dog", "blue tree and sun")
-    there, back = (label(policy, data, RULES, prompt, *order) for order in (texts, texts[::-1]))
+    there, back = (label_pair(policy, data, RULES, prompt, *order) for order in (texts, texts[::-1]))
     assert back == there.swapped() and back.lead == -there.lead != 0
     letters = [labelling.spellings(policy.tokenizer, letter) for letter in "AB"]
     for k, principle in enumerate(RULES.principles):
@@ -248,7 +248,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(pairs, speaker, prompts, tmp_pa
     for name in ("talks.jsonl", "pairs.jsonl", "report.json", "constitution.yaml", "settings.json"):
         assert (stopped / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
     other = SamplingSettings(pairs=pairs, **(settings | {"seed": 1}))
-    with pytest.raises(UserError, match=r"begun with asking seed 0, now 1; choose another --out"):
+    refusal = r"begun with another asking\.seed \(0 then, 1 now\); put it back, or choose another --out"
+    with pytest.raises(UserError, match=refusal):
         finish(speaker, prompts, RULES, other, stopped)
     finish(speaker, prompts, RULES, other, tmp_path / "other")
     assert (tmp_path / "other/talks.jsonl").read_bytes() != (stopped / "talks.jsonl").read_bytes()
@@ -283,14 +284,14 @@ def test_no_pair_at_all_is_a_sentence_with_the_reasons(speaker, prompts, tmp_pat
     assert "talks.jsonl" in str(error.value) and not (tmp_path / "o/pairs.jsonl").exists()
 
 
-class Scripted(Talker):
+class Scripted(ChatModel):
     """Says what it is told, round by round."""
 
     def __init__(self, speaker, script):
         super().__init__(speaker, SamplingSettings(), lambda: False)
         self.script = iter(script)
 
-    def say(self, asked, max_tokens):
+    def reply(self, asked, max_tokens):
         said = next(self.script)
         assert len(said) == len(asked)
         return [{"text": text, "tokens": 1, "finish": "stop", "fault": fault} for text, fault in said]
@@ -318,10 +319,10 @@ def test_filters_by_hand(speaker, prompts):
 
 
 def test_what_the_model_cannot_hold_is_left_out(policy, speaker, prompts):
-    talker = Talker(speaker, SamplingSettings(**REVISING), lambda: False)
-    talker.room = 12
+    chat = ChatModel(speaker, SamplingSettings(**REVISING), lambda: False)
+    chat.room = 12
     long = (Message("user", "red " * 20),)
-    said = talker.say([(long, ()), ((Message("user", "red"),), ())], 6)
+    said = chat.reply([(long, ()), ((Message("user", "red"),), ())], 6)
     assert said[0]["fault"] == TOO_LONG and said[1]["fault"] != TOO_LONG
 
 
@@ -344,8 +345,8 @@ def test_of_two_samples_the_likelier_is_chosen(speaker):
 def test_position_golden():
     """(3, 1) prefers the answer in both orders, (2, -4) the place: bias (1 + 3) / 2, half consistent."""
     votes = {"a": {"shown_first": 3.0, "shown_second": 1.0}, "b": {"shown_first": 2.0, "shown_second": -4.0}}
-    assert position([{"votes": votes}, {}]) == {"bias": 2.0, "consistent": 0.5, "comparisons": 2}
-    assert position([{}]) is None
+    assert position_bias([{"votes": votes}, {}]) == {"bias": 2.0, "consistent": 0.5, "comparisons": 2}
+    assert position_bias([{}]) is None
 
 
 def test_soft_labels_reach_the_loss(speaker, policy, prompts, tmp_path):
@@ -430,14 +431,14 @@ def test_the_page_lists_filters_and_opens(there):
     runs = there / "runs"
     assert list(view.found(runs, there)) == ["cai"]
     talks = view.open_talks(there / "cai")
-    paired, left = (view.matching(talks, Wanted(kind=kind)) for kind in (PAIRED, LEFT))
+    paired, left = (view.matching_talks(talks, TalkFilter(kind=kind)) for kind in (PAIRED, LEFT))
     assert sorted([*paired, *left]) == list(range(len(talks))) and paired and left
-    red = view.matching(talks, Wanted(principle="red"))
+    red = view.matching_talks(talks, TalkFilter(principle="red"))
     assert red == [at for at, talk in enumerate(talks) if talk["principle"] == "red"]
-    html, page = tab.listed(runs, 0, ("cai", "", "all", "any principle", 0, 0))
+    html, page = tab.listed(runs, 0, "cai", "", "all", "any principle", 0, 0)
     assert page == 0 and f"Conversations 1 to 20 of {len(talks)} found" in html
-    assert tab.listed(runs, 5, ("cai", "", "all", "any principle", 0, 0))[1] == (len(talks) - 1) // 20
-    assert "No conversation fits" in tab.listed(runs, 0, ("cai", "zebra", "all", "any principle", 0, 0))[0]
+    assert tab.listed(runs, 5, "cai", "", "all", "any principle", 0, 0)[1] == (len(talks) - 1) // 20
+    assert "No conversation fits" in tab.listed(runs, 0, "cai", "zebra", "all", "any principle", 0, 0)[0]
     number = paired[0] + 1
     shown = unescape(tab.read(runs, "cai", number))
     talk = talks[number - 1]
@@ -452,7 +453,7 @@ def test_the_page_lists_filters_and_opens(there):
 
 def test_the_page_escapes_and_opens_nothing_else(there):
     runs = there / "runs"
-    listed = tab.listed(runs, 0, ("cai", "", "all", "any principle", 0, 0))[0]
+    listed = tab.listed(runs, 0, "cai", "", "all", "any principle", 0, 0)[0]
     for html in (listed, tab.read(runs, "cai", 1)):
         assert "<script" not in html and "<img" not in html and "&lt;" in html
     for name in ("../x", "<b>", str(there / "cai")):
@@ -476,7 +477,9 @@ def test_four_prompts_on_the_real_model(tmp_path):
     how = SamplingSettings(max_tokens=24, critique_tokens=24, unfinished="keep", temperature=0.7)
     rules = load_constitution()
     rules = rules.model_copy(update={"principles": rules.principles[:2]})
-    assert finish(source(policy, DataConfig(), "smollm2", None), prompts, rules, how, tmp_path / "o")[-1] == "done"
+    assert (
+        finish(policy_source(policy, DataConfig(), "smollm2", None), prompts, rules, how, tmp_path / "o")[-1] == "done"
+    )
     rows = lines_of(tmp_path / "o/pairs.jsonl")
     assert rows and all(set(row["by_principle"]) == {"truth", "harm"} for row in rows)
     # Shown alone, it nearly always says A: the average of both orders must not.

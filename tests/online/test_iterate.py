@@ -1,6 +1,7 @@
 """Rounds: linked, resumable to the bit, online with one optimizer, and stopped when their judge is being gamed."""
 
 import json
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -11,7 +12,7 @@ from tiny_words import WORDS, write_words
 from mlxdpo.cli import run as cli
 from mlxdpo.config import load_config
 from mlxdpo.io.digest import folder_digest
-from mlxdpo.online.collect.prompts import Asked, Prompts
+from mlxdpo.online.prompts import Asked, Prompts
 from mlxdpo.online.rounds import plan
 from mlxdpo.runs import Run
 from mlxdpo.training.plan import learning_rate
@@ -31,14 +32,30 @@ BASE = {
 }
 
 
+def furnish(folder):
+    """The model of words, thirty prompts, a recipe."""
+    write_words(folder / "llama")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    (folder / "r.yaml").write_text(yaml.safe_dump(BASE))
+    return folder
+
+
 @pytest.fixture
 def place(tmp_path, cache, monkeypatch):
-    """The model of words, thirty prompts, a recipe."""
-    write_words(tmp_path / "llama")
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(BASE))
-    monkeypatch.chdir(tmp_path)
+    """A furnished folder to work in."""
+    monkeypatch.chdir(furnish(tmp_path))
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def after_one_round(tmp_path_factory):
+    """A furnished folder in which `out` holds one round; nobody changes it."""
+    folder = furnish(tmp_path_factory.mktemp("one_round"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDPO_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
+        assert cli(["iterate", "r.yaml", "--out", "out", "--rounds", "1"]) == 0
+    return folder
 
 
 def results(folder):
@@ -113,8 +130,8 @@ class Flag:
         self.left = iter(())
 
 
-def test_other_settings_are_refused_by_name(place, capsys):
-    assert cli(["iterate", "r.yaml", "--out", "out", "--rounds", "1"]) == 0
+def test_other_settings_are_refused_by_name(after_one_round, monkeypatch, capsys):
+    monkeypatch.chdir(after_one_round)
     assert cli(["iterate", "r.yaml", "--out", "out", "--rounds", "1", "--loss.beta", "0.2"]) == 2
     assert "out holds rounds with another loss.beta (0.1 then, 0.2 now)" in capsys.readouterr().err
 
@@ -284,10 +301,10 @@ def parts(place):
     return {"data": data, "lora": BASE["lora"], "train": BASE["train"], "optim": BASE["optim"]}
 
 
-def test_the_app_shows_rounds_side_by_side(place):
+def test_the_app_shows_rounds_side_by_side(after_one_round, monkeypatch):
     from mlxdpo.ui.runs.run_view import rounds
 
-    assert cli(["iterate", "r.yaml", "--out", "out", "--rounds", "1"]) == 0
-    shown = rounds(place / "out" / "round-1")
+    monkeypatch.chdir(after_one_round)
+    shown = rounds(Path("out/round-1"))
     assert 'class="chosen" aria-current="true"><th scope="row">round-1' in shown and "longest" in shown
-    assert "is no round of several" in rounds(place / "out")
+    assert "is no round of several" in rounds(Path("out"))

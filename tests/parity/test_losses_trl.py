@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from test_losses import TOLERANCE, on_device, random_pairs, slopes_of, worst
+from loss_pairs import TOLERANCE, on_device, random_pairs, slopes_of, worst
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer

@@ -33,6 +33,6 @@ def tiny_entrants(folder, shape, steps, sides):
         plans = {"batches": plan.steps[trainer], "batch_size": plan.batch_size, "lr": 1e-2, "switches": switches}
         job = JOB | files | plans | {"blas": blas.note, "folder": str(folder / name)}
         command = [sys.executable, "-m", MODULES[trainer]]
-        start = lambda c=command, n=name: Worker(c, folder / f"{n}.log", 1, 120)  # noqa: E731
+        start = lambda c=command, n=name: Worker(c, folder / f"{n}.log", 1, 600)  # noqa: E731
         entrants[name] = Entrant(start, job, [plan.batch_size] * steps)
     return entrants

@@ -32,7 +32,7 @@ class LlamaCpp:
         request = urllib.request.Request(
             f"{self.server.listening_address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)
 
     def tokens(self, text):

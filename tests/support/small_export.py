@@ -1,8 +1,10 @@
 """An export folder as `mlxdpo export --to mlx` leaves it, without running one: for tests of what happens to it next."""
 
 import json
+import shutil
 import struct
 
+from mlxdpo.exporters.card import write_card
 from mlxdpo.exporters.record import Exported, Fidelity, Target, write_record
 
 PASSED = Fidelity(
@@ -43,3 +45,18 @@ def small_export(out, fidelity=PASSED, shards=1):
     (out / "mlx" / "optimizer.safetensors").write_bytes(safetensors(b"state"))
     (out / "metrics.jsonl").write_text("{}\n")
     return out
+
+
+NAME = "jane/tiny-dpo"
+
+
+def exported(run, out):
+    """The mlx target with card and run, as the exporter leaves them."""
+    shutil.copytree(run.adapter, out / "mlx")
+    record(out, {"mlx": "mlx"})
+    write_card(run, out, repo=NAME)
+    return out
+
+
+def base_of(run):
+    return run.config().model.path

@@ -109,3 +109,8 @@ def write_model(folder: Path, tokenizer, kind="llama", seed=0, **changes) -> Pat
     mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def change(file, **values):
+    """Lay values over a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | values))

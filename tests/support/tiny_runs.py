@@ -2,13 +2,16 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
+import mlx.core as mx
 from tiny_models import write_model
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.config import Config, load_config
 from mlxdpo.runs import Run
+from mlxdpo.training import checkpoint
 from mlxdpo.training.run import train
 from mlxdpo.types import Event
 
@@ -69,3 +72,53 @@ def stop_after(calls: int):
     """A should_stop that answers yes from its `calls`-th + 1 question on."""
     left = iter(range(calls))
     return lambda: next(left, None) is None
+
+
+CLOCK = {"tokens_per_second", "peak_memory_gb", "seconds_left"}  # what may differ between two runs
+
+
+def numbers(run: Path | str) -> list[dict]:
+    """The lines of the metrics without what the clock and the machine decide."""
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in Run.open(run).metrics()]
+
+
+def interrupted(config: Config, stop) -> tuple[Run, int]:
+    """A run that was stopped on the way, and the step after which it stopped."""
+    events = finish(config, stop=stop)
+    assert events[-1].kind == "interrupted"
+    return Run.open(config.out), events[-1].step
+
+
+def assert_same(run: Path | str, other: Path | str) -> None:
+    """Two finished runs have the same adapter and optimizer to the bit, and the same metrics."""
+    assert adapter_bytes(run) == adapter_bytes(other)
+    assert numbers(run) == numbers(other)
+    last, expected = (checkpoint.steps(Run.open(path).checkpoints)[-1] for path in (run, other))
+    assert last.name == expected.name
+    states = [mx.load(str(path / "optimizer.safetensors")) for path in (last, expected)]
+    assert states[0].keys() == states[1].keys()
+    assert all(mx.array_equal(states[0][name], states[1][name]).item() for name in states[0])
+
+
+def trained(folder, out="run", **sections) -> Run:
+    """A tiny trained run whose held-out pairs are all of its pairs."""
+    config = recipe(folder, out, **sections)
+    data = config.data.model_copy(update={"eval": config.data.path})
+    finish(config.model_copy(update={"data": data}))
+    return Run.open(config.out)
+
+
+def copied(folder: Path, target: Path, out: str = "run") -> Run:
+    """The run `out` of a folder with its model and pairs, in `target`, as if it had been trained there."""
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    config = target / out / "config.yaml"
+    config.write_text(config.read_text("utf-8").replace(str(folder), str(target)), "utf-8")
+    return Run.open(target / out)
+
+
+def untrain(run: Run) -> Run:
+    """The same run with an adapter that does nothing."""
+    file = run.adapter / "adapters.safetensors"
+    arrays = mx.load(str(file))
+    mx.save_safetensors(str(file), {k: mx.zeros_like(v) if "lora_b" in k else v for k, v in arrays.items()})
+    return run

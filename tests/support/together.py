@@ -16,7 +16,7 @@ from mlxdpo.distributed.group import Group
 
 def simulated(size, work):
     """What `work(peers)` gives in each of `size` threads whose `all_sum` adds up what all of them bring."""
-    slots, results, barrier = [None] * size, [None] * size, threading.Barrier(size, timeout=60)
+    slots, results, barrier = [None] * size, [None] * size, threading.Barrier(size, timeout=600)
 
     def run(rank):
         def all_sum(array):
@@ -75,7 +75,7 @@ def command(*words, patch=""):
     return f"import mlxdpo\n{patch}\nfrom mlxdpo.cli import main\nmain({list(map(str, words))!r})\n"
 
 
-def ended(processes, seconds=60):
+def ended(processes, seconds=600):
     """(status, output, errors without MLX's own lines) of each process."""
     found = []
     for process in processes:

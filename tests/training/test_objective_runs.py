@@ -51,6 +51,15 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path, name, cache, monkeypatch
                     assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), key
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The steps of the recipe without a modifier."""
+    folder = tmp_path_factory.mktemp("plain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDPO_CACHE", str(folder / "cache"))
+        return steps_of(finish(recipe(folder, data=HELDOUT)))
+
+
 @pytest.mark.parametrize(
     "loss",
     [
@@ -62,8 +71,7 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path, name, cache, monkeypatch
     ],
     ids=str,
 )
-def test_modifiers_reach_the_step_and_interrupted_runs_go_on_to_the_bit(tmp_path, loss):
-    plain = steps_of(finish(recipe(tmp_path, "plain", data=HELDOUT)))
+def test_modifiers_reach_the_step_and_interrupted_runs_go_on_to_the_bit(tmp_path, loss, plain):
     events = finish(recipe(tmp_path, "straight", loss=loss, data=HELDOUT))
     straight = steps_of(events)
     assert abs(straight[-1]["grad_norm"] - plain[-1]["grad_norm"]) > 1e-4 * plain[-1]["grad_norm"]

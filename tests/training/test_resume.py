@@ -4,10 +4,9 @@ import json
 import os
 import shutil
 
-import mlx.core as mx
 import pytest
 from tiny_models import write_model
-from tiny_runs import adapter_bytes, finish, recipe, stop_after, write_pairs
+from tiny_runs import adapter_bytes, assert_same, finish, interrupted, numbers, recipe, stop_after, write_pairs
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.io.json_file import read_lines
@@ -18,7 +17,6 @@ from mlxdpo.training.step import OPTIMIZERS
 from mlxdpo.types import UserError
 
 pytestmark = pytest.mark.usefixtures("cache")
-CLOCK = {"tokens_per_second", "peak_memory_gb", "seconds_left"}  # what may differ between two runs
 HARD = {
     "lora": {"dropout": 0.1},
     "data": {"eval_fraction": 0.4},
@@ -28,29 +26,9 @@ HARD = {
 # per batch, two a step: the question after the 17th comes inside the window of step 3.
 
 
-def numbers(run):
-    return [{k: v for k, v in line.items() if k not in CLOCK} for line in Run.open(run).metrics()]
-
-
-def interrupted(config, stop):
-    events = finish(config, stop=stop)
-    assert events[-1].kind == "interrupted"
-    return Run.open(config.out), events[-1].step
-
-
 def straight(folder, **sections):
     finish(recipe(folder, "straight", **sections))
     return folder / "straight"
-
-
-def assert_same(run, other):
-    assert adapter_bytes(run) == adapter_bytes(other)
-    assert numbers(run) == numbers(other)
-    last, expected = (checkpoint.steps(Run.open(path).checkpoints)[-1] for path in (run, other))
-    assert last.name == expected.name
-    states = [mx.load(str(path / "optimizer.safetensors")) for path in (last, expected)]
-    assert states[0].keys() == states[1].keys()
-    assert all(mx.array_equal(states[0][name], states[1][name]).item() for name in states[0])
 
 
 @pytest.mark.parametrize(
@@ -101,10 +79,17 @@ def cut_back(source, target, keep):
     return Run.open(target)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody stopped, trained once."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDPO_CACHE", str(folder / "cache"))
+        return straight(folder, **HARD | {"train": HARD["train"] | {"save_every": 3, "eval_every": 4}})
+
+
 @pytest.mark.parametrize("keep", [0, 3, 6, 9])
-def test_killed_it_goes_back_to_its_last_checkpoint(tmp_path, keep):
-    sections = HARD | {"train": HARD["train"] | {"save_every": 3, "eval_every": 4}}
-    whole = straight(tmp_path, **sections)
+def test_killed_it_goes_back_to_its_last_checkpoint(tmp_path, keep, whole):
     run = cut_back(whole, tmp_path / "killed", keep)
     at = max((int(p.name[5:]) for p in checkpoint.steps(run.checkpoints)), default=0)
     with (run.path / "metrics.jsonl").open("ab") as file:

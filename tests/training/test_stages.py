@@ -11,8 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from test_resume import assert_same, interrupted
-from tiny_runs import DEFAULTS, finish, losses, recipe, stop_after, write_pairs
+from tiny_runs import DEFAULTS, assert_same, finish, interrupted, losses, recipe, stop_after, write_pairs
 
 from mlxdpo.cli import run as command
 from mlxdpo.config import STAGE_LR, Config, load_config
@@ -141,13 +140,11 @@ HARD = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopped_and_resumed_it_is_the_straight_run(tmp_path, kind):
-    straight = made(tmp_path, kind, "straight", **HARD)
-    finish(straight)
+    straight, asked = made(tmp_path, kind, "straight", **HARD), iter(range(10**6))
+    finish(straight, stop=lambda: next(asked) < 0)
+    last = next(asked)  # questions in a run that is not stopped
     steps = len([line for line in Run(Path(straight.out)).metrics() if "loss" in line])
     assert steps >= 4
-    asked = iter(range(10**6))
-    finish(made(tmp_path, kind, "asked", **HARD), stop=lambda: next(asked) < 0)
-    last = next(asked)  # questions in a run that is not stopped
     for number, calls in enumerate((last // 2, last - 2)):
         run, _ = interrupted(made(tmp_path, kind, f"run{number}", **HARD), stop_after(calls))
         finish(run.config(), run)

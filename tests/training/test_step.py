@@ -112,8 +112,9 @@ def trajectory(folder, cache, monkeypatch, size, accumulate, **sections):
     return steps, mx.load(str(folder / out / "adapter" / "adapters.safetensors"))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [("lora", "sgd"), ("dora", "sgd"), ("full", "sgd"), ("lora", "adamw")]
+)
 def test_batch_times_accumulation_walks_one_trajectory(tmp_path, cache, monkeypatch, method, optimizer):
     """18 pairs in windows of 8: the last window holds 2, so 8 x 1 fills it with 6 pairs of weight 0."""
     optim = {"sgd": {"name": "sgd", "lr": 1e-2}, "adamw": {"name": "adamw", "lr": 1e-3}}[optimizer]

@@ -3,6 +3,7 @@
 import os
 import re
 import threading
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,19 +18,10 @@ from mlxdpo.model.adapters import load_run, load_start
 from mlxdpo.runs import Run
 from mlxdpo.types import Message, UserError
 from mlxdpo.ui.app_state import CHECKPOINT, NOBODY, OTHER
-from mlxdpo.ui.compare.answers import (
-    LONGEST_PROMPT,
-    Settings,
-    answer_together,
-    ids_of,
-    prompt_of,
-    settings_from,
-)
-from mlxdpo.ui.compare.columns import Column, Exchange, columns_html
+from mlxdpo.ui.compare.answers import LONGEST_PROMPT, Settings, answer_together, chat_prompt, ids_of, settings_from
+from mlxdpo.ui.compare.columns import Column, Exchange, columns_html, heat
 from mlxdpo.ui.compare.conversation import Chat, chat_html, converse
-from mlxdpo.ui.compare.heat import heat
-from mlxdpo.ui.compare.scores import Piece, score
-from mlxdpo.ui.widgets import plain
+from mlxdpo.ui.compare.scores import TokenPiece, score
 
 METHODS = {
     "lora": {},
@@ -68,7 +60,7 @@ def together(desk, cast, voices, prompt=PROMPT, settings=SHORT):
 def test_shared_weights_answer_like_models_of_their_own(method, tmp_path, cache):
     run = finished_run(tmp_path, "one", **METHODS[method])
     desk = desk_over(tmp_path)
-    cast = desk.cast("one")
+    cast = desk.load("one")
     before, after = together(desk, cast, [cast.before, cast.after])
     ids = ids_of(cast, PROMPT, 8)
     assert before.tokens == alone(load_start(run), ids, SHORT)
@@ -77,7 +69,7 @@ def test_shared_weights_answer_like_models_of_their_own(method, tmp_path, cache)
 
 
 def test_a_checkpoint_and_another_run_in_the_third_column(desk, place):
-    cast = desk.cast("one")
+    cast = desk.load("one")
     one, two = Run.open(place / "runs/one"), Run.open(place / "runs/two")
     step = desk.third(cast, CHECKPOINT + "step-000002")
     guest = desk.third(cast, OTHER + "two")
@@ -90,7 +82,7 @@ def test_a_checkpoint_and_another_run_in_the_third_column(desk, place):
 
 
 def test_the_base_is_untouched_by_the_voices(desk):
-    cast, rows = desk.cast("one"), mx.array([[1, 2, 3]])
+    cast, rows = desk.load("one"), mx.array([[1, 2, 3]])
 
     def bare():
         return np.array(cast.policy.model(rows))
@@ -101,21 +93,21 @@ def test_the_base_is_untouched_by_the_voices(desk):
 
 
 def test_one_base_serves_both_runs(desk):
-    assert desk.cast("one").policy is desk.cast("two").policy
+    assert desk.load("one").policy is desk.load("two").policy
 
 
 def test_an_adapter_that_changed_is_loaded_again(tmp_path, cache):
     run, desk = finished_run(tmp_path, "one"), desk_over(tmp_path)
-    old = desk.cast("one").after.digest
+    old = desk.load("one").after.digest
     file = run.adapter / "adapters.safetensors"
     mx.save_safetensors(str(file), {k: v * 0 for k, v in mx.load(str(file)).items()})
-    cast = desk.cast("one")
+    cast = desk.load("one")
     before, after = together(desk, cast, [cast.before, cast.after])
     assert cast.after.digest != old and before.tokens == after.tokens
 
 
 def test_scores_are_the_log_ratios_of_two_models(desk, place):
-    cast = desk.cast("one")
+    cast = desk.load("one")
     answer = together(desk, cast, [cast.after])[0]
     found = desk.engine.call(lambda: score(cast, cast.after, answer))
     row = [*answer.prompt, *answer.tokens]
@@ -143,7 +135,7 @@ def test_a_chat_goes_on_with_what_each_column_said(desk):
     for column in chat.columns:
         first, second = column.exchanges
         text = PROMPT + first.answer.text + " and q4:"
-        assert second.answer.prompt == ids_of(desk.cast("one"), text, 8)
+        assert second.answer.prompt == ids_of(desk.load("one"), text, 8)
         assert first.score is not None and second.score is not None
     *_, other = converse(desk, chat, "one", CHECKPOINT + "step-000002", PROMPT, "", SHORT, lambda: False)
     assert [len(column.exchanges) for column in other.columns] == [1, 1, 1]
@@ -151,14 +143,14 @@ def test_a_chat_goes_on_with_what_each_column_said(desk):
 
 def test_chat_models_get_turns(tmp_path, cache):
     finished_run(tmp_path, "one", data={"template": "chat"})
-    cast = desk_over(tmp_path).cast("one")
+    cast = desk_over(tmp_path).load("one")
     turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
-    assert cast.chat and prompt_of(cast, [("a", "b")], "c") == turns
-    assert prompt_of(cast, [], "c", "be brief") == (Message("system", "be brief"), Message("user", "c"))
+    assert cast.chat and chat_prompt(cast, [("a", "b")], "c") == turns
+    assert chat_prompt(cast, [], "c", "be brief") == (Message("system", "be brief"), Message("user", "c"))
 
 
 def test_stop_keeps_what_was_said(desk):
-    cast, steps = desk.cast("one"), iter(range(4))
+    cast, steps = desk.load("one"), iter(range(4))
     task = lambda: answer_together(  # noqa: E731
         cast, [cast.before], [PROMPT], Settings(max_tokens=500), stopped=lambda: next(steps, None) is None
     )
@@ -192,19 +184,19 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_runs_are_named_by_the_scan_alone(desk, name):
     with pytest.raises(UserError, match=re.escape(REFUSED[name])):
-        desk.cast(name)
+        desk.load(name)
     with pytest.raises(UserError):
-        desk.third(desk.cast("one"), OTHER + name)
+        desk.third(desk.load("one"), OTHER + name)
     with pytest.raises(UserError, match="no checkpoint"):
-        desk.third(desk.cast("one"), CHECKPOINT + "../../two/adapter")
+        desk.third(desk.load("one"), CHECKPOINT + "../../two/adapter")
 
 
 def test_mistakes_are_sentences(desk):
-    cast = desk.cast("one")
+    cast = desk.load("one")
     with pytest.raises(UserError, match="the prompt is empty"):
-        prompt_of(cast, [], "  ")
+        chat_prompt(cast, [], "  ")
     with pytest.raises(UserError, match=r"50,000,000 characters; at most 20,000"):
-        prompt_of(cast, [], "x" * 50_000_000)
+        chat_prompt(cast, [], "x" * 50_000_000)
     assert LONGEST_PROMPT == 20_000
     with pytest.raises(UserError, match="the model reads"):
         desk.engine.call(lambda: ids_of(cast, "red " * 3000, 2000))
@@ -233,16 +225,16 @@ def test_the_page_takes_every_value_that_its_own_lists_offer(desk):
     """The gate before the handlers (`kinds.problem`) and the numbers of prompts, which nothing but a browser sends."""
     import gradio as gr
 
-    from mlxdpo.ui.compare.tab import picked, prompt_choices
+    from mlxdpo.ui.compare.tab import picked_prompt, prompt_choices
     from mlxdpo.ui.input_checks import problem
 
     choices, _ = prompt_choices(desk, "one")
     with gr.Blocks():
         pick = gr.Dropdown(choices, value=None)
     assert choices and [problem(pick, value) for _, value in choices] == [None] * len(choices)
-    assert all(picked(desk, "one", value)[0] for _, value in choices)
+    assert all(picked_prompt(desk, "one", value)[0] for _, value in choices)
     for odd in ("-1", str(len(choices)), "x", "", None):
-        assert picked(desk, "one", odd) == ("", "")
+        assert picked_prompt(desk, "one", odd) == ("", "")
 
 
 def test_a_run_without_an_adapter_says_so(tmp_path, cache):
@@ -251,14 +243,14 @@ def test_a_run_without_an_adapter_says_so(tmp_path, cache):
     desk = desk_over(tmp_path)
     assert desk.names() == []
     with pytest.raises(UserError, match="no adapter there yet"):
-        desk.cast("one")
+        desk.load("one")
 
 
 def test_nothing_anyone_says_becomes_markup(desk):
     """Tags in the result are ours alone, whatever stands in prompt, answer, token or run name."""
-    cast = desk.cast("one")
+    cast = desk.load("one")
     answer = together(desk, cast, [cast.after])[0]
-    pieces = (Piece(EVIL, 0.5, -1.0), Piece("</span>", -0.5, -1.0))
+    pieces = (TokenPiece(EVIL, 0.5, -1.0), TokenPiece("</span>", -0.5, -1.0))
     found = desk.engine.call(lambda: score(cast, cast.after, answer))._replace(pieces=pieces)
     exchange = Exchange(EVIL, answer.__class__(**{**answer.__dict__, "text": EVIL}), found)
     page = columns_html([Column(EVIL, EVIL, (exchange, exchange._replace(score=None)))], EVIL)
@@ -285,10 +277,10 @@ def parsed(page):
 
 
 def test_heat_is_readable_without_colours():
-    page = heat((Piece(" good", 0.693147, -1.0), Piece("\n", -0.1, -2.0)), 1.0)
+    page = heat((TokenPiece(" good", 0.693147, -1.0), TokenPiece("\n", -0.1, -2.0)), 1.0)
     assert 'aria-label="good: +0.69 nats, 2 times likelier than before"' in page
     assert page.count('tabindex="0"') == 1 and "0, 114, 178" in page and "213, 94, 0" in page
-    assert plain('<a href="x">') == "&lt;a href=&quot;x&quot;&gt;"
+    assert escape('<a href="x">') == "&lt;a href=&quot;x&quot;&gt;"
 
 
 def test_an_empty_chat_shows_nothing_odd():

@@ -12,7 +12,7 @@ from mlxdpo.data.report import BadRow
 from mlxdpo.types import UserError
 from mlxdpo.ui import choices
 from mlxdpo.ui.data import edit, tab, view
-from mlxdpo.ui.data.view import Wanted
+from mlxdpo.ui.data.view import RowFilter
 
 EVIL = "<script>alert(1)</script>"
 ROWS = [
@@ -44,29 +44,29 @@ def test_browsing_keeps_the_files_own_numbers_and_its_bad_rows(file):
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
-        (Wanted(), [1, 2, 4, 5]),
-        (Wanted("WORDS"), [2]),
-        (Wanted("no", "rejected"), [2]),
-        (Wanted("no", "chosen"), []),
-        (Wanted(column="chosen", least=4, most=11), [1]),
-        (Wanted(column="chosen", most=3), [2]),
-        (Wanted("3", "score"), [1]),
+        (RowFilter(), [1, 2, 4, 5]),
+        (RowFilter("WORDS"), [2]),
+        (RowFilter("no", "rejected"), [2]),
+        (RowFilter("no", "chosen"), []),
+        (RowFilter(column="chosen", least=4, most=11), [1]),
+        (RowFilter(column="chosen", most=3), [2]),
+        (RowFilter("3", "score"), [1]),
     ],
 )
 def test_search(file, wanted, expected):
     book = view.open_book(file)
-    assert [view.number_of(book.rows[at][0]) for at in view.matching(book, wanted)] == expected
+    assert [view.number_of(book.rows[at][0]) for at in view.matching_rows(book, wanted)] == expected
 
 
 def test_pages(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"q{n}", "chosen": "a", "rejected": "b"}) + "\n" for n in range(45)))
     book = view.open_book(path)
-    found = view.matching(book, Wanted())
-    shown = [re.findall(r'<th scope="row">(\d+)</th>', view.page_html(book, found, page)) for page in range(3)]
+    found = view.matching_rows(book, RowFilter())
+    shown = [re.findall(r'<th scope="row">(\d+)</th>', view.rows_html(book, found, page)) for page in range(3)]
     assert [int(number) for page in shown for number in page] == list(range(1, 46))
-    assert "Rows 41 to 45 of 45 found" in view.page_html(book, found, 2)
-    assert "No row fits" in view.page_html(book, [], 0)
+    assert "Rows 41 to 45 of 45 found" in view.rows_html(book, found, 2)
+    assert "No row fits" in view.rows_html(book, [], 0)
 
 
 def test_a_script_in_a_data_file_stays_text(file):
@@ -74,7 +74,7 @@ def test_a_script_in_a_data_file_stays_text(file):
     where, row = view.row_at(book, 5)
     pair, count = view.preference(book, where, row)
     seen = view.as_seen(pair, count, DataConfig(), chatml_tokenizer())
-    for html in (view.page_html(book, [0, 1, 2, 3], 0), seen, view.doctor(file)):
+    for html in (view.rows_html(book, [0, 1, 2, 3], 0), seen, view.doctor(file)):
         assert "<script" not in html and "<img" not in html
     assert "&lt;script&gt;" in seen
 
@@ -100,7 +100,7 @@ def test_an_edit_makes_a_new_file_and_changes_one_line(file):
     where, row = view.row_at(book, 2)
     assert edit.fields_of(book, row) == [("prompt", "Two words"), ("chosen", "yes"), ("rejected", "no no no")]
     new = edit.edited_row(book, where, row, ["Two words", "yes, “gladly”", "no no no"])
-    saved = edit.save(file, where, row, new)
+    saved = edit.save_row(file, where, row, new)
     assert saved.name == "pairs.edited.jsonl" and file.read_bytes() == before
     old_lines, new_lines = before.split(b"\n"), saved.read_bytes().split(b"\n")
     assert json.loads(new_lines[1]) == ROWS[1] | {"chosen": "yes, “gladly”"}
@@ -110,7 +110,7 @@ def test_an_edit_makes_a_new_file_and_changes_one_line(file):
     book = view.open_book(saved)
     where, row = view.row_at(book, 1)
     new = edit.edited_row(book, where, row, ["one", "better", "bad", "3"])
-    assert new["score"] == 3 and edit.save(saved, where, row, new) == saved
+    assert new["score"] == 3 and edit.save_row(saved, where, row, new) == saved
     assert json.loads(saved.read_bytes().split(b"\n")[0])["chosen"] == "better"
     assert edit.target_of(file).name == "pairs.edited-2.jsonl"
 
@@ -121,7 +121,7 @@ def test_what_changed_meanwhile_is_not_overwritten(file):
     new = edit.edited_row(book, where, row, ["one", "mine", "bad", "3"])
     file.write_text(file.read_text().replace("good answer", "theirs"))
     with pytest.raises(UserError, match="not what was shown any more"):
-        edit.save(file, where, row, new)
+        edit.save_row(file, where, row, new)
     assert list(file.parent.iterdir()) == [file]
 
 
@@ -163,7 +163,7 @@ def test_other_kinds_of_file_become_json_lines(tmp_path, kind):
     book = view.open_book(path)
     where, row = book.rows[1]
     new = edit.edited_row(book, where, row, ["new", *[t for _, t in edit.fields_of(book, row)][1:]])
-    saved = edit.save(path, where, row, new)
+    saved = edit.save_row(path, where, row, new)
     assert saved.name == "pairs.edited.jsonl"
     assert [row["prompt"] for row in map(json.loads, saved.read_text().splitlines())][1] == "new"
     assert len(view.open_book(saved).rows) == len(book.rows)

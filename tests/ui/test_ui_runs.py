@@ -4,11 +4,11 @@ import itertools
 import json
 import math
 import re
+import shutil
 import threading
-import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_runs import finish, recipe, stop_after
 
@@ -16,8 +16,8 @@ from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 from mlxdpo.ui.runs import run_list, run_view
 from mlxdpo.ui.runs.chart import HEIGHT, LEFT, WIDTH, Series, chart, frame_of, tick_step
-from mlxdpo.ui.runs.curves import PIECE, POINTS, SAMPLES, Tail, follow, points, thinned
-from mlxdpo.ui.widgets import table
+from mlxdpo.ui.runs.curves import PIECE, POINTS, SAMPLES, Tail, follow_metrics, points, thinned
+from mlxdpo.ui.widgets import html_table
 
 EVIL = "<script>alert(1)</script>"
 
@@ -36,11 +36,21 @@ def held(n, loss=0.6):
     return {"step": n, "eval_loss": loss, "eval_rewards/accuracies": 0.75}
 
 
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """A finished run and an interrupted one, trained once."""
+    folder = tmp_path_factory.mktemp("two_runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDPO_CACHE", str(folder / "cache"))
+        finish(recipe(folder, "runs/done"))
+        finish(recipe(folder, "runs/cut", train={"epochs": 9}), stop=stop_after(8))
+    return folder / "runs"
+
+
 @pytest.fixture
-def runs(tmp_path, cache):
+def runs(two_runs, tmp_path, cache):
     """A finished run, an interrupted one, and a job that failed before there was a run."""
-    finish(recipe(tmp_path, "runs/done"))
-    finish(recipe(tmp_path, "runs/cut", train={"epochs": 9}), stop=stop_after(8))
+    shutil.copytree(two_runs, tmp_path / "runs")
     (tmp_path / "runs" / "fell" / "job").mkdir(parents=True)
     (tmp_path / "runs" / "fell" / "job" / "job.json").write_text("{}")
     (tmp_path / "runs" / "no-run").mkdir()
@@ -48,7 +58,7 @@ def runs(tmp_path, cache):
 
 
 def test_the_list_says_what_each_run_is(runs):
-    found = {row[0]: row for row in run_list.lines(runs)}
+    found = {row[0]: row for row in run_list.summary_rows(runs)}
     assert found.keys() == {"done", "cut", "fell"}
     assert [found[name][1] for name in ("done", "cut", "fell")] == ["finished", "interrupted", "failed"]
     metrics = Run.open(runs / "done").metrics()
@@ -105,30 +115,30 @@ def test_newest_finds_the_last_lines_of_a_long_file(tmp_path):
 
 def test_following_a_file_gives_what_reading_it_gives(tmp_path):
     run, tail = Run(tmp_path), Tail(tmp_path / "metrics.jsonl")
-    assert not follow(tail)
+    assert not follow_metrics(tail)
     write(tail.file, [held(0), step(1), step(2), held(2), step(3)])
-    assert follow(tail) and not follow(tail)
+    assert follow_metrics(tail) and not follow_metrics(tail)
     with tail.file.open("a") as out:
         out.write('{"step": 4, "loss"')  # a step being written is not a step yet
         out.flush()
-        assert not follow(tail) and tail.steps[-1]["step"] == 3
+        assert not follow_metrics(tail) and tail.steps[-1]["step"] == 3
         out.write(": 0.5}\n")
-    assert follow(tail) and tail.steps[-1]["step"] == 4
+    assert follow_metrics(tail) and tail.steps[-1]["step"] == 4
     write(tail.file, [{"resumed_from": 2}, step(3, 0.25)])
-    assert follow(tail)
+    assert follow_metrics(tail)
     assert tail.steps + tail.evals == sorted(run.metrics(), key=lambda line: "eval_loss" in line)
     write(tail.file, [{"resumed_from": 0}, held(0), step(1)])
-    follow(tail)
+    follow_metrics(tail)
     assert [line["step"] for line in tail.steps + tail.evals] == [1, 0] == [1, run.metrics()[0]["step"]]
 
 
 def test_another_file_under_the_same_name_begins_again(tmp_path):
     tail = Tail(tmp_path / "metrics.jsonl")
     write(tail.file, [step(1), step(2)])
-    follow(tail)
+    follow_metrics(tail)
     write(tmp_path / "new", [step(1, 0.125)])
     (tmp_path / "new").replace(tail.file)
-    assert follow(tail) and tail.steps == [step(1, 0.125)]
+    assert follow_metrics(tail) and tail.steps == [step(1, 0.125)]
 
 
 def test_a_million_lines_open_at_once(tmp_path):
@@ -139,11 +149,8 @@ def test_a_million_lines_open_at_once(tmp_path):
             out.write(f'{{"step": {n}{rest}')
             if n % 1000 == 0:
                 out.write(json.dumps(held(n)) + "\n")
-    tail, before = Tail(file), time.perf_counter()
-    assert follow(tail)
-    print(
-        f"{file.stat().st_size / 1e6:.0f} MB opened in {time.perf_counter() - before:.3f} s, {tail.read / 1e6:.1f} MB"
-    )
+    tail = Tail(file)
+    assert follow_metrics(tail)
     curve = points(tail.steps, "loss")
     assert 0.9 * POINTS <= len(curve) <= POINTS and curve[0][0] == 1 and curve[-1][0] == count
     assert all(a[0] < b[0] for a, b in itertools.pairwise(curve))
@@ -151,14 +158,14 @@ def test_a_million_lines_open_at_once(tmp_path):
     assert tail.read <= (SAMPLES + 2) * PIECE < file.stat().st_size / 10
     read = tail.read
     write(file, [step(count + 1)])
-    assert follow(tail) and tail.read - read < 200 and tail.steps[-1]["step"] == count + 1
+    assert follow_metrics(tail) and tail.read - read < 200 and tail.steps[-1]["step"] == count + 1
 
 
 def test_curves_stay_thin_while_they_grow(tmp_path):
     tail = Tail(tmp_path / "metrics.jsonl")
     for start in range(1, 10_001, 500):
         write(tail.file, [step(n) for n in range(start, start + 500)])
-        follow(tail)
+        follow_metrics(tail)
         assert len(tail.steps) <= 2 * POINTS and tail.steps[-1]["step"] == start + 499
     assert thinned(list(range(5)), 3) == [0, 2, 4]
 
@@ -171,6 +178,7 @@ def test_ticks_are_round(low, high, expected):
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**7), st.floats(-1e9, 1e9)), min_size=1, max_size=30))
+@example([(0, 5e-324)])
 def test_every_point_lies_inside_the_chart(found):
     frame = frame_of([Series("a", found, "line", 0)])
     for x, y in (frame.place(*point) for point in found):
@@ -187,7 +195,7 @@ def test_a_chart_says_its_numbers_and_escapes_its_words():
 
 def test_charts_show_a_real_run(runs):
     tail = Tail(runs / "done" / "metrics.jsonl")
-    follow(tail)
+    follow_metrics(tail)
     shown = run_view.charts(tail, {"drift": {"kl": 2.5}})
     assert [title for title, _ in run_view.CHARTS] == re.findall(r"<figcaption>(.*?)</figcaption>", shown)
     assert "evaluated at the end 2.5 at step 5" in shown
@@ -198,9 +206,9 @@ def test_charts_show_a_real_run(runs):
 
 
 def test_a_report_is_framed_and_inert(tmp_path):
-    assert "mlxdpo eval" in run_view.report(tmp_path)
+    assert "mlxdpo eval" in run_view.report_frame(tmp_path)
     (tmp_path / "report.html").write_text(f'<p class="a">{EVIL}</p>')
-    framed = run_view.report(tmp_path)
+    framed = run_view.report_frame(tmp_path)
     assert 'sandbox=""' in framed and EVIL not in framed
     assert 'srcdoc="&lt;p class=&quot;a&quot;&gt;&lt;script&gt;' in framed
 
@@ -217,5 +225,5 @@ def test_only_settings_that_differ_are_listed(tmp_path):
 
 
 def test_tables_escape_every_cell():
-    html = table(EVIL, [EVIL], [[EVIL, EVIL]], EVIL)
+    html = html_table(EVIL, [EVIL], [[EVIL, EVIL]], EVIL)
     assert EVIL not in html and html.count("&lt;script&gt;") == 4 and html.count('class="chosen"') == 1

@@ -5,52 +5,17 @@ import re
 import shlex
 
 import pytest
+from browser_client import JOIN, Browser
 from tiny_desk import finished_run
 
 from mlxdpo.cli import run as cli
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.types import UserError
 from mlxdpo.ui.guard import known_host, refusal
-from mlxdpo.ui.server import Login, check_login, hosts_for, is_open, start
+from mlxdpo.ui.server import Login, check_login, hosts_for, is_open, start_app
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
 import httpx
-
-JOIN = "/gradio_api/queue/join"
-
-
-class Browser:
-    """What the page's own script does, in Python: the cookie, the Origin, the queue and its event stream."""
-
-    def __init__(self, served, session="s1", **options):
-        self.url = served.url.rstrip("/")
-        self.http = httpx.Client(base_url=self.url, headers={"Origin": self.url}, timeout=60, **options)
-        self.http.get("/")
-        self.session, self.seen = session, b""
-
-    def config(self):
-        """The page's description, as the browser gets it."""
-        return self.http.get("/config").json()
-
-    def function(self, elem_id, event="click"):
-        """The number of the handler behind a widget."""
-        config = self.config()
-        (widget,) = [c["id"] for c in config["components"] if c["props"].get("elem_id") == elem_id]
-        return next(d["id"] for d in config["dependencies"] if [widget, event] in [list(t) for t in d["targets"]])
-
-    def call(self, elem_id, data, event="click"):
-        """Press a button; the messages of its stream, whose raw bytes are added to `seen`."""
-        body = {"data": data, "fn_index": self.function(elem_id, event), "session_hash": self.session}
-        joined = self.http.post(JOIN, json=body)
-        assert joined.status_code == 200, joined.text
-        raw = b""
-        with self.http.stream("GET", f"/gradio_api/queue/data?session_hash={self.session}") as stream:
-            for chunk in stream.iter_bytes():
-                raw += chunk
-                if b"process_completed" in raw and raw.endswith(b"\n\n"):
-                    break
-        self.seen += raw
-        return [json.loads(line[5:]) for line in raw.decode().split("\n") if line.startswith("data:")]
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +27,14 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(place):
-    app = start(place / "runs", "one")
+    app = start_app(place / "runs", "one")
     yield app
     app.page.close()
 
 
 @pytest.fixture(scope="module")
 def locked(place):
-    app = start(place / "runs", "one", login=Login("ada", "lovelace-1843"))
+    app = start_app(place / "runs", "one", login=Login("ada", "lovelace-1843"))
     yield app
     app.page.close()
 

@@ -17,12 +17,12 @@ from mlxdpo.config import load_config
 from mlxdpo.data.read import prompt_key
 from mlxdpo.inference.run_prompts import gallery
 from mlxdpo.io.json_file import read_lines
+from mlxdpo.online.votes_to_pairs import export_votes, pairs_of
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
-from mlxdpo.ui.vote.blind_round import Round, judged, pick_prompt, play, revealed, shown
-from mlxdpo.ui.vote.next_round import export_votes, pairs_of
+from mlxdpo.ui.vote.blind_round import Round, blind_html, judged, pick_prompt, play, revealed_html
 from mlxdpo.ui.vote.vote_file import FILE, append_vote, asked, record, standing, standing_html
-from mlxdpo_eval.judges.votes import read_ballots
+from mlxdpo_eval.judges.votes import problem_with, read_ballots
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
 
@@ -41,7 +41,7 @@ def desk(place):
 
 
 def one_round(desk, prompt="q3 red the:", source="own", settings=SHORT) -> Round:
-    *shares, game = play(desk, desk.cast("one"), prompt, source, settings)
+    *shares, game = play(desk, desk.load("one"), prompt, source, settings)
     assert all(0 <= share < 1 for share in shares)
     return game
 
@@ -59,9 +59,9 @@ def test_the_page_before_the_vote_is_a_function_of_the_two_texts(desk):
     """The same texts on the same sides give the same bytes, whichever of them is the tuned model's."""
     game = one_round(desk)
     other = replace(game, tuned="b" if game.tuned == "a" else "a", before=game.after, after=game.before)
-    assert shown(game) == shown(other) and revealed(seen(game)) != revealed(seen(other))
-    slower = replace(game.before, seconds=99.0, finish="stop", voice="x")
-    assert shown(game) == shown(replace(game, before=slower))
+    assert blind_html(game) == blind_html(other) and revealed_html(seen(game)) != revealed_html(seen(other))
+    slower = replace(game.before, seconds=99.0, finish="stop", variant="x")
+    assert blind_html(game) == blind_html(replace(game, before=slower))
 
 
 def seen(game: Round) -> Round:
@@ -90,7 +90,7 @@ def test_there_is_nothing_to_vote_on_before_the_round(desk):
 
 def test_a_stopped_round_is_no_round(desk):
     with pytest.raises(UserError, match="stopped before both answers"):
-        list(play(desk, desk.cast("one"), "q3:", "own", SHORT, stopped=lambda: True))
+        list(play(desk, desk.load("one"), "q3:", "own", SHORT, stopped=lambda: True))
 
 
 def test_equal_answers_are_drawn_again_and_given_up_on(desk, monkeypatch):
@@ -142,7 +142,7 @@ def test_every_vote_is_a_pair_or_counted():
         vote("r", "x", "y", "b"),
         vote(" r ", "x", "y", "b"),
     ]
-    pairs, left_out = pairs_of(votes, frozenset({prompt_key("h")}))
+    pairs, left_out = pairs_of(votes, frozenset({prompt_key("h")}), problem_with)
     assert [tuple(pair) for pair in pairs] == [("p", "x", "y"), ("r", "y", "x")]
     assert sorted(left_out.values()) == [1, 2, 2, 2] and len(pairs) + sum(left_out.values()) == len(votes)
 
@@ -152,7 +152,7 @@ def test_votes_train_the_next_round(desk, place, monkeypatch):
     heldout = gallery(Run.open(place / "runs/one")).heldout[0].prompt
     for prompt, source in (("q50 blue:", "own"), ("q51 red:", "own"), (heldout, "heldout")):
         cast_vote(desk, one_round(desk, prompt, source), "a", "s")
-    found = export_votes(Run.open(Path("runs/one")))
+    found = export_votes(Run.open(Path("runs/one")), problem_with)
     assert (found.pairs, found.votes) == (2, 3) and "1 on held-out prompts" in found.sentence()
     words = shlex.split(found.command)
     assert words[:2] == ["mlxdpo", "train"] and words[3:5] == ["--model.adapter", "runs/one/adapter"]
@@ -163,12 +163,12 @@ def test_votes_train_the_next_round(desk, place, monkeypatch):
     assert after.manifest()["reference"]["adapter"] is not None and after.manifest()["data"]["pairs"] == 2
     kept = {prompt_key(row.prompt) for row in gallery(after).heldout}
     assert kept == gallery(Run.open("runs/one")).heldout_keys
-    assert export_votes(Run.open(Path("runs/one"))).command.endswith("runs/one-votes-2")
+    assert export_votes(Run.open(Path("runs/one")), problem_with).command.endswith("runs/one-votes-2")
 
 
 def test_no_pair_no_file(desk, place):
     with pytest.raises(UserError, match="none of the 0 votes gives a training pair"):
-        export_votes(Run.open(place / "runs/one"))
+        export_votes(Run.open(place / "runs/one"), problem_with)
     assert not (place / "runs/one/next-round").exists()
 
 
@@ -227,7 +227,7 @@ def test_kill_minus_9_loses_no_vote_and_doubles_none(tmp_path, after):
 
 def test_a_record_names_both_models(desk):
     game = one_round(desk)
-    line = record(desk.cast("one"), game, "tie", "s")
+    line = record(desk.load("one"), game, "tie", "s")
     assert line["adapter"]["before"] is None and len(line["adapter"]["after"]) == 64 and len(line["model"]) == 64
     assert line["sampling"] == game.settings.model_dump() and line["blind"] is True
-    assert judged(desk, desk.cast("one"), game, "tie").winner == "tie"
+    assert judged(desk, desk.load("one"), game, "tie").winner == "tie"

@@ -1,15 +1,49 @@
-"""Rows of a collection: two answers with their scores, or all of them ranked, and what they were made of."""
+"""Rows of a collection: which answers to a prompt make a pair, by a rule on their scores, and what made them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlxdpo.config import Drawing
 from mlxdpo.io.digest import json_digest
-from mlxdpo.online.collect.rules import RULES, why_none
 
 Row = dict[str, Any]
+Rule = Callable[[Sequence[float], float], list[tuple[int, int]]]
+"""(scores, least difference) -> (better, worse); equal scores make no pair."""
+
+FEW = "prompts with fewer than two usable answers"
+TIED = "prompts whose answers all score the same"
+CLOSE = "prompts whose answers score less than the margin apart"
+
+
+def best_worst(scores: Sequence[float], margin: float) -> list[tuple[int, int]]:
+    """The highest score against the lowest; the first of equals."""
+    places = range(len(scores))
+    best, worst = max(places, key=lambda i: scores[i]), min(places, key=lambda i: scores[i])
+    return [(best, worst)] if _apart(scores[best], scores[worst], margin) else []
+
+
+def every(scores: Sequence[float], margin: float) -> list[tuple[int, int]]:
+    """Every two answers that score differently, at least `margin` apart; best first."""
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    return [(a, b) for a, b in itertools.combinations(order, 2) if _apart(scores[a], scores[b], margin)]
+
+
+def _apart(high: float, low: float, margin: float) -> bool:
+    return high > low and high - low >= margin
+
+
+RULES: dict[str, Rule] = {"best-worst": best_worst, "all": every, "margin": every, "ranked": every}
+"""By the name of `collect.pairs`. A ranked row stands for every pair it holds."""
+
+
+def why_none(scores: Sequence[float], margin: float) -> str:
+    """The reason that a prompt gave no pair."""
+    if len(scores) < 2:
+        return FEW
+    return TIED if max(scores) == min(scores) or not margin else CLOSE
 
 
 def made_of(identity: Mapping[str, Any]) -> Row:
@@ -31,10 +65,10 @@ def pair_rows(line: Mapping[str, Any], how: Drawing) -> tuple[list[Row], str]:
     shared = {name: line[name] for name in ("prompt", "tools") if name in line}
     if how.pairs == "ranked":
         return [{**shared, "completions": [answer["text"] for answer in usable], "scores": scores}], ""
-    return [shared | _pair(usable[better], usable[worse]) for better, worse in pairs], ""
+    return [shared | _pair_row(usable[better], usable[worse]) for better, worse in pairs], ""
 
 
-def _pair(chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -> Row:
+def _pair_row(chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -> Row:
     sides = {"chosen": chosen, "rejected": rejected}
     row: Row = {name: side["text"] for name, side in sides.items()}
     for part in ("score", "finish", "tokens"):

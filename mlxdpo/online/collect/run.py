@@ -19,19 +19,18 @@ from typing import Any, NamedTuple
 from mlxdpo.config import DataConfig, Drawing
 from mlxdpo.data.encode import encode_prompt
 from mlxdpo.data.read import prompt_key
-from mlxdpo.data.template import template_digest, unwrap
+from mlxdpo.data.template import unwrap
 from mlxdpo.inference.generate import Completion, finished
 from mlxdpo.inference.trained_run import prompt_text
 from mlxdpo.io.atomic import append_line
-from mlxdpo.io.digest import folder_digest
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.io.lock import single_process
-from mlxdpo.model.adapters import load_run, load_start
 from mlxdpo.model.policy import Policy
 from mlxdpo.online.collect import screen
-from mlxdpo.online.collect.prompts import Asked, Prompts
-from mlxdpo.online.collect.write_outputs import finish
-from mlxdpo.runs import Run
+from mlxdpo.online.collect.write_outputs import write_collection
+from mlxdpo.online.partial_output import answer_missing, changed_setting
+from mlxdpo.online.policy_source import PolicySource
+from mlxdpo.online.prompts import Asked, Prompts
 from mlxdpo.types import Event, Text, UserError
 
 CHUNKS_OF = 2  # times batch_size answers: enough that rows which end early make room, little to lose
@@ -47,31 +46,8 @@ class Ranker(NamedTuple):
     score: Score
 
 
-class Source(NamedTuple):
-    """Whose answers: a loaded policy, how its text is written, and what rows say of it (run, digests)."""
-
-    policy: Policy
-    data: DataConfig
-    made: Mapping[str, Any]
-
-
-def source_of(run: Run, before: bool = False) -> Source:
-    """A run's tuned model, or the one it started from."""
-    policy, start = (load_start(run) if before else load_run(run)), run.config().model.adapter
-    adapter = Path(start) if before and start else run.adapter
-    return source(policy, run.config().data, run.path.name, None if before and not start else adapter)
-
-
-def source(policy: Policy, data: DataConfig, name: str, adapter: Path | None) -> Source:
-    """A loaded policy as a source; `adapter` is the folder of the adapter it has, if any."""
-    own = {name: policy.identity[name] for name in ("digest", "dtype", "quantization")}
-    digest = None if adapter is None else folder_digest(adapter)
-    made = {"run": name, "model": own, "adapter": digest, "template": template_digest(policy.tokenizer, data)}
-    return Source(policy, data, made)
-
-
 def collect(
-    source: Source,
+    source: PolicySource,
     prompts: Prompts,
     ranker: Ranker,
     how: Drawing,
@@ -87,27 +63,23 @@ def collect(
         raise UserError(f"{out} is there already; choose another --out, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     identity = _identity(source, prompts, ranker, how)
-    total = len(prompts.asked)
+    size = max(1, CHUNKS_OF * how.batch_size // how.samples)
+
+    def answer(chunk: Sequence[Asked]) -> list[dict[str, Any]] | None:
+        """The lines of a chunk; None when asked to stop."""
+        return _answered(source, chunk, ranker, how, should_stop)
+
     lock = out.with_name(f"{out.name}.lock")
     with single_process(lock, f"{partial}: another process is collecting into it; stop it first, or wait"):
         done = _begun(partial, identity)
-        for chunk in _chunks(prompts.asked, how):
-            missing = [one for one in chunk if prompt_key(one.prompt).hex() not in done]
-            if missing:
-                lines = _answered(source, chunk, ranker, how, should_stop)
-                if lines is None:
-                    yield Event("interrupted", len(done), {"file": partial})
-                    return
-                for key in (prompt_key(one.prompt).hex() for one in missing):
-                    append_line(partial, lines[key])
-                    done.add(key)
-            yield Event("collected", len(done), {"done": len(done), "total": total})
-        report = finish(partial, out, identity, prompts, how)
+        if not (yield from answer_missing(prompts.asked, size, done, answer, partial, "collected")):
+            return
+        report = write_collection(partial, out, identity, prompts, how)
         lock.unlink()
-    yield Event("done", total, {"file": out, "report": report})
+    yield Event("done", len(done), {"file": out, "report": report})
 
 
-def _identity(source: Source, prompts: Prompts, ranker: Ranker, how: Drawing) -> dict[str, Any]:
+def _identity(source: PolicySource, prompts: Prompts, ranker: Ranker, how: Drawing) -> dict[str, Any]:
     """What the answers and their scores follow from. Which of them make pairs does not matter here."""
     drawing = how.model_dump(exclude={"pairs", "margin", "judge", "unfinished"})
     keep = _keeps_unfinished(source, how)
@@ -116,7 +88,7 @@ def _identity(source: Source, prompts: Prompts, ranker: Ranker, how: Drawing) ->
     return json.loads(json.dumps(found))  # as it will be read back
 
 
-def _keeps_unfinished(source: Source, how: Drawing) -> bool:
+def _keeps_unfinished(source: PolicySource, how: Drawing) -> bool:
     return how.unfinished == "keep" or (how.unfinished == "auto" and source.data.eos == "leave")
 
 
@@ -127,34 +99,20 @@ def _begun(partial: Path, identity: Mapping[str, Any]) -> set[str]:
     if then is None:
         append_line(partial, {"identity": identity})
         return set()
-    for name, now in identity.items():
-        if then["identity"].get(name) != now:
-            raise UserError(
-                f"{partial} was begun with another {name} ({_differing(then['identity'].get(name), now)}); "
-                f"put it back, remove the file, or choose another --out"
-            )
+    if changed := changed_setting(then["identity"], identity):
+        raise UserError(
+            f"{partial} was begun with another {changed}; put it back, remove the file, or choose another --out"
+        )
     return {line["prompt_id"] for line in lines}
 
 
-def _differing(then: Any, now: Any) -> str:
-    if isinstance(then, dict) and isinstance(now, dict):
-        names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-        return ", ".join(f"{name} {then.get(name)} then, {now.get(name)} now" for name in names)
-    return f"{then} then, {now} now"
-
-
-def _chunks(asked: Sequence[Asked], how: Drawing) -> Iterator[Sequence[Asked]]:
-    size = max(1, CHUNKS_OF * how.batch_size // how.samples)
-    return (asked[at : at + size] for at in range(0, len(asked), size))
-
-
 def _answered(
-    source: Source, chunk: Sequence[Asked], ranker: Ranker, how: Drawing, should_stop: Callable[[], bool]
-) -> dict[str, dict[str, Any]] | None:
-    """A line per prompt of the chunk, by the prompt's name; None when asked to stop."""
+    source: PolicySource, chunk: Sequence[Asked], ranker: Ranker, how: Drawing, should_stop: Callable[[], bool]
+) -> list[dict[str, Any]] | None:
+    """A line per prompt of the chunk; None when asked to stop."""
     policy, keep = source.policy, _keeps_unfinished(source, how)
     ids = [encode_prompt(one.prompt, policy.tokenizer, source.data, one.tools).tolist() for one in chunk]
-    drawn = _drawn(policy, ids, how, should_stop)
+    drawn = _draw_answers(policy, ids, how, should_stop)
     if drawn is None:
         return None
     special, texts, faults = frozenset(policy.tokenizer.all_special_ids), [], []
@@ -170,7 +128,7 @@ def _answered(
     usable = [[text for text, why in zip(*both, strict=True) if not why] for both in zip(texts, faults, strict=True)]
     scores = ranker.score([prompt_text(one.prompt) for one in chunk], usable)
     parts = zip(chunk, drawn, texts, faults, scores, strict=True)
-    return {prompt_key(one.prompt).hex(): _line(one, d, t, f, s) for one, d, t, f, s in parts}
+    return [_sample_line(*part) for part in parts]
 
 
 def is_plain(prompt: Text, tokenizer: Any, data: DataConfig) -> bool:
@@ -186,7 +144,7 @@ def continued(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> s
     return whole[len(start) :] if whole.startswith(start) else tokenizer.decode([*tokens])
 
 
-def _drawn(
+def _draw_answers(
     policy: Policy, ids: Sequence[list[int]], how: Drawing, should_stop: Callable[[], bool]
 ) -> list[list[Completion]] | None:
     stream = finished(
@@ -207,7 +165,7 @@ def _drawn(
     return [[found[k * how.samples + i] for i in range(how.samples)] for k in range(len(ids))]
 
 
-def _line(
+def _sample_line(
     one: Asked, drawn: Sequence[Completion], texts: Sequence[str], faults: Sequence[str], scores: Sequence[float]
 ) -> dict[str, Any]:
     given = iter(scores)
@@ -219,5 +177,5 @@ def _line(
         kept = {"text": text, "tokens": len(completion.tokens), "finish": completion.finish, "score": score}
         answers.append(kept | {"left_out": why})
     prompt = one.prompt if isinstance(one.prompt, str) else [turn.as_dict() for turn in one.prompt]
-    said = {"prompt_id": prompt_key(one.prompt).hex(), "where": one.where, "prompt": prompt, "answers": answers}
-    return said | ({"tools": [dict(tool) for tool in one.tools]} if one.tools else {})
+    line = {"prompt_id": prompt_key(one.prompt).hex(), "where": one.where, "prompt": prompt, "answers": answers}
+    return line | ({"tools": [dict(tool) for tool in one.tools]} if one.tools else {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 from mlxdpo.config import Drawing
 from mlxdpo.io.atomic import write_json, write_text
-from mlxdpo.io.json_file import read_lines
-from mlxdpo.online.collect.prompts import Prompts
-from mlxdpo.online.collect.rows import Row, made_of, pair_rows, written
+from mlxdpo.io.json_file import json_lines, read_lines
+from mlxdpo.online.collect.rows import made_of, pair_rows, written
+from mlxdpo.online.prompts import Prompts
 from mlxdpo.types import UserError
 
 Lines = Sequence[Mapping[str, Any]]
@@ -29,7 +28,9 @@ def samples_file(out: Path) -> Path:
     return out.with_name(f"{out.stem}.samples.jsonl")
 
 
-def finish(partial: Path, out: Path, identity: Mapping[str, Any], prompts: Prompts, how: Drawing) -> dict[str, Any]:
+def write_collection(
+    partial: Path, out: Path, identity: Mapping[str, Any], prompts: Prompts, how: Drawing
+) -> dict[str, Any]:
     """Write report and rows, then rename `partial`. Done again after a kill in between, it writes the same.
 
     Raises `UserError` where no prompt gives a pair; the answers then wait in `partial` for another rule.
@@ -43,8 +44,8 @@ def finish(partial: Path, out: Path, identity: Mapping[str, Any], prompts: Promp
         "prompts_left_out": prompts.left_out,
         "prompts_without_pair": dict(none.most_common()),
         "answers": sum(len(line["answers"]) for line in lines),
-        "answers_left_out": dict(Counter(a["left_out"] for a in _answers(lines) if a["left_out"]).most_common()),
-        "mean_score": _mean([a["score"] for a in _answers(lines) if a["score"] is not None]),
+        "answers_left_out": dict(Counter(a["left_out"] for a in _all_answers(lines) if a["left_out"]).most_common()),
+        "mean_score": _mean_score([a["score"] for a in _all_answers(lines) if a["score"] is not None]),
         "rows": len(rows),
         "pairs": how.pairs,
         "margin": how.margin,
@@ -52,29 +53,26 @@ def finish(partial: Path, out: Path, identity: Mapping[str, Any], prompts: Promp
     }
     if not rows:
         write_json(report_file(out), report)
-        raise UserError(f"{out}: no prompt gave a pair ({'; '.join(said(report))}); the answers are in {partial.name}")
+        why = "; ".join(collection_sentences(report))
+        raise UserError(f"{out}: no prompt gave a pair ({why}); the answers are in {partial.name}")
     made, turns = made_of(identity), any(not isinstance(one.prompt, str) for one in prompts.asked)
-    text = _text(rows, made, turns)
+    text = json_lines(written(row, turns) | {"made": made} for row in rows)
     write_json(report_file(out), report | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
     write_text(out, text)
     partial.rename(samples_file(out))
     return report
 
 
-def said(report: Mapping[str, Any]) -> list[str]:
+def collection_sentences(report: Mapping[str, Any]) -> list[str]:
     """What was left out, in words with counts."""
     parts = ("prompts_left_out", "answers_left_out", "prompts_without_pair")
     nouns = {"answers_left_out": "answers: "}
     return [f"{count} {nouns.get(part, '')}{why}" for part in parts for why, count in report[part].items()]
 
 
-def _answers(lines: Lines) -> Iterator[Mapping[str, Any]]:
+def _all_answers(lines: Lines) -> Iterator[Mapping[str, Any]]:
     return (answer for line in lines for answer in line["answers"])
 
 
-def _mean(scores: Sequence[float]) -> float | None:
+def _mean_score(scores: Sequence[float]) -> float | None:
     return sum(scores) / len(scores) if scores else None
-
-
-def _text(rows: Sequence[Row], made: Row, turns: bool) -> str:
-    return "".join(json.dumps(written(row, turns) | {"made": made}, ensure_ascii=False) + "\n" for row in rows)

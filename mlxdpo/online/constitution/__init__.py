@@ -4,5 +4,5 @@
 from mlxdpo.online.constitution.run import Feedback as Feedback
 from mlxdpo.online.constitution.run import apply_constitution as apply_constitution
 from mlxdpo.online.constitution.schema import Constitution as Constitution
+from mlxdpo.online.constitution.schema import SamplingSettings as SamplingSettings
 from mlxdpo.online.constitution.schema import load_constitution as load_constitution
-from mlxdpo.online.constitution.settings import SamplingSettings as SamplingSettings

@@ -15,10 +15,9 @@ from mlxdpo.data.encode import encode_prompt
 from mlxdpo.data.read import prompt_key
 from mlxdpo.inference.generate import finished
 from mlxdpo.model.policy import Policy
-from mlxdpo.online.collect import Asked, Source, screen
-from mlxdpo.online.constitution.labels import Label, label
-from mlxdpo.online.constitution.schema import Constitution, Principle
-from mlxdpo.online.constitution.settings import SamplingSettings
+from mlxdpo.online.collect import Asked, PolicySource, screen
+from mlxdpo.online.constitution.labels import Label, label_pair
+from mlxdpo.online.constitution.schema import Constitution, Principle, SamplingSettings
 from mlxdpo.online.constitution.wording import answer_turns, critique_turns, revision_turns
 from mlxdpo.types import Message
 
@@ -41,15 +40,15 @@ def drawn_principle(rules: Constitution, key: bytes, seed: int) -> Principle:
     return rules.principles[int(np.random.default_rng([seed, *words]).integers(len(rules.principles)))]
 
 
-class Talker:
+class ChatModel:
     """A source that continues conversations, as `how` says; `should_stop` is asked after each."""
 
-    def __init__(self, source: Source, how: SamplingSettings, should_stop: Callable[[], bool]):
+    def __init__(self, source: PolicySource, how: SamplingSettings, should_stop: Callable[[], bool]):
         self.source, self.how, self.should_stop = source, how, should_stop
         self.special = frozenset(source.policy.tokenizer.all_special_ids)
         self.room = int(source.policy.config.get("max_position_embeddings") or 2**31)
 
-    def say(self, asked: Sequence[tuple[Sequence[Message], Any]], max_tokens: int) -> list[Line]:
+    def reply(self, asked: Sequence[tuple[Sequence[Message], Any]], max_tokens: int) -> list[Line]:
         """(turns, tools) -> what the model says: text, tokens, finish, and `fault`, "" where there is none.
 
         Raises `Stopped`.
@@ -67,26 +66,26 @@ class Talker:
             seed=how.seed,
             batch_size=how.batch_size,
         )
-        said: list[Line] = [{"text": "", "tokens": 0, "finish": "", "fault": TOO_LONG} for _ in ids]
+        replies: list[Line] = [{"text": "", "tokens": 0, "finish": "", "fault": TOO_LONG} for _ in ids]
         for place, done in stream:
             if self.should_stop():
                 raise Stopped
             text = policy.tokenizer.decode(done.tokens).strip()
             fault = screen.fault(text, done.tokens, done.finish == "stop", how.unfinished == "keep", self.special)
-            said[fits[place]] = {"text": text, "tokens": len(done.tokens), "finish": done.finish, "fault": fault}
-        return said
+            replies[fits[place]] = {"text": text, "tokens": len(done.tokens), "finish": done.finish, "fault": fault}
+        return replies
 
 
-def revised(talker: Talker, chunk: Sequence[Asked], rules: Constitution) -> list[Line]:
+def revised(chat: ChatModel, chunk: Sequence[Asked], rules: Constitution) -> list[Line]:
     """A line per prompt: principle, initial answer, critique, revision, and why it gives no pair ("" where it does).
 
     A conversation ends at its first fault; a critique that is cut off is none.
     """
-    lines = [_begun(one) for one in chunk]
-    how = talker.how
+    lines = [_new_line(one) for one in chunk]
+    how = chat.how
     drawn = [drawn_principle(rules, prompt_key(one.prompt), how.seed) for one in chunk]
-    for line, principle, (said,) in zip(lines, drawn, _answers(talker, chunk, 1), strict=True):
-        line |= {"principle": principle.name, "initial": said, "left_out": _about("initial answer", said["fault"])}
+    for line, principle, (reply,) in zip(lines, drawn, _drawn_answers(chat, chunk, 1), strict=True):
+        line |= {"principle": principle.name, "initial": reply, "left_out": _about("initial answer", reply["fault"])}
     steps = (
         ("critique", how.critique_tokens, lambda at: critique_turns(*_so_far(rules, drawn, chunk, lines, at))),
         (
@@ -97,12 +96,12 @@ def revised(talker: Talker, chunk: Sequence[Asked], rules: Constitution) -> list
     )
     for part, most, turns in steps:
         going = [at for at, line in enumerate(lines) if not line["left_out"]]
-        spoken = talker.say([(turns(at), chunk[at].tools) for at in going], most)
-        for at, said in zip(going, spoken, strict=True):
-            if part == "critique" and said["fault"] == screen.UNFINISHED:
-                said["fault"] = ""
-            lines[at][part] = said
-            lines[at]["left_out"] = _about(part, said["fault"])
+        replies = chat.reply([(turns(at), chunk[at].tools) for at in going], most)
+        for at, reply in zip(going, replies, strict=True):
+            if part == "critique" and reply["fault"] == screen.UNFINISHED:
+                reply["fault"] = ""
+            lines[at][part] = reply
+            lines[at]["left_out"] = _about(part, reply["fault"])
     for line in lines:
         line["left_out"] = line["left_out"] or _no_revision(line, rules)
     return lines
@@ -122,38 +121,42 @@ def _near(a: str, b: str) -> bool:
     return screen.jaccard(screen.grams(a), screen.grams(b)) >= NEAR
 
 
-def sampled(talker: Talker, chunk: Sequence[Asked], rules: Constitution) -> list[Line]:
+def sampled(chat: ChatModel, chunk: Sequence[Asked], rules: Constitution) -> list[Line]:
     """A line per prompt: two answers, and why they give no pair ("" where they do)."""
     lines = []
-    for one, (first, second) in zip(chunk, _answers(talker, chunk, 2), strict=True):
+    for one, (first, second) in zip(chunk, _drawn_answers(chat, chunk, 2), strict=True):
         why = _about("answer", first["fault"] or second["fault"])
         same = ALIKE if first["text"] == second["text"] else ""
-        lines.append(_begun(one) | {"first": first, "second": second, "left_out": why or same})
+        lines.append(_new_line(one) | {"first": first, "second": second, "left_out": why or same})
     return lines
 
 
-WAYS = {"revisions": (revised, "revision", "initial"), "samples": (sampled, "first", "second")}
+PAIR_KINDS = {"revisions": (revised, "revision", "initial"), "samples": (sampled, "first", "second")}
 """By the name of `pairs`: what makes the lines, and the two answers that are compared."""
 
 
-def labelled(lines: Sequence[Line], sides: tuple[str, str], source: Source, judge: Policy, rules: Constitution) -> None:
+def labelled(
+    lines: Sequence[Line], sides: tuple[str, str], source: PolicySource, judge: Policy, rules: Constitution
+) -> None:
     """Put what the principles say of `sides` into each line that gives a pair: that the first side is better."""
     for line in lines:
         if not line["left_out"]:
             prompt = tuple(Message(**turn) for turn in line["prompt"])
-            line |= _written(label(judge, source.data, rules, prompt, *(line[side]["text"] for side in sides)), rules)
+            line |= _vote_columns(
+                label_pair(judge, source.data, rules, prompt, *(line[side]["text"] for side in sides)), rules
+            )
 
 
-def _written(found: Label, rules: Constitution) -> Line:
+def _vote_columns(found: Label, rules: Constitution) -> Line:
     each = zip(rules.principles, found.shown_first, found.shown_second, found.probabilities, strict=True)
     votes = {one.name: {"shown_first": a, "shown_second": b, "probability": p} for one, a, b, p in each}
     return {"votes": votes, "probability": found.probability}
 
 
-def _answers(talker: Talker, chunk: Sequence[Asked], count: int) -> list[list[Line]]:
+def _drawn_answers(chat: ChatModel, chunk: Sequence[Asked], count: int) -> list[list[Line]]:
     asked = [(answer_turns(one.prompt), one.tools) for one in chunk for _ in range(count)]
-    said = talker.say(asked, talker.how.max_tokens)
-    return [said[at : at + count] for at in range(0, len(said), count)]
+    replies = chat.reply(asked, chat.how.max_tokens)
+    return [replies[at : at + count] for at in range(0, len(replies), count)]
 
 
 def _so_far(rules: Constitution, drawn: Sequence[Principle], chunk: Sequence[Asked], lines: Sequence[Line], at: int):
@@ -164,7 +167,7 @@ def _about(part: str, fault: str) -> str:
     return f"{part}: {fault}" if fault else ""
 
 
-def _begun(one: Asked) -> Line:
+def _new_line(one: Asked) -> Line:
     prompt: list[Mapping[str, Any]] = [turn.as_dict() for turn in answer_turns(one.prompt)]
     tools = {"tools": [dict(tool) for tool in one.tools]} if one.tools else {}
     return {"prompt_id": prompt_key(one.prompt).hex(), "where": one.where, "prompt": prompt, **tools}

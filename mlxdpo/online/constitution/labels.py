@@ -71,7 +71,7 @@ class Label(NamedTuple):
         return [float(np.tanh(logit / 2)) for logit in self.logits]
 
 
-def label(policy: Policy, data: DataConfig, rules: Constitution, prompt: Text, first: str, second: str) -> Label:
+def label_pair(policy: Policy, data: DataConfig, rules: Constitution, prompt: Text, first: str, second: str) -> Label:
     """Ask every principle about two different answers, in both orders.
 
     Raises `UserError` when the tokenizer has no single token for a letter.
@@ -106,9 +106,9 @@ def spellings(tokenizer: Any, letter: str) -> list[int]:
 
 def shared_next_logits(model: Any, rows: Rows, ids: Sequence[int]) -> np.ndarray:
     """`next_logits` of rows with a long common beginning, which is computed once: (N, len(ids)) float32."""
-    common = _common(rows)
-    trunk = model_parts(model)
-    if trunk is None or common < 2 or len(rows) == 1:
+    common = _shared_beginning(rows)
+    parts = model_parts(model)
+    if parts is None or common < 2 or len(rows) == 1:
         return next_logits(model, rows, ids)
     rest = np.zeros((len(rows), max(map(len, rows)) - common), np.int32)
     for padded, row in zip(rest, rows, strict=True):
@@ -117,12 +117,12 @@ def shared_next_logits(model: Any, rows: Rows, ids: Sequence[int]) -> np.ndarray
     group = mx.zeros(len(rows), mx.int32)
     with dropout_off(model):
         prefix = mx.array(np.array([rows[0][:common]], np.int32))
-        states = hidden_states(trunk, prefix, mx.array(rest), spreader(group, len(rows)))
-        logits = heads.logits(trunk.head, trunk.norm(states[mx.arange(len(rows)), last]))
+        states = hidden_states(parts, prefix, mx.array(rest), spreader(group, len(rows)))
+        logits = heads.logits(parts.head, parts.norm(states[mx.arange(len(rows)), last]))
         return np.array(logits[:, mx.array(list(ids))].astype(mx.float32))
 
 
-def _common(rows: Rows) -> int:
+def _shared_beginning(rows: Rows) -> int:
     """Tokens that all rows begin with, at most all but one of the shortest."""
     most = min(map(len, rows)) - 1
     return next((at for at in range(most) if len({row[at] for row in rows}) > 1), most)

@@ -16,18 +16,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxdpo.data.read import prompt_key
 from mlxdpo.data.template import template_digest
-from mlxdpo.io.atomic import append_line, write_json, write_text
+from mlxdpo.io.atomic import write_json, write_text
 from mlxdpo.io.json_file import as_written, read_json, read_lines
 from mlxdpo.io.lock import single_process
 from mlxdpo.model.policy import Policy
-from mlxdpo.online.collect import Asked, Prompts, Source
-from mlxdpo.online.constitution.conversations import WAYS, Line, Stopped, Talker, labelled
-from mlxdpo.online.constitution.schema import Constitution, dump_constitution
-from mlxdpo.online.constitution.settings import SamplingSettings
+from mlxdpo.online.collect import Asked, PolicySource, Prompts
+from mlxdpo.online.constitution.conversations import PAIR_KINDS, ChatModel, Line, Stopped, labelled
+from mlxdpo.online.constitution.schema import Constitution, SamplingSettings, dump_constitution
 from mlxdpo.online.constitution.wording import COMPARED
-from mlxdpo.online.constitution.write_outputs import PAIRS, REPORT, TALKS, finish
+from mlxdpo.online.constitution.write_outputs import PAIRS, TALKS, write_constitution_outputs
+from mlxdpo.online.partial_output import LOCK, answer_missing, changed_setting
 from mlxdpo.types import Event, UserError
 
 SETTINGS, RULES = "settings.json", "constitution.yaml"
@@ -42,7 +41,7 @@ class Feedback(NamedTuple):
 
 
 def apply_constitution(
-    source: Source,
+    source: PolicySource,
     prompts: Prompts,
     rules: Constitution,
     how: SamplingSettings,
@@ -56,40 +55,37 @@ def apply_constitution(
     Raises `UserError` when `out` was begun with other settings, and when no prompt gives a pair.
     """
     judge = feedback.policy if feedback else source.policy
-    identity = _identity(source, prompts, rules, how, feedback)
+    identity = _constitution_identity(source, prompts, rules, how, feedback)
     out.mkdir(parents=True, exist_ok=True)
+    chat = ChatModel(source, how, should_stop)
+
+    def answer(chunk: Sequence[Asked]) -> list[Line] | None:
+        """The lines of a chunk; None when asked to stop."""
+        try:
+            return _conversation_lines(chat, chunk, rules, judge)
+        except Stopped:
+            return None
+
     with single_process(out / LOCK, f"{out}: another process is working in it; stop it first, or wait"):
-        done = _begun(out, identity, rules)
-        talker = Talker(source, how, should_stop)
-        for chunk in (prompts.asked[at : at + CHUNK] for at in range(0, len(prompts.asked), CHUNK)):
-            missing = [key for one in chunk if (key := prompt_key(one.prompt).hex()) not in done]
-            if missing:
-                try:
-                    lines = _lines(talker, chunk, rules, judge)
-                except Stopped:
-                    yield Event("interrupted", len(done), {"file": out / TALKS})
-                    return
-                for line in lines:
-                    if line["prompt_id"] in missing:
-                        append_line(out / TALKS, line)
-                done |= set(missing)
-            yield Event("talked", len(done), {"done": len(done), "total": len(prompts.asked)})
-        report = finish(out, identity, prompts.left_out, how)
-    yield Event("done", len(done), {"file": out / PAIRS, "report": report, "said": out / REPORT})
+        done = _begun_folder(out, identity, rules)
+        if not (yield from answer_missing(prompts.asked, CHUNK, done, answer, out / TALKS, "talked")):
+            return
+        report = write_constitution_outputs(out, identity, prompts.left_out, how)
+    yield Event("done", len(done), {"file": out / PAIRS, "report": report})
 
 
-def _lines(talker: Talker, chunk: Sequence[Asked], rules: Constitution, judge: Policy) -> list[Line]:
-    how = talker.how
-    make, *sides = WAYS[how.pairs]
-    lines = make(talker, chunk, rules)
+def _conversation_lines(chat: ChatModel, chunk: Sequence[Asked], rules: Constitution, judge: Policy) -> list[Line]:
+    how = chat.how
+    make, *sides = PAIR_KINDS[how.pairs]
+    lines = make(chat, chunk, rules)
     if how.labels == "soft":
-        labelled(lines, (sides[0], sides[1]), talker.source, judge, rules)
+        labelled(lines, (sides[0], sides[1]), chat.source, judge, rules)
     sampling = how.model_dump(include={"seed", "temperature", "top_p", "max_tokens", "critique_tokens"})
     return [line | {"sampling": sampling} for line in lines]
 
 
-def _identity(
-    source: Source, prompts: Prompts, rules: Constitution, how: SamplingSettings, feedback: Feedback | None
+def _constitution_identity(
+    source: PolicySource, prompts: Prompts, rules: Constitution, how: SamplingSettings, feedback: Feedback | None
 ) -> dict[str, Any]:
     """What the lines follow from."""
     comparing = (
@@ -105,7 +101,7 @@ def _identity(
     return json.loads(json.dumps(found))  # as it will be read back
 
 
-def _begun(out: Path, identity: Mapping[str, Any], rules: Constitution) -> set[str]:
+def _begun_folder(out: Path, identity: Mapping[str, Any], rules: Constitution) -> set[str]:
     """The prompts that are done. Raises `UserError` naming the first setting that was another one."""
     file = out / SETTINGS
     if not file.exists():
@@ -114,23 +110,7 @@ def _begun(out: Path, identity: Mapping[str, Any], rules: Constitution) -> set[s
         write_text(out / RULES, dump_constitution(rules))
         write_json(file, identity)
         return set()
-    then = read_json(file)
-    for name, now in identity.items():
-        if then.get(name) != now:
-            raise UserError(f"{out} was begun with {_differing(name, then.get(name), now)}; choose another --out")
+    if changed := changed_setting(read_json(file), identity):
+        raise UserError(f"{out} was begun with another {changed}; put it back, or choose another --out")
     with as_written(out / TALKS):
         return {line["prompt_id"] for line in read_lines(out / TALKS)}
-
-
-def _differing(name: str, then: Any, now: Any) -> str:
-    if isinstance(then, dict) and isinstance(now, dict):
-        names = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-        return ", ".join(f"{name} {key} {_short(then.get(key))}, now {_short(now.get(key))}" for key in names)
-    return f"another {name} ({_short(then)}, now {_short(now)})"
-
-
-def _short(value: Any) -> str:
-    return value[:12] if isinstance(value, str) else str(value)
-
-
-LOCK = ".lock"

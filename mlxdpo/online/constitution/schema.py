@@ -1,6 +1,7 @@
 """What a constitution is: principles, each with what to look for in an answer, how to rewrite it, how to compare two.
 
-A YAML file; `default.yaml` beside this file is the one that is used when none is named.
+And how a model is asked to apply it (`SamplingSettings`). A constitution is a YAML file; `default.yaml` beside this
+file is the one that is used when none is named.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import difflib
 import hashlib
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
@@ -17,6 +18,7 @@ from mlxdpo.config import Section
 from mlxdpo.io.yaml_file import read_recipe, yaml_text
 from mlxdpo.types import UserError
 
+CRITIQUE = 160  # tokens
 Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, strict=True)]
 
 
@@ -71,18 +73,52 @@ class Constitution(Section):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
+class SamplingSettings(Section):
+    """How a model is asked to answer, criticise, revise and compare."""
+
+    pairs: Literal["revisions", "samples"] = "revisions"
+    """revisions: the model criticises and rewrites its answer, chosen is the revision; samples: two answers are drawn,
+    and the principles say how probably each is the better one."""
+    labels: Literal["soft", "none"] = "soft"
+    """soft: each principle compares the two answers of a pair; none: revisions are taken as better, unseen."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Longest answer and longest revision, in tokens."""
+    critique_tokens: int = Field(default=CRITIQUE, ge=1)
+    """Longest critique, in tokens; a longer one is cut, which is counted."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Of sampling; 1 is the model itself, 0 takes the likeliest token (not with samples)."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that hold this share of the probability."""
+    seed: int = Field(default=0, ge=0)
+    """Of the principle drawn for each prompt and the noise of sampling: the same seed gives the same rows."""
+    batch_size: int = Field(default=32, ge=1)
+    """Answers sampled at once."""
+    unfinished: Literal["drop", "keep"] = "drop"
+    """Answers and revisions cut off at max_tokens: drop or keep their pairs."""
+
+    @model_validator(mode="after")
+    def _samples_differ_and_are_judged(self) -> SamplingSettings:
+        if self.pairs == "samples" and self.labels == "none":
+            raise ValueError("labels none leaves two samples unjudged; use labels soft")
+        if self.pairs == "samples" and self.temperature == 0:
+            raise ValueError("temperature 0 gives the same sample twice; raise it, or use pairs revisions")
+        if self.pairs == "samples" and self.critique_tokens != CRITIQUE:
+            raise ValueError(f"critique_tokens {self.critique_tokens} has no effect with pairs samples; drop it")
+        return self
+
+
 def load_constitution(file: Path | None = None) -> Constitution:
     """Read a constitution, by default the project's own.
 
     Raises `UserError` naming the file and the key for anything that does not fit.
     """
     if file is not None:
-        return _read(file)
+        return _read_constitution(file)
     with as_file(files("mlxdpo.online.constitution").joinpath("default.yaml")) as own:
-        return _read(own)
+        return _read_constitution(own)
 
 
-def _read(file: Path) -> Constitution:
+def _read_constitution(file: Path) -> Constitution:
     if not file.is_file():
         raise UserError(f"{file}: no such constitution; give a YAML file with `principles`, or drop --constitution")
     try:
@@ -103,7 +139,7 @@ def _explained(error: ValidationError, source: str) -> str:
     loc = first["loc"]
     where = ".".join(f"{part + 1}" if isinstance(part, int) else str(part) for part in loc)
     if first["type"] == "extra_forbidden":
-        known = _keys(loc)
+        known = _known_keys(loc)
         near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
         return f"{source}: unknown key `{where}`; {hint}"
@@ -113,6 +149,6 @@ def _explained(error: ValidationError, source: str) -> str:
     return f"{source}: `{where}` is {repr(first['input'])[:60]}: {said}" if where else f"{source}: {said}"
 
 
-def _keys(loc: tuple[Any, ...]) -> list[str]:
+def _known_keys(loc: tuple[Any, ...]) -> list[str]:
     section = {"principles": Principle, "examples": Worked}.get(str(loc[0]), Constitution)
     return list((Constitution if len(loc) == 1 else section).model_fields)

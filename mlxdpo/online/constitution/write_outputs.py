@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlxdpo.io.atomic import write_json, write_text
-from mlxdpo.io.json_file import read_lines
+from mlxdpo.io.json_file import json_lines, read_lines
 from mlxdpo.io.yaml_file import yaml_text
-from mlxdpo.online.constitution.conversations import WAYS
-from mlxdpo.online.constitution.settings import SamplingSettings
+from mlxdpo.online.constitution.conversations import PAIR_KINDS
+from mlxdpo.online.constitution.schema import SamplingSettings
 from mlxdpo.types import UserError
 
 PAIRS, TALKS, REPORT, RECIPE = "pairs.jsonl", "talks.jsonl", "report.json", "recipe.yaml"
 UNDECIDED = "the principles are exactly undecided"
 
 
-def finish(
+def write_constitution_outputs(
     out: Path, identity: Mapping[str, Any], left_out: Mapping[str, int], how: SamplingSettings
 ) -> dict[str, Any]:
     """Write report, recipe and pairs from the conversations; done again, it writes the same.
@@ -39,22 +38,21 @@ def finish(
         "critiques_cut": sum(line.get("critique", {}).get("finish") == "length" for line in lines),
         "principles": dict(Counter(line["principle"] for line in lines if "principle" in line).most_common()),
         "labels": _summary(labels),
-        "position": position(lines),
+        "position": position_bias(lines),
         "identity": identity,
     }
     write_json(out / REPORT, report)
     if not rows:
-        raise UserError(
-            f"{out}: no prompt gave a pair ({'; '.join(said(report))}); read {TALKS} there for what was said"
-        )
+        why = "; ".join(constitution_sentences(report))
+        raise UserError(f"{out}: no prompt gave a pair ({why}); read {TALKS} there for what was said")
     write_text(out / RECIPE, recipe(out, identity, how))
-    write_text(out / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(out / PAIRS, json_lines(rows))
     return report
 
 
 def pair_of(line: Mapping[str, Any], identity: Mapping[str, Any], how: SamplingSettings) -> dict[str, Any]:
     """The row of a conversation. `probability` is that chosen is better: of samples at least one half."""
-    sides, p = list(WAYS[how.pairs][1:]), line.get("probability")
+    sides, p = list(PAIR_KINDS[how.pairs][1:]), line.get("probability")
     flipped = how.pairs == "samples" and p is not None and p < 0.5
     if flipped:
         sides.reverse()
@@ -84,7 +82,7 @@ def recipe(out: Path, identity: Mapping[str, Any], how: SamplingSettings) -> str
     return yaml_text({"data": data})
 
 
-def said(report: Mapping[str, Any]) -> list[str]:
+def constitution_sentences(report: Mapping[str, Any]) -> list[str]:
     """What was left out, and what the labels look like, in words with counts."""
     lines = [f"{count} prompts left out: {why}" for why, count in report["prompts_left_out"].items()]
     lines += [f"{count} without a pair: {why}" for why, count in report["left_out"].items()]
@@ -100,7 +98,7 @@ def said(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def position(lines: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+def position_bias(lines: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
     """How much comparisons depend on the order: `bias`, the mean log-odds for whatever is shown as A, and the share of
     comparisons that prefer the same answer in both orders."""
     votes = [vote for line in lines for vote in line.get("votes", {}).values()]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,15 +16,16 @@ from mlxdpo.config import Config, Drawing, dump_config, load_config
 from mlxdpo.data.read import heldout_prompts, heldout_source, prompt_key
 from mlxdpo.io.atomic import write_text
 from mlxdpo.model.adapters import read_settings
-from mlxdpo.online.collect.prompts import Asked, Prompts, holds_answers, read_prompts
+from mlxdpo.online.partial_output import changed_setting
+from mlxdpo.online.prompts import Asked, Prompts, holds_answers, read_prompts
 from mlxdpo.runs import Run
 from mlxdpo.training.plan import learning_rate
 from mlxdpo.types import UserError
 
-RECIPE, RESULTS, START, LOCK = "rounds.yaml", "rounds.json", "start.json", ".lock"
+RECIPE, RESULTS, START = "rounds.yaml", "rounds.json", "start.json"
 
 
-def check(config: Config) -> None:
+def check_rounds(config: Config) -> None:
     """Raise `UserError` for a recipe that rounds cannot follow."""
     rounds = config.rounds
     if config.stage != "dpo":
@@ -42,20 +42,20 @@ def check(config: Config) -> None:
         raise UserError("votes are about answers that are there already: they make one round; set --rounds 1")
 
 
-def begin(config: Config) -> Path:
+def begin_rounds(config: Config) -> Path:
     """The folder of the rounds, its recipe written; an existing one must hold the same recipe (more rounds may be
     asked for, but for online ones, whose schedule spans them all).
 
     Raises `UserError` naming the setting that is another one.
     """
-    folder = Path(config.out) if config.out else _free(config)
+    folder = Path(config.out) if config.out else _free_rounds_folder(config)
     file = folder / RECIPE
     if file.exists():
         then, now = (one.model_dump(mode="json") for one in (load_config(file), config))
         if config.rounds.every is None:
             now["rounds"]["count"] = then["rounds"]["count"]
-        if name := _differing(then, now):
-            raise UserError(f"{folder} holds rounds with another {name}; choose another --out, or put it back")
+        if changed := changed_setting(then, now | {"out": then["out"]}):
+            raise UserError(f"{folder} holds rounds with another {changed}; choose another --out, or put it back")
     elif (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds a run, not rounds; choose another --out")
     text = dump_config(config.model_copy(update={"out": str(folder)}))
@@ -64,14 +64,7 @@ def begin(config: Config) -> Path:
     return folder
 
 
-def _differing(then: Any, now: Any, name: str = "") -> str:
-    if isinstance(then, dict) and isinstance(now, dict):
-        found = (_differing(then.get(k), now.get(k), f"{name}.{k}".lstrip(".")) for k in {**then, **now} if k != "out")
-        return next(filter(None, found), "")
-    return "" if then == now else f"{name} ({then} then, {now} now)"
-
-
-def _free(config: Config) -> Path:
+def _free_rounds_folder(config: Config) -> Path:
     stem = f"{Path(config.model.path).name}-{Path(config.data.path).stem}-rounds".lower()
     return next(p for n in range(1, 10**6) if not (p := Path("runs") / f"{stem}-{n}").exists())
 
@@ -102,7 +95,7 @@ def split_prompts(config: Config) -> tuple[Prompts, list[Asked]]:
 
 def prompts_of(config: Config, prompts: Prompts, number: int) -> Prompts:
     """The prompts of round `number` (from 1): the next ones of a fixed random order, which begins again at its end."""
-    asked, size = prompts.asked, _size(config)
+    asked, size = prompts.asked, _prompts_per_round(config)
     if size is None or size >= len(asked):
         return prompts
     order = np.random.default_rng([config.collect.seed, 7]).permutation(len(asked)).tolist()
@@ -110,7 +103,7 @@ def prompts_of(config: Config, prompts: Prompts, number: int) -> Prompts:
     return prompts._replace(asked=[asked[at] for at in places])
 
 
-def _size(config: Config) -> int | None:
+def _prompts_per_round(config: Config) -> int | None:
     if config.rounds.prompts is None and config.rounds.every is not None:
         return config.rounds.every * config.train.batch_size * config.train.gradient_accumulation
     return config.rounds.prompts
@@ -130,7 +123,11 @@ def round_config(config: Config, folder: Path, number: int, parent: Run | None) 
     for name in ("model", "data", "train", "optim"):
         values.setdefault(name, {})
     data = {k: v for k, v in values["data"].items() if k not in ("path", "split", "eval", "format", "columns")}
-    values["data"] = data | {"path": str(out / "data" / "pairs.jsonl"), "eval_fraction": 0.0, "eval": _pairs(config)}
+    values["data"] = data | {
+        "path": str(out / "data" / "pairs.jsonl"),
+        "eval_fraction": 0.0,
+        "eval": _heldout_pairs_path(config),
+    }
     values["train"]["seed"] = config.train.seed + number - 1
     values["out"] = str(out)
     if parent is not None:
@@ -148,7 +145,7 @@ def round_config(config: Config, folder: Path, number: int, parent: Run | None) 
     return load_config(None, values)
 
 
-def _pairs(config: Config) -> str | None:
+def _heldout_pairs_path(config: Config) -> str | None:
     """Held-out pairs for the curves of a round, where `data.eval` has answers; online rounds are too short for them."""
     if config.rounds.every is not None or (named := heldout_source(config.data)) is None:
         return None

@@ -1,4 +1,4 @@
-"""Answers that grow together: the voices take turns, a token each, from the same seed and settings."""
+"""Answers that grow together: the variants take turns, a token each, from the same seed and settings."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mlxdpo.config import Section, explain
 from mlxdpo.data.encode import encode_prompt
 from mlxdpo.inference.generate import stepwise
 from mlxdpo.types import Message, Text, UserError
-from mlxdpo.ui.variants import Cast, Voice
+from mlxdpo.ui.variants import RunVariants, Variant
 
 LONGEST_PROMPT = 20_000  # characters
 Finish = Literal["", "stop", "length", "stopped"]
 
 
 class Settings(Section):
-    """How answers are drawn, the same for every voice."""
+    """How answers are drawn, the same for every variant."""
 
     temperature: float = Field(default=0.7, ge=0, le=5)
     """0 takes the likeliest token; 1 samples from the model itself."""
@@ -43,9 +43,9 @@ def settings_from(**values: Any) -> Settings:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a voice has said so far. `finish` is empty while it is at it; `seconds` counts its own turns alone."""
+    """What a variant has written so far. `finish` is empty while it is at it; `seconds` counts its own turns alone."""
 
-    voice: str
+    variant: str
     prompt: tuple[int, ...]
     tokens: tuple[int, ...] = ()
     text: str = ""
@@ -59,13 +59,13 @@ class Answer:
 
 
 @dataclass
-class _Turn:
+class _Growing:
     answer: Answer
     steps: Generator[int | None, None, str]
     tokens: list[int] = field(default_factory=list)
 
 
-def prompt_of(cast: Cast, before: Sequence[tuple[str, str]], text: str, system: str = "") -> Text:
+def chat_prompt(loaded: RunVariants, before: Sequence[tuple[str, str]], text: str, system: str = "") -> Text:
     """What the model is asked, after the exchanges `before`: turns for a chat model, one running text otherwise.
 
     Raises `UserError` for a prompt that is empty or too long.
@@ -74,19 +74,19 @@ def prompt_of(cast: Cast, before: Sequence[tuple[str, str]], text: str, system: 
         raise UserError("the prompt is empty; write something to answer, or pick a held-out prompt")
     if len(text) + len(system) > LONGEST_PROMPT:
         raise UserError(f"the prompt has {len(text) + len(system):,} characters; at most {LONGEST_PROMPT:,} are read")
-    if not cast.chat:
-        return "".join(said + answer for said, answer in before) + text
-    turns = [turn for said, answer in before for turn in (Message("user", said), Message("assistant", answer))]
+    if not loaded.chat:
+        return "".join(asked + answer for asked, answer in before) + text
+    turns = [turn for asked, answer in before for turn in (Message("user", asked), Message("assistant", answer))]
     opening = [Message("system", system)] if system.strip() else []
     if not before and not opening:
         return text
     return (*opening, *turns, Message("user", text))
 
 
-def ids_of(cast: Cast, prompt: Text, room: int) -> tuple[int, ...]:
+def ids_of(loaded: RunVariants, prompt: Text, room: int) -> tuple[int, ...]:
     """Token ids to go on from. Raises `UserError` when `room` further tokens do not fit behind them."""
-    ids = tuple(encode_prompt(prompt, cast.policy.tokenizer, cast.config.data).tolist())
-    limit = cast.policy.config.get("max_position_embeddings")
+    ids = tuple(encode_prompt(prompt, loaded.policy.tokenizer, loaded.config.data).tolist())
+    limit = loaded.policy.config.get("max_position_embeddings")
     if isinstance(limit, int) and len(ids) + room > limit:
         raise UserError(
             f"the conversation has {len(ids):,} tokens and the answer may have {room:,}, but the model reads "
@@ -96,34 +96,34 @@ def ids_of(cast: Cast, prompt: Text, room: int) -> tuple[int, ...]:
 
 
 def answer_together(
-    cast: Cast,
-    voices: Sequence[Voice],
+    loaded: RunVariants,
+    variants: Sequence[Variant],
     prompts: Sequence[Text],
     settings: Settings,
     *,
     occurrence: int = 0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Answer, ...]]:
-    """All answers so far, after every round of turns; one prompt per voice. Runs on the MLX thread."""
-    turns = [_begin(cast, v, p, settings, occurrence) for v, p in zip(voices, prompts, strict=True)]
-    decode = cast.policy.tokenizer.decode
+    """All answers so far, after every round of turns; one prompt per variant. Runs on the MLX thread."""
+    turns = [_start_answer(loaded, v, p, settings, occurrence) for v, p in zip(variants, prompts, strict=True)]
+    decode = loaded.policy.tokenizer.decode
     while any(not turn.answer.finish for turn in turns):
         halt = stopped()
         for turn in turns:
             if not turn.answer.finish:
-                turn.answer = _stop(turn) if halt else _step(turn)
+                turn.answer = _end_answer(turn) if halt else _next_token(turn)
             turn.answer = replace(turn.answer, text=_readable(decode(turn.tokens), bool(turn.answer.finish)))
         yield tuple(turn.answer for turn in turns)
     mx.clear_cache()
 
 
-def _begin(cast: Cast, voice: Voice, prompt: Text, settings: Settings, occurrence: int) -> _Turn:
-    ids = ids_of(cast, prompt, settings.max_tokens)
-    steps = stepwise(voice.enter, ids, eos_ids=cast.policy.eos_ids, occurrence=occurrence, **settings.model_dump())
-    return _Turn(Answer(voice.name, ids), steps)
+def _start_answer(loaded: RunVariants, variant: Variant, prompt: Text, settings: Settings, occurrence: int) -> _Growing:
+    ids = ids_of(loaded, prompt, settings.max_tokens)
+    steps = stepwise(variant.enter, ids, eos_ids=loaded.policy.eos_ids, occurrence=occurrence, **settings.model_dump())
+    return _Growing(Answer(variant.name, ids), steps)
 
 
-def _step(turn: _Turn) -> Answer:
+def _next_token(turn: _Growing) -> Answer:
     started, finish = time.perf_counter(), ""
     try:
         token = next(turn.steps)
@@ -135,7 +135,7 @@ def _step(turn: _Turn) -> Answer:
     return replace(turn.answer, tokens=tuple(turn.tokens), seconds=seconds, finish=finish)
 
 
-def _stop(turn: _Turn) -> Answer:
+def _end_answer(turn: _Growing) -> Answer:
     turn.steps.close()
     return replace(turn.answer, finish="stopped")
 

@@ -1,14 +1,20 @@
-"""The columns of answers as HTML. Every text in them is escaped; nothing a model or a file says becomes markup."""
+"""The columns of answers as HTML: every token coloured by what tuning did to its probability.
+
+Every text is escaped; nothing a model or a file says becomes markup. Blue is likelier after tuning, orange less likely:
+a pair that stays apart under all common colour blindness (Okabe and Ito). The number is on hover, on keyboard focus and
+in the text that screen readers read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import NamedTuple
 
+import numpy as np
+
 from mlxdpo.ui.compare.answers import Answer
-from mlxdpo.ui.compare.heat import heat, legend, scale_of
-from mlxdpo.ui.compare.scores import Score
-from mlxdpo.ui.widgets import plain
+from mlxdpo.ui.compare.scores import Score, TokenPiece
 
 ENDS = {
     "stop": "ended by itself",
@@ -16,13 +22,15 @@ ENDS = {
     "stopped": "you stopped it",
     "": "writing",
 }
+BLUE, ORANGE = "0, 114, 178", "213, 94, 0"
+STRONGEST = 0.75  # opacity
 WRITING = '<span class="caret" aria-hidden="true"></span>'
 
 
 class Exchange(NamedTuple):
-    """One turn of a chat: what was said, what was answered, and what tuning did to the answer once it is known."""
+    """One turn of a chat: what was asked, what was answered, and what tuning did to the answer once it is known."""
 
-    said: str
+    prompt: str
     answer: Answer
     score: Score | None = None
 
@@ -41,36 +49,40 @@ TUNED = "After tuning"
 def columns_html(columns: Sequence[Column], note: str = "") -> str:
     """All columns side by side, below each other where there is no room; the colours share one scale."""
     scores = [e.score for column in columns for e in column.exchanges if e.score]
-    scale = scale_of(scores)
+    scale = colour_scale(scores)
     busy = any(not e.answer.finish for column in columns for e in column.exchanges)
-    body = "".join(_column(column, scale) for column in columns)
-    foot = (legend(scale) if scores else "") + (f'<p class="note" role="status">{plain(note)}</p>' if note else "")
+    body = "".join(_column_html(column, scale) for column in columns)
+    foot = (legend(scale) if scores else "") + (f'<p class="note" role="status">{escape(note)}</p>' if note else "")
     return f'<div class="voices" aria-busy="{str(busy).lower()}">{body}</div>{foot}'
 
 
-def _column(column: Column, scale: float) -> str:
-    turns = "".join(_exchange(e, scale) for e in column.exchanges)
+def _column_html(column: Column, scale: float) -> str:
+    turns = "".join(_exchange_html(e, scale) for e in column.exchanges)
     kind = " tuned" if column.title.startswith(TUNED) else ""
     return (
-        f'<section class="voice{kind}" aria-label="{plain(column.title)}"><h3>{plain(column.title)}</h3>'
-        f'<p class="sub">{plain(column.subtitle)}</p>{turns}</section>'
+        f'<section class="voice{kind}" aria-label="{escape(column.title)}"><h3>{escape(column.title)}</h3>'
+        f'<p class="sub">{escape(column.subtitle)}</p>{turns}</section>'
     )
 
 
-def _exchange(exchange: Exchange, scale: float) -> str:
-    said = f'<div class="said"><span class="sr">Prompt: </span>{plain(exchange.said)}</div>'
-    return said + answer_html(exchange.answer, exchange.score, scale)
+def _exchange_html(exchange: Exchange, scale: float) -> str:
+    return prompt_html(exchange.prompt) + answer_html(exchange.answer, exchange.score, scale)
+
+
+def prompt_html(prompt: str) -> str:
+    """What was asked, above its answers."""
+    return f'<div class="said"><span class="sr">Prompt: </span>{escape(prompt)}</div>'
 
 
 def answer_html(answer: Answer, score: Score | None, scale: float) -> str:
     """An answer with its numbers; coloured token by token once it is scored."""
-    text = heat(score.pieces, scale) if score else plain(answer.text)
+    text = heat(score.pieces, scale) if score else escape(answer.text)
     if answer.finish and not answer.text:
         text = '<em class="quiet">no text: it ended at once</em>'
-    return f'<div class="answer">{text}{"" if answer.finish else WRITING}</div>' + _numbers(answer, score)
+    return f'<div class="answer">{text}{"" if answer.finish else WRITING}</div>' + _answer_numbers(answer, score)
 
 
-def _numbers(answer: Answer, score: Score | None) -> str:
+def _answer_numbers(answer: Answer, score: Score | None) -> str:
     chips = [_chip(f"{len(answer.tokens)} tokens", ENDS[answer.finish])]
     if answer.seconds:
         chips.append(_chip(f"{answer.speed:.1f} tokens/s", "tokens over the time of this column's own turns"))
@@ -86,5 +98,43 @@ def _numbers(answer: Answer, score: Score | None) -> str:
 
 
 def _chip(text: str, meaning: str) -> str:
-    shown = plain(text.replace("-", "−"))
-    return f'<span class="chip" title="{plain(meaning)}">{shown}<span class="sr"> ({plain(meaning)})</span></span>'
+    shown = escape(text.replace("-", "−"))
+    return f'<span class="chip" title="{escape(meaning)}">{shown}<span class="sr"> ({escape(meaning)})</span></span>'
+
+
+def colour_scale(scores: Sequence[Score]) -> float:
+    """The log-ratio that gets the full colour: the 99th percentile of all tokens shown, at least 0.5 nats."""
+    sizes = [abs(piece.ratio) for score in scores for piece in score.pieces]
+    return max(0.5, float(np.quantile(sizes, 0.99))) if sizes else 0.5
+
+
+def heat(pieces: Sequence[TokenPiece], scale: float) -> str:
+    """The tokens as spans. One tab stop for the whole answer; the arrow keys go from token to token (page.js)."""
+    return "".join(_span(piece, scale, first=i == 0) for i, piece in enumerate(pieces))
+
+
+def _span(piece: TokenPiece, scale: float, first: bool) -> str:
+    strength = min(1.0, abs(piece.ratio) / scale) * STRONGEST
+    colour = f"rgba({BLUE if piece.ratio > 0 else ORANGE}, {strength:.2f})"
+    label = f"{piece.text.strip() or 'space'}: {piece.ratio:+.2f} nats, {_times(piece.ratio)}"
+    said = escape(label)
+    return (
+        f'<span class="tok" style="background:{colour}" title="{said}" aria-label="{said}" role="text"'
+        f' tabindex="{0 if first else -1}">{escape(piece.text)}</span>'
+    )
+
+
+def _times(ratio: float) -> str:
+    factor = float(np.exp(min(abs(ratio), 20)))
+    return f"{factor:.3g} times {'likelier' if ratio >= 0 else 'less likely'} than before"
+
+
+def legend(scale: float) -> str:
+    """What the colours mean, in numbers."""
+    return (
+        '<div class="legend" role="note">'
+        f'<span class="swatch" style="background:rgba({ORANGE}, {STRONGEST})"></span>−{scale:.1f} '
+        f'<span class="ramp"></span> +{scale:.1f}<span class="swatch" style="background:rgba({BLUE}, {STRONGEST})">'
+        "</span> log π/π<sub>ref</sub> of each token, nats: blue is likelier after tuning, orange less likely. "
+        "Hover, or Tab into an answer and use the arrow keys, for the number.</div>"
+    )

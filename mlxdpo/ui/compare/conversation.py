@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from mlxdpo.types import Text
 from mlxdpo.ui.app_state import NOBODY, AppState
-from mlxdpo.ui.compare.answers import Answer, Settings, answer_together, prompt_of
+from mlxdpo.ui.compare.answers import Answer, Settings, answer_together, chat_prompt
 from mlxdpo.ui.compare.columns import TUNED, Column, Exchange, columns_html
 from mlxdpo.ui.compare.scores import score
-from mlxdpo.ui.variants import Cast, Voice
+from mlxdpo.ui.variants import RunVariants, Variant
 
 PACE = 0.12  # seconds between two updates of the page
 DRIFT = "Reward and KL say how far tuning moved the model on these words, not which answer is better: vote for that."
@@ -19,7 +19,7 @@ DRIFT = "Reward and KL say how far tuning moved the model on these words, not wh
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation with all voices at once. It belongs to one run and one third voice; another begins a new one."""
+    """A conversation with all variants at once. It belongs to one run and one third variant."""
 
     run: str = ""
     third: str = NOBODY
@@ -27,35 +27,35 @@ class Chat:
     columns: tuple[Column, ...] = ()
 
 
-class Seats(NamedTuple):
-    """The voices of the columns, and by which policy each column's answers are scored."""
+class ColumnVariants(NamedTuple):
+    """The variants of the columns, and by which policy each column's answers are scored."""
 
-    cast: Cast
-    voices: tuple[Voice, ...]
-    judges: tuple[Voice, ...]
+    loaded: RunVariants
+    variants: tuple[Variant, ...]
+    judges: tuple[Variant, ...]
 
 
-def seats(desk: AppState, name: str | None, third: str) -> Seats:
+def column_variants(app: AppState, name: str | None, third: str) -> ColumnVariants:
     """Who answers: before, after, and perhaps a third. The first two are scored by the tuned model."""
-    cast = desk.cast(name)
-    guest = desk.third(cast, third)
-    extra = (guest,) if guest else ()
-    return Seats(cast, (cast.before, cast.after, *extra), (cast.after, cast.after, *extra))
+    loaded = app.load(name)
+    other = app.third(loaded, third)
+    extra = (other,) if other else ()
+    return ColumnVariants(loaded, (loaded.before, loaded.after, *extra), (loaded.after, loaded.after, *extra))
 
 
-def empty_columns(sitting: Seats) -> tuple[Column, ...]:
+def empty_columns(answering: ColumnVariants) -> tuple[Column, ...]:
     """Columns in which nothing has been said."""
-    base, run = sitting.cast.config.model, sitting.cast.run.path.name
+    base, run = answering.loaded.config.model, answering.loaded.run.path.name
     subtitles = [base.path + (f" with {base.adapter}" if base.adapter else ""), run]
     titles = ["Before tuning", TUNED]
-    for voice in sitting.voices[2:]:
-        titles.append(f"{TUNED}: {voice.name}" if not voice.name.startswith("step-") else f"At {voice.name}")
-        subtitles.append(run if voice.name.startswith("step-") else "another run")
+    for variant in answering.variants[2:]:
+        titles.append(f"{TUNED}: {variant.name}" if not variant.name.startswith("step-") else f"At {variant.name}")
+        subtitles.append(run if variant.name.startswith("step-") else "another run")
     return tuple(Column(title, subtitle) for title, subtitle in zip(titles, subtitles, strict=True))
 
 
 def converse(
-    desk: AppState,
+    app: AppState,
     chat: Chat,
     name: str | None,
     third: str,
@@ -65,20 +65,22 @@ def converse(
     stopped: Callable[[], bool],
 ) -> Iterator[Chat]:
     """The chat as it grows by one exchange; the last one is scored. Raises `UserError` for a prompt it cannot take."""
-    sitting = seats(desk, name, third)
-    wanted = Chat(sitting.cast.run.path.name, third, system, empty_columns(sitting))
+    answering = column_variants(app, name, third)
+    wanted = Chat(answering.loaded.run.path.name, third, system, empty_columns(answering))
     same = (chat.run, chat.third, chat.system) == (wanted.run, third, system)
-    chat = chat if same and len(chat.columns) == len(sitting.voices) else wanted
-    prompts = [_prompt(sitting.cast, column, text, system) for column in chat.columns]
+    chat = chat if same and len(chat.columns) == len(answering.variants) else wanted
+    prompts = [_next_prompt(answering.loaded, column, text, system) for column in chat.columns]
 
     def task() -> Iterator[tuple[Answer, ...]]:
         """What the engine's thread does: all columns, as far as they have come."""
-        return answer_together(sitting.cast, sitting.voices, prompts, settings, stopped=stopped)
+        return answer_together(answering.loaded, answering.variants, prompts, settings, stopped=stopped)
 
     answers: tuple[Answer, ...] = ()
-    for answers in desk.engine.latest(task, PACE):
+    for answers in app.engine.latest(task, PACE):
         yield _with(chat, text, answers)
-    scores = [desk.engine.call(lambda p=p: score(sitting.cast, *p)) for p in zip(sitting.judges, answers, strict=True)]
+    scores = [
+        app.engine.call(lambda p=p: score(answering.loaded, *p)) for p in zip(answering.judges, answers, strict=True)
+    ]
     grown = _with(chat, text, answers)
     scored = [
         column._replace(exchanges=(*column.exchanges[:-1], column.exchanges[-1]._replace(score=found)))
@@ -87,8 +89,8 @@ def converse(
     yield replace(grown, columns=tuple(scored))
 
 
-def _prompt(cast: Cast, column: Column, text: str, system: str) -> Text:
-    return prompt_of(cast, [(e.said, e.answer.text) for e in column.exchanges], text, system)
+def _next_prompt(loaded: RunVariants, column: Column, text: str, system: str) -> Text:
+    return chat_prompt(loaded, [(e.prompt, e.answer.text) for e in column.exchanges], text, system)
 
 
 def _with(chat: Chat, text: str, answers: tuple[Answer, ...]) -> Chat:

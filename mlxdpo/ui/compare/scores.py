@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlxdpo.ui.compare.answers import Answer
-from mlxdpo.ui.variants import Cast, Voice
+from mlxdpo.ui.variants import RunVariants, Variant
 from mlxdpo_eval.metrics.drift import sequence_kl
 
 
-class Piece(NamedTuple):
+class TokenPiece(NamedTuple):
     """The text of a token, or of the tokens of one character; `ratio` is their summed log pi / pi_ref, nats."""
 
     text: str
@@ -25,29 +25,29 @@ class Score(NamedTuple):
     the partition function, which cancels between two answers to one prompt); `kl` the KL divergence of policy from
     reference summed over the answer's steps, nats; `end` the log-ratio of the end-of-turn token, if there is one."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TokenPiece, ...]
     reward: float
     ratio: float
     kl: float
     end: float | None
 
 
-def score(cast: Cast, policy: Voice, answer: Answer) -> Score | None:
+def score(loaded: RunVariants, policy: Variant, answer: Answer) -> Score | None:
     """The score of an answer, its end-of-turn token included when it came to one; None for an empty answer."""
-    ends = [min(cast.policy.eos_ids)] if answer.finish == "stop" and cast.policy.eos_ids else []
+    ends = [min(loaded.policy.eos_ids)] if answer.finish == "stop" and loaded.policy.eos_ids else []
     targets = [*answer.tokens, *ends]
     if not targets:
         return None
     rows, first = mx.array([[*answer.prompt, *targets[:-1]]]), len(answer.prompt) - 1
-    own, base = (_logits(side, rows, first) for side in (policy.enter, cast.reference))
+    own, base = (_logits(side, rows, first) for side in (policy.enter, loaded.reference))
     logps = np.stack([_chosen(logits, targets) for logits in (own, base)])
     mask = mx.ones((1, len(targets)))
     kl = float(sequence_kl(lambda at: own[:, at], lambda at: base[:, at], mask).item())
     mx.clear_cache()
     ratios = logps[0] - logps[1]
-    pieces = _pieces(cast.policy.tokenizer, answer.tokens, ratios, logps[0])
+    pieces = _token_pieces(loaded.policy.tokenizer, answer.tokens, ratios, logps[0])
     total = float(ratios.sum())
-    return Score(pieces, cast.config.loss.beta * total, total, kl, float(ratios[-1]) if ends else None)
+    return Score(pieces, loaded.config.loss.beta * total, total, kl, float(ratios[-1]) if ends else None)
 
 
 def _logits(enter: Any, rows: mx.array, first: int) -> mx.array:
@@ -63,7 +63,9 @@ def _chosen(logits: mx.array, targets: list[int]) -> np.ndarray:
     return np.array(picked - mx.logsumexp(logits, axis=-1))[0].astype(np.float64)
 
 
-def _pieces(tokenizer: Any, tokens: tuple[int, ...], ratios: np.ndarray, logps: np.ndarray) -> tuple[Piece, ...]:
+def _token_pieces(
+    tokenizer: Any, tokens: tuple[int, ...], ratios: np.ndarray, logps: np.ndarray
+) -> tuple[TokenPiece, ...]:
     """Tokens as text. A token that ends inside a character is joined with the next: neither can be shown alone."""
     pieces, done, start = [], "", 0
     for i in range(len(tokens)):
@@ -71,6 +73,6 @@ def _pieces(tokenizer: Any, tokens: tuple[int, ...], ratios: np.ndarray, logps: 
         if text.endswith("\N{REPLACEMENT CHARACTER}") and i + 1 < len(tokens):
             continue
         part = slice(start, i + 1)
-        pieces.append(Piece(text[len(done) :], float(ratios[part].sum()), float(logps[part].sum())))
+        pieces.append(TokenPiece(text[len(done) :], float(ratios[part].sum()), float(logps[part].sum())))
         done, start = text, i + 1
     return tuple(pieces)

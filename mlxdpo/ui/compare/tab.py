@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from html import escape
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from mlxdpo.ui.compare.answers import LONGEST_PROMPT, Settings, settings_from
 from mlxdpo.ui.compare.columns import Column, columns_html
 from mlxdpo.ui.compare.conversation import Chat, chat_html, converse
 from mlxdpo.ui.guard import Guard
-from mlxdpo.ui.widgets import plain, said, saying, session_of, sorry
+from mlxdpo.ui.widgets import MANY, alert, session_of, show_errors
 
 WELCOME = (
     "Write a prompt and press Enter, or take one that training never saw: the model before and after tuning answers "
@@ -28,7 +29,7 @@ NO_RUNS = (
 LOADING = '<p class="empty" role="status">Loading the model …</p>'
 
 
-class Asked(NamedTuple):
+class SendRequest(NamedTuple):
     """What a press of the button asks for."""
 
     chat: Chat
@@ -38,51 +39,51 @@ class Asked(NamedTuple):
     system: str
 
 
-def welcome(desk: AppState) -> str:
+def welcome(app: AppState) -> str:
     """The empty columns, or what to do where there is no run."""
-    if not desk.names():
-        return f'<p class="empty">{plain(NO_RUNS)}</p>'
+    if not app.names():
+        return f'<p class="empty">{escape(NO_RUNS)}</p>'
     return columns_html([Column("Before tuning", ""), Column("After tuning", "")], WELCOME)
 
 
-def prompt_choices(desk: AppState, name: str | None) -> tuple[list[tuple[str, str]], str]:
+def prompt_choices(app: AppState, name: str | None) -> tuple[list[tuple[str, str]], str]:
     """(label, number) of the held-out prompts of a run, and a note where there are none.
 
     A number is text, as every value of a dropdown here (`input_checks.py`).
     """
     if not name:
         return [], ""
-    found = desk.gallery(name)
+    found = app.gallery(name)
     return [(one_line(row), str(i)) for i, row in enumerate(found.heldout)], found.note
 
 
-def picked(desk: AppState, name: str | None, number: str | None) -> tuple[str, str]:
+def picked_prompt(app: AppState, name: str | None, number: str | None) -> tuple[str, str]:
     """A held-out prompt by its number, and its chosen and rejected answers as HTML."""
-    rows = desk.gallery(name).heldout if name else ()
+    rows = app.gallery(name).heldout if name else ()
     row = {str(i): row for i, row in enumerate(rows)}.get(number or "")
     if row is None:
         return "", ""
     pair = [("Chosen in the data", row.chosen), ("Rejected in the data", row.rejected)]
     cards = "".join(
-        f'<section class="voice"><h3>{name}</h3><div class="answer">{plain(text_of(text))}</div></section>'
+        f'<section class="voice"><h3>{name}</h3><div class="answer">{escape(text_of(text))}</div></section>'
         for name, text in pair
     )
     heading = '<p class="quiet">What the data have for the prompt picked above:</p>'
     return prompt_text(row.prompt), f'{heading}<div class="voices small">{cards}</div>'
 
 
-def another(desk: AppState, name: str | None, now: str | None) -> tuple[str, str, str]:
+def another(app: AppState, name: str | None, now: str | None) -> tuple[str, str, str]:
     """One of the held-out prompts, another than `now` where there are two: its number, and what `picked` says of it.
 
     Raises `UserError` where there are none.
     """
-    found = desk.gallery(name).heldout if name else ()
+    found = app.gallery(name).heldout if name else ()
     if not name or not found:
-        note = desk.gallery(name).note if name else "choose a run first"
+        note = app.gallery(name).note if name else "choose a run first"
         raise UserError(f"no held-out prompts: {note}; write a prompt of your own")
     others = [number for number in map(str, range(len(found))) if number != now] or ["0"]
     number = random.choice(others)
-    return number, *picked(desk, name, number)
+    return number, *picked_prompt(app, name, number)
 
 
 def _without_last(chat: Chat) -> tuple[Chat, str]:
@@ -90,40 +91,39 @@ def _without_last(chat: Chat) -> tuple[Chat, str]:
     if not chat.columns or not chat.columns[0].exchanges:
         raise UserError("nothing to draw again yet; send a prompt first")
     columns = tuple(column._replace(exchanges=column.exchanges[:-1]) for column in chat.columns)
-    return replace(chat, columns=columns), chat.columns[0].exchanges[-1].said
+    return replace(chat, columns=columns), chat.columns[0].exchanges[-1].prompt
 
 
-def build(desk: AppState, guard: Guard, page: Any) -> Any:
+def build(app: AppState, guard: Guard, page: Any) -> Any:
     """Make the tab inside the current `gr.Tab`; returns the run's dropdown."""
     import gradio as gr
 
-    see, do = _layout(gr, desk), _handlers(desk, guard)
+    see, do = _compare_widgets(gr, app), _compare_handlers(app, guard)
     knobs = list(see.knobs.values())
     outputs = [see.chat, see.text, see.board, see.knobs["seed"]]
     asked = [see.run, see.third]
-    many: dict[str, Any] = {"concurrency_limit": 8, "api_visibility": "private", "show_progress": "hidden"}
-    gr.on([see.text.submit, see.send.click], do.send, [see.chat, *asked, see.text, see.system, *knobs], outputs, **many)
-    see.again.click(do.again, [see.chat, *asked, see.system, *knobs], outputs, **many)
-    see.stop.click(do.stop, None, None, **many)
-    gr.on([see.new.click, see.third.change], do.clear, None, [see.chat, see.board], **many)
+    gr.on([see.text.submit, see.send.click], do.send, [see.chat, *asked, see.text, see.system, *knobs], outputs, **MANY)
+    see.again.click(do.again, [see.chat, *asked, see.system, *knobs], outputs, **MANY)
+    see.stop.click(do.stop, None, None, **MANY)
+    gr.on([see.new.click, see.third.change], do.clear, None, [see.chat, see.board], **MANY)
     changed = [see.chat, see.board, see.third, see.pick, see.pair, see.knobs["max_tokens"]]
-    see.run.change(do.run, see.run, changed, **many)
-    see.pick.change(do.pick, [see.run, see.pick], [see.text, see.pair], **many)
+    see.run.change(do.run, see.run, changed, **MANY)
+    see.pick.change(do.pick, [see.run, see.pick], [see.text, see.pair], **MANY)
     # Not through the drop-down alone: set to what it shows already, it says nothing.
-    see.chance.click(do.chance, [see.run, see.pick], [see.pick, see.text, see.pair], **many)
-    page.load(do.load, None, see.run, **many)
+    see.chance.click(do.chance, [see.run, see.pick], [see.pick, see.text, see.pair], **MANY)
+    page.load(do.load, None, see.run, **MANY)
     return see.run
 
 
-def _layout(gr: Any, desk: AppState) -> SimpleNamespace:
+def _compare_widgets(gr: Any, app: AppState) -> SimpleNamespace:
     """The widgets, from top to bottom."""
-    names = desk.names()
+    names = app.names()
     first = names[0] if names else None
     see = SimpleNamespace(chat=gr.State(Chat()))
     with gr.Row():
         see.run = gr.Dropdown(names, value=first, label="Run", elem_id="compare-run")
-        see.third = gr.Dropdown(desk.thirds(first), value=NOBODY, label="Third column", elem_id="compare-third")
-    choices, note = prompt_choices(desk, first)
+        see.third = gr.Dropdown(app.thirds(first), value=NOBODY, label="Third column", elem_id="compare-third")
+    choices, note = prompt_choices(app, first)
     with gr.Row(equal_height=True, elem_classes="buttons"):
         see.pick = gr.Dropdown(
             choices,
@@ -148,71 +148,73 @@ def _layout(gr: Any, desk: AppState) -> SimpleNamespace:
         see.system = gr.Textbox(
             label="System prompt (chat models)", max_length=LONGEST_PROMPT, elem_id="compare-system"
         )
-        see.knobs = knobs_of(gr, "compare", Settings(max_tokens=usual_tokens(desk, first)))
-    see.board = gr.HTML(welcome(desk), elem_id="columns", elem_classes="board")
+        see.knobs = knobs_of(gr, "compare", Settings(max_tokens=usual_tokens(app, first)))
+    see.board = gr.HTML(welcome(app), elem_id="columns", elem_classes="board")
     see.pair = gr.HTML(elem_id="compare-pair")
     return see
 
 
-def _handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
+def _compare_handlers(app: AppState, guard: Guard) -> SimpleNamespace:
     """What the widgets call."""
     import gradio as gr
 
-    def answers(request: Any, asked: Asked, knobs: tuple[Any, ...]) -> Iterator[Any]:
+    def answers(request: Any, asked: SendRequest, knobs: tuple[Any, ...]) -> Iterator[Any]:
         """Page updates while the columns grow: the chat, the text field, the page's columns, the seed."""
         guard(request)
         chat, name, third, text, system = asked
-        with desk.stoppable(session_of(request)) as halt:
+        with app.stoppable(session_of(request)) as halt:
             yield chat, gr.skip(), LOADING + chat_html(chat), gr.skip()
             try:
                 settings = settings_from(**dict(zip(Settings.model_fields, knobs, strict=True)))
                 written: Any = ""  # cleared once: what is typed while the answers grow stays
-                for grown in converse(desk, chat, name, third, text, system, settings, halt.is_set):
+                for grown in converse(app, chat, name, third, text, system, settings, halt.is_set):
                     yield grown, written, chat_html(grown), settings.seed
                     written = gr.skip()
             except UserError as error:
-                yield chat, gr.skip(), sorry(error) + chat_html(chat), gr.skip()
+                yield chat, gr.skip(), alert(error, "empty") + chat_html(chat), gr.skip()
 
     def send(chat, name, third, text, system, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
         """The button `Send`, and Enter."""
-        yield from answers(request, Asked(chat, name, third, text or "", system or ""), (t, p, n, seed))
+        yield from answers(request, SendRequest(chat, name, third, text or "", system or ""), (t, p, n, seed))
 
     def again(chat, name, third, system, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
         """The same question with the next seed."""
-        with said():
+        with show_errors():
             shorter, text = _without_last(chat)
-        yield from answers(request, Asked(shorter, name, third, text, system or ""), (t, p, n, (seed or 0) + 1))
+        yield from answers(request, SendRequest(shorter, name, third, text, system or ""), (t, p, n, (seed or 0) + 1))
 
     def stop(request: gr.Request) -> None:
         """End this page's answers where they are."""
-        desk.stop(session_of(request))
+        app.stop(session_of(request))
 
     def chosen(name: str) -> tuple[Any, ...]:
-        """Another run: an empty chat, its third voices, its prompts and its usual length."""
-        choices, note = prompt_choices(desk, name)
-        third = gr.Dropdown(desk.thirds(name), value=NOBODY)
-        return Chat(), welcome(desk), third, gr.Dropdown(choices, value=None, info=note), "", usual_tokens(desk, name)
+        """Another run: an empty chat, its third variants, its prompts and its usual length."""
+        choices, note = prompt_choices(app, name)
+        third = gr.Dropdown(app.thirds(name), value=NOBODY)
+        return Chat(), welcome(app), third, gr.Dropdown(choices, value=None, info=note), "", usual_tokens(app, name)
 
     def load() -> Any:
         """The runs that can answer, the one the page opens with chosen."""
-        names = desk.names()
+        names = app.names()
         return gr.Dropdown(names, value=names[0]) if names else gr.skip()
 
     return SimpleNamespace(
         send=send,
         again=again,
         stop=stop,
-        run=saying(chosen),
+        run=show_errors()(chosen),
         load=load,
-        clear=lambda: (Chat(), welcome(desk)),
-        pick=saying(lambda name, number: (gr.skip(), "") if number is None else picked(desk, name, number)),
-        chance=saying(lambda name, now: another(desk, name, now)),
+        clear=lambda: (Chat(), welcome(app)),
+        pick=show_errors()(
+            lambda name, number: (gr.skip(), "") if number is None else picked_prompt(app, name, number)
+        ),
+        chance=show_errors()(lambda name, now: another(app, name, now)),
     )
 
 
-def usual_tokens(desk: AppState, name: str | None) -> int:
+def usual_tokens(app: AppState, name: str | None) -> int:
     """How long answers usually are in a run's data, in tokens."""
-    return desk.gallery(name).tokens if name else 128
+    return app.gallery(name).tokens if name else 128
 
 
 def knobs_of(gr: Any, where: str, start: Settings) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from mlxdpo.types import UserError
-from mlxdpo.ui.constitution import view as view
-from mlxdpo.ui.constitution.view import ANY, EVERY, LEFT, PAGE, PAIRED, Wanted
+from mlxdpo.ui.constitution import view
+from mlxdpo.ui.constitution.view import ANY, EVERY, LEFT, PAIRED, TalkFilter
 from mlxdpo.ui.guard import Guard
+from mlxdpo.ui.listing import connect_list, list_widgets, turned_page
+from mlxdpo.ui.widgets import QUIET, alert, or_alert
 
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 CHOOSE = "<p>Choose a folder.</p>"
 OPEN = "<p>Open a conversation by its number above.</p>"
 NONE = (
@@ -24,32 +24,23 @@ def build(runs: Path, guard: Guard) -> None:
     """Fill the tab. It only reads, so the guard has nothing to refuse here that it has not refused at the door."""
     import gradio as gr
 
-    page = gr.State(0)
     folder = gr.Dropdown([], label="Folder", elem_id="constitution-folder")
     with gr.Row():
         text = gr.Textbox(label="Search", placeholder="part of a text", elem_id="constitution-search")
         kind = gr.Radio([EVERY, PAIRED, LEFT], value=EVERY, label="Show")
         principle = gr.Dropdown([ANY], value=ANY, label="Principle")
-    listing = gr.HTML(CHOOSE, elem_id="constitution-rows")
-    with gr.Row():
-        back, forth = gr.Button("Earlier", size="sm"), gr.Button("Later", size="sm", elem_id="constitution-later")
-        number = gr.Number(None, label="Conversation to open", precision=0, elem_id="constitution-number")
+    label, ends = "Conversation to open", ("Earlier", "Later")
+    widgets = list_widgets(gr, "constitution", CHOOSE, ends, label, "constitution-number")
     with gr.Tab("Conversation"):
         talk = gr.HTML(OPEN, elem_id="constitution-talk")
     with gr.Tab("Constitution and report"):
         about = gr.HTML(elem_id="constitution-about")
 
-    browse = {"inputs": [folder, text, kind, principle, page, number], "outputs": [listing, page]}
-    gr.context.Context.root_block.load(lambda: _choices(gr, runs), None, [folder, listing], **QUIET)
-    folder.change(lambda name: _opened(gr, runs, name), folder, [principle, number, about, page], **QUIET).then(
-        lambda *now: listed(runs, 0, now), **browse, **QUIET
-    )
-    for happening in (text.change, kind.change, principle.change):
-        happening(lambda *now: listed(runs, 0, (*now[:-2], 0, now[-1])), **browse, trigger_mode="always_last", **QUIET)
-    back.click(lambda *now: listed(runs, -1, now), **browse, **QUIET)
-    forth.click(lambda *now: listed(runs, 1, now), **browse, **QUIET)
+    number = widgets.number
+    gr.context.Context.root_block.load(lambda: _folder_choices(gr, runs), None, [folder, widgets.listing], **QUIET)
+    opened = (lambda name: _folder_opened(gr, runs, name), [principle, number, about, widgets.page])
+    connect_list(widgets, folder, [text, kind, principle], opened, lambda *now: listed(runs, *now))
     number.change(lambda *now: read(runs, *now), [folder, number], talk, **QUIET)
-    number.change(lambda *now: listed(runs, 0, now), **browse, **QUIET)
 
 
 def _folder(runs: Path, name: str | None) -> Path:
@@ -60,12 +51,12 @@ def _folder(runs: Path, name: str | None) -> Path:
     return offered[name]
 
 
-def _choices(gr: Any, runs: Path) -> Any:
+def _folder_choices(gr: Any, runs: Path) -> Any:
     names = list(view.found(runs, Path.cwd()))
     return gr.update(choices=names), CHOOSE if names else NONE
 
 
-def _opened(gr: Any, runs: Path, name: str | None) -> Any:
+def _folder_opened(gr: Any, runs: Path, name: str | None) -> Any:
     """Principles to choose from, no number, what the folder is, the first page."""
     if not name:
         return gr.update(choices=[ANY], value=ANY), None, "", 0
@@ -74,10 +65,10 @@ def _opened(gr: Any, runs: Path, name: str | None) -> Any:
         names = [one.name for one in view.rules_of(folder).principles]
         return gr.update(choices=[ANY, *names], value=ANY), None, view.summary_html(folder), 0
     except UserError as error:
-        return gr.update(choices=[ANY], value=ANY), None, _alert(error), 0
+        return gr.update(choices=[ANY], value=ANY), None, alert(error), 0
 
 
-def listed(runs: Path, move: int, now: tuple[Any, ...]) -> tuple[str, int]:
+def listed(runs: Path, move: int, *now: Any) -> tuple[str, int]:
     """The page of conversations, `move` pages on, and its number; `now` is what the form holds."""
     name, text, kind, principle, page, number = now  # a number field that is left empty arrives as 0
     if not name:
@@ -85,22 +76,16 @@ def listed(runs: Path, move: int, now: tuple[Any, ...]) -> tuple[str, int]:
     try:
         talks = view.open_talks(_folder(runs, name))
     except UserError as error:
-        return _alert(error), 0
-    shown = view.matching(talks, Wanted(text or "", kind or EVERY, principle or ANY))
-    page = max(0, min(page + move, (len(shown) - 1) // PAGE))
-    return view.page_html(talks, shown, page, number or None), page
+        return alert(error), 0
+    shown = view.matching_talks(talks, TalkFilter(text or "", kind or EVERY, principle or ANY))
+    page = turned_page(shown, page, move)
+    return view.talks_html(talks, shown, page, number or None), page
 
 
+@or_alert
 def read(runs: Path, name: str | None, number: float | None) -> str:
     """One conversation in full."""
     if not name or not number:
         return OPEN
-    try:
-        folder = _folder(runs, name)
-        return view.talk_html(view.open_talks(folder), int(number), view.rules_of(folder))
-    except UserError as error:
-        return _alert(error)
-
-
-def _alert(error: UserError) -> str:
-    return f"<p role='alert'>{escape(str(error))}</p>"
+    folder = _folder(runs, name)
+    return view.talk_html(view.open_talks(folder), int(number), view.rules_of(folder))

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 from mlxdpo.io.json_file import as_written, read_json, read_lines
 from mlxdpo.online.constitution.run import RULES, SETTINGS
 from mlxdpo.online.constitution.schema import Constitution, load_constitution
-from mlxdpo.online.constitution.write_outputs import REPORT, TALKS, said
+from mlxdpo.online.constitution.write_outputs import REPORT, TALKS, constitution_sentences
 from mlxdpo.types import UserError
 from mlxdpo.ui.choices import folders
-from mlxdpo.ui.data.view import short
-from mlxdpo.ui.widgets import table
+from mlxdpo.ui.listing import holds_text, page_table, short
+from mlxdpo.ui.widgets import html_table
 
 Talk = Mapping[str, Any]
-PAGE = 20  # conversations shown at once
 EVERY, PAIRED, LEFT = "all", "pairs", "left out"
 ANY = "any principle"
 PARTS = {
@@ -34,7 +33,7 @@ STYLE = """<style>
 </style>"""
 
 
-class Wanted(NamedTuple):
+class TalkFilter(NamedTuple):
     """A filter: `text` anywhere (any case), whether there is a pair, the principle of the critique."""
 
     text: str = ""
@@ -59,11 +58,11 @@ def open_talks(folder: Path) -> tuple[Talk, ...]:
     if not file.is_file():
         raise UserError(f"{folder.name}: its {TALKS} is gone; reload the page")
     about = file.stat()
-    return _read(file, about.st_mtime_ns, about.st_size)
+    return _read_talks(file, about.st_mtime_ns, about.st_size)
 
 
 @lru_cache(maxsize=2)
-def _read(file: Path, modified: int, size: int) -> tuple[Talk, ...]:
+def _read_talks(file: Path, modified: int, size: int) -> tuple[Talk, ...]:
     return tuple(read_lines(file))
 
 
@@ -72,44 +71,37 @@ def rules_of(folder: Path) -> Constitution:
     return load_constitution(folder / RULES)
 
 
-def matching(talks: Sequence[Talk], wanted: Wanted) -> list[int]:
+def matching_talks(talks: Sequence[Talk], wanted: TalkFilter) -> list[int]:
     """Indices of the conversations that fit."""
-    return [at for at, talk in enumerate(talks) if _fits(talk, wanted)]
+    return [at for at, talk in enumerate(talks) if _talk_fits(talk, wanted)]
 
 
-def _fits(talk: Talk, wanted: Wanted) -> bool:
+def _talk_fits(talk: Talk, wanted: TalkFilter) -> bool:
     if wanted.kind != EVERY and bool(talk["left_out"]) != (wanted.kind == LEFT):
         return False
     if wanted.principle != ANY and talk.get("principle") != wanted.principle:
         return False
-    texts = [prompt_text(talk), *(talk[part]["text"] for part in PARTS if part in talk)]
-    asked = wanted.text.casefold()
-    return not asked or any(asked in text.casefold() for text in texts)
+    return holds_text((talk_prompt(talk), *(talk[part]["text"] for part in PARTS if part in talk)), wanted.text)
 
 
-def prompt_text(talk: Talk) -> str:
+def talk_prompt(talk: Talk) -> str:
     """The turns of the prompt; a single one as it stands."""
     turns = talk["prompt"]
     return turns[0]["content"] if len(turns) == 1 else "\n\n".join(f"{t['role']}: {t['content']}" for t in turns)
 
 
-def page_html(talks: Sequence[Talk], shown: Sequence[int], page: int, chosen: int | None = None) -> str:
+def talks_html(talks: Sequence[Talk], shown: Sequence[int], page: int, chosen: int | None = None) -> str:
     """One page of the conversations found, numbered from 1 as they stand in the file."""
-    rows = [_cells(at, talks[at]) for at in shown[page * PAGE : (page + 1) * PAGE]]
-    if not rows:
-        return "<p>No conversation fits. Clear the search, or make it wider.</p>"
-    first = page * PAGE + 1
-    caption = f"Conversations {first:,} to {first + len(rows) - 1:,} of {len(shown):,} found"
     headers = ["number", "prompt", "principle", "before", "after", "label", "left out"]
-    return table(caption, headers, rows, None if chosen is None else str(chosen))
+    return page_table("conversation", headers, lambda at: _talk_cells(at, talks[at]), shown, page, chosen)
 
 
-def _cells(at: int, talk: Talk) -> list[str]:
+def _talk_cells(at: int, talk: Talk) -> list[str]:
     old, new = (talk.get(a) or talk.get(b) or {} for a, b in (("initial", "first"), ("revision", "second")))
     p = talk.get("probability")
     label = "" if p is None else f"{p:.3f}"
     texts = (short(old.get("text", "")), short(new.get("text", "")))
-    return [str(at + 1), short(prompt_text(talk)), talk.get("principle", ""), *texts, label, talk["left_out"]]
+    return [str(at + 1), short(talk_prompt(talk)), talk.get("principle", ""), *texts, label, talk["left_out"]]
 
 
 def talk_html(talks: Sequence[Talk], number: int, rules: Constitution) -> str:
@@ -122,7 +114,7 @@ def talk_html(talks: Sequence[Talk], number: int, rules: Constitution) -> str:
     talk = talks[number - 1]
     drawn = next((one for one in rules.principles if one.name == talk.get("principle")), None)
     asked = {"critique": drawn.critique, "revision": drawn.revision} if drawn else {}
-    parts = [_part("Prompt", prompt_text(talk))]
+    parts = [_part("Prompt", talk_prompt(talk))]
     for part, title in PARTS.items():
         if part in talk:
             request = f"<p><em>{escape(asked[part])}</em></p>" if part in asked else ""
@@ -131,9 +123,9 @@ def talk_html(talks: Sequence[Talk], number: int, rules: Constitution) -> str:
     return f"{STYLE}{why}{''.join(parts)}{_votes(talk)}"
 
 
-def _remark(said: Mapping[str, Any]) -> str:
-    cut = ", cut off" if said["finish"] == "length" else ""
-    return f": {said['tokens']} tokens{cut}"
+def _remark(reply: Mapping[str, Any]) -> str:
+    cut = ", cut off" if reply["finish"] == "length" else ""
+    return f": {reply['tokens']} tokens{cut}"
 
 
 def _part(title: str, text: str, request: str = "") -> str:
@@ -150,7 +142,7 @@ def _votes(talk: Talk) -> str:
     ]
     rows.append(["all", "", "", f"{talk['probability']:.3f}"])
     headers = ["principle", "log-odds, shown as A", "log-odds, shown as B", "probability"]
-    return table(f"How probably {better} is the better one", headers, rows)
+    return html_table(f"How probably {better} is the better one", headers, rows)
 
 
 def summary_html(folder: Path) -> str:
@@ -161,7 +153,7 @@ def summary_html(folder: Path) -> str:
     else:
         report = read_json(file)
         with as_written(file):
-            lines = [f"{report['rows']} pairs from {report['prompts']} prompts", *said(report)]
+            lines = [f"{report['rows']} pairs from {report['prompts']} prompts", *constitution_sentences(report)]
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     rows = [[one.name, one.critique, one.revision, one.comparison] for one in rules_of(folder).principles]
-    return f"<ul>{items}</ul>{table('The constitution', ['name', 'critique', 'revision', 'comparison'], rows)}"
+    return f"<ul>{items}</ul>{html_table('The constitution', ['name', 'critique', 'revision', 'comparison'], rows)}"

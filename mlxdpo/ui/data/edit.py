@@ -53,7 +53,7 @@ def target_of(path: Path) -> Path:
     return next(path.with_name(name) for name in names if not path.with_name(name).exists())
 
 
-def save(path: Path, where: str, before: Mapping[str, Any], new: Mapping[str, Any]) -> Path:
+def save_row(path: Path, where: str, before: Mapping[str, Any], new: Mapping[str, Any]) -> Path:
     """Write the file with this one row changed; returns the file. Every other line is copied as it stands.
 
     Raises `UserError` when the row on disk is not `before` any more, and for rows that JSON cannot hold.
@@ -66,11 +66,11 @@ def save(path: Path, where: str, before: Mapping[str, Any], new: Mapping[str, An
             """Every line but the one that changes, as it is."""
             nonlocal changed
             with draft.open("wb") as out:
-                for at, line in _lines(path):
+                for at, line in _numbered_lines(path):
                     if at == number:
-                        if json.loads(line) != json.loads(_line(before)):
+                        if json.loads(line) != json.loads(_json_line(before)):
                             break
-                        line, changed = _line(new), True
+                        line, changed = _json_line(new), True
                     out.write(line.rstrip(b"\r\n") + b"\n")
             if not changed:
                 raise UserError(f"{where} is not what was shown any more; show the row again and repeat the change")
@@ -79,14 +79,14 @@ def save(path: Path, where: str, before: Mapping[str, Any], new: Mapping[str, An
         return target
 
 
-def _line(row: Mapping[str, Any]) -> bytes:
+def _json_line(row: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
         raise UserError(f"this row cannot be written as JSON ({error}); edit the file by hand") from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines of JSON, as they stand or, from another kind of file, as they are read."""
     if path.name.lower().endswith(LINES):
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
@@ -96,4 +96,4 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     for where, row in read_rows(str(path)):
         if isinstance(row, BadRow):
             raise UserError(f"{where}: {row.sentence}; mend that in the file before you edit it here")
-        yield number_of(where), _line(row)
+        yield number_of(where), _json_line(row)

@@ -22,16 +22,14 @@ from mlxdpo.data.read import read_preferences
 from mlxdpo.data.report import BadRow, Report
 from mlxdpo.data.sources import Found, read_rows
 from mlxdpo.types import Preference, UserError
-from mlxdpo.ui.widgets import table
+from mlxdpo.ui.listing import holds_text, page_table, short
 
 MOST = 50_000  # rows held in memory; the others are neither shown nor searched, and that is said
-PAGE = 20  # rows shown at once
-WIDTH = 90  # characters of a cell
 FIELDS = 4  # columns that can be edited
 ANY = "any column"
 
 
-class Wanted(NamedTuple):
+class RowFilter(NamedTuple):
     """A filter: `text` somewhere in `column` (any case), and that column's length in characters."""
 
     text: str = ""
@@ -54,11 +52,11 @@ def open_book(path: Path) -> Book:
     if not path.is_file():
         raise UserError(f"{path}: the file is gone; choose another, or reload the page")
     about = path.stat()
-    return _read(path, about.st_mtime_ns, about.st_size)
+    return _read_book(path, about.st_mtime_ns, about.st_size)
 
 
 @lru_cache(maxsize=2)  # paging and searching read the file once, until it changes
-def _read(path: Path, modified: int, size: int) -> Book:
+def _read_book(path: Path, modified: int, size: int) -> Book:
     found = read_rows(str(path))
     rows = tuple(islice(found, MOST))
     sound = (row for _, row in rows[:100] if not isinstance(row, BadRow))
@@ -84,48 +82,37 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def matching(book: Book, wanted: Wanted) -> list[int]:
+def matching_rows(book: Book, wanted: RowFilter) -> list[int]:
     """Indices of the rows that fit. An unreadable row fits only where nothing is asked."""
-    if wanted == Wanted():
+    if wanted == RowFilter():
         return list(range(len(book.rows)))
-    return [at for at, (_, row) in enumerate(book.rows) if not isinstance(row, BadRow) and _fits(row, wanted)]
+    return [at for at, (_, row) in enumerate(book.rows) if not isinstance(row, BadRow) and _row_fits(row, wanted)]
 
 
-def _fits(row: Mapping[str, Any], wanted: Wanted) -> bool:
+def _row_fits(row: Mapping[str, Any], wanted: RowFilter) -> bool:
     names = row if wanted.column == ANY else [wanted.column]
     texts = [as_text(row[name]) for name in names if name in row]
     length = sum(map(len, texts))
     if (wanted.least is not None and length < wanted.least) or (wanted.most is not None and length > wanted.most):
         return False
-    asked = wanted.text.casefold()
-    return not asked or any(asked in text.casefold() for text in texts)
+    return holds_text(texts, wanted.text)
 
 
-def page_html(book: Book, found: Sequence[int], page: int, chosen: int | None = None) -> str:
+def rows_html(book: Book, found: Sequence[int], page: int, chosen: int | None = None) -> str:
     """One page of the rows found."""
     names = columns_of(book)[:FIELDS]
-    shown = [_cells(book.rows[at], names) for at in found[page * PAGE : (page + 1) * PAGE]]
-    if not shown:
-        return "<p>No row fits. Clear the search, or make it wider.</p>"
-    first = page * PAGE + 1
     limit = f" (of the first {MOST:,}; the file is longer)" if book.more else ""
-    caption = f"Rows {first:,} to {first + len(shown) - 1:,} of {len(found):,} found{limit}"
-    return table(caption, ["row", *names, "characters"], shown, None if chosen is None else str(chosen))
+    headers = ["row", *names, "characters"]
+    return page_table("row", headers, lambda at: _row_cells(book.rows[at], names), found, page, chosen, limit)
 
 
-def _cells(found: Found, names: Sequence[str]) -> list[str]:
+def _row_cells(found: Found, names: Sequence[str]) -> list[str]:
     where, row = found
     number = str(number_of(where))
     if isinstance(row, BadRow):
         return [number, f"cannot be read: {row.sentence}", *[""] * len(names)]
     texts = [as_text(row.get(name, "")) for name in names]
     return [number, *(short(text) for text in texts), " / ".join(str(len(text)) for text in texts)]
-
-
-def short(text: str) -> str:
-    """The beginning of a text on one line."""
-    line = " ".join(text[: 2 * WIDTH].split())
-    return line if len(line) <= WIDTH and len(text) <= 2 * WIDTH else line[:WIDTH] + "…"
 
 
 def row_at(book: Book, number: int | None) -> Found:
@@ -170,7 +157,7 @@ def as_seen(pair: Preference, count: int, data: DataConfig, tokenizer: Any) -> s
     parts = zip(
         ("chosen", "rejected"), shown_example(example, tokenizer), (example.chosen, example.rejected), strict=True
     )
-    sides = "".join(_side(name, segments, len(example.prompt), len(ids)) for name, segments, ids in parts)
+    sides = "".join(_seen_side(name, segments, len(example.prompt), len(ids)) for name, segments, ids in parts)
     more = f"<p>The first of this row's {count} pairs.</p>" if count > 1 else ""
     return f"{SEEN}{more}{sides}{said}"
 
@@ -182,7 +169,7 @@ SEEN = """<style>
 </style>"""
 
 
-def _side(name: str, segments: Sequence[tuple[str, bool]], prompt: int, scored: int) -> str:
+def _seen_side(name: str, segments: Sequence[tuple[str, bool]], prompt: int, scored: int) -> str:
     body = "".join(f"<mark>{escape(text)}</mark>" if marked else escape(text) for text, marked in segments)
     return (
         f"<h4>{name}: {scored} tokens scored (marked), {prompt} of the prompt not</h4>"

@@ -61,9 +61,11 @@ def chart(title: str, series: Sequence[Series], empty: str = "Nothing measured y
     if not shown:
         return f"{head}<p>{escape(empty)}</p></figure>"
     frame = frame_of(shown)
-    key = "".join(_key(s) for s in shown if s.look == "line") + _dots_key([s for s in shown if s.look == "dots"])
-    drawing = _grid(frame) + "".join(_line(s, frame) if s.look == "line" else _dots(s, frame) for s in shown)
-    label = f"{title}: " + "; ".join(f"{s.name} {number(s.points[-1][1])} at step {s.points[-1][0]:g}" for s in shown)
+    key = "".join(_line_key(s) for s in shown if s.look == "line") + _dots_key([s for s in shown if s.look == "dots"])
+    drawing = _grid(frame) + "".join(_polyline(s, frame) if s.look == "line" else _dots(s, frame) for s in shown)
+    label = f"{title}: " + "; ".join(
+        f"{s.name} {four_digits(s.points[-1][1])} at step {s.points[-1][0]:g}" for s in shown
+    )
     return (
         f'{head}<div class="key">{key}</div>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
@@ -77,7 +79,8 @@ def frame_of(series: Sequence[Series]) -> Frame:
     ys = [y for s in series for _, y in s.points]
     low, high = min(ys), max(ys)
     if high - low < 1e-9 * max(1.0, abs(high)):
-        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
+        below, above = (0.5 * (abs(y) if abs(y) > 1e-300 else 1.0) for y in (low, high))  # half of 5e-324 is 0
+        low, high = low - below, high + above
     step = tick_step(low, high)
     first = min(xs)
     return Frame((first, max(max(xs), first + 1)), (math.floor(low / step) * step, math.ceil(high / step) * step))
@@ -90,7 +93,7 @@ def tick_step(low: float, high: float, most: int = 5) -> float:
     return next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
 
 
-def number(value: float) -> str:
+def four_digits(value: float) -> str:
     """Four significant digits, a true minus."""
     return f"{value + 0.0:.4g}".replace("-", "\N{MINUS SIGN}")
 
@@ -106,14 +109,14 @@ def _grid(frame: Frame) -> str:
     for value in _ticks(*frame.y):
         _, y = frame.place(frame.x[0], value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{four_digits(value)}</text>')
     for value in [v for v in _ticks(*frame.x) if v == round(v)]:
         x, _ = frame.place(value, frame.y[0])
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{value:,.0f}</text>')
     return "".join(parts)
 
 
-def _key(series: Series) -> str:
+def _line_key(series: Series) -> str:
     dash = "; border-top-style: dashed" if series.colour % 4 else ""
     return f'<span><i class="line" style="color: var(--c{series.colour}){dash}"></i> {escape(series.name)}</span>'
 
@@ -127,7 +130,7 @@ def _dots_key(dotted: Sequence[Series]) -> str:
     return f'<span><i class="dots" style="color: {colour}"></i> {escape(words)}</span>'
 
 
-def _line(series: Series, frame: Frame) -> str:
+def _polyline(series: Series, frame: Frame) -> str:
     if len(series.points) == 1:
         return _dots(series, frame)
     path = " ".join("{:.1f},{:.1f}".format(*frame.place(*point)) for point in series.points)
@@ -149,7 +152,7 @@ def _strips(series: Sequence[Series], frame: Frame) -> str:
     width, height, parts = (WIDTH - LEFT - 8) / max(len(shown), 1), HEIGHT - TOP - BOTTOM, []
     for step in shown:
         x, _ = frame.place(step, frame.y[0])
-        here = "\n".join(f"{name} {number(at[step])}" for name, at in values if step in at)
+        here = "\n".join(f"{name} {four_digits(at[step])}" for name, at in values if step in at)
         parts.append(
             f'<rect class="strip" x="{x - width / 2:.1f}" y="{TOP}" width="{width:.1f}" height="{height}">'
             f"<title>step {step:g}\n{escape(here)}</title></rect>"

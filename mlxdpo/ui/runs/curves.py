@@ -43,7 +43,7 @@ class Tail:
     damaged: int = 0
 
 
-def follow(tail: Tail) -> bool:
+def follow_metrics(tail: Tail) -> bool:
     """Take in what was added since the last call; whether there was anything."""
     if not tail.file.exists():
         return False
@@ -54,7 +54,7 @@ def follow(tail: Tail) -> bool:
         return False
     before = tail.offset
     if now.st_size - tail.offset > WHOLE:
-        _sample(tail, now.st_size)
+        _sample_lines(tail, now.st_size)
     _read_on(tail)
     return tail.offset != before
 
@@ -69,7 +69,7 @@ def _read_on(tail: Tail) -> None:
     _take(tail, new[:whole].splitlines())
 
 
-def _sample(tail: Tail, size: int) -> None:
+def _sample_lines(tail: Tail, size: int) -> None:
     """One point from each of `SAMPLES` places between the offset and the end, and the evaluations near them."""
     tail.sampled, start = True, tail.offset
     with tail.file.open("rb") as stream:
@@ -96,20 +96,20 @@ def _take(tail: Tail, lines: Iterable[bytes]) -> None:
         elif "resumed_from" in values:
             # From 0 everything is done again, the evaluation of step 0 too (as in `Run.metrics`).
             back = values["resumed_from"] or -1
-            _cut(tail.steps, back + 1)
-            _cut(tail.evals, back + 1)
+            _drop_from(tail.steps, back + 1)
+            _drop_from(tail.evals, back + 1)
         elif "eval_loss" in values:
-            _cut(tail.evals, values["step"])
+            _drop_from(tail.evals, values["step"])
             tail.evals.append(values)
         elif "loss" in values:
             # In a sample the line that says so may be missing: a step that comes again replaces what followed it.
-            _cut(tail.steps, values["step"])
+            _drop_from(tail.steps, values["step"])
             tail.steps.append(values)
     if len(tail.steps) > 2 * POINTS:
         tail.steps = thinned(tail.steps)
 
 
-def _cut(lines: list[Line], step: int) -> None:
+def _drop_from(lines: list[Line], step: int) -> None:
     while lines and lines[-1]["step"] >= step:
         lines.pop()
 

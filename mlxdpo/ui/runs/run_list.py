@@ -1,6 +1,7 @@
 """The runs of a folder: which there are, what state each is in, how far and how good it is.
 
-Only directories found here can be chosen; a name from the browser is looked up, never joined to a path.
+Only directories found here can be chosen: a name from the browser is looked up, never joined to a path, so that
+anything else, `../` included, is not found.
 """
 
 from __future__ import annotations
@@ -17,10 +18,6 @@ import yaml
 from mlxdpo.io.json_file import read_json
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
-
-# The folder of runs that the page shows: everything the page opens is found by scanning it, nothing by its path.
-#
-# What a browser sends is a name from this list; anything else, `../` included, is not found.
 
 
 def runs_in(folder: Path) -> dict[str, Run]:
@@ -77,11 +74,15 @@ class Summary:
 
     def cells(self) -> list[str]:
         """The line as text, for the columns of `HEADERS`."""
-        numbers = (_shown(self.loss, "{:.4f}"), _shown(self.accuracy, "{:.1%}"), _shown(self.winrate, "{:.1%}"))
+        numbers = (
+            _formatted(self.loss, "{:.4f}"),
+            _formatted(self.accuracy, "{:.1%}"),
+            _formatted(self.winrate, "{:.1%}"),
+        )
         return [self.name, self.state, self.model, self.data, str(self.steps), *numbers]
 
 
-def _shown(value: float | None, form: str) -> str:
+def _formatted(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
@@ -132,11 +133,11 @@ def summary(name: str, path: Path) -> Summary:
     return Summary(
         name=name,
         state=state(path),
-        model=_source(settings.get("model")),
-        data=_source(settings.get("data")),
+        model=_source_name(settings.get("model")),
+        data=_source_name(settings.get("data")),
         steps=int(last.get("step", 0)),
-        loss=number(last, "loss"),
-        accuracy=number(held, "eval_rewards/accuracies"),
+        loss=number_in(last, "loss"),
+        accuracy=number_in(held, "eval_rewards/accuracies"),
         winrate=winrate(path),
     )
 
@@ -153,7 +154,7 @@ def raw_settings(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _source(section: Any) -> str:
+def _source_name(section: Any) -> str:
     where = section.get("path") if isinstance(section, Mapping) else section
     return Path(where).name if isinstance(where, str) else "–"
 
@@ -192,7 +193,7 @@ def sound(line: bytes) -> dict[str, Any] | None:
     return values if all(-LARGEST < number < LARGEST for number in numbers) else None
 
 
-def number(values: Mapping[str, Any], name: str) -> float | None:
+def number_in(values: Mapping[str, Any], name: str) -> float | None:
     """The number under a name, None where there is none."""
     value = values.get(name)
     return value if isinstance(value, int | float) else None
@@ -201,18 +202,18 @@ def number(values: Mapping[str, Any], name: str) -> float | None:
 def winrate(path: Path) -> float | None:
     """The first judge's win-rate at the newest evaluation; None where there is none, or its file is damaged."""
     try:
-        rate = evaluation(path)["winrates"][0]["rate"]
+        rate = newest_evaluation(path)["winrates"][0]["rate"]
     except (UserError, KeyError, IndexError, TypeError):  # the Evaluation tab says what is wrong with the file
         return None
     return rate if isinstance(rate, int | float) else None
 
 
-def evaluation(path: Path) -> dict[str, Any]:
+def newest_evaluation(path: Path) -> dict[str, Any]:
     """The newest results file of `mlxdpo eval`, empty without one. Raises `UserError` for a damaged one."""
     files = sorted((path / "eval").glob("results_*.json"))
     return read_json(files[-1]) if files else {}
 
 
-def lines(runs: Path) -> list[list[str]]:
+def summary_rows(runs: Path) -> list[list[str]]:
     """All runs as rows of text."""
     return [summary(name, path).cells() for name, path in scan(runs).items()]

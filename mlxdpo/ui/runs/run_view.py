@@ -15,31 +15,23 @@ from mlxdpo.training import checkpoint
 from mlxdpo.types import UserError
 from mlxdpo.ui.runs.chart import STYLE, Series, chart
 from mlxdpo.ui.runs.curves import Line, Tail, points
-from mlxdpo.ui.runs.run_list import evaluation, raw_settings
-from mlxdpo.ui.widgets import table
+from mlxdpo.ui.runs.run_list import newest_evaluation, raw_settings
+from mlxdpo.ui.widgets import html_table, or_alert
 from mlxdpo_eval.report.rounds import NOTE, round_cells, round_columns, rounds_verdict
 
-# The rounds that a run belongs to, side by side, from their `rounds.json`. Everything from the file is escaped.
 
-
+@or_alert
 def rounds(path: Path) -> str:
     """The rounds around the run at `path`, its own marked; or how there would be some."""
     file = path.parent / "rounds.json"
     if not file.exists():
         return "<p>This run is no round of several. In a terminal: <code>mlxdpo iterate RECIPE --rounds 3</code></p>"
-    try:
-        found = read_json(file)
-        with as_written(file, "run `mlxdpo iterate` again"):
-            return _shown(path, found)
-    except UserError as error:
-        return f'<p role="alert">{escape(str(error))}</p>'
-
-
-def _shown(path: Path, found: Mapping[str, Any]) -> str:
-    lines = round_cells(found["rounds"])
-    why = f"<p>Stopped by itself: {escape(found['stopped'])}.</p>" if found["stopped"] else ""
-    shown = table(f"Rounds of {path.parent.name}", round_columns(found["rounds"]), lines, path.name)
-    return f"<p><strong>{escape(rounds_verdict(found)[1])}</strong></p>{why}{shown}<p>{escape(NOTE)}</p>"
+    found = read_json(file)
+    with as_written(file, "run `mlxdpo iterate` again"):
+        why = f"<p>Stopped by itself: {escape(found['stopped'])}.</p>" if found["stopped"] else ""
+        rows = round_cells(found["rounds"])
+        shown = html_table(f"Rounds of {path.parent.name}", round_columns(found["rounds"]), rows, path.name)
+        return f"<p><strong>{escape(rounds_verdict(found)[1])}</strong></p>{why}{shown}<p>{escape(NOTE)}</p>"
 
 
 CHARTS: tuple[tuple[str, tuple[tuple[str, str, int], ...]], ...] = (
@@ -112,7 +104,7 @@ def _cell(line: Line, name: str) -> str:
     return f"{value:.4f}" if isinstance(value, int | float) else "–"
 
 
-def report(path: Path) -> str:
+def report_frame(path: Path) -> str:
     """The evaluation report in a frame that runs no script and reaches nothing; or how to get one."""
     file = path / "report.html"
     if not file.exists():
@@ -129,7 +121,7 @@ def report(path: Path) -> str:
 def headline(path: Path) -> str:
     """The newest evaluation's verdict in one sentence, empty without one; or what is wrong with its file."""
     try:
-        headline = evaluation(path).get("headline")
+        headline = newest_evaluation(path).get("headline")
     except UserError as error:
         return escape(str(error))
     return escape(str(headline.get("sentence", ""))) if isinstance(headline, Mapping) else ""
@@ -138,7 +130,7 @@ def headline(path: Path) -> str:
 def measured(path: Path) -> Mapping[str, Any]:
     """The newest evaluation, empty where there is none or `headline` says that its file is damaged."""
     try:
-        return evaluation(path)
+        return newest_evaluation(path)
     except UserError:
         return {}
 
@@ -154,7 +146,7 @@ def difference(a: Path, b: Path) -> list[list[str]]:
     """Settings that differ between two runs, as (dotted name, value in a, value in b); `out` always does."""
     left, right = flat(raw_settings(a)), flat(raw_settings(b))
     names = [name for name in {**left, **right} if left.get(name, ...) != right.get(name, ...) and name != "out"]
-    return [[name, _value(left, name), _value(right, name)] for name in names]
+    return [[name, _setting_text(left, name), _setting_text(right, name)] for name in names]
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
@@ -168,5 +160,5 @@ def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def _value(settings: Mapping[str, Any], name: str) -> str:
+def _setting_text(settings: Mapping[str, Any], name: str) -> str:
     return "(not set)" if name not in settings else str(settings[name])

@@ -6,8 +6,8 @@ from typing import Any
 
 from mlxdpo.types import UserError
 from mlxdpo.ui.guard import Guard
-from mlxdpo.ui.runs.curves import Tail, follow
-from mlxdpo.ui.runs.run_list import HEADERS, choose, lines, scan, state
+from mlxdpo.ui.runs.curves import Tail, follow_metrics
+from mlxdpo.ui.runs.run_list import HEADERS, choose, scan, state, summary_rows
 from mlxdpo.ui.runs.run_view import (
     CHECKPOINT_HEADERS,
     charts,
@@ -15,17 +15,16 @@ from mlxdpo.ui.runs.run_view import (
     difference,
     headline,
     measured,
-    report,
+    report_frame,
     rounds,
 )
-from mlxdpo.ui.widgets import table
+from mlxdpo.ui.widgets import QUIET, html_table
 
 EVERY = 2.0  # seconds between looks at the files
 NO_RUNS = (
     "<p>There is no run in <code>{}</code> yet. Start one in the Train tab, or in a terminal:"
     " <code>mlxdpo demo</code>. This page finds it by itself.</p>"
 )
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(runs: Path, guard: Guard) -> None:  # nothing here changes anything, so the guard is not asked
@@ -50,24 +49,24 @@ def build(runs: Path, guard: Guard) -> None:  # nothing here changes anything, s
         differing = gr.HTML(elem_id="runs-difference")
 
     page, timer = gr.context.Context.root_block, gr.Timer(EVERY)
-    refresh = {"fn": lambda *now: _listed(gr, runs, *now), "inputs": [shown, chosen, other]}
+    refresh = {"fn": lambda *now: _runs_listed(gr, runs, *now), "inputs": [shown, chosen, other]}
     watch = {"fn": lambda *now: _watched(gr, runs, *now), "inputs": [chosen, tail]}
     for happening in (page.load, timer.tick):
         happening(**refresh, outputs=[shown, listing, chosen, other], **QUIET)
     for happening in (chosen.change, timer.tick):
         happening(**watch, outputs=[tail, status, curves, kept], **QUIET)
-    chosen.change(lambda name: report(choose(runs, name)) if name else "", chosen, evaluated, **QUIET)
+    chosen.change(lambda name: report_frame(choose(runs, name)) if name else "", chosen, evaluated, **QUIET)
     chosen.change(lambda name: rounds(choose(runs, name)) if name else "", chosen, beside, **QUIET)
     for happening in (chosen.change, other.change):
         happening(lambda a, b: compared(runs, a, b), [chosen, other], differing, **QUIET)
 
 
-def _listed(gr: Any, runs: Path, before: str, name: str | None, second: str | None) -> Any:
+def _runs_listed(gr: Any, runs: Path, before: str, name: str | None, second: str | None) -> Any:
     """The list, and the choices of both drop-downs, when something has changed."""
-    rows = lines(runs)
+    rows = summary_rows(runs)
     names = [row[0] for row in rows]
     name = name if name in names else next(iter(names), None)
-    html = table("Runs", HEADERS, rows, name) if rows else NO_RUNS.format(escape(str(runs)))
+    html = html_table("Runs", HEADERS, rows, name) if rows else NO_RUNS.format(escape(str(runs)))
     if html == before:
         return (gr.skip(),) * 4
     other = gr.update(choices=names, value=second if second in names else None)
@@ -81,11 +80,11 @@ def _watched(gr: Any, runs: Path, name: str | None, before: Tail | None) -> Any:
     path = choose(runs, name)
     file = path / "metrics.jsonl"
     tail = before if before is not None and before.file == file else Tail(file)
-    moved = follow(tail) or tail is not before
+    moved = follow_metrics(tail) or tail is not before
     words = f"<p><strong>{escape(name)}: {escape(state(path))}.</strong> {headline(path)}</p>"
     if not moved:
         return gr.skip(), words, gr.skip(), gr.skip()
-    kept = table(
+    kept = html_table(
         "Kept checkpoints; the Compare tab can answer with any of them", CHECKPOINT_HEADERS, checkpoints(path, tail)
     )
     return tail, words, charts(tail, measured(path)), kept
@@ -100,7 +99,7 @@ def compared(runs: Path, a: str | None, b: str | None) -> str:
     except UserError as error:
         return f"<p>{escape(str(error))}</p>"
     return (
-        table("Settings that differ", ("setting", a, b), rows)
+        html_table("Settings that differ", ("setting", a, b), rows)
         if rows
         else "<p>The two runs have the same settings.</p>"
     )

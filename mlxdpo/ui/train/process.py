@@ -24,7 +24,7 @@ from mlxdpo.io.atomic import write_json
 from mlxdpo.io.json_file import read_json
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
-from mlxdpo.ui.runs.run_list import JOB, busy, newest, number, state
+from mlxdpo.ui.runs.run_list import JOB, busy, newest, number_in, state
 from mlxdpo.ui.train.recipe_form import flags
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
@@ -70,7 +70,7 @@ def command_of(config: Config) -> list[str]:
     return ["mlxdpo", "train", *flags(config)]
 
 
-def start(runs: Path, name: str, config: Config) -> Path:
+def start_training(runs: Path, name: str, config: Config) -> Path:
     """Begin training; returns the run directory. Raises `UserError` when there is a run of that name."""
     path = run_path(runs, name)
     if (path / "config.yaml").exists():
@@ -79,7 +79,7 @@ def start(runs: Path, name: str, config: Config) -> Path:
     return path
 
 
-def resume(path: Path) -> None:
+def resume_training(path: Path) -> None:
     """Go on with an interrupted run. Raises `UserError` when it is being trained, or never came to be."""
     now = state(path)
     if now in ("training", "starting"):
@@ -120,13 +120,13 @@ def _spawn(path: Path, command: Sequence[str]) -> None:
     threading.Thread(target=process.wait, daemon=True).start()
 
 
-def stop(path: Path) -> str:
+def stop_training(path: Path) -> str:
     """Ask a training to save and stop; says what will happen. Raises `UserError` when nothing can be stopped."""
     if not busy(path / JOB / "lock"):
         if (path / "config.yaml").exists() and Run(path).held():
             raise UserError(f"{path.name} was started in a terminal; press Ctrl-C there")
         raise UserError(f"{path.name} is not being trained now; there is nothing to stop")
-    job = _job(path)
+    job = _read_job(path)
     asked = path / JOB / "asked"
     if asked.exists():
         raise UserError(
@@ -138,7 +138,7 @@ def stop(path: Path) -> str:
     return f"{path.name} stops after the step it is in; what it has learned is saved."
 
 
-def _job(path: Path) -> dict[str, Any]:
+def _read_job(path: Path) -> dict[str, Any]:
     file = path / JOB / "job.json"
     found = read_json(file) if file.exists() else {}
     pid = found.get("pid")
@@ -157,8 +157,8 @@ def watch(path: Path) -> Watched:
         state=now,
         step=last.get("step"),
         steps=int(at[-1][1]) if at else None,
-        left=number(last, "seconds_left") if live else None,
-        rate=number(last, "tokens_per_second") if live else None,
+        left=number_in(last, "seconds_left") if live else None,
+        rate=number_in(last, "tokens_per_second") if live else None,
         stopping=now in ("training", "starting") and (path / JOB / "asked").exists(),
         command=shlex.join(["mlxdpo", "train", "--resume", str(path)]),
         log=log,

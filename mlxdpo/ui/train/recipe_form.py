@@ -52,7 +52,7 @@ def knobs() -> list[Knob]:
 
 
 def _knob(name: str, field: FieldInfo) -> Knob:
-    kind, choices, empty = _kind(field.annotation)
+    kind, choices, empty = _knob_kind(field.annotation)
     if named := _registered(name):
         kind, choices = "choice", named
     return Knob(name, kind, field.get_default(call_default_factory=True), field.description or "", choices, empty)
@@ -75,11 +75,11 @@ def _registered(name: str) -> tuple[str, ...]:
     return ()
 
 
-def _kind(annotation: Any) -> tuple[Kind, tuple[str, ...], bool]:
+def _knob_kind(annotation: Any) -> tuple[Kind, tuple[str, ...], bool]:
     """How a type is asked for, its choices, and whether it may stay empty."""
     origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
-        kind, choices, _ = _kind(next(one for one in inside if one is not types.NoneType))
+        kind, choices, _ = _knob_kind(next(one for one in inside if one is not types.NoneType))
         return kind, choices, True
     if origin is Literal:
         return "choice", tuple(map(str, inside)), False
@@ -90,7 +90,7 @@ def _kind(annotation: Any) -> tuple[Kind, tuple[str, ...], bool]:
     return (composed[origin] if origin else plain[annotation]), (), False
 
 
-def shown(knob: Knob, value: Any) -> Any:
+def form_value(knob: Knob, value: Any) -> Any:
     """A value as the form holds it."""
     if knob.kind == "choice":
         return "" if value is None else str(value)
@@ -124,7 +124,7 @@ def _mapping(knob: Knob, text: str) -> dict[str, str]:
     try:
         found = yaml.safe_load(f"{{{text}}}")
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        found = None  # as in `recipe.read_recipe`
+        found = None  # as in `yaml_file.read_recipe`
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise UserError(f"{knob.name} is {text!r}; write it as `prompt: question, chosen: good`")
     return found

@@ -1,6 +1,6 @@
 """The Train tab: model, data and recipe; what it will need; start, watch, stop, resume.
 
-A training is a process of its own (`training.py`), so the page answers meanwhile and closing it stops nothing.
+A training is a process of its own (`process.py`), so the page answers meanwhile and closing it stops nothing.
 """
 
 import shlex
@@ -16,12 +16,24 @@ from mlxdpo.ui.runs.run_list import choose, scan, state
 from mlxdpo.ui.train import process, recipe_form
 from mlxdpo.ui.train.recipe_form import CHOSEN, VISIBLE, Knob
 from mlxdpo.ui.train.view import estimate, estimate_html, shown_training
-from mlxdpo.ui.widgets import said
+from mlxdpo.ui.widgets import QUIET, show_errors
 
 EVERY = 2.0  # seconds between looks at the files
 PATHS = [name for name in CHOSEN if name != "out"]
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 SHOWN: dict[str, Any] = {"api_visibility": "private"}
+NONE = [("none", "")]
+HUB = "Or the id of one on the Hugging Face Hub: owner/name."
+PATH_FIELDS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "model.path": ("Model", HUB, {"value": "smollm2", "allow_custom_value": True, "elem_id": "train-model"}),
+    "data.path": ("Preference data", HUB, {"value": "", "allow_custom_value": True, "elem_id": "train-data"}),
+    "data.eval": ("Held-out pairs", "Empty: a share of the prompts is held out.", {}),
+    "model.adapter": ("Start from the adapter of", "The reference then includes it.", {}),
+    "reference.model": ("Reference model", "Empty: the weights that training starts from.", {}),
+    "reference.adapter": ("Adapter on the reference", None, {}),
+}
+"""Label, help and further arguments of each drop-down of a path; one without them may stay empty."""
+PATTERNS = {"model.path": choices.HUB_ID, "reference.model": choices.HUB_ID, "data.path": choices.HUB_DATA}
+"""What a path may be besides one that is offered."""
 
 
 def build(runs: Path, guard: Guard) -> None:
@@ -41,26 +53,26 @@ def build(runs: Path, guard: Guard) -> None:
     gr.Markdown("### 3. Train")
     command = gr.Textbox(label="The same in a terminal", lines=2, interactive=False, buttons=["copy"])
     begin = gr.Button("Start training", variant="primary", elem_id="train-start")
-    chosen, note = _desk(runs, guard)
+    chosen, note = _watch_panel(runs, guard)
 
     def started(request: gr.Request, title: str, *values: Any) -> Any:
         """Begin the training, and choose it among those that are watched."""
         guard(request)
-        with said():
-            config = _config(runs, knobs, values)
-            path = process.start(runs, title.strip() or _free_name(runs, config), config)
+        with show_errors():
+            config = _form_config(runs, knobs, values)
+            path = process.start_training(runs, title.strip() or _free_name(runs, config), config)
         return gr.update(choices=_trainings(runs), value=path.name), f"<p>{escape(path.name)} has begun.</p>"
 
     def planned(request: gr.Request, *values: Any) -> str:
         """What `mlxdpo plan` would say of the form."""
         guard(request)  # it may fetch a tokenizer
-        with said():
-            return estimate_html(estimate(_config(runs, knobs, values)))
+        with show_errors():
+            return estimate_html(estimate(_form_config(runs, knobs, values)))
 
     page = gr.context.Context.root_block
-    page.load(lambda: _choices(gr, runs), None, [recipe, *paths.values()], **QUIET)
+    page.load(lambda: _form_choices(gr, runs), None, [recipe, *paths.values()], **QUIET)
     recipe.change(
-        lambda which: _fill(gr, runs, knobs, which) if which else [gr.skip()] * len(form), recipe, form, **QUIET
+        lambda which: _filled_form(gr, runs, knobs, which) if which else [gr.skip()] * len(form), recipe, form, **QUIET
     )
     ask.click(planned, form, needs, **SHOWN)
     begin.click(started, [name, *form], [chosen, note], concurrency_limit=1, **SHOWN)
@@ -74,7 +86,7 @@ def build(runs: Path, guard: Guard) -> None:
     )
 
 
-def _desk(runs: Path, guard: Guard) -> tuple[Any, Any]:
+def _watch_panel(runs: Path, guard: Guard) -> tuple[Any, Any]:
     """Where a training is watched, stopped and resumed; gives the drop-down of trainings and the line of news."""
     import gradio as gr
 
@@ -87,21 +99,21 @@ def _desk(runs: Path, guard: Guard) -> tuple[Any, Any]:
     def stopped(request: gr.Request, which: str | None) -> str:
         """Ask the training to save and end."""
         guard(request)
-        with said():
-            return f"<p>{escape(process.stop(choose(runs, which)))}</p>"
+        with show_errors():
+            return f"<p>{escape(process.stop_training(choose(runs, which)))}</p>"
 
     def resumed(request: gr.Request, which: str | None) -> str:
         """Go on from the last checkpoint."""
         guard(request)
-        with said():
-            process.resume(choose(runs, which))
+        with show_errors():
+            process.resume_training(choose(runs, which))
         return f"<p>{escape(str(which))} goes on from its last checkpoint.</p>"
 
     page, timer = gr.context.Context.root_block, gr.Timer(EVERY)
     for happening in (page.load, timer.tick):
         happening(lambda now: _current(gr, runs, now), chosen, chosen, **QUIET)
     for happening in (chosen.change, timer.tick):
-        happening(lambda which: _looked(gr, runs, which), chosen, [view, halt, again], **QUIET)
+        happening(lambda which: _training_shown(gr, runs, which), chosen, [view, halt, again], **QUIET)
     halt.click(stopped, chosen, note, **SHOWN)
     again.click(resumed, chosen, note, concurrency_limit=1, **SHOWN)
     return chosen, note
@@ -109,33 +121,16 @@ def _desk(runs: Path, guard: Guard) -> tuple[Any, Any]:
 
 def _path_fields(gr: Any) -> dict[str, Any]:
     """Drop-downs for what is a path in the recipe, by its dotted name."""
-    hub = "Or the id of one on the Hugging Face Hub: owner/name."
+
+    def field(name: str) -> Any:
+        """The drop-down of one path."""
+        label, info, own = PATH_FIELDS[name]
+        return gr.Dropdown([] if own else NONE, label=label, info=info, **(own or {"value": ""}))
+
     with gr.Row():
-        model = gr.Dropdown(
-            [], value="smollm2", label="Model", info=hub, allow_custom_value=True, elem_id="train-model"
-        )
-        data = gr.Dropdown(
-            [], value="", label="Preference data", info=hub, allow_custom_value=True, elem_id="train-data"
-        )
+        found = {name: field(name) for name in ("model.path", "data.path")}
     with gr.Accordion("Held-out pairs, starting adapter, other reference", open=False):
-        held = gr.Dropdown(
-            [("none", "")], value="", label="Held-out pairs", info="Empty: a share of the prompts is held out."
-        )
-        adapter = gr.Dropdown(
-            [("none", "")], value="", label="Start from the adapter of", info="The reference then includes it."
-        )
-        reference = gr.Dropdown(
-            [("none", "")], value="", label="Reference model", info="Empty: the weights that training starts from."
-        )
-        on_top = gr.Dropdown([("none", "")], value="", label="Adapter on the reference")
-    found = {
-        "model.path": model,
-        "model.adapter": adapter,
-        "reference.model": reference,
-        "reference.adapter": on_top,
-        "data.path": data,
-        "data.eval": held,
-    }
+        found |= {name: field(name) for name in ("data.eval", "model.adapter", "reference.model", "reference.adapter")}
     return {name: found[name] for name in PATHS}
 
 
@@ -158,7 +153,7 @@ def _field(gr: Any, knob: Knob) -> Any:
     about: dict[str, Any] = {
         "label": knob.name,
         "info": knob.help,
-        "value": recipe_form.shown(knob, knob.default),
+        "value": recipe_form.form_value(knob, knob.default),
         "min_width": 220,
     }
     if knob.kind == "choice":
@@ -174,21 +169,13 @@ def _field(gr: Any, knob: Knob) -> Any:
     return gr.Textbox(placeholder="not set" if knob.empty else "", **about)
 
 
-def _config(runs: Path, knobs: list[Knob], values: tuple[Any, ...]) -> Config:
+def _form_config(runs: Path, knobs: list[Knob], values: tuple[Any, ...]) -> Config:
     """The recipe that the form holds; paths are held against what there is."""
-    here = Path.cwd()
-    model, adapter = choices.models(runs, here), choices.adapters(runs)
-    data = choices.data_files(runs, here)
-    offered = {
-        "model.path": (model, choices.HUB_ID),
-        "model.adapter": (adapter, choices.NOTHING),
-        "reference.model": (model, choices.HUB_ID),
-        "reference.adapter": (adapter, choices.NOTHING),
-        "data.path": (data, choices.HUB_DATA),
-        "data.eval": (data, choices.NOTHING),
+    offered = _offered(runs)
+    given = {
+        name: choices.checked_choice(value, offered[name], name, PATTERNS.get(name, choices.NOTHING))
+        for name, value in zip(PATHS, values[: len(PATHS)], strict=True)
     }
-    chosen = dict(zip(PATHS, values[: len(PATHS)], strict=True))
-    given = {name: choices.checked(value, offered[name][0], name, offered[name][1]) for name, value in chosen.items()}
     for name, what in (("model.path", "a model"), ("data.path", "preference data")):
         if given[name] is None:
             raise UserError(f"choose {what} first: {name} is empty")
@@ -196,33 +183,38 @@ def _config(runs: Path, knobs: list[Knob], values: tuple[Any, ...]) -> Config:
     return recipe_form.to_config(given | {knob.name: recipe_form.entered(knob, value) for knob, value in rest})
 
 
-def _fill(gr: Any, runs: Path, knobs: list[Knob], which: str) -> list[Any]:
+def _filled_form(gr: Any, runs: Path, knobs: list[Knob], which: str) -> list[Any]:
     """The form's values from a recipe; a recipe that names no data leaves the chosen ones."""
     found = choices.recipes(runs, Path.cwd())
     if which not in found:
         raise gr.Error(f"there is no recipe {escape(which[:80])}; choose one of the list", duration=None)
-    with said():
+    with show_errors():
         flat = recipe_form.flat(load_config(found[which]).model_dump())
     needed = ("model.path", "data.path")
     filled = [gr.skip() if name in needed and not flat.get(name) else flat.get(name) or "" for name in PATHS]
-    return filled + [recipe_form.shown(knob, flat.get(knob.name, knob.default)) for knob in knobs]
+    return filled + [recipe_form.form_value(knob, flat.get(knob.name, knob.default)) for knob in knobs]
 
 
-def _choices(gr: Any, runs: Path) -> list[Any]:
-    """What there is to choose from, for the recipe's drop-down and those of the paths."""
-    here = Path.cwd()
-    models, adapters = choices.models(runs, here), choices.adapters(runs)
-    data = choices.data_files(runs, here)
-    none = [("none", "")]
-    lists = {
+def _offered(runs: Path) -> dict[str, list[str]]:
+    """What there is to choose from for each path of the recipe."""
+    models, adapters = choices.models(runs, Path.cwd()), choices.adapters(runs)
+    data = choices.data_files(runs, Path.cwd())
+    return {
         "model.path": models,
-        "model.adapter": none + adapters,
-        "reference.model": none + models,
-        "reference.adapter": none + adapters,
+        "model.adapter": adapters,
+        "reference.model": models,
+        "reference.adapter": adapters,
         "data.path": data,
-        "data.eval": none + data,
+        "data.eval": data,
     }
-    return [gr.update(choices=list(choices.recipes(runs, here)))] + [gr.update(choices=lists[name]) for name in PATHS]
+
+
+def _form_choices(gr: Any, runs: Path) -> list[Any]:
+    """What there is to choose from, for the recipe's drop-down and those of the paths."""
+    lists = {name: found if PATH_FIELDS[name][2] else NONE + found for name, found in _offered(runs).items()}
+    return [gr.update(choices=list(choices.recipes(runs, Path.cwd())))] + [
+        gr.update(choices=lists[name]) for name in PATHS
+    ]
 
 
 def _free_name(runs: Path, config: Config) -> str:
@@ -233,14 +225,14 @@ def _free_name(runs: Path, config: Config) -> str:
 def _command(runs: Path, knobs: list[Knob], title: str, values: tuple[Any, ...]) -> str:
     """The command line, or what is missing before there is one."""
     try:
-        config = _config(runs, knobs, values)
+        config = _form_config(runs, knobs, values)
         path = process.run_path(runs, title.strip() or _free_name(runs, config))
         return shlex.join(process.command_of(config.model_copy(update={"out": str(path)})))
     except UserError as error:
         return f"# {error}"
 
 
-def _looked(gr: Any, runs: Path, which: str | None) -> Any:
+def _training_shown(gr: Any, runs: Path, which: str | None) -> Any:
     """The chosen training, and which of Stop and Resume make sense."""
     now = state(choose(runs, which)) if which in scan(runs) else ""
     live = now in ("training", "starting")

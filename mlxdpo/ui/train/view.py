@@ -1,4 +1,7 @@
-"""What a training will need, asked of `mlxdpo plan` in a process of its own: the page's never loads a model's shape."""
+"""A training as the page shows it: its state, how far it is, how fast, its last lines; and what one will need.
+
+That is asked of `mlxdpo plan` in another process: the page's never loads a model's shape.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,7 @@ from mlxdpo.types import UserError
 from mlxdpo.ui.runs.run_list import choose, scan
 from mlxdpo.ui.train.process import Watched, watch
 from mlxdpo.ui.train.recipe_form import flags
-from mlxdpo.ui.widgets import table
-
-# A training as the page shows it: its state, how far it is, how fast, and the last lines it said.
+from mlxdpo.ui.widgets import html_table
 
 STYLE = """<style>
 .log { contain: inline-size; max-height: 300px; overflow: auto; padding: 8px; font-size: .85em; white-space: pre-wrap;
@@ -99,7 +100,7 @@ def estimate_html(plan: dict[str, Any]) -> str:
     )
     advice = f"<p>What helps, most first:</p><ul>{help_}</ul>" if help_ else ""
     rows = [[words, size(plan["parts"][name])] for name, words in PARTS.items()]
-    return f"<p><strong>{verdict}</strong> {head} {steps}</p>{advice}{table('Memory', ('part', 'size'), rows)}"
+    return f"<p><strong>{verdict}</strong> {head} {steps}</p>{advice}{html_table('Memory', ('part', 'size'), rows)}"
 
 
 def size(count: int) -> str:

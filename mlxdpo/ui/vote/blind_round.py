@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from html import escape
 from typing import Literal
 
 from mlxdpo.inference.run_prompts import Gallery
@@ -19,11 +20,9 @@ from mlxdpo.inference.trained_run import prompt_text
 from mlxdpo.types import Text, UserError
 from mlxdpo.ui.app_state import AppState
 from mlxdpo.ui.compare.answers import Answer, Settings, answer_together
-from mlxdpo.ui.compare.columns import answer_html
-from mlxdpo.ui.compare.heat import legend, scale_of
+from mlxdpo.ui.compare.columns import answer_html, colour_scale, legend, prompt_html
 from mlxdpo.ui.compare.scores import Score, score
-from mlxdpo.ui.variants import Cast
-from mlxdpo.ui.widgets import plain
+from mlxdpo.ui.variants import RunVariants
 
 Side = Literal["a", "b"]
 Source = Literal["heldout", "train", "own"]
@@ -69,8 +68,8 @@ def pick_prompt(found: Gallery, source: Source, own: str, asked: int) -> Text:
 
 
 def play(
-    desk: AppState,
-    cast: Cast,
+    app: AppState,
+    loaded: RunVariants,
     prompt: Text,
     source: Source,
     settings: Settings,
@@ -84,14 +83,14 @@ def play(
     for attempt in range(TRIES):
         drawn = settings.model_copy(update={"seed": (settings.seed + attempt) % 2**32})
         answers: tuple[Answer, ...] = ()
-        for step in desk.engine.latest(lambda s=drawn: _counted(cast, prompt, s, stopped), PACE):
+        for step in app.engine.latest(lambda s=drawn: _counted(loaded, prompt, s, stopped), PACE):
             steps, answers = step
             yield min(0.99, steps / settings.max_tokens)
         if stopped() or len(answers) != 2:
             raise UserError("stopped before both answers were there, so there is nothing to vote on")
         before, after = answers
         if before.text.strip() != after.text.strip():
-            side, name = SIDES[secrets.randbelow(2)], cast.run.path.name
+            side, name = SIDES[secrets.randbelow(2)], loaded.run.path.name
             yield Round(secrets.token_hex(8), name, source, prompt, before, after, side, drawn, time.monotonic())
             return
     raise UserError(
@@ -100,40 +99,40 @@ def play(
 
 
 def _counted(
-    cast: Cast, prompt: Text, settings: Settings, stopped: Callable[[], bool]
+    loaded: RunVariants, prompt: Text, settings: Settings, stopped: Callable[[], bool]
 ) -> Iterator[tuple[int, tuple[Answer, ...]]]:
-    voices = (cast.before, cast.after)
-    yield from enumerate(answer_together(cast, voices, (prompt, prompt), settings, stopped=stopped), 1)
+    variants = (loaded.before, loaded.after)
+    yield from enumerate(answer_together(loaded, variants, (prompt, prompt), settings, stopped=stopped), 1)
 
 
-def judged(desk: AppState, cast: Cast, game: Round, winner: str) -> Round:
+def judged(app: AppState, loaded: RunVariants, game: Round, winner: str) -> Round:
     """The round after its vote, with what tuning did to each answer."""
     answers = (game.before, game.after)
-    found = [desk.engine.call(lambda a=a: score(cast, cast.after, a)) for a in answers]
+    found = [app.engine.call(lambda a=a: score(loaded, loaded.after, a)) for a in answers]
     return replace(game, winner=winner, scores=(found[0], found[1]))
 
 
-def shown(game: Round) -> str:
+def blind_html(game: Round) -> str:
     """The two answers before the vote: texts alone."""
-    cards = "".join(_card(f"Answer {side.upper()}", "", _text(game.side(side).text)) for side in SIDES)
-    return _table(prompt_text(game.prompt), cards)
+    cards = "".join(_answer_card(f"Answer {side.upper()}", "", _bare_answer(game.side(side).text)) for side in SIDES)
+    return _answers_html(prompt_text(game.prompt), cards)
 
 
-def revealed(game: Round) -> str:
+def revealed_html(game: Round) -> str:
     """The two answers after the vote: which was which, and the numbers."""
     assert game.scores is not None
     scores = dict(zip(("b", "a") if game.tuned == "a" else ("a", "b"), game.scores, strict=True))
-    scale = scale_of([s for s in game.scores if s])
+    scale = colour_scale([s for s in game.scores if s])
     cards = ""
     for side in SIDES:
         who = "after tuning" if side == game.tuned else "before tuning"
         won = " · your choice" if game.winner == side else ""
         body = answer_html(game.side(side), scores[side], scale)
-        cards += _card(f"Answer {side.upper()}: {who}", won, body, "tuned" if side == game.tuned else "untuned")
-    return _table(prompt_text(game.prompt), cards) + legend(scale)
+        cards += _answer_card(f"Answer {side.upper()}: {who}", won, body, "tuned" if side == game.tuned else "untuned")
+    return _answers_html(prompt_text(game.prompt), cards) + legend(scale)
 
 
-def writing(share: float) -> str:
+def waiting_html(share: float) -> str:
     """While both answers are being written."""
     percent = round(100 * share)
     return (
@@ -142,16 +141,15 @@ def writing(share: float) -> str:
     )
 
 
-def _table(prompt: str, cards: str) -> str:
-    said = f'<div class="said"><span class="sr">Prompt: </span>{plain(prompt)}</div>'
-    return f'{said}<div class="voices">{cards}</div>'
+def _answers_html(prompt: str, cards: str) -> str:
+    return f'{prompt_html(prompt)}<div class="voices">{cards}</div>'
 
 
-def _card(title: str, note: str, body: str, kind: str = "") -> str:
-    heading = f'<h3>{plain(title)}<span class="quiet">{plain(note)}</span></h3>'
-    return f'<section class="voice {kind}" aria-label="{plain(title)}">{heading}{body}</section>'
+def _answer_card(title: str, note: str, body: str, kind: str = "") -> str:
+    heading = f'<h3>{escape(title)}<span class="quiet">{escape(note)}</span></h3>'
+    return f'<section class="voice {kind}" aria-label="{escape(title)}">{heading}{body}</section>'
 
 
-def _text(text: str) -> str:
+def _bare_answer(text: str) -> str:
     empty = '<em class="quiet">no text</em>'
-    return f'<div class="answer">{plain(text) if text.strip() else empty}</div>'
+    return f'<div class="answer">{escape(text) if text.strip() else empty}</div>'

@@ -1,19 +1,21 @@
 """The Blind vote tab: its widgets and what they call. No postponed annotations: Gradio reads `gr.Request` off them."""
 
 import secrets
+from html import escape
 from types import SimpleNamespace
 from typing import Any
 
+from mlxdpo.online.votes_to_pairs import export_votes
 from mlxdpo.types import UserError
 from mlxdpo.ui.app_state import AppState
 from mlxdpo.ui.compare.answers import LONGEST_PROMPT, Settings, settings_from
 from mlxdpo.ui.compare.tab import NO_RUNS, knobs_of, usual_tokens
 from mlxdpo.ui.guard import Guard
 from mlxdpo.ui.runs.run_list import run_named
-from mlxdpo.ui.vote.blind_round import Round, judged, pick_prompt, play, revealed, shown, writing
-from mlxdpo.ui.vote.next_round import export_votes
+from mlxdpo.ui.vote.blind_round import Round, blind_html, judged, pick_prompt, play, revealed_html, waiting_html
 from mlxdpo.ui.vote.vote_file import FILE, WINNERS, append_vote, asked, record, standing_html
-from mlxdpo.ui.widgets import plain, said, saying, session_of, sorry
+from mlxdpo.ui.widgets import MANY, alert, session_of, show_errors
+from mlxdpo_eval.judges.votes import problem_with
 
 SOURCES = [
     ("Held-out prompts: is it better?", "heldout"),
@@ -31,57 +33,56 @@ START = (
 )
 
 
-def opening(name: str | None) -> str:
+def start_board(name: str | None) -> str:
     """What the board says before the first round."""
-    return f'<p class="empty">{plain(START if name else NO_RUNS)}</p>'
+    return f'<p class="empty">{escape(START if name else NO_RUNS)}</p>'
 
 
-def tally(desk: AppState, name: str | None) -> str:
+def tally(app: AppState, name: str | None) -> str:
     """The running win rate of a run."""
-    return standing_html(run_named(desk.runs, name).path / FILE) if name else ""
+    return standing_html(run_named(app.runs, name).path / FILE) if name else ""
 
 
-def cast_vote(desk: AppState, game: Round | None, winner: str, session: str) -> Round:
+def cast_vote(app: AppState, game: Round | None, winner: str, session: str) -> Round:
     """Write the vote to disk, then look behind the curtain. Raises `UserError` where there is nothing to vote on."""
     if game is None:
         raise UserError("there is nothing to vote on yet; press “Next pair” first")
     if game.winner:
         raise UserError("this pair has its vote already; go on to the next pair")
-    cast = desk.cast(game.run)
-    append_vote(cast.run, record(cast, game, winner, session))
-    return judged(desk, cast, game, winner)
+    loaded = app.load(game.run)
+    append_vote(loaded.run, record(loaded, game, winner, session))
+    return judged(app, loaded, game, winner)
 
 
-def exported(desk: AppState, name: str | None) -> tuple[str, str]:
+def exported(app: AppState, name: str | None) -> tuple[str, str]:
     """Write the votes as pairs; (what was written, the command of the next round)."""
-    found = export_votes(run_named(desk.runs, name))
+    found = export_votes(run_named(app.runs, name), problem_with)
     text = f"{found.sentence()} Written to {found.file}. The next round starts from this run's adapter and is measured "
-    return f'<p class="standing" role="status">{plain(text)}against it.</p>', found.command
+    return f'<p class="standing" role="status">{escape(text)}against it.</p>', found.command
 
 
-def build(desk: AppState, guard: Guard, page: Any) -> Any:
+def build(app: AppState, guard: Guard, page: Any) -> Any:
     """Make the tab inside the current `gr.Tab`; returns the run's dropdown."""
     import gradio as gr
 
-    see, do = _layout(gr, desk), _handlers(desk, guard)
+    see, do = _vote_widgets(gr, app), _vote_handlers(app, guard)
     buttons, knobs = list(see.buttons.values()), list(see.knobs.values())
-    many: dict[str, Any] = {"concurrency_limit": 8, "api_visibility": "private", "show_progress": "hidden"}
     asked = [see.run, see.source, see.own, *knobs]
-    gr.on([see.begin.click, see.own.submit], do.begin, asked, [see.game, see.board, *buttons], **many)
-    see.stop.click(do.stop, None, None, **many)
+    gr.on([see.begin.click, see.own.submit], do.begin, asked, [see.game, see.board, *buttons], **MANY)
+    see.stop.click(do.stop, None, None, **MANY)
     for winner, button in see.buttons.items():
-        button.click(do.vote(winner), see.game, [see.game, see.board, see.result, *buttons], **many)
-    see.write.click(do.export, see.run, [see.written, see.command], **many)
-    see.source.change(lambda kind: gr.Textbox(visible=kind == "own"), see.source, see.own, **many)
+        button.click(do.vote(winner), see.game, [see.game, see.board, see.result, *buttons], **MANY)
+    see.write.click(do.export, see.run, [see.written, see.command], **MANY)
+    see.source.change(lambda kind: gr.Textbox(visible=kind == "own"), see.source, see.own, **MANY)
     reset = [see.game, see.board, see.result, see.written, see.command, see.knobs["max_tokens"], *buttons]
-    see.run.change(do.run, see.run, reset, **many)
-    page.load(saying(lambda name: tally(desk, name)), see.run, see.result, **many)
+    see.run.change(do.run, see.run, reset, **MANY)
+    page.load(show_errors()(lambda name: tally(app, name)), see.run, see.result, **MANY)
     return see.run
 
 
-def _layout(gr: Any, desk: AppState) -> SimpleNamespace:
+def _vote_widgets(gr: Any, app: AppState) -> SimpleNamespace:
     """The widgets, from top to bottom."""
-    names = desk.names()
+    names = app.names()
     first = names[0] if names else None
     see = SimpleNamespace(game=gr.State(None))
     with gr.Row():
@@ -93,19 +94,19 @@ def _layout(gr: Any, desk: AppState) -> SimpleNamespace:
     with gr.Row(elem_classes="buttons"):
         see.begin = gr.Button("Next pair (n)", variant="primary", elem_id="vote-next", min_width=120)
         see.stop = gr.Button("Stop", elem_id="vote-stop", min_width=90)
-    see.board = gr.HTML(opening(first), elem_id="vote-board", elem_classes="board")
+    see.board = gr.HTML(start_board(first), elem_id="vote-board", elem_classes="board")
     with gr.Row(elem_classes="buttons"):
         see.buttons = {winner: _button(gr, winner, words) for winner, words in WINNERS.items()}
-    see.result = gr.HTML(tally(desk, first), elem_id="vote-standing")
+    see.result = gr.HTML(tally(app, first), elem_id="vote-standing")
     with gr.Accordion("Teach the next round with these votes", open=False, elem_id="vote-teach"):
-        gr.HTML(f'<p class="quiet">{plain(TEACHING)}</p>')
+        gr.HTML(f'<p class="quiet">{escape(TEACHING)}</p>')
         see.write = gr.Button("Export votes as training pairs", elem_id="vote-export")
         see.written = gr.HTML(elem_id="vote-written")
         see.command = gr.Code(
             label="Train the next round with", language="shell", visible=False, elem_id="vote-command"
         )
     with gr.Accordion("Settings", open=False):
-        see.knobs = knobs_of(gr, "vote", Settings(temperature=1.0, max_tokens=usual_tokens(desk, first)))
+        see.knobs = knobs_of(gr, "vote", Settings(temperature=1.0, max_tokens=usual_tokens(app, first)))
         gr.HTML('<p class="quiet">Seed 0 draws a new one for every pair.</p>')
     return see
 
@@ -115,7 +116,7 @@ def _button(gr: Any, winner: str, words: str) -> Any:
     return gr.Button(f"{words} ({KEYS[winner]})", interactive=False, elem_id=name, min_width=130)
 
 
-def _handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
+def _vote_handlers(app: AppState, guard: Guard) -> SimpleNamespace:
     """What the widgets call."""
     import gradio as gr
 
@@ -126,19 +127,19 @@ def _handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
     def begin(name, kind, text, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
         """Page updates of a round: progress while both answers are written, then the answers."""
         guard(request)
-        with desk.stoppable("vote " + session_of(request)) as halt:
-            yield None, writing(0.0), *votable(False)
+        with app.stoppable("vote " + session_of(request)) as halt:
+            yield None, waiting_html(0.0), *votable(False)
             try:
-                cast = desk.cast(name)
-                prompt = pick_prompt(desk.gallery(name), kind, text or "", asked(cast.run, kind))
+                loaded = app.load(name)
+                prompt = pick_prompt(app.gallery(name), kind, text or "", asked(loaded.run, kind))
                 drawn = settings_from(temperature=t, top_p=p, max_tokens=n, seed=seed or secrets.randbelow(2**32))
-                for step in play(desk, cast, prompt, kind, drawn, stopped=halt.is_set):
+                for step in play(app, loaded, prompt, kind, drawn, stopped=halt.is_set):
                     if isinstance(step, Round):
-                        yield step, shown(step), *votable(True)
+                        yield step, blind_html(step), *votable(True)
                     else:
-                        yield gr.skip(), writing(step), *(gr.skip() for _ in WINNERS)
+                        yield gr.skip(), waiting_html(step), *(gr.skip() for _ in WINNERS)
             except UserError as error:
-                yield None, sorry(error), *votable(False)
+                yield None, alert(error, "empty"), *votable(False)
 
     def vote(winner: str) -> Any:
         """The handler of one button."""
@@ -146,26 +147,26 @@ def _handlers(desk: AppState, guard: Guard) -> SimpleNamespace:
         def handler(state, request: gr.Request):  # type: ignore[no-untyped-def]
             """Keep the vote, and reveal which side was which."""
             guard(request)
-            with said():
-                done = cast_vote(desk, state, winner, session_of(request))
-                return done, revealed(done), tally(desk, done.run), *votable(False)
+            with show_errors():
+                done = cast_vote(app, state, winner, session_of(request))
+                return done, revealed_html(done), tally(app, done.run), *votable(False)
 
         return handler
 
     def export(name, request: gr.Request):  # type: ignore[no-untyped-def]
         """Write the votes as pairs, and show the command that trains on them."""
         guard(request)
-        with said():
-            text, words = exported(desk, name)
+        with show_errors():
+            text, words = exported(app, name)
             return text, gr.Code(words, visible=True)
 
     def stop(request: gr.Request) -> None:
         """End this page's round."""
-        desk.stop("vote " + session_of(request))
+        app.stop("vote " + session_of(request))
 
     def chosen(name: str) -> tuple[Any, ...]:
         """Another run: no round, its tally and its usual length."""
         hidden = gr.Code(visible=False)
-        return None, opening(name), tally(desk, name), "", hidden, usual_tokens(desk, name), *votable(False)
+        return None, start_board(name), tally(app, name), "", hidden, usual_tokens(app, name), *votable(False)
 
-    return SimpleNamespace(begin=begin, vote=vote, export=export, stop=stop, run=saying(chosen))
+    return SimpleNamespace(begin=begin, vote=vote, export=export, stop=stop, run=show_errors()(chosen))

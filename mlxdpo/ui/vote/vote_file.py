@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,20 @@ from filelock import FileLock
 from mlxdpo.inference.run_prompts import text_to_json
 from mlxdpo.io.atomic import append_line
 from mlxdpo.io.json_file import read_lines
+from mlxdpo.online.votes_to_pairs import FILE, count_of_votes, votes_of
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
-from mlxdpo.ui.variants import Cast
+from mlxdpo.ui.variants import RunVariants
 from mlxdpo.ui.vote.blind_round import Round
-from mlxdpo.ui.widgets import plain
 from mlxdpo_eval.judges.votes import read_ballots
 from mlxdpo_eval.voting import VoteRun, vote_run
 
 SCHEMA = 1
 WINNERS = {"a": "A is better", "b": "B is better", "tie": "Equally good", "both_bad": "Both bad"}
-FILE = "votes.jsonl"
 FEW = 20  # votes below which nothing is said about how many more it takes
 
 
-def record(cast: Cast, game: Round, winner: str, session: str) -> dict[str, Any]:
+def record(loaded: RunVariants, game: Round, winner: str, session: str) -> dict[str, Any]:
     """The line of a vote."""
     now = datetime.datetime.now(datetime.UTC)
     return {
@@ -47,8 +47,8 @@ def record(cast: Cast, game: Round, winner: str, session: str) -> dict[str, Any]
         "source": game.source,
         "finish": {side: game.side(side).finish for side in ("a", "b")},
         "sampling": game.settings.model_dump(),
-        "model": cast.policy.identity["digest"],
-        "adapter": {"before": cast.before.digest, "after": cast.after.digest},
+        "model": loaded.policy.identity["digest"],
+        "adapter": {"before": loaded.before.digest, "after": loaded.after.digest},
         "session": session,
         "seconds": round(time.monotonic() - game.shown_at, 3),  # the clock may be set meanwhile
     }
@@ -62,11 +62,6 @@ def append_vote(run: Run, line: dict[str, Any]) -> None:
         if any(old.get("id") == line["id"] for old in read_lines(run.path / FILE)):
             raise UserError("this pair has its vote already; go on to the next pair")
         append_line(run.path / FILE, line)
-
-
-def votes_of(run: Run) -> list[dict[str, Any]]:
-    """The votes of a run, in order."""
-    return list(read_lines(run.path / FILE))
 
 
 def asked(run: Run, source: str) -> int:
@@ -89,9 +84,9 @@ def standing_html(file: Path) -> str:
     found, trained = standing(file)
     if found is None or found.n + trained == 0:
         return '<p class="standing">No votes yet. The win rate appears here after the first one.</p>'
-    extra = f" {counted(trained)} on training prompts: they teach, but are no evidence." if trained else ""
+    extra = f" {count_of_votes(trained)} on training prompts: they teach, but are no evidence." if trained else ""
     if found.n == 0:
-        return f'<p class="standing">{plain(extra.strip())}</p>'
+        return f'<p class="standing">{escape(extra.strip())}</p>'
     last = found.looks[-1]
     more = "" if found.needed is None or found.n < 3 else f", about {found.needed} more votes at this rate"
     verdict = {
@@ -103,20 +98,15 @@ def standing_html(file: Path) -> str:
         hopeless = "Cannot tell yet, and at this rate no number of votes will: there may be no difference."
         verdict = "Cannot tell yet." if found.n < FEW else hopeless
     repeated = sum(found.uncounted.values())
-    extra += f" {counted(repeated)} on prompts voted on before: they do not count twice." if repeated else ""
+    extra += f" {count_of_votes(repeated)} on prompts voted on before: they do not count twice." if repeated else ""
     if broken := sum(found.left_out.values()):
         extra += f" {broken} lines of {file.name} are no votes and are left out."
     return (
-        f'<div class="standing" role="status"><strong>{plain(verdict)}</strong>{_bar(last.low, last.rate, last.high)}'
-        f"<span>Tuned preferred in {last.rate:.0%} of {counted(found.n)} ({found.wins} won, {found.losses} lost, "
-        f"{found.ties} equal, half each); 95 % interval {last.low:.0%} to {last.high:.0%}, valid however often you "
-        f"look.{plain(extra)}</span></div>"
+        f'<div class="standing" role="status"><strong>{escape(verdict)}</strong>{_bar(last.low, last.rate, last.high)}'
+        f"<span>Tuned preferred in {last.rate:.0%} of {count_of_votes(found.n)} ({found.wins} won, "
+        f"{found.losses} lost, {found.ties} equal, half each); 95 % interval {last.low:.0%} to {last.high:.0%}, valid "
+        f"however often you look.{escape(extra)}</span></div>"
     )
-
-
-def counted(count: int) -> str:
-    """A number of votes in words."""
-    return f"{count} vote{'' if count == 1 else 's'}"
 
 
 def _bar(low: float, rate: float, high: float) -> str:

@@ -52,7 +52,6 @@ def fuzzed(small, full, **strategies):
     """Hypothesis with `small` cases in an everyday run and `full` of them in `make fuzz`."""
     options = settings(
         max_examples=full if FULL else small,
-        deadline=None,
         derandomize=not FULL,
         database=None,
         suppress_health_check=list(HealthCheck),

@@ -5,10 +5,9 @@ The next round starts from this run's adapter and measures against it. Prompts t
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +16,18 @@ from mlxdpo.data.read import prompt_key
 from mlxdpo.inference.run_prompts import gallery, text_from_json, text_to_json
 from mlxdpo.inference.trained_run import heldout_pairs
 from mlxdpo.io.atomic import write_text
+from mlxdpo.io.json_file import json_lines, read_lines
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.runs import Run
 from mlxdpo.types import Message, Text, UserError
-from mlxdpo.ui.vote.vote_file import counted, votes_of
-from mlxdpo_eval.judges.votes import problem_with
 
+FILE = "votes.jsonl"
 FOLDER = "next-round"
 HELDOUT = "on held-out prompts, which must stay unseen: they measure, they do not teach"
+
+
+ProblemWith = Callable[[Mapping[str, Any]], str | None]
+"""Why a line is no vote, None for one that is: `mlxdpo_eval.judges.votes.problem_with`."""
 
 
 class Pair(NamedTuple):
@@ -47,10 +50,24 @@ class Export(NamedTuple):
     def sentence(self) -> str:
         """The counts in words."""
         out = "; ".join(f"{count} {reason}" for reason, count in self.left_out.items())
-        return f"Pairs: {self.pairs}, from {counted(self.votes)}. " + (f"Left out: {out}." if out else "None left out.")
+        return f"Pairs: {self.pairs}, from {count_of_votes(self.votes)}. " + (
+            f"Left out: {out}." if out else "None left out."
+        )
 
 
-def pairs_of(votes: Sequence[Mapping[str, Any]], heldout: frozenset[bytes]) -> tuple[list[Pair], dict[str, int]]:
+def votes_of(run: Run) -> list[dict[str, Any]]:
+    """The votes of a run, in order."""
+    return list(read_lines(run.path / FILE))
+
+
+def count_of_votes(count: int) -> str:
+    """A number of votes in words."""
+    return f"{count} vote{'' if count == 1 else 's'}"
+
+
+def pairs_of(
+    votes: Sequence[Mapping[str, Any]], heldout: frozenset[bytes], problem_with: ProblemWith
+) -> tuple[list[Pair], dict[str, int]]:
     """The pairs in the order of their first vote, and how many votes became none, by reason.
 
     Votes on the same two answers are added up; where they cancel out there is no pair.
@@ -86,13 +103,13 @@ def pairs_of(votes: Sequence[Mapping[str, Any]], heldout: frozenset[bytes]) -> t
     return pairs, {reason: count for reason, count in left_out.items() if count}
 
 
-def export_votes(run: Run) -> Export:
+def export_votes(run: Run, problem_with: ProblemWith) -> Export:
     """Write RUN/next-round/{pairs.jsonl, recipe.yaml}, whole or not at all.
 
     Raises `UserError` when no vote gives a pair.
     """
     votes, found = votes_of(run), gallery(run)
-    pairs, left_out = pairs_of(votes, found.heldout_keys)
+    pairs, left_out = pairs_of(votes, found.heldout_keys, problem_with)
     if not pairs:
         out = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise UserError(
@@ -101,7 +118,7 @@ def export_votes(run: Run) -> Export:
         )
     folder = run.path / FOLDER
     turns = any(not isinstance(pair.prompt, str) for pair in pairs)
-    write_rows(folder / "pairs.jsonl", [row_of(pair, turns) for pair in pairs])
+    write_text(folder / "pairs.jsonl", json_lines(row_of(pair, turns) for pair in pairs))
     recipe = next_recipe(run, folder)
     write_text(folder / "recipe.yaml", dump_config(recipe))
     words = ["mlxdpo", "train", str(folder / "recipe.yaml"), "--model.adapter", str(run.adapter)]
@@ -118,11 +135,6 @@ def row_of(pair: Pair, turns: bool) -> dict[str, Any]:
     return {"prompt": text_to_json(prompt), "chosen": text_to_json(chosen), "rejected": text_to_json(rejected)}
 
 
-def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """JSON lines, whole or absent."""
-    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def next_recipe(run: Run, folder: Path) -> Config:
     """This run's recipe with its adapter as the start, the votes as the data, and the same pairs held out."""
     config = run.config()
@@ -134,14 +146,14 @@ def next_recipe(run: Run, folder: Path) -> Config:
     values["lora"] = own | {"dropout": config.lora.dropout}  # another shape than the adapter's would be refused
     values["reference"] = {}  # the start is the reference
     kept = {k: v for k, v in values["data"].items() if k not in ("path", "split", "eval", "format", "columns")}
-    values["data"] = kept | {"path": str(folder / "pairs.jsonl")} | _heldout(run, config, folder)
+    values["data"] = kept | {"path": str(folder / "pairs.jsonl")} | _heldout_settings(run, config, folder)
     if "eval" not in values["data"]:
         values["train"] |= {"keep_model": "last", "patience": None}
-    values["out"] = str(_free(run.path))
+    values["out"] = str(_free_run_folder(run.path))
     return load_config(None, values)
 
 
-def _heldout(run: Run, config: Config, folder: Path) -> dict[str, Any]:
+def _heldout_settings(run: Run, config: Config, folder: Path) -> dict[str, Any]:
     if config.data.eval is not None and Path(config.data.eval).exists() and not config.data.columns:
         return {"eval": config.data.eval}
     try:
@@ -149,15 +161,15 @@ def _heldout(run: Run, config: Config, folder: Path) -> dict[str, Any]:
     except UserError:
         return {"eval_fraction": 0.0}  # nothing was held out, and a handful of votes can spare none
     turns = any(not isinstance(row.prompt, str) for row in rows)
-    lines = [Pair(row.prompt, _said(row.chosen), _said(row.rejected)) for row in rows]
-    write_rows(folder / "heldout.jsonl", [row_of(line, turns) for line in lines])
+    lines = [Pair(row.prompt, _answer_text(row.chosen), _answer_text(row.rejected)) for row in rows]
+    write_text(folder / "heldout.jsonl", json_lines(row_of(line, turns) for line in lines))
     return {"eval": str(folder / "heldout.jsonl")}
 
 
-def _said(answer: Text) -> str:
+def _answer_text(answer: Text) -> str:
     return answer if isinstance(answer, str) else answer[-1].content
 
 
-def _free(path: Path) -> Path:
+def _free_run_folder(path: Path) -> Path:
     stem = path.name.split("-votes-")[0]
     return next(p for n in range(1, 10**6) if not (p := path.with_name(f"{stem}-votes-{n}")).exists())

@@ -49,10 +49,10 @@ def read_prompts(data: DataConfig, path: str | None = None, split: str | None = 
     source, left_out = path or data.path, dict[str, int]()
     if holds_answers(data, source, split):
         rows, report = stream_preferences(data, source, split)
-        found = _of_answers(rows)
+        found = _answered_prompts(rows)
     else:
         report = Report()
-        found = _alone(read_rows(source, split or data.split), data, report)
+        found = _bare_prompts(read_rows(source, split or data.split), data, report)
     first: dict[bytes, Asked] = {}
     for one in found:
         key = prompt_key(one.prompt)
@@ -72,11 +72,11 @@ def holds_answers(data: DataConfig, path: str, split: str | None = None) -> bool
     return any(not isinstance(row, BadRow) and detect(row) is not None for _, row in rows)
 
 
-def _of_answers(rows: Iterable[Item]) -> Iterator[Asked]:
+def _answered_prompts(rows: Iterable[Item]) -> Iterator[Asked]:
     return (Asked(row.prompt, row.where, tuple(row.tools)) for row in rows)
 
 
-def _alone(found: Iterable[Found], data: DataConfig, report: Report) -> Iterator[Asked]:
+def _bare_prompts(found: Iterable[Found], data: DataConfig, report: Report) -> Iterator[Asked]:
     for where, row in found:
         report.read += 1
         try:

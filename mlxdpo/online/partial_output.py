@@ -1,0 +1,56 @@
+"""A partial output that can be gone on with: one process at a time, from the same settings, chunk by chunk.
+
+What is done stands on disk, a line per prompt. The same command given again checks that every setting is what it was,
+answers the prompts that are missing, and ends in the same bytes as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlxdpo.data.read import prompt_key
+from mlxdpo.io.atomic import append_line
+from mlxdpo.online.prompts import Asked
+from mlxdpo.types import Event
+
+LOCK = ".lock"
+"""The lock file of an output that is a folder."""
+
+
+def changed_setting(then: Any, now: Any, name: str = "") -> str:
+    """The first setting that differs, as "optim.lr (1e-05 then, 2e-05 now)"; "" where all are the same."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        inside = (changed_setting(then.get(k), now.get(k), f"{name}.{k}".lstrip(".")) for k in {**then, **now})
+        return next(filter(None, inside), "")
+    return "" if then == now else f"{name} ({then} then, {now} now)"
+
+
+def answer_missing(
+    asked: Sequence[Asked],
+    size: int,
+    done: set[str],
+    answer: Callable[[Sequence[Asked]], Sequence[Mapping[str, Any]] | None],
+    file: Path,
+    kind: str,
+) -> Generator[Event, None, bool]:
+    """Answer the prompts that are not in `done`, `size` at once, and append their lines to `file`.
+
+    A chunk of which some prompts are missing is answered as a whole, as it was the first time. Yields an event of
+    `kind` after each chunk and returns True; where `answer` gives None, yields "interrupted" and returns False.
+    """
+    for at in range(0, len(asked), size):
+        chunk = asked[at : at + size]
+        missing = {key for one in chunk if (key := prompt_key(one.prompt).hex()) not in done}
+        if missing:
+            lines = answer(chunk)
+            if lines is None:
+                yield Event("interrupted", len(done), {"file": file})
+                return False
+            for line in lines:
+                if line["prompt_id"] in missing:
+                    append_line(file, line)
+            done |= missing
+        yield Event(kind, len(done), {"done": len(done), "total": len(asked)})
+    return True
