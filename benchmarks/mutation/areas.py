@@ -6,7 +6,8 @@ from benchmarks.mutation.covering import ROOT, Area
 
 
 def _tests(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/test_{name}.py" for name in names)
+    found = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    return tuple(found[f"test_{name}"] for name in names)
 
 
 AREAS: dict[str, Area] = {
@@ -14,11 +15,11 @@ AREAS: dict[str, Area] = {
         tuple(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "mlxdpo/losses").glob("*.py") if p.stem != "__init__")),
         _tests("losses", "losses_parts", "objectives_docs"),
     ),
-    "scoring": Area(("mlxdpo/forward/logprobs.py",), _tests("scoring", "scoring_ways", "details", "packed")),
+    "scoring": Area(("mlxdpo/forward/logprobs.py",), _tests("logprobs", "logprobs_paths", "details", "packed")),
     "encode": Area(
-        ("mlxdpo/data/encode.py", "mlxdpo/data/encode.py", "mlxdpo/data/render.py", "mlxdpo/data/template.py"),
+        ("mlxdpo/data/encode.py", "mlxdpo/data/render.py", "mlxdpo/data/template.py"),
         _tests("encode", "encode_rows", "template_probe"),
     ),
     "stats": Area(("eval/metrics/intervals.py",), _tests("eval_stats", "eval_clustered")),
 }
-"""What scoring, encoding and statistics were split into belongs to them: fit, render, template; clustered."""
+"""What encoding was split into belongs to it: render, template."""

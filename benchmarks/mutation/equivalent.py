@@ -56,7 +56,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "mlxdpo/data/render.py": {
         "render: all((message.content.strip() in fulls[-1] for message in answer)) -> any((message.content.strip() in"
         " fulls[-1] for message in answer))": "an answer is one message (types.Preference)",
-        "_without_end: 1 -> 2 [2]": "an answer is one message: nothing stands before its last",
+        "_without_end_token: 1 -> 2 [2]": "an answer is one message: nothing stands before its last",
     },
     "mlxdpo/data/template.py": {
         ": 'Red7' -> 'XXRed7XX'": "any word without blanks that the template does not hold serves as a probe",

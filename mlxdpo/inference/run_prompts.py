@@ -89,7 +89,7 @@ def text_to_json(text: Text) -> str | list[dict[str, object]]:
 
 
 def text_from_json(value: object) -> Text:
-    """What `as_json` wrote."""
+    """What `text_to_json` wrote."""
     if isinstance(value, str):
         return value
     assert isinstance(value, list)

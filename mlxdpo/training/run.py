@@ -19,19 +19,20 @@ import numpy as np
 from mlxdpo.config import Config
 from mlxdpo.data.dataset import Dataset, Made, Sofar, encoding, reading
 from mlxdpo.distributed.group import ALONE, Group
+from mlxdpo.forward.logprobs import ForwardFns
 from mlxdpo.forward.patch_mlx_lm import chunked_attention_on
 from mlxdpo.losses import Loss
 from mlxdpo.machine.device import wire_memory
 from mlxdpo.machine.memory_guard import MemoryGuard
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter, with_adapter
-from mlxdpo.model.policy import load_policy
+from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint, distributed, preflight
 from mlxdpo.training.checkpoint import Progress
 from mlxdpo.training.loop import run_loop
 from mlxdpo.training.manifest import describe_run
 from mlxdpo.training.plan import TrainPlan, make_plan
-from mlxdpo.training.reference import Scorer, find_reference, shared_rows, with_reference
+from mlxdpo.training.reference import find_reference, shared_rows, with_reference
 from mlxdpo.training.reference_sync import check_reference_sync
 from mlxdpo.training.stages import stage_of
 from mlxdpo.training.step import ReferencedPairs, TrainState, make_optimizer, make_scorer
@@ -129,18 +130,11 @@ def prepare(
     # Entered before anything is traced: a trace keeps the attention it was made with.
     held.enter_context(chunked_attention_on(policy.model, longest))
     held.enter_context(chunked_attention_on(reference.model, longest))
-    if "reference" in loss.needs:
-        own = forward if reference is policy else preflight.choose_forward(reference.model, data, plan, config)[0]
-        scorer = make_scorer(reference.model, preflight.with_details(own, loss, config).score)
-        with dropout_off(reference.model):
-            logps = yield from _score_reference(
-                config, loss, scorer, manifest["reference"], data, plan, should_stop, group
-            )
-        if logps is None:
-            return None
-        del scorer
-    else:
-        logps = [np.zeros((len(part), 2), np.float32) for part in (data.train, data.heldout)]
+    logps = yield from _reference_logps(
+        config, loss, forward, policy, reference, manifest["reference"], data, plan, should_stop, group
+    )
+    if logps is None:
+        return None
     if reference is not policy:
         del reference
         gc.collect()
@@ -170,17 +164,26 @@ def _report(steps: Generator[Sofar, None, Made], should_stop: Stop) -> Generator
             return None
 
 
-def _score_reference(
+def _reference_logps(
     config: Config,
     loss: Loss,
-    scorer: Scorer,
+    forward: ForwardFns,
+    policy: Policy,
+    reference: Policy,
     identity: dict[str, Any],
     data: Dataset,
     plan: TrainPlan,
     should_stop: Stop,
     group: Group,
 ) -> Generator[Event, None, list[np.ndarray] | None]:
-    """The reference's log-probs of training and held-out pairs, each (N, 2) or (N, 4), or None when asked to stop."""
+    """The reference's log-probs of training and held-out pairs, each (N, 2) or (N, 4), or None when asked to stop.
+
+    Zeros where the loss asks no reference. Called before the adapter is attached: the policy is its own reference.
+    """
+    if "reference" not in loss.needs:
+        return [np.zeros((len(part), 2), np.float32) for part in (data.train, data.heldout)]
+    own = forward if reference is policy else preflight.choose_forward(reference.model, data, plan, config)[0]
+    scorer = make_scorer(reference.model, preflight.with_details(own, loss, config).score)
     found: list[np.ndarray] = []
     parts = (
         ("training", data.train, plan.training, plan.shapes),
@@ -191,7 +194,8 @@ def _score_reference(
         scoring = with_reference(examples, scorer, identity, batches, config.train.batch_size, shapes, rows, group)
         logps = None
         while logps is None:
-            done, logps = next(scoring)
+            with dropout_off(reference.model):
+                done, logps = next(scoring)
             yield Event("reference", 0, {"part": name, "done": done, "total": len(examples)})
             if group.agree(should_stop()):
                 scoring.close()  # saves what was scored

@@ -90,7 +90,8 @@ def test_values_and_gradients_are_those_of_the_whole_square(case):
     scale, how = case["D"] ** -0.5, {name: case[name] for name in ("window", "softcap")}
     inputs = [mx.array(a.astype(np.float32)) for a in exact]
     got = with_gradients(lambda q, k, v: chunked_attention(q, k, v, scale=scale, chunk=case["chunk"], **how), *inputs)
-    assert_close(got, naive(*exact, scale, **how), 3e-6)
+    # Under a soft cap of 30 a score is rounded as a number of that size, 2e-6, whatever the score.
+    assert_close(got, naive(*exact, scale, **how), 1e-5 if case["softcap"] else 3e-6)
 
 
 @pytest.mark.parametrize("window", [None, 1, 37, 300, 5000])

@@ -239,7 +239,8 @@ def test_started_by_an_app_that_is_killed_stopped_and_resumed_it_reaches_the_sam
     app = (
         "import time; from pathlib import Path; from mlxdpo.config import load_config;"
         " from mlxdpo.ui.train import process;"
-        " process.start_training(Path('runs'), 'one', load_config('tiny.yaml')); print('up', flush=True); time.sleep(600)"
+        " process.start_training(Path('runs'), 'one', load_config('tiny.yaml'));"
+        " print('up', flush=True); time.sleep(600)"
     )
     started = subprocess.Popen([sys.executable, "-c", app], stdout=subprocess.PIPE, text=True)
     assert started.stdout.readline() == "up\n"

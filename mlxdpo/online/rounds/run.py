@@ -53,7 +53,7 @@ class Stages(NamedTuple):
 def iterate(config: Config, hands: Stages, should_stop: Stop = lambda: False) -> Iterator[Event]:
     """Run rounds; yields "begin", whatever the stages yield, "round" after each, then "over" or "interrupted".
 
-    Raises `UserError` as `plan.check`, `plan.begin`, `plan.split_prompts` and the stages do.
+    Raises `UserError` as `plan.check_rounds`, `plan.begin_rounds`, `plan.split_prompts` and the stages do.
     """
     plan.check_rounds(config)
     prompts, heldout = plan.split_prompts(config)
