@@ -28,7 +28,7 @@ def run(*, json: bool = False) -> int:
     else:
         print(
             "\n".join(
-                [*markdown_lines(check_rows(findings)), *([""] if findings["problems"] else []), *findings["problems"]]
+                [*markdown_lines(doctor_rows(findings)), *([""] if findings["problems"] else []), *findings["problems"]]
             )
         )
     return 1 if findings["problems"] else 0
@@ -56,7 +56,7 @@ def examine_machine() -> dict[str, Any]:
     }
 
 
-def check_rows(findings: dict[str, Any]) -> list[tuple[str, ...]]:
+def doctor_rows(findings: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table's rows: what the machine is, then every check."""
     from mlxdpo.selfcheck.registry import plain_line
 

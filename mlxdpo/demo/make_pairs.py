@@ -115,7 +115,7 @@ def best_against_worst(
         elif best.score - worst.score < MIN_GAP:
             _count(ranked.left_out, f"rewards less than {MIN_GAP} apart")
         else:
-            ranked.rows.append(_pair_row(prompt, best, worst, made_of))
+            ranked.rows.append(_demo_row(prompt, best, worst, made_of))
     return ranked
 
 
@@ -123,7 +123,7 @@ def _count(counts: dict[str, int], reason: str) -> None:
     counts[reason] = counts.get(reason, 0) + 1
 
 
-def _pair_row(prompt: str, chosen: Continuation, rejected: Continuation, made_of: Mapping[str, Any]) -> dict[str, Any]:
+def _demo_row(prompt: str, chosen: Continuation, rejected: Continuation, made_of: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "prompt": prompt,
         "chosen": chosen.text,

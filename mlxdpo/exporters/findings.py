@@ -77,7 +77,7 @@ def _of_results(file: Path, results: Json) -> CardNumbers:
     if (form := results.get("format")) not in FORMATS:
         raise UserError(f"{file}: its format is {form!r}, expected {FORMATS[-1]}; run `mlxdpo eval` again for the card")
     found = [*_win_rates(results), *_pairs_and_drift(results)]
-    cards = tuple(_judge_card(w, at(results, "settings.judges") or {}) for w in results.get("winrates") or [])
+    cards = tuple(_read_judge_card(w, at(results, "settings.judges") or {}) for w in results.get("winrates") or [])
     data = str(at(results, "data.source") or "held-out pairs")
     return CardNumbers(file.name, str(at(results, "headline.sentence") or ""), data, tuple(found), cards)
 
@@ -130,7 +130,7 @@ def _pairs_and_drift(results: Json) -> Iterator[CardNumber]:
             yield from _card_number(name, metric, at(results, value), at(results, interval), n, beside)
 
 
-def _judge_card(w: Json, identities: Json) -> JudgeCard:
+def _read_judge_card(w: Json, identities: Json) -> JudgeCard:
     judge = str(w.get("judge"))
     rows = [(name, str(value)) for name, value in (identities.get(judge) or {}).items()]
     invalid = w.get("invalid") or {}

@@ -57,7 +57,7 @@ def cell(text: Any) -> str:
     return plain.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def card_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell(value) for value in line) + " |" for line in lines)
@@ -103,7 +103,7 @@ def contents(record: Exported, repo: str) -> str:
     snippets = [snippet.replace(REPO, repo) for snippet in snippets]
     pull = f"mlxdpo pull {repo} --out runs/pulled\nmlxdpo generate runs/pulled --prompt '...'"
     parts = [
-        markdown_table(("folder", "target", "relation to the base", "note"), rows),
+        card_table(("folder", "target", "relation to the base", "note"), rows),
         *snippets,
         _code_block("sh", pull),
     ]
@@ -168,7 +168,7 @@ def base(record: Exported, manifest: Mapping[str, Any], licences: Licences) -> s
         ("licence", licences.model or "not known: look at the base model's page before you use this"),
         ("reference of the rewards", _reference_of(manifest)),
     ]
-    return "## Base model\n\n" + markdown_table(("", ""), rows)
+    return "## Base model\n\n" + card_table(("", ""), rows)
 
 
 def _reference_of(manifest: Mapping[str, Any]) -> str:
@@ -189,7 +189,7 @@ def data(config: Config, manifest: Mapping[str, Any], licences: Licences) -> str
     ]
     lines = [f"- {cell(line)}" for line in _left_out(found["reports"])]
     rest = "\n\nRows left out or changed:\n\n" + "\n".join(lines) if lines else ""
-    return f"## Data\n\n{markdown_table(('', ''), rows)}{rest}"
+    return f"## Data\n\n{card_table(('', ''), rows)}{rest}"
 
 
 def _left_out(reports: Mapping[str, Any]) -> Iterable[str]:
@@ -217,7 +217,7 @@ def training(config: Config, manifest: Mapping[str, Any], metrics: Sequence[Mapp
     ]
     parts = [
         "## Training",
-        markdown_table(("", ""), rows),
+        card_table(("", ""), rows),
         "The command, on the data named above:",
         _code_block("sh", command(config)),
     ]
@@ -235,21 +235,19 @@ def evaluation_section(findings: CardNumbers | None) -> str:
     """The table of numbers, each with interval and n, and what the judges are worth."""
     if findings is None:
         return "## Evaluation\n\nNot evaluated. `mlxdpo eval` measures it, with intervals."
-    rows = [(f.name, f"{f.value:.4g}", bounds(f), f.n or "not recorded", f.beside) for f in findings.findings]
+    rows = [(f.name, f"{f.value:.4g}", interval_text(f), f.n or "not recorded", f.beside) for f in findings.findings]
     note = (
         f"Held-out pairs: {cell(without_paths(findings.data))}. Intervals are 95 %, clustered by prompt; "
         f"`none` means that the data could not carry one. Source: eval/{cell(findings.file)} of the run."
     )
-    parts = ["## Evaluation", markdown_table(("number", "value", "95 % interval", "n", "beside it"), rows), note]
-    parts += [
-        f"### Judge: {cell(c.judge)}\n\n{markdown_table(('', ''), without_paths(c.rows))}" for c in findings.cards
-    ]
+    parts = ["## Evaluation", card_table(("number", "value", "95 % interval", "n", "beside it"), rows), note]
+    parts += [f"### Judge: {cell(c.judge)}\n\n{card_table(('', ''), without_paths(c.rows))}" for c in findings.cards]
     if not findings.cards:
         parts.append("No judge was asked, so whether its answers are better is not known.")
     return "\n\n".join(parts)
 
 
-def bounds(finding: CardNumber) -> str:
+def interval_text(finding: CardNumber) -> str:
     """The bounds, or that there are none."""
     if finding.low is None or finding.high is None:
         return "none"
@@ -262,19 +260,23 @@ def fidelity(record: Exported) -> str:
     for name, target in record.targets.items():
         f = target.fidelity
         verdict = "passed" if f.passed else f"**failed**: {f.reason or 'no reason recorded'}"
-        figures = (_formatted(f.token_kl, ".2e"), _formatted(f.policy_reference_kl, ".2e"), _formatted(f.slope, ".4f"))
+        figures = (
+            _card_value(f.token_kl, ".2e"),
+            _card_value(f.policy_reference_kl, ".2e"),
+            _card_value(f.slope, ".4f"),
+        )
         change = f"{f.accuracy_run:.3f} to {f.accuracy_artefact:.3f}"
         n = f"{f.pairs} pairs, {f.tokens} tokens"
-        rows.append((name, *figures, _formatted(f.correlation, ".4f"), change, n, verdict))
+        rows.append((name, *figures, _card_value(f.correlation, ".4f"), change, n, verdict))
     header = ("target", "KL(run, artefact)", "KL(run, reference)", "slope", "correlation", "accuracy", "n", "gate")
     note = (
         "Each artefact was loaded again and held against the run on held-out pairs: mean KL per token in nats, slope "
         f"and correlation of its DPO margins over the run's. Pairs: {cell(without_paths(record.data))}."
     )
-    return f"## Fidelity of the export\n\n{markdown_table(header, rows)}\n\n{note}"
+    return f"## Fidelity of the export\n\n{card_table(header, rows)}\n\n{note}"
 
 
-def _formatted(value: float | None, form: str) -> str:
+def _card_value(value: float | None, form: str) -> str:
     return "none" if value is None else format(value, form)
 
 

@@ -27,17 +27,13 @@ def short_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> m
 
     For short rows on a CPU: it keeps its softmax for the backward pass, which is cheaper than making it again
     (`chunked_attention`) as long as the square is small. Source of the gradient: arXiv 2205.14135 appendix B.2,
-    with the softmax kept.
+    with the softmax kept. K heads stand side by side, the queries that share one in one matmul.
     """
-    L, T = q.shape[2], k.shape[2]
-    cuts = [(a, min(a + QUERIES, L)) for a in range(0, L, QUERIES)]
-    parts = [_short_chunk(q[:, :, a:b], k[:, :, : T - L + b], v[:, :, : T - L + b], scale) for a, b in cuts]
-    return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
-
-
-def _short_chunk(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """The last L of T tokens attend; K heads side by side, the G queries that share one in one matmul."""
     (B, H, L, D), (K, T) = q.shape, k.shape[1:3]
+    if L > QUERIES:
+        ends = [(a, min(a + QUERIES, L)) for a in range(0, L, QUERIES)]
+        parts = [(q[:, :, a:b], k[:, :, : T - L + b], v[:, :, : T - L + b]) for a, b in ends]
+        return mx.concatenate([short_attention(*part, scale=scale) for part in parts], axis=2)
     # The largest a score may be: a minimum takes half the time of a selection.
     most = mx.where(mx.arange(T)[None] > mx.arange(T - L, T)[:, None], -mx.inf, mx.inf)
 

@@ -28,7 +28,7 @@ def exp2(x: mx.array) -> mx.array:
 
 def exp(x: mx.array) -> mx.array:
     """e ** x for x <= 0, within float32's rounding; see `exp2` for what is below -69."""
-    return exp2(x * LOG2E) if this_machine().kind == "cpu" else mx.exp(x)
+    return mx.power(2.0, mx.maximum(x * LOG2E, SMALLEST)) if this_machine().kind == "cpu" else mx.exp(x)
 
 
 def stable_sigmoid(x: mx.array) -> mx.array:

@@ -70,7 +70,7 @@ def _position_chunks(head: Head, h: mx.array) -> list[slice]:
 def token_logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
     """(N, D) states and (N,) tokens -> (N,) log p(y), float32 nats."""
     if is_frozen(head):
-        return _fused(head, _with_row)(h, y)[0]
+        return _fused(head, lambda logps, rows, e, total: (logps, rows))(h, y)[0]
     module = head.module()
     logps = checkpointed(module, lambda hh, yy: _logps(head, hh, yy))
     return mx.concatenate([logps(h[at], y[at]) for at in _position_chunks(head, h)])
@@ -79,7 +79,7 @@ def token_logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
 def token_logps_and_squares(head: Head, h: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
     """`token_logps`, and (N,) log sum_v p_v^2 of the same positions, which has no gradient (WPO, arXiv 2406.11827)."""
     if is_frozen(head):
-        logps, _, squares = _fused(head, _with_row_and_square)(h, y)
+        logps, _, squares = _fused(head, lambda logps, rows, e, total: (logps, rows, _log_square(e, total)))(h, y)
         return logps, mx.stop_gradient(squares)
     states = mx.stop_gradient(h)
     return token_logps(head, h, y), mx.stop_gradient(score_logps_and_squares(head, states, y)[1])
@@ -157,9 +157,11 @@ def in_blocks(z: mx.array) -> mx.array:
     return z.reshape(*z.shape[:-1], blocks, -1)
 
 
-def _fused(head: Head, measure: Callable[..., tuple[mx.array, ...]]) -> Callable[..., tuple[mx.array, ...]]:
-    """(h, y) -> log-probs (N,), their gradient rows (N, D), and what else `measure` gives of a chunk, without gradient;
-    the rows are the log-probs' gradient."""
+def _fused(head: Head, keep: Callable[..., tuple[mx.array, ...]]) -> Callable[..., tuple[mx.array, ...]]:
+    """(h, y) -> log-probs (N,), their gradient rows (N, D), and what else `keep` takes of a chunk, without gradient.
+
+    `keep` gets what `_logps_and_rows` gives. The rows are the log-probs' gradient.
+    """
 
     def run(h: mx.array, y: mx.array) -> tuple[mx.array, ...]:
         """One chunk of logits after the other."""
@@ -169,7 +171,7 @@ def _fused(head: Head, measure: Callable[..., tuple[mx.array, ...]]) -> Callable
             if parts:
                 # All of them, or each chunk's logits wait for their look-up until the end.
                 (states,) = mx.depends([states], list(parts[-1]))
-            parts.append(measure(head, states, y[at]))
+            parts.append(keep(*_logps_and_rows(head, logits(head, states), y[at])))
         return tuple(mx.concatenate(list(column)) for column in zip(*parts, strict=True))
 
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
@@ -178,15 +180,6 @@ def _fused(head: Head, measure: Callable[..., tuple[mx.array, ...]]) -> Callable
         return (outputs[1] * cotangents[0][:, None]).astype(h.dtype), mx.zeros_like(y)
 
     return with_gradient(run, backward)
-
-
-def _with_row(head: Head, h: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
-    return _logps_and_rows(head, logits(head, h), y)[:2]
-
-
-def _with_row_and_square(head: Head, h: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    logp, row, e, total = _logps_and_rows(head, logits(head, h), y)
-    return logp, row, _log_square(e, total)
 
 
 def _logps_and_rows(head: Head, z: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:

@@ -69,8 +69,11 @@ def run_layers(
             with stream(number):
                 states[number] = layer(*states[number])
         states = interleave(states)
-    ends = map_streams(lambda plan, state: plan.leave(*state), plans, states)
-    return join(map_streams(read, parts, ends), batch)
+    found = []
+    for number, (part, plan_of_part, state) in enumerate(zip(parts, plans, states, strict=True)):
+        with stream(number):
+            found.append(read(part, plan_of_part.leave(*state)))
+    return join(found, batch)
 
 
 def run_whole(batch: Batch, read: Callable[[Batch], Any], join: Callable[[list[Any], Batch], Any] = join_rows) -> Any:

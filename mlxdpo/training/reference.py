@@ -180,7 +180,7 @@ def _round(
     each scored by one of several."""
     if peers.size == 1:
         return {start: score_one(batches[start])}
-    numbers = _due(batches, start, place, known, ROUND * peers.size)
+    numbers = _batches_to_score(batches, start, place, known, ROUND * peers.size)
     found = np.zeros((len(numbers), max(len(batches[n]) for n in numbers), place.shape[1]), np.float32)
     mine = peers.mine([len(batches[n]) for n in numbers])
     for values, number, own in zip(found, numbers, mine, strict=True):
@@ -190,7 +190,9 @@ def _round(
     return {n: values[: len(batches[n])] for n, values in zip(numbers, summed, strict=True)}
 
 
-def _due(batches: Sequence[Indices], start: int, place: np.ndarray, known: np.ndarray, most: int) -> list[int]:
+def _batches_to_score(
+    batches: Sequence[Indices], start: int, place: np.ndarray, known: np.ndarray, most: int
+) -> list[int]:
     """The numbers of the next batches, from `start` on, that hold a row which no batch before them has."""
     numbers: list[int] = []
     seen: set[int] = set()

@@ -165,24 +165,16 @@ def make_gradient(model: nn.Module, loss: Loss, forward: Forward | None = None) 
         losses = loss(pairs, statistics)
         return (losses * batch.weight).sum() * share, losses, pairs
 
-    value_and_grad = nn.value_and_grad(model, weighted_loss)
-
-    def losses_and_gradients(
-        batch: Batch, share: mx.array, statistics: mx.array | None
-    ) -> tuple[mx.array, Pairs, Gradients]:
-        """What is compiled."""
-        (_, losses, pairs), gradients = value_and_grad(batch, share, statistics)
-        return losses, pairs, gradients
-
     # The model is an output too: tracing leaves tracers in its parameters, and outputs put arrays back.
     state = [model.state, mx.random.state]
-    traced = compiled(losses_and_gradients, inputs=state, outputs=state)
+    traced = compiled(nn.value_and_grad(model, weighted_loss), inputs=state, outputs=state)
 
     def gradient(batch: Batch, share: mx.array, statistics: mx.array | None = None) -> Gradient:
         """Evaluated by its caller, unless the batch is computed in parts."""
         if statistics is not None:  # what only fills a batch gets what its first pair has
             statistics = widened(statistics, batch.chosen.shape[0])
-        found = Gradient(*traced(batch, share, statistics))
+        (_, losses, pairs), gradients = traced(batch, share, statistics)
+        found = Gradient(losses, pairs, gradients)
         if batch.parts:
             evaluate_batch(batch, found)
         return found

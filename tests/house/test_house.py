@@ -8,6 +8,7 @@ import ast
 import pytest
 from house import FILES, FLOORS, ROOF, ROOT, imports, own_rooms, room_of, tree_of
 
+COUNTERPARTS = {"main", "run", "build"}  # of a program, a command, a tab of the app
 HEAVY = {"gradio", "matplotlib", "datasets", "huggingface_hub", "transformers", "torch"}
 MAY_IMPORT_MLX_LM = {"model", "forward", "inference", "exporters", "selfcheck"}
 
@@ -75,6 +76,16 @@ def test_nothing_is_swallowed_and_nothing_is_left_for_later(path):
         if isinstance(node, ast.Name):
             assert node.id != "NotImplementedError"
     assert not {"TODO", "FIXME", "XXX"} & set(path.read_text("utf-8").replace(":", " ").split())
+
+
+def test_a_name_stands_in_one_file():
+    """But for what each command, tab or program has: a reader who searches for a name finds it."""
+    homes = {}
+    for path in FILES:
+        for node in tree_of(path).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                homes.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: files for name, files in homes.items() if len(files) > 1 and name not in COUNTERPARTS} == {}
 
 
 def test_no_drawers_for_odds_and_ends():

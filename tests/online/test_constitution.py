@@ -30,7 +30,7 @@ from mlxdpo.online.constitution.conversations import COPIED, ECHO, SAME, TOO_LON
 from mlxdpo.online.constitution.labels import Label, label_pair, shared_next_logits
 from mlxdpo.online.constitution.schema import Principle, Worked, dump_constitution
 from mlxdpo.online.constitution.wording import comparison_turns, critique_turns, revision_turns
-from mlxdpo.online.constitution.write_outputs import pair_of, position_bias
+from mlxdpo.online.constitution.write_outputs import label_position_bias, pair_of
 from mlxdpo.online.policy_source import policy_source
 from mlxdpo.types import Message, UserError
 from mlxdpo.ui.constitution import tab, view
@@ -345,8 +345,8 @@ def test_of_two_samples_the_likelier_is_chosen(speaker):
 def test_position_golden():
     """(3, 1) prefers the answer in both orders, (2, -4) the place: bias (1 + 3) / 2, half consistent."""
     votes = {"a": {"shown_first": 3.0, "shown_second": 1.0}, "b": {"shown_first": 2.0, "shown_second": -4.0}}
-    assert position_bias([{"votes": votes}, {}]) == {"bias": 2.0, "consistent": 0.5, "comparisons": 2}
-    assert position_bias([{}]) is None
+    assert label_position_bias([{"votes": votes}, {}]) == {"bias": 2.0, "consistent": 0.5, "comparisons": 2}
+    assert label_position_bias([{}]) is None
 
 
 def test_soft_labels_reach_the_loss(speaker, policy, prompts, tmp_path):

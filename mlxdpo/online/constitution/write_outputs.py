@@ -38,7 +38,7 @@ def write_constitution_outputs(
         "critiques_cut": sum(line.get("critique", {}).get("finish") == "length" for line in lines),
         "principles": dict(Counter(line["principle"] for line in lines if "principle" in line).most_common()),
         "labels": _summary(labels),
-        "position": position_bias(lines),
+        "position": label_position_bias(lines),
         "identity": identity,
     }
     write_json(out / REPORT, report)
@@ -98,7 +98,7 @@ def constitution_sentences(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def position_bias(lines: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+def label_position_bias(lines: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
     """How much comparisons depend on the order: `bias`, the mean log-odds for whatever is shown as A, and the share of
     comparisons that prefer the same answer in both orders."""
     votes = [vote for line in lines for vote in line.get("votes", {}).values()]
