@@ -38,7 +38,7 @@ def run(recipe: Path | None = None, /, *, config: Overrides = NOTHING, json: boo
 
 def forecast_json(found: Forecast) -> dict[str, Any]:
     """The forecast as plain values; sizes in bytes."""
-    memory, outlook = found.memory, found.outlook
+    memory, summary = found.memory, found.summary
     return {
         "peak": memory.peak,
         "phase": worst_phase(found),
@@ -47,7 +47,7 @@ def forecast_json(found: Forecast) -> dict[str, Any]:
         "machine": found.machine,
         "fits": found.fits,
         "change": [change._asdict() for change in found.advice],
-        "plan": outlook._asdict(),
+        "plan": summary._asdict(),
     }
 
 
@@ -64,15 +64,15 @@ def show_forecast(found: Forecast) -> None:
     from mlxdpo.commands.terminal import console
     from mlxdpo.training.plan import plan_sentence
 
-    memory, outlook = found.memory, found.outlook
+    memory, summary = found.memory, found.summary
     table = Table("memory", "GB")
     for name, words in PARTS.items():
         table.add_row(words, _gb(getattr(memory, name)))
     table.add_row(f"peak, in the {worst_phase(found)} phase", _gb(memory.peak), style="bold")
     table.add_row("this machine", _gb(found.machine))
     console.print(table)
-    console.print(f"{outlook.steps} optimizer steps; longest row {outlook.longest} tokens")
-    console.print(plan_sentence(outlook))
+    console.print(f"{summary.steps} optimizer steps; longest row {summary.longest} tokens")
+    console.print(plan_sentence(summary))
     if found.fits:
         console.print("it fits")
         return

@@ -75,7 +75,7 @@ class Forecast(NamedTuple):
     """What a run costs. `machine` is this machine's memory in bytes; `advice` is empty when it fits."""
 
     memory: Memory
-    outlook: PlanSummary
+    summary: PlanSummary
     machine: int
     fits: bool
     advice: tuple[SettingChange, ...]
@@ -100,10 +100,10 @@ def forecast(config: Config, machine: int | None = None) -> Forecast:
     skeleton = read_skeleton(config.model)
     tokenizer = load_tokenizer(skeleton.folder, config.model.path, config.model.trust_remote_code)
     data = encode_split(rows, config.data, tokenizer, frozenset(tokenizer.eos_token_ids))
-    parts, outlook = gather(config, skeleton, data)
+    parts, summary = gather(config, skeleton, data)
     memory, size = parts.memory(), machine or this_machine().memory
     fits = not size or memory.peak <= FITS * size  # 0: unknown
-    return Forecast(memory, outlook, size, fits, () if fits else advise(config, parts, data))
+    return Forecast(memory, summary, size, fits, () if fits else advise(config, parts, data))
 
 
 def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, PlanSummary]:
@@ -116,7 +116,7 @@ def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, Pl
     plan = make_plan(config, data.train, data.heldout)
     found = planned_batches(data.train, plan.training, packed, parts is None, plan.shapes)
     heldout = planned_batches(data.heldout, plan.heldout, packed, parts is None, plan.heldout_shapes)
-    outlook = summarize_plan(plan, data.train, found)
+    summary = summarize_plan(plan, data.train, found)
     training = tuple({one.layout: None for one in found})
     checked = planned_batches(data.train, [plan.training[0][:CHECKED]], packed, parts is None)
     layouts = Layouts(training, (*training, *{one.layout: None for one in heldout}), checked[0].layout)
@@ -128,7 +128,7 @@ def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, Pl
     frozen = _frozen(config, skeleton, trained)
     quantised = bool(config.model.quantize or skeleton.config.get("quantization"))
     shape = shape_of(skeleton, config.model)
-    return Parts(shape, trained, frozen, setting, layouts, outlook.steps, quantised), outlook
+    return Parts(shape, trained, frozen, setting, layouts, summary.steps, quantised), summary
 
 
 def _light(model: Any) -> float:

@@ -127,12 +127,12 @@ def planned_batches(
     return [one._replace(layout=one.layout._replace(plain=True)) for one in found] if plain else found
 
 
-def plan_sentence(outlook: PlanSummary) -> str:
+def plan_sentence(summary: PlanSummary) -> str:
     """What a person wants to know of a plan before it is carried out."""
     return (
-        f"a pass: {outlook.pairs} pairs as {outlook.rows} distinct rows of at most {2 * outlook.pairs}, "
-        f"{outlook.tokens} distinct tokens; {outlook.waste:.1%} of what is computed is padding or repeated; "
-        f"{outlook.shapes} batch shapes"
+        f"a pass: {summary.pairs} pairs as {summary.rows} distinct rows of at most {2 * summary.pairs}, "
+        f"{summary.tokens} distinct tokens; {summary.waste:.1%} of what is computed is padding or repeated; "
+        f"{summary.shapes} batch shapes"
     )
 
 

@@ -105,12 +105,12 @@ def test_what_it_says_of_a_small_run(tmp_path, cache):
     """18 pairs in windows of 4: 5 steps, 36 rows, and as many batches as windows have halves."""
     config = recipe(tmp_path)
     found = forecast(config)
-    assert (found.outlook.steps, found.outlook.pairs, found.outlook.rows) == (5, 18, 36)
-    assert found.fits and found.advice == () and 0 <= found.outlook.waste < 1
+    assert (found.summary.steps, found.summary.pairs, found.summary.rows) == (5, 18, 36)
+    assert found.fits and found.advice == () and 0 <= found.summary.waste < 1
     events = finish(config)
     data = next(event for event in events if event.kind == "start").values["data"]
-    assert found.outlook.longest == data.train.row_lengths.max()
-    assert found.outlook.steps == sum(event.kind == "step" for event in events)
+    assert found.summary.longest == data.train.row_lengths.max()
+    assert found.summary.steps == sum(event.kind == "step" for event in events)
 
 
 def test_weights_are_those_of_the_run(tmp_path, cache):

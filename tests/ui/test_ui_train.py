@@ -216,8 +216,8 @@ def test_an_estimate_says_whether_it_fits():
     part = dict.fromkeys(
         ("weights", "trained", "gradients", "optimizer", "activations", "head", "reference"), 2_000_000
     )
-    outlook = {"steps": 1200, "pairs": 3000, "longest": 512, "waste": 0.25}
-    plan = {"peak": 9 * 10**9, "phase": "backward", "parts": part, "machine": 10**10, "fits": False, "plan": outlook}
+    summary = {"steps": 1200, "pairs": 3000, "longest": 512, "waste": 0.25}
+    plan = {"peak": 9 * 10**9, "phase": "backward", "parts": part, "machine": 10**10, "fits": False, "plan": summary}
     html = estimate_html(plan | {"change": [{"setting": "train.gradient_checkpointing true", "peak": 4 * 10**9}]})
     assert "It does not fit" in html and "Peak memory 9.00 GB of 10.00 GB" in html and "1,200 optimizer steps" in html
     assert "<code>train.gradient_checkpointing true</code>: 4.00 GB" in html and "2.0 MB" in html

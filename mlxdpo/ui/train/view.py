@@ -87,13 +87,13 @@ def complaint(said: str) -> str:
 
 def estimate_html(plan: dict[str, Any]) -> str:
     """Whether it fits, the memory by part, the steps, and what would help."""
-    outlook, machine = plan["plan"], plan["machine"]
+    summary, machine = plan["plan"], plan["machine"]
     verdict = "It fits this machine." if plan["fits"] else "It does not fit beside the system and other programs."
     of = f" of {size(machine)}" if machine else ""
     head = f"Peak memory {size(plan['peak'])}{of}, in the {escape(plan['phase'])} phase."
     steps = (
-        f"{outlook['steps']:,} optimizer steps over {outlook['pairs']:,} pairs; longest row {outlook['longest']:,}"
-        f" tokens; {outlook['waste']:.0%} of the computed tokens are padding or repeated."
+        f"{summary['steps']:,} optimizer steps over {summary['pairs']:,} pairs; longest row {summary['longest']:,}"
+        f" tokens; {summary['waste']:.0%} of the computed tokens are padding or repeated."
     )
     help_ = "".join(
         f"<li><code>{escape(change['setting'])}</code>: {size(change['peak'])}</li>" for change in plan["change"]
