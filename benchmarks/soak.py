@@ -33,7 +33,8 @@ from tiny_runs import recipe
 from mlxdpo.data import batch_shapes
 from mlxdpo.io.atomic import write_text
 from mlxdpo.machine import device
-from mlxdpo.training import run, step
+from mlxdpo.training import step
+from mlxdpo.training.run import train
 
 BLOCKS, SETTLED = 20, 0.2
 UNITS = {"rss": "MB", "active": "MB", "cache": "MB", "files": "", "shapes": "", "busy": "ms", "seconds": "ms"}
@@ -94,7 +95,7 @@ def readings(folder: Path, steps: int) -> Iterator[dict[str, float]]:
     step.compiled, batch_shapes.most_traces = watched(seen), lambda: device.TRACES  # type: ignore[assignment]
     try:
         last, spent = _clocks(), np.zeros(2)
-        for event in run(config):
+        for event in train(config):
             now = _clocks()
             if event.kind == "step":
                 spent += now - last

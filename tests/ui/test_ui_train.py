@@ -255,14 +255,14 @@ def test_started_by_an_app_that_is_killed_stopped_and_resumed_it_reaches_the_sam
         time.sleep(0.02)
     at = process.watch(path)
     assert at.steps == STEPS and at.rate > 0 and at.left >= 0 and at.command == "mlxdpo train --resume runs/one"
-    assert "saved" in process.stop(path)
+    assert "saved" in process.stop_training(path)
     assert wait_for(path, ("interrupted", "finished")) == "interrupted", "too short a run to be stopped"
     with pytest.raises(UserError, match="nothing to stop"):
-        process.stop(path)
+        process.stop_training(path)
     assert process.log_tail(path).endswith("stopped; go on with: mlxdpo train --resume runs/one")
-    process.resume(path)
+    process.resume_training(path)
     with pytest.raises(UserError, match="being trained already"):
-        process.resume(path)
+        process.resume_training(path)
     wait_for(path, ("finished",))
     straight = finish(config.model_copy(update={"out": str(place / "straight")}))[-1].values["run"]
     assert adapter_bytes(path) == adapter_bytes(straight.path)
