@@ -5,7 +5,6 @@ import re
 import shlex
 
 import pytest
-from browser_client import JOIN, Browser
 from tiny_desk import finished_run
 
 from mlxdpo.cli import run as cli
@@ -16,6 +15,7 @@ from mlxdpo.ui.server import Login, check_login, hosts_for, is_open, start_app
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
 import httpx
+from browser_client import JOIN, Browser
 
 
 @pytest.fixture(scope="module")
