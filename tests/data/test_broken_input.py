@@ -22,11 +22,10 @@ from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.policy import find_model, load_policy
 from mlxdpo.runs import Run
 from mlxdpo.types import Extras, Message, Preference, UnpairedExample, UserError
-from mlxdpo.ui.guard import Gate
-from mlxdpo.ui.input_checks import problem
+from mlxdpo.ui.guard import Gate, problem
 from mlxdpo.ui.runs.curves import Tail, follow_metrics
 from mlxdpo.ui.runs.run_list import summary_rows
-from mlxdpo.ui.runs.run_view import charts, checkpoints, headline
+from mlxdpo.ui.runs.tab import charts, checkpoints, headline
 from mlxdpo.ui.train.recipe_form import entered, knobs, to_config
 from mlxdpo.ui.vote.vote_file import standing_html
 from mlxdpo_eval.judges import open_judge

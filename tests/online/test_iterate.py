@@ -302,7 +302,7 @@ def parts(place):
 
 
 def test_the_app_shows_rounds_side_by_side(after_one_round, monkeypatch):
-    from mlxdpo.ui.runs.run_view import rounds
+    from mlxdpo.ui.runs.tab import rounds
 
     monkeypatch.chdir(after_one_round)
     shown = rounds(Path("out/round-1"))
