@@ -52,7 +52,7 @@ def run(
     json
         Print the report as JSON.
     """
-    from mlxdpo.online.constitution.write_outputs import RECIPE, constitution_sentences
+    from mlxdpo.online.constitution.run import RECIPE, constitution_sentences
 
     chosen = (constitution, feedback, before)
     return write_pairs(

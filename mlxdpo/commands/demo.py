@@ -35,8 +35,7 @@ def run(*, seed: Seed = 0, shuffle_labels: bool = False, flip_labels: bool = Fal
         raise UserError("--shuffle-labels and --flip-labels are two different controls; give one")
     from mlxdpo.commands import terminal
     from mlxdpo.commands.train import follow_training
-    from mlxdpo.demo.material import bundled_labels, flipped, prepare_demo, shuffled
-    from mlxdpo.demo.measure import measure_demo
+    from mlxdpo.demo.material import bundled_labels, flipped, measure_demo, prepare_demo, shuffled
     from mlxdpo.runs import Run
 
     started = time.monotonic()

@@ -30,7 +30,7 @@ def run(recipe: Path | None = None, /, *, config: Overrides = NOTHING, resume: P
     resume
         Run directory to go on with, exactly where its last checkpoint stands.
     """
-    from mlxdpo.commands.os_errors import error_message
+    from mlxdpo.commands.interrupt import error_message
     from mlxdpo.distributed.group import joined
     from mlxdpo.training.distributed import asked_for
 

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from mlxdpo.config import Config, dump_config, load_config
-from mlxdpo.exporters.upload_rules import RUN
+from mlxdpo.exporters.record import RUN
 from mlxdpo.io.atomic import write_atomic, write_json, write_text
 from mlxdpo.io.names import is_hub_id
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, read_settings

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 from mlxdpo.config import Config, names_of
 from mlxdpo.exporters.findings import CardNumber, CardNumbers
-from mlxdpo.exporters.record import Exported, Target
+from mlxdpo.exporters.record import CURVE, RUN, Exported, Target
 from mlxdpo.exporters.redact import card_metadata, command, public_name, without_paths
-from mlxdpo.exporters.upload_rules import CURVE, RUN
 from mlxdpo.io.names import is_hub_id
 from mlxdpo.losses import LOSSES
 from mlxdpo.model.policy import BUILTIN, find_model

@@ -28,10 +28,16 @@ from mlxdpo.online.constitution import Constitution, Feedback, SamplingSettings,
 from mlxdpo.online.constitution import labels as labelling
 from mlxdpo.online.constitution.conversations import COPIED, ECHO, SAME, TOO_LONG, ChatModel, drawn_principle, revised
 from mlxdpo.online.constitution.labels import Label, label_pair, shared_next_logits
-from mlxdpo.online.constitution.schema import Principle, Worked, dump_constitution
-from mlxdpo.online.constitution.wording import comparison_turns, critique_turns, revision_turns
-from mlxdpo.online.constitution.write_outputs import label_position_bias, pair_of
-from mlxdpo.online.policy_source import policy_source
+from mlxdpo.online.constitution.run import label_position_bias, pair_of
+from mlxdpo.online.constitution.schema import (
+    Principle,
+    Worked,
+    comparison_turns,
+    critique_turns,
+    dump_constitution,
+    revision_turns,
+)
+from mlxdpo.online.prompts import policy_source
 from mlxdpo.types import Message, UserError
 from mlxdpo.ui.constitution import tab
 from mlxdpo.ui.constitution.tab import LEFT, PAIRED, TalkFilter

@@ -15,10 +15,16 @@ from mlxdpo.data.encode import encode_prompt
 from mlxdpo.data.read import prompt_key
 from mlxdpo.inference.generate import finished
 from mlxdpo.model.policy import Policy
-from mlxdpo.online.collect import Asked, PolicySource, screen
+from mlxdpo.online.collect import Asked, PolicySource, rows
 from mlxdpo.online.constitution.labels import Label, label_pair
-from mlxdpo.online.constitution.schema import Constitution, Principle, SamplingSettings
-from mlxdpo.online.constitution.wording import answer_turns, critique_turns, revision_turns
+from mlxdpo.online.constitution.schema import (
+    Constitution,
+    Principle,
+    SamplingSettings,
+    answer_turns,
+    critique_turns,
+    revision_turns,
+)
 from mlxdpo.types import Message
 
 Line = dict[str, Any]
@@ -71,7 +77,7 @@ class ChatModel:
             if self.should_stop():
                 raise Stopped
             text = policy.tokenizer.decode(done.tokens).strip()
-            fault = screen.fault(text, done.tokens, done.finish == "stop", how.unfinished == "keep", self.special)
+            fault = rows.fault(text, done.tokens, done.finish == "stop", how.unfinished == "keep", self.special)
             replies[fits[place]] = {"text": text, "tokens": len(done.tokens), "finish": done.finish, "fault": fault}
         return replies
 
@@ -98,7 +104,7 @@ def revised(chat: ChatModel, chunk: Sequence[Asked], rules: Constitution) -> lis
         going = [at for at, line in enumerate(lines) if not line["left_out"]]
         replies = chat.reply([(turns(at), chunk[at].tools) for at in going], most)
         for at, reply in zip(going, replies, strict=True):
-            if part == "critique" and reply["fault"] == screen.UNFINISHED:
+            if part == "critique" and reply["fault"] == rows.UNFINISHED:
                 reply["fault"] = ""
             lines[at][part] = reply
             lines[at]["left_out"] = _about(part, reply["fault"])
@@ -118,7 +124,7 @@ def _no_revision(line: Line, rules: Constitution) -> str:
 
 
 def _near(a: str, b: str) -> bool:
-    return screen.jaccard(screen.grams(a), screen.grams(b)) >= NEAR
+    return rows.jaccard(rows.grams(a), rows.grams(b)) >= NEAR
 
 
 def sampled(chat: ChatModel, chunk: Sequence[Asked], rules: Constitution) -> list[Line]:

@@ -25,8 +25,7 @@ from mlxdpo.forward.packed import spreader
 from mlxdpo.forward.shared_prefix import hidden_states
 from mlxdpo.model.adapters import dropout_off
 from mlxdpo.model.policy import Policy
-from mlxdpo.online.constitution.schema import Constitution
-from mlxdpo.online.constitution.wording import LETTERS, comparison_turns
+from mlxdpo.online.constitution.schema import LETTERS, Constitution, comparison_turns
 from mlxdpo.types import Text, UserError
 
 Rows = Sequence[Sequence[int]]

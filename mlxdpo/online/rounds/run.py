@@ -20,12 +20,11 @@ from mlxdpo.config import Config, Drawing
 from mlxdpo.inference.trained_run import ModelContext, TrainedRun
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.json_file import as_written, read_json
-from mlxdpo.io.lock import single_process
+from mlxdpo.io.staging import single_process
 from mlxdpo.model.adapters import adapters_off, load_run, read_settings
-from mlxdpo.online.collect.write_outputs import report_file
+from mlxdpo.online.collect.run import report_file
 from mlxdpo.online.partial_output import LOCK
-from mlxdpo.online.policy_source import PolicySource, source_of, start_source
-from mlxdpo.online.prompts import Asked, Prompts, as_rows
+from mlxdpo.online.prompts import Asked, PolicySource, Prompts, as_rows, source_of, start_source
 from mlxdpo.online.rounds import plan
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxdpo.io.json_file import as_written, read_json, read_lines
-from mlxdpo.online.constitution.run import RULES, SETTINGS
+from mlxdpo.online.constitution.run import REPORT, RULES, SETTINGS, TALKS, constitution_sentences
 from mlxdpo.online.constitution.schema import Constitution, load_constitution
-from mlxdpo.online.constitution.write_outputs import REPORT, TALKS, constitution_sentences
 from mlxdpo.types import UserError
 from mlxdpo.ui.choices import folders
 from mlxdpo.ui.guard import Guard
