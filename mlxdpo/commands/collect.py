@@ -41,25 +41,16 @@ def run(
     (OUT's .samples.jsonl) and what was left out, counted (OUT's .report.json). The same command goes on with a
     collection that was stopped.
 
-    Parameters
-    ----------
-    path
-        Run directory, or a recipe: the model as it is before any training.
-    prompts
-        Prompts to answer: rows with a prompt, with or without answers; a data file, a folder or a Hub id.
-    judge
-        Who ranks: as for mlxdpo eval. Judges that compare are asked in both orders; votes:FILE takes the pairs that
-        the app's votes decide, and draws nothing.
-    reward
-        The same for what gives each answer a number: vader, textblob, longest, reward:RUN, FILE.py:FUNCTION.
-    out
-        File of pairs, JSON lines.
-    drawing
-        How answers are drawn and paired.
-    before
-        Draw from the model as the run found it.
-    json
-        Print the report as JSON.
+    Args:
+        path: Run directory, or a recipe: the model as it is before any training.
+        prompts: Prompts to answer: rows with a prompt, with or without answers; a data file, a folder or a Hub id.
+        judge: Who ranks: as for mlxdpo eval. Judges that compare are asked in both orders; votes:FILE takes the pairs
+            that the app's votes decide, and draws nothing.
+        reward: The same for what gives each answer a number: vader, textblob, longest, reward:RUN, FILE.py:FUNCTION.
+        out: File of pairs, JSON lines.
+        drawing: How answers are drawn and paired.
+        before: Draw from the model as the run found it.
+        json: Print the report as JSON.
     """
     from mlxdpo.online.collect.run import collection_sentences
 

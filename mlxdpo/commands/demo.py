@@ -20,16 +20,11 @@ def run(*, seed: Seed = 0, shuffle_labels: bool = False, flip_labels: bool = Fal
     Each pair holds two continuations of an opening; the chosen one has the happier words by VADER. Afterwards the
     model continues openings it has not seen.
 
-    Parameters
-    ----------
-    seed
-        Order of the pairs, adapter start, sampling.
-    shuffle_labels
-        Control: exchange chosen and rejected in half of the pairs; nothing should change.
-    flip_labels
-        Control: exchange them in all pairs; the change should turn round.
-    out
-        Run directory; runs/demo when not given.
+    Args:
+        seed: Order of the pairs, adapter start, sampling.
+        shuffle_labels: Control: exchange chosen and rejected in half of the pairs; nothing should change.
+        flip_labels: Control: exchange them in all pairs; the change should turn round.
+        out: Run directory; runs/demo when not given.
     """
     if shuffle_labels and flip_labels:
         raise UserError("--shuffle-labels and --flip-labels are two different controls; give one")

@@ -24,14 +24,10 @@ def run(
     Writes RUN/eval/frontier.json, which the run's next report shows. Give runs with several beta to see the objective's
     own frontier; `train.keep_checkpoints` says how many checkpoints a run keeps.
 
-    Parameters
-    ----------
-    paths
-        Run directories.
-    judge
-        Who compares answers before and after: as for `mlxdpo eval`.
-    json
-        Print the points as JSON.
+    Args:
+        paths: Run directories.
+        judge: Who compares answers before and after: as for `mlxdpo eval`.
+        json: Print the points as JSON.
     """
     from mlxdpo.commands.terminal import console, warn
     from mlxdpo_eval.judges import open_judge

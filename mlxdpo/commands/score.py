@@ -38,16 +38,11 @@ def run(
 
     The reference is the model without the adapter; rewards are beta * (log pi - log ref).
 
-    Parameters
-    ----------
-    config
-        Settings.
-    out
-        JSON lines, one per pair, in the order of the data.
-    beta
-        Factor of the implicit rewards.
-    batch_size
-        Pairs computed at once.
+    Args:
+        config: Settings.
+        out: JSON lines, one per pair, in the order of the data.
+        beta: Factor of the implicit rewards.
+        batch_size: Pairs computed at once.
     """
     from rich.progress import track
 
