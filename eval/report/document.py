@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlxdpo_eval.metrics.pareto import read_frontier
 from mlxdpo_eval.report.blocks import (
     Document,
     Part,
@@ -22,6 +21,7 @@ from mlxdpo_eval.report.blocks import (
 )
 from mlxdpo_eval.report.plots import evaluation_plots, reward_over_drift
 from mlxdpo_eval.results import to_json
+from mlxdpo_eval.sweep import read_frontier
 
 SHOWN = 8  # samples: the first ones, not the best ones
 OF_JUDGING = ("judges", "slices", "retest")  # settings that the answers do not depend on

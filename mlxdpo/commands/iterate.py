@@ -41,7 +41,7 @@ def run(
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.commands.trackers import check_trackers
     from mlxdpo.online.rounds import iterate
-    from mlxdpo.online.rounds.plan import check_rounds
+    from mlxdpo.online.rounds.run import check_rounds
 
     asked = _rounds_config(recipe, config, resume)
     check_rounds(asked)

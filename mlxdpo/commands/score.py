@@ -49,7 +49,7 @@ def run(
     from mlxdpo.commands.terminal import console
     from mlxdpo.data.encode import encode_all
     from mlxdpo.data.read import read_pairs
-    from mlxdpo.inference.scoring import model_logps
+    from mlxdpo.inference.trained_run import model_logps
     from mlxdpo.io.atomic import write_text
     from mlxdpo.model.adapters import load_adapter, read_settings
     from mlxdpo.model.policy import load_policy

@@ -17,18 +17,16 @@ from mlxdpo.config import Config, LoraConfig, ModelConfig, dump_config, load_con
 from mlxdpo.data.template import template_digest
 from mlxdpo.exporters import peft
 from mlxdpo.exporters.client import Listing, Say, check_repo_id, connect, download, list_repository
-from mlxdpo.exporters.record import OF_THE_RUN, RUN
-from mlxdpo.exporters.redact import REFERENCE, START, card_metadata, public_name
+from mlxdpo.exporters.record import OF_THE_RUN, REFERENCE, RUN, START, card_metadata, public_name
 from mlxdpo.io.atomic import write_json, write_text
 from mlxdpo.io.checksum import PICKLES
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.io.names import looks_like_hub_id
 from mlxdpo.io.staging import publish_folder, staging_folder
-from mlxdpo.machine.device import this_machine, versions
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, load_adapter, read_settings, save_adapter
 from mlxdpo.model.policy import BUILTIN, DOWNLOAD, Policy, find_model, load_policy
 from mlxdpo.runs import check_manifest
-from mlxdpo.training.reference import identity_of
+from mlxdpo.training.manifest import describe_models
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
@@ -113,13 +111,7 @@ def _fitted(make: Callable[[], LoraConfig], source: Path, repo: str) -> LoraConf
 
 def manifest_of(policy: Policy, config: Config, listing: Listing) -> dict[str, Any]:
     """The manifest of a run whose training nobody recorded here: identities are real, the rest is not known."""
-    return {
-        "versions": versions(),
-        "machine": this_machine()._asdict(),
-        "seed": config.train.seed,
-        "model": dict(policy.identity) | {"adapter": None},
-        "reference": identity_of(policy.identity, None),
-        "reference_source": {"model": policy.identity["source"], "adapter": None},
+    return describe_models(config, policy, policy, None) | {
         "template": template_digest(policy.tokenizer, config.data),
         "data": {"source": "not known", "digest": None, "pairs": 0, "heldout": 0, "reports": {}},
         "pulled": {"repository": listing.repo, "commit": listing.commit},

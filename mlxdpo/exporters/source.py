@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxdpo.exporters.redact import card_metadata
+from mlxdpo.exporters.record import card_metadata
 from mlxdpo.inference.trained_run import TrainedRun
 from mlxdpo.io.checksum import read_tensors
 from mlxdpo.io.json_file import read_json

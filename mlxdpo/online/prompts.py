@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from mlxdpo.config import Config, DataConfig
 from mlxdpo.data import fields
+from mlxdpo.data.fields import prompt_of_row
 from mlxdpo.data.formats import detect
-from mlxdpo.data.messages import prompt_of_row
 from mlxdpo.data.read import Item, prompt_key, stream_preferences
 from mlxdpo.data.report import BadRow, Report
 from mlxdpo.data.sources import Found, read_rows

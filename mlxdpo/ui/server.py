@@ -135,8 +135,8 @@ def build_page(runs: Path, guard: Guard, first: str | None = None) -> Any:
     """The whole page as a `gr.Blocks`: the run directories below `runs`, `first` of them open."""
     import gradio as gr
 
-    from mlxdpo.ui.app_state import AppState
     from mlxdpo.ui.compare.tab import build as build_compare
+    from mlxdpo.ui.engine import AppState
     from mlxdpo.ui.vote.tab import build as build_vote
 
     app = AppState(runs, first)

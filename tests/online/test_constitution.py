@@ -25,9 +25,19 @@ from mlxdpo.losses import resolve
 from mlxdpo.model.policy import load_policy
 from mlxdpo.online.collect import Asked, Prompts, read_prompts
 from mlxdpo.online.constitution import Constitution, Feedback, SamplingSettings, apply_constitution, load_constitution
-from mlxdpo.online.constitution import labels as labelling
-from mlxdpo.online.constitution.conversations import COPIED, ECHO, SAME, TOO_LONG, ChatModel, drawn_principle, revised
-from mlxdpo.online.constitution.labels import Label, label_pair, shared_next_logits
+from mlxdpo.online.constitution import conversations as labelling
+from mlxdpo.online.constitution.conversations import (
+    COPIED,
+    ECHO,
+    SAME,
+    TOO_LONG,
+    ChatModel,
+    Label,
+    drawn_principle,
+    label_pair,
+    revised,
+    shared_next_logits,
+)
 from mlxdpo.online.constitution.run import label_position_bias, pair_of
 from mlxdpo.online.constitution.schema import (
     Principle,

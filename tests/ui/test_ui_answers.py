@@ -17,7 +17,6 @@ from mlxdpo.inference.trained_run import prompt_text
 from mlxdpo.model.adapters import load_run, load_start
 from mlxdpo.runs import Run
 from mlxdpo.types import Message, UserError
-from mlxdpo.ui.app_state import CHECKPOINT, NOBODY, OTHER
 from mlxdpo.ui.compare.answers import (
     LONGEST_PROMPT,
     Settings,
@@ -30,6 +29,7 @@ from mlxdpo.ui.compare.answers import (
 )
 from mlxdpo.ui.compare.columns import Column, Exchange, columns_html, heat
 from mlxdpo.ui.compare.tab import Chat, chat_html, converse
+from mlxdpo.ui.engine import CHECKPOINT, NOBODY, OTHER
 
 METHODS = {
     "lora": {},

@@ -101,7 +101,7 @@ def test_win_rate_and_accuracy_come_from_the_files(runs):
     (runs / "done" / "eval").mkdir()
     (runs / "done" / "eval" / "results_1.json").write_text(json.dumps({"winrates": [{"rate": 0.25}]}))
     (runs / "done" / "eval" / "results_2.json").write_text(json.dumps({"winrates": [{"rate": 0.625}, {"rate": 0.1}]}))
-    assert run_list.summary("done", runs / "done").cells()[6:] == ["75.0%", "62.5%"]
+    assert run_list.summary("done", runs / "done")[6:] == ["75.0%", "62.5%"]
 
 
 def test_newest_finds_the_last_lines_of_a_long_file(tmp_path):

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from mlxdpo.config import Section
-from mlxdpo.data.messages import as_turns
+from mlxdpo.data.fields import as_turns
 from mlxdpo.io.yaml_file import read_recipe, yaml_text
 from mlxdpo.types import Message, Text, UserError
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from mlxdpo.inference.run_prompts import one_line, text_of
 from mlxdpo.inference.trained_run import prompt_text
 from mlxdpo.types import Text, UserError
-from mlxdpo.ui.app_state import NOBODY, AppState
 from mlxdpo.ui.compare.answers import (
     LONGEST_PROMPT,
     Answer,
@@ -24,6 +23,7 @@ from mlxdpo.ui.compare.answers import (
     settings_from,
 )
 from mlxdpo.ui.compare.columns import TUNED, Column, Exchange, columns_html
+from mlxdpo.ui.engine import NOBODY, AppState
 from mlxdpo.ui.guard import Guard
 from mlxdpo.ui.variants import RunVariants, Variant
 from mlxdpo.ui.widgets import MANY, alert, session_of, show_errors
