@@ -36,9 +36,13 @@ class Machine(NamedTuple):
     system: str
 
 
-@functools.cache
 def this_machine() -> Machine:
     """Metal, CUDA or CPU, with its name and memory."""
+    return _detect_machine()
+
+
+@functools.cache
+def _detect_machine() -> Machine:
     import mlx.core as mx
 
     system = f"{machine.system()} {machine.release()} {machine.machine()}"

@@ -245,7 +245,7 @@ def test_gemma2_rows_beyond_its_window_are_refused_before_anything_is_written(tm
 
 def test_long_rows_train_through_the_light_attention_to_the_same_losses(tmp_path, monkeypatch):
     wanted = [e.values["loss"] for e in finish(recipe(tmp_path, "own")) if e.kind == "step"]
-    monkeypatch.setattr(patch_mlx_lm, "MASKED_FROM", 8)
+    monkeypatch.setattr(patch_mlx_lm, "UNFUSED_FROM", 8)
     monkeypatch.setattr(patch_mlx_lm, "SHORT", 8)
     calls, chunked = [], patch_mlx_lm.chunked_attention
     monkeypatch.setattr(patch_mlx_lm, "chunked_attention", lambda *a, **k: calls.append(1) or chunked(*a, **k))
