@@ -10,7 +10,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-Mask = Literal["none", "causal", "array"]
+MaskKind = Literal["none", "causal", "array"]
 VECTOR_QUERIES = 8  # at most so many queries take the vector kernel, which has no gradient
 VECTOR_ROWS = 32  # queries times query heads per key head that it takes
 VECTOR_DIMS = (64, 96, 128, 192, 256)
@@ -36,7 +36,7 @@ def fused(
     keys: int,
     groups: int,
     dtype: mx.Dtype,
-    mask: Mask,
+    mask: MaskKind,
     training: bool,
 ) -> bool:
     """Whether Metal computes attention without storing its scores, for all GPUs before M5 and macOS 14 to 26.
@@ -55,6 +55,6 @@ def fused(
     return head_dim in SCORE_DIMS or long
 
 
-def throws(head_dim: int, value_dim: int, queries: int, keys: int, groups: int, mask: Mask) -> bool:
+def throws(head_dim: int, value_dim: int, queries: int, keys: int, groups: int, mask: MaskKind) -> bool:
     """Whether Metal refuses to differentiate a call: "the vector kernels do not produce a logsumexp"."""
     return mask != "array" and vector_kernel(head_dim, value_dim, queries, keys, groups)

@@ -443,8 +443,7 @@ def test_short_rows_and_files_without_the_name_are_not_switched(monkeypatch):
         assert not on and file_of(model).scaled_dot_product_attention is len
 
 
-def test_on_a_gpu_only_windows_are_switched(pays_at_once, monkeypatch):
-    monkeypatch.setattr(patch_mlx_lm, "this_machine", lambda: SimpleNamespace(kind="metal"))
+def test_on_a_gpu_only_windows_are_switched(pays_at_once, fake_mac):
     model, tokens = tiny_model("gemma3_text"), mx.random.randint(0, 300, (1, 40))
     want = model(tokens)
     with chunked_attention_on(model, 40):
