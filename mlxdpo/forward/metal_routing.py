@@ -29,7 +29,7 @@ def vector_kernel(head_dim: int, value_dim: int, queries: int, keys: int, groups
     return few and head_dim == value_dim and head_dim in VECTOR_DIMS
 
 
-def fused(
+def is_fused(
     head_dim: int,
     value_dim: int,
     queries: int,

@@ -33,7 +33,7 @@ def chunking_is_faster(kind: str, keys: int, fused: bool) -> bool:
     """Whether chunks beat MLX's own attention: the one place of that rule.
 
     `kind` is `Machine.kind`, `keys` their number in tokens, `fused` whether MLX differentiates the call without
-    storing its scores (`metal_routing.fused`; CUDA is taken to fuse what carries no array mask). A CPU never does, and
+    storing its scores (`metal_routing.is_fused`; CUDA is taken to fuse what has no array mask). A CPU never does, and
     its softmax alone takes longer than all of this: a SmolLM2 step over rows of 384 tokens 5.1 -> 4.7 s, 1.9 -> 1.6 GB.
     """
     return kind == "cpu" or (not fused and keys >= UNFUSED_FROM)
@@ -46,7 +46,7 @@ def fused_here(q: mx.array, k: mx.array, v: mx.array, masked: bool) -> bool:
     if kind != "metal":
         return kind == "cuda" and not masked
     sizes = q.shape[3], v.shape[3], q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    return metal_routing.fused(*sizes, q.dtype, "array" if masked else "causal", training=True)
+    return metal_routing.is_fused(*sizes, q.dtype, "array" if masked else "causal", training=True)
 
 
 def causal_window(mask: mx.array, queries: int, keys: int) -> int | None:

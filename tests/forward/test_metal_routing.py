@@ -3,13 +3,13 @@
 import mlx.core as mx
 import pytest
 
-from mlxdpo.forward.metal_routing import LONG, fused, throws
+from mlxdpo.forward.metal_routing import LONG, is_fused, throws
 
 D = {"fused": (64, 96, 128, 72, 80), "wide": (192, 256), "other": (8, 32, 48, 100, 112, 120, 160)}
 
 
 def call(head_dim, queries=128, keys=128, groups=3, dtype=mx.bfloat16, mask="causal", training=True, value_dim=None):
-    return fused(head_dim, value_dim or head_dim, queries, keys, groups, dtype, mask, training)
+    return is_fused(head_dim, value_dim or head_dim, queries, keys, groups, dtype, mask, training)
 
 
 @pytest.mark.parametrize("mask", ["causal", "none"])
@@ -37,9 +37,9 @@ def test_few_queries_are_fused_without_a_gradient_and_throw_with_one(head_dim):
         for groups in (1, 3, 4, 8, 16):
             vector = queries * groups <= 32
             sizes = (head_dim, head_dim, queries, 40, groups)
-            assert fused(*sizes, mx.bfloat16, "causal", training=False) is vector
+            assert is_fused(*sizes, mx.bfloat16, "causal", training=False) is vector
             assert throws(*sizes, "causal") is vector and not throws(*sizes, "array")
-            assert not fused(*sizes, mx.bfloat16, "causal", training=True)
+            assert not is_fused(*sizes, mx.bfloat16, "causal", training=True)
     assert not throws(head_dim, head_dim, 9, 40, 1, "causal") and not throws(head_dim, head_dim, 8, 7, 1, "causal")
 
 

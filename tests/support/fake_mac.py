@@ -34,7 +34,7 @@ def routed_attention(q, k, v, *, scale, mask=None, sinks=None, stream=None):
     array = isinstance(mask, mx.array)
     sizes = q.shape[3], v.shape[3], q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     kind = "array" if array else mask or "none"
-    calls["fused" if metal_routing.fused(*sizes, q.dtype, kind, training=False) else "unfused"] += 1
+    calls["fused" if metal_routing.is_fused(*sizes, q.dtype, kind, training=False) else "unfused"] += 1
     extra = {} if sinks is None else {"sinks": sinks}
 
     def attend(*qkv):
