@@ -5,10 +5,12 @@ import math
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from tiny_runs import finish, losses, recipe
 
 from mlxdpo.data import batch_shapes
 from mlxdpo.machine.device import default_dtype, this_machine
+from mlxdpo.model.policy import load_policy
 
 pytestmark = pytest.mark.usefixtures("cache", "fake_mac")
 
@@ -22,6 +24,19 @@ def yes_or_no(folder):
 
 def test_it_is_metal_in_bfloat16():
     assert this_machine().kind == "metal" and default_dtype() == mx.bfloat16
+
+
+@pytest.mark.parametrize("quantize", [None, 4])
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
+def test_files_keep_their_own_16_bit_type(tmp_path, stored, quantize):
+    config = recipe(tmp_path)
+    folder = tmp_path / "llama"
+    arrays = mx.load(str(folder / "model.safetensors"))
+    held = {name: a.astype(getattr(mx, stored)) for name, a in arrays.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), held, {"format": "mlx"})
+    model = load_policy(config.model.model_copy(update={"quantize": quantize})).model
+    dtypes = {a.dtype for _, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)}
+    assert dtypes == {mx.float16 if stored == "float16" else mx.bfloat16}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
