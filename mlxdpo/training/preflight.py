@@ -129,7 +129,7 @@ def _score_first(state: TrainState, batch: Batch) -> Pairs:
 
 
 def _rounding(state: TrainState, batch: Batch, pairs: Pairs) -> np.ndarray:
-    """How far each of `_reference_gaps` may be off by rounding in the model's dtype: what float32 changes of the same rows,
+    """How far each of `_reference_gaps` may be off by rounding in the model's dtype: what float32 changes of the rows,
     a token, as a root mean square over them."""
     with float32_activations(state.model):
         exact = _score_first(state, batch)
