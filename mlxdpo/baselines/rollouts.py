@@ -16,6 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxdpo.baselines.ppo import mask_after_end
+from mlxdpo.data.batch_shapes import NARROWEST
 from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward.architectures import ModelParts, model_parts
 from mlxdpo.forward.shared_prefix import hidden_states
@@ -53,7 +54,7 @@ class RolloutRows(NamedTuple):
 def lay_out(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> RolloutRows:
     """Token ids of prompts and completions, one for one, as rows; a completion has at least one token."""
     count, longest = len(prompts), max(map(len, completions))
-    width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+    width = max(NARROWEST, *(len(p) + len(c) for p, c in zip(prompts, completions, strict=True)))
     tokens = np.zeros((count, width), np.int32)
     at, targets = np.zeros((2, count, longest), np.int32)
     mask = np.zeros((count, longest), np.float32)

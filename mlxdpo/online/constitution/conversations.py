@@ -27,8 +27,8 @@ from mlxdpo.data.read import prompt_key
 from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward.architectures import model_parts
 from mlxdpo.forward.next_token import next_logits
-from mlxdpo.forward.packed import spreader
 from mlxdpo.forward.shared_prefix import hidden_states
+from mlxdpo.forward.token_rows import spreader
 from mlxdpo.inference.generate import finished
 from mlxdpo.model.adapters import dropout_off
 from mlxdpo.model.policy import Policy
