@@ -18,6 +18,7 @@ import numpy as np
 
 from mlxdpo.config import Config
 from mlxdpo.data.dataset import Dataset, Made, Sofar, encoding, reading
+from mlxdpo.data.transforms import Transform
 from mlxdpo.distributed.group import ALONE, Group
 from mlxdpo.forward.logprobs import ForwardFns
 from mlxdpo.forward.patch_mlx_lm import chunked_attention_on
@@ -109,13 +110,9 @@ def prepare(
     loss = stage.loss(config)
     check_reference_sync(config, loss)
     optimizer = make_optimizer(config.optim)
-    rows = yield from _report(reading(config.data, config.train.seed, stage.transform(config, loss)), should_stop)
-    if rows is None:
-        return None
-    data = yield from _encode(config, rows, should_stop, fits)
+    data = yield from _read_pairs(config, stage.transform(config, loss), should_stop, fits)
     if data is None:
         return None
-    del rows  # they may be gigabytes on disk
     wire_memory()
     policy = load_policy(config.model)
     asked = with_adapter(config, policy.model)
@@ -157,10 +154,17 @@ def prepare(
     )
 
 
-def _encode(config: Config, rows: Any, should_stop: Stop, fits: Fits | None) -> Generator[Event, None, Dataset | None]:
-    """The pairs as token ids, with the tokenizer alone: what they are too many or too few for is refused here."""
+def _read_pairs(
+    config: Config, transform: Transform, should_stop: Stop, fits: Fits | None
+) -> Generator[Event, None, Dataset | None]:
+    """The pairs as token ids, with the tokenizer alone, or None when asked to stop: too few and too many for this
+    machine are refused here."""
+    rows = yield from _report(reading(config.data, config.train.seed, transform), should_stop)
+    if rows is None:
+        return None
     tokenizer = tokenizer_of(config.model)
-    data = yield from _report(encoding(rows, config.data, tokenizer, frozenset(tokenizer.eos_token_ids)), should_stop)
+    encoded = encoding(rows, config.data, tokenizer, frozenset(tokenizer.eos_token_ids))
+    data = yield from _report(encoded, should_stop)
     if data is not None:
         preflight.check_heldout(config, data)
         if fits is not None:
