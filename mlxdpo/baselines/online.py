@@ -41,7 +41,7 @@ from mlxdpo.data.template import template_digest
 from mlxdpo.distributed.launcher import process_count
 from mlxdpo.io.checksum import load_checksummed, save_checksummed
 from mlxdpo.io.digest import folder_digest
-from mlxdpo.machine.device import this_machine, versions, wire_memory
+from mlxdpo.machine.device import this_machine, versions
 from mlxdpo.model.adapters import adapters_off, attach_lora, load_adapter, save_adapter, with_adapter
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.model.reward_head import normed_states
@@ -97,7 +97,6 @@ def tune_on_samples(
         raise UserError(f"stage {config.stage} runs in one process; start it without mlx.launch")
     check_rollout_settings(config)
     optimizer = make_optimizer(config.optim)
-    wire_memory()
     policy = load_policy(config.model)
     config = with_adapter(config, policy.model)
     prompts = encode_prompts(config, policy)

@@ -20,7 +20,7 @@ import numpy as np
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlxdpo.machine.device import wire_memory
+from mlxdpo.machine.device import limit_memory
 from mlxdpo.types import UserError
 
 # Prompt tokens of one prefill pass over the whole batch: bounds its memory whatever the prompts' lengths.
@@ -100,7 +100,7 @@ def finished(
         prefill_batch_size=batch_size,
         prefill_step_size=max(32, PREFILL_TOKENS // batch_size),
     )
-    wire_memory()  # the generator has just wired all that Metal recommends: take back a share of it
+    limit_memory()  # the generator has just wired all that Metal recommends: take back a share of it
     try:
         uids = generator.insert([list(prompts[i]) for i in order], samplers=[samplers[i] for i in order])
         yield from _collect(generator, dict(zip(uids, order, strict=True)))

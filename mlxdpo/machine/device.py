@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Metal: mlx-lm wires the whole recommended working set, which has frozen Macs (mlx-examples #1076, mlx-lm #828).
+# Shares of the recommended working set. mlx-lm wires all of it, which has frozen Macs (mlx-examples #1076, mlx-lm #828).
 WIRED_SHARE = 0.9
-
+# MLX keeps freed buffers, wired, up to nearly all memory. A quarter holds the temporaries of a step of any model that
+# fits, so that the next step of the same shape allocates nothing, and leaves the rest to other programs.
+CACHE_SHARE = 0.25
 
 TRACES = 24
 
@@ -69,15 +71,48 @@ def default_dtype() -> Any:
     return mx.float32 if this_machine().kind == "cpu" else mx.bfloat16
 
 
-def wire_memory() -> int | None:
-    """On Metal keep the model's memory resident, up to a share of the recommended working set. Bytes, or None."""
+class MemoryLimits(NamedTuple):
+    """What MLX may take on Metal, in bytes: kept resident, allocated before it waits for work to end, and kept for
+    reuse after it was freed."""
+
+    wired: int
+    allocated: int
+    cached: int
+
+
+def memory_limits(recommended: int) -> MemoryLimits:
+    """The limits for a recommended working set of so many bytes.
+
+    MLX's own are 1.5 times the recommended set for both of the last two. Beyond the second it does not fail: it starts
+    no further work before some has ended, so how far Python runs ahead is bounded.
+    """
+    return MemoryLimits(int(recommended * WIRED_SHARE), recommended, int(recommended * CACHE_SHARE))
+
+
+def limit_memory() -> MemoryLimits | None:
+    """Set the limits of this machine, on Metal alone; None elsewhere. `load_policy` does, for every command that
+    computes."""
     import mlx.core as mx
 
     if this_machine().kind != "metal":
         return None
-    limit = int(this_machine().memory * WIRED_SHARE)
-    mx.set_wired_limit(limit)
-    return limit
+    limits = memory_limits(this_machine().memory)
+    mx.set_wired_limit(limits.wired)
+    mx.set_memory_limit(limits.allocated)
+    mx.set_cache_limit(limits.cached)
+    return limits
+
+
+def memory_use() -> dict[str, float]:
+    """GB (1e9 bytes) of MLX: most ever in use, in use, and kept for reuse. What a Mac's other programs miss is the
+    sum of the last two."""
+    import mlx.core as mx
+
+    return {
+        "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        "active_memory_gb": mx.get_active_memory() / 1e9,
+        "cache_memory_gb": mx.get_cache_memory() / 1e9,
+    }
 
 
 def compiled(function: Any, **options: Any) -> Any:

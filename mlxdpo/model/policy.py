@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlxdpo.config import ModelConfig
 from mlxdpo.io.checksum import pickled_in, read_tensors
 from mlxdpo.io.digest import folder_digest
-from mlxdpo.machine.device import default_dtype
+from mlxdpo.machine.device import default_dtype, limit_memory
 from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.types import UserError
 
@@ -113,6 +113,7 @@ def load_policy(config: ModelConfig) -> Policy:
     """
     from mlx_lm.utils import load_model, quantize_model
 
+    limit_memory()
     trusted = config.trust_remote_code
     folder = find_model(config.path, config.revision, [*DOWNLOAD, CODE] if trusted else DOWNLOAD)
     check_weights(folder, config.path)

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
-
 from mlxdpo.data.planning import Indices
 from mlxdpo.distributed.group import PeerLost
+from mlxdpo.machine.device import memory_use
 from mlxdpo.model.adapters import dropout_off
 from mlxdpo.training import checkpoint, distributed
 from mlxdpo.training.checkpoint import Progress
@@ -99,12 +98,12 @@ def evaluate_heldout(state: TrainState, fns: CompiledFns) -> Scored:
 
 
 def _pace(state: TrainState, progress: Progress) -> dict[str, float]:
-    """Epoch, tokens, tokens per second, peak memory (GB) and seconds left."""
+    """Epoch, tokens, tokens per second, memory (GB) and seconds left."""
     return {
         "epoch": progress.step / state.plan.steps_per_epoch,
         "num_tokens": progress.tokens,
         "tokens_per_second": progress.tokens / progress.seconds,
-        "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        **memory_use(),
         "seconds_left": progress.seconds / progress.step * (state.plan.steps - progress.step),
     }
 
