@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Shares of the recommended working set. mlx-lm wires all of it, which has frozen Macs (mlx-examples #1076, mlx-lm #828).
+# Shares of the recommended working set. mlx-lm wires all of it, which froze Macs (mlx-examples #1076, mlx-lm #828).
 WIRED_SHARE = 0.9
 # MLX keeps freed buffers, wired, up to nearly all memory. A quarter holds the temporaries of a step of any model that
 # fits, so that the next step of the same shape allocates nothing, and leaves the rest to other programs.

@@ -1,4 +1,4 @@
-"""What MLX may take on a Mac, counted at its own functions: every command that loads a model sets it, others nothing."""
+"""What MLX may take on a Mac, counted at its own functions: whoever loads a model sets it."""
 
 import mlx.core as mx
 import pytest
