@@ -219,11 +219,13 @@ def _steps(
     work: _Work, progress: Progress, run: Run, save: Callable[..., Path], should_stop: Callable[[], bool]
 ) -> Iterator[Event]:
     train = work.config.train
+    clock = checkpoint.SaveClock(train.save_minutes)
 
     def keep(progress: Progress) -> Event:
         """Save a checkpoint with the critic beside it."""
         path = save(progress, lambda draft: _save_critic(work.actor, draft))
-        checkpoint.prune(run.checkpoints, train.keep_checkpoints, None)
+        checkpoint.prune(run.checkpoints, train.keep_checkpoints, None, train.save_every)
+        clock.restart()
         return Event("checkpoint", progress.step, {"path": str(path)})
 
     while progress.step < work.total:
@@ -244,7 +246,7 @@ def _steps(
         values = values | {"num_tokens": progress.tokens, "seconds_left": left, "episodes": progress.pairs}
         run.log({"step": progress.step, **values})
         yield Event("step", progress.step, values)
-        if progress.step % train.save_every == 0 or progress.step == work.total:
+        if progress.step % train.save_every == 0 or progress.step == work.total or clock.due():
             yield keep(progress)
 
 

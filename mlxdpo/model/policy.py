@@ -17,6 +17,7 @@ from mlxdpo.config import ModelConfig
 from mlxdpo.io.checksum import pickled_in, read_tensors
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.machine.device import default_dtype, limit_memory
+from mlxdpo.machine.errors import error_message
 from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.types import UserError
 
@@ -86,6 +87,8 @@ def strangers_files(name: str, part: str = "") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # `tokenizers` raises Exception itself, the model definitions whatever breaks first
+        if isinstance(error, RuntimeError | MemoryError) and error_message(error):
+            raise  # the machine's fault, not the files'
         said = " ".join(str(error).split())
         if "trust_remote_code" in said:
             raise UserError(
