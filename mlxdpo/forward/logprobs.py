@@ -8,23 +8,24 @@ leave it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+import numpy as np
 
 from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward.architectures import ModelParts, known_parts, model_parts
 from mlxdpo.forward.layer_plan import LayerPlan, checkpointed, join_columns, run_layers, run_whole
 from mlxdpo.forward.packed import PackedLayout, can_pack, packed_layers, packing_is_worth_it, spreader
 from mlxdpo.forward.shared_prefix import padded_layers
+from mlxdpo.machine.device import this_machine
 from mlxdpo.types import Batch, Pairs
 
-CHECKED = 2  # pairs that the fast path has to get right
-# How far one summed log-prob may be from the reference's at the start, nats: rounding differs with the batch's shape.
-TOLERANCE = {mx.float32: 1e-2, mx.bfloat16: 4.0, mx.float16: 1.0}
+# Rounding of a token's log-prob where activations are float32, nats: a GPU may multiply in TF32 (M5, CUDA).
+TOKEN_ROUNDING = {"cpu": 5e-5, "metal": 4e-3, "cuda": 4e-3}
 
 
 Forward = Callable[[nn.Module, Batch], Any]
@@ -210,7 +211,26 @@ def score_pairs(model: nn.Module, batch: Batch, forward: Forward | None = None) 
     return Pairs(*both, *(extras or ()), shared=rows.shared, ref_shared=batch.ref_shared, squares=squares)
 
 
-def logp_tolerance(model: nn.Module) -> float:
-    """How far two paths' sums of log-probs may be apart for a model of this precision, nats."""
-    floating = {a.dtype for _, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)}
-    return max(TOLERANCE[dtype] for dtype in floating)
+@contextmanager
+def float32_activations(model: nn.Module) -> Iterator[None]:
+    """While it lasts, `model` computes in float32 with the weights it has, whatever their dtype: its embeddings give
+    float32, and MLX promotes what they meet. Costs the embedding once more, and a copy of one weight at a time."""
+    kinds = (nn.Embedding, nn.QuantizedEmbedding)
+    tables = [module for module in model.modules() if isinstance(module, kinds)]
+    stored = [{k: a for k, a in table.items() if k in ("weight", "scales", "biases")} for table in tables]
+    try:
+        for table, arrays in zip(tables, stored, strict=True):
+            table.update({k: a.astype(mx.float32) for k, a in arrays.items() if mx.issubdtype(a.dtype, mx.floating)})
+        yield
+    finally:
+        for table, arrays in zip(tables, stored, strict=True):
+            table.update(arrays)
+
+
+def rounding_tolerance(tokens: Any, measured: float = 0.0) -> Any:
+    """How far sums of log-probs over so many tokens may be apart by rounding alone, nats.
+
+    Four standard deviations of independent errors; `measured` is the error of one token where more is known than
+    that activations are float32 (`TOKEN_ROUNDING`).
+    """
+    return 4 * max(measured, TOKEN_ROUNDING[this_machine().kind]) * np.sqrt(tokens)
