@@ -18,7 +18,7 @@ from mlxdpo.forward.elementwise import exp
 from mlxdpo.forward.layer_plan import checkpointed, with_gradient
 from mlxdpo.machine.device import this_machine
 
-LOGITS = 64 << 20  # bytes of float32 logits that are made at a time, whatever the vocabulary
+LOGITS = 64 << 20  # bytes of float32 logits that are made at a time, about, whatever the vocabulary
 TILE = 64  # rows of a matmul's tile on Metal; what a last one does not fill is computed for nothing
 
 
@@ -56,9 +56,8 @@ def is_frozen(head: Head) -> bool:
 
 
 def chunk_of(vocabulary: int) -> int:
-    """Positions whose logits are held at once: as many as fill `LOGITS` in whole tiles of a GPU's matmul, one at
-    least."""
-    return max(LOGITS // (4 * vocabulary) // TILE * TILE, TILE)
+    """Positions whose logits are held at once: as many whole tiles of a GPU's matmul as come nearest to `LOGITS`."""
+    return TILE * max(1, round(LOGITS / (4 * vocabulary * TILE)))
 
 
 def _position_chunks(head: Head, h: mx.array) -> list[slice]:

@@ -154,6 +154,38 @@ def matmul_rate(size: int = 1024, repeats: int = 5, dtype: str = "float32") -> f
     return 2 * size**3 / best
 
 
+@functools.cache
+def float32_matmul() -> str:
+    """What float32 matmuls are computed in here, measured: "float32", or "TF32" with 10 bits of its 23.
+
+    By default an M5 with macOS 26.2 or newer and CUDA take TF32; MLX_ENABLE_TF32=0 in the environment forbids it.
+    """
+    import mlx.core as mx
+
+    fine = 1 + 2.0**-12  # needs 12 bits
+    return "float32" if (mx.full((512, 512), fine) @ mx.eye(512))[0, 0].item() == fine else "TF32"
+
+
+LIBRARIES = ("mlx-metal", "mlx-cuda-13", "mlx-cuda-12", "mlx-cpu")  # what `mlx` brings its kernels in
+
+
+def library_wheel() -> str:
+    """The wheel that MLX's kernels came in, with the system it was built for: "mlx-metal macosx_26_0_arm64"."""
+    for name in LIBRARIES:
+        try:
+            wheel = importlib.metadata.distribution(name).read_text("WHEEL") or ""
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        tags = [line.rpartition("-")[2].strip() for line in wheel.splitlines() if line.startswith("Tag:")]
+        return f"{name} {' '.join(tags) or 'of no known tag'}"
+    return "none: MLX was built here"
+
+
+def macos_version() -> str:
+    """Such as 26.2; empty elsewhere."""
+    return machine.mac_ver()[0]
+
+
 def versions() -> dict[str, str]:
     """Versions of what shapes a number."""
     names = ("mlxdpo", "mlx", "mlx-lm", "transformers", "numpy")

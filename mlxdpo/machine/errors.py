@@ -29,8 +29,9 @@ STOPPED = (
     "SubmissionsIgnored",
 )
 """How macOS names that it stopped work on the GPU; the last two are said of what came after that."""
+SHORT_ROWS = "vector kernels do not produce a logsumexp"  # of a gradient through attention of at most 8 queries
 METAL = {
-    "vector kernels do not produce a logsumexp": "a row of at most 8 tokens met Metal's attention, which has no "
+    SHORT_ROWS: "a row of at most 8 tokens met Metal's attention, which has no "
     "gradient for one; set the environment variable MLX_SDPA_VJP_FALLBACK=1 and report the recipe: no row should be "
     "that short",
     "NYI: attention sinks": "Metal's attention has no gradient for a model with attention sinks (gpt-oss); set "
