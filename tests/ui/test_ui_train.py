@@ -33,7 +33,7 @@ def parsed(words):
     """The recipe that the real command line makes of these options."""
     got = []
     patch = pytest.MonkeyPatch()
-    patch.setattr(train_command, "follow_training", lambda config, resume, peers: got.append(config) or 0)
+    patch.setattr(train_command, "follow_training", lambda config, *_: got.append(config) or 0)
     try:
         from mlxdpo.cli import run
 
