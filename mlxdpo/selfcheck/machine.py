@@ -19,6 +19,7 @@ from mlxdpo.machine.openblas import preload_blas
 from mlxdpo.selfcheck.registry import REPORT, Finding, self_check
 
 SLOWEST = {"cpu": 20.0, "metal": 200.0, "cuda": 1000.0}  # GFLOP/s, float32; Netlib's BLAS gives about 6 on two cores
+VIRTUAL = "Paravirtual"  # in the name of a virtual Mac's GPU, which is slower than any real one's and no fault
 REPEATS = 20  # the best of so many counts: another program at work is no fault of this machine
 BLOCK = 32 << 20  # bytes that the memory check allocates
 FREE = 2.0  # GB: a cached reference and a few checkpoints of a small model
@@ -84,7 +85,9 @@ def blas() -> Finding:
 )
 def speed() -> Finding:
     """Float32 matmul rate, and that its result is right."""
-    rate, limit, gap = matmul_rate(repeats=REPEATS) / 1e9, SLOWEST[this_machine().kind], _matmul_error()
+    machine = this_machine()
+    limit = SLOWEST["cpu" if VIRTUAL in machine.name else machine.kind]
+    rate, gap = matmul_rate(repeats=REPEATS) / 1e9, _matmul_error()
     ok = rate >= limit and gap <= 1e-2
     return Finding(ok, f"{rate:.0f} GFLOP/s, error {gap:.1g}", f"{limit:.0f} GFLOP/s at least, 0.01")
 

@@ -289,6 +289,14 @@ def test_an_mlx_of_ones_own_has_no_wheel(monkeypatch):
     assert device.library_wheel() == "none: MLX was built here"
 
 
+def test_a_virtual_macs_gpu_may_be_slow(monkeypatch):
+    """As the runners have that test this project: MLX computes on it, slowly."""
+    monkeypatch.setattr(machine, "matmul_rate", lambda repeats: 50e9)
+    for name, healthy in (("Apple Paravirtual device", True), ("Apple M1", False)):
+        monkeypatch.setattr(machine, "this_machine", lambda name=name: Machine("metal", name, 5 << 30, "Darwin"))
+        assert run_checks([CHECKS["matmul rate"]])[0].ok == healthy
+
+
 def test_without_a_compiler_nothing_is_wrong(monkeypatch):
     monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     monkeypatch.setattr(machine, "this_machine", on("cpu"))
