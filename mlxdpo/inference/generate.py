@@ -186,7 +186,7 @@ class NoiseStream:
 
     def __init__(self, stream: tuple[int, ...]):
         # As SeedSequence would cut these numbers up itself, three times as slowly; the last word is the position.
-        words = [(number >> shift) & 0xFFFFFFFF for number in stream for shift in range(0, _bits(number), 32)]
+        words = [(number >> shift) & 0xFFFFFFFF for number in stream for shift in range(0, _bit_length(number), 32)]
         self._entropy = np.array([*words, 0], np.uint32)
 
     def key(self) -> np.ndarray:
@@ -196,7 +196,7 @@ class NoiseStream:
         return words
 
 
-def _bits(number: int) -> int:
+def _bit_length(number: int) -> int:
     return max(1, number.bit_length())
 
 

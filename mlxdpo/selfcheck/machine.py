@@ -121,7 +121,7 @@ def memory() -> Finding:
     "memory limits",
     "macOS 15 or newer lets MLX wire memory; lower what is wired with sudo sysctl iogpu.wired_limit_mb=0",
 )
-def limits() -> Finding:
+def limits_are_taken() -> Finding:
     """On Metal, the limits of `machine.device` are taken as they are set; they are put back as they were."""
     if this_machine().kind != "metal":
         return Finding(True, f"nothing to do on {this_machine().kind}", "-")

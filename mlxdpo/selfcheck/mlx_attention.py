@@ -30,21 +30,21 @@ def attention_apart(head_dim: int, queries: int) -> tuple[float, float | None]:
     inputs = [mx.array(draw.standard_normal(shape).astype(np.float32)).astype(dtype) for shape in shapes]
     cotangent = mx.array(draw.standard_normal(shapes[0]).astype(np.float32)).astype(dtype)
     exact = [array.astype(mx.float32) for array in (*inputs, cotangent)]
-    value = apart(_flat([_fused(*inputs)]), _flat([_formula(*exact[:3])]))
+    value = apart(_flat([_mlx_attention(*inputs)]), _flat([_plain_attention(*exact[:3])]))
     try:
-        gradient = _flat(mx.vjp(_fused, inputs, [cotangent])[1])
+        gradient = _flat(mx.vjp(_mlx_attention, inputs, [cotangent])[1])
     except RuntimeError as error:
         if queries > 8 or SHORT_ROWS not in str(error):
             raise
         return value, None
-    return value, apart(gradient, _flat(mx.vjp(_formula, exact[:3], exact[3:])[1]))
+    return value, apart(gradient, _flat(mx.vjp(_plain_attention, exact[:3], exact[3:])[1]))
 
 
-def _fused(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+def _mlx_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask="causal")
 
 
-def _formula(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+def _plain_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     """softmax(q k^T / sqrt(D)) v over the keys up to each query's own place (arXiv 1706.03762, eq. 1)."""
     groups = q.shape[1] // k.shape[1]
     k, v = (mx.repeat(array, groups, axis=1) for array in (k, v))

@@ -53,7 +53,8 @@ def test_a_generator_wires_everything_and_is_set_back(calls, mac, tiny_model_fol
     assert calls == WANTED
 
 
-def test_elsewhere_nothing_is_limited(calls, tiny_model_folder):
+def test_elsewhere_nothing_is_limited(calls, tiny_model_folder, monkeypatch):
+    monkeypatch.setattr(device, "this_machine", lambda: Machine("cpu", "a CPU", 32 * GIB, "Linux"))
     load_policy(ModelConfig(path=str(tiny_model_folder)))
     assert device.limit_memory() is None and calls == []
 
