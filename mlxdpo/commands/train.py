@@ -27,16 +27,11 @@ def run(
 ) -> int:
     """Tune a model on preference pairs.
 
-    Parameters
-    ----------
-    recipe
-        YAML file with any of the settings below; the command line wins over it.
-    config
-        Settings of the run.
-    resume
-        Run directory to go on with, exactly where its last checkpoint stands.
-    keep_awake
-        macOS: the Mac does not sleep while this trains; its display may.
+    Args:
+        recipe: YAML file with any of the settings below; the command line wins over it.
+        config: Settings of the run.
+        resume: Run directory to go on with, exactly where its last checkpoint stands.
+        keep_awake: The Mac does not sleep while this trains, its display may; on macOS alone.
     """
     from mlxdpo.distributed.group import joined
     from mlxdpo.machine.errors import error_message

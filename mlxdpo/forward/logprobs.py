@@ -19,8 +19,9 @@ import numpy as np
 from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward.architectures import ModelParts, known_parts, model_parts
 from mlxdpo.forward.layer_plan import LayerPlan, checkpointed, join_columns, run_layers, run_whole
-from mlxdpo.forward.packed import PackedLayout, can_pack, packed_layers, packing_is_worth_it, spreader
+from mlxdpo.forward.packed import PackedLayout, can_pack, packed_layers, packing_is_worth_it
 from mlxdpo.forward.shared_prefix import padded_layers
+from mlxdpo.forward.token_rows import of_rows, row_sums, spreader, token_rows
 from mlxdpo.machine.device import this_machine
 from mlxdpo.types import Batch, Pairs
 
@@ -50,7 +51,7 @@ def completion_logps(model: nn.Module, tokens: mx.array, mask: mx.array) -> mx.a
 def plain_forward(model: nn.Module, batch: Batch) -> mx.array:
     """(R,) log-probs from full rows and full logits: for any model that mlx-lm can run."""
     return run_whole(
-        batch, lambda batch: _row_sums(heads.target_logps(scored_logits(model, batch), batch.targets), batch)
+        batch, lambda batch: row_sums(heads.target_logps(scored_logits(model, batch), batch.targets), batch)
     )
 
 
@@ -68,7 +69,7 @@ def plain_details(model: nn.Module, batch: Batch) -> RowDetails:
 def scored_logits(model: nn.Module, batch: Batch) -> mx.array:
     """(N, V) float32 logits of the scored positions, out of full rows."""
     logits = model(whole_rows(batch))[:, batch.prefix.shape[1] :]
-    return logits.reshape(-1, logits.shape[-1])[batch.home[batch.positions]].astype(mx.float32)
+    return token_rows(batch).scored_in_rows(logits, batch).astype(mx.float32)
 
 
 def whole_rows(batch: Batch) -> mx.array:
@@ -89,7 +90,7 @@ def fast_forward(checkpoint: Callable[..., Any] | None = None, *, head: Any = he
 
         def read(batch: Batch, states: mx.array) -> mx.array:
             """(R,) log-probs, from the states of all distinct tokens."""
-            return _row_sums(head(parts.head, parts.norm(states[batch.positions]), batch.targets), batch)
+            return row_sums(head(parts.head, parts.norm(token_rows(batch).scored(states, batch)), batch.targets), batch)
 
         return run_layers(batch, lambda batch: plan_batch(parts, batch, checkpoint), read)
 
@@ -107,7 +108,7 @@ def fast_details(
 
         def read(batch: Batch, states: mx.array) -> RowDetails:
             """From the states of all distinct tokens."""
-            logps, squares = head(parts.head, parts.norm(states[batch.positions]), batch.targets)
+            logps, squares = head(parts.head, parts.norm(token_rows(batch).scored(states, batch)), batch.targets)
             return _details(logps, squares, batch)
 
         return run_layers(batch, lambda batch: plan_batch(parts, batch, checkpoint), read, _join_details)
@@ -121,16 +122,11 @@ def plan_batch(parts: ModelParts, batch: Batch, checkpoint: Callable[..., Any] |
     spread = spreader(batch.group, batch.per_prompt or None)
     prompts, rows = batch.prefix.shape, batch.rows.shape
     if can_pack(parts) and packing_is_worth_it(prompts, rows, len(batch.rest)):
-        layout = PackedLayout(prompts, batch.rows, batch.home, batch.place, spread)
+        layout = PackedLayout(prompts, token_rows(batch), batch.place, spread)
         tokens = mx.concatenate([batch.prefix.reshape(-1), batch.rest])
         return packed_layers(parts, tokens, layout, checkpoint)
     padded = padded_layers(parts, batch.prefix, batch.suffix, spread, checkpoint)
-    return padded._replace(leave=lambda *hs: padded.leave(*hs).reshape(-1, hs[-1].shape[-1])[batch.home])
-
-
-def _row_sums(logps: mx.array, batch: Batch) -> mx.array:
-    """(N,) log-probs of tokens -> (R,) sums over each row's completion."""
-    return mx.zeros(batch.length.shape).at[batch.owner].add(logps * batch.scored)
+    return padded._replace(leave=lambda *hs: token_rows(batch).to_tokens(padded.leave(*hs)))
 
 
 class RowDetails(NamedTuple):
@@ -147,7 +143,7 @@ class RowDetails(NamedTuple):
 
 
 def _details(logps: mx.array, squares: mx.array, batch: Batch) -> RowDetails:
-    return RowDetails(_row_sums(logps, batch), _shared(logps, batch), _row_sums(squares, batch))
+    return RowDetails(row_sums(logps, batch), _shared(logps, batch), row_sums(squares, batch))
 
 
 def _join_details(parts: Sequence[RowDetails], batch: Batch) -> RowDetails:
@@ -169,7 +165,7 @@ def _shared(logps: mx.array, batch: Batch) -> mx.array:
     counts = (batch.owner == rows[..., None]) & (rank < shorter[None, :, None])
     part = (counts * (logps * batch.scored)).sum(axis=-1)
     # The shorter one is there whole: the same number as its row's, to the bit.
-    return mx.where(batch.length[rows] == shorter, _row_sums(logps, batch)[rows], part)
+    return mx.where(batch.length[rows] == shorter, of_rows(row_sums(logps, batch), rows), part)
 
 
 class ForwardFns(NamedTuple):
@@ -204,7 +200,14 @@ def score_pairs(model: nn.Module, batch: Batch, forward: Forward | None = None) 
     rows = found if isinstance(found, RowDetails) else None
     logps: mx.array = rows.logps if rows else found
     chosen, rejected, length, extras = batch.chosen, batch.rejected, batch.length, batch.extras
-    both = logps[chosen], logps[rejected], batch.ref[chosen], batch.ref[rejected], length[chosen], length[rejected]
+    both = (
+        of_rows(logps, chosen),
+        of_rows(logps, rejected),
+        batch.ref[chosen],
+        batch.ref[rejected],
+        length[chosen],
+        length[rejected],
+    )
     if rows is None:
         return Pairs(*both, *(extras or ()))
     squares = mx.stack([rows.squares[chosen], rows.squares[rejected]])

@@ -110,7 +110,7 @@ def check_start(state: TrainState) -> None:
     batch, wanted = _first_batch(state), state.loss.start()
     with dropout_off(state.model):
         pairs = _score_first(state, batch)
-        gaps, tokens = _gaps(pairs)
+        gaps, tokens = _reference_gaps(pairs)
         # Rows scored beside others are rounded otherwise in 16 bits: by how much is asked only where it matters.
         if (gaps <= rounding_tolerance(tokens)).all() or (gaps <= _rounding(state, batch, pairs)).all():
             _check_value(state, pairs, wanted)
@@ -129,11 +129,15 @@ def _score_first(state: TrainState, batch: Batch) -> Pairs:
 
 
 def _rounding(state: TrainState, batch: Batch, pairs: Pairs) -> np.ndarray:
-    """How far each of `_gaps` may be off by rounding in the model's dtype: what float32 changes of the same rows,
+    """How far each of `_reference_gaps` may be off by rounding in the model's dtype: what float32 changes of the rows,
     a token, as a root mean square over them."""
     with float32_activations(state.model):
         exact = _score_first(state, batch)
-    moved, tokens = _gaps(exact._replace(ref_chosen=pairs.chosen, ref_rejected=pairs.rejected, ref_shared=pairs.shared))
+    moved, tokens = _reference_gaps(
+        exact._replace(ref_chosen=pairs.chosen, ref_rejected=pairs.rejected, ref_shared=pairs.shared)
+    )
+    if not np.isfinite(moved).all():
+        return np.zeros(moved.shape)
     return rounding_tolerance(tokens, float(np.sqrt(np.mean(moved**2 / tokens))))
 
 
@@ -173,7 +177,7 @@ def with_details(ways: ForwardFns, loss: Loss, config: Config) -> ForwardFns:
     return detailed_fns(ways, config.train.gradient_checkpointing) if loss.needs & {"shared", "squares"} else ways
 
 
-def _gaps(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+def _reference_gaps(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     """Distances between a policy's and a reference's log-probs, nats, NaN as infinite; and tokens of each."""
     lengths = [np.array(pairs.chosen_len), np.array(pairs.rejected_len)]
     gaps = [np.array(pairs.chosen - pairs.ref_chosen), np.array(pairs.rejected - pairs.ref_rejected)]
@@ -190,7 +194,9 @@ def _cause(state: TrainState, batch: Batch, pairs: Pairs) -> str:
     if state.config.model.adapter is None and state.config.lora.method != "full":
         with adapters_off(state.model):
             bare = _score_first(state, batch)
-        moved, tokens = _gaps(bare._replace(ref_chosen=pairs.chosen, ref_rejected=pairs.rejected, ref_shared=None))
+        moved, tokens = _reference_gaps(
+            bare._replace(ref_chosen=pairs.chosen, ref_rejected=pairs.rejected, ref_shared=None)
+        )
         if (moved > rounding_tolerance(tokens)).any():
             return "the fresh adapter is not zero"
     return "the reference was scored with other weights than training starts from; score it again with an empty cache"

@@ -124,7 +124,7 @@ def test_another_reference_model_trains_and_skips_the_check(tmp_path, monkeypatc
     expected = preflight.score_pairs(other.model, batch)
     for got, want in ((expected.ref_chosen, expected.chosen), (expected.ref_rejected, expected.rejected)):
         assert got.tolist() == pytest.approx(want.tolist(), abs=1e-3)
-    assert preflight._gaps(preflight.score_pairs(job.model, batch))[0].max() > 1
+    assert preflight._reference_gaps(preflight.score_pairs(job.model, batch))[0].max() > 1
 
 
 def test_a_reference_that_reads_text_differently_is_refused(tmp_path):
