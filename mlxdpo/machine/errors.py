@@ -59,7 +59,7 @@ def _sentence(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in REMEDIES:
         where = "standard output" if error.filename is None else str(error.filename)
         return f"{where}: {error.strerror}; {REMEDIES[error.errno]}{_then(error.filename)}"
-    detail = " ".join(str(error).split())
+    detail = " ".join(str(error).split()).rstrip(".")
     if gpu_was_stopped(error):
         return (
             f"macOS stopped the work on the GPU because it held up the display or took too long ({detail}); let the "
