@@ -46,7 +46,9 @@ NEXT_STEP = ("lower train.batch_size", "MLX_SDPA_VJP_FALLBACK=1", "mlxdpo doctor
 def test_every_error_of_metal_is_one_sentence_with_a_next_step(said):
     sentence = error_message(RuntimeError(said))
     assert sentence is not None and sentence.startswith(SAID[said]) and "\n" not in sentence
-    assert " ".join(said.split()).rstrip(".") in sentence and ".)" not in sentence  # what was said stays, to be searched for
+    assert (
+        " ".join(said.split()).rstrip(".") in sentence and ".)" not in sentence
+    )  # what was said stays, to be searched for
     assert any(step in sentence for step in NEXT_STEP)
 
 
