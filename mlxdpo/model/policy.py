@@ -16,7 +16,8 @@ from mlx.utils import tree_flatten
 from mlxdpo.config import ModelConfig
 from mlxdpo.io.checksum import pickled_in, read_tensors
 from mlxdpo.io.digest import folder_digest
-from mlxdpo.machine.device import default_dtype
+from mlxdpo.machine.device import default_dtype, limit_memory
+from mlxdpo.machine.errors import error_message
 from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.types import UserError
 
@@ -95,6 +96,8 @@ def strangers_files(name: str, part: str = "") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # `tokenizers` raises Exception itself, the model definitions whatever breaks first
+        if isinstance(error, RuntimeError | MemoryError) and error_message(error):
+            raise  # the machine's fault, not the files'
         said = " ".join(str(error).split())
         if "trust_remote_code" in said:
             raise UserError(
@@ -122,6 +125,7 @@ def load_policy(config: ModelConfig) -> Policy:
     """
     from mlx_lm.utils import load_model, quantize_model
 
+    limit_memory()
     trusted = config.trust_remote_code
     folder = _model_folder(config)
     check_weights(folder, config.path)

@@ -23,7 +23,6 @@ from mlxdpo.distributed.group import ALONE, Group
 from mlxdpo.forward.logprobs import ForwardFns
 from mlxdpo.forward.patch_mlx_lm import chunked_attention_on
 from mlxdpo.losses import Loss
-from mlxdpo.machine.device import wire_memory
 from mlxdpo.machine.memory_guard import MemoryGuard
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter, with_adapter
 from mlxdpo.model.policy import Policy, load_policy, tokenizer_of
@@ -113,7 +112,6 @@ def prepare(
     data = yield from _read_pairs(config, stage.transform(config, loss), should_stop, fits)
     if data is None:
         return None
-    wire_memory()
     policy = load_policy(config.model)
     asked = with_adapter(config, policy.model)
     config, split_note = distributed.config_for_group(asked, group)

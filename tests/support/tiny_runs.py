@@ -74,7 +74,8 @@ def stop_after(calls: int):
     return lambda: next(left, None) is None
 
 
-CLOCK = {"tokens_per_second", "peak_memory_gb", "seconds_left"}  # what may differ between two runs
+MEMORY = {"peak_memory_gb", "active_memory_gb", "cache_memory_gb"}
+CLOCK = {"tokens_per_second", "seconds_left"} | MEMORY  # what may differ between two runs
 
 
 def numbers(run: Path | str) -> list[dict]:
