@@ -23,6 +23,7 @@ from mlxdpo.exporters.source import ExportSource, side_files, weight_files
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import read_tensor, read_tensors
 from mlxdpo.io.json_file import read_json
+from mlxdpo.model.policy import load_folder
 from mlxdpo.types import UserError
 
 KINDS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
@@ -95,10 +96,8 @@ def write_hf(source: ExportSource, folder: Path) -> str | None:
 
 
 def reload_hf(source: ExportSource, folder: Path) -> nn.Module:
-    """The written folder as mlx-lm loads it."""
-    from mlx_lm.utils import load_model
-
-    return load_model(folder, lazy=True)[0]
+    """The written folder, computed as transformers computes it."""
+    return load_folder(folder, folder.name)[0]
 
 
 def stored_changes(source: ExportSource) -> dict[str, Change]:

@@ -19,6 +19,8 @@ from mlxdpo.io.checksum import read_tensors
 from mlxdpo.io.json_file import read_json
 from mlxdpo.io.names import is_hub_id
 from mlxdpo.model.adapters import read_settings
+from mlxdpo.model.corrections import model_classes
+from mlxdpo.model.model_config import read_model_config
 from mlxdpo.model.policy import find_model
 
 GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
@@ -59,10 +61,10 @@ class Origins(NamedTuple):
 
 def origins(folder: Path) -> Origins:
     """Follow mlx-lm's loader through the tensors of `folder`; reads headers only."""
-    from mlx_lm.utils import _get_classes, load_config
+    from mlx_lm.utils import load_config
 
-    config = load_config(folder)
-    model_class, arguments = _get_classes(config)
+    config = read_model_config(load_config(folder), folder.name).loaded
+    model_class, arguments = model_classes(config)
     stored, files = {}, {}
     for file in weight_files(folder):
         part = read_tensors(file)

@@ -21,6 +21,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxdpo.machine.device import wire_memory
+from mlxdpo.model.limits import check_ids
 from mlxdpo.types import UserError
 
 # Prompt tokens of one prefill pass over the whole batch: bounds its memory whatever the prompts' lengths.
@@ -85,6 +86,7 @@ def finished(
     _check_sampling(prompts, max_tokens, temperature, top_p, batch_size)
     if not prompts:
         return
+    check_ids(model, max(map(max, prompts)))
     samplers = [
         greedy if temperature == 0 else seeded_sampler(stream, temperature, top_p)
         for stream in noise_streams(prompts, seed)
@@ -130,6 +132,7 @@ def stepwise(
     stream = (seed, occurrence, *noise_streams([prompt], seed)[0][2:])
     sample = greedy if temperature == 0 else seeded_sampler(stream, temperature, top_p)
     with enter() as model:
+        check_ids(model, max(prompt))
         cache = make_prompt_cache(model)
     feed = list(prompt)
     for count in range(max_tokens):

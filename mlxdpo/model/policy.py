@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from mlxdpo.io.checksum import pickled_in, read_tensors
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.machine.device import default_dtype
 from mlxdpo.model.builtin import smollm2_folder
+from mlxdpo.model.corrections import correct, model_classes
+from mlxdpo.model.model_config import ModelReading, read_model_config
 from mlxdpo.types import UserError
 
 BUILTIN = {"smollm2": smollm2_folder}
@@ -30,6 +32,7 @@ class Policy:
     """A loaded model. `config` is the original config.json, whole (mlx-lm's model arguments lose keys).
 
     `identity` says which numbers it computes with: source, revision, digest of the weights, dtype, quantisation.
+    `reading` says how its config was brought under mlx-lm's names, and up to which length of row that holds.
     """
 
     model: nn.Module
@@ -38,6 +41,7 @@ class Policy:
     folder: Path
     eos_ids: frozenset[int]
     identity: Mapping[str, Any]
+    reading: ModelReading = field(default_factory=lambda: ModelReading({}))
 
 
 def find_model(path: str, revision: str | None = None, patterns: Sequence[str] = DOWNLOAD) -> Path:
@@ -111,13 +115,12 @@ def load_policy(config: ModelConfig) -> Policy:
     The adapter named in `config` is not attached here: see `adapters.with_adapter`.
     Raises `UserError` for a folder that is no model or one that mlx-lm has no definition for.
     """
-    from mlx_lm.utils import load_model, quantize_model
+    from mlx_lm.utils import quantize_model
 
     trusted = config.trust_remote_code
     folder = find_model(config.path, config.revision, [*DOWNLOAD, CODE] if trusted else DOWNLOAD)
     check_weights(folder, config.path)
-    with strangers_files(config.path):
-        model, raw = load_model(folder, lazy=True, trust_remote_code=trusted)
+    model, raw, reading = load_folder(folder, config.path, trusted)
     tokenizer = load_tokenizer(folder, config.path, trusted)
     dtype = default_dtype() if config.dtype == "auto" else getattr(mx, config.dtype)
     quantisation = raw.get("quantization")
@@ -138,7 +141,29 @@ def load_policy(config: ModelConfig) -> Policy:
         "dtype": str(dtype).removeprefix("mlx.core."),
         "quantization": quantisation,
     }
-    return Policy(model, tokenizer, raw, folder, frozenset(tokenizer.eos_token_ids), identity)
+    return Policy(model, tokenizer, raw, folder, frozenset(tokenizer.eos_token_ids), identity, reading)
+
+
+def load_folder(folder: Path, name: str, trusted: bool = False) -> tuple[nn.Module, dict[str, Any], ModelReading]:
+    """The model in a folder, its weights not yet read; its config.json; and how that was read.
+
+    The model computes what transformers computes. Raises `UserError` for what mlx-lm has no definition for, or
+    computes otherwise.
+    """
+    from mlx_lm.utils import load_config, load_model
+
+    with strangers_files(name):
+        raw = load_config(folder)
+        reading = ModelReading(raw) if raw.get("model_file") else read_model_config(raw, name)
+        model, loaded = load_model(
+            folder,
+            lazy=True,
+            model_config=reading.loaded,
+            get_model_classes=model_classes,
+            trust_remote_code=trusted,
+        )
+        packed = {key: loaded[key] for key in ("quantization", "quantization_config") if key in loaded}
+        return correct(model, reading.loaded), raw | packed, reading
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:

@@ -22,6 +22,8 @@ from mlxdpo.io.json_file import as_written, parse_object, read_json
 from mlxdpo.io.names import is_plain_name
 from mlxdpo.machine.device import default_dtype
 from mlxdpo.model.adapters import attach_lora, check_trainable
+from mlxdpo.model.corrections import model_classes
+from mlxdpo.model.model_config import ModelReading, read_model_config
 from mlxdpo.model.policy import BUILTIN, cast, find_model, strangers_files
 from mlxdpo.types import UserError
 
@@ -44,6 +46,7 @@ class Skeleton(NamedTuple):
     config: Mapping[str, Any]
     folder: Path
     stored: dict[str, Stored]
+    reading: ModelReading
 
 
 def read_skeleton(config: ModelConfig) -> Skeleton:
@@ -58,7 +61,8 @@ def read_skeleton(config: ModelConfig) -> Skeleton:
         raw = load_config(folder)
         if raw.get("model_file"):
             raise UserError(f"{config.path}: its shape is in Python code that comes with it: it cannot be planned for")
-        model = _definition(raw, stored)
+        reading = read_model_config(raw, config.path)
+        model = _definition(reading.loaded, stored)
     if config.quantize:
         if raw.get("quantization"):
             raise UserError(
@@ -68,7 +72,7 @@ def read_skeleton(config: ModelConfig) -> Skeleton:
             model, _ = quantize_model(model, dict(raw), group_size=64, bits=config.quantize)
     cast(model, default_dtype() if config.dtype == "auto" else getattr(mx, config.dtype))
     model.freeze()
-    return Skeleton(model, raw, folder, stored)
+    return Skeleton(model, raw, folder, stored, reading)
 
 
 def make_trainable(model: nn.Module, lora: LoraConfig) -> None:
@@ -149,9 +153,7 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 def _definition(raw: Mapping[str, Any], stored: Mapping[str, Stored]) -> Any:
     """mlx-lm's model for a config.json, quantised where its files are, nothing evaluated."""
-    from mlx_lm.utils import _get_classes
-
-    model_class, arguments = _get_classes(dict(raw))
+    model_class, arguments = model_classes(raw)
     model = model_class(arguments.from_dict(raw))
     if "lm_head" in model and not any(name.endswith("lm_head.weight") for name in stored):
         model.pop("lm_head")  # a tied head that the definition makes first and drops when it sees the files

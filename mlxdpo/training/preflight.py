@@ -24,7 +24,6 @@ from mlxdpo.forward.logprobs import (
 from mlxdpo.forward.packed import can_pack
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import adapters_off, dropout_off
-from mlxdpo.model.policy import Policy
 from mlxdpo.training.distributed import first_pairs
 from mlxdpo.training.plan import PlanSummary, TrainPlan, planned_batches, summarize_plan
 from mlxdpo.training.step import TrainState
@@ -40,24 +39,6 @@ def check_heldout(config: Config, data: Dataset) -> None:
     ):
         if value is not None and not data.heldout:
             raise UserError(f"train.{name} {value} needs held-out pairs; give data.eval, or raise data.eval_fraction")
-
-
-def longest_row(data: Dataset) -> int:
-    """Tokens of the longest row, prompt and completion together."""
-    return max(int(part.row_lengths.max(initial=0)) for part in (data.train, data.heldout))
-
-
-def check_window(policy: Policy, longest: int) -> None:
-    """Raise `UserError` for rows that mlx-lm would compute as another function than the model's.
-
-    Its gemma2 knows no sliding window: within one the numbers are the same, beyond it they are not.
-    """
-    window = policy.config.get("sliding_window")
-    if policy.config.get("model_type") == "gemma2" and window and longest > window:
-        raise UserError(
-            f"a row has {longest} tokens, but beyond {window} mlx-lm computes gemma2 without its sliding window; "
-            f"set data.max_length {window}"
-        )
 
 
 def choose_forward(model: nn.Module, data: Dataset, plan: TrainPlan, config: Config) -> tuple[ForwardFns, str]:

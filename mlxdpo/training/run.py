@@ -18,6 +18,7 @@ import numpy as np
 
 from mlxdpo.config import Config
 from mlxdpo.data.dataset import Dataset, Made, Sofar, encoding, reading
+from mlxdpo.data.examples import largest_token, longest_row
 from mlxdpo.distributed.group import ALONE, Group
 from mlxdpo.forward.logprobs import ForwardFns
 from mlxdpo.forward.patch_mlx_lm import chunked_attention_on
@@ -25,6 +26,7 @@ from mlxdpo.losses import Loss
 from mlxdpo.machine.device import wire_memory
 from mlxdpo.machine.memory_guard import MemoryGuard
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter, with_adapter
+from mlxdpo.model.limits import check_rows
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint, distributed, preflight
@@ -114,8 +116,9 @@ def prepare(
         return None
     del rows  # they may be gigabytes on disk
     preflight.check_heldout(config, data)
-    longest = preflight.longest_row(data)
-    preflight.check_window(policy, longest)
+    longest = longest_row(data.train, data.heldout)
+    for one in (policy, reference):
+        check_rows(one, longest, largest_token(data.train, data.heldout))
     plan = make_plan(config, data.train, data.heldout)
     forward, note = preflight.choose_forward(policy.model, data, plan, config)
     manifest = describe_run(config, policy, reference, adapter, data)
@@ -124,7 +127,7 @@ def prepare(
     summary = preflight.preview_plan(policy.model, data, plan, forward)
     begun = {"run": run, "config": config, "data": data, "policy": policy, "plan": summary}
     yield Event("start", 0, begun | {"shown": stage.shown(data.train[0], loss)})
-    for text in filter(None, (split_note, note, stage.remark(data, config, loss))):
+    for text in filter(None, (*policy.reading.notes, split_note, note, stage.remark(data, config, loss))):
         yield Event("note", 0, {"text": text})
     held.enter_context(distributed.holding(group, run, manifest))
     # Entered before anything is traced: a trace keeps the attention it was made with.
