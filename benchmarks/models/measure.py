@@ -53,7 +53,10 @@ def compare(kind: str, changes: Mapping[str, Any] = {}) -> Comparison:
             fits = [i for i, (p, c, r) in enumerate(pairs()) if _fits(reading.longest, p, c, r)]
             gap = _gap(model, wanted, fits)
         except UserError as error:
-            return Comparison(kind, "refused", alone=alone, note=str(error).removeprefix(f"{kind}: "))
+            note = str(error).removeprefix(f"{kind}: ").partition("; docs/models.md")[0]
+            return Comparison(kind, "refused", alone=alone, note=note)
+        except Exception as error:  # a traceback is what this is to find
+            return Comparison(kind, "different", alone=alone, note=f"{type(error).__name__}: {_first(error)}")
     fast, verdict = model_parts(model) is not None, "different"
     if gap <= EQUAL:
         verdict = "equal" if _is_small(alone) and reading.longest is None else "normalised"

@@ -6,6 +6,7 @@ and rotary positions are stretched beyond 16 tokens, so that rows of 40 tokens m
 
 from __future__ import annotations
 
+import copy
 import pkgutil
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 WINDOW, ORIGINAL = 12, 16  # tokens
-LARGEST = 3_000_000  # parameters
+LARGEST = 4_000_000  # parameters
 VOCAB = 300
 
 # Laid over the configuration of any architecture that has the key.
@@ -169,6 +170,7 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "llama4_text": {
         "intermediate_size_mlp": 96,
         "moe_layers": [1, 3],
+        "interleave_moe_layer_step": 2,
         "attention_chunk_size": 512,
         "num_experts_per_tok": 1,
     },
@@ -248,7 +250,10 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "smollm3": {"window": {"use_sliding_window": True, "layer_types": SLIDING}},
     "mistral": {"no window": {"sliding_window": None}},
     "mixtral": {"no window": {"sliding_window": None}, "yarn": ROPES["yarn"]},
-    "phi3": {"no window": {"sliding_window": None}, "longrope": ROPES["longrope"]},
+    "phi3": {
+        "no window": {"sliding_window": None},
+        "longrope": dict(ROPES["longrope"], original_max_position_embeddings=ORIGINAL)
+    },
     "starcoder2": {"no window": {"sliding_window": None}},
     "minicpm3": {"untied": {"tie_word_embeddings": False}},
     "deepseek_v3": {"yarn": ROPES["yarn"]},
@@ -271,7 +276,8 @@ NO_TEXT = {"pixtral"}  # a vision tower in transformers
 
 def tiny_config(kind: str, changes: Mapping[str, Any]) -> Any:
     """A transformers config of this `model_type`, small, with `changes` in its text part."""
-    made = CONFIG_MAPPING[kind]
+    # transformers writes into what it is given.
+    made, changes = CONFIG_MAPPING[kind], copy.deepcopy(dict(changes))
     default = made().to_dict()
     if "text_config" not in default:
         return made(
@@ -336,6 +342,8 @@ def pairs() -> list[tuple[list[int], list[int], list[int]]]:
 def torch_logps(model: Any, prompt: list[int], completion: list[int]) -> float:
     """log p(completion | prompt) by transformers, nats."""
     ids = torch.tensor([prompt + completion])
+    if type(model).__name__ == "Llama4ForConditionalGeneration":  # it fails where there is no image
+        model = model.language_model
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[:, len(prompt) - 1 : -1]
     logps = torch.log_softmax(logits.double(), dim=-1)

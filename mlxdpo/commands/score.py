@@ -58,7 +58,7 @@ def run(
     from mlxdpo.inference.scoring import model_logps
     from mlxdpo.io.atomic import write_text
     from mlxdpo.model.adapters import load_adapter, read_settings
-    from mlxdpo.model.limits import check_rows
+    from mlxdpo.model.limits import check_fits
     from mlxdpo.model.policy import load_policy
 
     if config.model.adapter:
@@ -66,7 +66,7 @@ def run(
     rows, report = read_pairs(config.data)
     policy = load_policy(config.model)
     examples, encoding = encode_all(rows, policy.tokenizer, config.data, eos_ids=policy.eos_ids)
-    check_rows(policy, longest_row(examples), largest_token(examples))
+    check_fits(policy, longest_row(examples), largest_token(examples))
     for line in [*policy.reading.notes, *report.lines(), *encoding.lines()]:
         console.print(line, style="yellow")
     progress = partial(track, description="scoring", console=console, transient=True, disable=not console.is_terminal)

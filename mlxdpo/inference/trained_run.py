@@ -22,7 +22,7 @@ from mlxdpo.data.report import Report
 from mlxdpo.inference.scoring import ModelContext, PairLogps, logps_under_both
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.model.adapters import adapters_off, load_arrays, load_run, load_start, read_settings
-from mlxdpo.model.limits import check_rows
+from mlxdpo.model.limits import check_fits
 from mlxdpo.model.policy import Policy
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
@@ -133,7 +133,7 @@ def encode_pairs(trained: TrainedRun, rows: Sequence[Preference]) -> tuple[list[
     """Rows and their token ids, one for one, without those that do not fit (counted in the report)."""
     tokenizer, eos, data = trained.policy.tokenizer, trained.policy.eos_ids, trained.config.data
     examples, report = encode_all(rows, tokenizer, data, eos_ids=eos)
-    check_rows(trained.policy, longest_row(examples), largest_token(examples))
+    check_fits(trained.policy, longest_row(examples), largest_token(examples))
     if len(examples) == len(rows):
         return list(rows), examples, report
     counted = Report()  # row by row, to know which ones are left

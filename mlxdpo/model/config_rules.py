@@ -26,13 +26,13 @@ def period(layer_types: list[str] | None, full: str = "full_attention") -> int:
     raise UserError(f"its layer_types are no repeated pattern of sliding layers and one {full} layer, as mlx-lm needs")
 
 
-def _pattern(config: Values, _: Any) -> Values:
+def _window_pattern(config: Values, _: Any) -> Values:
     return {"sliding_window_pattern": period(config.get("layer_types"))}
 
 
 def _gemma3(config: Values, hf: Any) -> Values:
     ropes = hf.rope_parameters
-    return _pattern(config, hf) | {"rope_local_base_freq": ropes["sliding_attention"]["rope_theta"]}
+    return _window_pattern(config, hf) | {"rope_local_base_freq": ropes["sliding_attention"]["rope_theta"]}
 
 
 def _neox(config: Values, hf: Any) -> Values:
@@ -105,8 +105,12 @@ def _yarn_always(config: Values, hf: Any) -> Values:
 
 
 def _minimax_m2(config: Values, hf: Any) -> Values:
-    share = hf.rope_parameters.get("partial_rotary_factor", 1.0)
-    return {"shared_intermediate_size": 0, "rotary_dim": int(hf.head_dim * share)}
+    return {"shared_intermediate_size": 0, "rotary_dim": _rotated(hf)}
+
+
+def _rotated(hf: Any) -> int:
+    """Dimensions of a head that have a position."""
+    return int(hf.head_dim * hf.rope_parameters.get("partial_rotary_factor", 1.0))
 
 
 def _glm_dsa(config: Values, hf: Any) -> Values:
@@ -131,46 +135,47 @@ def _apertus(config: Values, _: Any) -> Values:
     return {"mlp_bias": False, "post_norm": False, "qk_norm": True}  # asked for; mlx-lm reads the first alone
 
 
-def _same(**names: str) -> Rule:
+def _called_otherwise(**names: str) -> Rule:
     """Keys that mlx-lm calls otherwise: ours from transformers' attribute."""
     return lambda config, hf: {own: getattr(hf, theirs) for own, theirs in names.items()}
 
 
-def _fixed(**values: Any) -> Rule:
+def _constants(**values: Any) -> Rule:
     return lambda config, hf: values
 
 
 RULES: Mapping[str, Rule] = {
     "apertus": _apertus,
-    "cohere2": _pattern,
+    "cohere2": _window_pattern,
     "deepseek_v2": _yarn_always,
     "deepseek_v32": _dense_first,
     "exaone4": lambda config, hf: {"sliding_window_pattern": "L" * (period(hf.layer_types) - 1) + "G"},
     "exaone_moe": _exaone_moe,
     "gemma3_text": _gemma3,
-    "gemma4_unified_text": _fixed(hidden_size_per_layer_input=0),
+    "gemma4_unified_text": _constants(hidden_size_per_layer_input=0),
     "glm4_moe_lite": _dense_first,
     "glm_moe_dsa": _glm_dsa,
-    "gpt2": _same(n_ctx="n_positions"),
+    "gpt2": _called_otherwise(n_ctx="n_positions"),
     "gpt_bigcode": lambda config, hf: {"n_inner": hf.n_inner or 4 * hf.n_embd},
     "gpt_neox": _neox,
     "granitemoehybrid": _granite_hybrid,
     "kimi_linear": _kimi_linear,
-    "lfm2": _same(block_dim="hidden_size", block_ff_dim="intermediate_size"),
+    "lfm2": _called_otherwise(block_dim="hidden_size", block_ff_dim="intermediate_size"),
     "mamba2": lambda config, hf: {"intermediate_size": int(hf.expand * hf.hidden_size)},
     "mimo_v2_flash": _mimo_v2_flash,
     "minicpm3": _longrope_always,
     "minimax_m2": _minimax_m2,
-    "longcat_flash": _fixed(
+    "minimax_m3_vl_text": lambda config, hf: {"rotary_dim": _rotated(hf)},
+    "longcat_flash": _constants(
         attention_method="MLA", zero_expert_type="identity", mla_scale_q_lora=True, mla_scale_kv_lora=True
     ),
     "nemotron_h": lambda config, hf: {"time_step_limit": (hf.time_step_min, math.inf)},
     "qwen3_5_moe_text": _interval,
-    "qwen3_vl_moe_text": _fixed(norm_topk_prob=True),
+    "qwen3_vl_moe_text": _constants(norm_topk_prob=True),
     "qwen3_5_text": _interval,
     "qwen3_next": _interval,
     "recurrent_gemma": _recurrent_gemma,
-    "solar_open": _fixed(intermediate_size=0, first_k_dense_replace=0, partial_rotary_factor=1.0),
+    "solar_open": _constants(intermediate_size=0, first_k_dense_replace=0, partial_rotary_factor=1.0),
 }
 
 ALIASES: Mapping[str, str] = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}

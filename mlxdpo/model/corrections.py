@@ -117,10 +117,10 @@ def _without_prefix(weights: Arrays) -> Arrays:
 
 def _olmo_hybrid(weights: Arrays) -> Arrays:
     own = {".attention_layer_norm.": ".input_layernorm.", ".feedforward_layer_norm.": ".post_attention_layernorm."}
-    return {_replaced(name, own): array for name, array in weights.items()}
+    return {_new_name(name, own): array for name, array in weights.items()}
 
 
-def _replaced(name: str, parts: Mapping[str, str]) -> str:
+def _new_name(name: str, parts: Mapping[str, str]) -> str:
     for stored, ours in parts.items():
         name = name.replace(stored, ours)
     return name
@@ -152,10 +152,10 @@ def _stack_experts(weights: Arrays) -> Arrays:
     return weights
 
 
-def _kimi_linear(weights: Arrays) -> Arrays:
+def _dense_kimi_linear(weights: Arrays) -> Arrays:
     """transformers writes the dense layers' names as if they had experts."""
     own = {f".block_sparse_moe.{part}_proj.": f".mlp.{part}_proj." for part in ("gate", "up", "down")}
-    return {_replaced(name, own): array for name, array in weights.items()}
+    return {_new_name(name, own): array for name, array in weights.items()}
 
 
 def _experts_outputs_first(weights: Arrays) -> Arrays:
@@ -171,7 +171,7 @@ def _experts_outputs_first(weights: Arrays) -> Arrays:
 RENAMED: Mapping[str, Callable[[Arrays], Arrays]] = {
     "gpt2": _without_prefix,
     "gpt_oss": _gpt_oss,
-    "kimi_linear": _kimi_linear,
+    "kimi_linear": _dense_kimi_linear,
     "olmo_hybrid": _olmo_hybrid,
     "qwen3_5_moe": _stack_experts,
     "qwen3_vl_moe": _experts_outputs_first,

@@ -9,26 +9,30 @@ from typing import Any
 
 import mlx.nn as nn
 
+from mlxdpo.model.model_config import ModelReading
 from mlxdpo.model.policy import Policy
 from mlxdpo.types import UserError
 
 
-def check_rows(policy: Policy, longest: int, largest: int) -> None:
+def check_fits(policy: Policy, longest: int, largest: int) -> None:
     """Raise `UserError` for rows that would be computed as something else than meant.
 
     `longest` is the number of tokens of the longest row, `largest` the largest token id of all.
     """
-    limit = policy.reading.longest
-    if limit is not None and longest > limit:
-        raise UserError(
-            f"a row has {longest} tokens, but beyond {limit} {policy.reading.why}; set data.max_length {limit}"
-        )
+    check_length(policy.reading, longest)
     check_ids(policy.model, largest, policy.tokenizer)
+
+
+def check_length(reading: ModelReading, longest: int) -> None:
+    """Raise `UserError` for rows longer than those that are computed as transformers does."""
+    limit = reading.longest
+    if limit is not None and longest > limit:
+        raise UserError(f"a row has {longest} tokens, but beyond {limit} {reading.why}; set data.max_length {limit}")
 
 
 def check_ids(model: nn.Module, largest: int, tokenizer: Any = None) -> None:
     """Raise `UserError` for a token id that the model has no row for."""
-    rows = vocabulary(model)
+    rows = embedding_rows(model)
     if largest < rows:
         return
     name = "" if tokenizer is None else f" ({str(tokenizer.convert_ids_to_tokens(largest))[:40]})"
@@ -39,7 +43,7 @@ def check_ids(model: nn.Module, largest: int, tokenizer: Any = None) -> None:
     )
 
 
-def vocabulary(model: nn.Module) -> int:
+def embedding_rows(model: nn.Module) -> int:
     """Rows of the embedding: token ids are below."""
     tables = [m.weight.shape[0] for m in model.modules() if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)]
     args = getattr(model, "args", None)

@@ -89,7 +89,7 @@ def _wrapped(raw: Mapping[str, Any], theirs: Any, kind: str) -> ModelReading:
 
 def _read_text(raw: Mapping[str, Any], theirs: Any, file_of: str) -> ModelReading:
     kind = theirs.model_type if theirs is not None else str(raw.get("model_type") or file_of)
-    if kind in REFUSED and (why := REFUSED[kind](raw, theirs)):
+    if file_of in REFUSED and (why := REFUSED[file_of](raw, theirs)):
         raise UserError(why)
     read = names_read(module_of(file_of if file_of != raw.get("model_type") else kind))
     if theirs is None:
@@ -180,7 +180,7 @@ BY_HAND = {
 }
 
 
-class Rope(NamedTuple):
+class RopeKeys(NamedTuple):
     """Keys under mlx-lm's names, and the other fields of `ModelReading` as far as they follow from them."""
 
     keys: Values
@@ -189,17 +189,17 @@ class Rope(NamedTuple):
     within: Mapping[str, Any] = {}
 
 
-def _rope(theirs: Any, read: frozenset[str], kind: str) -> Rope:
+def _rope(theirs: Any, read: frozenset[str], kind: str) -> RopeKeys:
     """Rotary positions. Raises `UserError` for those that mlx-lm's file of this `model_type` does not compute."""
     found = getattr(theirs, "rope_parameters", None)
     rope = (found or {}).get("full_attention", found)
     if not rope or (rope is not found and "rope_parameters" in read):  # for each kind of layer, and read so
-        return Rope({})
+        return RopeKeys({})
     way = rope.get("rope_type", "default")
     keys = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     scaling = {key: value for key, value in rope.items() if key not in keys} | {"type": way}
     if way == "default":
-        return Rope(keys | {"rope_scaling": None})
+        return RopeKeys(keys | {"rope_scaling": None})
     if way == "yarn" and rope.get("attention_factor") is not None:
         raise UserError(f"it sets attention_factor {rope['attention_factor']}, which mlx-lm does not read")
     reads = "rope_parameters" in read or {"initialize_rope", "rope_scaling"} <= read
@@ -207,7 +207,7 @@ def _rope(theirs: Any, read: frozenset[str], kind: str) -> Rope:
         raise UserError(f"its rotary positions are of type {way}, which mlx-lm's {kind} does not compute")
     keys["rope_scaling"] = scaling
     if way not in ("dynamic", "longrope"):
-        return Rope(keys)
+        return RopeKeys(keys)
     if way == "longrope":
         keys["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
         stretched = theirs.max_position_embeddings / rope["original_max_position_embeddings"]
@@ -219,7 +219,7 @@ def _rope(theirs: Any, read: frozenset[str], kind: str) -> Rope:
     within = {"rope_scaling": scaling | {"long_factor": rope["short_factor"]} if way == "longrope" else None}
     if "rope_parameters" in read:
         within["rope_parameters"] = {**short, "type": short["rope_type"]}
-    return Rope(keys, longest, f"mlx-lm keeps one form of {way} rotary positions for every length", within)
+    return RopeKeys(keys, longest, f"mlx-lm keeps one form of {way} rotary positions for every length", within)
 
 
 # Keys that change numbers and no array's shape: shapes are compared when the weights are loaded.

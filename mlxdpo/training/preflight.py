@@ -10,6 +10,7 @@ from mlxdpo.config import Config
 from mlxdpo.data.batch_shapes import SAMPLE
 from mlxdpo.data.batching import collate
 from mlxdpo.data.dataset import Dataset
+from mlxdpo.data.examples import largest_token, longest_row
 from mlxdpo.forward.architectures import model_parts
 from mlxdpo.forward.logprobs import (
     CHECKED,
@@ -24,6 +25,8 @@ from mlxdpo.forward.logprobs import (
 from mlxdpo.forward.packed import can_pack
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import adapters_off, dropout_off
+from mlxdpo.model.limits import check_fits
+from mlxdpo.model.policy import Policy
 from mlxdpo.training.distributed import first_pairs
 from mlxdpo.training.plan import PlanSummary, TrainPlan, planned_batches, summarize_plan
 from mlxdpo.training.step import TrainState
@@ -39,6 +42,15 @@ def check_heldout(config: Config, data: Dataset) -> None:
     ):
         if value is not None and not data.heldout:
             raise UserError(f"train.{name} {value} needs held-out pairs; give data.eval, or raise data.eval_fraction")
+
+
+def check_rows_fit(data: Dataset, *policies: Policy) -> int:
+    """Tokens of the longest row. Raises `UserError` for rows or token ids that one of the models cannot take."""
+    parts = (data.train, data.heldout)
+    longest, largest = longest_row(*parts), largest_token(*parts)
+    for policy in policies:
+        check_fits(policy, longest, largest)
+    return longest
 
 
 def choose_forward(model: nn.Module, data: Dataset, plan: TrainPlan, config: Config) -> tuple[ForwardFns, str]:

@@ -18,7 +18,6 @@ import numpy as np
 
 from mlxdpo.config import Config
 from mlxdpo.data.dataset import Dataset, Made, Sofar, encoding, reading
-from mlxdpo.data.examples import largest_token, longest_row
 from mlxdpo.distributed.group import ALONE, Group
 from mlxdpo.forward.logprobs import ForwardFns
 from mlxdpo.forward.patch_mlx_lm import chunked_attention_on
@@ -26,7 +25,6 @@ from mlxdpo.losses import Loss
 from mlxdpo.machine.device import wire_memory
 from mlxdpo.machine.memory_guard import MemoryGuard
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter, with_adapter
-from mlxdpo.model.limits import check_rows
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint, distributed, preflight
@@ -116,9 +114,7 @@ def prepare(
         return None
     del rows  # they may be gigabytes on disk
     preflight.check_heldout(config, data)
-    longest = longest_row(data.train, data.heldout)
-    for one in (policy, reference):
-        check_rows(one, longest, largest_token(data.train, data.heldout))
+    longest = preflight.check_rows_fit(data, policy, reference)
     plan = make_plan(config, data.train, data.heldout)
     forward, note = preflight.choose_forward(policy.model, data, plan, config)
     manifest = describe_run(config, policy, reference, adapter, data)
