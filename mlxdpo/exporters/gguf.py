@@ -23,9 +23,10 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxdpo.exporters import hf
-from mlxdpo.exporters.source import ExportSource, weight_files
+from mlxdpo.exporters.source import ExportSource
 from mlxdpo.io.checksum import read_tensors
 from mlxdpo.io.json_file import read_json
+from mlxdpo.io.weight_files import weight_files
 from mlxdpo.model.builtin import unpermute
 from mlxdpo.types import UserError
 

@@ -19,10 +19,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxdpo.exporters.merge_weights import Change, base_of, dequantised, expert_change, plain_weight
-from mlxdpo.exporters.source import ExportSource, side_files, weight_files
+from mlxdpo.exporters.source import ExportSource, side_files
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import read_tensor, read_tensors
 from mlxdpo.io.json_file import read_json
+from mlxdpo.io.weight_files import INDEX, weight_files
 from mlxdpo.model.policy import load_folder
 from mlxdpo.types import UserError
 
@@ -88,8 +89,10 @@ def write_hf(source: ExportSource, folder: Path) -> str | None:
         here = {name: change for name, change in changes.items() if source.origins.stored[name] == file}
         patch(file, folder / file.name, here, partial(_check_like, source))
     _copy_sides(source.base, folder, set())
-    for index in source.base.glob("*.safetensors.index.json"):
-        shutil.copyfile(index, folder / index.name)
+    if (source.base / INDEX).is_file():
+        shutil.copyfile(source.base / INDEX, folder / INDEX)
+    else:
+        _write_index(folder)
     if source.choices.base:
         return f"the delta, trained on other weights, was added to those of {source.base_name}"
     return "the quantised layers of the run, dequantised" if source.quantised else None
@@ -200,4 +203,4 @@ def _write_index(folder: Path) -> None:
     arrays = {file.name: read_tensors(file) for file in files}
     total = sum(array.nbytes for part in arrays.values() for array in part.values())  # type: ignore[union-attr]
     index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, part in arrays.items() for n in part}}
-    write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / INDEX, index)

@@ -18,6 +18,7 @@ from mlxdpo.inference.trained_run import TrainedRun
 from mlxdpo.io.checksum import read_tensors
 from mlxdpo.io.json_file import read_json
 from mlxdpo.io.names import is_hub_id
+from mlxdpo.io.weight_files import weight_files
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.corrections import model_classes
 from mlxdpo.model.model_config import read_model_config
@@ -77,11 +78,6 @@ def origins(folder: Path) -> Origins:
     made = {name: array for name, array in parameters.items() if name not in one}
     unused = {name: array for name, array in stored.items() if name not in set(one.values())}
     return Origins(files, one, made, unused)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order."""
-    return sorted(folder.glob("model*.safetensors"))
 
 
 def _array_digest(array: mx.array) -> bytes:

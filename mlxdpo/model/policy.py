@@ -16,10 +16,12 @@ from mlx.utils import tree_flatten
 from mlxdpo.config import ModelConfig
 from mlxdpo.io.checksum import pickled_in, read_tensors
 from mlxdpo.io.digest import folder_digest
+from mlxdpo.io.json_file import read_json
+from mlxdpo.io.weight_files import PATTERN, check_weight_files, left_over, only_weights
 from mlxdpo.machine.device import default_dtype
 from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.model.corrections import correct, model_classes
-from mlxdpo.model.model_config import ModelReading, read_model_config
+from mlxdpo.model.model_config import ModelReading, module_of, names_read, read_model_config
 from mlxdpo.types import UserError
 
 BUILTIN = {"smollm2": smollm2_folder}
@@ -100,13 +102,57 @@ def strangers_files(name: str, part: str = "") -> Iterator[None]:
         raise UserError(f"{name}: {part}cannot be loaded ({kind}{said[:300]})") from error
 
 
-def check_weights(folder: Path, name: str) -> None:
-    """Raise `UserError` unless `folder` holds whole safetensors weights, the only kind that is read."""
-    files = sorted(folder.glob("model*.safetensors"))
+def check_weights(folder: Path, name: str) -> list[Path]:
+    """The weight files of `folder`, whole safetensors files. Raises `UserError` for anything else, with the way out."""
+    files = check_weight_files(folder, name)
     if not files:
-        raise UserError(f"{name}: cannot be loaded (no model*.safetensors there{pickled_in(folder)})")
+        raise UserError(f"{name}: {why_no_weights(folder, name)}")
+    seen: dict[str, str] = {}
     for file in files:
-        read_tensors(file)
+        for tensor in read_tensors(file):
+            if tensor in seen:
+                raise UserError(f"{name}: {seen[tensor]} and {file.name} both hold `{tensor}`; move one of them away")
+            seen[tensor] = file.name
+    return files
+
+
+def why_no_weights(folder: Path, name: str) -> str:
+    """What a folder without a model's weights is, and what to do with it."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        said = read_json(adapter)
+        base = str(said.get("base_model_name_or_path") or said.get("model") or "BASE")[:120]
+        if "peft_type" in said:
+            return (
+                f"that is a PEFT adapter, its base is {base}; "
+                f"run `mlxdpo import --peft {name} --model {base} --out ADAPTER`, then train with "
+                f"`--model {base} --model.adapter ADAPTER`"
+            )
+        return f"that is an adapter, its base is {base}; use `--model {base} --model.adapter {name}`"
+    if found := sorted(folder.glob("consolidated*.safetensors")):
+        return (
+            f"cannot be loaded ({found[0].name} is the maker's own format); take the version of the model that "
+            f"transformers loads, with {PATTERN}"
+        )
+    return f"cannot be loaded (no {PATTERN} there{pickled_in(folder)})"
+
+
+PACKINGS = {"bitnet", "mxfp4", "mxfp8", "compressed-tensors", "modelopt", "awq"}
+
+
+def check_packing(raw: Mapping[str, Any], name: str) -> None:
+    """Raise `UserError` for packed weights that mlx-lm does not unpack; it would read their codes as numbers."""
+    said = raw.get("quantization_config") or raw.get("text_config", {}).get("quantization_config") or {}
+    way = str(said.get("quant_method", "")) if isinstance(said, Mapping) else ""
+    if not way or "quantization" in raw or way in PACKINGS:
+        return
+    own = names_read(module_of(str(raw.get("model_type"))))
+    if way == "fp8" and ("weight_scale_inv" in own or any("scale_inv" in one for one in own)):
+        return
+    raise UserError(
+        f"{name}: its weights are packed by {way}, which mlx-lm does not unpack; take the model in 16 bits and pack it "
+        f"when loading (--model.quantize 4)"
+    )
 
 
 def load_policy(config: ModelConfig) -> Policy:
@@ -154,14 +200,19 @@ def load_folder(folder: Path, name: str, trusted: bool = False) -> tuple[nn.Modu
 
     with strangers_files(name):
         raw = load_config(folder)
+        check_packing(raw, name)
         reading = ModelReading(raw) if raw.get("model_file") else read_model_config(raw, name)
-        model, loaded = load_model(
-            folder,
-            lazy=True,
-            model_config=reading.loaded,
-            get_model_classes=model_classes,
-            trust_remote_code=trusted,
-        )
+        if extra := left_over(folder):
+            note = f"{name}: {', '.join(extra[:3])} is in no index and is not read"
+            reading = reading._replace(notes=(*reading.notes, note))
+        with only_weights(folder) as view:
+            model, loaded = load_model(
+                view,
+                lazy=True,
+                model_config=reading.loaded,
+                get_model_classes=model_classes,
+                trust_remote_code=trusted,
+            )
         packed = {key: loaded[key] for key in ("quantization", "quantization_config") if key in loaded}
         return correct(model, reading.loaded), raw | packed, reading
 
