@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.models.tiny import pairs, tiny_model, torch_logps
 from mlxdpo.forward.architectures import model_parts
-from mlxdpo.inference.scoring import model_logps
+from mlxdpo.inference.trained_run import model_logps
 from mlxdpo.model.policy import load_folder
 from mlxdpo.types import Example, UserError
 

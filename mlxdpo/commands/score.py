@@ -38,16 +38,11 @@ def run(
 
     The reference is the model without the adapter; rewards are beta * (log pi - log ref).
 
-    Parameters
-    ----------
-    config
-        Settings.
-    out
-        JSON lines, one per pair, in the order of the data.
-    beta
-        Factor of the implicit rewards.
-    batch_size
-        Pairs computed at once.
+    Args:
+        config: Settings.
+        out: JSON lines, one per pair, in the order of the data.
+        beta: Factor of the implicit rewards.
+        batch_size: Pairs computed at once.
     """
     from rich.progress import track
 
@@ -55,7 +50,7 @@ def run(
     from mlxdpo.data.encode import encode_all
     from mlxdpo.data.examples import largest_token, longest_row
     from mlxdpo.data.read import read_pairs
-    from mlxdpo.inference.scoring import model_logps
+    from mlxdpo.inference.trained_run import model_logps
     from mlxdpo.io.atomic import write_text
     from mlxdpo.model.adapters import load_adapter, read_settings
     from mlxdpo.model.limits import check_fits

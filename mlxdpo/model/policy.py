@@ -168,7 +168,8 @@ def load_policy(config: ModelConfig) -> Policy:
     check_weights(folder, config.path)
     model, raw, reading = load_folder(folder, config.path, trusted)
     tokenizer = load_tokenizer(folder, config.path, trusted)
-    dtype = default_dtype() if config.dtype == "auto" else getattr(mx, config.dtype)
+    stored = {array.dtype for _, array in tree_flatten(model.parameters())}
+    dtype = default_dtype(stored) if config.dtype == "auto" else getattr(mx, config.dtype)
     quantisation = raw.get("quantization")
     if config.quantize:
         if quantisation:

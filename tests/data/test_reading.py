@@ -11,8 +11,7 @@ from tiny_tokenizers import chatml_tokenizer
 from mlxdpo.commands import terminal
 from mlxdpo.commands.train import follow_training
 from mlxdpo.config import DataConfig
-from mlxdpo.data.cache import pairs_folder
-from mlxdpo.data.dataset import Sofar, encode_split, encoding, read_split, reading
+from mlxdpo.data.dataset import Sofar, encode_split, encoding, pairs_folder, read_split, reading
 from mlxdpo.data.transforms import PAIRS
 from mlxdpo.types import Event
 
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 @pytest.fixture
 def twos(monkeypatch):
     """Portions of two rows everywhere."""
-    for name in ("cache.PORTION", "encode.CHUNK", "examples.FLUSH"):
+    for name in ("dataset.PORTION", "encode.CHUNK", "examples.FLUSH"):
         monkeypatch.setattr(f"mlxdpo.data.{name}", 2)
 
 
@@ -62,7 +61,7 @@ def test_portions_change_nothing(tmp_path, monkeypatch):
     whole = encode_split(read_split(data, 0), data, tokenizer, frozenset())
     for folder in pairs_folder().iterdir():
         folder.rename(tmp_path / folder.name)
-    for name in ("cache.PORTION", "encode.CHUNK", "examples.FLUSH"):
+    for name in ("dataset.PORTION", "encode.CHUNK", "examples.FLUSH"):
         monkeypatch.setattr(f"mlxdpo.data.{name}", 2)
     assert encode_split(read_split(data, 0), data, tokenizer, frozenset()).digest == whole.digest
 
