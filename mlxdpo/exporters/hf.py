@@ -26,6 +26,7 @@ from mlxdpo.exporters.source import (
     expert_change,
     plain_weight,
     side_files,
+    write_ends,
 )
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import read_tensor, read_tensors
@@ -90,12 +91,14 @@ def write_hf(source: ExportSource, folder: Path) -> str | None:
             _write_dequantised(source, file, folder / file.name)
         _copy_sides(source.folder, folder, {"quantization", "quantization_config"})
         _write_index(folder)
+        write_ends(source, folder)
         return "dequantised: every packed layer as it computes"
     changes = stored_changes(source)
     for file in weight_files(source.base):
         here = {name: change for name, change in changes.items() if source.origins.stored[name] == file}
         patch(file, folder / file.name, here, partial(_check_like, source))
     _copy_sides(source.base, folder, set())
+    write_ends(source, folder)
     if (source.base / INDEX).is_file():
         shutil.copyfile(source.base / INDEX, folder / INDEX)
     else:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxdpo.exporters.source import ExportSource, base_of, hub_name, plain_weight, side_files, tuned
+from mlxdpo.exporters.source import ExportSource, base_of, hub_name, plain_weight, side_files, tuned, write_ends
 from mlxdpo.io.atomic import write_json
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, adapter_settings, read_settings
 from mlxdpo.model.model_config import module_of, names_read
@@ -147,5 +147,8 @@ def _save_model(source: ExportSource, model: nn.Module, config: dict[str, Any], 
     save_model(folder, model, donate_model=True)
     for file in side_files(source.folder):
         shutil.copyfile(file, folder / file.name)
+    write_ends(source, folder)
     if "quantization" in config:
-        write_json(folder / "config.json", config | {"quantization_config": config["quantization"]})
+        config |= {"quantization_config": config["quantization"]}
+    if config != source.raw_config:
+        write_json(folder / "config.json", config)

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlxdpo.exporters.record import card_metadata
 from mlxdpo.inference.trained_run import TrainedRun
+from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import read_tensors
 from mlxdpo.io.json_file import read_json
 from mlxdpo.io.names import is_hub_id
@@ -277,3 +278,13 @@ def side_files(folder: Path) -> list[Path]:
     """Configuration, tokenizer, template, generation settings and licence of a model folder."""
     dropped = {file for pattern in NOT_SIDE for file in folder.glob(pattern)}
     return sorted({file for pattern in SIDE for file in folder.glob(pattern)} - dropped)
+
+
+def write_ends(source: ExportSource, folder: Path) -> None:
+    """Let an export's generation_config.json end answers where training taught them to end, too."""
+    file, raw = folder / "generation_config.json", source.raw_config
+    said = read_json(file) if file.is_file() else {k: raw[k] for k in ("bos_token_id", "pad_token_id") if raw.get(k)}
+    own = said.get("eos_token_id", raw.get("eos_token_id"))
+    listed = [own] if isinstance(own, int) else list(own or ())
+    if taught := sorted(source.trained.policy.eos_ids - set(listed)):
+        write_json(file, said | {"eos_token_id": [*listed, *taught]})

@@ -21,6 +21,7 @@ from mlxdpo.io.weight_files import PATTERN, check_weight_files, left_over, only_
 from mlxdpo.machine.device import default_dtype
 from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.model.corrections import correct, model_classes
+from mlxdpo.model.ends import end_tokens
 from mlxdpo.model.model_config import ModelReading, module_of, names_read, read_model_config
 from mlxdpo.types import UserError
 
@@ -71,7 +72,7 @@ def find_model(path: str, revision: str | None = None, patterns: Sequence[str] =
 
 
 def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder, with the end-of-sequence ids of its configuration; no weights are read.
+    """The tokenizer of a model folder, with the tokens that end an answer (`ends`); no weights are read.
 
     Raises `UserError` when there is none, and when it needs code that `trust_remote_code` does not allow.
     """
@@ -81,7 +82,11 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> 
     # Said in so many words: left unsaid, transformers asks on the terminal whether to run it.
     trust = {"trust_remote_code": trust_remote_code}
     with strangers_files(name, "its tokenizer "):
-        return load(folder, trust, eos_token_ids=load_config(folder).get("eos_token_id"))
+        said = load_config(folder)
+        tokenizer = load(folder, trust, eos_token_ids=said.get("eos_token_id"))
+        for token in end_tokens(tokenizer._tokenizer, said):
+            tokenizer.add_eos_token(str(token))
+        return tokenizer
 
 
 @contextlib.contextmanager
