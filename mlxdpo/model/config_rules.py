@@ -178,6 +178,9 @@ RULES: Mapping[str, Rule] = {
     "solar_open": _constants(intermediate_size=0, first_k_dense_replace=0, partial_rotary_factor=1.0),
 }
 
+REPLACED = {"layer_types", "position_embedding_type", "time_step_limit"}
+"""Keys of which a rule's value stands in place of config.json's; others are filled in where they are missing."""
+
 ALIASES: Mapping[str, str] = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 """A `model_type` that mlx-lm has no file for, and the one that reads it."""
 
@@ -189,6 +192,12 @@ def _jamba(raw: Mapping[str, Any], hf: Any) -> str:
 
 def _ernie(raw: Mapping[str, Any], hf: Any) -> str:
     return "mlx-lm's ernie4_5_moe leaves out the correction that its router adds before it chooses experts"
+
+
+def _phi3small(raw: Mapping[str, Any], hf: Any) -> str:
+    dummies = raw.get("dummy_token_indices")
+    outside = dummies is None or max(dummies, default=0) >= raw.get("vocab_size", 0)
+    return "its dummy_token_indices are missing, or beyond its vocabulary" * outside
 
 
 def _minicpm3(raw: Mapping[str, Any], hf: Any) -> str:
@@ -205,6 +214,7 @@ REFUSED: Mapping[str, Callable[[Mapping[str, Any], Any], str]] = {
     "bitnet": lambda raw, hf: "mlx-lm's kernel for ternary weights has no gradient",
     "longcat_flash": lambda raw, hf: "mlx-lm's longcat_flash knows its experts' weights by other names",
     "bailing_hybrid": lambda raw, hf: "mlx-lm's bailing_hybrid is an earlier design under the same name",
+    "phi3small": _phi3small,
     "nanochat": lambda raw, hf: "mlx-lm's nanochat knows the weights by other names and other shapes",
 }
 """Why an architecture cannot be computed as transformers does; the empty text where this model of it can be."""

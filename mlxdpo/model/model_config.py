@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxdpo.model.config_rules import ALIASES, REFUSED, RULES, Values
+from mlxdpo.model.config_rules import ALIASES, REFUSED, REPLACED, RULES, Values
 from mlxdpo.types import UserError
 
 
@@ -25,7 +25,8 @@ class ModelReading(NamedTuple):
     """`config` is the model's under mlx-lm's names; `notes` are sentences for the user.
 
     Rows of more than `longest` tokens are computed as another function than the model's, for the reason `why`. `within`
-    replaces keys of `config` for rows up to there.
+    replaces keys of `config` for rows up to there. `filled` are the keys that config.json leaves out and transformers
+    has a default for.
     """
 
     config: Values
@@ -33,6 +34,7 @@ class ModelReading(NamedTuple):
     why: str = ""
     within: Mapping[str, Any] = {}
     notes: tuple[str, ...] = ()
+    filled: frozenset[str] = frozenset()
 
     @property
     def loaded(self) -> Values:
@@ -40,6 +42,20 @@ class ModelReading(NamedTuple):
         if "text_config" in self.config:
             return {**self.config, "text_config": {**self.config["text_config"], **self.within}}
         return {**self.config, **self.within}
+
+    def as_stored(self) -> ModelReading:
+        """Without the shapes that transformers fills in: for weights that have others, as mlx-lm's own defaults may be.
+
+        Such a config.json is no transformers model: it was written for mlx-lm, or cut short.
+        """
+        inner = "text_config" in self.config
+        text = self.config["text_config"] if inner else self.config
+        kept = {key: value for key, value in text.items() if key not in self.filled or NUMBERS.search(key)}
+        config = {**self.config, "text_config": kept} if inner else kept
+        note = (
+            "config.json leaves out shapes and its weights are not those of transformers' defaults: mlx-lm's are taken"
+        )
+        return self._replace(config=config, notes=(*self.notes, note), filled=frozenset())
 
 
 def read_model_config(raw: Mapping[str, Any], name: str) -> ModelReading:
@@ -77,7 +93,11 @@ def transformers_config(raw: Mapping[str, Any]) -> Any:
 def _wrapped(raw: Mapping[str, Any], theirs: Any, kind: str) -> ModelReading:
     """A text tower with others around it (images, sound): its own config lies inside."""
     inner = None if theirs is None else theirs.get_text_config()
-    reading = _read_text(raw["text_config"], inner, kind)
+    own = raw["text_config"].get("model_type")
+    if isinstance(inner, Mapping) or (inner is not None and own not in (None, inner.model_type)):
+        inner = transformers_config(raw["text_config"])  # transformers has this name for another tower
+    shared = {"vocab_size": raw["vocab_size"]} if "vocab_size" in raw else {}
+    reading = _read_text({**shared, **raw["text_config"]}, inner, kind)
     text = reading.config
     if (tied := raw.get("tie_word_embeddings", getattr(theirs, "tie_word_embeddings", None))) is not None:
         text.setdefault("tie_word_embeddings", tied)
@@ -100,20 +120,20 @@ def _read_text(raw: Mapping[str, Any], theirs: Any, file_of: str) -> ModelReadin
     longest, why = rope.longest, rope.why
     known = theirs.to_dict()
     known |= {name: getattr(theirs, name) for name in theirs.attribute_map if hasattr(theirs, name)}
-    for key, value in known.items():
-        config.setdefault(key, value)
+    filled = frozenset(known.keys() - config.keys())
+    config |= {key: known[key] for key in filled}
     if config.get("head_dim") is None and {"hidden_size", "num_attention_heads"} <= config.keys():
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    config |= RULES[kind](config, theirs) if kind in RULES else {}
+    ruled = RULES[kind](config, theirs) if kind in RULES else {}
+    config |= {key: value for key, value in ruled.items() if key not in raw or key in REPLACED}
     config["model_type"] = ALIASES.get(kind, config.get("model_type", kind))
     window = _ignored_window(theirs, read, kind)
     if window is not None and (longest is None or window < longest):
         longest, why = window, f"mlx-lm computes {kind} without its sliding window"
     if "wpe" in read and (longest is None or theirs.n_positions < longest):
         longest, why = theirs.n_positions, f"{kind} has learned no position"
-    return ModelReading(
-        config, longest, why, rope.within, _unread(raw, type(theirs)().to_dict(), read | _aliases(theirs, read), kind)
-    )
+    notes = _unread(raw, type(theirs)().to_dict(), read | _aliases(theirs, read), kind)
+    return ModelReading(config, longest, why, rope.within, notes, filled)
 
 
 def _aliases(theirs: Any, read: frozenset[str]) -> set[str]:

@@ -202,7 +202,7 @@ def load_folder(folder: Path, name: str, trusted: bool = False) -> tuple[nn.Modu
     The model computes what transformers computes. Raises `UserError` for what mlx-lm has no definition for, or
     computes otherwise.
     """
-    from mlx_lm.utils import load_config, load_model
+    from mlx_lm.utils import load_config
 
     with strangers_files(name):
         raw = load_config(folder)
@@ -212,15 +212,29 @@ def load_folder(folder: Path, name: str, trusted: bool = False) -> tuple[nn.Modu
             note = f"{name}: {', '.join(extra[:3])} is in no index and is not read"
             reading = reading._replace(notes=(*reading.notes, note))
         with only_weights(folder) as view:
-            model, loaded = load_model(
-                view,
-                lazy=True,
-                model_config=reading.loaded,
-                get_model_classes=model_classes,
-                trust_remote_code=trusted,
-            )
+            try:
+                model, loaded = _load(view, reading, trusted)
+            except ValueError as error:
+                if not reading.filled:
+                    raise
+                try:
+                    model, loaded = _load(view, reading := reading.as_stored(), trusted)
+                except (ValueError, TypeError):
+                    raise error from None
         packed = {key: loaded[key] for key in ("quantization", "quantization_config") if key in loaded}
         return correct(model, reading.loaded), raw | packed, reading
+
+
+def _load(folder: Path, reading: ModelReading, trusted: bool) -> tuple[nn.Module, dict[str, Any]]:
+    from mlx_lm.utils import load_model
+
+    return load_model(
+        folder,
+        lazy=True,
+        model_config=reading.loaded,
+        get_model_classes=model_classes,
+        trust_remote_code=trusted,
+    )
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:
