@@ -178,7 +178,14 @@ RULES: Mapping[str, Rule] = {
     "solar_open": _constants(intermediate_size=0, first_k_dense_replace=0, partial_rotary_factor=1.0),
 }
 
-REPLACED = {"layer_types", "position_embedding_type", "time_step_limit"}
+REPLACED = {
+    "layer_types",
+    "n_inner",
+    "position_embedding_type",
+    "rotary_dim",
+    "sliding_window_pattern",
+    "time_step_limit",
+}
 """Keys of which a rule's value stands in place of config.json's; others are filled in where they are missing."""
 
 ALIASES: Mapping[str, str] = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
