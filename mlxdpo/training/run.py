@@ -123,7 +123,8 @@ def prepare(
     summary = preflight.preview_plan(policy.model, data, plan, forward)
     begun = {"run": run, "config": config, "data": data, "policy": policy, "plan": summary}
     yield Event("start", 0, begun | {"shown": stage.shown(data.train[0], loss)})
-    for text in filter(None, (*policy.reading.notes, split_note, note, stage.remark(data, config, loss))):
+    slow = preflight.recurrence_note(policy.model, summary)
+    for text in filter(None, (*policy.reading.notes, split_note, note, slow, stage.remark(data, config, loss))):
         yield Event("note", 0, {"text": text})
     held.enter_context(distributed.holding(group, run, manifest))
     # Entered before anything is traced: a trace keeps the attention it was made with.
