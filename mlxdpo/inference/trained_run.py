@@ -29,7 +29,7 @@ from mlxdpo.forward.layer_plan import evaluate_batch
 from mlxdpo.forward.logprobs import forward_fns, score_pairs
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.model.adapters import adapters_off, dropout_off, load_arrays, load_run, load_start, read_settings
-from mlxdpo.model.limits import check_fits
+from mlxdpo.model.limits import check_takes
 from mlxdpo.model.policy import Policy
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
@@ -217,7 +217,7 @@ def encode_pairs(trained: TrainedRun, rows: Sequence[Preference]) -> tuple[list[
     """Rows and their token ids, one for one, without those that do not fit (counted in the report)."""
     tokenizer, eos, data = trained.policy.tokenizer, trained.policy.eos_ids, trained.config.data
     examples, report = encode_all(rows, tokenizer, data, eos_ids=eos)
-    check_fits(trained.policy, longest_row(examples), largest_token(examples))
+    check_takes(trained.policy, longest_row(examples), largest_token(examples))
     if len(examples) == len(rows):
         return list(rows), examples, report
     counted = Report()  # row by row, to know which ones are left

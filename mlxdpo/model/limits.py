@@ -14,7 +14,7 @@ from mlxdpo.model.policy import Policy
 from mlxdpo.types import UserError
 
 
-def check_fits(policy: Policy, longest: int, largest: int) -> None:
+def check_takes(policy: Policy, longest: int, largest: int) -> None:
     """Raise `UserError` for rows that would be computed as something else than meant.
 
     `longest` is the number of tokens of the longest row, `largest` the largest token id of all.

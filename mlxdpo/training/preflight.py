@@ -27,7 +27,7 @@ from mlxdpo.forward.logprobs import (
 from mlxdpo.forward.packed import can_pack
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import adapters_off, dropout_off
-from mlxdpo.model.limits import check_fits
+from mlxdpo.model.limits import check_takes
 from mlxdpo.model.model_config import names_read
 from mlxdpo.model.policy import Policy
 from mlxdpo.training.distributed import first_pairs
@@ -52,7 +52,7 @@ def check_rows_fit(data: Dataset, *policies: Policy) -> int:
     parts = (data.train, data.heldout)
     longest, largest = longest_row(*parts), largest_token(*parts)
     for policy in policies:
-        check_fits(policy, longest, largest)
+        check_takes(policy, longest, largest)
     return longest
 
 

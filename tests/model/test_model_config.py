@@ -12,7 +12,7 @@ from tiny_tokenizers import chatml_tokenizer
 from mlxdpo.config import ModelConfig
 from mlxdpo.inference.generate import generate
 from mlxdpo.model.config_rules import period
-from mlxdpo.model.limits import check_fits
+from mlxdpo.model.limits import check_takes
 from mlxdpo.model.model_config import names_read, read_model_config
 from mlxdpo.model.policy import load_policy
 from mlxdpo.model.skeleton import read_skeleton
@@ -84,19 +84,19 @@ def test_rows_beyond_a_window_that_mlx_lm_ignores(tmp_path, cache):
     folder = write_model(tmp_path / "model", chatml_tokenizer(), tie_word_embeddings=True)
     change(folder / "config.json", model_type="mistral", sliding_window=16)
     policy = load_policy(ModelConfig(path=str(folder)))
-    check_fits(policy, 16, 0)
+    check_takes(policy, 16, 0)
     with pytest.raises(
         UserError, match=r"17 tokens, but beyond 16 .*without its sliding window; set data.max_length 16"
     ):
-        check_fits(policy, 17, 0)
+        check_takes(policy, 17, 0)
 
 
 def test_a_token_beyond_the_embedding(own, cache):
     """MLX reads foreign memory there."""
     policy = load_policy(ModelConfig(path=str(own)))
-    check_fits(policy, 1, 299)
+    check_takes(policy, 1, 299)
     with pytest.raises(UserError, match=r"token 300 .*embedding has 300 rows.*resize_token_embeddings\(301\)"):
-        check_fits(policy, 1, 300)
+        check_takes(policy, 1, 300)
     with pytest.raises(UserError, match="token 5000000 is in the data"):
         generate(policy.model, [[5, 5_000_000]], max_tokens=1, eos_ids=[])
 
