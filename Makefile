@@ -41,6 +41,10 @@ faults: $(VENV)/.dev
 parity: $(PARITY)/.ready
 	$(PARITY)/bin/python -m pytest -m parity
 
+# Which architectures compute what transformers computes: the table of docs/models.md. Two minutes on one core.
+models: $(PARITY)/.ready
+	$(PARITY)/bin/python -m benchmarks.models --write docs/models.md
+
 # Do the evaluation's intervals hold the truth? A few minutes on one core.
 coverage: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.coverage --write docs/evidence/intervals.md

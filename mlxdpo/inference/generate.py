@@ -22,6 +22,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxdpo.machine.device import limit_memory
+from mlxdpo.model.limits import check_ids
 from mlxdpo.types import UserError
 
 # Prompt tokens of one prefill pass over the whole batch: bounds its memory whatever the prompts' lengths.
@@ -83,6 +84,7 @@ def finished(
     _check_sampling(prompts, max_tokens, temperature, top_p, batch_size)
     if not prompts:
         return
+    check_ids(model, max(map(max, prompts)))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     was_training = model.training
     model.eval()  # dropout on the adapters would make the samples another model's
@@ -127,6 +129,7 @@ def stepwise(
     _check_sampling([prompt], max_tokens, temperature, top_p, 1)
     noise = NoiseStream((seed, occurrence, *noise_streams([prompt], seed)[0][2:]))
     with enter() as model:
+        check_ids(model, max(prompt))
         cache = make_prompt_cache(model)
     feed = list(prompt)
     for count in range(max_tokens):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxdpo.io.atomic import write_json
+from mlxdpo.io.weight_files import weight_files
 from mlxdpo.machine.device import cache_folder
 
 # A file may be written twice within one tick of a file system's clock (2 s at worst) and keep its stamp.
@@ -46,7 +47,6 @@ def file_digest(file: Path) -> str:
 
 
 SHAPING = (
-    "model*.safetensors",
     "config.json",
     "hf_quant_config.json",
     "adapters.safetensors",
@@ -60,6 +60,6 @@ def folder_digest(folder: Path, code: bool = False) -> str:
     `code` says that the folder's Python files are run (model.trust_remote_code), and so are among them.
     """
     patterns = (*SHAPING, "*.py") if code else SHAPING
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern)} | set(weight_files(folder)))
     parts = [f"{file.name} {file_digest(file)}" for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

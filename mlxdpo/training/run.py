@@ -116,8 +116,7 @@ def prepare(
     asked = with_adapter(config, policy.model)
     config, split_note = distributed.config_for_group(asked, group)
     reference, adapter = find_reference(config, policy)
-    longest = preflight.longest_row(data)
-    preflight.check_window(policy, longest)
+    longest = preflight.check_rows_fit(data, policy, reference)
     plan = make_plan(config, data.train, data.heldout)
     forward, note = preflight.choose_forward(policy.model, data, plan, config)
     manifest = describe_run(config, policy, reference, adapter, data)
@@ -126,7 +125,8 @@ def prepare(
     summary = preflight.preview_plan(policy.model, data, plan, forward)
     begun = {"run": run, "config": config, "data": data, "policy": policy, "plan": summary}
     yield Event("start", 0, begun | {"shown": stage.shown(data.train[0], loss)})
-    for text in filter(None, (split_note, note, stage.remark(data, config, loss))):
+    slow = preflight.recurrence_note(policy.model, summary)
+    for text in filter(None, (*policy.reading.notes, split_note, note, slow, stage.remark(data, config, loss))):
         yield Event("note", 0, {"text": text})
     held.enter_context(distributed.holding(group, run, manifest))
     # Entered before anything is traced: a trace keeps the attention it was made with.
