@@ -18,6 +18,7 @@ from mlxdpo.io.checksum import pickled_in, read_tensors
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.machine.device import default_dtype
 from mlxdpo.model.builtin import smollm2_folder
+from mlxdpo.model.trial import try_tokenizer
 from mlxdpo.types import UserError
 
 BUILTIN = {"smollm2": smollm2_folder}
@@ -72,6 +73,8 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> 
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load
 
+    if name not in BUILTIN and not trust_remote_code:
+        try_tokenizer(folder, name)
     # Said in so many words: left unsaid, transformers asks on the terminal whether to run it.
     trust = {"trust_remote_code": trust_remote_code}
     with strangers_files(name, "its tokenizer "):
