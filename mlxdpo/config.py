@@ -285,7 +285,7 @@ class LoraConfig(Section):
 
     method: Literal["lora", "dora", "full"] = "lora"
     """Low-rank adapters, DoRA, or every weight (full fine-tuning)."""
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=65_536)
     """Rank of the adapters."""
     alpha: float | None = Field(default=None, gt=0)
     """The update is multiplied by alpha / rank; unset means alpha = rank."""

@@ -16,8 +16,10 @@ from mlx.utils import tree_flatten
 from mlxdpo.config import ModelConfig
 from mlxdpo.io.checksum import pickled_in, read_tensors
 from mlxdpo.io.digest import folder_digest
+from mlxdpo.io.json_file import read_json
 from mlxdpo.machine.device import default_dtype
 from mlxdpo.model.builtin import smollm2_folder
+from mlxdpo.model.stored_shapes import check_counts
 from mlxdpo.model.trial import try_tokenizer
 from mlxdpo.types import UserError
 
@@ -100,12 +102,15 @@ def strangers_files(name: str, part: str = "") -> Iterator[None]:
 
 
 def check_weights(folder: Path, name: str) -> None:
-    """Raise `UserError` unless `folder` holds whole safetensors weights, the only kind that is read."""
+    """Raise `UserError` unless `folder` holds whole safetensors weights, the only kind that is read.
+
+    So does a config.json that counts more layers than they have.
+    """
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{name}: cannot be loaded (no model*.safetensors there{pickled_in(folder)})")
-    for file in files:
-        read_tensors(file)
+    stored = {array: tensor.shape for file in files for array, tensor in read_tensors(file).items()}
+    check_counts(read_json(folder / "config.json"), stored, name)
 
 
 def load_policy(config: ModelConfig) -> Policy:

@@ -23,6 +23,7 @@ from mlxdpo.io.names import is_plain_name
 from mlxdpo.machine.device import default_dtype
 from mlxdpo.model.adapters import attach_lora, check_trainable
 from mlxdpo.model.policy import BUILTIN, cast, find_model, strangers_files
+from mlxdpo.model.stored_shapes import check_counts
 from mlxdpo.types import UserError
 
 # All of a model folder but its weights.
@@ -58,6 +59,7 @@ def read_skeleton(config: ModelConfig) -> Skeleton:
         raw = load_config(folder)
         if raw.get("model_file"):
             raise UserError(f"{config.path}: its shape is in Python code that comes with it: it cannot be planned for")
+        check_counts(raw, {array: one.shape for array, one in stored.items()}, config.path)
         model = _definition(raw, stored)
     if config.quantize:
         if raw.get("quantization"):

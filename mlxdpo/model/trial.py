@@ -31,7 +31,7 @@ def try_tokenizer(folder: Path, name: str) -> None:
 
     What else is wrong with them is left to whoever loads them next, in the usual words.
     """
-    digest = _digest(folder)
+    digest = _tokenizer_digest(folder)
     note = cache_folder() / "tried" / f"{digest}.json"
     if note.exists():
         return
@@ -48,7 +48,7 @@ def try_tokenizer(folder: Path, name: str) -> None:
         write_json(note, {"model": name, "digest": digest})
 
 
-def _digest(folder: Path) -> str:
+def _tokenizer_digest(folder: Path) -> str:
     """All that shapes what the tokenizer does: its files, and the libraries that run them."""
     files = sorted({file for pattern in FILES for file in folder.glob(pattern) if file.is_file()})
     libraries = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
@@ -61,28 +61,30 @@ def use_tokenizer(asked: tuple[str, int]) -> bool:
 
     folder, seconds = asked
     start_limits(seconds, MEGABYTES)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except MemoryError:
-        raise
-    except Exception:  # what it refuses is no harm, and is said where it is loaded next
-        return False
+    found: list[Any] = []
+    _let_it(lambda: found.append(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)))
+    for tokenizer in found:
+        _use_all_of(tokenizer)
+    return True
+
+
+def _use_all_of(tokenizer: Any) -> None:
     for text in (one * (RUN // len(one)) for one in RUNS):
         _let_it(lambda text=text: tokenizer([f"x {text}!", text]))
     for turns in _conversations():
         for extra in ({"add_generation_prompt": True}, {"tools": [TOOL], "enable_thinking": True}):
             _let_it(lambda turns=turns, extra=extra: tokenizer(_written(tokenizer, turns, extra)))
-    return True
 
 
-def _let_it(use: Callable[[], Any]) -> None:
-    """Use it; what it refuses is said again where it is used."""
+def _let_it(use: Callable[[], Any]) -> str:
+    """Use it; what it refuses is no harm, and is said where it is used next."""
     try:
         use()
     except MemoryError:
         raise
-    except Exception:  # `tokenizers` raises Exception itself, a template whatever breaks first
-        return
+    except Exception as error:  # `tokenizers` raises Exception itself, a template whatever breaks first
+        return str(error)
+    return ""
 
 
 def _written(tokenizer: Any, turns: Any, extra: dict[str, Any]) -> str:
