@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import ipaddress
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+from mlxdpo.io.names import is_loopback
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
@@ -65,20 +65,11 @@ def connect() -> HfApi:
 def check_endpoint(endpoint: str) -> None:
     """Raise `UserError` unless `endpoint` is HTTPS, or this very machine: the client sends its token there."""
     parts = urlsplit(endpoint)
-    if (parts.scheme == "https" and parts.hostname) or (parts.scheme == "http" and _loopback(parts.hostname)):
+    if (parts.scheme == "https" and parts.hostname) or (parts.scheme == "http" and is_loopback(parts.hostname)):
         return
     raise UserError(
         f"HF_ENDPOINT is {redact(endpoint)}: a login goes only over https or to this machine; unset it or correct it"
     )
-
-
-def _loopback(host: str | None) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
 
 
 def check_repo_id(repo_id: str) -> None:

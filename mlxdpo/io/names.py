@@ -1,7 +1,8 @@
-"""Names that come from outside: file names that are safe to write to, and ids of repositories on the Hub."""
+"""Names from outside: file names that are safe to write to, ids on the Hub, hosts, patterns of a model's modules."""
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,16 @@ def is_plain_name(name: str) -> bool:
     odd = not name.isprintable() or any(sign in name for sign in '/\\:*?"<>|') or name != name.strip()
     device = name.split(".")[0].upper() in DEVICES
     return bool(name) and not odd and not device and not name.endswith(".") and len(name.encode()) <= LONGEST_NAME
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether a host name or address is this very machine, and what is sent there stays on it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address((host or "").strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 PLAIN = re.compile(r"\^?[\w.]{1,500}", re.ASCII)
