@@ -24,7 +24,7 @@ from mlxdpo.io.atomic import write_json
 from mlxdpo.io.json_file import read_json
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
-from mlxdpo.ui.runs.run_list import JOB, busy, newest, number_in, state
+from mlxdpo.ui.runs.run_list import JOB, busy, newest, number_in, raw_settings, state
 from mlxdpo.ui.train.recipe_form import flags
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
@@ -90,6 +90,10 @@ def resume_training(path: Path) -> None:
         )
     if now == "finished":
         raise UserError(f"{path.name} is finished; start a new run, perhaps from its adapter")
+    model = raw_settings(path).get("model")
+    if isinstance(model, dict) and model.get("trust_remote_code"):
+        command = shlex.join(["mlxdpo", "train", "--resume", str(path)])
+        raise UserError(f"{path.name} runs Python code that comes with its model; resume it in a terminal: {command}")
     _spawn(path, ["mlxdpo", "train", "--resume", str(path)])
 
 
@@ -106,7 +110,7 @@ def _spawn(path: Path, command: Sequence[str]) -> None:
         log.flush()
         (job / "asked").unlink(missing_ok=True)
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlxdpo.cli", *command[1:]],
+            [sys.executable, "-P", "-m", "mlxdpo.cli", *command[1:]],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

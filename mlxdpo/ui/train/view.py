@@ -68,7 +68,7 @@ PATIENCE = 180  # seconds; reading and encoding a large data set takes a while t
 
 def estimate(config: Config) -> dict[str, Any]:
     """`mlxdpo plan --json` for the recipe. Raises `UserError` with the sentence that it gives."""
-    words = [sys.executable, "-m", "mlxdpo.cli", "plan", *flags(config), "--json"]
+    words = [sys.executable, "-P", "-m", "mlxdpo.cli", "plan", *flags(config), "--json"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
