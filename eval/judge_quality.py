@@ -16,8 +16,7 @@ from mlxdpo_eval.judges import BothOrders, Judge, ask_both
 from mlxdpo_eval.judges.both import AnswerPair
 from mlxdpo_eval.judges.votes import Ballots, Vote
 from mlxdpo_eval.metrics.intervals import Interval
-from mlxdpo_eval.metrics.judge_bias import Agreement, agreement, repeat_agreement
-from mlxdpo_eval.metrics.ppi import Debiased, debiased
+from mlxdpo_eval.metrics.judge_bias import Agreement, Debiased, agreement, debiased, repeat_agreement
 from mlxdpo_eval.sampling import Answers
 from mlxdpo_eval.voting import is_about
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it
     from mlxdpo.forward.next_token import next_logits as next_logits
     from mlxdpo.inference.generate import generate as generate
     from mlxdpo.inference.reward_model import open_reward_model as open_reward_model
-    from mlxdpo.inference.scoring import PairLogps as PairLogps
+    from mlxdpo.inference.trained_run import PairLogps as PairLogps
     from mlxdpo.inference.trained_run import TrainedRun as TrainedRun
     from mlxdpo.inference.trained_run import at_checkpoints as at_checkpoints
     from mlxdpo.inference.trained_run import distinct_prompts as distinct_prompts
@@ -84,7 +84,7 @@ _DOOR = {
     "encode_prompt": "mlxdpo.data.encode",
     "next_logits": "mlxdpo.forward.next_token",
     "TrainedRun": "mlxdpo.inference.trained_run",
-    "PairLogps": "mlxdpo.inference.scoring",
+    "PairLogps": "mlxdpo.inference.trained_run",
     "at_checkpoints": "mlxdpo.inference.trained_run",
     "distinct_prompts": "mlxdpo.inference.trained_run",
     "encode_pairs": "mlxdpo.inference.trained_run",

@@ -22,6 +22,28 @@ settings.register_profile("mlxdpo", deadline=None, suppress_health_check=[Health
 settings.load_profile("mlxdpo")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--mac", action="store_true", help="run on a Mac that the tests make up (support/fake_mac.py)")
+
+
+def pytest_configure(config):
+    if config.getoption("mac"):
+        import fake_mac
+
+        fake_mac.install()
+
+
+@pytest.fixture
+def fake_mac(monkeypatch, request):
+    """This process's machine is a Mac for one test; gives the counts of what was called."""
+    import fake_mac
+
+    if not request.config.getoption("mac"):
+        fake_mac.install(monkeypatch.setattr)
+    fake_mac.calls.clear()
+    return fake_mac.calls
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick_garbage_collection():
     """What is imported by now is left out of later collections: each training run begins with one (0.3 s otherwise)."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from mlxdpo_eval.metrics import calibration, intervals, length, ppi, sequential
+from mlxdpo_eval.metrics import calibration, intervals, judge_bias, length, sequential
 
 RESAMPLES = 500
 VOTES = 200
@@ -113,7 +113,7 @@ def corrected_judge(rng: np.random.Generator) -> list[Answer]:
     truth, ability = 0.58, (0.845, 0.31)  # P(judge: win | human: win), P(judge: win | human: loss)
     human = (rng.random(560) < truth).astype(np.float64)
     judge = (rng.random(560) < np.where(human == 1, *ability)).astype(np.float64)
-    found = ppi.debiased(human[:60], judge[:60], judge[60:])
+    found = judge_bias.debiased(human[:60], judge[:60], judge[60:])
     return [
         _answer("PPI++", found.estimate if found else None, truth),
         _answer("human votes alone, t", intervals.clustered_mean(human[:60], np.arange(60)), truth),

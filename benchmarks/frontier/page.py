@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.frontier.areas import Cloud, Gap, Start, clouds, crossed, gap, hull, start_of
+from benchmarks.frontier.best_of_n import kl_bound, selection
 from benchmarks.frontier.plan import METHODS, Budget
 from benchmarks.frontier.points import UNTUNED
 from benchmarks.frontier.runs import JUDGE, SECOND
-from mlxdpo.baselines.best_of_n import kl_bound, selection
 from mlxdpo_eval.metrics.intervals import Interval
-from mlxdpo_eval.metrics.pareto import Point
+from mlxdpo_eval.sweep import Point
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"

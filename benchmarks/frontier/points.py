@@ -15,8 +15,7 @@ import mlx.nn as nn
 
 from benchmarks.frontier.plan import Arm, Budget
 from benchmarks.frontier.runs import folder_of
-from mlxdpo.baselines.passes import RolloutRows, lay_out, token_pass, with_lower
-from mlxdpo.baselines.rollouts import draw_completions, portions
+from mlxdpo.baselines.rollouts import RolloutRows, draw_completions, lay_out, portions, token_pass, with_lower
 from mlxdpo.config import Config
 from mlxdpo.data.encode import encode_prompt
 from mlxdpo.demo.material import bundled

@@ -41,12 +41,7 @@ def mean(values: np.ndarray) -> float:
 
 
 def cluster_bootstrap(
-    values: Sequence[float] | np.ndarray,
-    clusters: Sequence[Hashable] | np.ndarray,
-    statistic: Statistic = mean,
-    n: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    values: Values, clusters: Clusters, statistic: Statistic = mean, n: int = 2000, seed: int = 0, level: float = 0.95
 ) -> Interval | None:
     """Expanded percentile interval of `statistic(values)` from `n` resamples of whole clusters.
 
@@ -84,9 +79,7 @@ def percentile_levels(level: float, clusters: int) -> tuple[float, float]:
     return low, 1 - low
 
 
-def number_clusters(
-    values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def number_clusters(values: Values, clusters: Clusters) -> tuple[np.ndarray, np.ndarray]:
     """The values, and each one's cluster as a number counted from 0 in alphabetical order of the names.
 
     So a resample with a given seed holds the same clusters whatever the order of the rows.
@@ -118,18 +111,13 @@ def _statistics(groups: list[np.ndarray], statistic: Statistic, n: int, rng: np.
 
 
 def paired_difference(
-    before: Sequence[float],
-    after: Sequence[float],
-    clusters: Sequence[Hashable],
-    n: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    before: Values, after: Values, clusters: Clusters, n: int = 2000, seed: int = 0, level: float = 0.95
 ) -> Interval | None:
     """Mean of `after - before`, measured on the same items in the same order, with a cluster interval.
 
     The items' own difficulty cancels in each difference, so this interval is narrower than that of two
-    separate means. None as in `cluster_bootstrap`: below two
-    clusters, or when every cluster changed alike (an untouched model against itself).
+    separate means. None as in `cluster_bootstrap`: below two clusters, or when every cluster changed alike (an
+    untouched model against itself).
     """
     if len(before) != len(after):
         raise ValueError(

@@ -8,9 +8,8 @@ from typing import Any
 
 from mlxdpo import as_written, read_json, write_text
 from mlxdpo_eval.report.blocks import Document, Part, SampleBlock, Table, bounded, bounds, decimal
-from mlxdpo_eval.report.html import html_page
-from mlxdpo_eval.report.markdown import markdown_page
 from mlxdpo_eval.report.plots import scores_over_rounds
+from mlxdpo_eval.report.write import html_page, markdown_page
 
 Rows = Sequence[Mapping[str, Any]]
 SHOWN = 6  # samples: the first ones, not the best ones

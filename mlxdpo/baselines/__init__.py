@@ -1,4 +1,4 @@
-"""What DPO is compared with: PPO, RLOO and best-of-n against a reward. Small and right, not a second product.
+"""What DPO is compared with: PPO and RLOO against a reward. Small and right, not a second product.
 
     from mlxdpo.baselines.online import Reward, tune_on_samples
     config = load_config("recipe.yaml", {"stage": "ppo"})

@@ -40,17 +40,16 @@ from mlxdpo.data.read import heldout_source, prompt_key, read_preferences, split
 from mlxdpo.data.template import template_digest
 from mlxdpo.distributed.launcher import process_count
 from mlxdpo.io.checksum import load_checksummed, save_checksummed
-from mlxdpo.io.digest import folder_digest
-from mlxdpo.machine.device import this_machine, versions, wire_memory
+from mlxdpo.machine.device import wire_memory
 from mlxdpo.model.adapters import adapters_off, attach_lora, load_adapter, save_adapter, with_adapter
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.model.reward_head import normed_states
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
 from mlxdpo.training.checkpoint import Progress
-from mlxdpo.training.manifest import check_same
+from mlxdpo.training.manifest import check_same, describe_models
 from mlxdpo.training.plan import learning_rate
-from mlxdpo.training.reference import find_reference, identity_of
+from mlxdpo.training.reference import find_reference
 from mlxdpo.training.step import make_optimizer, make_update
 from mlxdpo.types import Event, Text, UserError
 
@@ -165,24 +164,27 @@ def encode_prompts(config: Config, policy: Policy) -> EncodedPrompts:
     return EncodedPrompts([text for text, _ in kept], [ids for _, ids in kept], len(encoded) - len(kept))
 
 
-class _Work:
+class _Work(NamedTuple):
     """Everything a step needs; step N is a function of it, N and the weights."""
 
-    def __init__(
-        self,
-        config: Config,
-        policy: Policy,
-        actor: Actor,
-        reference: Reference,
-        reward: Reward,
-        prompts: EncodedPrompts,
-        mover: WeightUpdate,
-    ):
-        self.config, self.policy, self.actor, self.reference = config, policy, actor, reference
-        self.reward, self.prompts, self.mover = reward, prompts, mover
-        self.per_step = config.train.batch_size * config.train.gradient_accumulation
-        passes = max(1, math.ceil(len(prompts.ids) * config.train.epochs / self.per_step - 1e-9))
-        self.total = passes if config.train.steps is None else min(passes, config.train.steps)
+    config: Config
+    policy: Policy
+    actor: Actor
+    reference: Reference
+    reward: Reward
+    prompts: EncodedPrompts
+    mover: WeightUpdate
+
+    @property
+    def per_step(self) -> int:
+        """Prompts of a step."""
+        return self.config.train.batch_size * self.config.train.gradient_accumulation
+
+    @property
+    def total(self) -> int:
+        """Steps of the run."""
+        passes = max(1, math.ceil(len(self.prompts.ids) * self.config.train.epochs / self.per_step - 1e-9))
+        return passes if self.config.train.steps is None else min(passes, self.config.train.steps)
 
     def chosen(self, step: int) -> list[int]:
         """The prompts of a step, each `rollout.samples` times: every pass over them in an order of its own."""
@@ -289,15 +291,7 @@ def _manifest(
     config: Config, policy: Policy, prompts: EncodedPrompts, reward: Reward, penalised: tuple[Policy, str | None]
 ) -> dict[str, Any]:
     """The manifest, with the same parts as that of a run on pairs."""
-    reference, adapter = penalised
-    digest = lambda folder: None if folder is None else folder_digest(Path(folder))  # noqa: E731
-    return {
-        "versions": versions(),
-        "machine": this_machine()._asdict(),
-        "seed": config.train.seed,
-        "model": dict(policy.identity) | {"adapter": digest(config.model.adapter)},
-        "reference": identity_of(reference.identity, digest(adapter)),
-        "reference_source": {"model": reference.identity["source"], "adapter": adapter},
+    return describe_models(config, policy, *penalised) | {
         "template": template_digest(policy.tokenizer, config.data),
         "data": {
             "source": config.data.path,

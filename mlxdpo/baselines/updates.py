@@ -11,8 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxdpo.baselines import ppo, rloo
-from mlxdpo.baselines.passes import token_pass
-from mlxdpo.baselines.rollouts import Actor, Rollouts, portions
+from mlxdpo.baselines.rollouts import Actor, Rollouts, portions, token_pass
 from mlxdpo.config import RolloutConfig
 from mlxdpo.training.step import Gradients, NonFiniteError, add, gradient_norm
 

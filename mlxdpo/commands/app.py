@@ -33,24 +33,15 @@ def run(
 ) -> int:
     """See a model before and after tuning, vote blind, teach the next round; runs, data and training beside it.
 
-    Parameters
-    ----------
-    path
-        Run directory to open with; the folder it lies in is the folder of runs.
-    runs
-        Folder of run directories.
-    host
-        Address to listen on; any other than this machine's own needs --auth.
-    port
-        Port; the first free one from 7860 when not given.
-    auth
-        User name. The password comes from $MLXDPO_APP_PASSWORD or is asked for; it is never printed.
-    share
-        Open a public link through Gradio's relay; needs --auth.
-    name
-        Further host name the app answers to, for one behind a proxy.
-    open_browser
-        Open the page in the browser.
+    Args:
+        path: Run directory to open with; the folder it lies in is the folder of runs.
+        runs: Folder of run directories.
+        host: Address to listen on; any other than this machine's own needs --auth.
+        port: Port; the first free one from 7860 when not given.
+        auth: User name. The password comes from $MLXDPO_APP_PASSWORD or is asked for; it is never printed.
+        share: Open a public link through Gradio's relay; needs --auth.
+        name: Further host name the app answers to, for one behind a proxy.
+        open_browser: Open the page in the browser.
     """
     from mlxdpo.machine.openblas import preload_blas
     from mlxdpo.ui.server import start_app

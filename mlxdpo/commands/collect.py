@@ -41,27 +41,18 @@ def run(
     (OUT's .samples.jsonl) and what was left out, counted (OUT's .report.json). The same command goes on with a
     collection that was stopped.
 
-    Parameters
-    ----------
-    path
-        Run directory, or a recipe: the model as it is before any training.
-    prompts
-        Prompts to answer: rows with a prompt, with or without answers; a data file, a folder or a Hub id.
-    judge
-        Who ranks: as for mlxdpo eval. Judges that compare are asked in both orders; votes:FILE takes the pairs that
-        the app's votes decide, and draws nothing.
-    reward
-        The same for what gives each answer a number: vader, textblob, longest, reward:RUN, FILE.py:FUNCTION.
-    out
-        File of pairs, JSON lines.
-    drawing
-        How answers are drawn and paired.
-    before
-        Draw from the model as the run found it.
-    json
-        Print the report as JSON.
+    Args:
+        path: Run directory, or a recipe: the model as it is before any training.
+        prompts: Prompts to answer: rows with a prompt, with or without answers; a data file, a folder or a Hub id.
+        judge: Who ranks: as for mlxdpo eval. Judges that compare are asked in both orders; votes:FILE takes the pairs
+            that the app's votes decide, and draws nothing.
+        reward: The same for what gives each answer a number: vader, textblob, longest, reward:RUN, FILE.py:FUNCTION.
+        out: File of pairs, JSON lines.
+        drawing: How answers are drawn and paired.
+        before: Draw from the model as the run found it.
+        json: Print the report as JSON.
     """
-    from mlxdpo.online.collect.write_outputs import collection_sentences
+    from mlxdpo.online.collect.run import collection_sentences
 
     asked = (prompts, _one_of(judge, reward), drawing, out)
     return write_pairs(
@@ -146,7 +137,7 @@ def prompts_for(config: Config, file: str) -> Any:
 
 def source_at(config: Config, run: Run | None, name: str, before: bool) -> Any:
     """The model of a run, or that of a recipe before any training."""
-    from mlxdpo.online.policy_source import source_of, start_source
+    from mlxdpo.online.prompts import source_of, start_source
 
     return start_source(config, name) if run is None else source_of(run, before)
 
@@ -171,7 +162,7 @@ def voted_pairs(votes: Path, out: Path, heldout: frozenset[bytes], source: Mappi
 
     `source` goes into every row. Raises `UserError` for a file that is missing, or without a vote that gives a pair.
     """
-    from mlxdpo.online.collect.write_outputs import report_file
+    from mlxdpo.online.collect.run import report_file
     from mlxdpo.online.votes_to_pairs import pairs_of, row_of
     from mlxdpo_eval.judges.votes import problem_with, read_ballots
 

@@ -16,14 +16,10 @@ def run(first: Path, second: Path, /, *, json: bool = False) -> int:
 
     Exit status 1: something got significantly worse.
 
-    Parameters
-    ----------
-    first
-        Run directory that is the yardstick.
-    second
-        Run directory that is compared with it.
-    json
-        Print the comparison as JSON, every flip included.
+    Args:
+        first: Run directory that is the yardstick.
+        second: Run directory that is compared with it.
+        json: Print the comparison as JSON, every flip included.
     """
     from mlxdpo.commands.terminal import console
     from mlxdpo_eval.compare import compare_runs, comparison_sentence

@@ -33,26 +33,17 @@ def run(
     Everything that was said is kept in the folder for reading (the app's Constitution tab shows it); its pairs.jsonl
     and recipe.yaml train as they stand. The same command goes on with a folder that was not finished.
 
-    Parameters
-    ----------
-    path
-        Run directory, recipe, or model: a Hugging Face folder, a Hub id, or smollm2.
-    prompts
-        Prompts to answer: rows with a prompt, with or without answers; a data file, a folder or a Hub id.
-    out
-        Folder for conversations, pairs, recipe and report.
-    constitution
-        YAML file of principles; by default the project's own.
-    asking
-        How answers are drawn, criticised and compared.
-    feedback
-        Model that compares answers; by default the one that gives them.
-    before
-        Of a run: the model as the run found it.
-    json
-        Print the report as JSON.
+    Args:
+        path: Run directory, recipe, or model: a Hugging Face folder, a Hub id, or smollm2.
+        prompts: Prompts to answer: rows with a prompt, with or without answers; a data file, a folder or a Hub id.
+        out: Folder for conversations, pairs, recipe and report.
+        constitution: YAML file of principles; by default the project's own.
+        asking: How answers are drawn, criticised and compared.
+        feedback: Model that compares answers; by default the one that gives them.
+        before: Of a run: the model as the run found it.
+        json: Print the report as JSON.
     """
-    from mlxdpo.online.constitution.write_outputs import RECIPE, constitution_sentences
+    from mlxdpo.online.constitution.run import RECIPE, constitution_sentences
 
     chosen = (constitution, feedback, before)
     return write_pairs(

@@ -32,14 +32,10 @@ def run(path: str, /, *, config: Annotated[CheckConfig, Parameter(name="*")] = N
 
     Exit status 2 when a bad row would stop `mlxdpo train`.
 
-    Parameters
-    ----------
-    path
-        File, folder or Hub dataset id.
-    config
-        Settings.
-    json
-        Machine-readable.
+    Args:
+        path: File, folder or Hub dataset id.
+        config: Settings.
+        json: Machine-readable.
     """
     from mlxdpo.data.check import check_rows, finding_lines
     from mlxdpo.data.read import heldout_source, read_preferences
@@ -104,10 +100,8 @@ def _show_findings(sentences: list[str], seen: Seen | None, bad: int) -> None:
 def list_formats(*, json: bool = False) -> None:
     """List the row shapes that are understood, in the order of detection.
 
-    Parameters
-    ----------
-    json
-        Machine-readable.
+    Args:
+        json: Machine-readable.
     """
     from rich.table import Table
 

@@ -20,23 +20,17 @@ def run(*, seed: Seed = 0, shuffle_labels: bool = False, flip_labels: bool = Fal
     Each pair holds two continuations of an opening; the chosen one has the happier words by VADER. Afterwards the
     model continues openings it has not seen.
 
-    Parameters
-    ----------
-    seed
-        Order of the pairs, adapter start, sampling.
-    shuffle_labels
-        Control: exchange chosen and rejected in half of the pairs; nothing should change.
-    flip_labels
-        Control: exchange them in all pairs; the change should turn round.
-    out
-        Run directory; runs/demo when not given.
+    Args:
+        seed: Order of the pairs, adapter start, sampling.
+        shuffle_labels: Control: exchange chosen and rejected in half of the pairs; nothing should change.
+        flip_labels: Control: exchange them in all pairs; the change should turn round.
+        out: Run directory; runs/demo when not given.
     """
     if shuffle_labels and flip_labels:
         raise UserError("--shuffle-labels and --flip-labels are two different controls; give one")
     from mlxdpo.commands import terminal
     from mlxdpo.commands.train import follow_training
-    from mlxdpo.demo.material import bundled_labels, flipped, prepare_demo, shuffled
-    from mlxdpo.demo.measure import measure_demo
+    from mlxdpo.demo.material import bundled_labels, flipped, measure_demo, prepare_demo, shuffled
     from mlxdpo.runs import Run
 
     started = time.monotonic()

@@ -60,32 +60,21 @@ def run(
 
     Writes RUN/eval/ and RUN/report.html. Exit status 1: a judge failed too often.
 
-    Parameters
-    ----------
-    path
-        Run directory.
-    data
-        Held-out pairs, or best-of-k records (several completions under rejected, as in RewardBench 2); unset means
-        the pairs of the run's recipe.
-    judge
-        Who compares answers before and after, the first one for the headline; repeat it for several: vader, textblob,
-        longest, local:MODEL, reward:RUN, endpoint:MODEL@URL (key in $MLXDPO_JUDGE_KEY), votes:FILE, FILE.py:FUNCTION.
-    votes
-        Human votes: evidence valid whenever one looks, and a check on the judges; unset means RUN/votes.jsonl.
-    slices
-        Column of the held-out rows to break results down by, repeatable; unset means all that are categories.
-    retest
-        Comparisons to ask each judge a second time, past the cache.
-    max_invalid
-        Largest share of invalid verdicts of a judge that is no failure.
-    tasks
-        Capability checks instead, before and after: tasks of lm-evaluation-harness, such as arc_easy,hellaswag.
-    include
-        Folder with task files of your own.
-    limit
-        Questions of each task.
-    json
-        Print the results as JSON.
+    Args:
+        path: Run directory.
+        data: Held-out pairs, or best-of-k records (several completions under rejected, as in RewardBench 2); unset
+            means the pairs of the run's recipe.
+        judge: Who compares answers before and after, the first one for the headline; repeat it for several: vader,
+            textblob, longest, local:MODEL, reward:RUN, endpoint:MODEL@URL (key in $MLXDPO_JUDGE_KEY), votes:FILE,
+            FILE.py:FUNCTION.
+        votes: Human votes: evidence valid whenever one looks, and a check on the judges; unset means RUN/votes.jsonl.
+        slices: Column of the held-out rows to break results down by, repeatable; unset means all that are categories.
+        retest: Comparisons to ask each judge a second time, past the cache.
+        max_invalid: Largest share of invalid verdicts of a judge that is no failure.
+        tasks: Capability checks instead, before and after: tasks of lm-evaluation-harness, such as arc_easy,hellaswag.
+        include: Folder with task files of your own.
+        limit: Questions of each task.
+        json: Print the results as JSON.
     """
     from mlxdpo.commands.terminal import console, warn
     from mlxdpo_eval.run import EvalOptions

@@ -84,22 +84,14 @@ def run(
     Targets: mlx (adapter for mlx_lm), peft (adapter for torch), hf (fused Hugging Face weights), fused (fused MLX
     weights), quantized (fused, then packed again), gguf (llama.cpp). Exit status 1: a target lost the tune.
 
-    Parameters
-    ----------
-    path
-        Run directory.
-    to
-        Targets, separated by commas.
-    out
-        Folder to make; an earlier export there is replaced.
-    data
-        Held-out pairs to measure on; those of the run's recipe when not given.
-    pairs
-        How many of them; 0 takes all.
-    force
-        Keep targets that failed, too. They are never pushed.
-    json
-        Print the record as JSON.
+    Args:
+        path: Run directory.
+        to: Targets, separated by commas.
+        out: Folder to make; an earlier export there is replaced.
+        data: Held-out pairs to measure on; those of the run's recipe when not given.
+        pairs: How many of them; 0 takes all.
+        force: Keep targets that failed, too. They are never pushed.
+        json: Print the record as JSON.
     """
     from mlxdpo.commands.terminal import console, warn
     from mlxdpo.exporters import export

@@ -24,21 +24,16 @@ def run(
     Writes RUN/eval/frontier.json, which the run's next report shows. Give runs with several beta to see the objective's
     own frontier; `train.keep_checkpoints` says how many checkpoints a run keeps.
 
-    Parameters
-    ----------
-    paths
-        Run directories.
-    judge
-        Who compares answers before and after: as for `mlxdpo eval`.
-    json
-        Print the points as JSON.
+    Args:
+        paths: Run directories.
+        judge: Who compares answers before and after: as for `mlxdpo eval`.
+        json: Print the points as JSON.
     """
     from mlxdpo.commands.terminal import console, warn
     from mlxdpo_eval.judges import open_judge
-    from mlxdpo_eval.metrics.pareto import pareto_front
     from mlxdpo_eval.results import to_json
     from mlxdpo_eval.sampling import Sampling
-    from mlxdpo_eval.sweep import measure_checkpoints, name_points
+    from mlxdpo_eval.sweep import measure_checkpoints, name_points, pareto_front
 
     if not paths:
         raise UserError("no run given; name one or more run directories")

@@ -29,24 +29,15 @@ def run(
 ) -> None:
     """Answer prompts with a run's model.
 
-    Parameters
-    ----------
-    path
-        Run directory.
-    prompt
-        What to answer; repeat it for several prompts.
-    before
-        Answer with the model as it was before tuning.
-    max_tokens
-        Longest answer, in tokens.
-    temperature
-        0 takes the likeliest token; 1 samples from the model.
-    top_p
-        Sample from the likeliest tokens that hold this share of the probability.
-    seed
-        Noise of sampling; the same seed meets the same noise before and after tuning.
-    json
-        One JSON object per prompt.
+    Args:
+        path: Run directory.
+        prompt: What to answer; repeat it for several prompts.
+        before: Answer with the model as it was before tuning.
+        max_tokens: Longest answer, in tokens.
+        temperature: 0 takes the likeliest token; 1 samples from the model.
+        top_p: Sample from the likeliest tokens that hold this share of the probability.
+        seed: Noise of sampling; the same seed meets the same noise before and after tuning.
+        json: One JSON object per prompt.
     """
     from mlxdpo.commands.terminal import console
     from mlxdpo.data.encode import encode_prompt

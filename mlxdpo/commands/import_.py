@@ -22,14 +22,10 @@ UNNAMED = ImportConfig()
 def run(*, peft: Path, config: Annotated[ImportConfig, Parameter(name="*")] = UNNAMED, out: Path) -> None:
     """Turn a PEFT LoRA or DoRA adapter into an adapter folder that training starts from and mlx_lm loads.
 
-    Parameters
-    ----------
-    peft
-        Folder with adapter_config.json and adapter_model.safetensors.
-    config
-        Settings.
-    out
-        Adapter folder to make.
+    Args:
+        peft: Folder with adapter_config.json and adapter_model.safetensors.
+        config: Settings.
+        out: Adapter folder to make.
     """
     from mlxdpo.commands.terminal import console
     from mlxdpo.exporters.peft import import_peft

@@ -31,22 +31,17 @@ def run(
     (--rounds.second) or the KL (--rounds.max-kl) says that the first judge is being gamed; that is no error. Given
     again, the same command goes on where it was stopped.
 
-    Parameters
-    ----------
-    recipe
-        YAML file with any of the settings below; the command line wins over it.
-    config
-        Settings of the rounds. Short: --rounds N, --reference first|previous, --every K.
-    resume
-        Folder of rounds to go on with; with --rounds N, up to more of them.
-    json
-        Print the rounds as JSON.
+    Args:
+        recipe: YAML file with any of the settings below; the command line wins over it.
+        config: Settings of the rounds. Short: --rounds N, --reference first|previous, --every K.
+        resume: Folder of rounds to go on with; with --rounds N, up to more of them.
+        json: Print the rounds as JSON.
     """
     from mlxdpo.commands import terminal
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.commands.trackers import check_trackers
     from mlxdpo.online.rounds import iterate
-    from mlxdpo.online.rounds.plan import check_rounds
+    from mlxdpo.online.rounds.run import check_rounds
 
     asked = _rounds_config(recipe, config, resume)
     check_rounds(asked)

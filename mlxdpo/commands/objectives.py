@@ -86,14 +86,10 @@ TABLES = {"objectives": objectives_table, "modifiers": modifiers_table}
 def run(name: str | None = None, /, *, json: bool = False, markdown: bool = False) -> None:
     """List the objectives with their papers, knobs and value before the first step.
 
-    Parameters
-    ----------
-    name
-        One objective, with its formula and the modifiers that it refuses.
-    json
-        Machine-readable.
-    markdown
-        The tables of docs/objectives.md.
+    Args:
+        name: One objective, with its formula and the modifiers that it refuses.
+        json: Machine-readable.
+        markdown: The tables of docs/objectives.md.
     """
     from mlxdpo.losses import LOSSES
 

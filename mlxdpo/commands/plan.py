@@ -17,14 +17,10 @@ if TYPE_CHECKING:
 def run(recipe: Path | None = None, /, *, config: Overrides = NOTHING, json: bool = False) -> int:
     """Say what a run will need, before any weight is loaded: memory by part, steps, padding, and what to change.
 
-    Parameters
-    ----------
-    recipe
-        YAML file with any of the settings below; the command line wins over it.
-    config
-        Settings of the run.
-    json
-        Machine-readable; sizes are bytes.
+    Args:
+        recipe: YAML file with any of the settings below; the command line wins over it.
+        config: Settings of the run.
+        json: Machine-readable; sizes are bytes.
     """
     from mlxdpo.estimate.forecast import forecast
 

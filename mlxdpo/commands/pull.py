@@ -8,16 +8,11 @@ from pathlib import Path
 def run(repo: str, /, *, revision: str | None = None, out: Path | None = None, base: str | None = None) -> None:
     """Bring a run or an adapter back from the Hub, as a run directory.
 
-    Parameters
-    ----------
-    repo
-        Repository on the Hub: owner/name.
-    revision
-        Branch, tag, commit, or a pull request (refs/pr/3).
-    out
-        Run directory to make; unset means runs/<name>. It must not exist.
-    base
-        Base model (folder, Hub id or `smollm2`) instead of the one that the repository names.
+    Args:
+        repo: Repository on the Hub: owner/name.
+        revision: Branch, tag, commit, or a pull request (refs/pr/3).
+        out: Run directory to make; unset means runs/<name>. It must not exist.
+        base: Base model (folder, Hub id or `smollm2`) instead of the one that the repository names.
     """
     from mlxdpo.commands.terminal import console
     from mlxdpo.exporters.pull import pull_run

@@ -38,23 +38,18 @@ def run(
 
     The reference is the model without the adapter; rewards are beta * (log pi - log ref).
 
-    Parameters
-    ----------
-    config
-        Settings.
-    out
-        JSON lines, one per pair, in the order of the data.
-    beta
-        Factor of the implicit rewards.
-    batch_size
-        Pairs computed at once.
+    Args:
+        config: Settings.
+        out: JSON lines, one per pair, in the order of the data.
+        beta: Factor of the implicit rewards.
+        batch_size: Pairs computed at once.
     """
     from rich.progress import track
 
     from mlxdpo.commands.terminal import console
     from mlxdpo.data.encode import encode_all
     from mlxdpo.data.read import read_pairs
-    from mlxdpo.inference.scoring import model_logps
+    from mlxdpo.inference.trained_run import model_logps
     from mlxdpo.io.atomic import write_text
     from mlxdpo.model.adapters import load_adapter, read_settings
     from mlxdpo.model.policy import load_policy

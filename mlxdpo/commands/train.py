@@ -21,16 +21,12 @@ NOTHING = Config()  # no setting given
 def run(recipe: Path | None = None, /, *, config: Overrides = NOTHING, resume: Path | None = None) -> int:
     """Tune a model on preference pairs.
 
-    Parameters
-    ----------
-    recipe
-        YAML file with any of the settings below; the command line wins over it.
-    config
-        Settings of the run.
-    resume
-        Run directory to go on with, exactly where its last checkpoint stands.
+    Args:
+        recipe: YAML file with any of the settings below; the command line wins over it.
+        config: Settings of the run.
+        resume: Run directory to go on with, exactly where its last checkpoint stands.
     """
-    from mlxdpo.commands.os_errors import error_message
+    from mlxdpo.commands.interrupt import error_message
     from mlxdpo.distributed.group import joined
     from mlxdpo.training.distributed import asked_for
 

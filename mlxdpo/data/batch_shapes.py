@@ -17,6 +17,7 @@ from mlxdpo.data.planning import Indices
 from mlxdpo.machine.device import most_traces
 
 PREFIX_STEP = 32  # tokens: how finely the shared prefix follows the shortest prompt
+NARROWEST = 16  # tokens: Metal's attention has no gradient for 8 queries or fewer (forward/metal_routing.py)
 SAMPLE = 2000  # batches that are looked at
 CUTS = 128  # places between sorted batches where one shape may end and the next begin
 
@@ -71,6 +72,11 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
+def row_width(length: int) -> int:
+    """S for rows of at most `length` tokens behind the shared prefix, at least `NARROWEST`."""
+    return max(bucket(length), NARROWEST)
+
+
 def shared_prefix(shortest: int) -> int:
     """P for a batch whose shortest prompt has `shortest` tokens: the multiple of 32 below it, less one."""
     return max(shortest // PREFIX_STEP * PREFIX_STEP - 1, 0)
@@ -96,7 +102,7 @@ def shape_for(sizes: Sequence[BatchSize], batch_size: int) -> BatchShape:
     shared = shared_prefix(min(size.shortest for size in sizes))
     rest = max(size.distinct - size.prompts * shared for size in sizes)
     room = batch_size if pairs <= batch_size else bucket(pairs)
-    return BatchShape(prompts, shared, rows, bucket(longest - shared), bucket(rest), bucket(scored), room)
+    return BatchShape(prompts, shared, rows, row_width(longest - shared), bucket(rest), bucket(scored), room)
 
 
 def choose_shape(size: BatchSize, shapes: Iterable[BatchShape], batch_size: int) -> BatchShape:
@@ -155,4 +161,4 @@ def _largest_shape(examples: Examples, batch_size: int) -> BatchShape:
     rows, lengths = 2 * batch_size, examples.lengths
     longest, completion = int(examples.row_lengths.max()) - 1, int(lengths[:, 1:].max())
     pairs = bucket(max(rows * (rows - 1), batch_size))  # contradicting pairs are two
-    return BatchShape(batch_size, 0, rows, bucket(longest), bucket(rows * longest), bucket(rows * completion), pairs)
+    return BatchShape(batch_size, 0, rows, row_width(longest), bucket(rows * longest), bucket(rows * completion), pairs)

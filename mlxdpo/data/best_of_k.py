@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mlxdpo.data import fields, reasons
-from mlxdpo.data.messages import answer, prompt_of_row
+from mlxdpo.data.fields import answer, prompt_of_row
 from mlxdpo.data.report import BadRow, Report
 from mlxdpo.data.sources import read_rows
 from mlxdpo.types import Preference, Text

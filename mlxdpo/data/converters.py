@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlxdpo.data import fields, reasons
-from mlxdpo.data.fields import Row
-from mlxdpo.data.messages import (
+from mlxdpo.data.fields import (
+    Row,
     answer,
     as_turns,
     extra_id_turns,

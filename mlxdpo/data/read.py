@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data import reasons
-from mlxdpo.data.fields import Row, column_names, describe_type, parsed
+from mlxdpo.data.fields import Row, as_turns, column_names, describe_type, parsed
 from mlxdpo.data.formats import (
     FORMATS,
     Format,
@@ -25,7 +25,6 @@ from mlxdpo.data.formats import (
     named_format,
     with_extras,
 )
-from mlxdpo.data.messages import as_turns
 from mlxdpo.data.report import BadRow, Report
 from mlxdpo.data.sources import READERS, Found, is_hub_dataset, read_rows
 from mlxdpo.types import Preference, Text, UnpairedExample, UserError

@@ -15,7 +15,6 @@ from mlxdpo.data.dataset import Dataset, encode_split, read_split
 from mlxdpo.estimate.memory import Frozen, Layouts, Memory, Setting, Shape, Trained, predict
 from mlxdpo.forward.architectures import FAMILIES, ModelParts, model_parts
 from mlxdpo.forward.fused_head import is_frozen
-from mlxdpo.forward.logprobs import CHECKED
 from mlxdpo.forward.packed import can_pack
 from mlxdpo.forward.patch_mlx_lm import SHORT
 from mlxdpo.machine.device import default_dtype, this_machine
@@ -25,6 +24,7 @@ from mlxdpo.model.skeleton import Skeleton, dora_extra, make_trainable, read_ske
 from mlxdpo.training.plan import (
     BatchLayout,
     PlanSummary,
+    checked_pairs,
     make_plan,
     planned_batches,
     summarize_plan,
@@ -118,7 +118,7 @@ def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, Pl
     heldout = planned_batches(data.heldout, plan.heldout, packed, parts is None, plan.heldout_shapes)
     summary = summarize_plan(plan, data.train, found)
     training = tuple({one.layout: None for one in found})
-    checked = planned_batches(data.train, [plan.training[0][:CHECKED]], packed, parts is None)
+    checked = planned_batches(data.train, [checked_pairs(plan, data.train)], packed, parts is None)
     layouts = Layouts(training, (*training, *{one.layout: None for one in heldout}), checked[0].layout)
     train = config.train
     setting = Setting(

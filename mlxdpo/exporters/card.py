@@ -14,11 +14,8 @@ from typing import TYPE_CHECKING, Any
 from mlxdpo.config import Config
 from mlxdpo.exporters import sections
 from mlxdpo.exporters.client import redact
-from mlxdpo.exporters.findings import CardNumber, CardNumbers, read_card_numbers
-from mlxdpo.exporters.record import Exported, read_record
-from mlxdpo.exporters.redact import pack_run
-from mlxdpo.exporters.sections import Licences, known
-from mlxdpo.exporters.upload_rules import CARD, CURVE
+from mlxdpo.exporters.record import CARD, CURVE, Exported, pack_run, read_record
+from mlxdpo.exporters.sections import CardNumber, CardNumbers, Licences, known, read_card_numbers
 from mlxdpo.io.atomic import write_atomic, write_text
 from mlxdpo.io.names import is_hub_id
 from mlxdpo.runs import Run

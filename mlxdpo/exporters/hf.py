@@ -18,8 +18,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxdpo.exporters.merge_weights import Change, base_of, dequantised, expert_change, plain_weight
-from mlxdpo.exporters.source import ExportSource, side_files, weight_files
+from mlxdpo.exporters.source import (
+    Change,
+    ExportSource,
+    base_of,
+    dequantised,
+    expert_change,
+    plain_weight,
+    side_files,
+    weight_files,
+)
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import read_tensor, read_tensors
 from mlxdpo.io.json_file import read_json

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mlxdpo.exporters.card import OFFER, between_marks
 from mlxdpo.exporters.client import About, Say, ask, check_repo_id, connect
-from mlxdpo.exporters.upload_rules import CARD, LeftOut, Outgoing, belongs_to_an_export, outgoing
+from mlxdpo.exporters.record import CARD, LeftOut, Outgoing, belongs_to_an_export, outgoing
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxdpo.exporters.merge_weights import base_of, plain_weight, tuned
-from mlxdpo.exporters.source import ExportSource, hub_name, side_files
+from mlxdpo.exporters.source import ExportSource, base_of, hub_name, plain_weight, side_files, tuned
 from mlxdpo.io.atomic import write_json
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, adapter_settings, read_settings
 from mlxdpo.types import UserError

@@ -14,10 +14,9 @@ import mlx.nn as nn
 
 from mlxdpo.exporters import gguf, hf, mlx, peft
 from mlxdpo.exporters.card import write_card
-from mlxdpo.exporters.record import RECORD, Exported, Target, write_record
+from mlxdpo.exporters.record import CARD, RECORD, Exported, Target, write_record
 from mlxdpo.exporters.sections import REPO, Licences
 from mlxdpo.exporters.source import Choices, ExportSource
-from mlxdpo.exporters.upload_rules import CARD
 from mlxdpo.exporters.verify import RunReference, measure_fidelity, run_reference
 from mlxdpo.inference.trained_run import TrainedRun, encode_pairs, heldout_pairs, open_trained_run
 from mlxdpo.io.staging import publish_folder, staging_folder

@@ -8,23 +8,25 @@ leave it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+import numpy as np
 
 from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward.architectures import ModelParts, known_parts, model_parts
 from mlxdpo.forward.layer_plan import LayerPlan, checkpointed, join_columns, run_layers, run_whole
-from mlxdpo.forward.packed import PackedLayout, can_pack, packed_layers, packing_is_worth_it, spreader
+from mlxdpo.forward.packed import PackedLayout, can_pack, packed_layers, packing_is_worth_it
 from mlxdpo.forward.shared_prefix import padded_layers
+from mlxdpo.forward.token_rows import of_rows, row_sums, spreader, token_rows
+from mlxdpo.machine.device import this_machine
 from mlxdpo.types import Batch, Pairs
 
-CHECKED = 2  # pairs that the fast path has to get right
-# How far one summed log-prob may be from the reference's at the start, nats: rounding differs with the batch's shape.
-TOLERANCE = {mx.float32: 1e-2, mx.bfloat16: 4.0, mx.float16: 1.0}
+# Rounding of a token's log-prob where activations are float32, nats: a GPU may multiply in TF32 (M5, CUDA).
+TOKEN_ROUNDING = {"cpu": 5e-5, "metal": 4e-3, "cuda": 4e-3}
 
 
 Forward = Callable[[nn.Module, Batch], Any]
@@ -49,7 +51,7 @@ def completion_logps(model: nn.Module, tokens: mx.array, mask: mx.array) -> mx.a
 def plain_forward(model: nn.Module, batch: Batch) -> mx.array:
     """(R,) log-probs from full rows and full logits: for any model that mlx-lm can run."""
     return run_whole(
-        batch, lambda batch: _row_sums(heads.target_logps(scored_logits(model, batch), batch.targets), batch)
+        batch, lambda batch: row_sums(heads.target_logps(scored_logits(model, batch), batch.targets), batch)
     )
 
 
@@ -67,7 +69,7 @@ def plain_details(model: nn.Module, batch: Batch) -> RowDetails:
 def scored_logits(model: nn.Module, batch: Batch) -> mx.array:
     """(N, V) float32 logits of the scored positions, out of full rows."""
     logits = model(whole_rows(batch))[:, batch.prefix.shape[1] :]
-    return logits.reshape(-1, logits.shape[-1])[batch.home[batch.positions]].astype(mx.float32)
+    return token_rows(batch).scored_in_rows(logits, batch).astype(mx.float32)
 
 
 def whole_rows(batch: Batch) -> mx.array:
@@ -88,7 +90,7 @@ def fast_forward(checkpoint: Callable[..., Any] | None = None, *, head: Any = he
 
         def read(batch: Batch, states: mx.array) -> mx.array:
             """(R,) log-probs, from the states of all distinct tokens."""
-            return _row_sums(head(parts.head, parts.norm(states[batch.positions]), batch.targets), batch)
+            return row_sums(head(parts.head, parts.norm(token_rows(batch).scored(states, batch)), batch.targets), batch)
 
         return run_layers(batch, lambda batch: plan_batch(parts, batch, checkpoint), read)
 
@@ -106,7 +108,7 @@ def fast_details(
 
         def read(batch: Batch, states: mx.array) -> RowDetails:
             """From the states of all distinct tokens."""
-            logps, squares = head(parts.head, parts.norm(states[batch.positions]), batch.targets)
+            logps, squares = head(parts.head, parts.norm(token_rows(batch).scored(states, batch)), batch.targets)
             return _details(logps, squares, batch)
 
         return run_layers(batch, lambda batch: plan_batch(parts, batch, checkpoint), read, _join_details)
@@ -120,16 +122,11 @@ def plan_batch(parts: ModelParts, batch: Batch, checkpoint: Callable[..., Any] |
     spread = spreader(batch.group, batch.per_prompt or None)
     prompts, rows = batch.prefix.shape, batch.rows.shape
     if can_pack(parts) and packing_is_worth_it(prompts, rows, len(batch.rest)):
-        layout = PackedLayout(prompts, batch.rows, batch.home, batch.place, spread)
+        layout = PackedLayout(prompts, token_rows(batch), batch.place, spread)
         tokens = mx.concatenate([batch.prefix.reshape(-1), batch.rest])
         return packed_layers(parts, tokens, layout, checkpoint)
     padded = padded_layers(parts, batch.prefix, batch.suffix, spread, checkpoint)
-    return padded._replace(leave=lambda *hs: padded.leave(*hs).reshape(-1, hs[-1].shape[-1])[batch.home])
-
-
-def _row_sums(logps: mx.array, batch: Batch) -> mx.array:
-    """(N,) log-probs of tokens -> (R,) sums over each row's completion."""
-    return mx.zeros(batch.length.shape).at[batch.owner].add(logps * batch.scored)
+    return padded._replace(leave=lambda *hs: token_rows(batch).to_tokens(padded.leave(*hs)))
 
 
 class RowDetails(NamedTuple):
@@ -146,7 +143,7 @@ class RowDetails(NamedTuple):
 
 
 def _details(logps: mx.array, squares: mx.array, batch: Batch) -> RowDetails:
-    return RowDetails(_row_sums(logps, batch), _shared(logps, batch), _row_sums(squares, batch))
+    return RowDetails(row_sums(logps, batch), _shared(logps, batch), row_sums(squares, batch))
 
 
 def _join_details(parts: Sequence[RowDetails], batch: Batch) -> RowDetails:
@@ -168,7 +165,7 @@ def _shared(logps: mx.array, batch: Batch) -> mx.array:
     counts = (batch.owner == rows[..., None]) & (rank < shorter[None, :, None])
     part = (counts * (logps * batch.scored)).sum(axis=-1)
     # The shorter one is there whole: the same number as its row's, to the bit.
-    return mx.where(batch.length[rows] == shorter, _row_sums(logps, batch)[rows], part)
+    return mx.where(batch.length[rows] == shorter, of_rows(row_sums(logps, batch), rows), part)
 
 
 class ForwardFns(NamedTuple):
@@ -203,14 +200,40 @@ def score_pairs(model: nn.Module, batch: Batch, forward: Forward | None = None) 
     rows = found if isinstance(found, RowDetails) else None
     logps: mx.array = rows.logps if rows else found
     chosen, rejected, length, extras = batch.chosen, batch.rejected, batch.length, batch.extras
-    both = logps[chosen], logps[rejected], batch.ref[chosen], batch.ref[rejected], length[chosen], length[rejected]
+    both = (
+        of_rows(logps, chosen),
+        of_rows(logps, rejected),
+        batch.ref[chosen],
+        batch.ref[rejected],
+        length[chosen],
+        length[rejected],
+    )
     if rows is None:
         return Pairs(*both, *(extras or ()))
     squares = mx.stack([rows.squares[chosen], rows.squares[rejected]])
     return Pairs(*both, *(extras or ()), shared=rows.shared, ref_shared=batch.ref_shared, squares=squares)
 
 
-def logp_tolerance(model: nn.Module) -> float:
-    """How far two paths' sums of log-probs may be apart for a model of this precision, nats."""
-    floating = {a.dtype for _, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)}
-    return max(TOLERANCE[dtype] for dtype in floating)
+@contextmanager
+def float32_activations(model: nn.Module) -> Iterator[None]:
+    """While it lasts, `model` computes in float32 with the weights it has, whatever their dtype: its embeddings give
+    float32, and MLX promotes what they meet. Costs the embedding once more, and a copy of one weight at a time."""
+    kinds = (nn.Embedding, nn.QuantizedEmbedding)
+    tables = [module for module in model.modules() if isinstance(module, kinds)]
+    stored = [{k: a for k, a in table.items() if k in ("weight", "scales", "biases")} for table in tables]
+    try:
+        for table, arrays in zip(tables, stored, strict=True):
+            table.update({k: a.astype(mx.float32) for k, a in arrays.items() if mx.issubdtype(a.dtype, mx.floating)})
+        yield
+    finally:
+        for table, arrays in zip(tables, stored, strict=True):
+            table.update(arrays)
+
+
+def rounding_tolerance(tokens: Any, measured: float = 0.0) -> Any:
+    """How far sums of log-probs over so many tokens may be apart by rounding alone, nats.
+
+    Four standard deviations of independent errors; `measured` is the error of one token where more is known than
+    that activations are float32 (`TOKEN_ROUNDING`).
+    """
+    return 4 * max(measured, TOKEN_ROUNDING[this_machine().kind]) * np.sqrt(tokens)

@@ -20,37 +20,19 @@ import mlx.nn as nn
 from mlxdpo.forward.architectures import ModelParts
 from mlxdpo.forward.layer_plan import LayerPlan
 from mlxdpo.forward.patch_mlx_lm import attention_files, own_attention, patched
+from mlxdpo.forward.token_rows import Spread, TokenRows
 
-Spread = Callable[[mx.array], mx.array]
-"""(G, ...) -> (R, ...): each prompt's array for each of its rows."""
 LEAST_SAVING = 0.03  # share of tokens that packing must save to be worth laying rows out in every layer
 
 
-def spreader(group: mx.array, rows_per_prompt: int | None) -> Callable[[mx.array], mx.array]:
-    """(G, ...) -> (R, ...): each prompt's array for each of its rows. `group` is (R,), the prompt of each row.
-
-    With the same number of adjacent rows for every prompt it is a broadcast, whose gradient is a plain sum; otherwise
-    a gather.
-    """
-    if rows_per_prompt is None:
-        return lambda a: a[group]
-
-    def repeat(a: mx.array) -> mx.array:
-        """A broadcast, whose gradient is a plain sum."""
-        wide = mx.broadcast_to(a[:, None], (a.shape[0], rows_per_prompt, *a.shape[1:]))
-        return wide.reshape(-1, *a.shape[1:])
-
-    return repeat
-
-
 class PackedLayout:
-    """Where the tokens of a batch stand: G prompts of P tokens, then M others that make up R rows of S.
+    """Where the tokens of a batch stand: G prompts of P tokens, then M others that make up `tokens`' rows.
 
-    `rows` (R, S), `home` (M,) and `place` (M,) are a `Batch`'s; `spread` gives each row its prompt's array.
+    `place` (M,) is a `Batch`'s; `spread` gives each row its prompt's array.
     """
 
-    def __init__(self, prompts: tuple[int, int], rows: mx.array, home: mx.array, place: mx.array, spread: Spread):
-        self.prompts, self.rows, self.home, self.spread = prompts, rows, home, spread
+    def __init__(self, prompts: tuple[int, int], tokens: TokenRows, place: mx.array, spread: Spread):
+        self.prompts, self.tokens, self.spread = prompts, tokens, spread
         count, shared = prompts
         # Prefix tokens count from 0 in every prompt.
         self.offset = mx.concatenate([mx.tile(mx.arange(shared, dtype=mx.int32), count), place]) if shared else place
@@ -71,19 +53,19 @@ class Packed:
         layout, mask = self.layout, self.parts.mask
         count, shared = layout.prompts
         q, k, v = (a[:, :, 0] for a in (queries, keys, values))
-        (rq, rk, rv), done = (_heads_first(a[count * shared :][layout.rows]) for a in (q, k, v)), []
+        (rq, rk, rv), done = (_heads_first(layout.tokens.to_rows(a[count * shared :])) for a in (q, k, v)), []
         if shared:
             pq, pk, pv = (_heads_first(a[: count * shared].reshape(count, shared, *a.shape[1:])) for a in (q, k, v))
             done.append(own_attention(pq, pk, pv, None, scale, mask(shared, 0, self.window)))
             rk, rv = (mx.concatenate([layout.spread(a), b], axis=2) for a, b in ((pk, rk), (pv, rv)))
-        done.append(own_attention(rq, rk, rv, None, scale, mask(layout.rows.shape[1], shared, self.window)))
-        flat = [a.swapaxes(1, 2).reshape(-1, a.shape[1], a.shape[3]) for a in done]
-        flat[-1] = flat[-1][layout.home]
-        return mx.concatenate(flat)[:, :, None]
+        done.append(own_attention(rq, rk, rv, None, scale, mask(rq.shape[2], shared, self.window)))
+        *before, rows = (_heads_first(a) for a in done)
+        flat = [a.reshape(-1, *a.shape[2:]) for a in before]
+        return mx.concatenate([*flat, layout.tokens.to_tokens(rows)])[:, :, None]
 
 
 def _heads_first(a: mx.array) -> mx.array:
-    """(R, T, H, Dh) -> (R, H, T, Dh)."""
+    """(R, T, H, Dh) -> (R, H, T, Dh), and back."""
     return a.swapaxes(1, 2)
 
 

@@ -19,24 +19,34 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations, base
 
+from mlxdpo.forward import metal_routing
 from mlxdpo.forward.attention import chunked_attention, short_attention
 from mlxdpo.forward.elementwise import swiglu
 from mlxdpo.machine.device import this_machine
 
-MASKED_FROM = 1024  # tokens: chunks are faster from here on where MLX has no fused kernel
+UNFUSED_FROM = 1024  # keys: chunks are faster from here on where MLX has no fused kernel
 SHORT = 512  # tokens: up to here a CPU had better keep the softmax
 NAME = "scaled_dot_product_attention"
 
 
-def chunking_is_faster(kind: str, length: int, masked: bool) -> bool:
+def chunking_is_faster(kind: str, keys: int, fused: bool) -> bool:
     """Whether chunks beat MLX's own attention: the one place of that rule.
 
-    `kind` is `Machine.kind`, `length` the number of keys in tokens, `masked` whether the call carries what MLX's
-    fused kernels do not take (an array mask such as a sliding window, a soft cap). Metal and CUDA have fused causal
-    kernels, forward and backward, from mlx 0.32.4. A CPU has none, and its softmax alone takes longer than all of
-    this: a SmolLM2 step over rows of 384 tokens 5.1 -> 4.7 s, 1.9 -> 1.6 GB.
+    `kind` is `Machine.kind`, `keys` their number in tokens, `fused` whether MLX differentiates the call without
+    storing its scores (`metal_routing.is_fused`; CUDA is taken to fuse what has no array mask). A CPU never does, and
+    its softmax alone takes longer than all of this: a SmolLM2 step over rows of 384 tokens 5.1 -> 4.7 s, 1.9 -> 1.6 GB.
     """
-    return kind == "cpu" or (masked and length >= MASKED_FROM)
+    return kind == "cpu" or (not fused and keys >= UNFUSED_FROM)
+
+
+def fused_here(q: mx.array, k: mx.array, v: mx.array, masked: bool) -> bool:
+    """Whether this machine's MLX differentiates attention over q (B, H, L, D), k and v (B, K, T, D) without storing
+    its scores; `masked` says that the mask is an array."""
+    kind = this_machine().kind
+    if kind != "metal":
+        return kind == "cuda" and not masked
+    sizes = q.shape[3], v.shape[3], q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    return metal_routing.is_fused(*sizes, q.dtype, "array" if masked else "causal", training=True)
 
 
 def causal_window(mask: mx.array, queries: int, keys: int) -> int | None:
@@ -77,7 +87,7 @@ def own_attention(
     if hasattr(cache, "bits") or sinks is not None or mask is None:
         return mlx_lm()
     masked, L, T = isinstance(mask, mx.array), queries.shape[2], keys.shape[2]
-    if T < L or not chunking_is_faster(this_machine().kind, T, masked):
+    if T < L or not chunking_is_faster(this_machine().kind, T, fused_here(queries, keys, values, masked)):
         return mlx_lm()
     window = causal_window(mask, L, T) if masked else T
     if window is None or not (masked or mask == "causal"):
@@ -113,7 +123,7 @@ def chunked_attention_on(model: nn.Module, longest: int) -> Iterator[bool]:
     sums); one of another file does not. A function compiled inside keeps what it was traced with, so trace
     inside.
     """
-    files = attention_files(model) if chunking_is_faster(this_machine().kind, longest, masked=True) else []
+    files = attention_files(model) if chunking_is_faster(this_machine().kind, longest, fused=False) else []
     with patched(files):
         yield bool(files)
 

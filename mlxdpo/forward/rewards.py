@@ -21,8 +21,8 @@ from mlxdpo.types import Batch
 
 def last_places(batch: Batch) -> mx.array:
     """(R,) int32: where in `batch.rest` each row's last token stands."""
-    order = mx.arange(batch.owner.shape[0]) * batch.scored.astype(mx.int32)
-    return batch.positions[mx.zeros(batch.length.shape, mx.int32).at[batch.owner].maximum(order)]
+    owns = (batch.owner[None] == mx.arange(batch.length.shape[0])[:, None]) & (batch.scored > 0)
+    return batch.positions[(owns * mx.arange(batch.owner.shape[0])).max(axis=1)]
 
 
 def fast_rewards(checkpoint: Callable[..., Any] | None = None) -> Forward:

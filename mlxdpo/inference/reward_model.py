@@ -22,7 +22,7 @@ from mlxdpo.data.template import probe
 from mlxdpo.data.transforms import with_end
 from mlxdpo.forward.architectures import model_parts
 from mlxdpo.forward.rewards import reward_fns
-from mlxdpo.inference.scoring import score_examples
+from mlxdpo.inference.trained_run import score_examples
 from mlxdpo.io.digest import file_digest, folder_digest
 from mlxdpo.model.adapters import dropout_off, load_adapter
 from mlxdpo.model.policy import Policy, load_policy

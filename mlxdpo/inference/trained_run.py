@@ -7,25 +7,109 @@ got wrong ones), so it is compared with the manifest and nothing is scored when 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
 from mlxdpo.config import Config
+from mlxdpo.data.batching import collate
 from mlxdpo.data.best_of_k import BestOfK, holds_best_of_k, read_best_of_k
 from mlxdpo.data.encode import encode, encode_all
-from mlxdpo.data.messages import as_turns
+from mlxdpo.data.fields import as_turns
+from mlxdpo.data.planning import Group, Indices, outline, plan_straight
 from mlxdpo.data.read import heldout_source, prompt_key, read_pairs, split_heldout
 from mlxdpo.data.report import Report
-from mlxdpo.inference.scoring import ModelContext, PairLogps, logps_under_both
+from mlxdpo.forward.layer_plan import evaluate_batch
+from mlxdpo.forward.logprobs import forward_fns, score_pairs
 from mlxdpo.io.digest import folder_digest
-from mlxdpo.model.adapters import adapters_off, load_arrays, load_run, load_start, read_settings
+from mlxdpo.model.adapters import adapters_off, dropout_off, load_arrays, load_run, load_start, read_settings
 from mlxdpo.model.policy import Policy
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
 from mlxdpo.training.reference import find_reference
-from mlxdpo.types import Example, Preference, Text, UserError
+from mlxdpo.types import Batch, Example, Preference, Text, UserError
+
+ModelContext = Callable[[], contextlib.AbstractContextManager[nn.Module]]
+"""Gives a model to run while the context lasts."""
+
+
+class PairLogps(NamedTuple):
+    """Summed completion log-probs of pairs under policy and reference, nats, and lengths in tokens: each (B,)."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+    ref_chosen: np.ndarray
+    ref_rejected: np.ndarray
+    chosen_len: np.ndarray
+    rejected_len: np.ndarray
+
+
+def score_examples(
+    examples: Sequence[Example],
+    group: Group,
+    batch_size: int,
+    count: int,
+    score: Callable[[Batch], mx.array],
+    progress: Callable[[Sequence[Indices]], Iterable[Indices]] = iter,
+) -> np.ndarray:
+    """(count, N) float64: what `score` makes of N examples, in the order given, `batch_size` of them at once.
+
+    `score` gives (count, B) numbers of a batch, or (B,) where `count` is 1. `group` is `data.group`.
+    `progress` wraps the batches, for a progress bar.
+    """
+    values = np.zeros((count, len(examples)))
+    for indices in progress(plan_straight(outline(examples, group), batch_size)):
+        batch = collate(examples, indices, batch_size)
+        found = score(batch)
+        evaluate_batch(batch, found)
+        values[:, list(indices)] = np.array(found).reshape(count, -1)[:, : len(indices)]
+    return values
+
+
+def model_logps(
+    model: nn.Module,
+    examples: Sequence[Example],
+    group: Group,
+    batch_size: int,
+    progress: Callable[[Sequence[Indices]], Iterable[Indices]] = iter,
+) -> np.ndarray:
+    """(2, N) summed log-probs of chosen and rejected completions under one model without dropout, nats."""
+    forward = forward_fns(model).score
+
+    def score(batch: Batch) -> mx.array:
+        """(2, B) of a batch."""
+        pairs = score_pairs(model, batch, forward)
+        return mx.stack([pairs.chosen, pairs.rejected])
+
+    with dropout_off(model):
+        return score_examples(examples, group, batch_size, 2, score, progress)
+
+
+def logps_under_both(
+    policy: nn.Module, reference: ModelContext, examples: Sequence[Example], group: Group, batch_size: int = 8
+) -> PairLogps:
+    """Log-probs of every pair under a policy and its reference, in the order given."""
+
+    def score(batch: Batch) -> mx.array:
+        """(4, B) of a batch: chosen and rejected under the policy, then under the reference."""
+        with dropout_off(policy) as model:
+            tuned = score_pairs(model, batch, forward_fns(model).score)
+            evaluate_batch(batch, tuned.chosen, tuned.rejected)
+        with reference() as model, dropout_off(model):  # evaluated here, while the reference's adapters are on
+            base = score_pairs(model, batch, forward_fns(model).score)
+            both = mx.stack([tuned.chosen, tuned.rejected, base.chosen, base.rejected])
+            evaluate_batch(batch, both)
+        return both
+
+    values = score_examples(examples, group, batch_size, 4, score)
+    lengths = [np.array([len(getattr(e, side)) for e in examples], np.float64) for side in ("chosen", "rejected")]
+    return PairLogps(*values, *lengths)
+
 
 LOCKED = ("digest", "dtype", "quantization", "adapter")
 

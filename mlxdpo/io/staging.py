@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: written aside under a hidden name, then renamed."""
+"""Folders that are whole or absent: written aside under a hidden name, then renamed; and one process at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from mlxdpo.io.atomic import sync_folder
+from mlxdpo.types import UserError
 
 RANDOM = "?" * 8  # what `tempfile.mkdtemp` appends
 
@@ -66,3 +69,20 @@ def _lock_folder(folder: Path, how: int) -> int:
         os.close(handle)
         raise
     return handle
+
+
+@contextlib.contextmanager
+def single_process(lock: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock file `lock` while the context lasts; the system lets go when the process ends, however it ends.
+
+    The file stays. Raises `UserError` with the words `refusal` where another process holds it.
+    """
+    own = FileLock(lock, thread_local=False)
+    try:
+        own.acquire(blocking=False)
+    except Timeout:
+        raise UserError(refusal) from None
+    try:
+        yield
+    finally:
+        own.release()

@@ -8,6 +8,7 @@ import os
 import platform as machine
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,9 +37,13 @@ class Machine(NamedTuple):
     system: str
 
 
-@functools.cache
 def this_machine() -> Machine:
     """Metal, CUDA or CPU, with its name and memory."""
+    return _detect_machine()
+
+
+@functools.cache
+def _detect_machine() -> Machine:
     import mlx.core as mx
 
     system = f"{machine.system()} {machine.release()} {machine.machine()}"
@@ -62,11 +67,15 @@ def _ram() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def default_dtype() -> Any:
-    """bfloat16 on a GPU; float32 on a CPU, where 16-bit matmuls bypass the BLAS and are slow."""
+def default_dtype(stored: Collection[Any] = ()) -> Any:
+    """On a GPU bfloat16, or float16 where the `stored` dtypes of a model have that and no bfloat16: another 16-bit
+    type would move its weights by 0.2 %, the scales of packed ones by 0.6 %. On a CPU float32, because 16-bit matmuls
+    bypass the BLAS there."""
     import mlx.core as mx
 
-    return mx.float32 if this_machine().kind == "cpu" else mx.bfloat16
+    if this_machine().kind == "cpu":
+        return mx.float32
+    return mx.float16 if mx.float16 in stored and mx.bfloat16 not in stored else mx.bfloat16
 
 
 def wire_memory() -> int | None:

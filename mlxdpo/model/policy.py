@@ -127,7 +127,8 @@ def load_policy(config: ModelConfig) -> Policy:
     with strangers_files(config.path):
         model, raw = load_model(folder, lazy=True, trust_remote_code=trusted)
     tokenizer = load_tokenizer(folder, config.path, trusted)
-    dtype = default_dtype() if config.dtype == "auto" else getattr(mx, config.dtype)
+    stored = {array.dtype for _, array in tree_flatten(model.parameters())}
+    dtype = default_dtype(stored) if config.dtype == "auto" else getattr(mx, config.dtype)
     quantisation = raw.get("quantization")
     if config.quantize:
         if quantisation:

@@ -11,8 +11,9 @@ from mlxdpo.config import LossConfig
 from mlxdpo.forward.architectures import model_parts
 from mlxdpo.forward.layer_plan import checkpointed
 from mlxdpo.forward.logprobs import fast_forward, forward_fns, plain_forward, score_pairs
-from mlxdpo.forward.packed import PackedLayout, packed_states, spreader
+from mlxdpo.forward.packed import PackedLayout, packed_states
 from mlxdpo.forward.shared_prefix import hidden_states
+from mlxdpo.forward.token_rows import TokenRows, spreader
 from mlxdpo.losses.loss import resolve
 from mlxdpo.machine.device import this_machine
 from mlxdpo.model.adapters import adapters_off
@@ -128,7 +129,7 @@ def _packed_states(tuned: nn.Module) -> mx.array:
     rows, parts = batch(), model_parts(tuned)
     assert parts is not None
     spread = spreader(rows.group, None)
-    layout = PackedLayout(rows.prefix.shape, rows.rows, rows.home, rows.place, spread)  # type: ignore[arg-type]
+    layout = PackedLayout(rows.prefix.shape, TokenRows(rows.rows, rows.home, len(rows.rows)), rows.place, spread)  # type: ignore[arg-type]
     return packed_states(parts, mx.concatenate([rows.prefix.reshape(-1), rows.rest]), layout)[rows.positions]
 
 

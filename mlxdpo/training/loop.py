@@ -18,8 +18,7 @@ from mlxdpo.model.adapters import dropout_off
 from mlxdpo.training import checkpoint, distributed
 from mlxdpo.training.checkpoint import Progress
 from mlxdpo.training.distributed import first_pairs, gather_pairs
-from mlxdpo.training.likelihood_warning import LikelihoodWatch
-from mlxdpo.training.metrics import Scored
+from mlxdpo.training.metrics import LikelihoodWatch, Scored
 from mlxdpo.training.plan import learning_rate
 from mlxdpo.training.step import CompiledFns, TrainState, check_finite, scored_pairs, train_step
 from mlxdpo.types import Event

@@ -20,13 +20,7 @@ def describe_run(
     config: Config, policy: Policy, reference: Policy, adapter: str | None, data: Dataset
 ) -> dict[str, Any]:
     """The manifest. `adapter` is the folder of the adapter that the reference includes, if any."""
-    return {
-        "versions": versions(),
-        "machine": this_machine()._asdict(),
-        "seed": config.train.seed,
-        "model": dict(policy.identity) | {"adapter": _digest(config.model.adapter)},
-        "reference": identity_of(reference.identity, _digest(adapter)),
-        "reference_source": {"model": reference.identity["source"], "adapter": adapter},
+    return describe_models(config, policy, reference, adapter) | {
         "parent": parent_of(config.model.adapter),
         "template": data.template,
         "data": {
@@ -36,6 +30,18 @@ def describe_run(
             "heldout": len(data.heldout),
             "reports": {name: asdict(report) for name, report in data.reports.items()},
         },
+    }
+
+
+def describe_models(config: Config, policy: Policy, reference: Policy, adapter: str | None) -> dict[str, Any]:
+    """The part of a manifest that every stage has: versions, machine, seed, model and reference with their digests."""
+    return {
+        "versions": versions(),
+        "machine": this_machine()._asdict(),
+        "seed": config.train.seed,
+        "model": dict(policy.identity) | {"adapter": _digest(config.model.adapter)},
+        "reference": identity_of(reference.identity, _digest(adapter)),
+        "reference_source": {"model": reference.identity["source"], "adapter": adapter},
     }
 
 

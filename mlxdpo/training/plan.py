@@ -76,6 +76,13 @@ def make_plan(config: Config, training: Sequence[Example], heldout: Sequence[Exa
     )
 
 
+def checked_pairs(plan: TrainPlan, examples: Sequence[Example]) -> Indices:
+    """The pairs on which the fast path has to give the plain one's numbers: the first, and the one with the longest
+    row, where sliding windows and long positions show."""
+    first, longest = plan.training[0][0], int(Examples.of(examples).row_lengths.argmax())
+    return tuple(dict.fromkeys((first, longest)))
+
+
 class PlannedBatch(NamedTuple):
     """A batch's shape, its pairs, its distinct rows and the distinct tokens that are really there."""
 

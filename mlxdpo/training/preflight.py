@@ -12,13 +12,13 @@ from mlxdpo.data.batching import collate
 from mlxdpo.data.dataset import Dataset
 from mlxdpo.forward.architectures import model_parts
 from mlxdpo.forward.logprobs import (
-    CHECKED,
     PLAIN_FORWARD,
     ForwardFns,
     detailed_fns,
+    float32_activations,
     forward_fns,
-    logp_tolerance,
     plain_forward,
+    rounding_tolerance,
     score_pairs,
 )
 from mlxdpo.forward.packed import can_pack
@@ -26,7 +26,7 @@ from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import adapters_off, dropout_off
 from mlxdpo.model.policy import Policy
 from mlxdpo.training.distributed import first_pairs
-from mlxdpo.training.plan import PlanSummary, TrainPlan, planned_batches, summarize_plan
+from mlxdpo.training.plan import PlanSummary, TrainPlan, checked_pairs, planned_batches, summarize_plan
 from mlxdpo.training.step import TrainState
 from mlxdpo.types import Batch, Pairs, UserError
 
@@ -63,19 +63,21 @@ def check_window(policy: Policy, longest: int) -> None:
 def choose_forward(model: nn.Module, data: Dataset, plan: TrainPlan, config: Config) -> tuple[ForwardFns, str]:
     """How to run the model, and why not the fast way: it is asked to give the plain way's log-probs on real rows.
 
+    Both are asked in float32, so that rounding in 16 bits hides no difference.
+
     Raises `UserError` when the recipe wants gradient checkpointing and only the plain way is left.
     """
     fns, name = forward_fns(model, config.train.gradient_checkpointing), type(model).__module__.rsplit(".", 1)[-1]
     note = f"{name}: no fast way is known for this architecture, so full rows and full logits are computed"
     if fns is not PLAIN_FORWARD:
-        with dropout_off(model):
-            batch = collate(data.train, plan.training[0][:CHECKED], CHECKED)
+        with dropout_off(model), float32_activations(model):
+            batch = collate(data.train, checked_pairs(plan, data.train), 1)
             fast = fns.score(model, batch)
             mx.eval(fast)  # one after the other: full logits of full rows would be the peak of a small run
-            gap = mx.abs(fast - plain_forward(model, batch)).max().item()
-        if gap <= logp_tolerance(model):
+            gaps = np.nan_to_num(np.abs(np.array(fast - plain_forward(model, batch))), nan=np.inf)
+        if (gaps <= rounding_tolerance(np.array(batch.length))).all():
             return fns, ""
-        note = f"{name}: the fast way is {gap:.3g} nats off here, so full rows and full logits are computed"
+        note = f"{name}: the fast way is {gaps.max():.3g} nats off here, so full rows and full logits are computed"
     if config.train.gradient_checkpointing:
         raise UserError(
             f"train.gradient_checkpointing needs the fast way, but {note}; set train.gradient_checkpointing false"
@@ -106,18 +108,37 @@ def check_start(state: TrainState) -> None:
         _check_alone(state)
         return
     batch, wanted = _first_batch(state), state.loss.start()
-    count = int(batch.weight.sum().item())
     with dropout_off(state.model):
-        pairs = first_pairs(score_pairs(state.model, batch, state.forward.score), count)
-        if _gap(pairs) <= logp_tolerance(state.model):
+        pairs = _score_first(state, batch)
+        gaps, tokens = _reference_gaps(pairs)
+        # Rows scored beside others are rounded otherwise in 16 bits: by how much is asked only where it matters.
+        if (gaps <= rounding_tolerance(tokens)).all() or (gaps <= _rounding(state, batch, pairs)).all():
             _check_value(state, pairs, wanted)
             return
-        cause = _cause(state, batch)
+        cause = _cause(state, batch, pairs)
     instead = "" if wanted is None else f" instead of {wanted:.6f}"
     raise UserError(
         f"before the first step the loss is {_value(state, pairs):.6f}{instead} "
-        f"and a log-prob is {_gap(pairs):.4f} nats from its reference: {cause}"
+        f"and a log-prob is {gaps.max():.4f} nats from its reference: {cause}"
     )
+
+
+def _score_first(state: TrainState, batch: Batch) -> Pairs:
+    """The pairs of a batch, without those that only fill it."""
+    return first_pairs(score_pairs(state.model, batch, state.forward.score), int(batch.weight.sum().item()))
+
+
+def _rounding(state: TrainState, batch: Batch, pairs: Pairs) -> np.ndarray:
+    """How far each of `_reference_gaps` may be off by rounding in the model's dtype: what float32 changes of the rows,
+    a token, as a root mean square over them."""
+    with float32_activations(state.model):
+        exact = _score_first(state, batch)
+    moved, tokens = _reference_gaps(
+        exact._replace(ref_chosen=pairs.chosen, ref_rejected=pairs.rejected, ref_shared=pairs.shared)
+    )
+    if not np.isfinite(moved).all():
+        return np.zeros(moved.shape)
+    return rounding_tolerance(tokens, float(np.sqrt(np.mean(moved**2 / tokens))))
 
 
 def _check_alone(state: TrainState) -> None:
@@ -126,7 +147,7 @@ def _check_alone(state: TrainState) -> None:
         return
     batch = _first_batch(state)
     with dropout_off(state.model):
-        pairs = first_pairs(score_pairs(state.model, batch, state.forward.score), int(batch.weight.sum().item()))
+        pairs = _score_first(state, batch)
     if abs((value := _value(state, pairs)) - wanted) > 1e-4 * max(1.0, wanted):
         raise UserError(
             f"before the first step the loss is {value:.6f} instead of {wanted:.6f}: the head does not start at zero; "
@@ -156,20 +177,26 @@ def with_details(ways: ForwardFns, loss: Loss, config: Config) -> ForwardFns:
     return detailed_fns(ways, config.train.gradient_checkpointing) if loss.needs & {"shared", "squares"} else ways
 
 
-def _gap(pairs: Pairs) -> float:
-    """Largest distance between a policy's and a reference's log-prob, nats; NaN counts as infinite."""
-    both = [pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected]
-    shared = [] if pairs.shared is None or pairs.ref_shared is None else list(pairs.shared - pairs.ref_shared)
-    gaps = np.abs(np.array([*both, *shared]))
-    return float(np.nan_to_num(gaps, nan=np.inf, posinf=np.inf).max())
+def _reference_gaps(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    """Distances between a policy's and a reference's log-probs, nats, NaN as infinite; and tokens of each."""
+    lengths = [np.array(pairs.chosen_len), np.array(pairs.rejected_len)]
+    gaps = [np.array(pairs.chosen - pairs.ref_chosen), np.array(pairs.rejected - pairs.ref_rejected)]
+    if pairs.shared is not None and pairs.ref_shared is not None:
+        gaps += list(np.array(pairs.shared - pairs.ref_shared))
+        lengths += [np.minimum(*lengths)] * 2
+    return np.nan_to_num(np.abs(np.stack(gaps)), nan=np.inf, posinf=np.inf), np.stack(lengths)
 
 
-def _cause(state: TrainState, batch: Batch) -> str:
+def _cause(state: TrainState, batch: Batch, pairs: Pairs) -> str:
+    """What makes policy and reference differ. A fresh adapter of zeros changes no bit of the same rows."""
     if not np.isfinite(np.array(batch.ref)).all():
         return "the reference's log-probs are not finite numbers; look at the weights, or set model.dtype float32"
     if state.config.model.adapter is None and state.config.lora.method != "full":
         with adapters_off(state.model):
-            bare = _gap(score_pairs(state.model, batch, state.forward.score))
-        if bare <= logp_tolerance(state.model):
+            bare = _score_first(state, batch)
+        moved, tokens = _reference_gaps(
+            bare._replace(ref_chosen=pairs.chosen, ref_rejected=pairs.rejected, ref_shared=None)
+        )
+        if (moved > rounding_tolerance(tokens)).any():
             return "the fresh adapter is not zero"
     return "the reference was scored with other weights than training starts from; score it again with an empty cache"

@@ -2,16 +2,21 @@
 
 It listens on 127.0.0.1. Bound elsewhere or shared it wants a password, and does not start without one. It sends
 nothing out (no analytics, no fonts from the web), serves no files, keeps no history in the browser.
+
+The page is its tabs: Compare and Blind vote share the MLX thread; the others are `build(runs, guard)`.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxdpo.io.names import is_loopback
 from mlxdpo.types import UserError
+from mlxdpo.ui.guard import Guard, check_inputs
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 SHARED = "*.gradio.live"
@@ -81,7 +86,6 @@ def start_app(
     from starlette.middleware import Middleware
 
     from mlxdpo.ui.guard import Gate, Shutter, new_nonce, page_guard
-    from mlxdpo.ui.page import build_page, css, script, theme
 
     nonce = new_nonce()
     page = build_page(runs, page_guard(nonce), first)
@@ -107,3 +111,52 @@ def _need_gradio() -> None:
         import gradio  # noqa: F401
     except ImportError:
         raise UserError("the app needs gradio; install it with: pip install 'mlxdpo[app]'") from None
+
+
+TABS = {"Runs": "runs", "Data": "data", "Train": "train", "Constitution": "constitution"}
+FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")
+MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "monospace")
+
+
+HEADING = '<h1 class="heading">mlxdpo <span class="quiet">the same model before and after preference tuning</span></h1>'
+
+
+def css() -> str:
+    """The page's style sheet."""
+    return files("mlxdpo.ui").joinpath("page.css").read_text("utf-8")
+
+
+def script() -> str:
+    """What the page does by itself: keys."""
+    return files("mlxdpo.ui").joinpath("page.js").read_text("utf-8")
+
+
+def theme() -> Any:
+    """System fonts: Gradio's own themes would fetch theirs from the web."""
+    import gradio as gr
+
+    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO)
+
+
+def build_page(runs: Path, guard: Guard, first: str | None = None) -> Any:
+    """The whole page as a `gr.Blocks`: the run directories below `runs`, `first` of them open."""
+    import gradio as gr
+
+    from mlxdpo.ui.compare.tab import build as build_compare
+    from mlxdpo.ui.engine import AppState
+    from mlxdpo.ui.vote.tab import build as build_vote
+
+    app = AppState(runs, first)
+    app.warm()
+    with gr.Blocks(title="mlxdpo", analytics_enabled=False) as page:
+        gr.HTML(HEADING)
+        with gr.Tab("Compare", id="compare"):
+            compared = build_compare(app, guard, page)
+        with gr.Tab("Blind vote", id="vote"):
+            voted = build_vote(app, guard, page)
+        compared.change(lambda name: gr.Dropdown(app.names(), value=name), compared, voted, api_visibility="private")
+        for name, module in TABS.items():
+            with gr.Tab(name, id=f"{module}_tab"):
+                importlib.import_module(f"mlxdpo.ui.{module}.tab").build(runs, guard)
+    check_inputs(page)
+    return page

@@ -18,8 +18,7 @@ from mlx.utils import tree_unflatten
 
 from mlxdpo.config import Config
 from mlxdpo.data.template import probe
-from mlxdpo.inference.scoring import ModelContext
-from mlxdpo.inference.trained_run import check_reference
+from mlxdpo.inference.trained_run import ModelContext, check_reference
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.model.adapters import WEIGHTS, load_adapter, load_run, read_settings
 from mlxdpo.model.policy import Policy, load_policy

@@ -14,7 +14,6 @@ from mlx.utils import tree_flatten
 from tiny_models import tiny_model
 
 from mlxdpo.baselines.online import tune_on_samples
-from mlxdpo.baselines.passes import lay_out, token_pass, with_lower
 from mlxdpo.baselines.rollouts import (
     Actor,
     Drawn,
@@ -22,8 +21,11 @@ from mlxdpo.baselines.rollouts import (
     Reward,
     checked_scores,
     draw_completions,
+    lay_out,
     new_critic,
     score_completions,
+    token_pass,
+    with_lower,
 )
 from mlxdpo.baselines.updates import WeightUpdate, ppo_update, rloo_update
 from mlxdpo.config import LoraConfig, OptimConfig, RolloutConfig

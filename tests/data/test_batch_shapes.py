@@ -46,6 +46,21 @@ def epochs(examples, size, count):
         yield [batch for window in plan_epoch(pairs, size, 2, 0, epoch).windows for batch in window]
 
 
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.integers(1, 80), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=9), st.data())
+def test_no_rows_are_narrower_than_metals_attention_can_differentiate(lengths, data):
+    """Two hundred small data sets of short answers, with planned shapes and without."""
+    size, limit = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 6))
+    draw = np.random.default_rng(0)
+    ids = [[draw.integers(1, 300, n).astype(np.int32) for n in row] for row in lengths]
+    examples = Examples.of([Example(*row, where=str(i)) for i, row in enumerate(ids)])
+    batches = plan_straight(outline(examples, "prompt"), size)
+    for shapes in ((), plan_shapes(examples, batches, size, limit)):
+        for indices in batches:
+            batch = collate(examples, indices, size, shapes=shapes)
+            assert batch.suffix.shape[1] >= 16 and (batch.prefix.shape[1] == 0 or batch.prefix.shape[1] >= 16)
+
+
 @settings(max_examples=20)
 @given(st.integers(0, 99), st.integers(1, 3), st.integers(2, 6), st.integers(2, 12))
 def test_every_batch_of_every_epoch_has_one_of_a_few_shapes(seed, ranked, size, limit):

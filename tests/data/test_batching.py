@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxdpo.data.batch_shapes import bucket, shared_prefix
+from mlxdpo.data.batch_shapes import bucket, row_width, shared_prefix
 from mlxdpo.data.batching import collate
 from mlxdpo.types import Example
 
@@ -120,5 +120,5 @@ def test_filler_weighs_nothing_and_references_follow_their_rows(examples, spare)
 def test_a_row_that_fills_its_bucket_keeps_its_last_token(longest):
     example = Example(np.array([7], np.int32), np.arange(1, longest, dtype=np.int32), np.array([5], np.int32), "here")
     batch = collate([example], (0,), 1)
-    assert batch.suffix.shape[1] == bucket(longest - 1)  # the last token is a target only
+    assert batch.suffix.shape[1] == row_width(longest - 1)  # the last token is a target only
     assert rows_of(batch)[1][0][-1] == (longest - 2, longest - 1)

@@ -10,25 +10,24 @@ from small_export import small_export
 from tiny_models import change
 
 from mlxdpo.config import Config, ModelConfig, dump_config, load_config
-from mlxdpo.data.cache import Spool
+from mlxdpo.data.dataset import Spool
 from mlxdpo.data.report import BadRow
 from mlxdpo.data.sources import read_rows
-from mlxdpo.exporters.findings import FORMATS, read_card_numbers
 from mlxdpo.exporters.record import read_record
 from mlxdpo.exporters.run import export
+from mlxdpo.exporters.sections import FORMATS, read_card_numbers
 from mlxdpo.exporters.source import hub_name
 from mlxdpo.io.atomic import append_line
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.policy import find_model, load_policy
 from mlxdpo.runs import Run
 from mlxdpo.types import Extras, Message, Preference, UnpairedExample, UserError
-from mlxdpo.ui.guard import Gate
-from mlxdpo.ui.input_checks import problem
+from mlxdpo.ui.guard import Gate, problem
 from mlxdpo.ui.runs.curves import Tail, follow_metrics
 from mlxdpo.ui.runs.run_list import summary_rows
-from mlxdpo.ui.runs.run_view import charts, checkpoints, headline
+from mlxdpo.ui.runs.tab import charts, checkpoints, headline
 from mlxdpo.ui.train.recipe_form import entered, knobs, to_config
-from mlxdpo.ui.vote.vote_file import standing_html
+from mlxdpo.ui.vote.tab import standing_html
 from mlxdpo_eval.judges import open_judge
 from mlxdpo_eval.judges.endpoint import parse_completion
 from mlxdpo_eval.judges.program import reward_judge

@@ -20,9 +20,8 @@ from tiny_runs import finish, recipe, write_pairs
 from tiny_tokenizers import base_tokenizer, chatml_tokenizer, llama3_tokenizer
 
 from mlxdpo.config import DataConfig
-from mlxdpo.data import cache, dataset, encode, examples, sources
-from mlxdpo.data.cache import STAGING, Spool, pairs_folder, publish_dataset, source_key
-from mlxdpo.data.dataset import encode_split, read_split
+from mlxdpo.data import dataset, encode, examples, sources
+from mlxdpo.data.dataset import STAGING, Spool, encode_split, pairs_folder, publish_dataset, read_split, source_key
 from mlxdpo.data.encode import encode_all
 from mlxdpo.data.examples import Examples, open_examples, row_digest, write_examples
 from mlxdpo.data.planning import outline, plan_epoch, plan_straight
@@ -302,10 +301,10 @@ def test_changed_code_or_libraries_find_nothing(tmp_path, reads, monkeypatch):
     data = DataConfig(path=str(write_pairs(tmp_path / "pairs.jsonl")))
     made(data, base_tokenizer())
     with monkeypatch.context() as other:
-        other.setattr(cache, "_code_digest", lambda: "another")
+        other.setattr(dataset, "_code_digest", lambda: "another")
         made(data, base_tokenizer())
     assert len(reads) == 2
-    monkeypatch.setattr(cache.importlib.metadata, "version", lambda name: "0")
+    monkeypatch.setattr(dataset.importlib.metadata, "version", lambda name: "0")
     made(data, base_tokenizer())
     assert len(reads) == 3
 

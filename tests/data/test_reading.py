@@ -11,8 +11,7 @@ from tiny_tokenizers import chatml_tokenizer
 from mlxdpo.commands import terminal
 from mlxdpo.commands.train import follow_training
 from mlxdpo.config import DataConfig
-from mlxdpo.data.cache import pairs_folder
-from mlxdpo.data.dataset import Sofar, encode_split, encoding, read_split, reading
+from mlxdpo.data.dataset import Sofar, encode_split, encoding, pairs_folder, read_split, reading
 from mlxdpo.data.transforms import PAIRS
 from mlxdpo.types import Event
 

@@ -14,8 +14,7 @@ from tiny_tokenizers import chatml_tokenizer
 from mlxdpo.cli import run
 from mlxdpo.config import LoraConfig, load_config
 from mlxdpo.data.planning import plan_epoch
-from mlxdpo.demo.material import bundled, bundled_labels, flipped, prepare_demo, shuffled
-from mlxdpo.demo.measure import heldout_margins, judge_change
+from mlxdpo.demo.material import bundled, bundled_labels, flipped, heldout_margins, judge_change, prepare_demo, shuffled
 from mlxdpo.inference.trained_run import TrainedRun
 from mlxdpo.model.adapters import adapters_off, attach_lora
 from mlxdpo.model.policy import Policy

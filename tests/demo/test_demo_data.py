@@ -11,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlxdpo.demo
-from mlxdpo.demo import make_pairs, rewards
-from mlxdpo.demo.make_pairs import MIN_GAP, Continuation, best_against_worst
-from mlxdpo.demo.openings import GROUPS, openings
+from mlxdpo.demo import rewards
 from mlxdpo.types import UserError
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the folder of `benchmarks`, which no installation has
+
+from benchmarks import demo_pairs
+from benchmarks.demo_pairs import GROUPS, MIN_GAP, Continuation, best_against_worst, openings
 
 FOLDER = Path(mlxdpo.demo.__file__).parent
 
@@ -108,7 +111,7 @@ def test_shipped_pairs(name, least, part):
     for row in found:
         assert row["score_chosen"] - row["score_rejected"] >= MIN_GAP
         assert {row["finish_chosen"], row["finish_rejected"]} <= {"stop", "length"}
-        assert row["made"] == make_pairs.provenance(row["made"]["seed"])
+        assert row["made"] == demo_pairs.provenance(row["made"]["seed"])
         for text in (row["chosen"], row["rejected"]):
             assert text == text.rstrip() != "" and not any(mark in text for mark in ("\ufffd", "<|"))
 
@@ -131,5 +134,5 @@ def test_the_script_makes_the_shipped_pairs_again():
     pytest.importorskip("vaderSentiment")
     shipped = {row["prompt"]: row for row in rows("pairs.jsonl")}
     some = list(shipped)[:: len(shipped) // 7][:8]
-    made = best_against_worst(make_pairs.sample_continuations(some, seed=0).items(), make_pairs.provenance(0))
+    made = best_against_worst(demo_pairs.sample_continuations(some, seed=0).items(), demo_pairs.provenance(0))
     assert sum(row == shipped[row["prompt"]] for row in made.rows) >= 7

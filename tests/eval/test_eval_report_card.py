@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxdpo_eval.metrics.judge_bias import agreement, position_bias, preference_for_longer, repeat_agreement
-from mlxdpo_eval.metrics.ppi import debiased
+from mlxdpo_eval.metrics.judge_bias import agreement, debiased, position_bias, preference_for_longer, repeat_agreement
 
 NAN = np.nan
 VERDICTS = st.lists(st.tuples(st.sampled_from([-1, 0, 1]), st.sampled_from([-1, 0, 1])), min_size=2, max_size=30)

@@ -166,8 +166,8 @@ def test_votes_on_another_adapter_or_on_training_prompts_are_no_evidence(tmp_pat
 
 
 def test_what_the_app_writes_is_read(tmp_path):
-    """The record of mlxdpo.ui.vote.vote_file, through its own writer, with every winner and both sides."""
-    votes = pytest.importorskip("mlxdpo.ui.vote.vote_file", reason="the app's votes are not part of this installation")
+    """The record of mlxdpo.ui.vote.tab, through its own writer, with every winner and both sides."""
+    votes = pytest.importorskip("mlxdpo.ui.vote.tab", reason="the app's votes are not part of this installation")
     from mlxdpo.ui.compare.answers import Answer, Settings
     from mlxdpo.ui.vote.blind_round import Round
 

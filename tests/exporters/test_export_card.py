@@ -16,11 +16,9 @@ from tiny_runs import finish, recipe
 from mlxdpo import Run, UserError
 from mlxdpo.config import Config, load_config
 from mlxdpo.exporters.card import BEGIN, END, OFFER, write_card
-from mlxdpo.exporters.findings import read_card_numbers
 from mlxdpo.exporters.hub import push
-from mlxdpo.exporters.redact import command, public_config, public_name, without_paths
-from mlxdpo.exporters.sections import Licences, cell
-from mlxdpo.exporters.upload_rules import outgoing
+from mlxdpo.exporters.record import command, outgoing, public_config, public_name, without_paths
+from mlxdpo.exporters.sections import Licences, cell, read_card_numbers
 from mlxdpo.io.atomic import write_json
 from mlxdpo_eval.run import evaluate
 from mlxdpo_eval.sampling import Sampling

@@ -6,7 +6,7 @@ from tiny_runs import finish, recipe
 
 from mlxdpo import Run
 from mlxdpo.cli import run as cli
-from mlxdpo.exporters.upload_rules import outgoing
+from mlxdpo.exporters.record import outgoing
 
 NAME = "jane/tiny-dpo"
 

@@ -7,8 +7,8 @@ from tiny_exports import known_tokenizer, trained_run
 from tiny_models import write_model
 
 from mlxdpo.exporters import EXPORTERS, export
+from mlxdpo.exporters.record import OF_TARGETS
 from mlxdpo.exporters.sections import USAGE
-from mlxdpo.exporters.upload_rules import OF_TARGETS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text("utf-8")
 

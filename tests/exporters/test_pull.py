@@ -15,7 +15,7 @@ from tiny_runs import finish, recipe
 from mlxdpo import Run, UserError, encode_pairs, heldout_pairs, open_trained_run, pair_logps
 from mlxdpo.cli import run as cli
 from mlxdpo.config import dump_config
-from mlxdpo.exporters.download import Entry, check_bytes, check_name, check_safetensors
+from mlxdpo.exporters.client import Entry, check_bytes, check_name, check_safetensors
 from mlxdpo.exporters.hub import push
 from mlxdpo.exporters.pull import pull_run
 

@@ -11,7 +11,7 @@ from tiny_runs import finish, recipe
 
 from mlxdpo.cli import run as cli
 from mlxdpo.runs import Run
-from mlxdpo.ui.runs import run_list, run_view
+from mlxdpo.ui.runs import run_list, tab
 from mlxdpo.ui.runs.curves import Tail, follow_metrics
 from mlxdpo_eval.report.write import write_report
 
@@ -44,7 +44,7 @@ def test_a_million_lines_open_at_once_in_app_and_report(tmp_path, cache):
         file.writelines(f'{{"step": {n}, {line}\n' for n in range(1, LINES + 1))
     seconds = {"app": time.perf_counter()}
     tail = Tail(run.path / "metrics.jsonl")
-    assert follow_metrics(tail) and "sample of its lines" in run_view.charts(tail, {})
+    assert follow_metrics(tail) and "sample of its lines" in tab.charts(tail, {})
     assert run_list.summary_rows(run.path.parent)[0][4] == str(LINES)
     seconds["app"] = time.perf_counter() - seconds["app"]
     (run.path / "report.html").unlink()

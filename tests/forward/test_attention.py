@@ -193,22 +193,37 @@ def test_memory_grows_with_the_length_not_with_its_square():
 
 
 @pytest.mark.parametrize(
-    ("kind", "length", "masked", "answer"),
+    ("kind", "keys", "fused", "answer"),
     [
         ("cpu", 8192, False, True),
-        ("cpu", 8192, True, True),
         ("cpu", 10, False, True),
-        ("metal", patch_mlx_lm.MASKED_FROM, True, True),
-        ("metal", patch_mlx_lm.MASKED_FROM - 1, True, False),
-        ("metal", 8192, False, False),
-        ("metal", 8192, True, True),
-        ("metal", 100, True, False),
-        ("cuda", 8192, False, False),
-        ("cuda", 8192, True, True),
+        ("metal", patch_mlx_lm.UNFUSED_FROM, False, True),
+        ("metal", patch_mlx_lm.UNFUSED_FROM - 1, False, False),
+        ("metal", 8192, True, False),
+        ("cuda", 8192, True, False),
+        ("cuda", 8192, False, True),
     ],
 )
-def test_the_rule(kind, length, masked, answer):
-    assert chunking_is_faster(kind, length, masked) is answer
+def test_the_rule(kind, keys, fused, answer):
+    assert chunking_is_faster(kind, keys, fused) is answer
+
+
+@pytest.mark.parametrize(
+    ("kind", "head_dim", "masked", "answer"),
+    [
+        ("cpu", 64, False, False),
+        ("cuda", 64, False, True),
+        ("cuda", 64, True, False),
+        ("metal", 64, False, True),
+        ("metal", 256, False, True),
+        ("metal", 48, False, False),
+        ("metal", 64, True, False),
+    ],
+)
+def test_where_mlx_differentiates_without_its_scores(monkeypatch, kind, head_dim, masked, answer):
+    monkeypatch.setattr(patch_mlx_lm, "this_machine", lambda: SimpleNamespace(kind=kind))
+    q, k = mx.zeros((1, 4, 16, head_dim)), mx.zeros((1, 2, 32, head_dim))
+    assert patch_mlx_lm.fused_here(q, k, k, masked) is answer
 
 
 @pytest.mark.parametrize(("L", "offset", "window"), [(9, 0, 4), (9, 0, 1), (5, 7, 3), (1, 6, 2), (6, 2, 8)])
@@ -247,7 +262,7 @@ def pays_at_once(monkeypatch):
         calls.append(options)
         return chunked_attention(*args, **options, chunk=16)
 
-    monkeypatch.setattr(patch_mlx_lm, "MASKED_FROM", 2)
+    monkeypatch.setattr(patch_mlx_lm, "UNFUSED_FROM", 2)
     monkeypatch.setattr(patch_mlx_lm, "SHORT", 0)
     monkeypatch.setattr(patch_mlx_lm, "chunked_attention", counted)
     return calls
@@ -418,7 +433,7 @@ def test_scopes_left_in_another_order_than_entered(pays_at_once):
 def test_short_rows_and_files_without_the_name_are_not_switched(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(patch_mlx_lm, "this_machine", lambda: SimpleNamespace(kind="metal"))
-        with chunked_attention_on(tiny_model("llama"), patch_mlx_lm.MASKED_FROM - 1) as on:
+        with chunked_attention_on(tiny_model("llama"), patch_mlx_lm.UNFUSED_FROM - 1) as on:
             assert not on
     with chunked_attention_on(tiny_model("gemma2"), 10**6) as on:  # it writes its attention out
         assert not on
@@ -428,8 +443,7 @@ def test_short_rows_and_files_without_the_name_are_not_switched(monkeypatch):
         assert not on and file_of(model).scaled_dot_product_attention is len
 
 
-def test_on_a_gpu_only_windows_are_switched(pays_at_once, monkeypatch):
-    monkeypatch.setattr(patch_mlx_lm, "this_machine", lambda: SimpleNamespace(kind="metal"))
+def test_on_a_gpu_only_windows_are_switched(pays_at_once, fake_mac):
     model, tokens = tiny_model("gemma3_text"), mx.random.randint(0, 300, (1, 40))
     want = model(tokens)
     with chunked_attention_on(model, 40):

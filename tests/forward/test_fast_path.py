@@ -17,8 +17,8 @@ from mlxdpo.forward import shared_prefix as prefix_module
 from mlxdpo.forward.architectures import FAMILIES, model_parts
 from mlxdpo.forward.fused_head import chunk_of, score_logps, token_logps
 from mlxdpo.forward.layer_plan import checkpointed
-from mlxdpo.forward.packed import spreader
 from mlxdpo.forward.shared_prefix import hidden_states
+from mlxdpo.forward.token_rows import spreader
 
 V, G, K, P, S = 300, 2, 3, 31, 20
 KINDS = sorted(FAMILIES)

@@ -64,7 +64,7 @@ def served(tmp_path_factory):
     import gradio as gr
 
     from mlxdpo.ui.server import start_app
-    from mlxdpo.ui.train import process, view
+    from mlxdpo.ui.train import process, tab
 
     folder = tmp_path_factory.mktemp("app")
     with pytest.MonkeyPatch.context() as patch:
@@ -76,7 +76,7 @@ def served(tmp_path_factory):
 
         finished_run(folder)
         patch.setattr(process, "_spawn", refuse)
-        patch.setattr(view.subprocess, "run", refuse)
+        patch.setattr(tab.subprocess, "run", refuse)
         app = start_app(folder / "runs", "one")
         broken = []
         for block in app.page.fns.values():

@@ -14,7 +14,7 @@ from mlxdpo.cli import run as cli
 from mlxdpo.config import Config, dump_config, load_config
 from mlxdpo.losses import resolve
 from mlxdpo.online.constitution.schema import dump_constitution, load_constitution
-from mlxdpo.online.rounds import plan
+from mlxdpo.online.rounds import run
 from mlxdpo.training.stages import stage_of
 from mlxdpo.training.step import make_optimizer
 from mlxdpo.types import UserError
@@ -74,9 +74,9 @@ def test_rounds(tmp_path, monkeypatch, seed):
 
     def prepare():
         config = load_config(None, changed if isinstance(changed, dict) else {})
-        plan.check_rounds(config)
-        plan.drawing_of(config, 1)
-        return plan.round_config(config, tmp_path, rng.choice([1, 2]), None)
+        run.check_rounds(config)
+        run.drawing_of(config, 1)
+        return run.round_config(config, tmp_path, rng.choice([1, 2]), None)
 
     case("recipe of rounds", prepare)
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from mutating import ODD_NAMES, ODD_VALUES, SEEDS, dumped, mutate_bytes, mutate_value
 from small_export import NAME, base_of, exported
 
-from mlxdpo.exporters.client import check_repo_id
-from mlxdpo.exporters.download import check_name
+from mlxdpo.exporters.client import check_name, check_repo_id
 from mlxdpo.exporters.hub import push
 from mlxdpo.exporters.pull import pull_run
 from mlxdpo.io.names import is_plain_name

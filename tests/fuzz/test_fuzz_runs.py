@@ -13,9 +13,9 @@ from tiny_runs import finish, recipe
 from votes import VOTE
 
 from mlxdpo.cli import run as cli
-from mlxdpo.exporters.findings import read_card_numbers
 from mlxdpo.exporters.record import read_record
 from mlxdpo.exporters.run import export
+from mlxdpo.exporters.sections import read_card_numbers
 from mlxdpo.inference.trained_run import open_trained_run
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.online.votes_to_pairs import export_votes
@@ -25,10 +25,10 @@ from mlxdpo.training.run import train
 from mlxdpo.ui import choices
 from mlxdpo.ui.runs.curves import Tail, follow_metrics
 from mlxdpo.ui.runs.run_list import scan, summary_rows
-from mlxdpo.ui.runs.run_view import charts, checkpoints, difference, headline, measured, rounds
-from mlxdpo.ui.runs.run_view import report_frame as report_view
+from mlxdpo.ui.runs.tab import charts, checkpoints, difference, headline, measured, rounds
+from mlxdpo.ui.runs.tab import report_frame as report_view
 from mlxdpo.ui.train.process import watch
-from mlxdpo.ui.vote.vote_file import standing_html, votes_of
+from mlxdpo.ui.vote.tab import standing_html, votes_of
 from mlxdpo_eval.compare import compare_runs
 from mlxdpo_eval.judges.votes import problem_with
 from mlxdpo_eval.report.rounds import write_rounds

@@ -15,8 +15,24 @@ from mlxdpo.data.read import prompt_key, read_pairs
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.online.collect import Ranker, collect, read_prompts, source_of
-from mlxdpo.online.collect.rows import CLOSE, FEW, RULES, TIED, best_worst, every, why_none
-from mlxdpo.online.collect.screen import BROKEN, EMPTY, REPEATED, SPECIAL, UNFINISHED, fault, grams, jaccard, repeats
+from mlxdpo.online.collect.rows import (
+    BROKEN,
+    CLOSE,
+    EMPTY,
+    FEW,
+    REPEATED,
+    RULES,
+    SPECIAL,
+    TIED,
+    UNFINISHED,
+    best_worst,
+    every,
+    fault,
+    grams,
+    jaccard,
+    repeats,
+    why_none,
+)
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 from mlxdpo_eval.judges import Verdict

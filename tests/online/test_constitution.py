@@ -25,16 +25,32 @@ from mlxdpo.losses import resolve
 from mlxdpo.model.policy import load_policy
 from mlxdpo.online.collect import Asked, Prompts, read_prompts
 from mlxdpo.online.constitution import Constitution, Feedback, SamplingSettings, apply_constitution, load_constitution
-from mlxdpo.online.constitution import labels as labelling
-from mlxdpo.online.constitution.conversations import COPIED, ECHO, SAME, TOO_LONG, ChatModel, drawn_principle, revised
-from mlxdpo.online.constitution.labels import Label, label_pair, shared_next_logits
-from mlxdpo.online.constitution.schema import Principle, Worked, dump_constitution
-from mlxdpo.online.constitution.wording import comparison_turns, critique_turns, revision_turns
-from mlxdpo.online.constitution.write_outputs import label_position_bias, pair_of
-from mlxdpo.online.policy_source import policy_source
+from mlxdpo.online.constitution import conversations as labelling
+from mlxdpo.online.constitution.conversations import (
+    COPIED,
+    ECHO,
+    SAME,
+    TOO_LONG,
+    ChatModel,
+    Label,
+    drawn_principle,
+    label_pair,
+    revised,
+    shared_next_logits,
+)
+from mlxdpo.online.constitution.run import label_position_bias, pair_of
+from mlxdpo.online.constitution.schema import (
+    Principle,
+    Worked,
+    comparison_turns,
+    critique_turns,
+    dump_constitution,
+    revision_turns,
+)
+from mlxdpo.online.prompts import policy_source
 from mlxdpo.types import Message, UserError
-from mlxdpo.ui.constitution import tab, view
-from mlxdpo.ui.constitution.view import LEFT, PAIRED, TalkFilter
+from mlxdpo.ui.constitution import tab
+from mlxdpo.ui.constitution.tab import LEFT, PAIRED, TalkFilter
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role + ' ' + m.content + '<end>' }}{% endfor %}"
@@ -429,11 +445,11 @@ def there(tmp_path, monkeypatch, speaker, prompts):
 
 def test_the_page_lists_filters_and_opens(there):
     runs = there / "runs"
-    assert list(view.found(runs, there)) == ["cai"]
-    talks = view.open_talks(there / "cai")
-    paired, left = (view.matching_talks(talks, TalkFilter(kind=kind)) for kind in (PAIRED, LEFT))
+    assert list(tab.found(runs, there)) == ["cai"]
+    talks = tab.open_talks(there / "cai")
+    paired, left = (tab.matching_talks(talks, TalkFilter(kind=kind)) for kind in (PAIRED, LEFT))
     assert sorted([*paired, *left]) == list(range(len(talks))) and paired and left
-    red = view.matching_talks(talks, TalkFilter(principle="red"))
+    red = tab.matching_talks(talks, TalkFilter(principle="red"))
     assert red == [at for at, talk in enumerate(talks) if talk["principle"] == "red"]
     html, page = tab.listed(runs, 0, "cai", "", "all", "any principle", 0, 0)
     assert page == 0 and f"Conversations 1 to 20 of {len(talks)} found" in html
@@ -448,7 +464,7 @@ def test_the_page_lists_filters_and_opens(there):
     assert f"{talk['probability']:.3f}" in shown
     assert "No pair: " in tab.read(runs, "cai", left[-1] + 1)
     assert "there is no conversation 99" in tab.read(runs, "cai", 99)
-    assert "pairs from" in view.summary_html(there / "cai")
+    assert "pairs from" in tab.summary_html(there / "cai")
 
 
 def test_the_page_escapes_and_opens_nothing_else(there):

@@ -13,7 +13,7 @@ from mlxdpo.cli import run as cli
 from mlxdpo.config import load_config
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.online.prompts import Asked, Prompts
-from mlxdpo.online.rounds import plan
+from mlxdpo.online.rounds import run
 from mlxdpo.runs import Run
 from mlxdpo.training.plan import learning_rate
 from mlxdpo.training.run import train
@@ -271,14 +271,14 @@ def test_two_few_prompts_never_stop():
 def test_prompts_come_in_turn(place):
     config = load_config("r.yaml", {"rounds": {"prompts": 4}})
     prompts = Prompts([Asked(str(i), "") for i in range(10)], {})
-    drawn = [[one.prompt for one in plan.prompts_of(config, prompts, n).asked] for n in (1, 2, 3)]
+    drawn = [[one.prompt for one in run.prompts_of(config, prompts, n).asked] for n in (1, 2, 3)]
     assert len({*drawn[0], *drawn[1]}) == 8 and drawn[2][2:] == drawn[0][:2] and len(set(drawn[2])) == 4
-    assert plan.drawing_of(config, 1).seed != plan.drawing_of(config, 2).seed
+    assert run.drawing_of(config, 1).seed != run.drawing_of(config, 2).seed
 
 
 def test_votes_go_through_a_whole_round_unedited(place):
     """What the app wrote, held-out prompts among it: those are left out and counted, the others are trained on."""
-    from mlxdpo.ui.vote.vote_file import append_vote
+    from mlxdpo.ui.vote.tab import append_vote
 
     finish(load_config(None, {"model": "llama", "data": "old.jsonl", "out": "one"} | parts(place)))
     for i, prompt in enumerate(PROMPTS):
@@ -302,7 +302,7 @@ def parts(place):
 
 
 def test_the_app_shows_rounds_side_by_side(after_one_round, monkeypatch):
-    from mlxdpo.ui.runs.run_view import rounds
+    from mlxdpo.ui.runs.tab import rounds
 
     monkeypatch.chdir(after_one_round)
     shown = rounds(Path("out/round-1"))

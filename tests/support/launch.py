@@ -55,7 +55,7 @@ if __name__ == "__main__":
     if what == "tight":
         limit_memory(float(arguments[0]))
         main(arguments[1:])
-    from mlxdpo.ui.vote.vote_file import append_vote
+    from mlxdpo.ui.vote.tab import append_vote
 
     run, first = Run.open(arguments[0]), int(arguments[1])
     for number in itertools.count(first):

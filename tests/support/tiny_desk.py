@@ -5,8 +5,8 @@ from pathlib import Path
 from tiny_runs import finish, recipe
 
 from mlxdpo.runs import Run
-from mlxdpo.ui.app_state import AppState
 from mlxdpo.ui.compare.answers import Settings
+from mlxdpo.ui.engine import AppState
 
 SHORT = Settings(max_tokens=8, temperature=1.0, seed=3)
 

@@ -15,8 +15,7 @@ from mlxdpo.losses import LOSSES
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
 from mlxdpo.runs import Run
-from mlxdpo.training.likelihood_warning import LikelihoodWatch
-from mlxdpo.training.metrics import Scored, unpaired_metrics
+from mlxdpo.training.metrics import LikelihoodWatch, Scored, unpaired_metrics
 from mlxdpo.training.reference_sync import ReferenceSync, swapped_in, trained_arrays
 from mlxdpo.types import UserError
 

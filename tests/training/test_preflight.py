@@ -65,36 +65,44 @@ def refusal(config):
     return str(error.value)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_a_fresh_adapter_that_is_not_zero_is_named(tmp_path, monkeypatch, method):
+def test_a_fresh_adapter_that_is_not_zero_is_named(tmp_path, monkeypatch, method, dtype):
     def damage(job):
         job.model.layers[0].self_attn.q_proj.lora_b = mx.ones_like(job.model.layers[0].self_attn.q_proj.lora_b)
 
     broken(monkeypatch, damage)
-    sentence = refusal(recipe(tmp_path, lora={"method": method}))
+    sentence = refusal(recipe(tmp_path, lora={"method": method}, model={"dtype": dtype}))
     assert sentence.startswith("before the first step the loss is ") and "instead of 0.693147" in sentence
     assert sentence.endswith("nats from its reference: the fresh adapter is not zero")
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "full"])
-def test_a_tampered_reference_table_is_named(tmp_path, cache, method):
-    config = recipe(tmp_path, lora={"method": method}, train={"steps": 1})
+METHODS = [
+    ("full", "float32"),
+    *((method, d) for method in ("lora", "dora") for d in ("float32", "bfloat16", "float16")),
+]
+
+
+@pytest.mark.parametrize(("method", "dtype"), METHODS)
+def test_a_tampered_reference_table_is_named(tmp_path, cache, method, dtype):
+    config = recipe(tmp_path, lora={"method": method}, train={"steps": 1}, model={"dtype": dtype})
     finish(config)
     (table,) = (cache / "reference").glob("*.safetensors")
     arrays = mx.load(str(table))
     save_checksummed(table, {"rows": arrays["rows"], "logps": arrays["logps"] + 0.5})
-    sentence = refusal(recipe(tmp_path, "second", lora={"method": method}))
+    sentence = refusal(recipe(tmp_path, "second", lora={"method": method}, model={"dtype": dtype}))
     assert "a log-prob is 0.5000 nats from its reference: the reference was scored with other weights" in sentence
     assert sentence.endswith("score it again with an empty cache")
 
 
-def test_weights_that_moved_after_the_reference_was_scored_are_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("method", "dtype"), METHODS)
+def test_weights_that_moved_after_the_reference_was_scored_are_named(tmp_path, monkeypatch, method, dtype):
     def damage(job):
         job.model.model.norm.weight = job.model.model.norm.weight * 2
 
     broken(monkeypatch, damage)
-    assert "the reference was scored with other weights" in refusal(recipe(tmp_path, lora={"method": "full"}))
-    assert "the reference was scored with other weights" in refusal(recipe(tmp_path, "second"))
+    sentence = refusal(recipe(tmp_path, lora={"method": method}, model={"dtype": dtype}))
+    assert "the reference was scored with other weights" in sentence
 
 
 def test_a_reference_that_is_not_finite_is_named(tmp_path, monkeypatch):
@@ -116,7 +124,7 @@ def test_another_reference_model_trains_and_skips_the_check(tmp_path, monkeypatc
     expected = preflight.score_pairs(other.model, batch)
     for got, want in ((expected.ref_chosen, expected.chosen), (expected.ref_rejected, expected.rejected)):
         assert got.tolist() == pytest.approx(want.tolist(), abs=1e-3)
-    assert preflight._gap(preflight.score_pairs(job.model, batch)) > 1
+    assert preflight._reference_gaps(preflight.score_pairs(job.model, batch))[0].max() > 1
 
 
 def test_a_reference_that_reads_text_differently_is_refused(tmp_path):
@@ -245,7 +253,7 @@ def test_gemma2_rows_beyond_its_window_are_refused_before_anything_is_written(tm
 
 def test_long_rows_train_through_the_light_attention_to_the_same_losses(tmp_path, monkeypatch):
     wanted = [e.values["loss"] for e in finish(recipe(tmp_path, "own")) if e.kind == "step"]
-    monkeypatch.setattr(patch_mlx_lm, "MASKED_FROM", 8)
+    monkeypatch.setattr(patch_mlx_lm, "UNFUSED_FROM", 8)
     monkeypatch.setattr(patch_mlx_lm, "SHORT", 8)
     calls, chunked = [], patch_mlx_lm.chunked_attention
     monkeypatch.setattr(patch_mlx_lm, "chunked_attention", lambda *a, **k: calls.append(1) or chunked(*a, **k))

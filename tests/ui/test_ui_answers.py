@@ -17,11 +17,19 @@ from mlxdpo.inference.trained_run import prompt_text
 from mlxdpo.model.adapters import load_run, load_start
 from mlxdpo.runs import Run
 from mlxdpo.types import Message, UserError
-from mlxdpo.ui.app_state import CHECKPOINT, NOBODY, OTHER
-from mlxdpo.ui.compare.answers import LONGEST_PROMPT, Settings, answer_together, chat_prompt, ids_of, settings_from
+from mlxdpo.ui.compare.answers import (
+    LONGEST_PROMPT,
+    Settings,
+    TokenPiece,
+    answer_together,
+    chat_prompt,
+    ids_of,
+    score,
+    settings_from,
+)
 from mlxdpo.ui.compare.columns import Column, Exchange, columns_html, heat
-from mlxdpo.ui.compare.conversation import Chat, chat_html, converse
-from mlxdpo.ui.compare.scores import TokenPiece, score
+from mlxdpo.ui.compare.tab import Chat, chat_html, converse
+from mlxdpo.ui.engine import CHECKPOINT, NOBODY, OTHER
 
 METHODS = {
     "lora": {},
@@ -226,7 +234,7 @@ def test_the_page_takes_every_value_that_its_own_lists_offer(desk):
     import gradio as gr
 
     from mlxdpo.ui.compare.tab import picked_prompt, prompt_choices
-    from mlxdpo.ui.input_checks import problem
+    from mlxdpo.ui.guard import problem
 
     choices, _ = prompt_choices(desk, "one")
     with gr.Blocks():

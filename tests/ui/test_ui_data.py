@@ -11,7 +11,7 @@ from mlxdpo.config import DataConfig
 from mlxdpo.data.report import BadRow
 from mlxdpo.types import UserError
 from mlxdpo.ui import choices
-from mlxdpo.ui.data import edit, tab, view
+from mlxdpo.ui.data import tab, view
 from mlxdpo.ui.data.view import RowFilter
 
 EVIL = "<script>alert(1)</script>"
@@ -98,9 +98,9 @@ def test_an_edit_makes_a_new_file_and_changes_one_line(file):
     before = file.read_bytes()
     book = view.open_book(file)
     where, row = view.row_at(book, 2)
-    assert edit.fields_of(book, row) == [("prompt", "Two words"), ("chosen", "yes"), ("rejected", "no no no")]
-    new = edit.edited_row(book, where, row, ["Two words", "yes, “gladly”", "no no no"])
-    saved = edit.save_row(file, where, row, new)
+    assert view.fields_of(book, row) == [("prompt", "Two words"), ("chosen", "yes"), ("rejected", "no no no")]
+    new = view.edited_row(book, where, row, ["Two words", "yes, “gladly”", "no no no"])
+    saved = view.save_row(file, where, row, new)
     assert saved.name == "pairs.edited.jsonl" and file.read_bytes() == before
     old_lines, new_lines = before.split(b"\n"), saved.read_bytes().split(b"\n")
     assert json.loads(new_lines[1]) == ROWS[1] | {"chosen": "yes, “gladly”"}
@@ -109,19 +109,19 @@ def test_an_edit_makes_a_new_file_and_changes_one_line(file):
     # The edited file is gone on with; the original edited again makes another.
     book = view.open_book(saved)
     where, row = view.row_at(book, 1)
-    new = edit.edited_row(book, where, row, ["one", "better", "bad", "3"])
-    assert new["score"] == 3 and edit.save_row(saved, where, row, new) == saved
+    new = view.edited_row(book, where, row, ["one", "better", "bad", "3"])
+    assert new["score"] == 3 and view.save_row(saved, where, row, new) == saved
     assert json.loads(saved.read_bytes().split(b"\n")[0])["chosen"] == "better"
-    assert edit.target_of(file).name == "pairs.edited-2.jsonl"
+    assert view.target_of(file).name == "pairs.edited-2.jsonl"
 
 
 def test_what_changed_meanwhile_is_not_overwritten(file):
     book = view.open_book(file)
     where, row = view.row_at(book, 1)
-    new = edit.edited_row(book, where, row, ["one", "mine", "bad", "3"])
+    new = view.edited_row(book, where, row, ["one", "mine", "bad", "3"])
     file.write_text(file.read_text().replace("good answer", "theirs"))
     with pytest.raises(UserError, match="not what was shown any more"):
-        edit.save_row(file, where, row, new)
+        view.save_row(file, where, row, new)
     assert list(file.parent.iterdir()) == [file]
 
 
@@ -137,7 +137,7 @@ def test_an_edit_that_makes_no_pair_is_refused(file, texts, sentence):
     book = view.open_book(file)
     where, row = view.row_at(book, 1)
     with pytest.raises(UserError, match=re.escape(sentence)):
-        edit.edited_row(book, where, row, texts)
+        view.edited_row(book, where, row, texts)
 
 
 def test_messages_are_edited_as_json(tmp_path):
@@ -147,10 +147,10 @@ def test_messages_are_edited_as_json(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text(json.dumps(row))
     book = view.open_book(path)
-    texts = [text for _, text in edit.fields_of(book, row)]
-    assert edit.edited_row(book, "m.jsonl:1", row, texts) == row
+    texts = [text for _, text in view.fields_of(book, row)]
+    assert view.edited_row(book, "m.jsonl:1", row, texts) == row
     texts[1] = texts[1].replace("hello", "good day")
-    assert edit.edited_row(book, "m.jsonl:1", row, texts)["chosen"] == answer("good day")
+    assert view.edited_row(book, "m.jsonl:1", row, texts)["chosen"] == answer("good day")
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl.gz"])
@@ -162,8 +162,8 @@ def test_other_kinds_of_file_become_json_lines(tmp_path, kind):
         path.write_bytes(gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)))
     book = view.open_book(path)
     where, row = book.rows[1]
-    new = edit.edited_row(book, where, row, ["new", *[t for _, t in edit.fields_of(book, row)][1:]])
-    saved = edit.save_row(path, where, row, new)
+    new = view.edited_row(book, where, row, ["new", *[t for _, t in view.fields_of(book, row)][1:]])
+    saved = view.save_row(path, where, row, new)
     assert saved.name == "pairs.edited.jsonl"
     assert [row["prompt"] for row in map(json.loads, saved.read_text().splitlines())][1] == "new"
     assert len(view.open_book(saved).rows) == len(book.rows)

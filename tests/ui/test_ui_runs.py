@@ -14,7 +14,7 @@ from tiny_runs import finish, recipe, stop_after
 
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
-from mlxdpo.ui.runs import run_list, run_view
+from mlxdpo.ui.runs import run_list, tab
 from mlxdpo.ui.runs.chart import HEIGHT, LEFT, WIDTH, Series, chart, frame_of, tick_step
 from mlxdpo.ui.runs.curves import PIECE, POINTS, SAMPLES, Tail, follow_metrics, points, thinned
 from mlxdpo.ui.widgets import html_table
@@ -101,7 +101,7 @@ def test_win_rate_and_accuracy_come_from_the_files(runs):
     (runs / "done" / "eval").mkdir()
     (runs / "done" / "eval" / "results_1.json").write_text(json.dumps({"winrates": [{"rate": 0.25}]}))
     (runs / "done" / "eval" / "results_2.json").write_text(json.dumps({"winrates": [{"rate": 0.625}, {"rate": 0.1}]}))
-    assert run_list.summary("done", runs / "done").cells()[6:] == ["75.0%", "62.5%"]
+    assert run_list.summary("done", runs / "done")[6:] == ["75.0%", "62.5%"]
 
 
 def test_newest_finds_the_last_lines_of_a_long_file(tmp_path):
@@ -196,19 +196,19 @@ def test_a_chart_says_its_numbers_and_escapes_its_words():
 def test_charts_show_a_real_run(runs):
     tail = Tail(runs / "done" / "metrics.jsonl")
     follow_metrics(tail)
-    shown = run_view.charts(tail, {"drift": {"kl": 2.5}})
-    assert [title for title, _ in run_view.CHARTS] == re.findall(r"<figcaption>(.*?)</figcaption>", shown)
+    shown = tab.charts(tail, {"drift": {"kl": 2.5}})
+    assert [title for title, _ in tab.CHARTS] == re.findall(r"<figcaption>(.*?)</figcaption>", shown)
     assert "evaluated at the end 2.5 at step 5" in shown
-    assert "No step yet" in run_view.charts(Tail(runs / "none"), {})
-    rows = run_view.checkpoints(runs / "done", tail)
+    assert "No step yet" in tab.charts(Tail(runs / "none"), {})
+    rows = tab.checkpoints(runs / "done", tail)
     assert [row[0] for row in rows] == ["step-000005", "step-000004", "step-000002"]
     assert rows[0][-1].startswith("newest") and rows[1][2] == f"{tail.steps[3]['loss']:.4f}"
 
 
 def test_a_report_is_framed_and_inert(tmp_path):
-    assert "mlxdpo eval" in run_view.report_frame(tmp_path)
+    assert "mlxdpo eval" in tab.report_frame(tmp_path)
     (tmp_path / "report.html").write_text(f'<p class="a">{EVIL}</p>')
-    framed = run_view.report_frame(tmp_path)
+    framed = tab.report_frame(tmp_path)
     assert 'sandbox=""' in framed and EVIL not in framed
     assert 'srcdoc="&lt;p class=&quot;a&quot;&gt;&lt;script&gt;' in framed
 
@@ -217,11 +217,11 @@ def test_only_settings_that_differ_are_listed(tmp_path):
     for name, text in (("a", "lora: {rank: 8, keys: [q]}\nout: x\n"), ("b", "lora: {rank: 16, keys: [q]}\nout: y\n")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(text + ("stage: sft\n" if name == "b" else ""))
-    assert run_view.difference(tmp_path / "a", tmp_path / "b") == [
+    assert tab.difference(tmp_path / "a", tmp_path / "b") == [
         ["lora.rank", "8", "16"],
         ["stage", "(not set)", "sft"],
     ]
-    assert run_view.difference(tmp_path / "a", tmp_path / "a") == []
+    assert tab.difference(tmp_path / "a", tmp_path / "a") == []
 
 
 def test_tables_escape_every_cell():

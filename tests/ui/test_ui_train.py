@@ -19,8 +19,8 @@ from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 from mlxdpo.ui import choices
 from mlxdpo.ui.runs.run_list import JOB, choose, state
-from mlxdpo.ui.train import process, recipe_form, tab, view
-from mlxdpo.ui.train.view import complaint, estimate, estimate_html
+from mlxdpo.ui.train import process, recipe_form, tab
+from mlxdpo.ui.train.tab import complaint, estimate, estimate_html
 
 BUSY = {
     "data": {"eval_fraction": 0.4},
@@ -49,7 +49,7 @@ def test_every_knob_of_the_schema_is_in_the_form_with_its_help():
     for section, value in Config().model_dump().items():
         names = [f"{section}.{name}" for name in value] if isinstance(value, dict) else [section]
         dumped |= dict.fromkeys(names)
-    assert found.keys() == dumped.keys() - set(recipe_form.CHOSEN)
+    assert found.keys() == dumped.keys() - {*recipe_form.CHOSEN, *recipe_form.NEVER}
     assert set(recipe_form.VISIBLE) <= found.keys() and all(knob.help for knob in found.values())
     assert found["model.quantize"].choices == ("4", "8") and found["model.quantize"].empty
     assert "ipo" in found["loss.name"].choices and "lion" in found["optim.name"].choices
@@ -199,7 +199,7 @@ def test_what_cannot_be_started_stopped_or_resumed_says_why(place):
             action(path)
     with run.exclusive(), pytest.raises(UserError, match="started in a terminal; press Ctrl-C there"):
         process.stop_training(run.path)
-    assert "No training yet" in view.shown_training(runs, "../x")
+    assert "No training yet" in tab.shown_training(runs, "../x")
 
 
 def test_a_log_is_escaped(tmp_path):
@@ -207,7 +207,7 @@ def test_a_log_is_escaped(tmp_path):
     job.mkdir(parents=True)
     (job / "job.json").write_text(json.dumps({"pid": 1, "command": ["mlxdpo", "train"]}))
     (job / "log.txt").write_text("<script>alert(1)</script>\nstep 3/9 done\n")
-    shown = view.shown_training(tmp_path, "bad")
+    shown = tab.shown_training(tmp_path, "bad")
     assert "<script" not in shown and "&lt;script&gt;" in shown and "bad: failed." in shown
     assert process.watch(tmp_path / "bad").steps == 9
 

@@ -21,7 +21,7 @@ from mlxdpo.online.votes_to_pairs import export_votes, pairs_of
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 from mlxdpo.ui.vote.blind_round import Round, blind_html, judged, pick_prompt, play, revealed_html
-from mlxdpo.ui.vote.vote_file import FILE, append_vote, asked, record, standing, standing_html
+from mlxdpo.ui.vote.tab import FILE, append_vote, asked, record, standing, standing_html
 from mlxdpo_eval.judges.votes import problem_with, read_ballots
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
@@ -195,7 +195,7 @@ WRITER = """
     import sys
     from pathlib import Path
     from mlxdpo.runs import Run
-    from mlxdpo.ui.vote.vote_file import append_vote
+    from mlxdpo.ui.vote.tab import append_vote
     run = Run(Path(sys.argv[1]))
     for i in range(100000):
         line = {"id": f"{i}", "prompt": "p" * 3000, "a": "x", "b": "y", "winner": "a", "tuned": "a"}

@@ -76,7 +76,7 @@ SWITCHES: dict[str, Switch] = {
     "no-packing": Switch(logprobs, "packing_is_worth_it", lambda prompts, rows, rest: False),
     "chunked-head": Switch(fused_head, "is_frozen", lambda head: False),
     "ungrouped": Switch(batching, "distinct_rows", _rows_of_each_pair),
-    "mlx-attention": Switch(patch_mlx_lm, "chunking_is_faster", lambda kind, tokens, masked: False),
+    "mlx-attention": Switch(patch_mlx_lm, "chunking_is_faster", lambda kind, keys, fused: False),
     "mlx-swiglu": Swiglu(patch_mlx_lm, "OURS", patch_mlx_lm.MLX_LM[1]),
 }
 
@@ -116,7 +116,7 @@ def run(job: Job, channel: Channel) -> None:
     examples = [Example(*ids, where=f"pair {i}") for i, ids in enumerate(arrays)]
     # What `light_attention` does; asked for MLX's attention, it must still exchange the other part.
     lighter = "mlx-attention" in job.switches or patch_mlx_lm.chunking_is_faster(
-        this_machine().kind, job.longest(), True
+        this_machine().kind, job.longest(), fused=False
     )
     with patch_mlx_lm.patched(patch_mlx_lm.attention_files(policy.model) if lighter else []):
         started = time.perf_counter()

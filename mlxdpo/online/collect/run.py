@@ -11,7 +11,9 @@ was interrupted ends in the same bytes as one that was not.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,15 +24,14 @@ from mlxdpo.data.read import prompt_key
 from mlxdpo.data.template import unwrap
 from mlxdpo.inference.generate import Completion, finished
 from mlxdpo.inference.trained_run import prompt_text
-from mlxdpo.io.atomic import append_line
-from mlxdpo.io.json_file import read_lines
-from mlxdpo.io.lock import single_process
+from mlxdpo.io.atomic import append_line, write_json, write_text
+from mlxdpo.io.json_file import json_lines, read_lines
+from mlxdpo.io.staging import single_process
 from mlxdpo.model.policy import Policy
-from mlxdpo.online.collect import screen
-from mlxdpo.online.collect.write_outputs import write_collection
+from mlxdpo.online.collect import rows
+from mlxdpo.online.collect.rows import made_of, pair_rows, written
 from mlxdpo.online.partial_output import answer_missing, changed_setting
-from mlxdpo.online.policy_source import PolicySource
-from mlxdpo.online.prompts import Asked, Prompts
+from mlxdpo.online.prompts import Asked, PolicySource, Prompts
 from mlxdpo.types import Event, Text, UserError
 
 CHUNKS_OF = 2  # times batch_size answers: enough that rows which end early make room, little to lose
@@ -120,11 +121,11 @@ def _answered(
         before = prompt if is_plain(one.prompt, policy.tokenizer, source.data) else []
         own = [continued(policy.tokenizer, before, c.tokens) for c in completions]
         bad = [
-            screen.fault(text, c.tokens, c.finish == "stop", keep, special)
+            rows.fault(text, c.tokens, c.finish == "stop", keep, special)
             for text, c in zip(own, completions, strict=True)
         ]
         texts.append(own)
-        faults.append(screen.repeats(own, bad, how.near))
+        faults.append(rows.repeats(own, bad, how.near))
     usable = [[text for text, why in zip(*both, strict=True) if not why] for both in zip(texts, faults, strict=True)]
     scores = ranker.score([prompt_text(one.prompt) for one in chunk], usable)
     parts = zip(chunk, drawn, texts, faults, scores, strict=True)
@@ -173,9 +174,72 @@ def _sample_line(
     for completion, text, why in zip(drawn, texts, faults, strict=True):
         score = None if why else next(given)
         if score is not None and score != score:
-            score, why = None, screen.UNJUDGED
+            score, why = None, rows.UNJUDGED
         kept = {"text": text, "tokens": len(completion.tokens), "finish": completion.finish, "score": score}
         answers.append(kept | {"left_out": why})
     prompt = one.prompt if isinstance(one.prompt, str) else [turn.as_dict() for turn in one.prompt]
     line = {"prompt_id": prompt_key(one.prompt).hex(), "where": one.where, "prompt": prompt, "answers": answers}
     return line | ({"tools": [dict(tool) for tool in one.tools]} if one.tools else {})
+
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+def report_file(out: Path) -> Path:
+    """Where the report on the rows in `out` stands."""
+    return out.with_name(f"{out.stem}.report.json")
+
+
+def samples_file(out: Path) -> Path:
+    """Where every answer behind the rows in `out` stands."""
+    return out.with_name(f"{out.stem}.samples.jsonl")
+
+
+def write_collection(
+    partial: Path, out: Path, identity: Mapping[str, Any], prompts: Prompts, how: Drawing
+) -> dict[str, Any]:
+    """Write report and rows, then rename `partial`. Done again after a kill in between, it writes the same.
+
+    Raises `UserError` where no prompt gives a pair; the answers then wait in `partial` for another rule.
+    """
+    lines = list(read_lines(partial))[1:]
+    found = [pair_rows(line, how) for line in lines]
+    rows = [row for own, _ in found for row in own]
+    none = Counter(why for _, why in found if why)
+    report = {
+        "prompts": len(lines),
+        "prompts_left_out": prompts.left_out,
+        "prompts_without_pair": dict(none.most_common()),
+        "answers": sum(len(line["answers"]) for line in lines),
+        "answers_left_out": dict(Counter(a["left_out"] for a in _all_answers(lines) if a["left_out"]).most_common()),
+        "mean_score": _mean_score([a["score"] for a in _all_answers(lines) if a["score"] is not None]),
+        "rows": len(rows),
+        "pairs": how.pairs,
+        "margin": how.margin,
+        "identity": identity,
+    }
+    if not rows:
+        write_json(report_file(out), report)
+        why = "; ".join(collection_sentences(report))
+        raise UserError(f"{out}: no prompt gave a pair ({why}); the answers are in {partial.name}")
+    made, turns = made_of(identity), any(not isinstance(one.prompt, str) for one in prompts.asked)
+    text = json_lines(written(row, turns) | {"made": made} for row in rows)
+    write_json(report_file(out), report | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
+    write_text(out, text)
+    partial.rename(samples_file(out))
+    return report
+
+
+def collection_sentences(report: Mapping[str, Any]) -> list[str]:
+    """What was left out, in words with counts."""
+    parts = ("prompts_left_out", "answers_left_out", "prompts_without_pair")
+    nouns = {"answers_left_out": "answers: "}
+    return [f"{count} {nouns.get(part, '')}{why}" for part in parts for why, count in report[part].items()]
+
+
+def _all_answers(lines: Lines) -> Iterator[Mapping[str, Any]]:
+    return (answer for line in lines for answer in line["answers"])
+
+
+def _mean_score(scores: Sequence[float]) -> float | None:
+    return sum(scores) / len(scores) if scores else None

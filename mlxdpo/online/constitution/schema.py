@@ -1,6 +1,10 @@
 """What a constitution is: principles, each with what to look for in an answer, how to rewrite it, how to compare two.
 
-And how a model is asked to apply it (`SamplingSettings`). A constitution is a YAML file; `default.yaml` beside this
+And how a model is asked to apply it (`SamplingSettings`), in which words: arXiv 2212.08073, section 3.1 (critique and
+revision) and 4.1 (comparison). There they are one text with `Critique Request:` marks, for a model without a chat
+template; here each request is a user's turn, as a model that was tuned to follow instructions expects it.
+
+A constitution is a YAML file; `default.yaml` beside this
 file is the one that is used when none is named.
 """
 
@@ -15,8 +19,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from mlxdpo.config import Section
+from mlxdpo.data.fields import as_turns
 from mlxdpo.io.yaml_file import read_recipe, yaml_text
-from mlxdpo.types import UserError
+from mlxdpo.types import Message, Text, UserError
 
 CRITIQUE = 160  # tokens
 Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, strict=True)]
@@ -152,3 +157,58 @@ def _explained(error: ValidationError, source: str) -> str:
 def _known_keys(loc: tuple[Any, ...]) -> list[str]:
     section = {"principles": Principle, "examples": Worked}.get(str(loc[0]), Constitution)
     return list((Constitution if len(loc) == 1 else section).model_fields)
+
+
+LETTERS = ("A", "B")
+COMPARED = """Here is a conversation, and two answers to its last message.
+
+{talk}
+
+[Answer A]
+{first}
+
+[Answer B]
+{second}
+
+{question} The order of the answers means nothing. Reply with one letter, A or B."""
+
+
+def answer_turns(prompt: Text) -> tuple[Message, ...]:
+    """The prompt alone: the first answer is the model's own, no example stands before it."""
+    return as_turns(prompt)
+
+
+def critique_turns(rules: Constitution, principle: Principle, prompt: Text, answer: str) -> tuple[Message, ...]:
+    """Worked examples, the prompt, the answer, the request for a critique. A system turn stays in front."""
+    turns = as_turns(prompt)
+    head = tuple(turn for turn in turns[:1] if turn.role == "system")
+    asked = (Message("assistant", answer), Message("user", principle.critique))
+    return (*head, *_worked(rules), *turns[len(head) :], *asked)
+
+
+def revision_turns(
+    rules: Constitution, principle: Principle, prompt: Text, answer: str, critique: str
+) -> tuple[Message, ...]:
+    """The same with the critique and the request for a revision."""
+    asked = (Message("assistant", critique), Message("user", principle.revision))
+    return (*critique_turns(rules, principle, prompt, answer), *asked)
+
+
+def comparison_turns(principle: Principle, prompt: Text, first: str, second: str) -> tuple[Message, ...]:
+    """One user's turn that shows both answers. The question stands last: what comes before it is the same for every
+    principle, and is computed once."""
+    talk = "\n\n".join(f"[{turn.role.capitalize()}]\n{turn.content}" for turn in as_turns(prompt))
+    text = COMPARED.format(talk=talk, first=first, second=second, question=principle.comparison)
+    return (Message("user", text),)
+
+
+def _worked(rules: Constitution) -> tuple[Message, ...]:
+    turns: list[Message] = []
+    for one in rules.examples:
+        for asked, said in (
+            (one.prompt, one.answer),
+            (one.critique_request, one.critique),
+            (one.revision_request, one.revision),
+        ):
+            turns += [Message("user", asked), Message("assistant", said)]
+    return tuple(turns)

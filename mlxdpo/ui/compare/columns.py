@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxdpo.ui.compare.answers import Answer
-from mlxdpo.ui.compare.scores import Score, TokenPiece
+from mlxdpo.ui.compare.answers import Answer, Score, TokenPiece
 
 ENDS = {
     "stop": "ended by itself",

@@ -10,12 +10,11 @@ from mlxdpo.config import DataConfig
 from mlxdpo.data.report import BadRow
 from mlxdpo.types import UserError
 from mlxdpo.ui import choices
-from mlxdpo.ui.data import edit, view
+from mlxdpo.ui.data import view
 from mlxdpo.ui.data.view import ANY, FIELDS, RowFilter
 from mlxdpo.ui.guard import Guard
-from mlxdpo.ui.listing import connect_list, list_widgets, turned_page
 from mlxdpo.ui.runs.run_list import choose, scan
-from mlxdpo.ui.widgets import QUIET, alert, or_alert, show_errors
+from mlxdpo.ui.widgets import QUIET, alert, connect_list, list_widgets, or_alert, show_errors, turned_page
 
 AS_RUN = "as run "
 CHOOSE = "<p>Choose a file.</p>"
@@ -119,9 +118,9 @@ def _row_opened(gr: Any, runs: Path, name: str | None, number: int | None) -> An
         book, where, row = _sound_row(runs, name, number)
     except UserError as error:
         return None, alert(error), gr.update(visible=False), *none
-    fields = edit.fields_of(book, row)
+    fields = view.fields_of(book, row)
     boxes = [gr.update(visible=True, label=label, value=value) for label, value in fields]
-    target = edit.target_of(book.path)
+    target = view.target_of(book.path)
     words = "Goes on in" if target == book.path else "Saving makes the new file"
     into = f"<p>{words} <code>{escape(str(target))}</code>; every other row is copied as it stands.</p>"
     button = gr.update(visible=True, value=f"Save into {target.name}")
@@ -133,10 +132,10 @@ def _save_edit(runs: Path, name: str, shown: Any, texts: tuple[str, ...]) -> Pat
         raise UserError("no row is open; open one by its number first")
     where, row = shown
     book = view.open_book(_path(runs, name))
-    new = edit.edited_row(book, where, row, texts)
+    new = view.edited_row(book, where, row, texts)
     if new == row:
         raise UserError(f"{where}: nothing was changed, so nothing was saved")
-    return edit.save_row(book.path, where, row, new)
+    return view.save_row(book.path, where, row, new)
 
 
 @or_alert

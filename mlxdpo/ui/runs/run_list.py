@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,34 +51,6 @@ JOB = "job"
 LARGEST = 1e15  # no measure or step is anywhere near it, and a chart of more is none
 TAIL = 256 * 1024  # bytes at the end of metrics.jsonl in which the newest step and evaluation are looked for
 HEADERS = ("run", "state", "model", "data", "steps", "loss", "held-out accuracy", "win-rate")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A run in one line. Numbers are None when they were not measured (yet).
-
-    state      starting, training, finished, interrupted, or failed (it stopped before there was a run)
-    accuracy   share of held-out pairs ranked right at the newest evaluation, 0..1
-    winrate    share of pairs of answers in which the first judge prefers the tuned one, 0..1
-    """
-
-    name: str
-    state: str
-    model: str
-    data: str
-    steps: int
-    loss: float | None
-    accuracy: float | None
-    winrate: float | None
-
-    def cells(self) -> list[str]:
-        """The line as text, for the columns of `HEADERS`."""
-        numbers = (
-            _formatted(self.loss, "{:.4f}"),
-            _formatted(self.accuracy, "{:.1%}"),
-            _formatted(self.winrate, "{:.1%}"),
-        )
-        return [self.name, self.state, self.model, self.data, str(self.steps), *numbers]
 
 
 def _formatted(value: float | None, form: str) -> str:
@@ -126,20 +97,24 @@ def busy(lock: Path) -> bool:
     return False
 
 
-def summary(name: str, path: Path) -> Summary:
-    """A run in one line; of a long `metrics.jsonl` only the end is read."""
+def summary(name: str, path: Path) -> list[str]:
+    """A run in one line of text, for the columns of `HEADERS`; of a long `metrics.jsonl` only the end is read.
+
+    Accuracy is the share of held-out pairs ranked right at the newest evaluation, the win-rate the share of pairs of
+    answers in which the first judge prefers the tuned one; a dash where it was not measured (yet).
+    """
     settings = raw_settings(path)
     last, held = newest(path / "metrics.jsonl")
-    return Summary(
-        name=name,
-        state=state(path),
-        model=_source_name(settings.get("model")),
-        data=_source_name(settings.get("data")),
-        steps=int(last.get("step", 0)),
-        loss=number_in(last, "loss"),
-        accuracy=number_in(held, "eval_rewards/accuracies"),
-        winrate=winrate(path),
-    )
+    return [
+        name,
+        state(path),
+        _source_name(settings.get("model")),
+        _source_name(settings.get("data")),
+        str(int(last.get("step", 0))),
+        _formatted(number_in(last, "loss"), "{:.4f}"),
+        _formatted(number_in(held, "eval_rewards/accuracies"), "{:.1%}"),
+        _formatted(winrate(path), "{:.1%}"),
+    ]
 
 
 def raw_settings(path: Path) -> dict[str, Any]:
@@ -216,4 +191,4 @@ def newest_evaluation(path: Path) -> dict[str, Any]:
 
 def summary_rows(runs: Path) -> list[list[str]]:
     """All runs as rows of text."""
-    return [summary(name, path).cells() for name, path in scan(runs).items()]
+    return [summary(name, path) for name, path in scan(runs).items()]

@@ -1,24 +1,22 @@
-"""The Runs tab: which runs there are, the curves of one, live while it trains, its report, and how two runs differ."""
+"""The Runs tab: which runs there are, the curves of one, live while it trains, its report, and how two runs differ.
 
+Everything that comes from a file is escaped.
+"""
+
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from mlxdpo.io.json_file import as_written, read_json
+from mlxdpo.training import checkpoint
 from mlxdpo.types import UserError
 from mlxdpo.ui.guard import Guard
-from mlxdpo.ui.runs.curves import Tail, follow_metrics
-from mlxdpo.ui.runs.run_list import HEADERS, choose, scan, state, summary_rows
-from mlxdpo.ui.runs.run_view import (
-    CHECKPOINT_HEADERS,
-    charts,
-    checkpoints,
-    difference,
-    headline,
-    measured,
-    report_frame,
-    rounds,
-)
-from mlxdpo.ui.widgets import QUIET, html_table
+from mlxdpo.ui.runs.chart import STYLE, Series, chart
+from mlxdpo.ui.runs.curves import Line, Tail, follow_metrics, points
+from mlxdpo.ui.runs.run_list import HEADERS, choose, newest_evaluation, raw_settings, scan, state, summary_rows
+from mlxdpo.ui.widgets import QUIET, html_table, or_alert
+from mlxdpo_eval.report.rounds import NOTE, round_cells, round_columns, rounds_verdict
 
 EVERY = 2.0  # seconds between looks at the files
 NO_RUNS = (
@@ -103,3 +101,147 @@ def compared(runs: Path, a: str | None, b: str | None) -> str:
         if rows
         else "<p>The two runs have the same settings.</p>"
     )
+
+
+@or_alert
+def rounds(path: Path) -> str:
+    """The rounds around the run at `path`, its own marked; or how there would be some."""
+    file = path.parent / "rounds.json"
+    if not file.exists():
+        return "<p>This run is no round of several. In a terminal: <code>mlxdpo iterate RECIPE --rounds 3</code></p>"
+    found = read_json(file)
+    with as_written(file, "run `mlxdpo iterate` again"):
+        why = f"<p>Stopped by itself: {escape(found['stopped'])}.</p>" if found["stopped"] else ""
+        rows = round_cells(found["rounds"])
+        shown = html_table(f"Rounds of {path.parent.name}", round_columns(found["rounds"]), rows, path.name)
+        return f"<p><strong>{escape(rounds_verdict(found)[1])}</strong></p>{why}{shown}<p>{escape(NOTE)}</p>"
+
+
+CHARTS: tuple[tuple[str, tuple[tuple[str, str, int], ...]], ...] = (
+    ("Loss (nats)", (("loss", "loss", 0),)),
+    (
+        "Rewards: β · log π/π_ref (nats)",
+        (("rewards/chosen", "chosen", 0), ("rewards/rejected", "rejected", 1), ("rewards/margins", "margin", 2)),
+    ),
+    ("Accuracy: pairs ranked right", (("rewards/accuracies", "accuracy", 0),)),
+    ("Gradient norm", (("grad_norm", "gradient norm", 0),)),
+    ("KL from the reference (nats)", (("kl", "KL", 0),)),
+    ("Completion log-probs (nats)", (("logps/chosen", "chosen", 0), ("logps/rejected", "rejected", 1))),
+)
+KL_EMPTY = "Not measured while training; mlxdpo eval measures it on the tuned model's own answers."
+CHECKPOINT_HEADERS = ("checkpoint", "step", "loss", "margin", "held-out loss", "held-out accuracy", "note")
+
+
+def charts(tail: Tail, results: Mapping[str, Any]) -> str:
+    """The run's figures. KL is known from `results`, the newest evaluation, alone."""
+    if not tail.steps and not tail.evals:
+        return "<p>No step yet. Curves appear here with the first one and move while the training runs.</p>"
+    kl = number_at(results, "drift", "kl")
+    last = tail.steps[-1]["step"] if tail.steps else 0
+    figures = []
+    for title, metrics in CHARTS:
+        alone = len(metrics) == 1
+        series = [s for metric in metrics for s in _series(tail, *metric, 1 if alone else metric[2])]
+        if title.startswith("KL") and kl is not None:
+            series.append(Series("evaluated at the end", [(last, kl)], "dots", 1))
+        figures.append(chart(title, series, KL_EMPTY if title.startswith("KL") else "Nothing measured yet."))
+    note = "<p>This file is long: the curves are a sample of its lines.</p>" if tail.sampled else ""
+    if tail.damaged:
+        note += f'<p role="alert">{tail.damaged:,} lines of metrics.jsonl are damaged and left out.</p>'
+    return f'{STYLE}{note}<div class="charts">{"".join(figures)}</div>'
+
+
+def _series(tail: Tail, metric: str, name: str, colour: int, held: int) -> list[Series]:
+    """Training as a line in `colour`, held-out values as dots in `held`."""
+    return [
+        Series(name, points(tail.steps, metric), "line", colour),
+        Series(f"{name}, held out", points(tail.evals, f"eval_{metric}"), "dots", held),
+    ]
+
+
+def checkpoints(path: Path, tail: Tail) -> list[list[str]]:
+    """Kept checkpoints, newest first, with the numbers of their step, for the columns of `CHECKPOINT_HEADERS`."""
+    steps = {line["step"]: line for line in tail.steps}
+    evals = {line["step"]: line for line in tail.evals}
+    folders = [folder for folder in reversed(checkpoint.steps(path / "checkpoints")) if folder.name[5:].isdecimal()]
+    held_out = [line for line in evals.values() if isinstance(line["eval_loss"], int | float)]
+    best = min(held_out, key=lambda line: line["eval_loss"], default={}).get("step")
+    rows = []
+    for folder in folders:
+        step = int(folder.name.removeprefix("step-"))
+        line, held = steps.get(step, {}), evals.get(step, {})
+        notes = ["newest"] if folder == folders[0] else []
+        notes += ["lowest held-out loss"] if step == best else []
+        numbers = (
+            _cell(line, "loss"),
+            _cell(line, "rewards/margins"),
+            _cell(held, "eval_loss"),
+            _cell(held, "eval_rewards/accuracies"),
+        )
+        rows.append([folder.name, str(step), *numbers, ", ".join(notes)])
+    return rows
+
+
+def _cell(line: Line, name: str) -> str:
+    value = line.get(name)
+    return f"{value:.4f}" if isinstance(value, int | float) else "–"
+
+
+def report_frame(path: Path) -> str:
+    """The evaluation report in a frame that runs no script and reaches nothing; or how to get one."""
+    file = path / "report.html"
+    if not file.exists():
+        command = f"mlxdpo eval {path}"
+        return f"<p>Not evaluated yet. In a terminal: <code>{escape(command)}</code></p>"
+    page = escape(file.read_text("utf-8", errors="replace"))
+    return (
+        f'<iframe title="Evaluation report of {escape(path.name)}" sandbox="" referrerpolicy="no-referrer"'
+        ' style="width:100%;height:75vh;border:1px solid var(--border-color-primary);background:#fff"'
+        f' srcdoc="{page}"></iframe>'
+    )
+
+
+def headline(path: Path) -> str:
+    """The newest evaluation's verdict in one sentence, empty without one; or what is wrong with its file."""
+    try:
+        headline = newest_evaluation(path).get("headline")
+    except UserError as error:
+        return escape(str(error))
+    return escape(str(headline.get("sentence", ""))) if isinstance(headline, Mapping) else ""
+
+
+def measured(path: Path) -> Mapping[str, Any]:
+    """The newest evaluation, empty where there is none or `headline` says that its file is damaged."""
+    try:
+        return newest_evaluation(path)
+    except UserError:
+        return {}
+
+
+def number_at(values: Any, *names: str) -> float | None:
+    """The number at a place in nested objects, None where there is none."""
+    for name in names:
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values if isinstance(values, int | float) else None
+
+
+def difference(a: Path, b: Path) -> list[list[str]]:
+    """Settings that differ between two runs, as (dotted name, value in a, value in b); `out` always does."""
+    left, right = flat(raw_settings(a)), flat(raw_settings(b))
+    names = [name for name in {**left, **right} if left.get(name, ...) != right.get(name, ...) and name != "out"]
+    return [[name, _setting_text(left, name), _setting_text(right, name)] for name in names]
+
+
+def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """{"lora": {"rank": 8}} as {"lora.rank": 8}; an empty section stays a value."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{before}{name}.")
+        else:
+            found[f"{before}{name}"] = value
+    return found
+
+
+def _setting_text(settings: Mapping[str, Any], name: str) -> str:
+    return "(not set)" if name not in settings else str(settings[name])

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from mlxdpo.config import Config, load_config
 from mlxdpo.types import UserError
-from mlxdpo.ui.runs.run_view import flat
+from mlxdpo.ui.runs.tab import flat
 
 VISIBLE = (
     "loss.name", "loss.beta", "lora.rank", "optim.lr", "train.epochs", "train.batch_size",

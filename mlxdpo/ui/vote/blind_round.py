@@ -18,10 +18,9 @@ from typing import Literal
 from mlxdpo.inference.run_prompts import Gallery
 from mlxdpo.inference.trained_run import prompt_text
 from mlxdpo.types import Text, UserError
-from mlxdpo.ui.app_state import AppState
-from mlxdpo.ui.compare.answers import Answer, Settings, answer_together
+from mlxdpo.ui.compare.answers import Answer, Score, Settings, answer_together, score
 from mlxdpo.ui.compare.columns import answer_html, colour_scale, legend, prompt_html
-from mlxdpo.ui.compare.scores import Score, score
+from mlxdpo.ui.engine import AppState
 from mlxdpo.ui.variants import RunVariants
 
 Side = Literal["a", "b"]
