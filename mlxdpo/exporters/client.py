@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+from mlxdpo.io.atomic import DISK
 from mlxdpo.io.names import is_loopback, is_plain_name
 from mlxdpo.types import UserError
 
@@ -111,6 +112,8 @@ def ask(about: About, call: Callable[[], T], say: Say) -> T:
             raise
         except Exception as raised:  # the client lets malformed answers through as KeyError, TypeError and others
             error = _root_cause(raised)
+            if isinstance(error, OSError) and error.errno in DISK:
+                raise error from None
             wait = _wait_after(error, attempt)
             if wait is None or attempt == ATTEMPTS:
                 raise hub_error(error, about) from None

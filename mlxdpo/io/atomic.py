@@ -9,8 +9,9 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # what is the disk's doing, whatever was under way
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # what a file system without hard links says (exFAT)
 
 
@@ -31,10 +32,8 @@ def _write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     os.close(handle)
     temporary = Path(name)
     try:
-        try:
+        with asking_why(temporary):
             write(temporary)
-        except RuntimeError as error:
-            _ask_why(temporary, error)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
@@ -44,13 +43,25 @@ def _write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     sync_folder(path.parent)
 
 
-def _ask_why(file: Path, error: RuntimeError) -> NoReturn:
-    """MLX says that it could not write and not why: the system says so when asked for a little more."""
-    if "[write]" in str(error):
-        with file.open("ab", buffering=0) as more:
-            more.write(bytes(1 << 20))
-            os.fsync(more.fileno())
-    raise error
+@contextlib.contextmanager
+def asking_why(place: Path) -> Iterator[None]:
+    """MLX says that it could not write and not why: the system says so when asked for a little more, in the file or
+    folder `place`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "[write]" in str(error):
+            file = place / ".more" if place.is_dir() else place
+            try:
+                with file.open("ab", buffering=0) as more:
+                    more.write(bytes(1 << 20))
+                    os.fsync(more.fileno())
+            except OSError as why:
+                raise OSError(why.errno, why.strerror, str(place)) from error
+            finally:
+                if place.is_dir():
+                    file.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -80,6 +91,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_first(path: Path, text: str) -> None:
     """Write text whole where nothing is yet. Raises `FileExistsError` when another process was first."""
+    with naming(path):
+        _write_first(path, text)
+
+
+def _write_first(path: Path, text: str) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     draft = Path(name)
     try:

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import ModelConfig
+from mlxdpo.io.atomic import DISK
 from mlxdpo.io.checksum import pickled_in, read_tensors
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.io.json_file import read_json
@@ -64,6 +65,8 @@ def find_model(path: str, revision: str | None = None, patterns: Sequence[str] =
     except LocalEntryNotFoundError:
         raise UserError(f"{path}: not in the local cache and the Hub cannot be reached; download it first") from None
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise
         raise UserError(f"{path}: the Hub refused it ({(str(error).splitlines() or [''])[0]})") from None
 
 
