@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises `UserError` naming the file and the line for a whole line that is no JSON object.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return
+    _need_file(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
@@ -31,10 +33,17 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `UserError` naming the file when it cannot be read or holds something else."""
+    _need_file(file)
     try:
         return parse_object(file.read_bytes(), str(file))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); restore it, or make it again") from None
+
+
+def _need_file(path: Path) -> None:
+    """Raise `UserError` for what is there and no file: a folder, or a pipe, which would be waited for."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: cannot be read (it is no file); move it away")
 
 
 def _refuse(name: str) -> None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from os.path import isfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +85,8 @@ def resume_training(path: Path) -> None:
     now = state(path)
     if now in ("training", "starting"):
         raise UserError(f"{path.name} is being trained already; stop it first, or wait")
+    if now == "unreadable":
+        raise UserError(f"{path.name}: its config.yaml cannot be read; restore it, or remove the folder")
     if now == "failed":
         raise UserError(
             f"{path.name} stopped before there was anything to resume; mend what its log says, and start it"
@@ -127,7 +130,7 @@ def _spawn(path: Path, command: Sequence[str]) -> None:
 def stop_training(path: Path) -> str:
     """Ask a training to save and stop; says what will happen. Raises `UserError` when nothing can be stopped."""
     if not busy(path / JOB / "lock"):
-        if (path / "config.yaml").exists() and Run(path).held():
+        if isfile(path / "config.yaml") and Run(path).held():
             raise UserError(f"{path.name} was started in a terminal; press Ctrl-C there")
         raise UserError(f"{path.name} is not being trained now; there is nothing to stop")
     job = _read_job(path)
@@ -144,7 +147,7 @@ def stop_training(path: Path) -> str:
 
 def _read_job(path: Path) -> dict[str, Any]:
     file = path / JOB / "job.json"
-    found = read_json(file) if file.exists() else {}
+    found = read_json(file) if isfile(file) else {}
     pid = found.get("pid")
     if not isinstance(pid, int) or isinstance(pid, bool) or pid < 2:
         raise UserError(f"{file}: does not say which process trains; stop it in a terminal")
@@ -172,7 +175,7 @@ def watch(path: Path) -> Watched:
 def log_tail(path: Path, most: int = 40) -> str:
     """The last lines that a training said, empty for one that was started elsewhere."""
     file = path / JOB / "log.txt"
-    if not file.exists():
+    if not isfile(file):
         return ""
     with file.open("rb") as stream:
         size = stream.seek(0, 2)

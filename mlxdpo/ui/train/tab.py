@@ -272,6 +272,7 @@ SAYS = {
     "finished": "see it in the Compare tab",
     "interrupted": "Resume goes on from its last checkpoint",
     "failed": "it stopped before its first step; the last lines say why. Mend that and start it again under its name",
+    "unreadable": "its config.yaml is damaged, or no file; restore it, or remove the folder",
 }
 
 
