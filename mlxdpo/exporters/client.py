@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from mlxdpo.io.atomic import DISK
-from mlxdpo.io.names import is_loopback, is_plain_name
+from mlxdpo.io.names import is_loopback, is_plain_name, without_tokens
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 T = TypeVar("T")
 
-TOKEN = re.compile(r"hf_[A-Za-z0-9_-]{8,}")
 AGAIN = frozenset({429, 500, 502, 503, 504})
 ATTEMPTS = 3
 LONGEST = 120.0  # seconds; the client itself would sleep for as long as a server asks, hours even
@@ -61,7 +60,7 @@ def redact(text: str) -> str:
     from huggingface_hub import get_token
 
     own = get_token()
-    return TOKEN.sub("hf_***", text.replace(own, "hf_***") if own else text)
+    return without_tokens(text.replace(own, "hf_***") if own else text)
 
 
 def connect() -> HfApi:

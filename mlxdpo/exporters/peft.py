@@ -24,7 +24,7 @@ from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import pickled_in, read_tensors
 from mlxdpo.io.json_file import read_json
 from mlxdpo.io.names import first_matches
-from mlxdpo.io.staging import publish_folder, staging_folder
+from mlxdpo.io.staging import publish_new, staging_folder
 from mlxdpo.model.adapters import place_lora, read_settings, save_adapter
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.types import UserError
@@ -268,7 +268,7 @@ def import_peft(folder: Path, model: ModelConfig, out: Path) -> Imported:
     lora = attach(policy, adapter)
     with staging_folder(out.parent, f".{out.name}-draft-") as folder:
         save_adapter(policy.model, lora, folder)
-        publish_folder(folder, out)
+        publish_new(folder, out)
     return Imported(lora, len(adapter.modules), _import_changes(adapter, lora, policy.model))
 
 

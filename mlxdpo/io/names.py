@@ -46,6 +46,21 @@ def is_loopback(host: str | None) -> bool:
         return False
 
 
+TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9_-]{8,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{35}|npm_[A-Za-z0-9]{30,}"
+    r"|pypi-[\w-]{40,}|r8_[A-Za-z0-9]{30,}|gsk_[A-Za-z0-9]{20,}|wandb_v1_\w{20,}|nvapi-[\w-]{20,}"
+    r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})"
+    r"|(?<=Bearer )[\w.~+/-]{8,}=*"
+)
+"""Logins by their shapes: of the Hub, of model servers, of code hosts, of clouds and package registries."""
+
+
+def without_tokens(text: str) -> str:
+    """`text` with every login in it struck out but for the beginning that says what it was."""
+    return TOKEN.sub(lambda found: f"{found[0][:3]}***", text)
+
+
 PLAIN = re.compile(r"\^?[\w.]{1,500}", re.ASCII)
 SECONDS, MEGABYTES = 2, 500
 

@@ -13,7 +13,7 @@ from mlxdpo.types import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number (YAML 1.1 asks for 1.0e-5 and makes the rest text)."""
+    """YAML in which 1e-5 is a number (YAML 1.1 asks for 1.0e-5 and makes the rest text), and 1:30 none."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -28,6 +28,11 @@ _Dumper.add_representer(
 )
 
 
+BASE_60 = "(?::[0-5]?[0-9])+"
+_Loader.yaml_implicit_resolvers = {  # 1:30 is a time or a typing error: YAML 1.1 makes 90 of it
+    first: [(tag, re.compile(rule.pattern.replace(BASE_60, "(?!)"), rule.flags)) for tag, rule in rules]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 for _side in (_Loader, _Dumper):  # the dumper too: text that looks like a number has to be quoted
     _side.add_implicit_resolver(
         "tag:yaml.org,2002:float",

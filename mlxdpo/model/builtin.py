@@ -12,12 +12,11 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxdpo.io.atomic import sync_folder, write_json
+from mlxdpo.io.atomic import new_folder, sync_folder, write_json
 from mlxdpo.io.digest import file_digest
 from mlxdpo.io.json_file import read_json
 from mlxdpo.machine.device import cache_folder
@@ -74,11 +73,10 @@ def smollm2_folder() -> Path:
             return target
         shutil.rmtree(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".smollm2-"))
+    temporary = new_folder(target.parent, ".smollm2-")
     try:
         _convert(source, temporary)
         write_json(temporary / SUMS, {file.name: file_digest(file) for file in sorted(temporary.iterdir())})
-        temporary.chmod(0o755)
         _rename_unless_there(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -55,7 +55,7 @@ def test_a_damaged_base_in_the_hubs_cache_is_not_trained_on(tmp_path, cache, cap
     blob = hub_blob(tmp_path / "hub", weights.read_bytes())
     weights.unlink()
     weights.symlink_to(blob)
-    finish(config, stop=stop_after(8))
+    finish(config, stop=stop_after(16))
     assert not (Run.open(config.out).adapter / "adapters.safetensors").exists()
     raw = bytearray(blob.read_bytes())
     raw[-10] ^= 1

@@ -13,7 +13,8 @@ from mlxdpo.ui.runs.run_list import runs_in, scan, state, summary_rows, tuned_ru
 
 SPOILED = [
     "config.yaml", "manifest.json", "metrics.jsonl", "votes.jsonl", "rounds.json", "report.html",
-    "adapter/adapters.safetensors", "eval/results_1.json", "job/job.json", "job/lock", "job/log.txt", "data/pairs.jsonl",
+    "adapter/adapters.safetensors", "eval/results_1.json", "job/job.json", "job/lock", "job/log.txt",
+    "data/pairs.jsonl",
 ]  # fmt: skip
 KINDS = {
     "a pipe": os.mkfifo,
@@ -87,8 +88,6 @@ def test_names_that_are_no_text_and_links(place):
         scanned, rows, tuned, near, named, data, *_ = lists(place)
         assert set(scanned) == {"one", "n\ufffd"}
         assert tuned == list(near) == named == ["one"], "links are followed in no list"
-            "links are followed in no list"
-        )
         assert ["n\ufffd", "unreadable"] in [row[:2] for row in rows]
         assert not [name for name in data if "pipe" in name or name[0] == "d"]
     finally:

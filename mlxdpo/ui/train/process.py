@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from mlxdpo.config import Config
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.json_file import read_json
+from mlxdpo.io.names import without_tokens
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 from mlxdpo.ui.runs.run_list import JOB, busy, newest, number_in, raw_settings, state
@@ -181,4 +182,4 @@ def log_tail(path: Path, most: int = 40) -> str:
         size = stream.seek(0, 2)
         stream.seek(max(0, size - LOG_TAIL))
         text = stream.read().decode("utf-8", errors="replace")
-    return "\n".join(text.splitlines()[-most:])
+    return without_tokens("\n".join(text.splitlines()[-most:]))
