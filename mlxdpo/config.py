@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mlxdpo.io.yaml_file import read_recipe, yaml_text
+from mlxdpo.io.yaml_file import key_with_nul, read_recipe, yaml_text
 from mlxdpo.types import UserError
 
 # The knobs of the objective: every parameter that one of them takes. What refuses what is `losses.resolve`'s business.
@@ -442,23 +442,12 @@ def load_config(recipe: str | Path | None = None, overrides: Mapping[str, Any] |
     """
     base = {} if recipe is None else read_recipe(Path(recipe))
     merged = _merge(_spelled_out(base), _spelled_out(overrides or {}))
-    if (key := _holding_nul(merged)) is not None:
+    if (key := key_with_nul(merged)) is not None:
         raise UserError(f"{recipe or 'configuration'}: `{key}` holds a NUL character, which no name may; take it out")
     try:
         return Config.model_validate(_with_stage_defaults(merged))
     except ValidationError as error:
         raise UserError(explain(error, str(recipe) if recipe else "configuration")) from None
-
-
-def _holding_nul(value: Any, key: str = "") -> str | None:
-    """The dotted key of a text with a NUL in it: the system's calls refuse such a name with an error of their own."""
-    if isinstance(value, Mapping):
-        pairs = [(f"{key}.{name}".lstrip("."), inner) for name, inner in value.items()]
-    elif isinstance(value, list | tuple):
-        pairs = [(key, inner) for inner in value]
-    else:
-        return key if isinstance(value, str) and "\0" in value else None
-    return next((found for name, inner in pairs if (found := _holding_nul(inner, name)) is not None), None)
 
 
 def _with_stage_defaults(values: Any) -> Any:

@@ -124,7 +124,7 @@ def _then(file: str | bytes | None, words: Sequence[str]) -> str:
     """The command that goes on: a training's own, where it has begun a run; else the same one again."""
     if words[:1] != ["train"]:
         return f", then run it again: {shlex.join(['mlxdpo', *words])}" if words else ""
-    given = [value for name, _, value in _options(words) if name in ("--out", "--resume")]
+    given = [value for name, _, value in _given_options(words) if name in ("--out", "--resume")]
     folders = [*map(Path, given), *([] if file is None else Path(os.fsdecode(file)).parents)]
     run = next((folder for folder in folders if (folder / "config.yaml").exists()), None)
     if run is None:
@@ -132,7 +132,7 @@ def _then(file: str | bytes | None, words: Sequence[str]) -> str:
     return f", then go on from the last checkpoint with: {shlex.join(['mlxdpo', 'train', '--resume', str(run)])}"
 
 
-def _options(words: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+def _given_options(words: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     """Options with their values, as --name value or --name=value."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         yield word.partition("=") if "=" in word else (word, "=", following)

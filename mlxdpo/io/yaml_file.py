@@ -62,3 +62,14 @@ def read_recipe(file: Path) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise UserError(f"{file}: expected `key: value` lines, found {type(found).__name__}")
     return found
+
+
+def key_with_nul(value: Any, key: str = "") -> str | None:
+    """The dotted key of a text with a NUL in it: the system's calls refuse such a name with an error of their own."""
+    if isinstance(value, Mapping):
+        pairs = [(f"{key}.{name}".lstrip("."), inner) for name, inner in value.items()]
+    elif isinstance(value, list | tuple):
+        pairs = [(key, inner) for inner in value]
+    else:
+        return key if isinstance(value, str) and "\0" in value else None
+    return next((found for name, inner in pairs if (found := key_with_nul(inner, name)) is not None), None)
