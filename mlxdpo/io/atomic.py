@@ -41,7 +41,7 @@ def _write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _new_draft(path: Path) -> tuple[int, Path]:
-    """A new file beside `path`, open for writing, with the rights that the user's umask leaves (unlike `mkstemp`'s)."""
+    """A new file beside `path`, open for writing, with the rights that the umask leaves (tempfile's has others)."""
     while True:
         # The suffix stays last: mx.save_safetensors appends one that is missing.
         draft = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
