@@ -355,6 +355,8 @@ class TrainConfig(Section):
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept, besides the best."""
+    allow_over_memory: bool = False
+    """Train although the plan says that this machine's memory will not do."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after this many evaluations without a lower held-out loss."""
     keep_model: Literal["last", "best"] = "last"

@@ -53,12 +53,13 @@ def _follow_the_first(config: Config, resume: Run | None, peers: Group) -> int:
     """Train with process 0, which shows what happens."""
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.distributed.group import PeerLost
+    from mlxdpo.estimate.forecast import check_fits
     from mlxdpo.training.run import train
 
     kind, path = "", None
     with stop_flag() as should_stop:
         try:
-            for event in train(config, resume=resume, should_stop=should_stop, group=peers):
+            for event in train(config, resume=resume, should_stop=should_stop, group=peers, fits=check_fits):
                 kind = event.kind
                 path = event.values["run"].path if kind == "start" else path
         except PeerLost as lost:
@@ -76,6 +77,7 @@ def follow_training(config: Config, resume: Run | None, peers: Group | None = No
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.commands.trackers import check_trackers, tracked
     from mlxdpo.distributed.group import ALONE, PeerLost
+    from mlxdpo.estimate.forecast import check_fits
     from mlxdpo.machine.openblas import preload_blas
     from mlxdpo.training.run import train
 
@@ -84,7 +86,7 @@ def follow_training(config: Config, resume: Run | None, peers: Group | None = No
     check_trackers(config)
     path, finished = resume.path if resume else None, False
     with stop_flag() as should_stop:
-        events = train(config, resume=resume, should_stop=should_stop, group=peers or ALONE)
+        events = train(config, resume=resume, should_stop=should_stop, group=peers or ALONE, fits=check_fits)
         try:
             for event in tracked(terminal.show_training(events), config):
                 if event.kind == "start":

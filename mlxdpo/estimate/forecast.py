@@ -12,11 +12,22 @@ from mlx.utils import tree_flatten
 
 from mlxdpo.config import Config, LoraConfig, ModelConfig
 from mlxdpo.data.dataset import Dataset, encode_split, read_split
-from mlxdpo.estimate.memory import Frozen, Layouts, Memory, Setting, Shape, Trained, predict
+from mlxdpo.estimate.memory import (
+    FLOAT,
+    AttentionCost,
+    Frozen,
+    Layouts,
+    Memory,
+    Setting,
+    Shape,
+    Trained,
+    predict,
+)
 from mlxdpo.forward.architectures import FAMILIES, ModelParts, model_parts
 from mlxdpo.forward.fused_head import is_frozen
+from mlxdpo.forward.metal_routing import BACKWARD_BLOCK, is_fused
 from mlxdpo.forward.packed import can_pack
-from mlxdpo.forward.patch_mlx_lm import SHORT
+from mlxdpo.forward.patch_mlx_lm import SHORT, UNFUSED_FROM
 from mlxdpo.machine.device import default_dtype, this_machine
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.policy import load_tokenizer
@@ -41,6 +52,7 @@ PARTS = {
     "activations": "activations of a step",
     "head": "logits of a chunk",
     "reference": "reference pass, at its time",
+    "in_flight": "operations in flight",
 }
 
 
@@ -52,7 +64,16 @@ INPUTS = {
     "mlp": {"gate_proj", "up_proj", "gate_up_proj", "c_fc"},
     "inner": {"down_proj", "c_proj"},
 }
-FITS = 0.75  # share of the machine's memory that a run may take: the system and other programs need the rest
+# Metal has about ten command buffers in flight, each of at most 40 M input elements.
+IN_FLIGHT = 10 * 40_000_000
+# Share of a machine's memory that a run may take: the system and other programs need the rest. What Metal recommends
+# leaves them a quarter already.
+FITS = {"metal": 0.95}
+FITS_ELSEWHERE = 0.75
+
+
+class CannotPlan(UserError):
+    """A model's configuration does not say enough to plan its memory."""
 
 
 class Parts(NamedTuple):
@@ -100,10 +121,39 @@ def forecast(config: Config, machine: int | None = None) -> Forecast:
     skeleton = read_skeleton(config.model)
     tokenizer = load_tokenizer(skeleton.folder, config.model.path, config.model.trust_remote_code)
     data = encode_split(rows, config.data, tokenizer, frozenset(tokenizer.eos_token_ids))
+    return _forecast(config, skeleton, data, machine)
+
+
+def _forecast(config: Config, skeleton: Skeleton, data: Dataset, machine: int | None = None) -> Forecast:
     parts, summary = gather(config, skeleton, data)
     memory, size = parts.memory(), machine or this_machine().memory
-    fits = not size or memory.peak <= FITS * size  # 0: unknown
+    fits = not size or memory.peak <= fitting_bytes(size)  # 0: unknown
     return Forecast(memory, summary, size, fits, () if fits else advise(config, parts, data))
+
+
+def fitting_bytes(machine: int) -> float:
+    """How much of a machine's memory a run may take."""
+    return FITS.get(this_machine().kind, FITS_ELSEWHERE) * machine
+
+
+def check_fits(config: Config, data: Dataset) -> None:
+    """Raise `UserError` for a run that this machine's memory will not hold, with what would make it fit; no weight
+    is read. A model whose memory cannot be planned passes, and `train.allow_over_memory` lets any pass."""
+    if config.train.allow_over_memory:
+        return
+    try:
+        found = _forecast(config, read_skeleton(config.model), data)
+    except CannotPlan:
+        return
+    if found.fits:
+        return
+    enough = [change for change in found.advice if change.peak <= fitting_bytes(found.machine)]
+    helps = " or ".join(f"{change.setting} ({change.peak / 1e9:.1f} GB)" for change in (enough or found.advice)[:3])
+    ways = f"set {helps}{'' if enough else ', not enough alone'}, or " if helps else ""
+    raise UserError(
+        f"this run needs about {found.memory.peak / 1e9:.1f} GB, and this machine has {found.machine / 1e9:.1f} GB for "
+        f"it and everything else; {ways}try it all the same with --train.allow_over_memory true"
+    )
 
 
 def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, PlanSummary]:
@@ -121,20 +171,36 @@ def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, Pl
     checked = planned_batches(data.train, [checked_pairs(plan, data.train)], packed, parts is None)
     layouts = Layouts(training, (*training, *{one.layout: None for one in heldout}), checked[0].layout)
     train = config.train
-    setting = Setting(
-        train.gradient_checkpointing, STATES[config.optim.name], train.gradient_accumulation, _light(model)
-    )
     trained = trained_of(model, lora, parts)
     frozen = _frozen(config, skeleton, trained)
     quantised = bool(config.model.quantize or skeleton.config.get("quantization"))
     shape = shape_of(skeleton, config.model)
+    narrow = parts is not None and any(w is not None and w < summary.longest for w in parts.windows)
+    setting = Setting(
+        train.gradient_checkpointing,
+        STATES[config.optim.name],
+        train.gradient_accumulation,
+        attention_cost(model, shape, narrow),
+        IN_FLIGHT if this_machine().kind == "metal" else 0,
+    )
     return Parts(shape, trained, frozen, setting, layouts, summary.steps, quantised), summary
 
 
-def _light(model: Any) -> float:
-    if FAMILIES.get(type(model).__module__.rsplit(".", 1)[-1], FAMILIES["llama"]).array:
-        return math.inf
-    return SHORT + 1 if this_machine().kind == "cpu" else 0
+def attention_cost(model: Any, shape: Shape, windowed: bool) -> AttentionCost:
+    """Which attention this machine computes for a model; `windowed` says that layers see less than the longest row."""
+    kind, own = this_machine().kind, FAMILIES.get(type(model).__module__.rsplit(".", 1)[-1])
+    if own is not None and own.array:  # written out in mlx-lm's own operations
+        return AttentionCost(math.inf, score_from=math.inf)
+    if kind == "cpu":
+        return AttentionCost(SHORT + 1, score_from=SHORT + 1)
+    if kind == "cuda":
+        return AttentionCost(UNFUSED_FROM if windowed else 0)
+    length, mask = UNFUSED_FROM, "array" if windowed else "causal"
+    dtype = mx.float32 if shape.item == FLOAT else mx.bfloat16
+    sizes = shape.head_dim, shape.head_dim, length, length, shape.heads // shape.kv_heads, dtype, mask
+    trained, scored = (is_fused(*sizes, training=training) for training in (True, False))  # type: ignore[arg-type]
+    later = UNFUSED_FROM if not trained else math.inf  # where MLX's own is left for chunks, scoring is in chunks too
+    return AttentionCost(0 if trained else UNFUSED_FROM, BACKWARD_BLOCK if trained else 0, 0 if scored else later)
 
 
 def shape_of(skeleton: Skeleton, config: ModelConfig) -> Shape:
@@ -145,7 +211,7 @@ def shape_of(skeleton: Skeleton, config: ModelConfig) -> Shape:
         """One of them, as the model's own arguments or the file have it."""
         value = getattr(skeleton.model.args, name, None) or raw.get(name)
         if value is None:
-            raise UserError(f"{config.path}: its config.json has no {name}, so its memory cannot be planned")
+            raise CannotPlan(f"{config.path}: its config.json has no {name}, so its memory cannot be planned")
         return int(value)
 
     heads, hidden, block = number("num_attention_heads"), number("hidden_size"), skeleton.model.layers[-1]

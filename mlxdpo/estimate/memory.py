@@ -61,15 +61,29 @@ class Trained(NamedTuple):
     tied: bool = False
 
 
+class AttentionCost(NamedTuple):
+    """Which attention a machine computes (`forward.patch_mlx_lm`, `forward.metal_routing`).
+
+    chunked_from   keys from which on it is differentiated without keeping its scores: 0 where MLX has a fused backward
+                   pass, infinity where nothing but MLX's unfused one is there
+    block          queries and keys at a time whose scores a fused backward pass holds; 0 where it holds none
+    score_from     keys from which on it is scored without the (queries, keys) squares
+    """
+
+    chunked_from: float
+    block: int = 0
+    score_from: float = 0
+
+
 class Setting(NamedTuple):
-    """How it is run: checkpointed or not, states of the optimizer per trained element, batches of a window, and
-    from how many keys on attention is differentiated without keeping its scores (`chunked_from`): 0 where MLX or
-    this project has a fused backward pass, infinity where nothing does."""
+    """How it is run: checkpointed or not, states of the optimizer per trained element, batches of a window, which
+    attention, and how many input elements of operations the GPU may be behind (`in_flight`)."""
 
     checkpoint: bool
     states: int
     accumulate: int
-    chunked_from: float
+    attention: AttentionCost
+    in_flight: int = 0
 
 
 class Frozen(NamedTuple):
@@ -100,6 +114,7 @@ class Memory:
     activations: int
     head: int
     reference: int
+    in_flight: int
     phases: dict[str, int]
 
     @property
@@ -177,8 +192,8 @@ def kept(shape: Shape, trained: Trained, at: BatchLayout, setting: Setting) -> i
     states = 2 * at.scored * shape.hidden * FLOAT
     if setting.checkpoint:
         return trained.layers * stream + states
-    block = block_kept(shape, trained, at, setting.chunked_from)
-    return trained.layers * block - idle(shape, trained, at, setting.chunked_from) + states
+    block = block_kept(shape, trained, at, setting.attention.chunked_from)
+    return trained.layers * block - idle(shape, trained, at, setting.attention.chunked_from) + states
 
 
 def block_backward(shape: Shape, trained: Trained, at: BatchLayout, setting: Setting) -> int:
@@ -191,12 +206,38 @@ def block_backward(shape: Shape, trained: Trained, at: BatchLayout, setting: Set
     stream = 5 * at.tokens * shape.hidden * shape.item
     mlp = 4 * at.tokens * shape.inner * shape.item
     freed = (2 + ("inner" in trained.inputs)) * at.tokens * shape.inner * shape.item
-    if _keys_seen(at) >= setting.chunked_from:
+    if setting.attention.block and not setting.attention.chunked_from:
+        freed, attention = 0, _blocked_backward(shape, at, setting.attention.block)
+    elif _keys_seen(at) >= setting.attention.chunked_from:
         attention = 3 * _queries(at) * shape.heads * shape.head_dim * FLOAT
     else:
         attention = 2 * shape.heads * _score_count(at) * shape.item
-    again = block_kept(shape, trained, at, setting.chunked_from) if setting.checkpoint else 0
+    again = block_kept(shape, trained, at, setting.attention.chunked_from) if setting.checkpoint else 0
     return again + stream + max(mlp, attention - freed, 0)
+
+
+def _blocked_backward(shape: Shape, at: BatchLayout, block: int) -> int:
+    """Bytes of Metal's fused backward pass of attention, the larger of its two calls, prefix and rows.
+
+    Three squares of scores in blocks of queries and keys, float32 accumulators of the gradients of queries, keys and
+    values and the cotangent beside them, and those gradients in the model's dtype.
+    """
+
+    def call(rows: int, queries: int, keys: int) -> int:
+        """Of one call."""
+        squares = 3 * rows * shape.heads * min(block, queries) * min(block, keys) * shape.item
+        gradients = rows * shape.head_dim * (shape.heads * queries + 2 * shape.kv_heads * keys)
+        return squares + gradients * (FLOAT + shape.item) + rows * shape.heads * queries * shape.head_dim * FLOAT
+
+    if at.plain:
+        return call(at.rows, at.shared + at.width, at.shared + at.width)
+    return max(call(at.prompts, at.shared, at.shared), call(at.rows, at.width, at.shared + at.width))
+
+
+def run_ahead(shape: Shape, trained: Trained, at: BatchLayout, setting: Setting) -> int:
+    """Bytes that operations in flight keep beyond their use: at most what they read, and what a step makes at all."""
+    made = shape.layers * block_backward(shape, trained, at, setting)
+    return min(setting.in_flight * shape.item, made)
 
 
 def head_forward(shape: Shape, at: BatchLayout) -> int:
@@ -225,17 +266,20 @@ def plain_logits_memory(shape: Shape, at: BatchLayout) -> int:
     return full + 2 * at.scored * shape.vocabulary * FLOAT
 
 
-def plain_check(shape: Shape, at: BatchLayout, chunked_from: float) -> int:
-    """Bytes of the plain way, which the start compares the fast one with on its first pairs, before it attends in
-    chunks of its own."""
-    return forward_memory(shape, at._replace(plain=True, packed=False), 0 if chunked_from == 0 else math.inf)
+def start_check(shape: Shape, at: BatchLayout, attention: AttentionCost) -> int:
+    """Bytes of the start's comparison of the fast way with the plain one, both in float32, on one pair or two, before
+    it attends in chunks of its own: of the larger of the two, and of the embedding in float32."""
+    table = shape.vocabulary * shape.hidden * FLOAT if shape.item != FLOAT else 0
+    shape, whole = shape._replace(item=FLOAT), at._replace(plain=True, packed=False)
+    unfused = attention._replace(score_from=0 if attention.chunked_from == 0 else math.inf)
+    return table + max(forward_memory(shape, whole, unfused), forward_memory(shape, at, attention))
 
 
-def forward_memory(shape: Shape, at: BatchLayout, chunked_from: float) -> int:
+def forward_memory(shape: Shape, at: BatchLayout, attention: AttentionCost) -> int:
     """Bytes beside the weights of a pass without gradients: one block's insides, or a chunk of the head."""
     tokens = at.tokens
     stream = 2 * tokens * shape.hidden * shape.item
-    scores = 0 if _keys_seen(at) >= chunked_from else 2 * shape.heads * _score_count(at) * shape.item
+    scores = 0 if _keys_seen(at) >= attention.score_from else 2 * shape.heads * _score_count(at) * shape.item
     projections = (shape.heads + 2 * shape.kv_heads) * shape.head_dim * _queries(at) * shape.item
     block = max(3 * tokens * shape.inner * shape.item, projections + scores)
     return stream + max(block, head_forward(shape, at))
@@ -254,8 +298,9 @@ def predict(shape: Shape, trained: Trained, frozen: Frozen, setting: Setting, st
     activations = kept(shape, trained, worst, setting)
     backward = block_backward(shape, trained, worst, setting)
     head, head_again = head_forward(shape, worst), head_backward(shape, trained, worst)
-    reference = max(forward_memory(shape, at, setting.chunked_from) for at in layouts.scoring)
-    check = max(f(shape, layouts.first, setting.chunked_from) for f in (plain_check, forward_memory))
+    reference = max(forward_memory(shape, at, setting.attention) for at in layouts.scoring)
+    check = start_check(shape, layouts.first, setting.attention)
+    ahead = run_ahead(shape, trained, worst, setting)
     start = frozen.weights + trained.full * size  # adapters come later
     resting = frozen.weights + size + states
     # While a window is computed, the loop still holds the gradients of the one before, and the sum of this one's.
@@ -265,10 +310,10 @@ def predict(shape: Shape, trained: Trained, frozen: Frozen, setting: Setting, st
         "self-check": start + check,
         "reference": start + frozen.other + reference,
         "evaluation": resting + reference,
-        "forward": resting + carried + activations + head,
-        "backward": resting + carried + activations + max(backward, head_again),
+        "forward": resting + carried + activations + head + ahead,
+        "backward": resting + carried + activations + max(backward, head_again) + ahead,
         "gradients": resting + carried + size + head_again,
         "update": resting + size + UPDATE * trained.full * size,
     }
     weights = start if trained.full else frozen.weights
-    return Memory(weights, size, size + carried, states, activations + backward, head, reference, phases)
+    return Memory(weights, size, size + carried, states, activations + backward, head, reference, ahead, phases)

@@ -38,8 +38,14 @@ def head_of(model: Any, softcap: float | None, factor: float) -> Head:
 
 
 def logits(head: Head, h: mx.array) -> mx.array:
-    """(N, D) -> (N, V) float32, as the model itself gives them."""
+    """(N, D) -> (N, V) float32, as the model itself gives them.
+
+    A packed head multiplies in float32, which costs nothing: in bfloat16 its logits alone move a token's log-prob by
+    hundredths of a nat. An unpacked one in 16 bits would need its weights copied to float32 for each chunk.
+    """
     module = head.module()
+    if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        h = h.astype(mx.float32)
     raw = (module.as_linear if hasattr(module, "as_linear") else module)(h)
     z = raw * head.factor if head.factor != 1 else raw
     if head.softcap is not None:

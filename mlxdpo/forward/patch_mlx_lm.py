@@ -124,6 +124,7 @@ def chunked_attention_on(model: nn.Module, longest: int) -> Iterator[bool]:
     inside.
     """
     files = attention_files(model) if chunking_is_faster(this_machine().kind, longest, fused=False) else []
+    del model  # or this generator would keep it in memory: a reference is dropped once it is scored
     with patched(files):
         yield bool(files)
 

@@ -86,6 +86,15 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> 
         return load(folder, trust, eos_token_ids=load_config(folder).get("eos_token_id"))
 
 
+def tokenizer_of(config: ModelConfig) -> Any:
+    """The tokenizer of the model that a recipe names; the model is fetched, its weights are not read."""
+    return load_tokenizer(_model_folder(config), config.path, config.trust_remote_code)
+
+
+def _model_folder(config: ModelConfig) -> Path:
+    return find_model(config.path, config.revision, [*DOWNLOAD, CODE] if config.trust_remote_code else DOWNLOAD)
+
+
 @contextlib.contextmanager
 def strangers_files(name: str, part: str = "") -> Iterator[None]:
     """Whatever goes wrong with the files of a model becomes one sentence; what needs code names the knob for it."""
@@ -125,7 +134,7 @@ def load_policy(config: ModelConfig) -> Policy:
     from mlx_lm.utils import load_model, quantize_model
 
     trusted = config.trust_remote_code
-    folder = find_model(config.path, config.revision, [*DOWNLOAD, CODE] if trusted else DOWNLOAD)
+    folder = _model_folder(config)
     check_weights(folder, config.path)
     with strangers_files(config.path):
         model, raw = load_model(folder, lazy=True, trust_remote_code=trusted)

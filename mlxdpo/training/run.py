@@ -18,6 +18,7 @@ import numpy as np
 
 from mlxdpo.config import Config
 from mlxdpo.data.dataset import Dataset, Made, Sofar, encoding, reading
+from mlxdpo.data.transforms import Transform
 from mlxdpo.distributed.group import ALONE, Group
 from mlxdpo.forward.logprobs import ForwardFns
 from mlxdpo.forward.patch_mlx_lm import chunked_attention_on
@@ -25,7 +26,7 @@ from mlxdpo.losses import Loss
 from mlxdpo.machine.device import wire_memory
 from mlxdpo.machine.memory_guard import MemoryGuard
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter, with_adapter
-from mlxdpo.model.policy import Policy, load_policy
+from mlxdpo.model.policy import Policy, load_policy, tokenizer_of
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint, distributed, preflight
 from mlxdpo.training.checkpoint import Progress
@@ -39,6 +40,7 @@ from mlxdpo.training.step import ReferencedPairs, TrainState, make_optimizer, ma
 from mlxdpo.types import Event, UserError
 
 Stop = Callable[[], bool]
+Fits = Callable[[Config, Dataset], None]
 
 
 def train(
@@ -48,17 +50,19 @@ def train(
     warm: Path | None = None,
     should_stop: Stop = lambda: False,
     group: Group = ALONE,
+    fits: Fits | None = None,
 ) -> Iterator[Event]:
     """Run a recipe, or go on with `resume`; yields what happens and writes the run directory.
 
     `warm` is another run's checkpoint whose optimizer state the first step starts from (rounds of one training).
-    Of several processes in `group` each must call this alike; process 0 alone writes.
+    Of several processes in `group` each must call this alike; process 0 alone writes. `fits` is called before the model
+    is loaded, to raise for a run that is too large (`estimate.forecast.check_fits`).
 
     Raises `UserError` when the recipe, the data or a changed input stops it; nothing is written before the model
     and the data are read.
     """
     with contextlib.ExitStack() as held:
-        prepared = yield from prepare(config, resume, should_stop, group, held)
+        prepared = yield from prepare(config, resume, should_stop, group, held, fits)
         if prepared is None:
             return
         (run, state), progress = prepared, Progress()
@@ -103,7 +107,12 @@ def _lost_lines(run: Run, step: int) -> str | None:
 
 
 def prepare(
-    config: Config, resume: Run | None, should_stop: Stop, group: Group, held: contextlib.ExitStack
+    config: Config,
+    resume: Run | None,
+    should_stop: Stop,
+    group: Group,
+    held: contextlib.ExitStack,
+    fits: Fits | None,
 ) -> Generator[Event, None, tuple[Run, TrainState] | None]:
     """The run directory and everything that the loop needs, or None when asked to stop.
 
@@ -115,19 +124,14 @@ def prepare(
     loss = stage.loss(config)
     check_reference_sync(config, loss)
     optimizer = make_optimizer(config.optim)
-    rows = yield from _report(reading(config.data, config.train.seed, stage.transform(config, loss)), should_stop)
-    if rows is None:
+    data = yield from _read_pairs(config, stage.transform(config, loss), should_stop, fits)
+    if data is None:
         return None
     wire_memory()
     policy = load_policy(config.model)
     asked = with_adapter(config, policy.model)
     config, split_note = distributed.config_for_group(asked, group)
     reference, adapter = find_reference(config, policy)
-    data = yield from _report(encoding(rows, config.data, policy.tokenizer, policy.eos_ids), should_stop)
-    if data is None:
-        return None
-    del rows  # they may be gigabytes on disk
-    preflight.check_heldout(config, data)
     longest = preflight.longest_row(data)
     preflight.check_window(policy, longest)
     plan = make_plan(config, data.train, data.heldout)
@@ -162,6 +166,24 @@ def prepare(
     return run, TrainState(
         config, stage, policy.model, optimizer, loss, plan, train, heldout, run.checkpoints, forward, group
     )
+
+
+def _read_pairs(
+    config: Config, transform: Transform, should_stop: Stop, fits: Fits | None
+) -> Generator[Event, None, Dataset | None]:
+    """The pairs as token ids, with the tokenizer alone, or None when asked to stop: too few and too many for this
+    machine are refused here."""
+    rows = yield from _report(reading(config.data, config.train.seed, transform), should_stop)
+    if rows is None:
+        return None
+    tokenizer = tokenizer_of(config.model)
+    encoded = encoding(rows, config.data, tokenizer, frozenset(tokenizer.eos_token_ids))
+    data = yield from _report(encoded, should_stop)
+    if data is not None:
+        preflight.check_heldout(config, data)
+        if fits is not None:
+            fits(config, data)
+    return data
 
 
 def _report(steps: Generator[Sofar, None, Made], should_stop: Stop) -> Generator[Event, None, Made | None]:

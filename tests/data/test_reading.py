@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 @pytest.fixture
 def twos(monkeypatch):
     """Portions of two rows everywhere."""
-    for name in ("cache.PORTION", "encode.CHUNK", "examples.FLUSH"):
+    for name in ("dataset.PORTION", "encode.CHUNK", "examples.FLUSH"):
         monkeypatch.setattr(f"mlxdpo.data.{name}", 2)
 
 
@@ -61,7 +61,7 @@ def test_portions_change_nothing(tmp_path, monkeypatch):
     whole = encode_split(read_split(data, 0), data, tokenizer, frozenset())
     for folder in pairs_folder().iterdir():
         folder.rename(tmp_path / folder.name)
-    for name in ("cache.PORTION", "encode.CHUNK", "examples.FLUSH"):
+    for name in ("dataset.PORTION", "encode.CHUNK", "examples.FLUSH"):
         monkeypatch.setattr(f"mlxdpo.data.{name}", 2)
     assert encode_split(read_split(data, 0), data, tokenizer, frozenset()).digest == whole.digest
 

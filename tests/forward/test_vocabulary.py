@@ -5,6 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlxdpo.forward import fused_head
 from mlxdpo.forward.fused_head import in_blocks
 from mlxdpo.forward.logprobs import next_token_logps
 
@@ -55,3 +56,18 @@ def test_token_logps_have_no_bias_over_a_large_vocabulary():
     wide = logits[:-1].astype(np.float64)
     want = wide[np.arange(63), tokens[0, 1:]] - np.logaddexp.reduce(wide, axis=-1)
     assert abs(got - want).max() < 1e-5 and abs((got - want).mean()) < 2e-6
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_head_multiplies_in_float32(bits, tied):
+    """Against its weights unpacked, for states in bfloat16: no rounding of the logits to 8 bits."""
+    layer = (nn.Embedding if tied else nn.Linear)(*((500, 64) if tied else (64, 500)))
+    layer.set_dtype(mx.bfloat16)
+    module = layer.to_quantized(group_size=64, bits=bits)
+    h = mx.random.normal((20, 64)).astype(mx.bfloat16)
+    scales, biases = (module[name].astype(mx.float32) for name in ("scales", "biases"))
+    weight = mx.dequantize(module.weight, scales, biases, group_size=64, bits=bits)
+    want = h.astype(mx.float32) @ weight.T + (0 if tied else module.get("bias", 0))
+    got = fused_head.logits(fused_head.Head(lambda: module, None, 1.0), h)
+    assert got.dtype == mx.float32 and mx.allclose(got, want, rtol=1e-4, atol=1e-4).item()

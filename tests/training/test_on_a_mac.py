@@ -5,12 +5,18 @@ import math
 
 import mlx.core as mx
 import pytest
+from fake_mac import MAC
 from mlx.utils import tree_flatten
 from tiny_runs import finish, losses, recipe
 
+from mlxdpo.cli import run as cli
 from mlxdpo.data import batch_shapes
+from mlxdpo.estimate.forecast import check_fits
+from mlxdpo.machine import device
 from mlxdpo.machine.device import default_dtype, this_machine
 from mlxdpo.model.policy import load_policy
+from mlxdpo.training.run import train
+from mlxdpo.types import UserError
 
 pytestmark = pytest.mark.usefixtures("cache", "fake_mac")
 
@@ -52,3 +58,24 @@ def test_short_answers_in_narrow_rows_would_stop(tmp_path, monkeypatch):
     monkeypatch.setattr(batch_shapes, "NARROWEST", 8)
     with pytest.raises(RuntimeError, match="do not produce a logsumexp"):
         finish(yes_or_no(tmp_path))
+
+
+def test_a_run_that_will_not_fit_stops_before_loading_and_goes_on_when_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "_detect_machine", lambda: MAC._replace(memory=200_000))
+    config = recipe(tmp_path, train={"steps": 1})
+    with pytest.raises(UserError) as error, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlxdpo.training.run.load_policy", lambda config: pytest.fail("loaded"))
+        list(train(config, fits=check_fits))
+    assert str(error.value).startswith("this run needs about 0.0 GB, and this machine has 0.0 GB for it and everything")
+    assert "set data.max_length 24" in str(error.value) and "not enough alone" in str(error.value)
+    assert str(error.value).endswith("try it all the same with --train.allow_over_memory true")
+    assert not (tmp_path / "run").exists()
+    told = config.train.model_copy(update={"allow_over_memory": True})
+    assert list(train(config.model_copy(update={"train": told}), fits=check_fits))[-1].kind == "done"
+
+
+def test_the_command_asks_whether_a_run_fits(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(device, "_detect_machine", lambda: MAC._replace(memory=200_000))
+    recipe(tmp_path)
+    assert cli(["train", "--model", str(tmp_path / "llama"), "--data", str(tmp_path / "pairs.jsonl")]) == 2
+    assert "error: this run needs about" in capsys.readouterr().err

@@ -214,7 +214,7 @@ def test_a_log_is_escaped(tmp_path):
 
 def test_an_estimate_says_whether_it_fits():
     part = dict.fromkeys(
-        ("weights", "trained", "gradients", "optimizer", "activations", "head", "reference"), 2_000_000
+        ("weights", "trained", "gradients", "optimizer", "activations", "head", "reference", "in_flight"), 2_000_000
     )
     summary = {"steps": 1200, "pairs": 3000, "longest": 512, "waste": 0.25}
     plan = {"peak": 9 * 10**9, "phase": "backward", "parts": part, "machine": 10**10, "fits": False, "plan": summary}
