@@ -244,7 +244,7 @@ def test_every_command_names_the_file_and_goes_on_as_it_says(finished, tmp_path,
     if (name, state) == ("train", "read only"):
         assert said == f"error: runs/two: cannot make the run directory ({reason})\n" and "status 2" in done.stdout
         return
-    blamed = said.removeprefix("error: ").partition(f": {reason}; ")[0]
+    blamed = said.removeprefix("error: ").removeprefix(f"{tmp_path / 'disk'}/").partition(f": {reason}; ")[0]
     out = {"eval": "runs/one/eval", "collect": "c.jsonl", "score": "s.jsonl", "import": "start", "train": "runs/two"}
     assert blamed.startswith(out.get(name, "e")), said
     left = set(done.stdout.partition("status 1\n")[2].partition("listed")[0].split())

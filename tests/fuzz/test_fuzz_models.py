@@ -64,7 +64,7 @@ def changed_config(rng, config):
     return config
 
 
-@fuzzed(8, 300, seed=SEEDS)
+@fuzzed(8, 150, seed=SEEDS)
 def test_configs(place, tmp_path, seed):
     folder, call = place
     rng = random.Random(seed)
@@ -79,7 +79,7 @@ def test_configs(place, tmp_path, seed):
     case("models: config.json", lambda: call(*words, "--model", target, "--data", folder / "pairs.jsonl"))
 
 
-@fuzzed(8, 300, seed=SEEDS)
+@fuzzed(8, 150, seed=SEEDS)
 def test_adapters(place, tmp_path, seed):
     """PEFT's and mlx-lm's: settings, patterns, shapes, and single bytes of the weights."""
     folder, call = place
