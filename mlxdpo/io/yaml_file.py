@@ -64,12 +64,19 @@ def read_recipe(file: Path) -> Mapping[str, Any]:
     return found
 
 
-def key_with_nul(value: Any, key: str = "") -> str | None:
-    """The dotted key of a text with a NUL in it: the system's calls refuse such a name with an error of their own."""
-    if isinstance(value, Mapping):
-        pairs = [(f"{key}.{name}".lstrip("."), inner) for name, inner in value.items()]
-    elif isinstance(value, list | tuple):
-        pairs = [(key, inner) for inner in value]
-    else:
-        return key if isinstance(value, str) and "\0" in value else None
-    return next((found for name, inner in pairs if (found := key_with_nul(inner, name)) is not None), None)
+def key_with_nul(value: Any) -> str | None:
+    """The dotted key of a text with a NUL in it: the system's calls refuse such a name with an error of their own.
+
+    Each value is looked at once: a YAML alias can hold itself, or stand for itself a billion times.
+    """
+    left, seen = [("", value)], set()
+    while left:
+        key, one = left.pop()
+        if isinstance(one, str) and "\0" in one:
+            return key
+        if id(one) in seen or not isinstance(one, Mapping | list | tuple):
+            continue
+        seen.add(id(one))
+        pairs = one.items() if isinstance(one, Mapping) else ((None, inner) for inner in one)
+        left += [(key if name is None else f"{key}.{name}".lstrip("."), inner) for name, inner in pairs]
+    return None

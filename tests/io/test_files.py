@@ -97,6 +97,13 @@ def test_a_nul_in_a_field_is_a_sentence(tmp_path, key, capsys):
     assert f"`{key}" in (said := capsys.readouterr().err) and "holds a NUL character" in said and said.count("\n") == 1
 
 
+def test_aliases_that_stand_for_themselves_are_looked_at_once(tmp_path):
+    levels = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, 12))
+    (tmp_path / "r.yaml").write_text("l0: &l0 [x]\n" + levels)
+    with pytest.raises(UserError, match="unknown key"):
+        load_config(tmp_path / "r.yaml")
+
+
 def test_half_characters_in_votes_are_counted(tmp_path):
     file = tmp_path / "votes.jsonl"
     odd = [dict(VOTE, **{name: "\ud83d"}) for name in ("a", "b", "prompt")]
