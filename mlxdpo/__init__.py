@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it
     from mlxdpo.io.json_file import as_written as as_written
     from mlxdpo.io.json_file import read_json as read_json
     from mlxdpo.io.json_file import read_lines as read_lines
+    from mlxdpo.io.names import is_loopback as is_loopback
     from mlxdpo.losses import LOSSES as LOSSES
     from mlxdpo.machine.device import cache_folder as cache_folder
     from mlxdpo.machine.device import versions as versions
@@ -100,6 +101,7 @@ _DOOR = {
     "as_written": "mlxdpo.io.json_file",
     "read_json": "mlxdpo.io.json_file",
     "read_lines": "mlxdpo.io.json_file",
+    "is_loopback": "mlxdpo.io.names",
     "cache_folder": "mlxdpo.machine.device",
     "versions": "mlxdpo.machine.device",
     "Example": "mlxdpo.types",

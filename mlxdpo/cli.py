@@ -84,7 +84,7 @@ def run(arguments: list[str]) -> int:
     except (OSError, MemoryError, RuntimeError) as error:
         from mlxdpo.machine.errors import error_message
 
-        if (sentence := error_message(error)) is None:
+        if (sentence := error_message(error, arguments)) is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)
         return 1

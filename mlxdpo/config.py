@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mlxdpo.io.yaml_file import read_recipe, yaml_text
+from mlxdpo.io.yaml_file import key_with_nul, read_recipe, yaml_text
 from mlxdpo.types import UserError
 
 # The knobs of the objective: every parameter that one of them takes. What refuses what is `losses.resolve`'s business.
@@ -285,7 +285,7 @@ class LoraConfig(Section):
 
     method: Literal["lora", "dora", "full"] = "lora"
     """Low-rank adapters, DoRA, or every weight (full fine-tuning)."""
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=65_536)
     """Rank of the adapters."""
     alpha: float | None = Field(default=None, gt=0)
     """The update is multiplied by alpha / rank; unset means alpha = rank."""
@@ -446,6 +446,8 @@ def load_config(recipe: str | Path | None = None, overrides: Mapping[str, Any] |
     """
     base = {} if recipe is None else read_recipe(Path(recipe))
     merged = _merge(_spelled_out(base), _spelled_out(overrides or {}))
+    if (key := key_with_nul(merged)) is not None:
+        raise UserError(f"{recipe or 'configuration'}: `{key}` holds a NUL character, which no name may; take it out")
     try:
         return Config.model_validate(_with_stage_defaults(merged))
     except ValidationError as error:

@@ -126,6 +126,8 @@ class Run:
 
     def held(self) -> bool:
         """Whether a process holds the run directory for writing now."""
+        if not os.path.isfile(self.path / "config.yaml"):  # a pipe would be waited for
+            return False
         with (self.path / "config.yaml").open("rb") as lock:
             return not _took_lock(lock, fcntl.LOCK_SH, patience=0.0)
 

@@ -60,6 +60,14 @@ def quick_garbage_collection():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def tokenizers_of_friends():
+    """The tiny tokenizers do no harm, and a process for each of them would take long; `test_trial` undoes this."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlxdpo.model.policy.try_tokenizer", lambda folder, name: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def streams_here(monkeypatch):
     """Batches are computed whole, as on a Mac, whatever cores are here; called with a number, in so many streams."""

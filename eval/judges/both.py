@@ -12,14 +12,14 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import special
 
-from mlxdpo import append_line, cache_folder, read_lines
+from mlxdpo import append_line, cache_folder
 from mlxdpo_eval.judges.protocol import Judge, Question, Scalar, Verdict
 
 Texts = Sequence[str]
@@ -74,7 +74,7 @@ def _ask_questions(judge: Judge, questions: list[Question], cached: bool) -> dic
     if not cached:
         return dict(zip(questions, judge.ask(questions), strict=True))
     file = cache_file(judge)
-    known = {line["question"]: line["logit"] for line in read_lines(file)}
+    known = _known_verdicts(file)
     keys = {question: question_key(question) for question in questions}
     found = {q: Verdict(known[key]) for q, key in keys.items() if key in known}
     left = [q for q in questions if q not in found]
@@ -83,8 +83,27 @@ def _ask_questions(judge: Judge, questions: list[Question], cached: bool) -> dic
         for question, verdict in zip(part, judge.ask(part), strict=True):
             found[question] = verdict
             if verdict.logit is not None:  # a failure may not be one the next time
-                append_line(file, {"question": keys[question], "logit": verdict.logit})
+                line = {"question": keys[question], "logit": verdict.logit}
+                append_line(file, {**line, "sum": _line_sum(line)})
     return found
+
+
+def _known_verdicts(file: Path) -> dict[str, float]:
+    """Kept verdicts by question; a line that is not as it was written counts as not there, and is asked again."""
+    known: dict[str, float] = {}
+    for raw in file.read_bytes().split(b"\n")[:-1] if file.is_file() else []:
+        try:
+            line = json.loads(raw)
+            written = line.pop("sum", None)  # earlier versions wrote none
+            if written in (None, _line_sum(line)) and math.isfinite(line["logit"]):
+                known[line["question"]] = line["logit"]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+    return known
+
+
+def _line_sum(line: Mapping[str, Any]) -> str:
+    return _question_digest(map(str, line.values()))[:16]
 
 
 def cache_file(judge: Judge) -> Path:

@@ -1,8 +1,9 @@
 """A judge behind an OpenAI-compatible server (LM Studio, Ollama, llama.cpp, mlx_lm.server, vLLM, a paid API).
 
 The two labels' log-probs give a soft verdict where the server sends them; otherwise the answer must be a label and
-nothing else, or the verdict is invalid. The key is read from $MLXDPO_JUDGE_KEY and goes nowhere but into the request:
-redirects are refused, because they would carry it to another host.
+nothing else, or the verdict is invalid. The key is read from $MLXDPO_JUDGE_KEY and goes nowhere but into the request,
+over https or to this machine: redirects are refused, because they would carry it to another host. A server that sends a
+byte now and then, or never stops, is cut off: one deadline holds for the whole answer, and one bound for its size.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import http.client
 import json
 import math
 import os
+import queue
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,13 +25,14 @@ from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 
-from mlxdpo import UserError
+from mlxdpo import UserError, is_loopback
 from mlxdpo_eval.judges.protocol import LABELS, WORDING, Judge, Question, Verdict, certain, invalid, judge_prompt
 
 KEY = "MLXDPO_JUDGE_KEY"
 TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 REFUSED = frozenset({301, 302, 303, 307, 308, 400, 401, 403, 404, 405, 422})  # the same for every question
 ROUNDING = 1e-2  # a log-prob may be above 0 by rounding, not by more
+LARGEST_ANSWER = 4_000_000  # bytes; one token with its log-probs has a few thousand
 BELOW = 2.0  # a label missing from the top list is at least this unlikely against the least of the list, logits
 
 
@@ -39,6 +43,39 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+def read_answer(request: urllib.request.Request, seconds: float) -> bytes:
+    """What a server answers, whole.
+
+    Raises `TimeoutError` when it is not there in so many seconds, `ValueError` when it is larger than any answer, and
+    what urllib raises. urllib's own limit is for each read: a name server, a handshake or a server that sends a byte
+    now and then would outlast it. So it reads in a thread that nobody waits for any longer than that.
+    """
+    came: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+    threading.Thread(target=_fetch, args=(request, seconds, came), daemon=True).start()
+    try:
+        found = came.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _fetch(request: urllib.request.Request, seconds: float, came: queue.SimpleQueue[bytes | Exception]) -> None:
+    until, body = time.monotonic() + seconds, bytearray()
+    try:
+        with OPENER.open(request, timeout=seconds) as response:
+            while (part := response.read1(1 << 16)) and time.monotonic() < until:
+                body += part
+                if len(body) > LARGEST_ANSWER:
+                    raise ValueError(f"more than {LARGEST_ANSWER:,} bytes")
+            if response.length:
+                raise http.client.IncompleteRead(bytes(body), response.length)
+        came.put(bytes(body))
+    except Exception as error:  # it belongs to who asked
+        came.put(error)
 
 
 @dataclass(frozen=True)
@@ -76,6 +113,8 @@ class EndpointJudge:
                     break
             except TimeoutError:
                 reason = "timeout"
+            except ValueError as error:
+                return invalid(f"the reply has {error}")
             except (OSError, http.client.HTTPException) as error:
                 timed_out = isinstance(getattr(error, "reason", None), TimeoutError)
                 reason = "timeout" if timed_out else "no connection"
@@ -94,8 +133,7 @@ class EndpointJudge:
         if key := os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
-        with OPENER.open(request, timeout=self.timeout) as response:
-            return response.read()
+        return read_answer(request, self.timeout)
 
 
 def _refusal(name: str, status: int) -> str:
@@ -153,6 +191,10 @@ def endpoint_judge(rest: str) -> Judge:
         )
     if parts.username or parts.password or parts.query:
         raise UserError(f"--judge endpoint:{model}@...: no key in the URL, it would be saved; put it into ${KEY}")
+    if os.environ.get(KEY) and parts.scheme == "http" and not is_loopback(parts.hostname):
+        raise UserError(
+            f"--judge endpoint:{rest}: ${KEY} would go to {parts.hostname} in the clear; use https, or unset {KEY}"
+        )
     url = url.rstrip("/")
     identity = {"kind": "endpoint", "model": model, "url": url, "wording": WORDING}
     return EndpointJudge(f"endpoint:{model}", identity, url, model)

@@ -141,6 +141,8 @@ def _vote_of_line(line: Mapping[str, Any]) -> Vote:
     a, b = (line.get(f"response_{side}", line.get(side)) for side in ("a", "b"))
     if not isinstance(a, str) or not isinstance(b, str):
         raise NoVote('a vote without text under "a" and "b"')
+    if not all(map(_is_whole_text, (a, b, line.get("prompt")))):
+        raise NoVote("a vote whose text has half a character")
     winner, tuned = line.get("winner"), line.get("tuned")
     if not isinstance(winner, str) or winner not in OUTCOMES:
         raise NoVote(f'a vote whose "winner" is none of {", ".join(OUTCOMES)}')
@@ -151,6 +153,12 @@ def _vote_of_line(line: Mapping[str, Any]) -> Vote:
     after = adapter.get("after") if isinstance(adapter, Mapping) else None
     trained = line.get("source") == "train"
     return Vote(prompt_name(prompt), prompt_text(prompt), a, b, winner, tuned, after, trained)
+
+
+def _is_whole_text(value: Any) -> bool:
+    """Whether UTF-8 can hold all text in a JSON value; JSON lets half a surrogate pair through."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text == text.encode("utf-8", "ignore").decode()
 
 
 def _vote_prompt(value: Any) -> str | tuple[Message, ...]:

@@ -25,7 +25,7 @@ from mlxdpo.data.report import Report
 from mlxdpo.data.sources import fingerprint
 from mlxdpo.data.template import Writer, probe, template_digest
 from mlxdpo.data.transforms import PAIRS, Transform
-from mlxdpo.io.atomic import write_text
+from mlxdpo.io.atomic import naming, write_text
 from mlxdpo.io.checksum import read_checksummed_json, with_checksum
 from mlxdpo.io.digest import json_digest
 from mlxdpo.io.staging import publish_folder, staging_folder
@@ -53,7 +53,9 @@ class Spool:
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)  # not the system's /tmp: that may be memory
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as the object lives)
+        self._folder = folder
+        with naming(folder):
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as the object lives)
         self.prompts: set[bytes] = set()
         self.count = 0
 
@@ -65,14 +67,16 @@ class Spool:
             kind = type(row).__name__
             line = [key.hex(), kind, *(getattr(row, name) for name in FIELDS[kind])]
             # What JSON has no form of (a date out of Parquet in a tool call) becomes the text a template would write.
-            self._file.write(json.dumps(line, default=str).encode() + b"\n")
+            with naming(self._folder):
+                self._file.write(json.dumps(line, default=str).encode() + b"\n")
             self.count += 1
             if self.count % PORTION == 0:
                 yield
 
     def rows(self, wanted: Callable[[bytes], bool] = lambda key: True) -> Iterator[Preference | UnpairedExample]:
         """The rows whose prompt's key is wanted, in order."""
-        self._file.seek(0)
+        with naming(self._folder):  # what is still to be written is written now
+            self._file.seek(0)
         for line in self._file:
             key, kind, *fields = json.loads(line)
             if wanted(bytes.fromhex(key)):

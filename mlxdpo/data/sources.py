@@ -22,6 +22,7 @@ from mlxdpo.data import reasons
 from mlxdpo.data.fields import column_names, describe_type
 from mlxdpo.data.report import BadRow
 from mlxdpo.io.digest import file_digest
+from mlxdpo.io.json_file import LONGEST_LINE, bounded_lines
 from mlxdpo.io.names import HUB_ID
 from mlxdpo.types import UserError
 
@@ -141,7 +142,7 @@ def _opened_file(file: Path) -> IO[bytes]:
 
 def _json_lines(file: Path, name: str) -> Iterator[Found]:
     with _opened_file(file) as stream:
-        for line, raw in enumerate(stream, 1):
+        for line, raw in enumerate(bounded_lines(stream, name), 1):
             if raw.strip():
                 yield f"{name}:{line}", _object_in(raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw)
 
@@ -205,9 +206,9 @@ def _rows_in(value: Any, name: str) -> list[Any]:
 
 def _table_rows(file: Path, name: str, delimiter: str) -> Iterator[Found]:
     """CSV or TSV with a header. Bytes that are not UTF-8 become surrogates, which the text check refuses."""
-    csv.field_size_limit(2**31 - 1)  # the default refuses answers beyond 128 KiB
+    csv.field_size_limit(LONGEST_LINE)  # the default refuses answers beyond 128 KiB
     with _opened_file(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as stream:
-        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        reader = csv.reader(bounded_lines(stream, name), delimiter=delimiter, strict=True)
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise UserError(f"{name}:1: two columns have the same name in {column_names(header)}; rename one")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import ipaddress
 import json
 import re
 import shutil
@@ -24,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from mlxdpo.io.names import is_plain_name
+from mlxdpo.io.atomic import DISK
+from mlxdpo.io.names import is_loopback, is_plain_name, without_tokens
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 T = TypeVar("T")
 
-TOKEN = re.compile(r"hf_[A-Za-z0-9_-]{8,}")
 AGAIN = frozenset({429, 500, 502, 503, 504})
 ATTEMPTS = 3
 LONGEST = 120.0  # seconds; the client itself would sleep for as long as a server asks, hours even
@@ -61,7 +60,7 @@ def redact(text: str) -> str:
     from huggingface_hub import get_token
 
     own = get_token()
-    return TOKEN.sub("hf_***", text.replace(own, "hf_***") if own else text)
+    return without_tokens(text.replace(own, "hf_***") if own else text)
 
 
 def connect() -> HfApi:
@@ -76,20 +75,11 @@ def connect() -> HfApi:
 def check_endpoint(endpoint: str) -> None:
     """Raise `UserError` unless `endpoint` is HTTPS, or this very machine: the client sends its token there."""
     parts = urlsplit(endpoint)
-    if (parts.scheme == "https" and parts.hostname) or (parts.scheme == "http" and _loopback(parts.hostname)):
+    if (parts.scheme == "https" and parts.hostname) or (parts.scheme == "http" and is_loopback(parts.hostname)):
         return
     raise UserError(
         f"HF_ENDPOINT is {redact(endpoint)}: a login goes only over https or to this machine; unset it or correct it"
     )
-
-
-def _loopback(host: str | None) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -121,6 +111,8 @@ def ask(about: About, call: Callable[[], T], say: Say) -> T:
             raise
         except Exception as raised:  # the client lets malformed answers through as KeyError, TypeError and others
             error = _root_cause(raised)
+            if isinstance(error, OSError) and error.errno in DISK:
+                raise error from None
             wait = _wait_after(error, attempt)
             if wait is None or attempt == ATTEMPTS:
                 raise hub_error(error, about) from None

@@ -23,8 +23,9 @@ from mlxdpo.exporters.source import ExportSource
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import pickled_in, read_tensors
 from mlxdpo.io.json_file import read_json
-from mlxdpo.io.staging import publish_folder, staging_folder
-from mlxdpo.model.adapters import attach_lora, read_settings, save_adapter
+from mlxdpo.io.names import first_matches
+from mlxdpo.io.staging import publish_new, staging_folder
+from mlxdpo.model.adapters import place_lora, read_settings, save_adapter
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.types import UserError
 
@@ -32,6 +33,7 @@ WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
 EMBEDDED = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
+MOST_RANK = 4  # times a module's larger side: one module of an absurd rank would widen all others
 IN_BLOCK = re.compile(r"^(?P<before>.*?\blayers)\.(?P<layer>\d+)\.(?P<module>.+)$")
 
 
@@ -163,15 +165,28 @@ def read_peft(folder: Path) -> Adapter:
     return Adapter(folder, raw, modules)
 
 
-def peft_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    """What PEFT multiplies a module's update by: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
-    alpha = _pattern(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
-    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+def peft_scales(settings: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """What PEFT multiplies the updates of modules of these ranks by: alpha / r, or alpha / sqrt(r) (rsLoRA,
+    arXiv 2312.03732). Raises `UserError` for a pattern that is none."""
+    patterns = settings.get("alpha_pattern") or {}
+    found = first_matches(list(patterns), list(ranks))
+    alphas = [settings["lora_alpha"] if at is None else list(patterns.values())[at] for at in found]
+    root = math.sqrt if settings.get("use_rslora") else float
+    return {name: alpha / root(rank) for (name, rank), alpha in zip(ranks.items(), alphas, strict=True)}
 
 
-def _pattern(patterns: Mapping[str, float], module: str, otherwise: float) -> float:
-    """PEFT's own rule: the first pattern that matches the end of a path, from a dot on."""
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), otherwise)
+def _checked_ranks(adapter: Adapter) -> dict[str, int]:
+    """The rank of each module. Raises `UserError` for one whose arrays are no pair of matrices of one rank."""
+    found = {}
+    for name, parts in adapter.modules.items():
+        a, b = parts.get("lora_a"), parts.get("lora_b")
+        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.size or not b.size:
+            shapes = ", ".join(f"{part} {array.shape}" for part, array in sorted(parts.items()))
+            raise UserError(f"{adapter.folder}: `{name}` holds {shapes}; expected lora_a (r, in) and lora_b (out, r)")
+        found[name] = a.shape[0]
+        if found[name] > MOST_RANK * max(a.shape[1], b.shape[0]):
+            raise UserError(f"{adapter.folder}: `{name}` has rank {a.shape[0]} between {a.shape[1]} and {b.shape[0]}")
+    return found
 
 
 def attach(policy: Policy, adapter: Adapter) -> LoraConfig:
@@ -181,13 +196,18 @@ def attach(policy: Policy, adapter: Adapter) -> LoraConfig:
     the rest is filled with directions that do nothing yet; other scales go into B; modules that PEFT left out get an
     adapter that does nothing. Raises `UserError` for modules or shapes the model does not have.
     """
-    lora = common_settings(policy, adapter)
-    attach_lora(policy.model, lora)
+    try:
+        scales = peft_scales(adapter.settings, _checked_ranks(adapter))
+        lora = common_settings(policy, adapter, scales)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{adapter.folder / SETTINGS}: no settings of PEFT's ({type(error).__name__}: {error}); export it again"
+        ) from None
+    place_lora(policy.model, lora)  # computed once the shapes are known to fit
     own: dict[str, mx.array] = dict(tree_flatten(policy.model.trainable_parameters()))
     arrays: dict[str, mx.array] = {}
     for module, parts in adapter.modules.items():
-        rank = parts["lora_a"].shape[0]
-        factor = peft_scale(adapter.settings, module, rank) / lora.multiplier
+        factor = scales[module] / lora.multiplier
         for part, array in parts.items():
             name = f"{module}.{part}"
             here = array.T.astype(mx.float32) * (factor if part == "lora_b" and factor != 1 else 1)
@@ -209,7 +229,7 @@ def _fill_rank(adapter: Adapter, name: str, given: mx.array, fresh: mx.array, pa
     return given
 
 
-def common_settings(policy: Policy, adapter: Adapter) -> LoraConfig:
+def common_settings(policy: Policy, adapter: Adapter, scales: Mapping[str, float]) -> LoraConfig:
     """One rank, scale, set of layer names and number of blocks that cover every module of a PEFT adapter."""
     paths = {name for name, _ in policy.model.named_modules()}
     if unknown := sorted(set(adapter.modules) - paths):
@@ -218,13 +238,11 @@ def common_settings(policy: Policy, adapter: Adapter) -> LoraConfig:
     keys = {m["module"] if m else name for name, m in found.items()}
     blocks: list[nn.Module] = policy.model.layers  # type: ignore[assignment]
     first = min((int(m["layer"]) for m in found.values() if m), default=0)
-    ranks = {name: parts["lora_a"].shape[0] for name, parts in adapter.modules.items()}
-    rank = max(ranks.values())
-    scales = {peft_scale(adapter.settings, name, r) for name, r in ranks.items()}
+    rank, scale = max(_checked_ranks(adapter).values()), max(scales.values())
     layers = -1 if first == 0 else len(blocks) - first
     method = "dora" if adapter.settings.get("use_dora") else "lora"
     dropout = adapter.settings.get("lora_dropout", 0.0)
-    return LoraConfig(method=method, rank=rank, scale=max(scales), dropout=dropout, keys=sorted(keys), layers=layers)
+    return LoraConfig(method=method, rank=rank, scale=scale, dropout=dropout, keys=sorted(keys), layers=layers)
 
 
 class Imported(NamedTuple):
@@ -250,14 +268,14 @@ def import_peft(folder: Path, model: ModelConfig, out: Path) -> Imported:
     lora = attach(policy, adapter)
     with staging_folder(out.parent, f".{out.name}-draft-") as folder:
         save_adapter(policy.model, lora, folder)
-        publish_folder(folder, out)
+        publish_new(folder, out)
     return Imported(lora, len(adapter.modules), _import_changes(adapter, lora, policy.model))
 
 
 def _import_changes(adapter: Adapter, lora: LoraConfig, model: object) -> list[str]:
     """Sentences on what mlx-lm's one rank, one scale and last blocks made necessary."""
-    ranks = {name: parts["lora_a"].shape[0] for name, parts in adapter.modules.items()}
-    scales = {name: peft_scale(adapter.settings, name, rank) for name, rank in ranks.items()}
+    ranks = _checked_ranks(adapter)
+    scales = peft_scales(adapter.settings, ranks)
     here = sum("lora_a" in module for _, module in model.named_modules())  # type: ignore[attr-defined]
     found = []
     if lower := sum(rank < lora.rank for rank in ranks.values()):

@@ -22,7 +22,7 @@ from mlxdpo.io.atomic import write_json, write_text
 from mlxdpo.io.checksum import PICKLES
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.io.names import looks_like_hub_id
-from mlxdpo.io.staging import publish_folder, staging_folder
+from mlxdpo.io.staging import publish_new, staging_folder
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, load_adapter, read_settings, save_adapter
 from mlxdpo.model.policy import BUILTIN, DOWNLOAD, Policy, find_model, load_policy
 from mlxdpo.runs import check_manifest
@@ -173,7 +173,7 @@ def pull_run(
     _make_parent(target)
     with staging_folder(target.parent, f".{target.name}-draft-") as folder:
         found = _fill_run(api, listing, folder, target, base, say)
-        publish_folder(folder, target)
+        publish_new(folder, target)
     return found
 
 
@@ -271,8 +271,16 @@ def localised(
             "model": model,
             "data": config.data.model_copy(update=data),
             "reference": config.reference.model_copy(update={"adapter": homes[REFERENCE]}),
+            "collect": config.collect.model_copy(update={"judge": _no_program(config.collect.judge)}),
+            "rounds": config.rounds.model_copy(update={"second": _no_program(config.rounds.second)}),
         }
     )
+
+
+def _no_program(judge: str) -> str:
+    """A judge that a pulled recipe names, but for a Python file: which of those is run is for whoever sits here to
+    say."""
+    return "" if judge.partition(":")[0].endswith(".py") else judge
 
 
 def check_base(config: Config, manifest: Mapping[str, Any], repo: str) -> bool:

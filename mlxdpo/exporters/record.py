@@ -33,10 +33,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from mlxdpo.config import Config, dump_config, load_config
-from mlxdpo.exporters.client import TOKEN
 from mlxdpo.io.atomic import write_atomic, write_json, write_text
 from mlxdpo.io.json_file import as_written, read_json
-from mlxdpo.io.names import is_hub_id, is_plain_name
+from mlxdpo.io.names import TOKEN, is_hub_id, is_plain_name, without_tokens
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, read_settings
 from mlxdpo.model.reward_head import FILE as HEAD
 from mlxdpo.runs import Run
@@ -205,8 +204,8 @@ def _why_not(out: Path, name: str, named: set[str]) -> str | None:
 def _check_for_secrets(out: Path, name: str) -> None:
     if name.endswith(BINARY):
         return
-    if TOKEN.search((out / name).read_text("utf-8", "replace")):
-        raise UserError(f"{out / name} holds what looks like a Hub token (hf_...); take it out, and revoke the token")
+    if found := TOKEN.search((out / name).read_text("utf-8", "replace")):
+        raise UserError(f"{out / name} holds what looks like a login ({found[0][:3]}...); take it out, and revoke it")
 
 
 def belongs_to_an_export(name: str) -> bool:
@@ -238,12 +237,12 @@ def card_metadata(card: Path) -> Mapping[str, Any]:
 
 
 def without_paths(value: Any) -> Any:
-    """JSON values in which paths from the root, a home or a drive are cut down to their last name."""
+    """JSON values in which paths from the root, a home or a drive are cut down to their last name, and logins out."""
     if isinstance(value, Mapping):
         return {name: without_paths(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(inner) for inner in value]
-    return PATHS.sub("", value) if isinstance(value, str) else value
+    return without_tokens(PATHS.sub("", value)) if isinstance(value, str) else value
 
 
 def public_config(config: Config) -> Config:

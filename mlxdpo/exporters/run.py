@@ -19,6 +19,7 @@ from mlxdpo.exporters.sections import REPO, Licences
 from mlxdpo.exporters.source import Choices, ExportSource
 from mlxdpo.exporters.verify import RunReference, measure_fidelity, run_reference
 from mlxdpo.inference.trained_run import TrainedRun, encode_pairs, heldout_pairs, open_trained_run
+from mlxdpo.io.atomic import asking_why
 from mlxdpo.io.staging import publish_folder, staging_folder
 from mlxdpo.machine.device import versions
 from mlxdpo.runs import Run
@@ -142,7 +143,8 @@ def _make(name: str, source: ExportSource, reference: RunReference, folder: Path
     folder.mkdir(exist_ok=True)
     before = set(_files(folder))
     exporter = EXPORTERS[name]
-    note = exporter.write(source, folder)
+    with asking_why(folder):
+        note = exporter.write(source, folder)
     artefact = exporter.reload(source, folder)
     fidelity = measure_fidelity(reference, artefact, force)
     del artefact

@@ -6,11 +6,12 @@ import contextlib
 import errno
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # what is the disk's doing, whatever was under way
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # what a file system without hard links says (exFAT)
 
 
@@ -26,31 +27,60 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 def _write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: mx.save_safetensors appends one that is missing.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    handle, temporary = _new_draft(path)
     os.close(handle)
-    temporary = Path(name)
     try:
-        try:
+        with asking_why(temporary):
             write(temporary)
-        except RuntimeError as error:
-            _ask_why(temporary, error)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
-def _ask_why(file: Path, error: RuntimeError) -> NoReturn:
-    """MLX says that it could not write and not why: the system says so when asked for a little more."""
-    if "[write]" in str(error):
-        with file.open("ab", buffering=0) as more:
-            more.write(bytes(1 << 20))
-            os.fsync(more.fileno())
-    raise error
+def _new_draft(path: Path) -> tuple[int, Path]:
+    """A new file beside `path`, open for writing, with the rights that the umask leaves (tempfile's has others)."""
+    while True:
+        # The suffix stays last: mx.save_safetensors appends one that is missing.
+        draft = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+        try:
+            return os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), draft
+        except FileExistsError:
+            continue
+
+
+def new_folder(parent: Path, prefix: str) -> Path:
+    """A new folder below `parent`, `prefix` and eight signs, with the rights that the user's umask leaves."""
+    while True:
+        folder = parent / f"{prefix}{secrets.token_hex(4)}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+
+
+@contextlib.contextmanager
+def asking_why(place: Path) -> Iterator[None]:
+    """MLX says that it could not write and not why: the system says so when asked for a little more, in the file or
+    folder `place`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "[write]" in str(error):
+            file = place / ".more" if place.is_dir() else place
+            try:
+                with file.open("ab", buffering=0) as more:
+                    more.write(bytes(1 << 20))
+                    os.fsync(more.fileno())
+            except OSError as why:
+                raise OSError(why.errno, why.strerror, str(place)) from error
+            finally:
+                if place.is_dir():
+                    file.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -80,14 +110,17 @@ def write_text(path: Path, text: str) -> None:
 
 def write_first(path: Path, text: str) -> None:
     """Write text whole where nothing is yet. Raises `FileExistsError` when another process was first."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    draft = Path(name)
+    with naming(path):
+        _write_first(path, text)
+
+
+def _write_first(path: Path, text: str) -> None:
+    handle, draft = _new_draft(path)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        draft.chmod(0o644)
         _link(draft, path)
     finally:
         draft.unlink(missing_ok=True)
@@ -111,15 +144,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one JSON line in a single write, flushed to disk; an unfinished last line is cut off first.
+    """Append one JSON line in a single write, flushed to disk; what a killed writer left of a last line is cut off.
 
     Raises `OSError` naming `path` when the line is not on the disk.
     """
     line = (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode()
     with naming(path):
-        _cut_torn_line(path)
+        _finish_last_line(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             if (done := os.write(handle, line)) < len(line):  # a disk that fills up takes a part, and says nothing
                 os.write(handle, line[done:])
@@ -128,11 +161,26 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
             os.close(handle)
 
 
-def _cut_torn_line(path: Path) -> None:
+def _finish_last_line(path: Path) -> None:
+    """A last line without its newline gets one where it is whole (an editor left it out), and goes where it is torn."""
     if not path.exists() or path.stat().st_size == 0:
         return
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        kept = file.read()
+        start = kept.rfind(b"\n") + 1
+        if is_object(kept[start:]):
+            file.write(b"\n")
+        else:
+            file.truncate(start)
+
+
+def is_object(line: bytes) -> bool:
+    """Whether a line is a whole JSON object."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, AnyStr
 
+from mlxdpo.io.atomic import is_object
 from mlxdpo.types import UserError
+
+LONGEST_LINE = 64 << 20
+"""Bytes (of text: characters) of a line, far more than any row has."""
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON lines of a file; a torn last line (the writer was killed) is not a line yet.
+    """The JSON lines of a file; a last line without a newline is one if it is whole, else torn (a killed writer's).
 
     Raises `UserError` naming the file and the line for a whole line that is no JSON object.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return
+    _need_file(path)
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
+        for number, line in enumerate(bounded_lines(file, str(path)), 1):
+            if line.endswith(b"\n") or is_object(line):
                 yield parse_object(line, f"{path}:{number}")
 
 
@@ -31,10 +37,29 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `UserError` naming the file when it cannot be read or holds something else."""
+    _need_file(file)
     try:
         return parse_object(file.read_bytes(), str(file))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); restore it, or make it again") from None
+
+
+def bounded_lines(file: IO[AnyStr], name: str) -> Iterator[AnyStr]:
+    """The lines of an open file. Raises `UserError` for one of more than `LONGEST_LINE` before it is in memory."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise UserError(
+                f"{name}:{number}: a line of more than {LONGEST_LINE >> 20} MB; no row is that long, is it JSON lines?"
+            )
+        yield line
+
+
+def _need_file(path: Path) -> None:
+    """Raise `UserError` for what is there and no file: a folder, or a pipe, which would be waited for."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: cannot be read (it is no file); move it away")
 
 
 def _refuse(name: str) -> None:

@@ -1,9 +1,15 @@
-"""Names that come from outside: file names that are safe to write to, and ids of repositories on the Hub."""
+"""Names from outside: file names that are safe to write to, ids on the Hub, hosts, patterns of a model's modules."""
 
 from __future__ import annotations
 
+import ipaddress
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from mlxdpo.machine.limited import LimitReached, call_limited, start_limits
+from mlxdpo.types import UserError
 
 LONGEST_NAME = 255  # bytes; the limit of the usual file systems
 # Windows opens a device under these names, whatever ending they have.
@@ -28,3 +34,65 @@ def is_plain_name(name: str) -> bool:
     odd = not name.isprintable() or any(sign in name for sign in '/\\:*?"<>|') or name != name.strip()
     device = name.split(".")[0].upper() in DEVICES
     return bool(name) and not odd and not device and not name.endswith(".") and len(name.encode()) <= LONGEST_NAME
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether a host name or address is this very machine, and what is sent there stays on it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address((host or "").strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9_-]{8,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{35}|npm_[A-Za-z0-9]{30,}"
+    r"|pypi-[\w-]{40,}|r8_[A-Za-z0-9]{30,}|gsk_[A-Za-z0-9]{20,}|wandb_v1_\w{20,}|nvapi-[\w-]{20,}"
+    r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})"
+    r"|(?<=Bearer )[\w.~+/-]{8,}=*"
+)
+"""Logins by their shapes: of the Hub, of model servers, of code hosts, of clouds and package registries."""
+
+
+def without_tokens(text: str) -> str:
+    """`text` with every login in it struck out but for the beginning that says what it was."""
+    return TOKEN.sub(lambda found: f"{found[0][:3]}***", text)
+
+
+PLAIN = re.compile(r"\^?[\w.]{1,500}", re.ASCII)
+SECONDS, MEGABYTES = 2, 500
+
+
+def first_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    """For each name the index of the first pattern that matches its end, from a dot on, as PEFT matches modules.
+
+    A regular expression can take time or memory without end, so all but plain words are matched in a process with
+    limits. Raises `UserError` for one that took too much, or is none.
+    """
+    if all(map(PLAIN.fullmatch, patterns)):
+        return _matched([patterns, names])
+    try:
+        found = call_limited("mlxdpo.io.names:match_limited", [list(patterns), list(names)], SECONDS, MEGABYTES)
+    except LimitReached as limit:
+        raise UserError(f"its patterns of module names took {limit} to match; write the names of the modules") from None
+    if isinstance(found, str):
+        raise UserError(f"{found[:80]!r} is no pattern of module names")
+    return found
+
+
+def match_limited(asked: Any) -> list[int | None] | str:
+    """In the limited process: the matches, or the first pattern that is none."""
+    start_limits(SECONDS, MEGABYTES)
+    for pattern in asked[0]:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError):
+            return pattern
+    return _matched(asked)
+
+
+def _matched(asked: Any) -> list[int | None]:
+    rules = [re.compile(rf"(.*\.)?({pattern})$") for pattern in asked[0]]
+    return [next((at for at, rule in enumerate(rules) if rule.match(name)), None) for name in asked[1]]

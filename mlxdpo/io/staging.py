@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from mlxdpo.io.atomic import sync_folder
+from mlxdpo.io.atomic import new_folder, sync_folder
 from mlxdpo.types import UserError
 
-RANDOM = "?" * 8  # what `tempfile.mkdtemp` appends
+RANDOM = "?" * 8  # what `new_folder` appends
 
 
 @contextlib.contextmanager
@@ -30,7 +30,7 @@ def staging_folder(parent: Path, prefix: str, rescue: Callable[[Path], None] = l
     lock = _lock_folder(parent, fcntl.LOCK_EX)  # so that nobody sweeps a folder between its birth and its lock
     try:
         _sweep_staging(parent, prefix, rescue)
-        folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
+        folder = new_folder(parent, prefix)
         own = _lock_folder(folder, fcntl.LOCK_EX)
     finally:
         os.close(lock)
@@ -44,9 +44,18 @@ def staging_folder(parent: Path, prefix: str, rescue: Callable[[Path], None] = l
 def publish_folder(folder: Path, target: Path) -> None:
     """Rename a complete staging folder to `target`. Raises `OSError` where another folder with content is there."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o755)
     os.rename(folder, target)
     sync_folder(target.parent)
+
+
+def publish_new(folder: Path, target: Path) -> None:
+    """`publish_folder` for a target that the user named. Raises `UserError` where something is there by now."""
+    try:
+        publish_folder(folder, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise UserError(f"{target} is already there, another process was faster; choose another --out") from None
 
 
 def _sweep_staging(parent: Path, prefix: str, rescue: Callable[[Path], None]) -> None:

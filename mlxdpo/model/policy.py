@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import ModelConfig
+from mlxdpo.io.atomic import DISK
 from mlxdpo.io.checksum import pickled_in, read_tensors
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.io.json_file import read_json
@@ -24,6 +25,7 @@ from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.model.corrections import correct, model_classes
 from mlxdpo.model.ends import end_tokens
 from mlxdpo.model.model_config import ModelReading, module_of, names_read, read_model_config
+from mlxdpo.model.trial import try_tokenizer
 from mlxdpo.types import UserError
 
 BUILTIN = {"smollm2": smollm2_folder}
@@ -69,6 +71,8 @@ def find_model(path: str, revision: str | None = None, patterns: Sequence[str] =
     except LocalEntryNotFoundError:
         raise UserError(f"{path}: not in the local cache and the Hub cannot be reached; download it first") from None
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise
         raise UserError(f"{path}: the Hub refused it ({(str(error).splitlines() or [''])[0]})") from None
 
 
@@ -80,6 +84,8 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> 
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load
 
+    if name not in BUILTIN and not trust_remote_code:
+        try_tokenizer(folder, name)
     # Said in so many words: left unsaid, transformers asks on the terminal whether to run it.
     trust = {"trust_remote_code": trust_remote_code}
     with strangers_files(name, "its tokenizer "):

@@ -24,6 +24,7 @@ from mlxdpo.model.adapters import attach_lora, check_trainable
 from mlxdpo.model.corrections import model_classes
 from mlxdpo.model.model_config import ModelReading, read_model_config
 from mlxdpo.model.policy import BUILTIN, cast, check_packing, find_model, strangers_files, why_no_weights
+from mlxdpo.model.stored_shapes import check_counts
 from mlxdpo.types import UserError
 
 # All of a model folder but its weights.
@@ -61,6 +62,7 @@ def read_skeleton(config: ModelConfig) -> Skeleton:
         if raw.get("model_file"):
             raise UserError(f"{config.path}: its shape is in Python code that comes with it: it cannot be planned for")
         check_packing(raw, config.path)
+        check_counts(raw, {array: one.shape for array, one in stored.items()}, config.path)
         reading = read_model_config(raw, config.path)
         model = _definition(reading.loaded, stored)
     if config.quantize:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +20,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxdpo.config import LoraConfig
-from mlxdpo.io.atomic import sync_folder
+from mlxdpo.io.atomic import new_folder, sync_folder
 from mlxdpo.io.checksum import load_checksummed, read_checksummed_json, save_checksummed, write_checksummed_json
 from mlxdpo.io.json_file import as_written
 from mlxdpo.model.adapters import load_arrays, save_adapter
@@ -57,13 +56,12 @@ def save(
     target = folder_of(folder, progress.step)
     if target.exists():  # reached again after a resume: the same numbers, to the bit
         return target
-    draft = Path(tempfile.mkdtemp(dir=folder, prefix=".draft-"))
+    draft = new_folder(folder, ".draft-")
     try:
         save_adapter(model, lora, draft)
         save_checksummed(draft / "optimizer.safetensors", dict(tree_flatten(optimizer.state)))
         more(draft)
         write_checksummed_json(draft / "state.json", asdict(progress))
-        draft.chmod(0o755)
         os.replace(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -36,7 +36,7 @@ from mlxdpo.training.reference import find_reference, shared_rows, with_referenc
 from mlxdpo.training.reference_sync import check_reference_sync
 from mlxdpo.training.stages import stage_of
 from mlxdpo.training.step import ReferencedPairs, TrainState, make_optimizer, make_scorer
-from mlxdpo.types import Event
+from mlxdpo.types import Event, UserError
 
 Stop = Callable[[], bool]
 Fits = Callable[[Config, Dataset], None]
@@ -75,6 +75,8 @@ def train(
             )
             state = replace(state, checkpoints=checkpoints)
             if group.first:
+                if lost := _lost_lines(run, progress.step):
+                    yield Event("note", progress.step, {"text": lost})
                 run.log({"resumed_from": progress.step})
             yield Event("resumed", progress.step, {})
         if progress.step == 0 and state.config.reference.model is None:
@@ -89,6 +91,18 @@ def train(
                 return
             step = event.step
         yield _keep_adapter(state, run, step)
+
+
+def _lost_lines(run: Run, step: int) -> str | None:
+    """What to say where `metrics.jsonl` does not reach the checkpoint that a run goes on from: it was shortened."""
+    try:
+        last = max((line["step"] for line in run.metrics()), default=0)
+    except UserError as error:
+        return f"{error}; the run goes on without"
+    if last >= step:
+        return None
+    file = run.path / "metrics.jsonl"
+    return f"{file}: ends at step {last}, the checkpoint is of step {step}; the lines between are lost, restore them"
 
 
 def prepare(

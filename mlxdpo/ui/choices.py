@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from importlib.resources import files
+from os.path import isfile
 from pathlib import Path
 
 from mlxdpo.io.names import HUB_ID
@@ -32,8 +33,12 @@ def folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
         if count >= MOST:
             return
         deep = len(place.relative_to(top).parts) >= DEPTH
-        below[:] = [] if deep else sorted(n for n in below if not n.startswith(".") and n not in SKIPPED)
-        yield place, sorted(names)
+        below[:] = [] if deep else sorted(n for n in below if n[0] != "." and n not in SKIPPED and _is_text(n))
+        yield place, sorted(name for name in names if _is_text(name))  # what is no text cannot be on a page
+
+
+def _is_text(name: str) -> bool:
+    return name == name.encode("utf-8", "ignore").decode()
 
 
 def data_files(runs: Path, top: Path) -> list[str]:
@@ -42,15 +47,15 @@ def data_files(runs: Path, top: Path) -> list[str]:
         _spelled(folder / name, top)
         for folder, names in folders(top)
         for name in names
-        if name.lower().endswith(DATA) and name not in NOT_DATA
+        if name.lower().endswith(DATA) and name not in NOT_DATA and isfile(folder / name)
     ]
     for path in scan(runs).values():
         section = raw_settings(path).get("data")
         section = section if isinstance(section, dict) else {"path": section}
         for value in (section.get("path"), section.get("eval")):
-            if isinstance(value, str) and (Path(value).is_file() or HUB_DATA.fullmatch(value)):
+            if isinstance(value, str) and (isfile(value) or HUB_DATA.fullmatch(value)):
                 found.append(value)
-        found += [_spelled(file, top) for file in sorted((path / "data").glob("*.jsonl"))]
+        found += [_spelled(file, top) for file in sorted((path / "data").glob("*.jsonl")) if isfile(file)]
     return list(dict.fromkeys(found))
 
 
@@ -63,14 +68,14 @@ def models(runs: Path, top: Path) -> list[str]:
     for path in scan(runs).values():
         section = raw_settings(path).get("model")
         value = section.get("path") if isinstance(section, dict) else section
-        if isinstance(value, str) and (Path(value).is_dir() or HUB_ID.fullmatch(value)):
+        if isinstance(value, str) and (os.path.isdir(value) or HUB_ID.fullmatch(value)):
             found.append(value)
     return list(dict.fromkeys(found))
 
 
 def adapters(runs: Path) -> list[str]:
     """The final adapters of the runs."""
-    return [str(p / "adapter") for p in scan(runs).values() if (p / "adapter" / "adapters.safetensors").exists()]
+    return [str(p / "adapter") for p in scan(runs).values() if isfile(p / "adapter" / "adapters.safetensors")]
 
 
 def recipes(runs: Path, top: Path) -> dict[str, Path]:
@@ -81,13 +86,16 @@ def recipes(runs: Path, top: Path) -> dict[str, Path]:
             yamls = [folder / name for name in names if name.endswith((".yaml", ".yml"))]
             found |= {_spelled(file, top): file for file in yamls if _is_recipe(file)}
     for name, path in scan(runs).items():
-        if (path / "config.yaml").exists():
+        if raw_settings(path):
             found[f"as in run {name}"] = path / "config.yaml"
     return found
 
 
 def _is_recipe(file: Path) -> bool:
-    head = file.read_bytes()[:4096].decode("utf-8", errors="replace")
+    if not isfile(file):  # a pipe would be waited for
+        return False
+    with file.open("rb") as stream:
+        head = stream.read(4096).decode("utf-8", errors="replace")
     return bool(re.search(r"^(model|data|loss|lora|optim|train)\s*:", head, re.MULTILINE))
 
 

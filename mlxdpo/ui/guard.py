@@ -1,8 +1,10 @@
 """Requests that do not come from the page itself are refused: a web page in another tab must not press our buttons.
 
-The threat is a browser that visits a hostile page while the app runs on 127.0.0.1. Three checks, each with its test:
-the Host header must be one the app answers to (DNS rebinding), the Origin of whatever changes something must be the
-page's own, and the request must carry the cookie of this process, which other sites' requests leave at home.
+The threat is a browser that visits a hostile page while the app runs on 127.0.0.1. Each check has its test: the Host
+header must be one the app answers to (DNS rebinding); no request may say that it comes from another page, to read no
+more than to write, and no answer allows other pages to read it; what changes something must name this page and carry
+the cookie of this process, which other sites' requests leave at home. Where the app has a password, nothing but the
+login page is served without a login, and wrong passwords make the next attempt wait.
 `api_visibility="private"` is no boundary in Gradio, so handlers that write or start something ask the guard again.
 
 What a widget cannot send is refused before a handler sees it: its API takes any JSON, from whoever has the cookie, and
@@ -16,6 +18,8 @@ import hmac
 import inspect
 import ipaddress
 import secrets
+import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
@@ -33,8 +37,16 @@ HEADERS = [
     (b"x-frame-options", b"SAMEORIGIN"),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
 ]
+CROSS_ORIGIN = b"access-control-"  # headers that allow other pages to read; Gradio sends them to every local one
 SAFE = ("GET", "HEAD", "OPTIONS")
+# What the login page is made of, and the address at which Gradio asks whether it runs: it says yes and nothing else.
+WITHOUT_LOGIN = ("/", "/login", "/login/", "/theme.css", "/favicon.ico", "/gradio_api/startup-events")
+ASSETS = ("/assets/", "/static/", "/svelte/")
+FREE, LONGEST_WAIT = 5, 60.0  # attempts at the password before the next has to wait; seconds that it waits at most
+MOST_ADDRESSES = 1000
 
 Guard = Callable[[Any], None]
 """(gr.Request) -> None; raises `gr.Error` for a request that does not come from the page itself."""
@@ -55,14 +67,70 @@ def refusal(headers: Mapping[str, str], nonce: str) -> str | None:
     origin, host = headers.get("origin", ""), headers.get("host", "")
     if not host or origin.partition("://")[2] != host:
         return f"it comes from {origin or 'no page'}, not from this app's own page; open the app and use its buttons"
-    try:
-        cookies = SimpleCookie(headers.get("cookie", ""))
-    except CookieError:
-        return "its cookies cannot be read; reload the page"
-    mine = [morsel.value for name, morsel in cookies.items() if name.startswith(COOKIE)]
+    mine = [value for name, value in _cookies(headers).items() if name.startswith(COOKIE)]
     if not any(hmac.compare_digest(value.encode(), nonce.encode()) for value in mine):
         return "the page is older than this app; reload it"
     return None
+
+
+def foreign(headers: Mapping[str, str]) -> bool:
+    """Whether a browser says that another page asks. A link to the app in another page is none: it is followed."""
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+    if origin is not None and origin.partition("://")[2] != headers.get("host", ""):
+        return True
+    linked = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+    return site in ("cross-site", "same-site") and not linked
+
+
+class Attempts:
+    """Who tried passwords, and when each may try again; by address, or the network of one in IPv6."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, tuple[int, float]] = {}
+
+    def begin(self, address: str) -> float:
+        """Count an attempt, which is wrong until `forget` says otherwise; seconds to wait where it comes too soon."""
+        count, when = self.made.pop(address, (0, 0.0))
+        now = time.monotonic()
+        early = when > now
+        count, when = (count, when) if early else (count + 1, now + _pause(count + 1))
+        self.made[address] = count, when
+        while len(self.made) > MOST_ADDRESSES:
+            self.made.pop(next(iter(self.made)))
+        return when - now if early else 0.0
+
+    def forget(self, address: str) -> None:
+        """The password was right."""
+        self.made.pop(address, None)
+
+
+def _pause(count: int) -> float:
+    return 0.0 if count < FREE else min(LONGEST_WAIT, 2.0 ** (count - FREE))
+
+
+def _address_of(scope: Scope) -> str:
+    host = (scope.get("client") or ("unknown", 0))[0]
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return str(host)
+    return str(ipaddress.ip_network((address, 64), strict=False)) if address.version == 6 else str(address)
+
+
+def logged_in(scope: Scope, headers: Mapping[str, str]) -> bool:
+    """Whether the app has no password, or the request carries the cookie of a login."""
+    app = scope.get("app")
+    if getattr(app, "auth", None) is None:
+        return True
+    names = [f"access-token-{kind}{app.cookie_id}" for kind in ("", "unsecure-")]  # type: ignore[union-attr]
+    return any(_cookies(headers).get(name) in app.tokens for name in names)  # type: ignore[union-attr]
+
+
+def _cookies(headers: Mapping[str, str]) -> dict[str, str]:
+    try:
+        return {name: morsel.value for name, morsel in SimpleCookie(headers.get("cookie", "")).items()}
+    except CookieError:
+        return {}
 
 
 def page_guard(nonce: str) -> Guard:
@@ -78,19 +146,48 @@ def page_guard(nonce: str) -> Guard:
     return guard
 
 
-class Gate:
-    """ASGI middleware: answers only to known host names, hands out the cookie, bounds bodies, applies `refusal`."""
+class Shutter:
+    """ASGI middleware around all others: Gradio's own would answer other local pages before `Gate` is asked."""
 
-    def __init__(self, app: Application, *, nonce: str, hosts: Sequence[str]) -> None:
-        self.app, self.nonce, self.hosts = app, nonce, tuple(hosts)
+    def __init__(self, app: Application) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer 400 (host), 403 (origin, cookie) or 413 (size)."""
+        """Answer 403 to other pages; allow none to read what is answered."""
+        headers = _headers_of(scope)
+        if scope["type"] in ("http", "websocket") and foreign(headers):
+            return await _answer(send, 403, "refused: another page asks; open the app and use its buttons")
+
+        async def sent(message: MutableMapping[str, Any]) -> None:
+            """`send`, without what allows other pages to read."""
+            if message["type"] == "http.response.start":
+                own = [pair for pair in message.get("headers", []) if not pair[0].lower().startswith(CROSS_ORIGIN)]
+                message["headers"] = own
+            await send(message)
+
+        await self.app(scope, receive, sent)
+
+
+def _headers_of(scope: Scope) -> dict[str, str]:
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope.get("headers", [])}
+
+
+class Gate:
+    """ASGI middleware: known host names, no other page, a login where there is one, bounded bodies, `refusal`."""
+
+    def __init__(self, app: Application, *, nonce: str, hosts: Sequence[str]) -> None:
+        self.app, self.nonce, self.hosts, self.attempts = app, nonce, tuple(hosts), Attempts()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 400 (host), 401 (login), 403 (page, cookie), 413 (size) or 429 (too soon)."""
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = _headers_of(scope)
         if not known_host(headers.get("host", ""), self.hosts):
             return await _answer(send, 400, "unknown host; open the address that mlxdpo app printed")
+        path = scope["path"]
+        if not (path in WITHOUT_LOGIN or path.startswith(ASSETS) or logged_in(scope, headers)):
+            return await _answer(send, 401, "log in first; open the address that mlxdpo app printed")
         if scope.get("method", "GET") not in SAFE or scope["type"] == "websocket":
             if reason := refusal(headers, self.nonce):
                 return await _answer(send, 403, f"refused: {reason}")
@@ -99,7 +196,27 @@ class Gate:
                 return await _answer(send, 400, "content-length is no number")
             if len(size) > 18 or int(size) > LARGEST_BODY:
                 return await _answer(send, 413, f"too large; at most {LARGEST_BODY:,} bytes")
-        await self.app(scope, _bounded(receive), self._dressed(scope, send))
+        send = self._dressed(scope, send)
+        if path in ("/login", "/login/") and scope.get("method") == "POST":
+            return await self._login(scope, receive, send)
+        await self.app(scope, _bounded(receive), send)
+
+    async def _login(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass an attempt at the password on, unless it comes too soon; wrong ones are said on the terminal."""
+        address = _address_of(scope)
+        if wait := self.attempts.begin(address):
+            print(f"login from {address}: refused, too soon", file=sys.stderr)
+            return await _answer(send, 429, f"too many attempts; wait {wait:.0f} seconds")
+
+        async def sent(message: MutableMapping[str, Any]) -> None:
+            """`send`, looking at the status."""
+            if message["type"] == "http.response.start":
+                if right := message["status"] == 200:
+                    self.attempts.forget(address)
+                print(f"login from {address}: {'welcome' if right else 'wrong name or password'}", file=sys.stderr)
+            await send(message)
+
+        await self.app(scope, _bounded(receive), sent)
 
     def _dressed(self, scope: Scope, send: Send) -> Send:
         # Cookies know no ports: two apps on one machine need two names.

@@ -1,9 +1,11 @@
 """Planted judges get what they deserve; verdicts are kept by content; no server or reward can pose as a verdict."""
 
 import http.server
+import itertools
 import json
 import math
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import ClassVar
@@ -114,7 +116,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         if status == 302:
             self.send_header("Location", "http://127.0.0.1:9/elsewhere")
         self.end_headers()
-        self.wfile.write(answer)
+        self.wfile.writelines([answer] if isinstance(answer, bytes) else answer)
 
     def log_message(self, *args):
         pass
@@ -181,6 +183,44 @@ def test_a_label_that_is_not_listed_lies_below_the_least_that_is():
 def test_an_overloaded_server_is_asked_again():
     with served(lambda n: (200, chat("B")) if n == 3 else (429, b"slow down")) as judge:
         assert judge.ask(ONE) == [Verdict(-CERTAIN)] and len(Server.seen) == 3
+
+
+def dripping():
+    """A byte every now and then, for good: each read of it is in time."""
+    while True:
+        yield b" "
+        time.sleep(0.01)
+
+
+def test_one_deadline_holds_for_the_whole_answer():
+    with served(lambda n: (200, dripping())) as judge:
+        assert replace(judge, timeout=0.3, tries=1).ask(ONE) == [invalid("timeout")]
+
+
+def test_an_answer_without_end_is_no_answer():
+    with served(lambda n: (200, itertools.repeat(b" " * 65536))) as judge:
+        assert judge.ask(ONE) == [invalid("the reply has more than 4,000,000 bytes")] and len(Server.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["http://judge.example/v1", "http://10.0.0.1:8080/v1", "http://localhost.evil.example/v1"]
+)
+def test_a_key_goes_over_https_or_to_this_machine(url, monkeypatch):
+    monkeypatch.delenv("MLXDPO_JUDGE_KEY", raising=False)
+    assert endpoint_judge(f"m@{url}")
+    monkeypatch.setenv("MLXDPO_JUDGE_KEY", "secret-key")
+    with pytest.raises(
+        UserError, match=r"MLXDPO_JUDGE_KEY would go to .* in the clear; use https, or unset"
+    ) as refused:
+        endpoint_judge(f"m@{url}")
+    assert "secret-key" not in str(refused.value)
+    for safe in (
+        url.replace("http:", "https:"),
+        "http://127.0.0.1:1/v1",
+        "http://localhost/v1",
+        "http://[::1]:8080/v1",
+    ):
+        assert endpoint_judge(f"m@{safe}")
 
 
 def test_errors_that_stay_are_invalid_not_losses():

@@ -130,7 +130,7 @@ def test_no_card_no_record_no_push(hub, out):
 
 def test_a_token_in_a_text_is_never_sent(hub, out):
     (out / "README.md").write_text(CARD + TOKEN)
-    text = refused("looks like a Hub token", push, out, NAME)
+    text = refused("looks like a login", push, out, NAME)
     assert TOKEN not in text and hub.requests == []
 
 

@@ -10,7 +10,7 @@ from tiny_exports import ids_of, logits_of, trained_run
 from mlxdpo.cli import run as command
 from mlxdpo.config import LoraConfig, ModelConfig
 from mlxdpo.exporters import export
-from mlxdpo.exporters.peft import import_peft, peft_scale, targets
+from mlxdpo.exporters.peft import import_peft, peft_scales, targets
 from mlxdpo.forward.logprobs import next_token_logps
 from mlxdpo.model.adapters import load_adapter, load_run
 from mlxdpo.model.policy import load_policy
@@ -74,10 +74,14 @@ def test_ranks_scales_and_single_layers_keep_the_function(tmp_path, cache):
 
 def test_scales_are_peft_s():
     plain = {"lora_alpha": 16, "alpha_pattern": {"q_proj": 4, "layers.1.mlp.up_proj": 2}}
-    assert peft_scale(plain, "model.layers.0.mlp.up_proj", 8) == 2 and peft_scale(plain, "a.self_attn.q_proj", 8) == 0.5
-    assert peft_scale(plain, "model.layers.1.mlp.up_proj", 8) == 0.25
-    assert peft_scale(plain, "model.layers.11.mlp.up_proj", 8) == 2
-    assert peft_scale({"lora_alpha": 16, "use_rslora": True}, "x", 16) == 4
+    names = [
+        "model.layers.0.mlp.up_proj",
+        "a.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+        "b.layers.11.mlp.up_proj",
+    ]
+    assert list(peft_scales(plain, dict.fromkeys(names, 8)).values()) == [2, 0.5, 0.25, 2]
+    assert peft_scales({"lora_alpha": 16, "use_rslora": True}, {"x": 16}) == {"x": 4}
 
 
 def test_targets_name_exactly_what_was_adapted():
@@ -120,3 +124,34 @@ def test_another_model_is_refused(tmp_path, cache):
         with pytest.raises(UserError, match=sentence):
             import_peft(folder, ModelConfig(path=str(tmp_path / "llama")), tmp_path / "start")
         assert not (tmp_path / "start").exists()
+
+
+def hostile_peft(folder, a=(4, 32), b=(32, 4), **settings):
+    """A PEFT adapter of one module whose arrays have these shapes."""
+    peft_folder(folder, {"model.layers.1.self_attn.q_proj": (4, 0)}, **settings)
+    stem = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+    arrays = {f"{stem}A.weight": mx.zeros(a), f"{stem}B.weight": mx.zeros(b)}
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays, {"format": "pt"})
+
+
+HOSTILE = {
+    "a rank of a billion in no bytes": ({"a": (10**9, 0), "b": (32, 0)}, "expected lora_a (r, in)"),
+    "sides of no bytes": ({"a": (0, 32), "b": (32, 0)}, "expected lora_a (r, in)"),
+    "one wide module": ({"a": (10**5, 1), "b": (1, 10**5)}, "has rank 100000 between 1 and 1"),
+    "three sides": ({"a": (4, 32, 1)}, "expected lora_a (r, in)"),
+    "two ranks": ({"a": (3, 32)}, "expected lora_a (r, in)"),
+    "alpha no number": ({"lora_alpha": {}}, "no settings of PEFT's"),
+    "alpha infinite": ({"lora_alpha": 10**400}, "no settings of PEFT's"),
+    "patterns no object": ({"alpha_pattern": [1]}, "no settings of PEFT's"),
+    "a pattern without end": ({"alpha_pattern": {"((.+)+)+!": 1}}, "took more than 2 s to match"),
+    "a broken pattern": ({"alpha_pattern": {"(": 1}}, "is no pattern of module names"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_adapter_is_one_sentence(name, tmp_path, tiny_model_folder, capsys):
+    parts, sentence = HOSTILE[name]
+    hostile_peft(tmp_path / "p", **parts)
+    out = tmp_path / "start"
+    assert command(["import", "--peft", str(tmp_path / "p"), "--model", str(tiny_model_folder), "--out", str(out)]) == 2
+    assert sentence in capsys.readouterr().err and not out.exists()

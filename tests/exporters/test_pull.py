@@ -17,7 +17,7 @@ from mlxdpo.cli import run as cli
 from mlxdpo.config import dump_config
 from mlxdpo.exporters.client import Entry, check_bytes, check_name, check_safetensors
 from mlxdpo.exporters.hub import push
-from mlxdpo.exporters.pull import pull_run
+from mlxdpo.exporters.pull import localised, pull_run
 
 
 def pushed(hub, run, tmp_path):
@@ -306,3 +306,13 @@ def test_malformed_answers_give_user_errors_only(hub, trained, tmp_path, address
     with pytest.raises(UserError) as caught:
         pull_run(NAME, out=tmp_path / "back", base=base_of(trained))
     assert "\n" not in str(caught.value) and not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("judge, kept", [("evil.py:score", ""), ("/tmp/x.py:f", ""), ("longest", "longest")])
+def test_a_pulled_judge_file_is_not_run(trained, tmp_path, judge, kept):
+    """A recipe may name a Python file as its judge; whose file of that name is run here is not a stranger's to say."""
+    config, manifest = trained.config(), trained.manifest()
+    named = {"collect": config.collect.model_copy(update={"judge": judge})}
+    named |= {"rounds": config.rounds.model_copy(update={"second": judge})}
+    found = localised(config.model_copy(update=named), manifest, tmp_path, tmp_path / "back", base_of(trained), NAME)
+    assert (found.collect.judge, found.rounds.second) == (kept, kept)

@@ -11,11 +11,13 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from stages import LAUNCH, Place, check_run, environment, numbers
 from tiny_runs import adapter_bytes, finish, recipe
 
+from mlxdpo.cli import run as cli
 from mlxdpo.config import dump_config
 from mlxdpo.io.atomic import append_line, write_atomic, write_first
 from mlxdpo.io.json_file import read_lines
@@ -174,3 +176,79 @@ def test_who_comes_second_does_not_replace_the_first(tmp_path, monkeypatch, link
     with pytest.raises(FileExistsError):
         write_first(tmp_path / "a", "second")
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "first"
+
+
+COMMANDS = {
+    "score": "score --model llama --data pairs.jsonl --out s.jsonl",
+    "eval": "eval runs/one --judge longest --prompts 4 --max-tokens 4",
+    "collect": "collect runs/one --prompts pairs.jsonl --judge longest --out c.jsonl --max-tokens 8 --unfinished keep",
+    "export mlx": "export runs/one --to mlx --out e",
+    "export peft": "export runs/one --to peft --out e",
+    "export hf": "export runs/one --to hf --out e",
+    "export fused": "export runs/one --to fused --out e",
+    "import": "import --peft out --model llama --out start",
+    "train": "train --model llama --data pairs.jsonl --data.template plain --train.steps 1 --out runs/two",
+}
+ON_A_DISK = """
+    mount -t tmpfs -o size={size}k tmpfs {disk}
+    cp -r {base}/. {disk}
+    cd {disk}
+    {spoil}
+    {cli} {words} 2> {own}/err
+    echo "status $?"
+    {mend}
+    ls -A {disk}
+    echo listed
+    eval "{cli} $(sed -n 's/.*then run it again: mlxdpo //p' {own}/err)"
+    echo "again $?"
+"""
+STATES = {
+    "full": ("cat /dev/zero > filler 2> /dev/null; true", "rm filler"),
+    "read only": ("mount -o remount,ro {disk}", "mount -o remount,rw {disk}"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run with its model and pairs, and what it is for PEFT; paths are relative to the folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDPO_CACHE", str(folder.with_name("finished-cache")))
+        patch.chdir(folder)
+        recipe(folder, "runs/one")
+        config = recipe(Path(), "runs/one", data={"eval": "pairs.jsonl"})
+        finish(config)
+        assert cli(["export", "runs/one", "--to", "peft", "--out", "out"]) == 0
+    return folder
+
+
+@needs_a_disk
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_names_the_file_and_goes_on_as_it_says(finished, tmp_path, name, state):
+    """Nothing half-written is left, the source is not blamed, and the command that is printed works."""
+    spoil, mend = (part.format(disk=tmp_path / "disk") for part in STATES[state])
+    (tmp_path / "disk").mkdir()
+    size = 1500 + sum(file.stat().st_size for file in finished.rglob("*")) // 1024
+    text = ON_A_DISK.format(
+        size=size, disk=tmp_path / "disk", base=finished, spoil=spoil, mend=mend, own=tmp_path,
+        cli=f"{sys.executable} -m mlxdpo.cli", words=COMMANDS[name],
+    )  # fmt: skip
+    environ = os.environ | {"MLXDPO_CACHE": str(finished.with_name("finished-cache"))}
+    done = subprocess.run(
+        [*OWN_MOUNTS, "sh", "-c", textwrap.dedent(text)], capture_output=True, text=True, env=environ, timeout=600
+    )
+    said = (tmp_path / "err").read_text()
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    reason = {"full": "No space left on device", "read only": "Read-only file system"}[state]
+    if (name, state) == ("train", "read only"):
+        assert said == f"error: runs/two: cannot make the run directory ({reason})\n" and "status 2" in done.stdout
+        return
+    blamed = said.removeprefix("error: ").removeprefix(f"{tmp_path / 'disk'}/").partition(f": {reason}; ")[0]
+    out = {"eval": "runs/one/eval", "collect": "c.jsonl", "score": "s.jsonl", "import": "start", "train": "runs/two"}
+    assert blamed.startswith(out.get(name, "e")), said
+    left = set(done.stdout.partition("status 1\n")[2].partition("listed")[0].split())
+    resumable = {"c.jsonl.partial", "c.jsonl.lock"} if name == "collect" else set()
+    assert left - resumable == {file.name for file in finished.iterdir()}
+    # The tiny model's answers make no pairs: that all prompts were answered is what collecting again has to show.
+    assert ("answered 18 of 18" if name == "collect" else "again 0") in done.stdout, done.stdout + done.stderr

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from tiny_desk import finished_run
@@ -10,7 +11,7 @@ from tiny_desk import finished_run
 from mlxdpo.cli import run as cli
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.types import UserError
-from mlxdpo.ui.guard import known_host, refusal
+from mlxdpo.ui.guard import ASSETS, WITHOUT_LOGIN, known_host, refusal
 from mlxdpo.ui.server import Login, check_login, hosts_for, is_open, start_app
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
@@ -62,6 +63,94 @@ def test_a_cross_origin_post_is_refused(served):
     assert (
         "SameSite=Strict" in httpx.get(own).headers["set-cookie"] and "HttpOnly" in httpx.get(own).headers["set-cookie"]
     )
+
+
+FOREIGN = ("http://evil.example", "null", "http://127.0.0.1:1", "http://localhost:3000", "http://localhost")
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+def test_another_page_reads_nothing(served, origin):
+    """Not by a GET, a preflight or an event stream; and no answer, to whomever, allows another page to read it."""
+    own = served.url.rstrip("/")
+    for method, path in (("GET", "/"), ("GET", "/config"), ("GET", "/gradio_api/info"), ("HEAD", "/"),
+                         ("GET", "/gradio_api/queue/data?session_hash=x"), ("OPTIONS", "/config")):  # fmt: skip
+        asked = {"Origin": origin, "Access-Control-Request-Method": "GET"}
+        for headers in (asked, {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"}):
+            answer = httpx.request(method, own + path, headers=headers)
+            assert answer.status_code == 403 and b"one" not in answer.content.replace(b"one page", b"")
+            assert not [name for name in answer.headers if name.startswith("access-control")]
+    plain = httpx.get(own + "/config", headers={"Origin": own})
+    assert plain.status_code == 200 and not [name for name in plain.headers if name.startswith("access-control")]
+    linked = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert httpx.get(own, headers=linked).status_code == 200, "a link to the app is followed"
+    assert httpx.get(own, headers=linked | {"Sec-Fetch-Dest": "iframe"}).status_code == 403
+
+
+def test_every_address_wants_a_login(locked):
+    """Whatever routes Gradio has; but for the login page and what it is made of, which know nothing of the runs."""
+    stranger = httpx.Client(base_url=locked.url.rstrip("/"), headers={"Origin": locked.url.rstrip("/")})
+    open_ = {path for path in routes_of(locked.page.app) if stranger.get(path).status_code != 401}
+    allowed = {*WITHOUT_LOGIN, *(f"{folder}x" for folder in ASSETS)}
+    assert open_ <= allowed and len(routes_of(locked.page.app)) > 50
+    for path in open_:
+        assert b"runs" not in stranger.get(path).content and b"compare-run" not in stranger.get(path).content
+
+
+def routes_of(app):
+    """The paths of all routes, with x for what varies; asked for by GET, which a stream would keep open."""
+    found = set()
+    for route in [*app.routes, *(inner for one in app.routes for inner in nested(one))]:
+        path = re.sub(r"\{[^}]*\}", "x", getattr(route, "path", "") or "/")
+        found.add(path)
+    return found | {
+        "/gradio_api/app_id",
+        "/gradio_api/token",
+        "/gradio_api/user",
+        "/gradio_api/heartbeat/x",
+        "/openapi.json",
+    }
+
+
+def nested(route):
+    router = getattr(route, "original_router", None)
+    return [] if router is None else list(router.routes)
+
+
+def test_wrong_passwords_make_the_next_attempt_wait(place, monkeypatch, capfd):
+    clock = [1000.0]
+    monkeypatch.setattr("mlxdpo.ui.guard.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    app = start_app(place / "runs", "one", login=Login("ada", "lovelace-1843"))
+    try:
+        user = Browser(app)
+        wrong, right = ({"username": "ada", "password": word} for word in ("wrong", "lovelace-1843"))
+        tried = [user.http.post("/login", data=wrong).status_code for _ in range(8)]
+        assert tried == [400] * 5 + [429] * 3
+        assert user.http.post("/login", data=right).status_code == 429, "and so does the right one"
+        waits = []
+        for _ in range(8):
+            said = user.http.post("/login", data=wrong).text
+            waits.append(int(re.search(r"wait (\d+) seconds", said)[1]))
+            clock[0] += waits[-1] + 0.5
+            assert user.http.post("/login", data=wrong).status_code == 400
+        assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
+        clock[0] += 61
+        assert user.http.post("/login", data=right).status_code == 200
+        assert [user.http.post("/login", data=wrong).status_code for _ in range(2)] == [400, 400], "counted from anew"
+        said = capfd.readouterr().err
+        assert said.count("login from 127.0.0.1: wrong name or password") == 15 and "wait" not in said
+        assert "login from 127.0.0.1: refused, too soon" in said and "login from 127.0.0.1: welcome" in said
+        assert "lovelace" not in said and "wrong\n" not in said
+    finally:
+        app.page.close()
+
+
+def test_it_listens_on_ipv6(place):
+    app = start_app(place / "runs", "one", host="::1")
+    try:
+        assert app.url.startswith("http://[::1]:") and Browser(app).http.get("/config").status_code == 200
+        assert Browser(app).call("vote-export", ["one"])
+    finally:
+        app.page.close()
 
 
 def test_the_page_of_another_process_is_refused():
@@ -137,7 +226,14 @@ def test_an_open_app_without_a_password_does_not_start(place, capsys, monkeypatc
 
 def test_who_is_open():
     assert not is_open("127.0.0.1", False) and is_open("127.0.0.1", True) and is_open("0.0.0.0", False)
-    check_login("0.0.0.0", False, Login("a", "12345678"))
+    assert not is_open("::1", False) and not is_open("127.0.0.2", False) and is_open("::", False)
+    check_login("localhost", False, Login("a", "12345678"))
+    check_login("0.0.0.0", False, Login("a", "123456789abc"))
+    for host, share in (("0.0.0.0", False), ("localhost", True)):
+        with pytest.raises(UserError, match="has 11 characters; use at least 12"):
+            check_login(host, share, Login("a", "123456789ab"))
+        with pytest.raises(UserError, match="has 1 different characters; use at least 5"):
+            check_login(host, share, Login("a", "a" * 40))
     with pytest.raises(UserError, match="shared over the internet"):
         check_login("localhost", True, None)
 
@@ -181,7 +277,7 @@ def test_every_byte_before_the_vote_is_blind(served, place, monkeypatch, coin):
     assert line["tuned"] == "ab"[coin] and line["winner"] == "a"
     raw = re.sub(r'"(rank_)?eta":[\d.]+', "", raw)  # Gradio's own, where any short number can stand by chance
     for secret in (line["id"], line["model"], line["adapter"]["after"], json.dumps(line["seconds"])):
-        assert secret not in raw
+        assert not re.search(rf"(?<![\d.]){re.escape(secret)}(?!\d)", raw)
     assert "after tuning" in user.seen.decode(), "and after the vote it is said"
 
 

@@ -49,7 +49,7 @@ def test_every_knob_of_the_schema_is_in_the_form_with_its_help():
     for section, value in Config().model_dump().items():
         names = [f"{section}.{name}" for name in value] if isinstance(value, dict) else [section]
         dumped |= dict.fromkeys(names)
-    assert found.keys() == dumped.keys() - set(recipe_form.CHOSEN)
+    assert found.keys() == dumped.keys() - {*recipe_form.CHOSEN, *recipe_form.NEVER}
     assert set(recipe_form.VISIBLE) <= found.keys() and all(knob.help for knob in found.values())
     assert found["model.quantize"].choices == ("4", "8") and found["model.quantize"].empty
     assert "ipo" in found["loss.name"].choices and "lion" in found["optim.name"].choices
@@ -323,6 +323,26 @@ def test_the_job_says_who_runs_it(place, monkeypatch):
     monkeypatch.setattr(process.subprocess, "Popen", lambda words, **about: asked.append((words, about)) or Process())
     path = process.start_training(Path("runs"), "one", load_config("tiny.yaml"))
     words, about = asked[0]
-    assert words[:4] == [sys.executable, "-m", "mlxdpo.cli", "train"] and "--out=runs/one" in words
+    assert words[:5] == [sys.executable, "-P", "-m", "mlxdpo.cli", "train"] and "--out=runs/one" in words
     assert about["start_new_session"] is True and "shell" not in about
     assert json.loads((path / JOB / "job.json").read_text())["pid"] == os.getpid()
+
+
+def test_code_of_a_model_is_not_run_from_the_page(tmp_path):
+    assert "model.trust_remote_code" not in [knob.name for knob in recipe_form.knobs()]
+    run = tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("model: {path: m, trust_remote_code: true}\ndata: d.jsonl\n")
+    with pytest.raises(UserError, match="resume it in a terminal: mlxdpo train --resume"):
+        process.resume_training(run)
+
+
+def test_a_python_file_of_the_working_folder_is_not_imported(tmp_path, monkeypatch):
+    """The folder that the app was started in holds a `types.py` and a `yaml.py` of somebody's."""
+    for name in ("types", "yaml", "mlxdpo"):
+        (tmp_path / f"{name}.py").write_text("open('was-run', 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with pytest.raises(UserError):
+        estimate(load_config(None, {"model": "nowhere", "data": "nothing.jsonl"}))
+    assert not (tmp_path / "was-run").exists()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Tail:
 
 def follow_metrics(tail: Tail) -> bool:
     """Take in what was added since the last call; whether there was anything."""
-    if not tail.file.exists():
+    if not isfile(tail.file):
         return False
     now = tail.file.stat()
     if now.st_ino != tail.inode or now.st_size < tail.offset:  # another file than the one that was read

@@ -1,14 +1,18 @@
 """The runs of a folder: which there are, what state each is in, how far and how good it is.
 
 Only directories found here can be chosen: a name from the browser is looked up, never joined to a path, so that
-anything else, `../` included, is not found.
+anything else, `../` included, is not found. Links are not followed. One entry that cannot be read (a pipe, a folder in
+place of a file, a name that is no text) is listed as unreadable, and the others as ever.
 """
 
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
+import os
 from collections.abc import Mapping
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +25,18 @@ from mlxdpo.types import UserError
 
 def runs_in(folder: Path) -> dict[str, Run]:
     """Name -> run of every run directory right below `folder`, the newest first."""
-    found = [path.parent for path in folder.glob("*/config.yaml")] if folder.is_dir() else []
-    return {path.name: Run(path) for path in sorted(found, key=lambda path: (-_changed(path), path.name))}
+    found = {name: path for name, path in scan(folder).items() if "/" not in name and _settings(path) is not None}
+    return {name: Run(found[name]) for name in sorted(found, key=lambda name: (-_changed(found[name]), name))}
 
 
 def _changed(path: Path) -> float:
     file = path / "metrics.jsonl"
-    return (file if file.exists() else path / "config.yaml").stat().st_mtime
+    return (file if isfile(file) else path / "config.yaml").stat().st_mtime
 
 
 def tuned_runs_in(folder: Path) -> dict[str, Run]:
     """Those that have an adapter to answer with."""
-    return {n: run for n, run in runs_in(folder).items() if (run.adapter / "adapters.safetensors").exists()}
+    return {n: run for n, run in runs_in(folder).items() if isfile(run.adapter / "adapters.safetensors")}
 
 
 def run_named(folder: Path, name: str | None) -> Run:
@@ -59,10 +63,24 @@ def _formatted(value: float | None, form: str) -> str:
 
 def scan(runs: Path) -> dict[str, Path]:
     """Run directories below `runs`, one or two levels down, newest first, by their name relative to it."""
-    found = [path.parent for path in (*runs.glob("*/config.yaml"), *runs.glob("*/*/config.yaml"))]
-    found += [path.parent.parent for path in runs.glob(f"*/{JOB}/job.json")]
-    ordered = sorted(set(found), key=lambda path: (-path.stat().st_mtime, path.name))
-    return {path.relative_to(runs).as_posix(): path for path in ordered if not path.is_symlink()}
+    near = _folders_in(runs)
+    found = [path for path in near if os.path.lexists(path / "config.yaml") or os.path.lexists(path / JOB / "job.json")]
+    found += [path for one in near for path in _folders_in(one) if os.path.lexists(path / "config.yaml")]
+    ordered = sorted(found, key=lambda path: (-path.stat().st_mtime, path.name))
+    return {_readable_name(path.relative_to(runs)): path for path in ordered}
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """Folders right below another; links are none, and one that may not be read has none."""
+    try:
+        return [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+
+
+def _readable_name(path: Path) -> str:
+    """A path as a page can show it: bytes that are no UTF-8 have a sign in their place."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "replace")
 
 
 def choose(runs: Path, name: str | None) -> Path:
@@ -74,20 +92,23 @@ def choose(runs: Path, name: str | None) -> Path:
 
 
 def state(path: Path) -> str:
-    """starting, training, finished, interrupted or failed. Asks the locks, so a killed process is never "training"."""
-    known = (path / "config.yaml").exists()
+    """starting, training, finished, interrupted, failed or unreadable. Asks the locks, so a killed process is never
+    "training"."""
+    known = os.path.lexists(path / "config.yaml")
+    if known and _settings(path) is None:
+        return "unreadable"
     if known and Run(path).held():
         return "training"
     if busy(path / JOB / "lock"):
         return "starting"
-    if (path / "adapter" / "adapters.safetensors").exists():
+    if isfile(path / "adapter" / "adapters.safetensors"):
         return "finished"
     return "interrupted" if known else "failed"
 
 
 def busy(lock: Path) -> bool:
     """Whether a process holds this lock file."""
-    if not lock.exists():
+    if not isfile(lock):
         return False
     with lock.open("rb") as file:
         try:
@@ -119,14 +140,30 @@ def summary(name: str, path: Path) -> list[str]:
 
 def raw_settings(path: Path) -> dict[str, Any]:
     """config.yaml as it stands: a run of another version is listed even where today's schema refuses it."""
+    return _settings(path) or {}
+
+
+def _settings(path: Path) -> dict[str, Any] | None:
+    """config.yaml as it stands; None where it cannot be read, or the run's name is no text."""
     file = path / "config.yaml"
-    if not file.exists():
-        return {}
+    try:
+        path.name.encode()
+        if not isfile(file):
+            return None
+        status = file.stat()
+        return _parsed_settings(file, status.st_mtime_ns, status.st_size, status.st_ino)
+    except (OSError, UnicodeEncodeError):
+        return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed_settings(file: Path, *stamp: int) -> dict[str, Any] | None:
+    """The page looks every two seconds, and YAML is slow to read."""
     try:
         found = yaml.safe_load(file.read_text("utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError, OSError):  # ValueError: no UTF-8, a date with a month 13
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _source_name(section: Any) -> str:
@@ -138,7 +175,7 @@ def newest(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The last step's line and the last evaluation's, each empty when there is none near the end of the file."""
     last: dict[str, Any] = {}
     held: dict[str, Any] = {}
-    if not file.exists():
+    if not isfile(file):
         return last, held
     with file.open("rb") as stream:
         size = stream.seek(0, 2)

@@ -5,6 +5,7 @@ Everything that comes from a file is escaped.
 
 from collections.abc import Mapping
 from html import escape
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def _cell(line: Line, name: str) -> str:
 def report_frame(path: Path) -> str:
     """The evaluation report in a frame that runs no script and reaches nothing; or how to get one."""
     file = path / "report.html"
-    if not file.exists():
+    if not isfile(file):
         command = f"mlxdpo eval {path}"
         return f"<p>Not evaluated yet. In a terminal: <code>{escape(command)}</code></p>"
     page = escape(file.read_text("utf-8", errors="replace"))

@@ -16,15 +16,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from os.path import isfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxdpo.config import Config
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.json_file import read_json
+from mlxdpo.io.names import without_tokens
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
-from mlxdpo.ui.runs.run_list import JOB, busy, newest, number_in, state
+from mlxdpo.ui.runs.run_list import JOB, busy, newest, number_in, raw_settings, state
 from mlxdpo.ui.train.recipe_form import flags
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
@@ -88,12 +90,18 @@ def resume_training(path: Path) -> None:
     now = state(path)
     if now in ("training", "starting"):
         raise UserError(f"{path.name} is being trained already; stop it first, or wait")
+    if now == "unreadable":
+        raise UserError(f"{path.name}: its config.yaml cannot be read; restore it, or remove the folder")
     if now == "failed":
         raise UserError(
             f"{path.name} stopped before there was anything to resume; mend what its log says, and start it"
         )
     if now == "finished":
         raise UserError(f"{path.name} is finished; start a new run, perhaps from its adapter")
+    model = raw_settings(path).get("model")
+    if isinstance(model, dict) and model.get("trust_remote_code"):
+        command = shlex.join(["mlxdpo", "train", "--resume", str(path)])
+        raise UserError(f"{path.name} runs Python code that comes with its model; resume it in a terminal: {command}")
     _spawn(path, ["mlxdpo", "train", "--resume", str(path)])
 
 
@@ -110,7 +118,7 @@ def _spawn(path: Path, command: Sequence[str]) -> None:
         log.flush()
         (job / "asked").unlink(missing_ok=True)
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlxdpo.cli", *command[1:]],
+            [sys.executable, "-P", "-m", "mlxdpo.cli", *command[1:]],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -127,7 +135,7 @@ def _spawn(path: Path, command: Sequence[str]) -> None:
 def stop_training(path: Path) -> str:
     """Ask a training to save and stop; says what will happen. Raises `UserError` when nothing can be stopped."""
     if not busy(path / JOB / "lock"):
-        if (path / "config.yaml").exists() and Run(path).held():
+        if isfile(path / "config.yaml") and Run(path).held():
             raise UserError(f"{path.name} was started in a terminal; press Ctrl-C there")
         raise UserError(f"{path.name} is not being trained now; there is nothing to stop")
     job = _read_job(path)
@@ -144,7 +152,7 @@ def stop_training(path: Path) -> str:
 
 def _read_job(path: Path) -> dict[str, Any]:
     file = path / JOB / "job.json"
-    found = read_json(file) if file.exists() else {}
+    found = read_json(file) if isfile(file) else {}
     pid = found.get("pid")
     if not isinstance(pid, int) or isinstance(pid, bool) or pid < 2:
         raise UserError(f"{file}: does not say which process trains; stop it in a terminal")
@@ -174,10 +182,10 @@ def watch(path: Path) -> Watched:
 def log_tail(path: Path, most: int = 40) -> str:
     """The last lines that a training said, empty for one that was started elsewhere."""
     file = path / JOB / "log.txt"
-    if not file.exists():
+    if not isfile(file):
         return ""
     with file.open("rb") as stream:
         size = stream.seek(0, 2)
         stream.seek(max(0, size - LOG_TAIL))
         text = stream.read().decode("utf-8", errors="replace")
-    return "\n".join(text.splitlines()[-most:])
+    return without_tokens("\n".join(text.splitlines()[-most:]))

@@ -24,6 +24,8 @@ VISIBLE = (
 )  # fmt: skip
 CHOSEN = ("model.path", "model.adapter", "reference.model", "reference.adapter", "data.path", "data.eval", "out")
 """Paths: chosen from what is there, never typed."""
+NEVER = ("model.trust_remote_code",)
+"""Not on the page: who may use it is not thereby allowed to run any program as the user who started it."""
 
 Kind = Literal["choice", "several", "flag", "whole", "number", "text", "words", "pair", "mapping"]
 
@@ -48,7 +50,7 @@ def knobs() -> list[Knob]:
             found += [_knob(f"{section}.{name}", field) for name, field in inner.model_fields.items()]
         else:
             found.append(_knob(section, info))
-    return [knob for knob in found if knob.name not in CHOSEN]
+    return [knob for knob in found if knob.name not in (*CHOSEN, *NEVER)]
 
 
 def _knob(name: str, field: FieldInfo) -> Knob:

@@ -28,6 +28,8 @@ EVERY = 2.0  # seconds between looks at the files
 PATHS = [name for name in CHOSEN if name != "out"]
 SHOWN: dict[str, Any] = {"api_visibility": "private"}
 NONE = [("none", "")]
+NO_CODE = "Python code that comes with a model is never run from this page: train such a model in a terminal, with \
+`--model.trust-remote-code`, once you have read it."
 HUB = "Or the id of one on the Hugging Face Hub: owner/name."
 PATH_FIELDS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "model.path": ("Model", HUB, {"value": "smollm2", "allow_custom_value": True, "elem_id": "train-model"}),
@@ -51,6 +53,7 @@ def build(runs: Path, guard: Guard) -> None:
     recipe = gr.Dropdown([], label="Recipe", info="Fills in the fields below.", elem_id="train-recipe")
     paths = _path_fields(gr)
     name = gr.Textbox(label="Name of the run", placeholder="left empty: model-data-number", elem_id="train-name")
+    gr.Markdown(NO_CODE)
     fields = _knob_fields(gr, knobs)
     form = [paths[n] for n in PATHS] + [fields[knob.name] for knob in knobs]
     gr.Markdown("### 2. What it will need")
@@ -196,6 +199,8 @@ def _filled_form(gr: Any, runs: Path, knobs: list[Knob], which: str) -> list[Any
         raise gr.Error(f"there is no recipe {escape(which[:80])}; choose one of the list", duration=None)
     with show_errors():
         flat = recipe_form.flat(load_config(found[which]).model_dump())
+    if flat["model.trust_remote_code"]:
+        gr.Warning(NO_CODE)
     needed = ("model.path", "data.path")
     filled = [gr.skip() if name in needed and not flat.get(name) else flat.get(name) or "" for name in PATHS]
     return filled + [recipe_form.form_value(knob, flat.get(knob.name, knob.default)) for knob in knobs]
@@ -267,6 +272,7 @@ SAYS = {
     "finished": "see it in the Compare tab",
     "interrupted": "Resume goes on from its last checkpoint",
     "failed": "it stopped before its first step; the last lines say why. Mend that and start it again under its name",
+    "unreadable": "its config.yaml is damaged, or no file; restore it, or remove the folder",
 }
 
 
@@ -306,7 +312,7 @@ PATIENCE = 180  # seconds; reading and encoding a large data set takes a while t
 
 def estimate(config: Config) -> dict[str, Any]:
     """`mlxdpo plan --json` for the recipe. Raises `UserError` with the sentence that it gives."""
-    words = [sys.executable, "-m", "mlxdpo.cli", "plan", *flags(config), "--json"]
+    words = [sys.executable, "-P", "-m", "mlxdpo.cli", "plan", *flags(config), "--json"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
