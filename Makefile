@@ -14,13 +14,17 @@ THEIR_EVAL := alpaca-eval==0.6.6 rewardbench==0.1.4
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
 REAL_WORKERS := -n auto --maxprocesses 3 --dist loadgroup
 
-.PHONY: demo test test-real fuzz faults parity coverage check cover mutation bench-peers frontier docs smoke bare lock audit licences clean
+.PHONY: demo test test-mac test-real fuzz faults parity coverage check cover mutation bench-peers frontier docs smoke bare lock audit licences clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mlxdpo demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(WORKERS)
+
+# The same on a Mac that the tests make up: bfloat16, Metal's branches, and attention that raises where Metal's does.
+test-mac: $(VENV)/.dev
+	$(BIN)/python -m pytest $(WORKERS) --mac
 
 # The real model, the real tokenizers (from package registries), the page in Chromium, processes that are killed, whole rounds.
 test-real: $(VENV)/.dev $(VENV)/.demo
@@ -36,6 +40,10 @@ faults: $(VENV)/.dev
 
 parity: $(PARITY)/.ready
 	$(PARITY)/bin/python -m pytest -m parity
+
+# Which architectures compute what transformers computes: the table of docs/models.md. Two minutes on one core.
+models: $(PARITY)/.ready
+	$(PARITY)/bin/python -m benchmarks.models --write docs/models.md
 
 # Do the evaluation's intervals hold the truth? A few minutes on one core.
 coverage: $(VENV)/.dev

@@ -14,7 +14,12 @@ from pathlib import Path
 
 IN_SDIST = ("LICENSE", "README.md", "pyproject.toml", "Makefile", "requirements/lock.txt", "tests/conftest.py",
             "tests/support/tiny_models.py", "docs/data.md", "docs/report.png", "examples", ".ci/smoke")  # fmt: skip
-LITTER = ("__pycache__", ".pyc", ".venv", ".hypothesis", ".bench", "runs/")
+LITTER = ("__pycache__", ".pyc", ".venv", ".hypothesis", ".bench")
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file, named from the top of the checkout, was made by using or testing it."""
+    return name.startswith("runs/") or any(word in name for word in LITTER)
 
 
 def files_of(wheel: Path) -> dict[str, int]:
@@ -28,7 +33,7 @@ def packaged(source: Path) -> Iterator[str]:
     for folder, name in (("mlxdpo", "mlxdpo"), ("eval", "mlxdpo_eval")):
         for path in sorted((source / folder).rglob("*")):
             inside = path.relative_to(source / folder).as_posix()
-            if path.is_file() and not any(word in inside for word in LITTER):
+            if path.is_file() and not is_litter(f"{name}/{inside}"):
                 yield f"{name}/{inside}"
 
 
@@ -49,7 +54,7 @@ def problems(source: Path, sdist: Path, from_sdist: Path, direct: Path) -> Itera
         if name not in inside:
             yield f"{name}: not in the sdist"
     for name in (*first, *inside):
-        if any(word in name for word in LITTER):
+        if is_litter(name):
             yield f"{name}: does not belong into a release"
     if not any(name.endswith("/LICENSE") for name in first):
         yield "LICENSE: not in the wheel"

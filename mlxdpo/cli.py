@@ -82,7 +82,7 @@ def run(arguments: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (OSError, MemoryError, RuntimeError) as error:
-        from mlxdpo.commands.interrupt import error_message
+        from mlxdpo.machine.errors import error_message
 
         if (sentence := error_message(error, arguments)) is None:
             raise

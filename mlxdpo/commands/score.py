@@ -48,10 +48,12 @@ def run(
 
     from mlxdpo.commands.terminal import console
     from mlxdpo.data.encode import encode_all
+    from mlxdpo.data.examples import largest_token, longest_row
     from mlxdpo.data.read import read_pairs
     from mlxdpo.inference.trained_run import model_logps
     from mlxdpo.io.atomic import write_text
     from mlxdpo.model.adapters import load_adapter, read_settings
+    from mlxdpo.model.limits import check_takes
     from mlxdpo.model.policy import load_policy
 
     if config.model.adapter:
@@ -59,7 +61,8 @@ def run(
     rows, report = read_pairs(config.data)
     policy = load_policy(config.model)
     examples, encoding = encode_all(rows, policy.tokenizer, config.data, eos_ids=policy.eos_ids)
-    for line in report.lines() + encoding.lines():
+    check_takes(policy, longest_row(examples), largest_token(examples))
+    for line in [*policy.reading.notes, *report.lines(), *encoding.lines()]:
         console.print(line, style="yellow")
     progress = partial(track, description="scoring", console=console, transient=True, disable=not console.is_terminal)
     base = model_logps(policy.model, examples, config.data.group, batch_size, progress)

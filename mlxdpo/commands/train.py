@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,22 +22,27 @@ Overrides = Annotated[Config, Parameter(name="*")]
 NOTHING = Config()  # no setting given
 
 
-def run(recipe: Path | None = None, /, *, config: Overrides = NOTHING, resume: Path | None = None) -> int:
+def run(
+    recipe: Path | None = None, /, *, config: Overrides = NOTHING, resume: Path | None = None, keep_awake: bool = False
+) -> int:
     """Tune a model on preference pairs.
 
     Args:
         recipe: YAML file with any of the settings below; the command line wins over it.
         config: Settings of the run.
         resume: Run directory to go on with, exactly where its last checkpoint stands.
+        keep_awake: The Mac does not sleep while this trains, its display may; on macOS alone.
     """
-    from mlxdpo.commands.interrupt import error_message
     from mlxdpo.distributed.group import joined
+    from mlxdpo.machine.errors import error_message
     from mlxdpo.training.distributed import asked_for
 
+    if keep_awake:
+        stay_awake()
     with joined(error_message) as peers:
         settings, existing = asked_for(peers, lambda: _settings_and_run(recipe, config, resume))
         if peers.first:
-            return follow_training(settings, existing, peers)
+            return follow_training(settings, existing, peers, go_on_once if peers.size == 1 else leave_stopped)
         return _follow_the_first(settings, existing, peers)
 
 
@@ -68,16 +77,76 @@ def _follow_the_first(config: Config, resume: Run | None, peers: Group) -> int:
 
 
 def _resume_hint(path: Path | None) -> str:
-    return "start again" if path is None else f"go on from the last checkpoint with: mlxdpo train --resume {path}"
+    from mlxdpo.machine.errors import resume_hint
+
+    return "start again" if path is None else resume_hint(path)
 
 
-def follow_training(config: Config, resume: Run | None, peers: Group | None = None) -> int:
-    """Train with everything shown and tracked; 0 when done, 130 when interrupted."""
+def stay_awake() -> None:
+    """Keep macOS from sleeping as long as this process lives, whatever program it becomes; `caffeinate` watches it.
+
+    The display is left alone: with it asleep nothing on it can be held up by training. Raises `UserError` elsewhere.
+    """
+    if sys.platform != "darwin":
+        raise UserError(
+            "--keep-awake is for macOS, where it runs caffeinate; on Linux put this before the command: "
+            "systemd-inhibit --what=sleep"
+        )
+    subprocess.Popen(
+        ["/usr/bin/caffeinate", "-i", "-s", "-w", str(os.getpid())],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+WENT_ON = "MLXDPO_WENT_ON"  # in the environment of a process that went on by itself
+GENTLER = {
+    "MLX_MAX_OPS_PER_BUFFER": "4",
+    "MLX_MAX_MB_PER_BUFFER": "10",
+    "AGX_RELAX_CDM_CTXSTORE_TIMEOUT": "1",
+}
+"""What the second process is given where the user has not set it: work reaches the GPU in small pieces, between which
+macOS can draw. The last is reported to help by people whose trainings were stopped; none changes a number."""
+
+
+def go_on_once(path: Path, error: RuntimeError) -> None:
+    """Become a fresh process that goes on with a run; macOS stopped this one's work on the GPU, and the next can be
+    stopped too, so a process that went on by itself adds a note to the error and returns.
+
+    The process keeps its number, its terminal and what it holds for others; after such an error nothing that this one
+    computes can be trusted, so nothing is saved.
+    """
+    from mlxdpo.commands.terminal import warn
+    from mlxdpo.machine.errors import error_message
+
+    if os.environ.get(WENT_ON):
+        error.add_note("this was the second time, and the run has gone on by itself once")
+        return
+    warn(f"{error_message(error)}; going on from the last checkpoint, once, in a new process")
+    sys.stdout.flush()
+    words = [sys.executable, "-m", "mlxdpo.cli", "train", "--resume", str(path)]
+    os.execve(sys.executable, words, GENTLER | os.environ | {WENT_ON: "1"})
+
+
+def leave_stopped(path: Path, error: RuntimeError) -> None:
+    """Nothing: who starts the processes again is not one of them."""
+
+
+def follow_training(
+    config: Config,
+    resume: Run | None,
+    peers: Group | None = None,
+    when_stopped: Callable[[Path, RuntimeError], None] = leave_stopped,
+) -> int:
+    """Train with everything shown and tracked; 0 when done, 130 when interrupted.
+
+    `when_stopped` is called when macOS stopped the work on the GPU; when it returns, that error is raised.
+    """
     from mlxdpo.commands import terminal
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.commands.trackers import check_trackers, tracked
     from mlxdpo.distributed.group import ALONE, PeerLost
     from mlxdpo.estimate.forecast import check_fits
+    from mlxdpo.machine.errors import gpu_was_stopped
     from mlxdpo.machine.openblas import preload_blas
     from mlxdpo.training.run import train
 
@@ -96,6 +165,11 @@ def follow_training(config: Config, resume: Run | None, peers: Group | None = No
                     terminal.console.print(f"done: {event.values['adapter']} holds {event.values['from']}")
         except PeerLost as lost:
             raise PeerLost(f"{lost}; {_resume_hint(path)}") from lost
+        except (RuntimeError, MemoryError) as error:
+            if path is not None and isinstance(error, RuntimeError) and gpu_was_stopped(error):
+                when_stopped(path, error)
+            error.add_note(_resume_hint(path))
+            raise
     if not finished:
         way = "nothing was begun, start again" if path is None else f"go on with: mlxdpo train --resume {path}"
         terminal.console.print(f"stopped; {way}")

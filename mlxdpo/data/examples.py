@@ -103,6 +103,16 @@ class Examples(Sequence[Example]):
         return Example(ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :], where, extras)
 
 
+def largest_token(*parts: Sequence[Example]) -> int:
+    """The largest token id of all pairs."""
+    return max(int(Examples.of(part).tokens.max(initial=0)) for part in parts)
+
+
+def longest_row(*parts: Sequence[Example]) -> int:
+    """Tokens of the longest row of all pairs, prompt and completion together."""
+    return max(int(Examples.of(part).row_lengths.max(initial=0)) for part in parts)
+
+
 def _numbered(digests: np.ndarray) -> np.ndarray:
     """(..., 16) uint8 -> (...): equal digests have equal numbers, counted from 0 in the order they appear."""
     keys = np.ascontiguousarray(digests).view("S16")[..., 0]

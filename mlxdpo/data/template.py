@@ -8,7 +8,9 @@ and the prompt with each completion, cut after the end of the answer's turn.
 
 from __future__ import annotations
 
+import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,6 +23,15 @@ from mlxdpo.types import Message, Text, UserError
 # Llama-3.x templates print today's date unless given one: token ids would change at midnight, and with them
 # the reference cache and a resumed run. This is the date those templates fall back to by themselves.
 DATE = "26 Jul 2024"
+
+
+def dated(template: Any) -> str | None:
+    """A chat template in which today is the day of `DATE`; None for several, of which transformers chooses."""
+    if not isinstance(template, str):
+        return None
+    day = datetime.date(2024, 7, 26)
+    return re.sub(r"strftime_now\((['\"])([^'\"]*)\1\)", lambda found: f"'{day.strftime(found[2])}'", template)
+
 
 PROBES = ("Red7", "Blue8")  # no whitespace to trim, no markup, no common first or last character
 
@@ -71,6 +82,7 @@ class Writer:
                 tokenize=False,
                 enable_thinking=self.thinking,
                 date_string=DATE,
+                chat_template=dated(self.tokenizer.chat_template),
             )
         except (jinja2.TemplateError, TypeError, IndexError, ValueError) as error:
             words = " ".join(str(error).split()) or type(error).__name__

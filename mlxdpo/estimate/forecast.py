@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlxdpo.config import Config, LoraConfig, ModelConfig
 from mlxdpo.data.dataset import Dataset, encode_split, read_split
+from mlxdpo.data.examples import largest_token, longest_row
 from mlxdpo.estimate.memory import (
     FLOAT,
     AttentionCost,
@@ -30,6 +31,7 @@ from mlxdpo.forward.packed import can_pack
 from mlxdpo.forward.patch_mlx_lm import SHORT, UNFUSED_FROM
 from mlxdpo.machine.device import default_dtype, this_machine
 from mlxdpo.model.adapters import read_settings
+from mlxdpo.model.limits import check_ids, check_length
 from mlxdpo.model.policy import load_tokenizer
 from mlxdpo.model.skeleton import Skeleton, dora_extra, make_trainable, read_skeleton
 from mlxdpo.training.plan import (
@@ -121,6 +123,8 @@ def forecast(config: Config, machine: int | None = None) -> Forecast:
     skeleton = read_skeleton(config.model)
     tokenizer = load_tokenizer(skeleton.folder, config.model.path, config.model.trust_remote_code)
     data = encode_split(rows, config.data, tokenizer, frozenset(tokenizer.eos_token_ids))
+    check_length(skeleton.reading, longest_row(data.train, data.heldout))
+    check_ids(skeleton.model, largest_token(data.train, data.heldout), tokenizer)
     return _forecast(config, skeleton, data, machine)
 
 

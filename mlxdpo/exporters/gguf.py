@@ -23,10 +23,12 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxdpo.exporters import hf
-from mlxdpo.exporters.source import ExportSource, weight_files
+from mlxdpo.exporters.source import ExportSource
 from mlxdpo.io.checksum import read_tensors
 from mlxdpo.io.json_file import read_json
+from mlxdpo.io.weight_files import weight_files
 from mlxdpo.model.builtin import unpermute
+from mlxdpo.model.ends import end_tokens, turn_end
 from mlxdpo.types import UserError
 
 
@@ -341,10 +343,10 @@ def write_tokenizer(writer: Any, folder: Path, config: Mapping[str, Any]) -> Non
     }.items():
         if (token := getattr(tokenizer, f"{end}_token_id")) is not None:
             add(token)
-    ends = config.get("eos_token_id")
-    others = [token for token in (ends if isinstance(ends, list) else [ends]) if token is not None]
-    if others and (turn := next((t for t in others if t != tokenizer.eos_token_id), None)) is not None:
-        writer.add_eot_token_id(turn)
+    generation = folder / "generation_config.json"
+    ends = end_tokens(tokenizer, {**config, **(read_json(generation) if generation.is_file() else {})})
+    if others := sorted(ends - {tokenizer.eos_token_id}):
+        writer.add_eot_token_id(turn if (turn := turn_end(tokenizer)) in others else others[0])
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(False)

@@ -26,11 +26,13 @@ from mlxdpo.exporters.source import (
     expert_change,
     plain_weight,
     side_files,
-    weight_files,
+    write_ends,
 )
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import read_tensor, read_tensors
 from mlxdpo.io.json_file import read_json
+from mlxdpo.io.weight_files import INDEX, weight_files
+from mlxdpo.model.policy import load_folder
 from mlxdpo.types import UserError
 
 KINDS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
@@ -89,24 +91,26 @@ def write_hf(source: ExportSource, folder: Path) -> str | None:
             _write_dequantised(source, file, folder / file.name)
         _copy_sides(source.folder, folder, {"quantization", "quantization_config"})
         _write_index(folder)
+        write_ends(source, folder)
         return "dequantised: every packed layer as it computes"
     changes = stored_changes(source)
     for file in weight_files(source.base):
         here = {name: change for name, change in changes.items() if source.origins.stored[name] == file}
         patch(file, folder / file.name, here, partial(_check_like, source))
     _copy_sides(source.base, folder, set())
-    for index in source.base.glob("*.safetensors.index.json"):
-        shutil.copyfile(index, folder / index.name)
+    write_ends(source, folder)
+    if (source.base / INDEX).is_file():
+        shutil.copyfile(source.base / INDEX, folder / INDEX)
+    else:
+        _write_index(folder)
     if source.choices.base:
         return f"the delta, trained on other weights, was added to those of {source.base_name}"
     return "the quantised layers of the run, dequantised" if source.quantised else None
 
 
 def reload_hf(source: ExportSource, folder: Path) -> nn.Module:
-    """The written folder as mlx-lm loads it."""
-    from mlx_lm.utils import load_model
-
-    return load_model(folder, lazy=True)[0]
+    """The written folder, computed as transformers computes it."""
+    return load_folder(folder, folder.name)[0]
 
 
 def stored_changes(source: ExportSource) -> dict[str, Change]:
@@ -209,4 +213,4 @@ def _write_index(folder: Path) -> None:
     arrays = {file.name: read_tensors(file) for file in files}
     total = sum(array.nbytes for part in arrays.values() for array in part.values())  # type: ignore[union-attr]
     index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, part in arrays.items() for n in part}}
-    write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / INDEX, index)

@@ -8,6 +8,7 @@ files asks for `quantized`, is shown what it cost, and is refused when that was 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxdpo.exporters.source import ExportSource, base_of, hub_name, plain_weight, side_files, tuned
+from mlxdpo.exporters.source import ExportSource, base_of, hub_name, plain_weight, side_files, tuned, write_ends
 from mlxdpo.io.atomic import write_json
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, adapter_settings, read_settings
+from mlxdpo.model.model_config import module_of, names_read
+from mlxdpo.model.policy import load_folder
 from mlxdpo.types import UserError
 
 
@@ -79,10 +82,10 @@ def reload_model(source: ExportSource, folder: Path) -> nn.Module:
 
 def fused(source: ExportSource) -> tuple[nn.Module, dict[str, Any]]:
     """The base as stored (or packed as the run packed it), trained weights in place of its own; and its config."""
-    from mlx_lm.utils import load_model, quantize_model
+    from mlx_lm.utils import quantize_model
 
-    model = load_model(source.folder, lazy=True, trust_remote_code=source.trained.config.model.trust_remote_code)[0]
-    config, bits = dict(source.raw_config), source.trained.config.model.quantize
+    model = load_folder(source.folder, source.base_name, source.trained.config.model.trust_remote_code)[0]
+    config, bits = for_mlx_lm(source), source.trained.config.model.quantize
     if bits:
         model, config = quantize_model(model, config, 64, bits)
     if source.method == "full":
@@ -92,6 +95,19 @@ def fused(source: ExportSource) -> tuple[nn.Module, dict[str, Any]]:
     plain = [(name, _fuse(name, module, layers[name])) for name, module in source.adapted.items()]
     model.update_modules(tree_unflatten(plain))
     return model, config
+
+
+def for_mlx_lm(source: ExportSource) -> dict[str, Any]:
+    """The base's config.json with what mlx-lm finds there under no name that it knows."""
+    raw, read = dict(source.raw_config), source.trained.policy.reading.config
+    if "text_config" in raw and "text_config" in read:
+        return raw | {"text_config": raw["text_config"] | _translated(raw["text_config"], read["text_config"], raw)}
+    return raw | _translated(raw, read, raw)
+
+
+def _translated(raw: Mapping[str, Any], read: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+    names = names_read(module_of(str(whole["model_type"])))
+    return {key: value for key, value in read.items() if key in names and key != "model_type" and raw.get(key) != value}
 
 
 def _replace_all(model: nn.Module, source: ExportSource) -> None:
@@ -131,5 +147,8 @@ def _save_model(source: ExportSource, model: nn.Module, config: dict[str, Any], 
     save_model(folder, model, donate_model=True)
     for file in side_files(source.folder):
         shutil.copyfile(file, folder / file.name)
+    write_ends(source, folder)
     if "quantization" in config:
-        write_json(folder / "config.json", config | {"quantization_config": config["quantization"]})
+        config |= {"quantization_config": config["quantization"]}
+    if config != source.raw_config:
+        write_json(folder / "config.json", config)

@@ -20,10 +20,14 @@ from mlx.utils import tree_flatten
 
 from mlxdpo.exporters.record import card_metadata
 from mlxdpo.inference.trained_run import TrainedRun
+from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import read_tensors
 from mlxdpo.io.json_file import read_json
 from mlxdpo.io.names import is_hub_id
+from mlxdpo.io.weight_files import weight_files
 from mlxdpo.model.adapters import read_settings
+from mlxdpo.model.corrections import model_classes
+from mlxdpo.model.model_config import read_model_config
 from mlxdpo.model.policy import find_model
 
 Change = Callable[[mx.array], mx.array]
@@ -158,10 +162,10 @@ class Origins(NamedTuple):
 
 def origins(folder: Path) -> Origins:
     """Follow mlx-lm's loader through the tensors of `folder`; reads headers only."""
-    from mlx_lm.utils import _get_classes, load_config
+    from mlx_lm.utils import load_config
 
-    config = load_config(folder)
-    model_class, arguments = _get_classes(config)
+    config = read_model_config(load_config(folder), folder.name).loaded
+    model_class, arguments = model_classes(config)
     stored, files = {}, {}
     for file in weight_files(folder):
         part = read_tensors(file)
@@ -174,11 +178,6 @@ def origins(folder: Path) -> Origins:
     made = {name: array for name, array in parameters.items() if name not in one}
     unused = {name: array for name, array in stored.items() if name not in set(one.values())}
     return Origins(files, one, made, unused)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order."""
-    return sorted(folder.glob("model*.safetensors"))
 
 
 def _array_digest(array: mx.array) -> bytes:
@@ -279,3 +278,13 @@ def side_files(folder: Path) -> list[Path]:
     """Configuration, tokenizer, template, generation settings and licence of a model folder."""
     dropped = {file for pattern in NOT_SIDE for file in folder.glob(pattern)}
     return sorted({file for pattern in SIDE for file in folder.glob(pattern)} - dropped)
+
+
+def write_ends(source: ExportSource, folder: Path) -> None:
+    """Let an export's generation_config.json end answers where training taught them to end, too."""
+    file, raw = folder / "generation_config.json", source.raw_config
+    said = read_json(file) if file.is_file() else {k: raw[k] for k in ("bos_token_id", "pad_token_id") if raw.get(k)}
+    own = said.get("eos_token_id", raw.get("eos_token_id"))
+    listed = [own] if isinstance(own, int) else list(own or ())
+    if taught := sorted(source.trained.policy.eos_ids - set(listed)):
+        write_json(file, said | {"eos_token_id": [*listed, *taught]})

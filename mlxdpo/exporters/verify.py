@@ -27,7 +27,8 @@ from mlxdpo.types import Example, UserError
 
 MOST_KL = 0.05  # of KL(run || reference)
 LEAST_SLOPE = 0.9
-ROUNDING = 1e-6  # nats a token: what float32 alone makes of equal weights in another order
+# Nats a token: what rounding alone makes of equal weights in another order. Errors e of logits cost about e^2 / 2.
+ROUNDING = {mx.float32: 1e-6, mx.float16: 2e-5, mx.bfloat16: 1e-3}
 LOGITS = 128 << 20  # bytes of float32 logits of one model at a time
 
 Logits = Callable[[], mx.array]
@@ -83,7 +84,7 @@ def measure_fidelity(reference: RunReference, artefact: nn.Module, force: bool =
     )
     own, other = (_margins(values, reference.ref_logps, reference.beta) for values in (reference.logps, logps))
     slope, correlation = slope_and_correlation(own, other)
-    reason = why_failed(kl, reference.kl, slope)
+    reason = why_failed(kl, reference.kl, slope, ROUNDING[reference.dtype])
     return Fidelity(
         pairs=len(own),
         tokens=reference.tokens,
@@ -105,9 +106,11 @@ def _unpacked(model: nn.Module) -> nn.Module:
     return dequantize_model(model)
 
 
-def why_failed(kl: float, reference_kl: float, slope: float | None) -> str | None:
-    """Why an artefact is not the run, in a sentence; None when it is."""
-    limit = max(MOST_KL * reference_kl, ROUNDING)
+def why_failed(
+    kl: float, reference_kl: float, slope: float | None, rounding: float = ROUNDING[mx.float32]
+) -> str | None:
+    """Why an artefact is not the run, in a sentence; None when it is. `rounding` is nats a token that mean nothing."""
+    limit = max(MOST_KL * reference_kl, rounding)
     if not kl <= limit:  # also when it is no number
         return (
             f"token KL to the run is {kl:.3g} nats, more than {limit:.3g} ({MOST_KL:.0%} of the {reference_kl:.3g} "

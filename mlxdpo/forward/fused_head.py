@@ -18,7 +18,8 @@ from mlxdpo.forward.elementwise import exp
 from mlxdpo.forward.layer_plan import checkpointed, with_gradient
 from mlxdpo.machine.device import this_machine
 
-LOGITS = 64 << 20  # bytes of float32 logits that are made at a time, whatever the vocabulary
+LOGITS = 64 << 20  # bytes of float32 logits that are made at a time, about, whatever the vocabulary
+TILE = 64  # rows of a matmul's tile on Metal; what a last one does not fill is computed for nothing
 
 
 class Head(NamedTuple):
@@ -61,8 +62,8 @@ def is_frozen(head: Head) -> bool:
 
 
 def chunk_of(vocabulary: int) -> int:
-    """Positions whose logits are held at once: a multiple of 8, as many as fill `LOGITS`, 32 at least."""
-    return max(LOGITS // (4 * vocabulary) // 8 * 8, 32)
+    """Positions whose logits are held at once: as many whole tiles of a GPU's matmul as come nearest to `LOGITS`."""
+    return TILE * max(1, round(LOGITS / (4 * vocabulary * TILE)))
 
 
 def _position_chunks(head: Head, h: mx.array) -> list[slice]:

@@ -4,7 +4,8 @@ The token at position t of a prompt is drawn with noise that depends on (seed, p
 prompt came before in the list, t) and on nothing else. So a prompt meets the same noise before and after
 tuning (common random numbers: the difference of two runs is less noisy than either), whatever batch it is in
 and whatever order the prompts have. Batching is mlx-lm's own: it holds for every cache that mlx-lm can batch,
-and a finished row makes room for the next prompt.
+and a finished row makes room for the next prompt. All rows of a batch are drawn by the same few kernels; which noise is
+whose, a row carries with it in mlx-lm's list of caches.
 """
 
 from __future__ import annotations
@@ -20,16 +21,14 @@ import numpy as np
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlxdpo.machine.device import wire_memory
+from mlxdpo.machine.device import limit_memory
+from mlxdpo.model.limits import check_ids
 from mlxdpo.types import UserError
 
 # Prompt tokens of one prefill pass over the whole batch: bounds its memory whatever the prompts' lengths.
 PREFILL_TOKENS = 16_384
 # Of a continuation that takes turns with others: the longest that the others wait.
 STEP_TOKENS = 512
-
-Sampler = Callable[[mx.array], mx.array]
-"""(1, V) log-probabilities -> (1,) token id."""
 
 
 class Completion(NamedTuple):
@@ -85,24 +84,25 @@ def finished(
     _check_sampling(prompts, max_tokens, temperature, top_p, batch_size)
     if not prompts:
         return
-    samplers = [
-        greedy if temperature == 0 else seeded_sampler(stream, temperature, top_p)
-        for stream in noise_streams(prompts, seed)
-    ]
+    check_ids(model, max(map(max, prompts)))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     was_training = model.training
     model.eval()  # dropout on the adapters would make the samples another model's
+    batched = _NoisyBatch(model)
     generator = BatchGenerator(
-        model,
+        batched,  # type: ignore[arg-type]  # it is only called
+        sampler=lambda logps: draw(logps, temperature, top_p, batched.noise),
         max_tokens=max_tokens,
         stop_tokens=[[token] for token in sorted(eos_ids)] or None,
         completion_batch_size=batch_size,
         prefill_batch_size=batch_size,
         prefill_step_size=max(32, PREFILL_TOKENS // batch_size),
     )
-    wire_memory()  # the generator has just wired all that Metal recommends: take back a share of it
+    limit_memory()  # the generator has just wired all that Metal recommends: take back a share of it
     try:
-        uids = generator.insert([list(prompts[i]) for i in order], samplers=[samplers[i] for i in order])
+        streams = noise_streams(prompts, seed)
+        caches = [[*make_prompt_cache(model), _RowNoise([NoiseStream(streams[i])])] for i in order]
+        uids = generator.insert([list(prompts[i]) for i in order], caches=caches)
         yield from _collect(generator, dict(zip(uids, order, strict=True)))
     finally:
         generator.close()
@@ -127,9 +127,9 @@ def stepwise(
     this is: `generate` counts them from 0. The model must be in evaluation mode.
     """
     _check_sampling([prompt], max_tokens, temperature, top_p, 1)
-    stream = (seed, occurrence, *noise_streams([prompt], seed)[0][2:])
-    sample = greedy if temperature == 0 else seeded_sampler(stream, temperature, top_p)
+    noise = NoiseStream((seed, occurrence, *noise_streams([prompt], seed)[0][2:]))
     with enter() as model:
+        check_ids(model, max(prompt))
         cache = make_prompt_cache(model)
     feed = list(prompt)
     for count in range(max_tokens):
@@ -141,7 +141,8 @@ def stepwise(
             yield None
         with enter() as model:
             logits = model(mx.array([feed]), cache=cache)[:, -1]
-            token = int(sample(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).item())
+            logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            token = int(draw(logps, temperature, top_p, [noise]).item())
         if token in eos_ids:
             return "stop"
         feed = [token]
@@ -183,29 +184,89 @@ def noise_streams(prompts: Sequence[Sequence[int]], seed: int) -> list[tuple[int
     return result
 
 
-def greedy(logps: mx.array) -> mx.array:
-    """(1, V) -> (1,) the likeliest token."""
-    return mx.argmax(logps, axis=-1)
+class NoiseStream:
+    """The noise of one row: a key for each position, in turn."""
+
+    def __init__(self, stream: tuple[int, ...]):
+        # As SeedSequence would cut these numbers up itself, three times as slowly; the last word is the position.
+        words = [(number >> shift) & 0xFFFFFFFF for number in stream for shift in range(0, _bit_length(number), 32)]
+        self._entropy = np.array([*words, 0], np.uint32)
+
+    def key(self) -> np.ndarray:
+        """The next position's key, (2,) uint32."""
+        words = np.random.SeedSequence(self._entropy).generate_state(2)
+        self._entropy[-1] += 1
+        return words
 
 
-def seeded_sampler(stream: tuple[int, ...], temperature: float, top_p: float) -> Sampler:
-    """A sampler for one row that counts its own positions.
+def _bit_length(number: int) -> int:
+    return max(1, number.bit_length())
+
+
+class _RowNoise:
+    """The noise of the rows of a batch, in their order: a cache to mlx-lm, which moves, drops and joins it with them.
+
+    Its methods are what mlx-lm asks of a cache that is batched; it is the last one of the list.
+    """
+
+    state = ()
+    nbytes = 0
+
+    def __init__(self, rows: list[NoiseStream]):
+        self.rows = rows
+
+    @classmethod
+    def merge(cls, caches: Sequence[_RowNoise]) -> _RowNoise:
+        """The rows of several, in one."""
+        return cls([row for cache in caches for row in cache.rows])
+
+    def extend(self, other: _RowNoise) -> None:
+        """Take in more rows, behind these."""
+        self.rows = self.rows + other.rows
+
+    def filter(self, keep: Sequence[int]) -> None:
+        """Keep these rows."""
+        self.rows = [self.rows[i] for i in keep]
+
+    def extract(self, row: int) -> _RowNoise:
+        """One row, by itself."""
+        return _RowNoise([self.rows[row]])
+
+    def prepare(self, **padding: Any) -> None:
+        """Padding is no matter here."""
+
+    def finalize(self) -> None:
+        """Nor is its end."""
+
+
+class _NoisyBatch:
+    """The model as mlx-lm calls it, with the rows' noise behind their caches; `noise` is that of the last call.
+
+    mlx-lm draws right after it has called the model, so those are the rows that it draws for.
+    """
+
+    def __init__(self, model: Any):
+        self._model, self.noise = model, list[NoiseStream]()
+
+    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+        """Logits, (R, T, V)."""
+        *layers, last = cache
+        self.noise = last.rows
+        return self._model(tokens, cache=layers)
+
+
+def draw(logps: mx.array, temperature: float, top_p: float, noise: Sequence[NoiseStream]) -> mx.array:
+    """(R, V) log-probs of R rows and their noise -> the tokens drawn, (R,); the likeliest ones at temperature 0.
 
     Draws from softmax(logps / temperature) by the Gumbel-max trick: the argmax of logits plus independent
     Gumbel noise is a sample (arXiv 2110.01515). Two models that differ little then mostly agree.
     """
-    position = 0
-
-    def sample(logps: mx.array) -> mx.array:
-        """(1, V) log-probs -> the token drawn at this position, (1,)."""
-        nonlocal position
-        words = np.random.SeedSequence([*stream, position]).generate_state(2)
-        position += 1
-        scaled = logps.astype(mx.float32) / temperature
-        noise = mx.random.gumbel(scaled.shape, key=mx.array(words))
-        return mx.argmax((nucleus(scaled, top_p) if top_p < 1 else scaled) + noise, axis=-1)
-
-    return sample
+    if temperature == 0:
+        return mx.argmax(logps, axis=-1)
+    scaled = logps.astype(mx.float32) / temperature
+    keys = mx.array(np.stack([stream.key() for stream in noise]))
+    gumbel = mx.vmap(lambda key: mx.random.gumbel(scaled.shape[1:], key=key))(keys)
+    return mx.argmax((nucleus(scaled, top_p) if top_p < 1 else scaled) + gumbel, axis=-1)
 
 
 def nucleus(logits: mx.array, top_p: float) -> mx.array:

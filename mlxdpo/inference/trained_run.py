@@ -20,6 +20,7 @@ from mlxdpo.config import Config
 from mlxdpo.data.batching import collate
 from mlxdpo.data.best_of_k import BestOfK, holds_best_of_k, read_best_of_k
 from mlxdpo.data.encode import encode, encode_all
+from mlxdpo.data.examples import largest_token, longest_row
 from mlxdpo.data.fields import as_turns
 from mlxdpo.data.planning import Group, Indices, outline, plan_straight
 from mlxdpo.data.read import heldout_source, prompt_key, read_pairs, split_heldout
@@ -28,6 +29,7 @@ from mlxdpo.forward.layer_plan import evaluate_batch
 from mlxdpo.forward.logprobs import forward_fns, score_pairs
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.model.adapters import adapters_off, dropout_off, load_arrays, load_run, load_start, read_settings
+from mlxdpo.model.limits import check_takes
 from mlxdpo.model.policy import Policy
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
@@ -215,6 +217,7 @@ def encode_pairs(trained: TrainedRun, rows: Sequence[Preference]) -> tuple[list[
     """Rows and their token ids, one for one, without those that do not fit (counted in the report)."""
     tokenizer, eos, data = trained.policy.tokenizer, trained.policy.eos_ids, trained.config.data
     examples, report = encode_all(rows, tokenizer, data, eos_ids=eos)
+    check_takes(trained.policy, longest_row(examples), largest_token(examples))
     if len(examples) == len(rows):
         return list(rows), examples, report
     counted = Report()  # row by row, to know which ones are left

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxdpo.io.atomic import write_json
+from mlxdpo.io.weight_files import weight_files
 from mlxdpo.machine.device import cache_folder
 from mlxdpo.types import UserError
 
@@ -68,7 +69,6 @@ def _write_note(note: Path, known: Mapping[str, Any]) -> None:
 
 
 SHAPING = (
-    "model*.safetensors",
     "config.json",
     "hf_quant_config.json",
     "adapters.safetensors",
@@ -82,6 +82,6 @@ def folder_digest(folder: Path, code: bool = False) -> str:
     `code` says that the folder's Python files are run (model.trust_remote_code), and so are among them.
     """
     patterns = (*SHAPING, "*.py") if code else SHAPING
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern)} | set(weight_files(folder)))
     parts = [f"{file.name} {file_digest(file)}" for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -12,9 +12,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Metal: mlx-lm wires the whole recommended working set, which has frozen Macs (mlx-examples #1076, mlx-lm #828).
+# Shares of the recommended working set. mlx-lm wires all of it, which froze Macs (mlx-examples #1076, mlx-lm #828).
 WIRED_SHARE = 0.9
-
+# MLX keeps freed buffers, wired, up to nearly all memory. A quarter holds the temporaries of a step of any model that
+# fits, so that the next step of the same shape allocates nothing, and leaves the rest to other programs.
+CACHE_SHARE = 0.25
 
 TRACES = 24
 
@@ -78,15 +80,48 @@ def default_dtype(stored: Collection[Any] = ()) -> Any:
     return mx.float16 if mx.float16 in stored and mx.bfloat16 not in stored else mx.bfloat16
 
 
-def wire_memory() -> int | None:
-    """On Metal keep the model's memory resident, up to a share of the recommended working set. Bytes, or None."""
+class MemoryLimits(NamedTuple):
+    """What MLX may take on Metal, in bytes: kept resident, allocated before it waits for work to end, and kept for
+    reuse after it was freed."""
+
+    wired: int
+    allocated: int
+    cached: int
+
+
+def memory_limits(recommended: int) -> MemoryLimits:
+    """The limits for a recommended working set of so many bytes.
+
+    MLX's own are 1.5 times the recommended set for both of the last two. Beyond the second it does not fail: it starts
+    no further work before some has ended, so how far Python runs ahead is bounded.
+    """
+    return MemoryLimits(int(recommended * WIRED_SHARE), recommended, int(recommended * CACHE_SHARE))
+
+
+def limit_memory() -> MemoryLimits | None:
+    """Set the limits of this machine, on Metal alone; None elsewhere. `load_policy` does, for every command that
+    computes."""
     import mlx.core as mx
 
     if this_machine().kind != "metal":
         return None
-    limit = int(this_machine().memory * WIRED_SHARE)
-    mx.set_wired_limit(limit)
-    return limit
+    limits = memory_limits(this_machine().memory)
+    mx.set_wired_limit(limits.wired)
+    mx.set_memory_limit(limits.allocated)
+    mx.set_cache_limit(limits.cached)
+    return limits
+
+
+def memory_use() -> dict[str, float]:
+    """GB (1e9 bytes) of MLX: most ever in use, in use, and kept for reuse. What a Mac's other programs miss is the
+    sum of the last two."""
+    import mlx.core as mx
+
+    return {
+        "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        "active_memory_gb": mx.get_active_memory() / 1e9,
+        "cache_memory_gb": mx.get_cache_memory() / 1e9,
+    }
 
 
 def compiled(function: Any, **options: Any) -> Any:
@@ -117,6 +152,38 @@ def matmul_rate(size: int = 1024, repeats: int = 5, dtype: str = "float32") -> f
         mx.eval(a @ a)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+@functools.cache
+def float32_matmul() -> str:
+    """What float32 matmuls are computed in here, measured: "float32", or "TF32" with 10 bits of its 23.
+
+    By default an M5 with macOS 26.2 or newer and CUDA take TF32; MLX_ENABLE_TF32=0 in the environment forbids it.
+    """
+    import mlx.core as mx
+
+    fine = 1 + 2.0**-12  # needs 12 bits
+    return "float32" if (mx.full((512, 512), fine) @ mx.eye(512))[0, 0].item() == fine else "TF32"
+
+
+LIBRARIES = ("mlx-metal", "mlx-cuda-13", "mlx-cuda-12", "mlx-cpu")  # what `mlx` brings its kernels in
+
+
+def library_wheel() -> str:
+    """The wheel that MLX's kernels came in, with the system it was built for: "mlx-metal macosx_26_0_arm64"."""
+    for name in LIBRARIES:
+        try:
+            wheel = importlib.metadata.distribution(name).read_text("WHEEL") or ""
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        tags = [line.rpartition("-")[2].strip() for line in wheel.splitlines() if line.startswith("Tag:")]
+        return f"{name} {' '.join(tags) or 'of no known tag'}"
+    return "none: MLX was built here"
+
+
+def macos_version() -> str:
+    """Such as 26.2; empty elsewhere."""
+    return machine.mac_ver()[0]
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,10 @@ Folders are mlx-lm's own: `mlx_lm.generate --adapter-path runs/NAME/adapter` rea
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,8 +87,44 @@ def _check_names(model: nn.Module, lora: LoraConfig) -> None:
     inside = {name for name, module in blocks[-1].named_modules() if hasattr(module, "weight")}
     known = inside | {name for block in blocks for name, _ in block.named_modules()}
     known |= {name for name, _ in model.named_modules()}
+    if taken := sorted(name for name in lora.keys or () if name.rpartition(".")[2] in read_as_arrays(model)):
+        raise UserError(f"lora.keys: the model reads the weights of `{taken[0]}` itself; leave it out")
     if unknown := sorted(set(lora.keys or ()) - known):
         raise UserError(f"lora.keys: the model has no layer `{unknown[0]}`; in its blocks: {', '.join(sorted(inside))}")
+
+
+def adaptable(model: nn.Module, lora: LoraConfig) -> LoraConfig:
+    """`lora` with its layers named where not all linear layers can carry an adapter."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    taken = read_as_arrays(model) if lora.method != "full" and lora.keys is None else frozenset()
+    if not taken:
+        return lora
+    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+    blocks: list[nn.Module] = model.layers  # type: ignore[assignment]
+    found = {name for block in blocks for name, module in block.named_modules() if isinstance(module, kinds)}
+    keys = sorted(name for name in found if name.rpartition(".")[2] not in taken)
+    return LoraConfig.model_validate(lora.model_dump(exclude_none=True, exclude_unset=True) | {"keys": keys})
+
+
+def read_as_arrays(model: nn.Module) -> frozenset[str]:
+    """Names of layers whose weights mlx-lm's file reads as arrays (gemma3n, kimi_k3): adapters would not be asked."""
+    modules = {type(module).__module__ for module in model.modules()}
+    files = {module for module in modules if module.startswith("mlx_lm.models.")}
+    return frozenset().union(*(weights_read(module) for module in files))
+
+
+@functools.cache
+def weights_read(module: str) -> frozenset[str]:
+    """X of every `.X.weight` in what a model file computes with."""
+    tree, found = ast.parse(Path(str(sys.modules[module].__file__)).read_text("utf-8")), set()
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        if function.name in ("__init__", "sanitize", "shard", "quant_predicate"):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.value, ast.Attribute):
+                found.add(node.value.attr)
+    return frozenset(found)
 
 
 def adapter_settings(lora: LoraConfig) -> dict[str, Any]:
@@ -204,7 +243,7 @@ def with_adapter(config: Config, model: nn.Module) -> Config:
     """
     if config.model.adapter is None:
         check_trainable(model, config.lora)
-        return config
+        return config.model_copy(update={"lora": adaptable(model, config.lora)})
     own = read_settings(Path(config.model.adapter))
     for name in config.lora.model_fields_set & {"method", "rank", "keys", "layers", "alpha", "scale"}:
         asked = config.lora.multiplier if name in ("alpha", "scale") else getattr(config.lora, name)

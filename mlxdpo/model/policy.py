@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,13 @@ from mlxdpo.io.atomic import DISK
 from mlxdpo.io.checksum import pickled_in, read_tensors
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.io.json_file import read_json
-from mlxdpo.machine.device import default_dtype
+from mlxdpo.io.weight_files import PATTERN, check_weight_files, left_over, only_weights
+from mlxdpo.machine.device import default_dtype, limit_memory
+from mlxdpo.machine.errors import error_message
 from mlxdpo.model.builtin import smollm2_folder
+from mlxdpo.model.corrections import correct, model_classes
+from mlxdpo.model.ends import end_tokens
+from mlxdpo.model.model_config import ModelReading, module_of, names_read, read_model_config
 from mlxdpo.model.stored_shapes import check_counts
 from mlxdpo.model.trial import try_tokenizer
 from mlxdpo.types import UserError
@@ -34,6 +39,7 @@ class Policy:
     """A loaded model. `config` is the original config.json, whole (mlx-lm's model arguments lose keys).
 
     `identity` says which numbers it computes with: source, revision, digest of the weights, dtype, quantisation.
+    `reading` says how its config was brought under mlx-lm's names, and up to which length of row that holds.
     """
 
     model: nn.Module
@@ -42,6 +48,7 @@ class Policy:
     folder: Path
     eos_ids: frozenset[int]
     identity: Mapping[str, Any]
+    reading: ModelReading = field(default_factory=lambda: ModelReading({}))
 
 
 def find_model(path: str, revision: str | None = None, patterns: Sequence[str] = DOWNLOAD) -> Path:
@@ -71,7 +78,7 @@ def find_model(path: str, revision: str | None = None, patterns: Sequence[str] =
 
 
 def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder, with the end-of-sequence ids of its configuration; no weights are read.
+    """The tokenizer of a model folder, with the tokens that end an answer (`ends`); no weights are read.
 
     Raises `UserError` when there is none, and when it needs code that `trust_remote_code` does not allow.
     """
@@ -83,12 +90,18 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> 
     # Said in so many words: left unsaid, transformers asks on the terminal whether to run it.
     trust = {"trust_remote_code": trust_remote_code}
     with strangers_files(name, "its tokenizer "):
-        return load(folder, trust, eos_token_ids=load_config(folder).get("eos_token_id"))
+        said = load_config(folder)
+        tokenizer = load(folder, trust, eos_token_ids=said.get("eos_token_id"))
+        for token in end_tokens(tokenizer._tokenizer, said):
+            tokenizer.add_eos_token(str(token))
+        return tokenizer
 
 
 def tokenizer_of(config: ModelConfig) -> Any:
-    """The tokenizer of the model that a recipe names; the model is fetched, its weights are not read."""
-    return load_tokenizer(_model_folder(config), config.path, config.trust_remote_code)
+    """The tokenizer of the model that a recipe names; the model is fetched, its weights are looked for and not read."""
+    folder = _model_folder(config)
+    check_weights(folder, config.path)
+    return load_tokenizer(folder, config.path, config.trust_remote_code)
 
 
 def _model_folder(config: ModelConfig) -> Path:
@@ -103,6 +116,8 @@ def strangers_files(name: str, part: str = "") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # `tokenizers` raises Exception itself, the model definitions whatever breaks first
+        if isinstance(error, RuntimeError | MemoryError) and error_message(error):
+            raise  # the machine's fault, not the files'
         said = " ".join(str(error).split())
         if "trust_remote_code" in said:
             raise UserError(
@@ -113,16 +128,60 @@ def strangers_files(name: str, part: str = "") -> Iterator[None]:
         raise UserError(f"{name}: {part}cannot be loaded ({kind}{said[:300]})") from error
 
 
-def check_weights(folder: Path, name: str) -> None:
-    """Raise `UserError` unless `folder` holds whole safetensors weights, the only kind that is read.
-
-    So does a config.json that counts more layers than they have.
-    """
-    files = sorted(folder.glob("model*.safetensors"))
+def check_weights(folder: Path, name: str) -> list[Path]:
+    """The weight files of `folder`, whole safetensors files. Raises `UserError` for anything else, with the way out."""
+    files = check_weight_files(folder, name)
     if not files:
-        raise UserError(f"{name}: cannot be loaded (no model*.safetensors there{pickled_in(folder)})")
-    stored = {array: tensor.shape for file in files for array, tensor in read_tensors(file).items()}
-    check_counts(read_json(folder / "config.json"), stored, name)
+        raise UserError(f"{name}: {why_no_weights(folder, name)}")
+    seen: dict[str, str] = {}
+    shapes: dict[str, Sequence[int]] = {}
+    for file in files:
+        for tensor, array in read_tensors(file).items():
+            shapes[tensor] = array.shape
+            if tensor in seen:
+                raise UserError(f"{name}: {seen[tensor]} and {file.name} both hold `{tensor}`; move one of them away")
+            seen[tensor] = file.name
+    check_counts(read_json(folder / "config.json"), shapes, name)
+    return files
+
+
+def why_no_weights(folder: Path, name: str) -> str:
+    """What a folder without a model's weights is, and what to do with it."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        said = read_json(adapter)
+        base = str(said.get("base_model_name_or_path") or said.get("model") or "BASE")[:120]
+        if "peft_type" in said:
+            return (
+                f"that is a PEFT adapter, its base is {base}; "
+                f"run `mlxdpo import --peft {name} --model {base} --out ADAPTER`, then train with "
+                f"`--model {base} --model.adapter ADAPTER`"
+            )
+        return f"that is an adapter, its base is {base}; use `--model {base} --model.adapter {name}`"
+    if found := sorted(folder.glob("consolidated*.safetensors")):
+        return (
+            f"cannot be loaded ({found[0].name} is the maker's own format); take the version of the model that "
+            f"transformers loads, with {PATTERN}"
+        )
+    return f"cannot be loaded (no {PATTERN} there{pickled_in(folder)})"
+
+
+PACKINGS = {"bitnet", "mxfp4", "mxfp8", "compressed-tensors", "modelopt", "awq"}
+
+
+def check_packing(raw: Mapping[str, Any], name: str) -> None:
+    """Raise `UserError` for packed weights that mlx-lm does not unpack; it would read their codes as numbers."""
+    said = raw.get("quantization_config") or raw.get("text_config", {}).get("quantization_config") or {}
+    way = str(said.get("quant_method", "")) if isinstance(said, Mapping) else ""
+    if not way or "quantization" in raw or way in PACKINGS:
+        return
+    own = names_read(module_of(str(raw.get("model_type"))))
+    if way == "fp8" and ("weight_scale_inv" in own or any("scale_inv" in one for one in own)):
+        return
+    raise UserError(
+        f"{name}: its weights are packed by {way}, which mlx-lm does not unpack; take the model in 16 bits and pack it "
+        f"when loading (--model.quantize 4)"
+    )
 
 
 def load_policy(config: ModelConfig) -> Policy:
@@ -131,13 +190,13 @@ def load_policy(config: ModelConfig) -> Policy:
     The adapter named in `config` is not attached here: see `adapters.with_adapter`.
     Raises `UserError` for a folder that is no model or one that mlx-lm has no definition for.
     """
-    from mlx_lm.utils import load_model, quantize_model
+    from mlx_lm.utils import quantize_model
 
+    limit_memory()
     trusted = config.trust_remote_code
     folder = _model_folder(config)
     check_weights(folder, config.path)
-    with strangers_files(config.path):
-        model, raw = load_model(folder, lazy=True, trust_remote_code=trusted)
+    model, raw, reading = load_folder(folder, config.path, trusted)
     tokenizer = load_tokenizer(folder, config.path, trusted)
     stored = {array.dtype for _, array in tree_flatten(model.parameters())}
     dtype = default_dtype(stored) if config.dtype == "auto" else getattr(mx, config.dtype)
@@ -159,7 +218,48 @@ def load_policy(config: ModelConfig) -> Policy:
         "dtype": str(dtype).removeprefix("mlx.core."),
         "quantization": quantisation,
     }
-    return Policy(model, tokenizer, raw, folder, frozenset(tokenizer.eos_token_ids), identity)
+    return Policy(model, tokenizer, raw, folder, frozenset(tokenizer.eos_token_ids), identity, reading)
+
+
+def load_folder(folder: Path, name: str, trusted: bool = False) -> tuple[nn.Module, dict[str, Any], ModelReading]:
+    """The model in a folder, its weights not yet read; its config.json; and how that was read.
+
+    The model computes what transformers computes. Raises `UserError` for what mlx-lm has no definition for, or
+    computes otherwise.
+    """
+    from mlx_lm.utils import load_config
+
+    with strangers_files(name):
+        raw = load_config(folder)
+        check_packing(raw, name)
+        reading = ModelReading(raw) if raw.get("model_file") else read_model_config(raw, name)
+        if extra := left_over(folder):
+            note = f"{name}: {', '.join(extra[:3])} is in no index and is not read"
+            reading = reading._replace(notes=(*reading.notes, note))
+        with only_weights(folder) as view:
+            try:
+                model, loaded = _load(view, reading, trusted)
+            except ValueError as error:
+                if not reading.filled:
+                    raise
+                try:
+                    model, loaded = _load(view, reading := reading.as_stored(), trusted)
+                except (ValueError, TypeError):
+                    raise error from None
+        packed = {key: loaded[key] for key in ("quantization", "quantization_config") if key in loaded}
+        return correct(model, reading.loaded), raw | packed, reading
+
+
+def _load(folder: Path, reading: ModelReading, trusted: bool) -> tuple[nn.Module, dict[str, Any]]:
+    from mlx_lm.utils import load_model
+
+    return load_model(
+        folder,
+        lazy=True,
+        model_config=reading.loaded,
+        get_model_classes=model_classes,
+        trust_remote_code=trusted,
+    )
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:

@@ -17,12 +17,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxdpo.config import LoraConfig, ModelConfig
-from mlxdpo.io.checksum import pickled_in
-from mlxdpo.io.json_file import as_written, parse_object, read_json
-from mlxdpo.io.names import is_plain_name
+from mlxdpo.io.json_file import as_written, parse_object
+from mlxdpo.io.weight_files import check_weight_files, missing_files
 from mlxdpo.machine.device import default_dtype
 from mlxdpo.model.adapters import attach_lora, check_trainable
-from mlxdpo.model.policy import BUILTIN, cast, find_model, strangers_files
+from mlxdpo.model.corrections import model_classes
+from mlxdpo.model.model_config import ModelReading, read_model_config
+from mlxdpo.model.policy import BUILTIN, cast, check_packing, find_model, strangers_files, why_no_weights
 from mlxdpo.model.stored_shapes import check_counts
 from mlxdpo.types import UserError
 
@@ -45,6 +46,7 @@ class Skeleton(NamedTuple):
     config: Mapping[str, Any]
     folder: Path
     stored: dict[str, Stored]
+    reading: ModelReading
 
 
 def read_skeleton(config: ModelConfig) -> Skeleton:
@@ -60,7 +62,9 @@ def read_skeleton(config: ModelConfig) -> Skeleton:
         if raw.get("model_file"):
             raise UserError(f"{config.path}: its shape is in Python code that comes with it: it cannot be planned for")
         check_counts(raw, {array: one.shape for array, one in stored.items()}, config.path)
-        model = _definition(raw, stored)
+        check_packing(raw, config.path)
+        reading = read_model_config(raw, config.path)
+        model = _definition(reading.loaded, stored)
     if config.quantize:
         if raw.get("quantization"):
             raise UserError(
@@ -70,7 +74,7 @@ def read_skeleton(config: ModelConfig) -> Skeleton:
             model, _ = quantize_model(model, dict(raw), group_size=64, bits=config.quantize)
     cast(model, default_dtype() if config.dtype == "auto" else getattr(mx, config.dtype))
     model.freeze()
-    return Skeleton(model, raw, folder, stored)
+    return Skeleton(model, raw, folder, stored, reading)
 
 
 def make_trainable(model: nn.Module, lora: LoraConfig) -> None:
@@ -91,34 +95,12 @@ def _look_up_files(config: ModelConfig) -> tuple[Path, dict[str, Stored]]:
     """The model's folder, with or without weights in it, and what the headers of its weight files say."""
     on_hub = not (config.path in BUILTIN or Path(config.path).is_dir() or config.path.count("/") != 1)
     folder = find_model(config.path, config.revision, *([LIGHT] if on_hub else []))
-    files = _weight_files(folder)
+    files = [] if on_hub and missing_files(folder) else check_weight_files(folder, config.path)
     if files:
         return folder, {name: one for file in files for name, one in read_header(file).items()}
     if on_hub:
         return folder, _hub_headers(config)
-    raise UserError(f"{config.path}: cannot be loaded (no model*.safetensors there{pickled_in(folder)})")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder; none when some of them are missing, as in a Hub snapshot without weights."""
-    files, index = sorted(folder.glob("model*.safetensors")), folder / "model.safetensors.index.json"
-    if index.exists():
-        return files if indexed_files(index) <= {file.name for file in files} else []
-    return files
-
-
-def indexed_files(index: Path) -> set[str]:
-    """The file names in a model's `model.safetensors.index.json`.
-
-    Raises `UserError` for one that is not a plain name beside the index: it would lead out of the model's folder.
-    """
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise UserError(f"{index}: expected a `weight_map` of file names; download it again")
-    for name in found.values():
-        if not is_plain_name(name):
-            raise UserError(f"{index}: {name[:80]!r} is no name of a file beside it; nothing is read from there")
-    return set(found.values())
+    raise UserError(f"{config.path}: {why_no_weights(folder, config.path)}")
 
 
 def _hub_headers(config: ModelConfig) -> dict[str, Stored]:
@@ -151,9 +133,7 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 def _definition(raw: Mapping[str, Any], stored: Mapping[str, Stored]) -> Any:
     """mlx-lm's model for a config.json, quantised where its files are, nothing evaluated."""
-    from mlx_lm.utils import _get_classes
-
-    model_class, arguments = _get_classes(dict(raw))
+    model_class, arguments = model_classes(raw)
     model = model_class(arguments.from_dict(raw))
     if "lm_head" in model and not any(name.endswith("lm_head.weight") for name in stored):
         model.pop("lm_head")  # a tied head that the definition makes first and drops when it sees the files

@@ -30,7 +30,7 @@ def check_counts(config: Mapping[str, Any], stored: Mapping[str, Sequence[int]],
 
 
 def check_kinds(config: Mapping[str, Any], name: str) -> None:
-    """Raise `UserError` where a number of `config` that is used only once the model computes is none, or no token id."""
+    """Raise `UserError` for a number of `config` that is none, or no token id, and is used once the model computes."""
     for key in ("rope_theta", "rope_local_base_freq"):
         value = config.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -73,16 +74,40 @@ def folder_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step of `folder_of`'s name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def steps(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step-*"))
+    """Complete checkpoints, oldest first; what else is kept beside them under a longer name is none of ours."""
+    return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
 
 
-def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one."""
-    best = None if best_step is None else f"step-{best_step:06d}"
-    for old in [path for path in steps(folder)[:-keep] if path.name != best]:
+def prune(folder: Path, keep: int, best_step: int | None, every: int) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one.
+
+    What was saved by the clock (its step is no multiple of `every`) is only kept while it is the newest.
+    """
+    older = steps(folder)[:-1]
+    kept = [path for path in older if step_of(path) % every == 0][::-1][: keep - 1]
+    for old in (path for path in older if path not in kept and step_of(path) != best_step):
         shutil.rmtree(old.rename(folder / f".draft-{old.name}"))  # a step-N is whole until it is gone
+
+
+class SaveClock:
+    """Says when `minutes` have passed since the last checkpoint, or since it was made; never with 0."""
+
+    def __init__(self, minutes: float):
+        self.seconds, self.saved = minutes * 60, time.perf_counter()
+
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return self.seconds > 0 and time.perf_counter() - self.saved >= self.seconds
+
+    def restart(self) -> None:
+        """A checkpoint was written."""
+        self.saved = time.perf_counter()
 
 
 def remove_unfinished(run: Path) -> None:

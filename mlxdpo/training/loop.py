@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
-
 from mlxdpo.data.planning import Indices
 from mlxdpo.distributed.group import PeerLost
+from mlxdpo.machine.device import memory_use
 from mlxdpo.model.adapters import dropout_off
 from mlxdpo.training import checkpoint, distributed
-from mlxdpo.training.checkpoint import Progress
+from mlxdpo.training.checkpoint import Progress, SaveClock
 from mlxdpo.training.distributed import first_pairs, gather_pairs
 from mlxdpo.training.metrics import LikelihoodWatch, Scored
 from mlxdpo.training.plan import learning_rate
@@ -33,6 +32,7 @@ def run_loop(state: TrainState, progress: Progress, should_stop: Callable[[], bo
     """
     config, plan, fns = state.config, state.plan, CompiledFns(state)
     watch = LikelihoodWatch(state.loss, bool(state.heldout.examples))
+    clock = SaveClock(config.train.save_minutes)
     if progress.step:
         fns.reference.restore(checkpoint.folder_of(state.checkpoints, progress.step))
     elif state.heldout.examples:
@@ -64,11 +64,15 @@ def run_loop(state: TrainState, progress: Progress, should_stop: Callable[[], bo
         if warning:
             yield Event("note", progress.step, {"text": warning})
         last = progress.step == plan.steps or _patience_over(state, progress)
-        if last or progress.step % config.train.save_every == 0 or progress.best_step == progress.step:
+        by_step = last or progress.step % config.train.save_every == 0 or progress.best_step == progress.step
+        if _by_the_clock(state, clock) or by_step:
             path = _save(state, fns, progress)
+            clock.restart()
             if state.group.first:
-                checkpoint.prune(state.checkpoints, config.train.keep_checkpoints, progress.best_step)
-            distributed.align_weights(state.group, state.model)
+                keep, every = config.train.keep_checkpoints, config.train.save_every
+                checkpoint.prune(state.checkpoints, keep, progress.best_step, every)
+            if by_step:  # aligned where the clock says so, unlike machines would train by their clocks
+                distributed.align_weights(state.group, state.model)
             yield Event("checkpoint", progress.step, {"path": str(path)})
     if progress.step < plan.steps:
         text = f"stopped early at step {progress.step}: held-out loss was lowest at step {progress.best_step}"
@@ -98,12 +102,12 @@ def evaluate_heldout(state: TrainState, fns: CompiledFns) -> Scored:
 
 
 def _pace(state: TrainState, progress: Progress) -> dict[str, float]:
-    """Epoch, tokens, tokens per second, peak memory (GB) and seconds left."""
+    """Epoch, tokens, tokens per second, memory (GB) and seconds left."""
     return {
         "epoch": progress.step / state.plan.steps_per_epoch,
         "num_tokens": progress.tokens,
         "tokens_per_second": progress.tokens / progress.seconds,
-        "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        **memory_use(),
         "seconds_left": progress.seconds / progress.step * (state.plan.steps - progress.step),
     }
 
@@ -114,6 +118,13 @@ def _save(state: TrainState, fns: CompiledFns, progress: Progress) -> Path:
     return checkpoint.save(
         state.checkpoints, state.model, state.config.lora, state.optimizer, progress, fns.reference.save
     )
+
+
+def _by_the_clock(state: TrainState, clock: SaveClock) -> bool:
+    """Whether time asks for a checkpoint, by the clock of process 0: they all stand at the same step then."""
+    if not state.config.train.save_minutes:
+        return False
+    return state.group.agree(state.group.first and clock.due())
 
 
 def _advance(state: TrainState, progress: Progress, batches: Sequence[Indices], seconds: float) -> Progress:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -10,6 +12,7 @@ from mlxdpo.config import Config
 from mlxdpo.data.batch_shapes import SAMPLE
 from mlxdpo.data.batching import collate
 from mlxdpo.data.dataset import Dataset
+from mlxdpo.data.examples import largest_token, longest_row
 from mlxdpo.forward.architectures import model_parts
 from mlxdpo.forward.logprobs import (
     PLAIN_FORWARD,
@@ -24,9 +27,11 @@ from mlxdpo.forward.logprobs import (
 from mlxdpo.forward.packed import can_pack
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import adapters_off, dropout_off
+from mlxdpo.model.limits import check_takes
+from mlxdpo.model.model_config import names_read
 from mlxdpo.model.policy import Policy
 from mlxdpo.training.distributed import first_pairs
-from mlxdpo.training.plan import PlanSummary, TrainPlan, checked_pairs, planned_batches, summarize_plan
+from mlxdpo.training.plan import PlanSummary, TrainPlan, checked_pairs, clock, planned_batches, summarize_plan
 from mlxdpo.training.step import TrainState
 from mlxdpo.types import Batch, Pairs, UserError
 
@@ -42,22 +47,13 @@ def check_heldout(config: Config, data: Dataset) -> None:
             raise UserError(f"train.{name} {value} needs held-out pairs; give data.eval, or raise data.eval_fraction")
 
 
-def longest_row(data: Dataset) -> int:
-    """Tokens of the longest row, prompt and completion together."""
-    return max(int(part.row_lengths.max(initial=0)) for part in (data.train, data.heldout))
-
-
-def check_window(policy: Policy, longest: int) -> None:
-    """Raise `UserError` for rows that mlx-lm would compute as another function than the model's.
-
-    Its gemma2 knows no sliding window: within one the numbers are the same, beyond it they are not.
-    """
-    window = policy.config.get("sliding_window")
-    if policy.config.get("model_type") == "gemma2" and window and longest > window:
-        raise UserError(
-            f"a row has {longest} tokens, but beyond {window} mlx-lm computes gemma2 without its sliding window; "
-            f"set data.max_length {window}"
-        )
+def check_rows_fit(data: Dataset, *policies: Policy) -> int:
+    """Tokens of the longest row. Raises `UserError` for rows or token ids that one of the models cannot take."""
+    parts = (data.train, data.heldout)
+    longest, largest = longest_row(*parts), largest_token(*parts)
+    for policy in policies:
+        check_takes(policy, longest, largest)
+    return longest
 
 
 def choose_forward(model: nn.Module, data: Dataset, plan: TrainPlan, config: Config) -> tuple[ForwardFns, str]:
@@ -83,6 +79,40 @@ def choose_forward(model: nn.Module, data: Dataset, plan: TrainPlan, config: Con
             f"train.gradient_checkpointing needs the fast way, but {note}; set train.gradient_checkpointing false"
         )
     return PLAIN_FORWARD, note
+
+
+# mlx-lm's files whose training form goes through a row token by token, in Python.
+UNROLLED = {"mamba", "jamba", "rwkv7", "recurrent_gemma", "bailing_moe_linear"}
+
+
+def recurrence_note(model: nn.Module, summary: PlanSummary) -> str:
+    """What a recurrence that mlx-lm unrolls will cost, measured on two short rows; empty for other models.
+
+    A step takes about three forward passes. Such a model keeps every state for the backward pass besides.
+    """
+    files = {
+        type(module).__module__ for module in model.modules() if type(module).__module__.startswith("mlx_lm.models")
+    }
+    slow = {name.rpartition(".")[2] for name in files if "gated_delta_update" in names_read(name)}
+    slow |= UNROLLED & {name.rpartition(".")[2] for name in files}
+    if not slow:
+        return ""
+    short, long = (_seconds(model, length) for length in (8, 24))
+    a_token = max(long - short, 0.0) / 16
+    return (
+        f"{min(slow)}: mlx-lm computes its recurrence token by token, slowly and with much memory: "
+        f"a pass of {summary.tokens} tokens takes about {clock(3 * a_token * summary.tokens)} here; shorter rows "
+        f"(data.max_length) and a smaller train.batch_size need less memory"
+    )
+
+
+def _seconds(model: nn.Module, length: int) -> float:
+    """Of one forward pass over a row of `length` tokens, after a first one."""
+    row = mx.zeros((1, length), mx.int32)
+    for _ in range(2):
+        start = time.perf_counter()
+        mx.eval(model(row))
+    return time.perf_counter() - start
 
 
 def preview_plan(model: nn.Module, data: Dataset, plan: TrainPlan, forward: ForwardFns) -> PlanSummary:

@@ -23,7 +23,6 @@ from mlxdpo.distributed.group import ALONE, Group
 from mlxdpo.forward.logprobs import ForwardFns
 from mlxdpo.forward.patch_mlx_lm import chunked_attention_on
 from mlxdpo.losses import Loss
-from mlxdpo.machine.device import wire_memory
 from mlxdpo.machine.memory_guard import MemoryGuard
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter, with_adapter
 from mlxdpo.model.policy import Policy, load_policy, tokenizer_of
@@ -127,13 +126,11 @@ def prepare(
     data = yield from _read_pairs(config, stage.transform(config, loss), should_stop, fits)
     if data is None:
         return None
-    wire_memory()
     policy = load_policy(config.model)
     asked = with_adapter(config, policy.model)
     config, split_note = distributed.config_for_group(asked, group)
     reference, adapter = find_reference(config, policy)
-    longest = preflight.longest_row(data)
-    preflight.check_window(policy, longest)
+    longest = preflight.check_rows_fit(data, policy, reference)
     plan = make_plan(config, data.train, data.heldout)
     forward, note = preflight.choose_forward(policy.model, data, plan, config)
     manifest = describe_run(config, policy, reference, adapter, data)
@@ -142,7 +139,8 @@ def prepare(
     summary = preflight.preview_plan(policy.model, data, plan, forward)
     begun = {"run": run, "config": config, "data": data, "policy": policy, "plan": summary}
     yield Event("start", 0, begun | {"shown": stage.shown(data.train[0], loss)})
-    for text in filter(None, (split_note, note, stage.remark(data, config, loss))):
+    slow = preflight.recurrence_note(policy.model, summary)
+    for text in filter(None, (*policy.reading.notes, split_note, note, slow, stage.remark(data, config, loss))):
         yield Event("note", 0, {"text": text})
     held.enter_context(distributed.holding(group, run, manifest))
     # Entered before anything is traced: a trace keeps the attention it was made with.

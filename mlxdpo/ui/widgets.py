@@ -12,6 +12,7 @@ from functools import wraps
 from html import escape
 from typing import Any, NamedTuple
 
+from mlxdpo.machine.errors import error_message
 from mlxdpo.types import UserError
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -49,7 +50,7 @@ def html_table(caption: str, headers: Sequence[str], rows: Sequence[Sequence[str
 
 @contextmanager
 def show_errors() -> Iterator[None]:
-    """A `UserError` becomes the page's message; as a decorator, that of a handler.
+    """A `UserError`, or what the machine refused, becomes the page's message; as a decorator, that of a handler.
 
     Gradio renders messages as HTML, so the sentence is escaped.
     """
@@ -57,8 +58,11 @@ def show_errors() -> Iterator[None]:
 
     try:
         yield
-    except UserError as error:
-        raise gr.Error(escape(str(error)), title="This did not work", duration=8, print_exception=False) from None
+    except (UserError, RuntimeError, MemoryError) as error:
+        sentence = str(error) if isinstance(error, UserError) else error_message(error)
+        if sentence is None:
+            raise
+        raise gr.Error(escape(sentence), title="This did not work", duration=8, print_exception=False) from None
 
 
 def alert(error: UserError, css: str = "") -> str:

@@ -2,6 +2,7 @@
 
 import json
 
+import fake_mac
 import mlx.nn as nn
 import pytest
 from hypothesis import given
@@ -10,9 +11,10 @@ from tiny_models import tiny_model, write_model
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.cli import run
-from mlxdpo.commands.bench import count_weights
+from mlxdpo.commands.bench import PUBLISHED, count_weights
 from mlxdpo.config import LoraConfig
 from mlxdpo.estimate.flops import Weights, Work, forward_flops, step_flops, work
+from mlxdpo.machine import device
 from mlxdpo.model.adapters import attach_lora
 
 # A block of the tiny llama: q 32x32, k and v 32x16, o 32x32, three maps between 32 and 64.
@@ -77,3 +79,19 @@ def test_for_a_person(tmp_path, capsys):
     assert run(["bench", "--model", str(folder), "--prompt", "8", "--completion", "4", "--repeats", "1"]) == 0
     said = capsys.readouterr().out
     assert "28 distinct" in said and "forward" in said and "float32" in said
+
+
+def test_on_a_mac_the_shares_stand_beside_what_others_published(tmp_path, capsys, monkeypatch):
+    """And nowhere else; none of those figures passes for ours."""
+    folder = write_model(tmp_path / "model", chatml_tokenizer())
+    line = ["bench", "--model", str(folder), "--prompt", "8", "--completion", "4", "--repeats", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_detect_machine", lambda: device.Machine("cpu", "a CPU", 32 << 30, "Linux"))
+        assert run(line) == 0
+    assert "published" not in capsys.readouterr().out
+    fake_mac.install(monkeypatch.setattr)
+    assert run([*line, "--model.dtype", "float32"]) == 0
+    said = capsys.readouterr().out
+    measured, _, others = said.partition("published by others for Macs, not verified here")
+    assert "%" in measured and "Apple M2 Pro" in measured
+    assert all(one.source in others and one.figure in others for one in PUBLISHED)

@@ -179,3 +179,10 @@ def test_the_digest_sees_rules_beside_the_vocabulary_but_no_padding():
     assert template_digest(tokenizer, DATA) == digest
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     assert template_digest(tokenizer, DATA) != digest
+
+
+def test_a_template_that_asks_for_the_date_is_always_told_the_same():
+    """Llama-3.2's and others: token ids would change at midnight, and with them a resumed run."""
+    template = "{{ strftime_now('%d %b %Y') }} " + tiny.CHATML
+    writer = probe(written(template, ("</s>", "<|im_start|>", "<|im_end|>")), DATA)
+    assert writer.render((Message("user", "Why?"),), (), generate=False).startswith("26 Jul 2024 <|im_start|>")

@@ -29,7 +29,7 @@ from mlxdpo.training.step import NonFiniteError, check_finite
 from mlxdpo.types import Example, Pairs, UserError
 
 SIZES = [1, 2, 3, 8]
-TIMES = {"tokens_per_second", "seconds_left", "peak_memory_gb"}
+TIMES = {"tokens_per_second", "seconds_left", "peak_memory_gb", "active_memory_gb", "cache_memory_gb"}
 costs = st.lists(st.integers(1, 500).map(float), max_size=40)
 
 

@@ -18,9 +18,10 @@ from mlxdpo.data.batching import collate
 from mlxdpo.data.examples import Examples
 from mlxdpo.estimate.forecast import forecast, shape_of, shortened
 from mlxdpo.estimate.memory import Layouts
+from mlxdpo.io.weight_files import missing_files
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
-from mlxdpo.model.skeleton import _weight_files, dora_extra, make_trainable, read_header, read_skeleton
+from mlxdpo.model.skeleton import dora_extra, make_trainable, read_header, read_skeleton
 from mlxdpo.training.plan import BatchLayout, planned_batch
 from mlxdpo.types import Example, UserError
 
@@ -194,9 +195,9 @@ def test_a_dimension_that_is_not_there_is_named(tmp_path, cache):
 
 def test_a_snapshot_that_lacks_a_shard_counts_as_one_without_weights(tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
-    assert len(_weight_files(tmp_path)) == 1
+    assert missing_files(tmp_path) == ["model-00002-of-00002.safetensors"]
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    assert _weight_files(tmp_path) == []
+    assert missing_files(tmp_path) == ["model-00002-of-00002.safetensors"]
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"")
-    assert len(_weight_files(tmp_path)) == 2
+    assert missing_files(tmp_path) == []

@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load, load_model
 from tiny_exports import greedy_of, ids_of, logits_of, other_adapter, split_in_shards, trained_run
-from tiny_models import CONFIGS, SHAPE, tiny_model, write_model
+from tiny_models import CONFIGS, SHAPE, change, tiny_model, write_model
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.exporters import export
@@ -225,3 +225,18 @@ def test_experts_are_fused_one_by_one(tmp_path, cache):
     assert sum(".experts." in name for name in changed) > 10
     with pytest.raises(UserError, match="adapts a stack of experts, which PEFT keeps apart"):
         export(run, ["peft"], tmp_path / "other")
+
+
+def test_an_export_ends_where_training_taught_it_to(tmp_path, cache):
+    """config.json ends at one token, the template's turns at another: transformers and mlx_lm stop at both."""
+    from mlx_lm.utils import load_config
+
+    tokenizer = chatml_tokenizer()
+    folder = write_model(tmp_path / "llama", tokenizer)
+    change(folder / "config.json", eos_token_id=7)
+    run = trained_run(tmp_path)
+    check(export(run, ["hf", "fused"], tmp_path / "out"))
+    want = [7, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    for out in (tmp_path / "out", tmp_path / "out" / "fused"):
+        assert load_config(out)["eos_token_id"] == want
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 7

@@ -14,10 +14,11 @@ import pytest
 from stages import LAUNCH, Place, check_run, environment, numbers, start
 from tiny_runs import adapter_bytes, finish, recipe
 
-from mlxdpo.commands.interrupt import error_message, stop_flag
+from mlxdpo.commands.interrupt import stop_flag
 from mlxdpo.config import dump_config
 from mlxdpo.exporters import run
 from mlxdpo.io.json_file import read_lines
+from mlxdpo.machine.errors import error_message
 from mlxdpo.machine.memory_guard import has_room
 from mlxdpo.runs import HOLDER, Run
 from mlxdpo.types import UserError

@@ -8,6 +8,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from gradients import apart, gradients, moved
+from hypothesis import given
+from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from tiny_models import SHAPES, tiny_model
 
@@ -109,15 +111,21 @@ def test_quantised_head(tied):
 
 def test_a_chunk_of_logits_is_as_large_whatever_the_vocabulary():
     sizes = [chunk_of(v) * v * 4 for v in (32_000, 49_152, 151_936, 262_144)]
-    assert all(0.9 * head_module.LOGITS < size <= head_module.LOGITS for size in sizes)
-    assert chunk_of(10**8) == 32
+    assert all(0.9 * head_module.LOGITS < size < 1.2 * head_module.LOGITS for size in sizes)
+    assert chunk_of(10**8) == head_module.TILE
+
+
+@given(st.integers(2, 10**7))
+def test_a_chunk_is_made_of_whole_tiles(vocabulary):
+    assert chunk_of(vocabulary) % 64 == 0 < chunk_of(vocabulary)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_chunks_change_nothing(method, monkeypatch):
     model, rows = moved(tiny_model("llama"), LoraConfig(method=method, rank=4)), Rows()
     value, wanted = gradients(model, rows.fast)
-    monkeypatch.setattr(head_module, "LOGITS", 32 * V * 4)
+    monkeypatch.setattr(head_module, "LOGITS", 0)
+    monkeypatch.setattr(head_module, "TILE", 32)
     assert chunk_of(V) == 32 < len(rows.targets)
     chunked, got = gradients(model, rows.fast)
     assert chunked == pytest.approx(value, rel=1e-5) and apart(got, wanted) < 1e-5

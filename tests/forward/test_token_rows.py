@@ -17,6 +17,8 @@ from mlxdpo.forward.token_rows import of_rows, row_sums, spreader, token_rows
 from mlxdpo.losses import resolve
 from mlxdpo.types import Example
 
+pytestmark = pytest.mark.usefixtures("fake_mac")  # a CPU keeps MLX's own gradients
+
 
 def batches():
     """Ranked answers, prompts with one and with three rows, rows and targets that only fill the shape."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlx_lm.models import llama
 from scipy.stats import chisquare
 
-from mlxdpo.inference.generate import Completion, finished, generate, noise_streams, nucleus, seeded_sampler
+from mlxdpo.inference.generate import Completion, NoiseStream, draw, finished, generate, noise_streams, nucleus
 from mlxdpo.types import UserError
 
 V = 61
@@ -64,15 +64,43 @@ def test_greedy_equals_decoding_one_row_without_cache(model, prompts):
     assert {c.finish for c in found} == {"length"}
 
 
-def test_sampling_equals_one_row_with_the_same_noise(model, prompts):
-    """The definition, written out: argmax of full-row log-probs / T plus the stream's noise."""
-    found = generate(model, prompts, max_tokens=6, eos_ids=NO_EOS, temperature=0.7, seed=5, batch_size=4)
-    for prompt, stream, completion in zip(prompts, noise_streams(prompts, 5), found, strict=True):
-        sample, ids = seeded_sampler(stream, 0.7, 1.0), list(prompt)
+def one_row_sampler(stream, temperature):
+    """The definition: argmax of a full row of log-probs / T plus noise of (seed, occurrence, prompt, position)."""
+    position = 0
+
+    def sample(logps):
+        nonlocal position
+        words = np.random.SeedSequence([*stream, position]).generate_state(2)
+        position += 1
+        noise = mx.random.gumbel(logps.shape, key=mx.array(words))
+        return mx.argmax(logps.astype(mx.float32) / temperature + noise, axis=-1)
+
+    return sample
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**32, 2**70 + 3])
+def test_sampling_equals_one_row_with_the_same_noise(model, prompts, seed):
+    found = generate(model, prompts, max_tokens=6, eos_ids=NO_EOS, temperature=0.7, seed=seed, batch_size=4)
+    for prompt, stream, completion in zip(prompts, noise_streams(prompts, seed), found, strict=True):
+        sample, ids = one_row_sampler(stream, 0.7), list(prompt)
         for _ in range(6):
             logits = model(mx.array([ids]))[:, -1]
             ids.append(int(sample(logits - mx.logsumexp(logits, axis=-1, keepdims=True)).item()))
         assert completion.tokens == ids[len(prompt) :]
+
+
+def test_a_token_takes_as_many_kernels_for_64_rows_as_for_two(tmp_path):
+    """Primitives of the sampler's graph: one row at a time they were 1,345 and 2,113."""
+    streams = [NoiseStream((0, row)) for row in range(64)]
+
+    def kernels(rows, top_p):
+        logps = mx.zeros((rows, V))
+        mx.eval(logps)
+        mx.export_to_dot(str(tmp_path / "graph"), draw(logps, 0.7, top_p, streams[:rows]))
+        return (tmp_path / "graph").read_text().count("shape=rectangle")
+
+    assert kernels(64, 1.0) == kernels(2, 1.0) <= 30
+    assert kernels(64, 0.9) == kernels(2, 0.9) <= 40
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 32])

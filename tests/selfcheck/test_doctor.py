@@ -1,19 +1,26 @@
 """`mlxdpo doctor`: its golden numbers are made again, every check holds here, and a fault planted for it is found."""
 
+import ast
 import json
 import shutil
 import types
+from collections import Counter
+from pathlib import Path
 
+import fake_mac
 import float64_llama
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxdpo import selfcheck
 from mlxdpo.cli import run
 from mlxdpo.commands import doctor
 from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward import packed
-from mlxdpo.machine.device import Machine
+from mlxdpo.machine import device
+from mlxdpo.machine.device import Machine, float32_matmul
+from mlxdpo.machine.errors import SHORT_ROWS
 from mlxdpo.machine.openblas import Blas
 from mlxdpo.selfcheck import CHECKS, Check, Finding, golden_model, machine, material, numbers, run_checks, training
 from mlxdpo.selfcheck.registry import plain_line
@@ -101,6 +108,12 @@ def deaf_head(real):
     return softmax
 
 
+def sharp_attention(factor):
+    """Attention whose scores are this much too large."""
+    real = mx.fast.scaled_dot_product_attention
+    return lambda q, k, v, *, scale, mask: real(q, k, v, scale=scale * factor, mask=mask)
+
+
 def on(kind):
     return lambda: Machine(kind, "a machine", 32 << 30, "system")
 
@@ -117,9 +130,11 @@ FAULTS = {
     "matmul rate": [(machine, "matmul_rate", lambda repeats: 6e9), (machine, "_matmul_error", lambda: 0.1)],
     "memory": [(mx, "get_active_memory", lambda: 0),
                (machine, "this_machine", lambda: Machine("cpu", "", 1 << 30, ""))],
-    "wired limit": [(mx, "set_wired_limit", lambda limit: 0)],
+    "memory limits": [(mx, f"set_{what}_limit", lambda limit: 0) for what in ("wired", "memory", "cache")],
     "mx.compile": [(mx, "compile", lambda function: lambda x: function(x) * 1.001)],
     "cache folder": [(machine.shutil, "disk_usage", lambda folder: FULL)],
+    "attention = plain": [(mx.fast, "scaled_dot_product_attention", sharp_attention(1.05)),
+                          (mx.fast, "scaled_dot_product_attention", sharp_attention(float("nan")))],
     "log-probs float32 = golden": [(numbers, "golden", shifted("policy", (3, 0), 1e-3)),
                                    (numbers, "golden", shifted("reference", (0, 1), -1e-3)),
                                    (heads, "_head_softmax", deaf_head(heads._head_softmax))],
@@ -147,7 +162,7 @@ def test_every_check_has_a_fault_planted_for_it():
 
 @pytest.mark.parametrize(("name", "place", "what", "instead"), PLANTED, ids=[f"{f[0]}: {f[2]}" for f in PLANTED])
 def test_a_planted_fault_is_found(name, place, what, instead, monkeypatch, capsys):
-    kind = {"wired limit": "metal", "BLAS": "cpu"}.get(name)
+    kind = {"memory limits": "metal", "BLAS": "cpu"}.get(name)
     if kind:
         monkeypatch.setattr(machine, "this_machine", on(kind))
     if name == "one trace for each shape":
@@ -158,11 +173,128 @@ def test_a_planted_fault_is_found(name, place, what, instead, monkeypatch, capsy
     assert "Error" not in result.figure  # it was measured, not thrown
 
 
-def test_a_healthy_metal_machine_keeps_its_wired_limit(monkeypatch):
-    limits = [0]
-    monkeypatch.setattr(mx, "set_wired_limit", lambda new: limits.append(new) or limits[-2])
+def test_a_healthy_metal_machine_keeps_its_limits(monkeypatch):
+    gib, found = 1 << 30, {}
+    for name, before in (("wired", 0), ("memory", 48 * gib), ("cache", 40 * gib)):
+        limits = found[name] = [before]
+        monkeypatch.setattr(mx, f"set_{name}_limit", lambda new, kept=limits: kept.append(new) or kept[-2])
     monkeypatch.setattr(machine, "this_machine", on("metal"))
-    assert run_checks([CHECKS["wired limit"]])[0].ok and limits == [0, int((32 << 30) * 0.9), 0]
+    assert run_checks([CHECKS["memory limits"]])[0].ok
+    assert found == {
+        "wired": [0, int(32 * gib * 0.9), 0],
+        "memory": [48 * gib, 32 * gib, 48 * gib],
+        "cache": [40 * gib, 8 * gib, 40 * gib],
+    }
+
+
+def test_on_a_mac_attention_reaches_the_kernels_and_one_refuses_a_gradient_as_it_does(monkeypatch):
+    """In bfloat16, and where Metal raises: of the six sizes the three with 8 queries."""
+    fake_mac.install(monkeypatch.setattr)
+    seen = Counter()
+    routed = mx.fast.scaled_dot_product_attention
+
+    def attention(q, *more, **options):
+        seen[q.shape[-1], q.shape[2], q.dtype] += 1
+        return routed(q, *more, **options)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
+    (result,) = run_checks([CHECKS["attention = plain"]])
+    assert result.ok and result.figure.startswith("bfloat16: ")
+    assert result.figure.endswith("; no gradient for 8 queries (3 of 6), which train avoids")
+    assert seen.keys() == {(dim, queries, mx.bfloat16) for dim in (64, 128, 256) for queries in (8, 16)}
+
+
+def test_attention_that_refuses_16_queries_is_a_fault(monkeypatch):
+    def refuse(*given, **options):
+        raise RuntimeError(f"the {SHORT_ROWS}")
+
+    monkeypatch.setattr(mx, "vjp", refuse)
+    (result,) = run_checks([CHECKS["attention = plain"]])
+    assert not result.ok and SHORT_ROWS in result.figure
+
+
+def test_who_imports_the_package_has_all_checks():
+    """Not only those whose file something else imports: the table once had half of its rows, and looked as sound."""
+    folder = Path(selfcheck.__file__).parent
+    holding = {file.stem for file in folder.glob("*.py") if "\n@self_check(" in file.read_text("utf-8")}
+    tree = ast.parse((folder / "__init__.py").read_text("utf-8"))
+    imported = {
+        alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module == "mlxdpo.selfcheck"
+        for alias in node.names
+    }
+    assert len(holding) > 3 and imported == holding
+
+
+def test_tf32_is_told_and_allowed_for(monkeypatch, capsys):
+    """10 bits: a product that needs 12 comes out as 1. Float32 log-probs are then held to what TF32 can give."""
+    assert float32_matmul.__wrapped__() == "float32"
+    real = mx.eye
+    monkeypatch.setattr(mx, "eye", lambda size: real(size) * (1 / (1 + 2.0**-12)))
+    assert float32_matmul.__wrapped__() == "TF32"
+    for kind, matmul, expected in (("metal", "TF32", 3e-2), ("metal", "float32", 1e-3), ("cpu", "float32", 2e-4)):
+        monkeypatch.setattr(numbers, "this_machine", on(kind))
+        monkeypatch.setattr(numbers, "float32_matmul", lambda matmul=matmul: matmul)
+        assert numbers.limit_of("float32") == expected
+
+
+MAC = {
+    "machine": Machine("metal", "Apple M5", 24 << 30, "Darwin 25.2.0 arm64")._asdict(), "macos": "26.2",
+    "versions": {"mlxdpo": "1.0", "mlx": "0.32.4", "mlx-lm": "0.32.2", "python": "3.12.8"}, "optional": {},
+    "library": "mlx-metal macosx_15_0_arm64", "float32_matmul": "TF32", "matmul_gflops": 4000.0,
+    "checks": [{"check": "device", "ok": True, "figure": "", "limit": "", "seconds": 0.1, "advice": ""},
+               {"check": "memory", "ok": False, "figure": "", "limit": "", "seconds": 0.1, "advice": ""}],
+}  # fmt: skip
+"""What is found on a made-up M5 with macOS 26.2 whose pip brought the wheel for macOS 15."""
+
+
+def test_one_line_says_what_a_report_needs():
+    assert doctor.summary_line(MAC) == (
+        "mlxdpo 1.0; mlx 0.32.4; mlx-lm 0.32.2; mlx-metal macosx_15_0_arm64; Python 3.12.8; macOS 26.2; "
+        "Apple M5 26 GB; 4000 GFLOP/s in TF32; 1 of 2 checks hold; FAIL: memory"
+    )
+
+
+def test_the_table_of_a_mac_has_wheel_tf32_and_the_watchdog():
+    rows = {name: figure for name, _, figure, *_ in doctor.doctor_rows(MAC)}
+    assert "macosx_26 wheel: pip install" in rows["MLX's kernels"]
+    assert "MLX_ENABLE_TF32=0" in rows["float32 matmuls"] and "--keep-awake" in rows["long runs"]
+    for other in (MAC | {"library": "mlx-metal macosx_26_0_arm64"}, MAC | {"macos": "15.5"}, MAC | {"macos": ""}):
+        assert "macosx_26 wheel" not in str(doctor.doctor_rows(other))
+    here = MAC | {"machine": on("cpu")()._asdict(), "float32_matmul": "float32"}
+    rows = {name: figure for name, _, figure, *_ in doctor.doctor_rows(here)}
+    assert "long runs" not in rows and rows["float32 matmuls"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("wheel", "expected"),
+    [
+        ("Root-Is-Purelib: false\nTag: py3-none-macosx_26_0_arm64\n", "mlx-metal macosx_26_0_arm64"),
+        ("", "mlx-metal of no known tag"),
+        (None, "mlx-metal of no known tag"),
+    ],
+)
+def test_the_wheel_is_told_by_its_tag(wheel, expected, monkeypatch):
+    there = types.SimpleNamespace(read_text={"WHEEL": wheel}.get)
+    monkeypatch.setattr(device.importlib.metadata, "distribution", lambda name: there)
+    assert device.library_wheel() == expected
+
+
+def test_an_mlx_of_ones_own_has_no_wheel(monkeypatch):
+    def missing(name):
+        raise device.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(device.importlib.metadata, "distribution", missing)
+    assert device.library_wheel() == "none: MLX was built here"
+
+
+def test_a_virtual_macs_gpu_may_be_slow(monkeypatch):
+    """As the runners have that test this project: MLX computes on it, slowly."""
+    monkeypatch.setattr(machine, "matmul_rate", lambda repeats: 50e9)
+    for name, healthy in (("Apple Paravirtual device", True), ("Apple M1", False)):
+        monkeypatch.setattr(machine, "this_machine", lambda name=name: Machine("metal", name, 5 << 30, "Darwin"))
+        assert run_checks([CHECKS["matmul rate"]])[0].ok == healthy
 
 
 def test_without_a_compiler_nothing_is_wrong(monkeypatch):
@@ -201,12 +333,16 @@ def test_what_the_cache_holds_is_told(monkeypatch, tmp_path):
     assert result.figure.endswith(" GB free, 0.6 GB kept, which may be deleted")
 
 
-def test_all_checks_hold_here_and_the_table_is_markdown(capsys, ticking):
+def test_all_checks_hold_here_and_the_table_is_markdown(capsys, ticking, monkeypatch, request):
+    if request.config.getoption("mac"):  # no made-up Mac has a Mac's matmul rate, nor compiles
+        monkeypatch.setattr(device, "_detect_machine", on("cpu"))
     assert run(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(CHECKS) + 5 and {line.count("|") for line in lines} == {6}
+    *lines, blank, summary = lines
+    assert blank == "" and summary.endswith(f"; {len(CHECKS)} of {len(CHECKS)} checks hold") and "|" not in summary
+    assert len(lines) == len(CHECKS) + 7 and {line.count("|") for line in lines} == {6}
     assert len({len(line) for line in lines}) == 1  # it can be read as it stands
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[5:]]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[7:]]
     assert [row[0] for row in cells] == list(CHECKS) and {row[1] for row in cells} == {"ok"}
     assert all(row[2] and row[3] and float(row[4]) >= 0 for row in cells)
     seconds = {row[0]: row[4] for row in cells}  # two steps of the stopwatch are a check that does not read it

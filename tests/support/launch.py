@@ -3,6 +3,7 @@
 python launch.py cli ARGUMENTS...     the command line, saving the reference's table after every batch
 python launch.py slow ARGUMENTS...    the same, resting after each checkpoint: a signal meets it before its end
 python launch.py tight MB ARGUMENTS...  the command line, with this much more address space from the second step on
+python launch.py stopped STEP ARGUMENTS...  the command line; macOS stops its work on the GPU in this step
 python launch.py votes RUN FIRST      votes FIRST, FIRST + 1, ... each number printed when it is on the disk
 """
 
@@ -15,7 +16,12 @@ from pathlib import Path
 import mlxdpo  # noqa: F401
 from mlxdpo.cli import main
 from mlxdpo.runs import Run
-from mlxdpo.training import checkpoint, reference
+from mlxdpo.training import checkpoint, loop, reference
+
+WATCHDOG = (
+    "[METAL] Command buffer execution failed: Impacting Interactivity "
+    "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)."
+)
 
 
 def rest_after_checkpoints(seconds: float) -> None:
@@ -45,6 +51,18 @@ def limit_memory(megabytes: float) -> None:
     checkpoint.save = save
 
 
+def stop_at(step: int) -> None:
+    """Let step `step`, counted from 0, end as one does whose work macOS stopped."""
+    plain = loop.train_step
+
+    def train_step(state, fns, batches, number, *more):
+        if number == step:
+            raise RuntimeError(WATCHDOG)
+        return plain(state, fns, batches, number, *more)
+
+    loop.train_step = train_step
+
+
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
     if what == "slow":
@@ -52,6 +70,9 @@ if __name__ == "__main__":
     if what in ("cli", "slow"):
         reference.SAVE_SECONDS = 0.0  # a tiny reference is scored within the usual half minute
         main(arguments)
+    if what == "stopped":
+        stop_at(int(arguments[0]))
+        main(arguments[1:])
     if what == "tight":
         limit_memory(float(arguments[0]))
         main(arguments[1:])

@@ -21,7 +21,8 @@ from mlxdpo.training import checkpoint
 from mlxdpo.training.reference import read_table
 
 LAUNCH = Path(__file__).with_name("launch.py")
-CLOCK = {"tokens_per_second", "peak_memory_gb", "seconds_left"}  # what may differ between two runs
+MEMORY = {"peak_memory_gb", "active_memory_gb", "cache_memory_gb"}
+CLOCK = {"tokens_per_second", "seconds_left"} | MEMORY  # what may differ between two runs
 # Many short steps with a checkpoint each: most of the time something is being written.
 BUSY = {
     "data": {"eval_fraction": 0.4},

@@ -50,6 +50,8 @@ def recipe(folder: Path, out: str = "run", kind: str = "llama", stage: str = "dp
     parts = {name: DEFAULTS.get(name, {}) | base.get(name, {}) for name in ("model", "data", "lora", "optim", "train")}
     for name, values in sections.items():
         parts[name] = parts.get(name, {}) | values
+    if parts["lora"].get("method") == "full":
+        parts["model"].setdefault("dtype", "float32")  # asked for on a GPU
     return load_config(None, parts | {"out": base["out"], "stage": stage})
 
 
@@ -74,7 +76,8 @@ def stop_after(calls: int):
     return lambda: next(left, None) is None
 
 
-CLOCK = {"tokens_per_second", "peak_memory_gb", "seconds_left"}  # what may differ between two runs
+MEMORY = {"peak_memory_gb", "active_memory_gb", "cache_memory_gb"}
+CLOCK = {"tokens_per_second", "seconds_left"} | MEMORY  # what may differ between two runs
 
 
 def numbers(run: Path | str) -> list[dict]:

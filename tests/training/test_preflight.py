@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_runs
-from tiny_models import write_model
+from tiny_models import tiny_model, write_model
 from tiny_runs import finish, recipe
 from tiny_tokenizers import chatml_tokenizer, llama3_tokenizer
 
@@ -295,3 +295,16 @@ def test_a_tampered_reference_of_beginnings_is_noticed(tmp_path, monkeypatch):
     broken(monkeypatch, damage)
     sentence = refusal(recipe(tmp_path, loss={"ld_alpha": 0.3}))
     assert "a log-prob is 0.5000 nats from its reference: the reference was scored with other weights" in sentence
+
+
+def test_a_recurrence_that_is_unrolled_is_said_before_the_first_step():
+    from mlx_lm.models import mamba
+
+    from mlxdpo.training.plan import PlanSummary
+
+    summary = PlanSummary(steps=1, pairs=1, rows=2, tokens=100, waste=0.0, shapes=1, longest=9)
+    sizes = {"vocab_size": 30, "hidden_size": 8, "intermediate_size": 16, "state_size": 4, "num_hidden_layers": 1}
+    rest = {"conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 2}
+    slow = mamba.Model(mamba.ModelArgs(model_type="mamba", **sizes, **rest))
+    assert "token by token" in preflight.recurrence_note(slow, summary)
+    assert preflight.recurrence_note(tiny_model(), summary) == ""

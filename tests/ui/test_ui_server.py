@@ -275,6 +275,7 @@ def test_every_byte_before_the_vote_is_blind(served, place, monkeypatch, coin):
     user.call("vote-a", [None])
     line = list(read_lines(place / "runs/one/votes.jsonl"))[-1]
     assert line["tuned"] == "ab"[coin] and line["winner"] == "a"
+    raw = re.sub(r'"(rank_)?eta":[\d.]+', "", raw)  # Gradio's own, where any short number can stand by chance
     for secret in (line["id"], line["model"], line["adapter"]["after"], json.dumps(line["seconds"])):
         assert not re.search(rf"(?<![\d.]){re.escape(secret)}(?!\d)", raw)
     assert "after tuning" in user.seen.decode(), "and after the vote it is said"

@@ -33,7 +33,7 @@ def parsed(words):
     """The recipe that the real command line makes of these options."""
     got = []
     patch = pytest.MonkeyPatch()
-    patch.setattr(train_command, "follow_training", lambda config, resume, peers: got.append(config) or 0)
+    patch.setattr(train_command, "follow_training", lambda config, *_: got.append(config) or 0)
     try:
         from mlxdpo.cli import run
 
@@ -210,6 +210,22 @@ def test_a_log_is_escaped(tmp_path):
     shown = tab.shown_training(tmp_path, "bad")
     assert "<script" not in shown and "&lt;script&gt;" in shown and "bad: failed." in shown
     assert process.watch(tmp_path / "bad").steps == 9
+
+
+def test_a_living_training_shows_what_memory_it_holds_and_keeps(place, monkeypatch):
+    """Read from the newest line; a run of an earlier version has no such numbers, and a stopped one holds nothing."""
+    path = place / "runs" / "going"
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text("{}")
+    line = {"step": 3, "loss": 0.5, "tokens_per_second": 70.0, "active_memory_gb": 1.25, "cache_memory_gb": 0.5}
+    (path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    monkeypatch.setattr(process, "state", lambda path: "training")
+    assert "1.25 GB in use, 0.50 GB kept for reuse" in tab.training_html("going", process.watch(path))
+    monkeypatch.setattr(process, "state", lambda path: "interrupted")
+    assert "GB" not in tab.training_html("going", process.watch(path))
+    monkeypatch.setattr(process, "state", lambda path: "training")
+    (path / "metrics.jsonl").write_text('{"step": 3, "loss": 0.5}\n')
+    assert "GB" not in tab.training_html("going", process.watch(path))
 
 
 def test_an_estimate_says_whether_it_fits():

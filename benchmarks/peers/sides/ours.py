@@ -25,7 +25,7 @@ from mlxdpo.data.planning import Indices, outline, plan_epoch
 from mlxdpo.forward import fused_head, logprobs, patch_mlx_lm
 from mlxdpo.losses import resolve
 from mlxdpo.machine import openblas
-from mlxdpo.machine.device import this_machine, wire_memory
+from mlxdpo.machine.device import this_machine
 from mlxdpo.machine.openblas import preload_blas
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
@@ -107,7 +107,6 @@ def run(job: Job, channel: Channel) -> None:
     for name in SWITCHES.keys() & set(job.switches):
         SWITCHES[name].turn()
     config = configure(job)
-    wire_memory()
     policy = load_policy(config.model)
     ways = logprobs.forward_fns(policy.model, config.train.gradient_checkpointing)
     if "plain" in job.switches:

@@ -128,6 +128,10 @@ CHARTS: tuple[tuple[str, tuple[tuple[str, str, int], ...]], ...] = (
     ("Gradient norm", (("grad_norm", "gradient norm", 0),)),
     ("KL from the reference (nats)", (("kl", "KL", 0),)),
     ("Completion log-probs (nats)", (("logps/chosen", "chosen", 0), ("logps/rejected", "rejected", 1))),
+    (
+        "Memory of MLX (GB)",
+        (("peak_memory_gb", "peak", 0), ("active_memory_gb", "in use", 1), ("cache_memory_gb", "kept for reuse", 2)),
+    ),
 )
 KL_EMPTY = "Not measured while training; mlxdpo eval measures it on the tuned model's own answers."
 CHECKPOINT_HEADERS = ("checkpoint", "step", "loss", "margin", "held-out loss", "held-out accuracy", "note")

@@ -40,6 +40,8 @@ class Watched(NamedTuple):
     step, steps  optimizer steps done and planned; None before the first
     left         seconds, as the trainer reckons
     rate         tokens per second
+    memory       GB of MLX that are in use
+    cached       GB that MLX keeps for reuse
     stopping     it was asked to stop
     command      how to go on in a terminal
     log          the last lines that it said
@@ -50,6 +52,8 @@ class Watched(NamedTuple):
     steps: int | None
     left: float | None
     rate: float | None
+    memory: float | None
+    cached: float | None
     stopping: bool
     command: str
     log: str
@@ -167,6 +171,8 @@ def watch(path: Path) -> Watched:
         steps=int(at[-1][1]) if at else None,
         left=number_in(last, "seconds_left") if live else None,
         rate=number_in(last, "tokens_per_second") if live else None,
+        memory=number_in(last, "active_memory_gb") if live else None,
+        cached=number_in(last, "cache_memory_gb") if live else None,
         stopping=now in ("training", "starting") and (path / JOB / "asked").exists(),
         command=shlex.join(["mlxdpo", "train", "--resume", str(path)]),
         log=log,

@@ -301,6 +301,8 @@ def _progress(at: Watched) -> str:
     words = [f"step {at.step:,}" + (f" of {at.steps:,}" if at.steps else "")]
     words += [f"{at.rate:,.0f} tokens/s"] if at.rate is not None else []
     words += [f"{clock(at.left)} left"] if at.left is not None else []
+    words += [f"{at.memory:.2f} GB in use"] if at.memory is not None else []
+    words += [f"{at.cached:.2f} GB kept for reuse"] if at.cached is not None else []
     bar = f'<progress max="{at.steps}" value="{at.step}" style="width:100%"></progress>' if at.steps else ""
     return f"{bar}<p>{', '.join(words)}</p>"
 

@@ -1,0 +1,178 @@
+"""What is put right in a model after mlx-lm has built it, and in weights before it takes them.
+
+Only where mlx-lm 0.32.2 has no key for it: the config alone cannot say it. docs/evidence/mlx-lm.md has a minimal case
+of each. A corrected model that `mlx_lm` loads by itself computes as mlx-lm does: the export's check measures that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxdpo.types import UserError
+
+Arrays = dict[str, mx.array]
+
+
+def correct(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+    """Make `model`, as mlx-lm builds it, compute what transformers does; returns it."""
+    text = config.get("text_config") or config
+    for kind in {config.get("model_type"), text.get("model_type")} & CORRECTIONS.keys():
+        CORRECTIONS[kind](model, text)
+    _truncate_not(model, text)
+    return model
+
+
+def _truncate_not(model: nn.Module, text: Mapping[str, Any]) -> None:
+    """YaRN with `truncate: false` (gpt-oss): the ramp's ends are not rounded (arXiv 2309.00071, appendix A.1)."""
+    rope = text.get("rope_scaling") or {}
+    if rope.get("rope_type") != "yarn" or rope.get("truncate", True):
+        return
+    base, factor = text["rope_theta"], rope["factor"]
+    for module in model.modules():
+        if type(module).__name__ == "YarnRoPE":
+            module._freqs = _yarn_frequencies(module.dims, base, factor, rope)
+
+
+def _yarn_frequencies(dims: int, base: float, factor: float, rope: Mapping[str, Any]) -> mx.array:
+    """(dims / 2,) wavelengths over 2 pi."""
+    length = rope["original_max_position_embeddings"]
+
+    def turns(count: float) -> float:
+        """The dimension that turns `count` times within the original length."""
+        return dims * math.log(length / (count * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = max(turns(rope.get("beta_fast") or 32), 0), min(turns(rope.get("beta_slow") or 1), dims - 1)
+    ramp = mx.clip((mx.arange(dims // 2) - low) / max(high - low, 1e-3), 0, 1)
+    plain = base ** (mx.arange(0, dims, 2) / dims)
+    return 1 / ((1 - ramp) / plain + ramp / (factor * plain))
+
+
+def _partial_rope(model: nn.Module, text: Mapping[str, Any]) -> None:
+    """GLM turns a share of each head; mlx-lm's glm turns all of it."""
+    for module in model.modules():
+        if isinstance(module, nn.RoPE):
+            module.dims = int(text["head_dim"] * text.get("partial_rotary_factor", 1.0))
+
+
+def _key_multiplier(model: nn.Module, text: Mapping[str, Any]) -> None:
+    """Falcon-H1 multiplies its keys; mlx-lm looks for them under a name that no checkpoint has."""
+    for layer in model.layers:  # type: ignore[attr-defined]
+        layer.self_attn.scale *= text["key_multiplier"]
+
+
+def _other_gelu(name: str, forward: Callable[[Any, mx.array], mx.array]) -> Callable[[nn.Module, Any], None]:
+    """The other of the two forms of GELU than the one that mlx-lm's file calls, in modules of class `name`."""
+
+    def exchange(model: nn.Module, _: Any) -> None:
+        made: dict[type, type] = {}
+        for module in model.modules():
+            if type(module).__name__ == name:
+                own = type(module)
+                made.setdefault(own, type(name, (own,), {"__call__": forward, "__module__": own.__module__}))
+                module.__class__ = made[own]
+
+    return exchange
+
+
+CORRECTIONS: Mapping[Any, Callable[[Any, Mapping[str, Any]], None]] = {
+    "falcon_h1": _key_multiplier,
+    "gemma": _other_gelu("MLP", lambda m, x: m.down_proj(nn.gelu_approx(m.gate_proj(x)) * m.up_proj(x))),
+    "glm": _partial_rope,
+    "gpt_bigcode": _other_gelu("MLP", lambda m, x: m.c_proj(nn.gelu_approx(m.c_fc(x)))),
+    "gpt_neox": _other_gelu("MLP", lambda m, x: m.dense_4h_to_h(nn.gelu(m.dense_h_to_4h(x)))),
+    "starcoder2": _other_gelu("MLP", lambda m, x: m.c_proj(nn.gelu_approx(m.c_fc(x)))),
+}
+
+
+def model_classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """mlx-lm's model and argument classes for a config; the model takes weights as transformers 5 writes them.
+
+    Raises `UserError` for a model file that needs a package that is not there.
+    """
+    from mlx_lm.utils import _get_classes
+
+    try:
+        model, arguments = _get_classes(dict(config))
+    except SystemExit:  # mlx-lm's olmo ends the process
+        raise UserError(f"mlx-lm's {config['model_type']} needs the package ai2-olmo, which is not installed") from None
+    rename = RENAMED.get(str(config.get("model_type")))
+    if rename is None:
+        return model, arguments
+
+    def sanitize(self: Any, weights: Arrays) -> Arrays:
+        """mlx-lm's own, after the names are those it knows."""
+        return model.sanitize(self, rename(dict(weights)))
+
+    return type(model.__name__, (model,), {"sanitize": sanitize, "__module__": model.__module__}), arguments
+
+
+def _without_prefix(weights: Arrays) -> Arrays:
+    return {name.removeprefix("transformer."): array for name, array in weights.items()}
+
+
+def _olmo_hybrid(weights: Arrays) -> Arrays:
+    own = {".attention_layer_norm.": ".input_layernorm.", ".feedforward_layer_norm.": ".post_attention_layernorm."}
+    return {_new_name(name, own): array for name, array in weights.items()}
+
+
+def _new_name(name: str, parts: Mapping[str, str]) -> str:
+    for stored, ours in parts.items():
+        name = name.replace(stored, ours)
+    return name
+
+
+def _gpt_oss(weights: Arrays) -> Arrays:
+    """Experts in 16 bits: (experts, inputs, outputs), gate and up by turns."""
+    for name in [n for n in weights if n.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
+        array, block = weights.pop(name).swapaxes(-1, -2), name.rpartition(".")[0]
+        if name.endswith("down_proj"):
+            weights[f"{block}.down_proj.weight"] = array
+            weights[f"{block}.down_proj.bias"] = weights.pop(f"{block}.down_proj_bias")
+            continue
+        bias = weights.pop(f"{block}.gate_up_proj_bias")
+        for start, part in enumerate(("gate_proj", "up_proj")):
+            weights[f"{block}.{part}.weight"] = mx.contiguous(array[..., start::2, :])
+            weights[f"{block}.{part}.bias"] = mx.contiguous(bias[..., start::2])
+    return weights
+
+
+def _stack_experts(weights: Arrays) -> Arrays:
+    """Experts stored one by one, where mlx-lm's file expects them stacked."""
+    blocks = {name.split(".experts.0.")[0] for name in weights if ".experts.0." in name}
+    for block in blocks:
+        count = len([n for n in weights if n.startswith(f"{block}.experts.") and n.endswith(".up_proj.weight")])
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            parts = [weights.pop(f"{block}.experts.{e}.{part}.weight") for e in range(count)]
+            weights[f"{block}.switch_mlp.{part}.weight"] = mx.stack(parts)
+    return weights
+
+
+def _dense_kimi_linear(weights: Arrays) -> Arrays:
+    """transformers writes the dense layers' names as if they had experts."""
+    own = {f".block_sparse_moe.{part}_proj.": f".mlp.{part}_proj." for part in ("gate", "up", "down")}
+    return {_new_name(name, own): array for name, array in weights.items()}
+
+
+def _experts_outputs_first(weights: Arrays) -> Arrays:
+    """transformers 5 writes experts as (experts, outputs, inputs); published ones are the other way round, as mlx-lm
+    expects them."""
+    for name in [n for n in weights if n.endswith(".experts.gate_up_proj")]:
+        other = f"{name.rpartition('.')[0]}.down_proj"
+        if weights[name].shape[1] == 2 * weights[other].shape[2]:
+            weights[name], weights[other] = weights[name].swapaxes(1, 2), weights[other].swapaxes(1, 2)
+    return weights
+
+
+RENAMED: Mapping[str, Callable[[Arrays], Arrays]] = {
+    "gpt2": _without_prefix,
+    "gpt_oss": _gpt_oss,
+    "kimi_linear": _dense_kimi_linear,
+    "olmo_hybrid": _olmo_hybrid,
+    "qwen3_5_moe": _stack_experts,
+    "qwen3_vl_moe": _experts_outputs_first,
+}
