@@ -66,8 +66,7 @@ def error_message(error: BaseException, words: Sequence[str] = ()) -> str | None
 
 def _sentence(error: BaseException, words: Sequence[str]) -> str | None:
     if isinstance(error, OSError) and error.errno in REMEDIES:
-        # Of two files (a copy), the second is the one that was written.
-        file = error.filename2 or error.filename
+        file = error.filename2 or error.filename  # of two files (a copy), the second is the one that was written
         where = "standard output" if file is None else STAGED.sub(r"\1", os.fsdecode(file))
         elsewhere = f", or set MLXDPO_CACHE to another folder ({cache_folder()} now)" if _in_cache(file) else ""
         return f"{where}: {error.strerror}; {REMEDIES[error.errno]}{elsewhere}{_then(file, words)}"
@@ -100,19 +99,18 @@ def _in_cache(file: str | bytes | None) -> bool:
 
 def _then(file: str | bytes | None, words: Sequence[str]) -> str:
     """The command that goes on: a training's own, where it has begun a run; else the same one again."""
-    if words[:1] != ["train"]:
-        return f", then run it again: {shlex.join(['mlxdpo', *words])}" if words else ""
+    again = f", then run it again: {shlex.join(['mlxdpo', *words])}" if words else ""
+    if words and words[0] != "train":
+        return again
     given = [value for name, _, value in _given_options(words) if name in ("--out", "--resume")]
     folders = [*map(Path, given), *([] if file is None else Path(os.fsdecode(file)).parents)]
     run = next((folder for folder in folders if (folder / "config.yaml").exists()), None)
-    if run is None:
-        return f", then run it again: {shlex.join(['mlxdpo', *words])}"
-    return f", then {resume_hint(run)}"
+    return again if run is None else f", then {resume_hint(run)}"
 
 
 def _given_options(words: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     """Options with their values, as --name value or --name=value."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         yield word.partition("=") if "=" in word else (word, "=", following)
 
 

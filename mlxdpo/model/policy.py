@@ -25,6 +25,7 @@ from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.model.corrections import correct, model_classes
 from mlxdpo.model.ends import end_tokens
 from mlxdpo.model.model_config import ModelReading, module_of, names_read, read_model_config
+from mlxdpo.model.stored_shapes import check_counts
 from mlxdpo.model.trial import try_tokenizer
 from mlxdpo.types import UserError
 
@@ -133,11 +134,14 @@ def check_weights(folder: Path, name: str) -> list[Path]:
     if not files:
         raise UserError(f"{name}: {why_no_weights(folder, name)}")
     seen: dict[str, str] = {}
+    shapes: dict[str, Sequence[int]] = {}
     for file in files:
-        for tensor in read_tensors(file):
+        for tensor, array in read_tensors(file).items():
+            shapes[tensor] = array.shape
             if tensor in seen:
                 raise UserError(f"{name}: {seen[tensor]} and {file.name} both hold `{tensor}`; move one of them away")
             seen[tensor] = file.name
+    check_counts(read_json(folder / "config.json"), shapes, name)
     return files
 
 

@@ -61,8 +61,8 @@ def read_skeleton(config: ModelConfig) -> Skeleton:
         raw = load_config(folder)
         if raw.get("model_file"):
             raise UserError(f"{config.path}: its shape is in Python code that comes with it: it cannot be planned for")
-        check_packing(raw, config.path)
         check_counts(raw, {array: one.shape for array, one in stored.items()}, config.path)
+        check_packing(raw, config.path)
         reading = read_model_config(raw, config.path)
         model = _definition(reading.loaded, stored)
     if config.quantize:

@@ -20,12 +20,25 @@ NUMBER = re.compile(r"(?:^|\.)(\d{1,6})(?=\.|$)")
 def check_counts(config: Mapping[str, Any], stored: Mapping[str, Sequence[int]], name: str) -> None:
     """Raise `UserError` where `config` counts more layers, blocks or experts than any of the stored arrays, by name and
     shape, has."""
+    check_kinds(config, name)
     layers = max([USUAL, *(int(number) + 1 for array in stored for number in NUMBER.findall(array))])
     others = max([layers, *(side for shape in stored.values() for side in shape)])
     for key, value in _numbers(config):
         most = layers if "layer" in key else others
         if COUNTED.search(key) and value > most:
             raise UserError(f"{name}: config.json says `{key}` {value:.6g}, its weights have {most} at most")
+
+
+def check_kinds(config: Mapping[str, Any], name: str) -> None:
+    """Raise `UserError` for a number of `config` that is none, or no token id, and is used once the model computes."""
+    for key in ("rope_theta", "rope_local_base_freq"):
+        value = config.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"{name}: config.json says `{key}` {str(value)[:40]!r}, expected a number")
+    ends = config.get("eos_token_id")
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and not (isinstance(end, int) and 0 <= end < 1 << 31):
+            raise UserError(f"{name}: config.json says `eos_token_id` {str(end)[:40]!r}, expected the id of a token")
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:

@@ -57,3 +57,13 @@ def test_a_rank_is_not_believed(own, tmp_path, capsys, rank):
     said = capsys.readouterr().err
     assert "another model?" in said or "not as mlxdpo wrote it" in said
     assert mx.get_peak_memory() < 20e6
+
+
+LATE = [("rope_theta", []), ("rope_theta", "x"), ("eos_token_id", -1), ("eos_token_id", 2**62)]
+
+
+@pytest.mark.parametrize("key, value", LATE)
+def test_numbers_that_are_used_late_are_looked_at_early(own, capsys, key, value):
+    change(own / "config.json", **{key: value})
+    words = ["score", "--model", str(own), "--data", str(write_pairs(own / "p.jsonl")), "--out", str(own / "o.jsonl")]
+    assert cli(words) == 2 and f"config.json says `{key}`" in capsys.readouterr().err
