@@ -5,7 +5,7 @@ import pytest
 
 from mlxdpo.forward.metal_routing import LONG, is_fused, throws
 
-D = {"fused": (64, 96, 128, 72, 80), "wide": (192, 256), "other": (8, 32, 48, 100, 112, 120, 160)}
+D = {"fused": (64, 96, 128, 72, 80), "wide": (192, 256), "other": (32, 48, 100, 112, 120, 160)}
 
 
 def call(head_dim, queries=128, keys=128, groups=3, dtype=mx.bfloat16, mask="causal", training=True, value_dim=None):
