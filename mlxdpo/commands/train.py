@@ -123,7 +123,7 @@ def go_on_once(path: Path, error: RuntimeError) -> None:
         return
     warn(f"{error_message(error)}; going on from the last checkpoint, once, in a new process")
     sys.stdout.flush()
-    words = [sys.executable, "-m", "mlxdpo.cli", "train", "--resume", str(path)]
+    words = [sys.executable, "-P", "-m", "mlxdpo.cli", "train", "--resume", str(path)]
     os.execve(sys.executable, words, GENTLER | os.environ | {WENT_ON: "1"})
 
 

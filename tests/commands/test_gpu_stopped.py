@@ -99,7 +99,7 @@ def test_a_stopped_training_becomes_a_process_that_goes_on_and_says_so(tmp_path,
         cli.run(["train", str(tmp_path / "recipe.yaml")])
     ((program, words, environment),) = became
     assert program == words[0] == sys.executable
-    assert words[1:] == ["-m", "mlxdpo.cli", "train", "--resume", config.out]
+    assert words[1:] == ["-P", "-m", "mlxdpo.cli", "train", "--resume", config.out]
     assert environment[command.WENT_ON] == "1" and environment["MLX_MAX_OPS_PER_BUFFER"] == "7"
     assert environment["AGX_RELAX_CDM_CTXSTORE_TIMEOUT"] == "1" and environment["PATH"] == os.environ["PATH"]
     said = capsys.readouterr().err.splitlines()
