@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,11 +41,8 @@ def run_loop(state: TrainState, progress: Progress, should_stop: Callable[[], bo
     while progress.step < plan.steps and not _patience_over(state, progress):
         started, batches = time.perf_counter(), plan.batches(progress.step)
         lr = learning_rate(config.optim, progress.step, plan.steps)
-        try:
+        with _saved_if_a_peer_is_lost(state, fns, progress):  # the weights are those of the last whole step
             taken = train_step(state, fns, batches, progress.step, lr, should_stop)
-        except PeerLost:
-            _save(state, fns, progress)  # the weights are still those of the last whole step
-            raise
         if taken is None:
             yield Event("interrupted", progress.step, {"path": str(_save(state, fns, progress))})
             return
@@ -65,7 +63,9 @@ def run_loop(state: TrainState, progress: Progress, should_stop: Callable[[], bo
             yield Event("note", progress.step, {"text": warning})
         last = progress.step == plan.steps or _patience_over(state, progress)
         by_step = last or progress.step % config.train.save_every == 0 or progress.best_step == progress.step
-        if _by_the_clock(state, clock) or by_step:
+        with _saved_if_a_peer_is_lost(state, fns, progress):
+            by_time = not by_step and _by_the_clock(state, clock)
+        if by_step or by_time:
             path = _save(state, fns, progress)
             clock.restart()
             if state.group.first:
@@ -118,6 +118,15 @@ def _save(state: TrainState, fns: CompiledFns, progress: Progress) -> Path:
     return checkpoint.save(
         state.checkpoints, state.model, state.config.lora, state.optimizer, progress, fns.reference.save
     )
+
+
+@contextmanager
+def _saved_if_a_peer_is_lost(state: TrainState, fns: CompiledFns, progress: Progress) -> Iterator[None]:
+    try:
+        yield
+    except PeerLost:
+        _save(state, fns, progress)
+        raise
 
 
 def _by_the_clock(state: TrainState, clock: SaveClock) -> bool:
