@@ -82,9 +82,17 @@ class Heartbeat:
                 self.changed.notify_all()
 
     def ended(self) -> Wire | None:
-        """A wire whose other end is not there any more, one with a reason first."""
+        """A wire whose other end is not there any more: first one that ended for a reason, then one that is just gone,
+        then one that says that it has lost another."""
         over = [wire for wire in self.wires if wire.ended]
-        return min(over, key=lambda wire: (not wire.words, wire.ended != "gone"), default=None)
+
+        def order(wire: Wire) -> int:
+            """The first is what is told."""
+            if wire.ended != "gone":
+                return 0 if wire.words else 3
+            return 2 if wire.words else 1
+
+        return min(over, key=order, default=None)
 
     def wait(self, seconds: float) -> Wire | None:
         """The same, after waiting for it at most so long."""
