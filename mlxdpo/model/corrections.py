@@ -69,6 +69,7 @@ def _other_gelu(name: str, forward: Callable[[Any, mx.array], mx.array]) -> Call
     """The other of the two forms of GELU than the one that mlx-lm's file calls, in modules of class `name`."""
 
     def exchange(model: nn.Module, _: Any) -> None:
+        """Give each of them a class that differs in what it calls, and in nothing else."""
         made: dict[type, type] = {}
         for module in model.modules():
             if type(module).__name__ == name:
