@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from chromium import BROWSER, CHROMIUM
 
 from mlxdpo.config import dump_config
 from mlxdpo.io.atomic import write_text
@@ -25,15 +26,7 @@ from mlxdpo.runs import Run
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'mlxdpo[browser]'")
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.xdist_group("browser"),
-    pytest.mark.real,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: install one from the system's packages"),
-]
+pytestmark = [*BROWSER, pytest.mark.xdist_group("browser"), pytest.mark.real]
 ROOT = Path(__file__).parents[2]
 EVIL = "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script> ${window.pwned=1} {{7*7}}"
 SHOTS = os.environ.get("MLXDPO_SHOTS")

@@ -2,10 +2,10 @@
 
 import http.server
 import json
-import shutil
 import threading
 
 import pytest
+from chromium import BROWSER, CHROMIUM
 from tiny_desk import finished_run
 
 from mlxdpo.ui.server import start_app
@@ -13,13 +13,7 @@ from mlxdpo.ui.server import start_app
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'mlxdpo[browser]'")
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: install one from the system's packages"),
-]
+pytestmark = BROWSER
 
 SPY = """async (app) => {
     const got = {}
