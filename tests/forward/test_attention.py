@@ -381,7 +381,8 @@ def test_a_quantised_cache_gives_what_it_gave(pays_at_once):
 
     want = logits()
     with chunked_attention_on(model, 30):
-        assert mx.allclose(logits(), want, atol=1e-5).item()  # SwiGLU is computed in another order
+        # SwiGLU is computed in another order, and where that moves a key across a step of its 8 bits it shows.
+        assert mx.allclose(logits(), want, atol=1e-3).item()
     assert not pays_at_once
 
 
