@@ -43,7 +43,7 @@ def settings_from(**values: Any) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        raise UserError(explain(error, "settings")) from None
+        raise UserError(explain(error, "settings", Settings)) from None
 
 
 @dataclass(frozen=True)
