@@ -175,7 +175,7 @@ def _probe(bare: Any, data: DataConfig, stops: frozenset[int], templates: Mappin
     usual = _probe_turn(replace(plain, template=templates["default"]))
     if "tool_use" not in templates:
         return usual
-    tools = _probe_turn(replace(plain, template=templates["tool_use"]))
+    tools = _probe_turn(replace(plain, template=templates["tool_use"]), (TOOL,))
     ends = usual.ends | tools.ends
     return replace(usual, ends=ends, with_tools=replace(tools, ends=ends))
 
@@ -193,6 +193,13 @@ def day_of(data: DataConfig) -> datetime.date:
     return datetime.date.fromisoformat(data.date) if data.date else NO_DATE
 
 
+def on_day(data: DataConfig, tokenizer: Any, today: datetime.date) -> DataConfig:
+    """`data` with the day that templates are told: the one it names, else `today`; none where no template asks."""
+    if data.date is None and asks_for_date(tokenizer):
+        return data.model_copy(update={"date": today.isoformat()})
+    return data
+
+
 def asks_for_date(tokenizer: Any) -> bool:
     """Whether a chat template prints today's date: token ids depend on the day then."""
     return any(re.search(r"strftime_now|date_string", template) for template in chat_templates(tokenizer).values())
@@ -208,13 +215,13 @@ def _start(tokenizer: Any) -> tuple[int, ...]:
     return ()
 
 
-def _probe_turn(writer: Writer) -> Writer:
-    """Fill in the description of the assistant turn."""
+def _probe_turn(writer: Writer, tools: Sequence[Mapping[str, Any]] = ()) -> Writer:
+    """Fill in the description of the assistant turn, as the template writes it beside `tools`."""
     question = (Message("user", "Which?"),)
     try:
-        prompt = writer.render(question, (), generate=True)
-        bare = writer.render(question, (), generate=False)
-        answers = [writer.render((*question, Message("assistant", p)), (), generate=False) for p in PROBES]
+        prompt = writer.render(question, tools, generate=True)
+        bare = writer.render(question, tools, generate=False)
+        answers = [writer.render((*question, Message("assistant", p)), tools, generate=False) for p in PROBES]
     except BadRow as bad:
         raise UserError(f"{bad.sentence}, for one question and one answer; set data.template to plain") from None
     before, found, after = answers[0].rpartition(PROBES[0])
