@@ -111,9 +111,9 @@ def _cyclopts_message(error: Any) -> str:
 
     cause = error.__cause__
     if isinstance(cause, ValidationError):
-        from mlxdpo.config import explain
+        from mlxdpo.config import Config, explain
 
-        return explain(cause, "command line")
+        return explain(cause, "command line", Config)
     return " ".join(str(error).split())
 
 

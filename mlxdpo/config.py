@@ -6,28 +6,20 @@ are short for `model: {path: M}` and `data: {path: D}`.
 
 from __future__ import annotations
 
-import difflib
-import reprlib
+import datetime
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from mlxdpo.io.settings import Section, explain, merged
 from mlxdpo.io.yaml_file import key_with_nul, read_recipe, yaml_text
 from mlxdpo.types import UserError
 
 # The knobs of the objective: every parameter that one of them takes. What refuses what is `losses.resolve`'s business.
 #
 # A knob's default is the one most objectives share; where an objective has its own (`OWN`), naming it sets them.
-
-
-class Section(BaseModel):
-    """A frozen group of knobs that refuses unknown names."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
 
 
 OWN: Mapping[str, Mapping[str, float]] = {
@@ -51,7 +43,7 @@ class LossConfig(Section):
 
     name: str = "sigmoid"
     """Objective, or a sum: sigmoid+sft, in YAML also [sigmoid, sft]; `mlxdpo objectives` lists them."""
-    weights: list[float] = []
+    weights: list[float] = Field(default_factory=list)
     """Weights of the objectives of a sum, in their order; unset means 1 each."""
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull towards the reference; where there is none, scale of the rewards."""
@@ -263,6 +255,12 @@ class DataConfig(Section):
     """The token that ends a completion: score it (added to plain text), or leave it out, where answers are cut off."""
     thinking: bool = False
     """`enable_thinking` for templates that know it."""
+    reasoning: Literal["stop", "keep", "drop"] = "stop"
+    """Reasoning of an answer that the chat template strips: a bad row, trained before the answer, or left out."""
+    system: Literal["template", "fold"] = "template"
+    """System turns: as the chat template writes them, or folded into the next user turn, for templates without them."""
+    date: str | None = None
+    """The day that chat templates are told when they ask for today's, e.g. 2026-12-01; unset: the day a run begins."""
     group: Literal["prompt", "none"] = "prompt"
     """prompt: the pairs of a prompt stay together, so each of its completions is computed once; none: pairs mix."""
     max_length: int = Field(default=1024, ge=8)
@@ -271,6 +269,12 @@ class DataConfig(Section):
     """A prompt that does not fit beside its completions: cut its beginning, drop the pair, or stop."""
     on_long_completion: Literal["drop", "truncate", "stop"] = "drop"
     """A completion that fills the limit by itself: drop the pair, cut its end (and its end-of-turn), or stop."""
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _day(cls, value: Any) -> Any:
+        # YAML reads 2026-12-01 as a date.
+        return value if value is None else datetime.date.fromisoformat(str(value)).isoformat()
 
     @field_validator("columns")
     @classmethod
@@ -445,50 +449,20 @@ def load_config(recipe: str | Path | None = None, overrides: Mapping[str, Any] |
     Raises `UserError` naming the file and the key for anything the schema refuses.
     """
     base = {} if recipe is None else read_recipe(Path(recipe))
-    merged = _merge(_spelled_out(base), _spelled_out(overrides or {}))
-    if (key := key_with_nul(merged)) is not None:
+    values = merged(_spelled_out(base), _spelled_out(overrides or {}))
+    if (key := key_with_nul(values)) is not None:
         raise UserError(f"{recipe or 'configuration'}: `{key}` holds a NUL character, which no name may; take it out")
     try:
-        return Config.model_validate(_with_stage_defaults(merged))
+        return Config.model_validate(_with_stage_defaults(values))
     except ValidationError as error:
-        raise UserError(explain(error, str(recipe) if recipe else "configuration")) from None
+        raise UserError(explain(error, str(recipe) if recipe else "configuration", Config)) from None
 
 
 def _with_stage_defaults(values: Any) -> Any:
     """What a stage assumes where nothing is given; here and not in the schema, whose defaults fill a command line too,
     and would then win over the recipe."""
     rate = next((rate for stage, rate in STAGE_LR.items() if stage == values.get("stage")), None)
-    return values if rate is None else _merge({"optim": {"lr": rate}}, values)
-
-
-def _merge(base: Any, over: Any) -> Any:
-    if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
-        return over
-    return {**base, **{k: _merge(base.get(k), v) for k, v in over.items()}}
-
-
-def explain(error: ValidationError, source: str) -> str:
-    """The first thing wrong in one sentence, with the value and, for an unknown key, the nearest right name."""
-    first = error.errors(include_url=False)[0]
-    where = [str(p) for p in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        known = _names(where[:-1])
-        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean `{'.'.join([*where[:-1], near[0]])}`?" if near else f"known: {', '.join(known)}"
-        return f"{source}: unknown key `{'.'.join(where)}`; {hint}"
-    key = ".".join(p for p in where if p != "function-after")
-    return f"{source}: `{key}` is {_value_text(first['input'])}: {first['msg']}" if key else f"{source}: {first['msg']}"
-
-
-def _value_text(value: Any) -> str:
-    return reprlib.repr(value)
-
-
-def _names(path: list[str]) -> list[str]:
-    model: Any = Config
-    for part in path:
-        model = model.model_fields[part].annotation
-    return list(model.model_fields)
+    return values if rate is None else merged({"optim": {"lr": rate}}, values)
 
 
 def dump_config(config: Config) -> str:

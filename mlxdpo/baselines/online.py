@@ -10,6 +10,7 @@ and number, so a run that was stopped goes on from its last checkpoint to the bi
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import math
 import time
@@ -37,7 +38,7 @@ from mlxdpo.baselines.updates import Metrics, WeightUpdate, ppo_update, rloo_upd
 from mlxdpo.config import Config
 from mlxdpo.data.encode import encode_prompt
 from mlxdpo.data.read import heldout_source, prompt_key, read_preferences, split_heldout
-from mlxdpo.data.template import template_digest
+from mlxdpo.data.template import on_day, template_digest
 from mlxdpo.distributed.launcher import process_count
 from mlxdpo.io.checksum import load_checksummed, save_checksummed
 from mlxdpo.model.adapters import adapters_off, attach_lora, load_adapter, save_adapter, with_adapter
@@ -97,6 +98,8 @@ def tune_on_samples(
     optimizer = make_optimizer(config.optim)
     policy = load_policy(config.model)
     config = with_adapter(config, policy.model)
+    if resume is None:
+        config = config.model_copy(update={"data": on_day(config.data, policy.tokenizer, datetime.date.today())})
     prompts = encode_prompts(config, policy)
     reference, penalised = _kl_reference(config, policy)
     manifest = _manifest(config, policy, prompts, reward, penalised)

@@ -111,7 +111,8 @@ def source_key(data: DataConfig, seed: int) -> str | None:
         return None
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     drawn = named is None and data.eval_fraction > 0
-    settings = data.model_dump(mode="json", exclude={"path", "eval", "group"})
+    # A day changes tokens only where a template asks for it, and is in the template's digest then.
+    settings = data.model_dump(mode="json", exclude={"path", "eval", "group", "date"})
     return json_digest([sources, settings, seed if drawn else None, _code_digest(), libraries])[:32]
 
 

@@ -15,8 +15,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mlxdpo.config import DataConfig
+from mlxdpo.data.render import Rendered, checked_unicode, render
 from mlxdpo.data.report import BadRow, Report
-from mlxdpo.data.template import Rendered, Writer, checked_unicode, probe, render, unwrap
+from mlxdpo.data.template import Writer, probe, unwrap
 from mlxdpo.types import Example, Extras, Preference, Text, UnpairedExample, UserError
 
 # Rows that are too long: what is cut, what is dropped, and that it is counted.

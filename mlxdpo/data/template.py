@@ -11,26 +11,38 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from mlxdpo.config import DataConfig
+from mlxdpo.data.marks import Arrival
 from mlxdpo.data.report import BadRow
+from mlxdpo.data.turns import (
+    INLINE,
+    REASONING,
+    with_arguments_as,
+)
 from mlxdpo.io.digest import json_digest
-from mlxdpo.types import Message, Text, UserError
+from mlxdpo.types import Message, UserError
 
-# Llama-3.x templates print today's date unless given one: token ids would change at midnight, and with them
-# the reference cache and a resumed run. This is the date those templates fall back to by themselves.
-DATE = "26 Jul 2024"
+# What templates that ask for today's date are told where no run has a date: Llama-3's fall back to it by themselves.
+NO_DATE = datetime.date(2024, 7, 26)
+
+DIRECTIVES = [f"%{letter}" for letter in "aAbBdHIjmMpSUwWxXyY"] + [f"%-{letter}" for letter in "dHIjmMSy"]
 
 
-def dated(template: Any) -> str | None:
-    """A chat template in which today is the day of `DATE`; None for several, of which transformers chooses."""
-    if not isinstance(template, str):
-        return None
-    day = datetime.date(2024, 7, 26)
-    return re.sub(r"strftime_now\((['\"])([^'\"]*)\1\)", lambda found: f"'{day.strftime(found[2])}'", template)
+def dated(template: str, day: datetime.date) -> str:
+    """A chat template in which today is `day`: token ids would change at midnight, and with them a resumed run.
+
+    A macro stands before it with the name of the function that it asks; functions themselves transformers lets in none.
+    """
+    if "strftime_now" not in template:
+        return template
+    filters = "".join(f" | replace({text!r}, {day.strftime(text)!r})" for text in DIRECTIVES)
+    # The empty expression keeps a line end at the template's beginning, which a block would take with it.
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{filters} }}}}{{%- endmacro %}}{{{{ '' }}}}{template}"
 
 
 PROBES = ("Red7", "Blue8")  # no whitespace to trim, no markup, no common first or last character
@@ -45,12 +57,17 @@ class Writer:
     unk      id written for what the vocabulary lacks, or None
     eos      id appended where nothing ends the completion; None where the model has no such token
     ends     ids that end a completion: the model's end-of-sequence ids and the template's end-of-turn
-    chat     whether there is a chat template; what follows `scores_end` describes its assistant turn, as text
     scores_end  whether the token that ends a completion is scored (`data.eos`)
+    date     the day that a template is told when it asks for today's
+    template  the chat template, or None; what follows describes how it writes, as text
     lead     printed between the generation prompt and the content (an empty thinking block), usually ""
     end      printed from the end of the content through the end-of-turn token; "" where there is none
     rest     printed after that (a newline, the next header): never scored
     opening  special tokens that a rendered conversation begins with: such text is already templated
+    arguments  whether it prints a call's arguments as an object or as JSON text
+    reasoning  the forms in which it prints an answer's reasoning: keys of a turn, or between tags in the content
+    with_tools  the same with the template for rows that have tools, where there is one for them alone
+    seen     how rows of each shape arrive in its text, by shape
     """
 
     tokenizer: Any
@@ -60,12 +77,22 @@ class Writer:
     unk: int | None
     eos: int | None
     ends: frozenset[int]
-    chat: bool
     scores_end: bool
+    date: datetime.date = NO_DATE
+    template: str | None = None
     lead: str = ""
     end: str = ""
     rest: str = ""
     opening: tuple[str, ...] = ()
+    arguments: Literal["object", "text"] = "object"
+    reasoning: tuple[str, ...] = ()
+    with_tools: Writer | None = None
+    seen: dict[Any, Arrival] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def chat(self) -> bool:
+        """Whether there is a chat template."""
+        return self.template is not None
 
     def render(self, turns: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, generate: bool) -> str:
         """The conversation as the template writes it, with the header of the next answer when `generate`.
@@ -81,8 +108,8 @@ class Writer:
                 add_generation_prompt=generate,
                 tokenize=False,
                 enable_thinking=self.thinking,
-                date_string=DATE,
-                chat_template=dated(self.tokenizer.chat_template),
+                date_string=self.date.strftime("%d %b %Y"),
+                chat_template=None if self.template is None else dated(self.template, self.date),
             )
         except (jinja2.TemplateError, TypeError, IndexError, ValueError) as error:
             words = " ".join(str(error).split()) or type(error).__name__
@@ -105,8 +132,11 @@ def unwrap(tokenizer: Any) -> Any:
     return inner if hasattr(inner, "apply_chat_template") else tokenizer
 
 
+_PROBED: weakref.WeakKeyDictionary[Any, dict[str, Writer]] = weakref.WeakKeyDictionary()
+
+
 def probe(tokenizer: Any, data: DataConfig, eos_ids: frozenset[int] | None = None) -> Writer:
-    """Find out what `tokenizer` writes under the template settings of `data`.
+    """Find out what `tokenizer` writes under the template settings of `data`, once for each tokenizer and settings.
 
     `eos_ids` are the model configuration's end-of-sequence ids; without them the tokenizer's own. Raises
     `UserError` when the chat template cannot write one question and its answer.
@@ -115,11 +145,64 @@ def probe(tokenizer: Any, data: DataConfig, eos_ids: frozenset[int] | None = Non
     # mlx-lm's wrapper has the model configuration's set; a bare tokenizer answers this name with one int.
     wrapped = tokenizer.eos_token_ids if tokenizer is not bare else ()
     stops = frozenset(eos_ids or wrapped or {bare.eos_token_id} - {None})
+    templates = chat_templates(bare)
+    asked = [
+        templates,
+        sorted(stops),
+        data.thinking,
+        data.eos,
+        data.date,
+        sorted(map(str, bare.special_tokens_map.items())),
+    ]
+    known, key = _PROBED.setdefault(bare, {}), json_digest(asked)
+    if key not in known:
+        known[key] = _probe(bare, data, stops, templates)
+    return known[key]
+
+
+def _probe(bare: Any, data: DataConfig, stops: frozenset[int], templates: Mapping[str, str]) -> Writer:
     eos = bare.eos_token_id if bare.eos_token_id in stops else min(stops, default=None)
     start = _start(bare)
     bos = frozenset(start) | ({bare.bos_token_id} - {None})
-    plain = Writer(bare, data.thinking, start, bos, bare.unk_token_id, eos, stops, False, data.eos == "score")
-    return _probe_turn(plain) if bare.chat_template else plain
+    plain = Writer(bare, data.thinking, start, bos, bare.unk_token_id, eos, stops, data.eos == "score", day_of(data))
+    if not templates:
+        return plain
+    if "default" not in templates:
+        raise UserError(
+            f"the tokenizer's chat templates are {', '.join(templates)} and none is called default; name one so, or set"
+            " data.template to plain"
+        )
+    usual = _probe_turn(replace(plain, template=templates["default"]))
+    if "tool_use" not in templates:
+        return usual
+    tools = _probe_turn(replace(plain, template=templates["tool_use"]), (TOOL,))
+    ends = usual.ends | tools.ends
+    return replace(usual, ends=ends, with_tools=replace(tools, ends=ends))
+
+
+def chat_templates(tokenizer: Any) -> dict[str, str]:
+    """The tokenizer's chat templates by name: "default" alone, or several as transformers reads them; {} for none."""
+    found = unwrap(tokenizer).chat_template
+    if isinstance(found, Mapping):
+        return dict(found)
+    return {"default": found} if found else {}
+
+
+def day_of(data: DataConfig) -> datetime.date:
+    """The day that templates are told."""
+    return datetime.date.fromisoformat(data.date) if data.date else NO_DATE
+
+
+def on_day(data: DataConfig, tokenizer: Any, today: datetime.date) -> DataConfig:
+    """`data` with the day that templates are told: the one it names, else `today`; none where no template asks."""
+    if data.date is None and asks_for_date(tokenizer):
+        return data.model_copy(update={"date": today.isoformat()})
+    return data
+
+
+def asks_for_date(tokenizer: Any) -> bool:
+    """Whether a chat template prints today's date: token ids depend on the day then."""
+    return any(re.search(r"strftime_now|date_string", template) for template in chat_templates(tokenizer).values())
 
 
 def _start(tokenizer: Any) -> tuple[int, ...]:
@@ -132,13 +215,13 @@ def _start(tokenizer: Any) -> tuple[int, ...]:
     return ()
 
 
-def _probe_turn(writer: Writer) -> Writer:
-    """Fill in the description of the assistant turn."""
+def _probe_turn(writer: Writer, tools: Sequence[Mapping[str, Any]] = ()) -> Writer:
+    """Fill in the description of the assistant turn, as the template writes it beside `tools`."""
     question = (Message("user", "Which?"),)
     try:
-        prompt = writer.render(question, (), generate=True)
-        bare = writer.render(question, (), generate=False)
-        answers = [writer.render((*question, Message("assistant", p)), (), generate=False) for p in PROBES]
+        prompt = writer.render(question, tools, generate=True)
+        bare = writer.render(question, tools, generate=False)
+        answers = [writer.render((*question, Message("assistant", p)), tools, generate=False) for p in PROBES]
     except BadRow as bad:
         raise UserError(f"{bad.sentence}, for one question and one answer; set data.template to plain") from None
     before, found, after = answers[0].rpartition(PROBES[0])
@@ -158,12 +241,47 @@ def _probe_turn(writer: Writer) -> Writer:
         writer,
         bos=frozenset(writer.start) if is_header else writer.bos,
         ends=frozenset(ends),
-        chat=True,
         lead=before[len(prompt) :] if before.startswith(prompt) else "",
         end=stop,
         rest=after[len(stop) :],
         opening=_opening(special, prompt),
+        arguments=_arguments_form(writer),
+        reasoning=tuple(form for form in (*REASONING, INLINE) if _prints_reasoning(writer, form)),
     )
+
+
+def _arguments_form(writer: Writer) -> Literal["object", "text"]:
+    """Whether arguments arrive as an object: some templates join them to other text, or print them as Python does."""
+    turns = {
+        form: [Message("user", "Which?"), with_arguments_as(Message("assistant", "", {"tool_calls": [CALL]}), form)]
+        for form in ("object", "text")
+    }
+    written = {form: _tried(writer, both) for form, both in turns.items()}
+    if PROBES[0] in written["object"] and f"'{PROBES[0]}'" not in written["object"]:
+        return "object"
+    return "text" if f'"{PROBES[0]}"' in written["text"] else "object"
+
+
+CALL = {"type": "function", "id": "Call00001", "function": {"name": "look", "arguments": {PROBES[0]: PROBES[1]}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+def _tried(writer: Writer, turns: Sequence[Message]) -> str:
+    """The text of turns with a tool, "" where the template refuses them."""
+    try:
+        return writer.render(turns, (TOOL,), generate=False)
+    except BadRow:
+        return ""
+
+
+def _prints_reasoning(writer: Writer, form: str) -> bool:
+    content = f"<think>\n{PROBES[0]}\n</think>\n\n{PROBES[1]}" if form == INLINE else PROBES[1]
+    answer = Message("assistant", content, {} if form == INLINE else {form: PROBES[0]})
+    text = _tried(writer, (Message("user", "Which?"), answer))
+    return all(text.count(word) == 1 for word in PROBES)
 
 
 def _special(writer: Writer) -> list[str]:
@@ -207,6 +325,14 @@ def template_digest(tokenizer: Any, data: DataConfig) -> str:
         "eos": data.eos,
         "thinking": data.thinking,
     }
+    # What is new and as it was before is left out: the digests that older runs keep stay.
+    parts |= {
+        key: value
+        for key, value in {"system": data.system, "reasoning": data.reasoning}.items()
+        if value != DataConfig.model_fields[key].default
+    }
+    if data.date and asks_for_date(bare):
+        parts["date"] = data.date
     return json_digest(parts)
 
 
@@ -218,97 +344,3 @@ def _vocabulary(tokenizer: Any) -> str:
     else:
         rules = tokenizer.get_vocab()
     return json_digest(rules)
-
-
-class Rendered(NamedTuple):
-    """A row as text: the prompt, and each completion together with it. `plain`: no template wrote it."""
-
-    prompt: str
-    fulls: tuple[str, ...]
-    plain: bool
-
-
-def render(
-    prompt: Text,
-    completions: tuple[Text, ...],
-    tools: Sequence[Mapping[str, Any]],
-    writer: Writer,
-    data: DataConfig,
-    where: str,
-    changes: list[str],
-) -> Rendered:
-    """A prompt and its completions as text, each completion cut after its end-of-turn token.
-
-    Raises `BadRow` when the template refuses the turns, `UserError` when there is no template to ask.
-    """
-    texts = [text for text in (prompt, *completions) if isinstance(text, str)]
-    messages = len(texts) < 1 + len(completions)
-    if not messages and (data.template == "plain" or (data.template == "auto" and not writer.chat)):
-        return Rendered(texts[0], tuple(texts[0] + c for c in texts[1:]), plain=True)
-    if not writer.chat:
-        asked = "the row is a list of messages" if messages else "data.template is chat"
-        raise UserError(
-            f"{where}: {asked}, but the tokenizer has no chat template; use an instruction-tuned model, or"
-            " plain-text rows with data.template plain"
-        )
-    if isinstance(prompt, str) and data.template == "auto" and prompt.lstrip().startswith(writer.opening):
-        raise BadRow(
-            "already templated",
-            f"the prompt begins with {prompt.lstrip()[:20]!r}; set data.template to plain to leave it so",
-        )
-    turns = _turns(prompt, "user")
-    before = writer.render(turns, tools, generate=True)
-    fulls = []
-    for completion in completions:
-        answer = _without_end_token(_turns(completion, "assistant"), writer, changes)
-        fulls.append(_cut_at(writer.render((*turns, *answer), tools, generate=False), writer))
-        if not all(message.content.strip() in fulls[-1] for message in answer):
-            changes.append("completion rewritten by the chat template")
-    return Rendered(_led(before, fulls, writer, changes), tuple(fulls), plain=False)
-
-
-def _led(before: str, fulls: Sequence[str], writer: Writer, changes: list[str]) -> str:
-    """The prompt with the empty thinking block that the template writes before answers without reasoning.
-
-    Where one answer reasons and another does not, the empty block is what tells them apart, and is scored.
-    """
-    # A lead of whitespace (Llama-2) is part of the answer's first token.
-    led = [bool(writer.lead.strip()) and full.startswith(before + writer.lead) for full in fulls]
-    if led and all(led):
-        changes.append("empty thinking block, written by the template, counted as prompt")
-        return before + writer.lead
-    if any(led):
-        changes.append("empty thinking block scored: the other completion has reasoning")
-    if not all(full.startswith(before) for full in fulls):
-        changes.append("boundary moved back: the template writes the turn otherwise than it prompts for it")
-    return before
-
-
-def checked_unicode(rendered: Rendered) -> Rendered:
-    """Raises `BadRow` for half a surrogate pair (JSON lets "\\ud83d" through; tokenizers do not)."""
-    try:
-        for text in (rendered.prompt, *rendered.fulls):
-            text.encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise BadRow("not Unicode", f"the text has half a character ({half!a}); write it as UTF-8") from None
-    return rendered
-
-
-def _turns(text: Text, role: str) -> tuple[Message, ...]:
-    return (Message(role, text),) if isinstance(text, str) else text
-
-
-def _without_end_token(answer: tuple[Message, ...], writer: Writer, changes: list[str]) -> tuple[Message, ...]:
-    """Texts copied from a model's output may end in the token that the template is about to write again."""
-    end = writer.end.strip()
-    if not end or not answer or not answer[-1].content.rstrip().endswith(end):
-        return answer
-    changes.append("end-of-turn token in the text left out")
-    last = answer[-1]
-    return (*answer[:-1], last._replace(content=last.content.rstrip().removesuffix(end)))
-
-
-def _cut_at(full: str, writer: Writer) -> str:
-    """Without what the template prints after the end of the turn."""
-    return full.removesuffix(writer.rest) if full.endswith(writer.end + writer.rest) else full

@@ -28,6 +28,7 @@ from mlxdpo.io.checksum import read_tensors
 from mlxdpo.io.json_file import read_json
 from mlxdpo.io.weight_files import weight_files
 from mlxdpo.model.builtin import unpermute
+from mlxdpo.model.chat_template import template_settings
 from mlxdpo.model.ends import end_tokens, turn_end
 from mlxdpo.types import UserError
 
@@ -328,7 +329,7 @@ def write_tokenizer(writer: Any, folder: Path, config: Mapping[str, Any]) -> Non
 
     specification = read_json(folder / "tokenizer.json")
     tokens, kinds = vocabulary(specification, config["vocab_size"])
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **template_settings(folder))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(rule_name(specification))
     writer.add_token_list(tokens)
@@ -350,8 +351,9 @@ def write_tokenizer(writer: Any, folder: Path, config: Mapping[str, Any]) -> Non
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(False)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    if template := tokenizer.chat_template:
+        several = [{"name": n, "template": t} for n, t in template.items()] if isinstance(template, dict) else None
+        writer.add_chat_template(several or template)
 
 
 def vocabulary(specification: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:

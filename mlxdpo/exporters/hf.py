@@ -22,11 +22,10 @@ from mlxdpo.exporters.source import (
     Change,
     ExportSource,
     base_of,
+    copy_side_files,
     dequantised,
     expert_change,
     plain_weight,
-    side_files,
-    write_ends,
 )
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import read_tensor, read_tensors
@@ -89,16 +88,15 @@ def write_hf(source: ExportSource, folder: Path) -> str | None:
     if not source.choices.base and source.stored_quantised:
         for file in weight_files(source.folder):
             _write_dequantised(source, file, folder / file.name)
-        _copy_sides(source.folder, folder, {"quantization", "quantization_config"})
+        copy_side_files(source, source.folder, folder)
+        _drop_keys(folder / "config.json", {"quantization", "quantization_config"})
         _write_index(folder)
-        write_ends(source, folder)
         return "dequantised: every packed layer as it computes"
     changes = stored_changes(source)
     for file in weight_files(source.base):
         here = {name: change for name, change in changes.items() if source.origins.stored[name] == file}
         patch(file, folder / file.name, here, partial(_check_like, source))
-    _copy_sides(source.base, folder, set())
-    write_ends(source, folder)
+    copy_side_files(source, source.base, folder)
     if (source.base / INDEX).is_file():
         shutil.copyfile(source.base / INDEX, folder / INDEX)
     else:
@@ -197,12 +195,8 @@ def _write_dequantised(source: ExportSource, file: Path, target: Path) -> None:
     mx.save_safetensors(str(target), written, {"format": "pt"})
 
 
-def _copy_sides(base: Path, folder: Path, dropped: set[str]) -> None:
-    for file in side_files(base):
-        shutil.copyfile(file, folder / file.name)
-    if dropped:
-        config = read_json(base / "config.json")
-        write_json(folder / "config.json", {key: value for key, value in config.items() if key not in dropped})
+def _drop_keys(config: Path, dropped: set[str]) -> None:
+    write_json(config, {key: value for key, value in read_json(config).items() if key not in dropped})
 
 
 def _write_index(folder: Path) -> None:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxdpo.exporters.source import ExportSource, base_of, hub_name, plain_weight, side_files, tuned, write_ends
+from mlxdpo.exporters.source import ExportSource, base_of, copy_side_files, hub_name, plain_weight, tuned
 from mlxdpo.io.atomic import write_json
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, adapter_settings, read_settings
 from mlxdpo.model.model_config import module_of, names_read
@@ -145,9 +145,7 @@ def _save_model(source: ExportSource, model: nn.Module, config: dict[str, Any], 
     from mlx_lm.utils import save_model
 
     save_model(folder, model, donate_model=True)
-    for file in side_files(source.folder):
-        shutil.copyfile(file, folder / file.name)
-    write_ends(source, folder)
+    copy_side_files(source, source.folder, folder)
     if "quantization" in config:
         config |= {"quantization_config": config["quantization"]}
     if config != source.raw_config:

@@ -37,6 +37,7 @@ from mlxdpo.io.atomic import write_atomic, write_json, write_text
 from mlxdpo.io.json_file import as_written, read_json
 from mlxdpo.io.names import TOKEN, is_hub_id, is_plain_name, without_tokens
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, read_settings
+from mlxdpo.model.chat_template import NAMED_FOLDER
 from mlxdpo.model.reward_head import FILE as HEAD
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
@@ -136,6 +137,7 @@ TOKENIZER = (
     r"tokenizer\.model|vocab\.txt|merges\.txt|chat_template\.jinja|[\w.-]+\.tiktoken"
 )
 LICENCE = r"(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.txt|\.md)?"
+NAMED_TEMPLATE = rf"(.*/)?{NAMED_FOLDER}/[\w-]+\.jinja"
 OF_TARGETS = re.compile(f"({ADAPTER}|{MODEL}|{TOKENIZER}|{LICENCE})")
 OF_THE_EXPORT = re.compile(re.escape(f"{CARD}|{CURVE}|{RECORD}").replace(r"\|", "|"))
 OF_THE_RUN = re.compile(rf"{RUN}/(config\.yaml|manifest\.json|head\.safetensors|(adapter|start|reference)/({ADAPTER}))")
@@ -198,7 +200,8 @@ def _why_not(out: Path, name: str, named: set[str]) -> str | None:
         return None
     if name not in named:
         return f"not part of the export by its {RECORD}"
-    return None if OF_TARGETS.fullmatch(base) and ".." not in folder else "not a kind of file that is published"
+    known = OF_TARGETS.fullmatch(base) or re.fullmatch(NAMED_TEMPLATE, name)
+    return None if known and ".." not in folder else "not a kind of file that is published"
 
 
 def _check_for_secrets(out: Path, name: str) -> None:
@@ -210,9 +213,8 @@ def _check_for_secrets(out: Path, name: str) -> None:
 
 def belongs_to_an_export(name: str) -> bool:
     """Whether a file of a repository is one that loaders read: beside another export's files they would mix."""
-    return bool(OF_TARGETS.fullmatch(name.rpartition("/")[2]) or OF_THE_RUN.fullmatch(name)) and not re.fullmatch(
-        LICENCE, name
-    )
+    of_target = OF_TARGETS.fullmatch(name.rpartition("/")[2]) or re.fullmatch(NAMED_TEMPLATE, name)
+    return bool(of_target or OF_THE_RUN.fullmatch(name)) and not re.fullmatch(LICENCE, name)
 
 
 # A path inside a sentence: from a root, a home or a drive to the next blank or closing mark.

@@ -7,6 +7,7 @@ weights' size that alone costs a tenth of its direction in bfloat16.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,6 +27,7 @@ from mlxdpo.io.json_file import read_json
 from mlxdpo.io.names import is_hub_id
 from mlxdpo.io.weight_files import weight_files
 from mlxdpo.model.adapters import read_settings
+from mlxdpo.model.chat_template import NAMED_FOLDER, template_settings, write_template_files
 from mlxdpo.model.corrections import model_classes
 from mlxdpo.model.model_config import read_model_config
 from mlxdpo.model.policy import find_model
@@ -126,7 +128,7 @@ def _replaced(by: mx.array, weight: mx.array) -> mx.array:
 
 GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 # What travels with weights besides weights: never code, never what some tool left in the folder.
-SIDE = ("*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+SIDE = ("*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja", f"{NAMED_FOLDER}/*.jinja", "LICENSE*", "NOTICE*")
 NOT_SIDE = ("*.index.json", "adapter_config.json", "export.json", "hf_quant_config.json")
 
 
@@ -280,7 +282,17 @@ def side_files(folder: Path) -> list[Path]:
     return sorted({file for pattern in SIDE for file in folder.glob(pattern)} - dropped)
 
 
-def write_ends(source: ExportSource, folder: Path) -> None:
+def copy_side_files(source: ExportSource, base: Path, folder: Path) -> None:
+    """What an export has besides weights: the base's files, templates where tokenizers look for them, and the ends."""
+    for file in side_files(base):
+        target = folder / file.relative_to(base)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+    write_template_files(template_settings(base), folder)
+    _write_ends(source, folder)
+
+
+def _write_ends(source: ExportSource, folder: Path) -> None:
     """Let an export's generation_config.json end answers where training taught them to end, too."""
     file, raw = folder / "generation_config.json", source.raw_config
     said = read_json(file) if file.is_file() else {k: raw[k] for k in ("bos_token_id", "pad_token_id") if raw.get(k)}

@@ -86,4 +86,6 @@ def open_reward_model(run: Run, batch_size: int = 16) -> RewardModel:
     numbers = {name: policy.identity[name] for name in ("digest", "dtype", "quantization")}
     made = {"adapter": folder_digest(run.adapter), "head": file_digest(run.path / FILE)}
     reading = data.model_dump(mode="json", include={"template", "eos", "thinking", "max_length"})
+    # Left out where they are as they were before there were such settings: identities of older runs stay.
+    reading |= data.model_dump(mode="json", include={"reasoning", "system", "date"}, exclude_defaults=True)
     return RewardModel(policy, data, numbers | made | reading, batch_size)

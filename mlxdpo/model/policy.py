@@ -22,6 +22,7 @@ from mlxdpo.io.weight_files import PATTERN, check_weight_files, left_over, only_
 from mlxdpo.machine.device import default_dtype, limit_memory
 from mlxdpo.machine.errors import error_message
 from mlxdpo.model.builtin import smollm2_folder
+from mlxdpo.model.chat_template import template_settings
 from mlxdpo.model.corrections import correct, model_classes
 from mlxdpo.model.ends import end_tokens
 from mlxdpo.model.model_config import ModelReading, module_of, names_read, read_model_config
@@ -91,7 +92,7 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> 
     trust = {"trust_remote_code": trust_remote_code}
     with strangers_files(name, "its tokenizer "):
         said = load_config(folder)
-        tokenizer = load(folder, trust, eos_token_ids=said.get("eos_token_id"))
+        tokenizer = load(folder, trust | template_settings(folder), eos_token_ids=said.get("eos_token_id"))
         for token in end_tokens(tokenizer._tokenizer, said):
             tokenizer.add_eos_token(str(token))
         return tokenizer

@@ -17,6 +17,7 @@ from mlxdpo.io.atomic import write_json
 from mlxdpo.io.digest import file_digest, json_digest
 from mlxdpo.machine.device import cache_folder
 from mlxdpo.machine.limited import LimitReached, call_limited, start_limits
+from mlxdpo.model.chat_template import template_settings
 from mlxdpo.types import UserError
 
 FILES = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "additional_chat_templates/*")
@@ -62,7 +63,8 @@ def use_tokenizer(asked: tuple[str, int]) -> bool:
     folder, seconds = asked
     start_limits(seconds, MEGABYTES)
     found: list[Any] = []
-    _let_it(lambda: found.append(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)))
+    files = {"trust_remote_code": False, "local_files_only": True}
+    _let_it(lambda: found.append(AutoTokenizer.from_pretrained(folder, **files, **template_settings(Path(folder)))))
     for tokenizer in found:
         _use_all_of(tokenizer)
     return True
@@ -73,7 +75,15 @@ def _use_all_of(tokenizer: Any) -> None:
         _let_it(lambda text=text: tokenizer([f"x {text}!", text]))
     for turns in _conversations():
         for extra in ({"add_generation_prompt": True}, {"tools": [TOOL], "enable_thinking": True}):
-            _let_it(lambda turns=turns, extra=extra: tokenizer(_written(tokenizer, turns, extra)))
+            for template in _templates(tokenizer):
+                asked = extra | {"chat_template": template}
+                _let_it(lambda turns=turns, asked=asked: tokenizer(_written(tokenizer, turns, asked)))
+
+
+def _templates(tokenizer: Any) -> list[str | None]:
+    """Every template of a tokenizer; one that has none may write turns by itself."""
+    found = tokenizer.chat_template
+    return list(found.values()) if isinstance(found, dict) else [found]
 
 
 def _let_it(use: Callable[[], Any]) -> str:

@@ -36,6 +36,8 @@ def describe_run(
 def describe_models(config: Config, policy: Policy, reference: Policy, adapter: str | None) -> dict[str, Any]:
     """The part of a manifest that every stage has: versions, machine, seed, model and reference with their digests."""
     return {
+        # The day that the chat template was told, where it asks for today's.
+        **({} if config.data.date is None else {"date": config.data.date}),
         "versions": versions(),
         "machine": this_machine()._asdict(),
         "seed": config.train.seed,

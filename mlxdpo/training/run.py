@@ -7,6 +7,7 @@ for event in train(load_config("recipe.yaml")):
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gc
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
@@ -18,6 +19,7 @@ import numpy as np
 
 from mlxdpo.config import Config
 from mlxdpo.data.dataset import Dataset, Made, Sofar, encoding, reading
+from mlxdpo.data.template import on_day
 from mlxdpo.data.transforms import Transform
 from mlxdpo.distributed.group import ALONE, Group
 from mlxdpo.forward.logprobs import ForwardFns
@@ -123,9 +125,10 @@ def prepare(
     loss = stage.loss(config)
     check_reference_sync(config, loss)
     optimizer = make_optimizer(config.optim)
-    data = yield from _read_pairs(config, stage.transform(config, loss), should_stop, fits)
-    if data is None:
+    read = yield from _read_pairs(config, stage.transform(config, loss), resume, should_stop, fits)
+    if read is None:
         return None
+    config, data = read
     policy = load_policy(config.model)
     asked = with_adapter(config, policy.model)
     config, split_note = distributed.config_for_group(asked, group)
@@ -167,21 +170,26 @@ def prepare(
 
 
 def _read_pairs(
-    config: Config, transform: Transform, should_stop: Stop, fits: Fits | None
-) -> Generator[Event, None, Dataset | None]:
-    """The pairs as token ids, with the tokenizer alone, or None when asked to stop: too few and too many for this
-    machine are refused here."""
+    config: Config, transform: Transform, resume: Run | None, should_stop: Stop, fits: Fits | None
+) -> Generator[Event, None, tuple[Config, Dataset] | None]:
+    """The recipe with the day that its chat template is told, and the pairs as token ids, with the tokenizer alone.
+
+    None when asked to stop. Too few and too many pairs for this machine are refused here.
+    """
     rows = yield from _report(reading(config.data, config.train.seed, transform), should_stop)
     if rows is None:
         return None
     tokenizer = tokenizer_of(config.model)
+    if resume is None:
+        config = config.model_copy(update={"data": on_day(config.data, tokenizer, datetime.date.today())})
     encoded = encoding(rows, config.data, tokenizer, frozenset(tokenizer.eos_token_ids))
     data = yield from _report(encoded, should_stop)
-    if data is not None:
-        preflight.check_heldout(config, data)
-        if fits is not None:
-            fits(config, data)
-    return data
+    if data is None:
+        return None
+    preflight.check_heldout(config, data)
+    if fits is not None:
+        fits(config, data)
+    return config, data
 
 
 def _report(steps: Generator[Sofar, None, Made], should_stop: Stop) -> Generator[Event, None, Made | None]:

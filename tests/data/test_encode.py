@@ -291,9 +291,12 @@ def test_a_template_that_hides_the_answer_is_an_error():
 
 def test_a_completion_that_the_template_rewrites_is_reported():
     tokenizer = tiny.chatml_tokenizer()
-    tokenizer.chat_template = tiny.CHATML.replace("m.content", "m.content.split('</think>')[-1]")
-    _, report = one(chat_row(turns("Why?"), "<think>hm</think>So.", "No."), tokenizer)
-    assert report.changed == {"completion rewritten by the chat template": 1}
+    tokenizer.chat_template = tiny.CHATML.replace("m.content", "m.content | replace('colour', 'color')")
+    _, report = one(chat_row(turns("Which colour?"), "A colour.", "No."), tokenizer)
+    assert report.changed == {
+        "turn of the prompt rewritten by the chat template": 1,
+        "completion rewritten by the chat template": 1,
+    }
 
 
 @pytest.mark.parametrize("rows", [("Why?", "So.", "So."), ("", "So.", "No."), ("\ud83d", "So.", "No.")])

@@ -241,10 +241,12 @@ CHANGED = {
     "max_length": 99,
     "on_long_prompt": "drop",
     "on_long_completion": "truncate",
+    "reasoning": "keep",
+    "system": "fold",
 }
 
 
-@pytest.mark.parametrize("name", [name for name in DataConfig.model_fields if name not in ("path", "group")])
+@pytest.mark.parametrize("name", [name for name in DataConfig.model_fields if name not in ("path", "group", "date")])
 def test_no_setting_finds_what_another_made(tmp_path, monkeypatch, reads, name):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "other.jsonl", [("r", "x", "y")])

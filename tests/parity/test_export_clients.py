@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tiny_exports import greedy_of, ids_of, logits_of, other_adapter, split_in_shards, trained_run
+from tiny_exports import greedy_of, ids_of, logits_of, other_adapter, run_with_two_ends, split_in_shards, trained_run
 from tiny_models import CONFIGS, write_model
 from tiny_tokenizers import chatml_tokenizer
 from torch_side import load_torch
+from transformers import AutoTokenizer
 
 from mlxdpo.config import ModelConfig
 from mlxdpo.exporters import export
@@ -140,3 +141,14 @@ def test_smollm2_in_every_client(tmp_path):
     gc.collect()
     adapter = PeftModel.from_pretrained(load_torch(folder), out / "peft").eval()
     hold_against(adapter, want, words, ids, "smollm2 peft")
+
+
+def test_an_export_stops_in_transformers_where_training_taught_it_to(tmp_path, cache):
+    """The base's config.json names <|endoftext|>; turns end in <|im_end|>."""
+    run = run_with_two_ends(tmp_path)
+    out = export(run, ["hf"], tmp_path / "out", pairs=4, data=str(tmp_path / "heldout.jsonl")).out
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    turns = [{"role": "user", "content": "red 3?"}]
+    asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    found = load_torch(out).generate(**asked, max_new_tokens=12, do_sample=False)
+    assert tokenizer.decode(found[0, asked["input_ids"].shape[1] :]) == "ok<|im_end|>"

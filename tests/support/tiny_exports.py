@@ -7,7 +7,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tiny_models import write_model
 from tiny_runs import finish, recipe, write_pairs
-from tiny_tokenizers import CHATML, _merges, chatml_tokenizer
+from tiny_tokenizers import CHATML, _merges, byte_level, chatml_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -30,6 +30,22 @@ def trained_run(folder, kind="llama", out="run", **sections) -> Run:
     parts["data"] = {"eval": str(folder / "heldout.jsonl")} | sections.get("data", {})
     finish(recipe(folder, out, kind, **parts))
     return Run.open(folder / out)
+
+
+END, TURN = "<|endoftext|>", "<|im_end|>"
+
+
+def run_with_two_ends(folder) -> Run:
+    """An SFT run that learned to answer "ok" and to end its turn with TURN; the base's files know END alone."""
+    write_model(folder / "llama", byte_level((END, "<|im_start|>", TURN), template=CHATML, eos=END))
+    rows = [{"prompt": f"{word} {n}?", "completion": "ok"} for n in range(6) for word in ("red", "blue")]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{"prompt": f"red {n}?", "chosen": "ok", "rejected": "no"} for n in range(4)]
+    (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    steps = {"batch_size": 12, "gradient_accumulation": 1, "epochs": 40.0, "save_every": 99}
+    quick = {"lora": {"method": "full"}, "optim": {"lr": 1e-2, "warmup": 0.0}, "train": steps}
+    finish(recipe(folder, stage="sft", data={"template": "auto"}, **quick))
+    return Run.open(folder / "run")
 
 
 def other_adapter(run, size=0.05, **lora) -> Run:

@@ -16,7 +16,9 @@ from pydantic import Field, ValidationError
 
 from mlxdpo.config import Section, explain
 from mlxdpo.data.encode import encode_prompt
+from mlxdpo.data.template import probe, unwrap
 from mlxdpo.inference.generate import stepwise
+from mlxdpo.model.ends import turn_end
 from mlxdpo.types import Message, Text, UserError
 from mlxdpo.ui.variants import RunVariants, Variant
 from mlxdpo_eval.metrics.drift import sequence_kl
@@ -43,7 +45,7 @@ def settings_from(**values: Any) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        raise UserError(explain(error, "settings")) from None
+        raise UserError(explain(error, "settings", Settings)) from None
 
 
 @dataclass(frozen=True)
@@ -170,9 +172,16 @@ class Score(NamedTuple):
     end: float | None
 
 
+def _end_of(loaded: RunVariants) -> list[int]:
+    """The token that training scored at the end of an answer: the turn's, else the text's."""
+    writer = probe(loaded.policy.tokenizer, loaded.config.data, loaded.policy.eos_ids)
+    turn = turn_end(unwrap(loaded.policy.tokenizer)) if loaded.chat else None
+    return [token for token in (turn if turn is not None else writer.eos,) if token is not None]
+
+
 def score(loaded: RunVariants, policy: Variant, answer: Answer) -> Score | None:
     """The score of an answer, its end-of-turn token included when it came to one; None for an empty answer."""
-    ends = [min(loaded.policy.eos_ids)] if answer.finish == "stop" and loaded.policy.eos_ids else []
+    ends = _end_of(loaded) if answer.finish == "stop" else []
     targets = [*answer.tokens, *ends]
     if not targets:
         return None
