@@ -18,7 +18,10 @@ class BadRow(Exception):
 
 @dataclass
 class Report:
-    """Counts of rows read, kept, refused and changed; `format` is the row shape they were read as."""
+    """Counts of rows read, kept, refused and changed; `format` is the row shape they were read as.
+
+    `unread` counts, by column, the rows that hold something which nothing reads; `notes` are said of all rows.
+    """
 
     read: int = 0
     kept: int = 0
@@ -26,6 +29,8 @@ class Report:
     changed: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
     format: str = ""
+    unread: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def refuse(self, where: str, bad: BadRow, policy: Literal["stop", "skip"]) -> None:
         """Count a refused row, or raise `UserError` when the policy is to stop."""
@@ -45,7 +50,9 @@ class Report:
         """One line per reason, most frequent first, each with its first row; empty when nothing happened."""
         refused = [f"left out {n} x {r} (first: {self.first[r]})" for r, n in _by_count(self.refused)]
         changed = [f"changed {n} x {r} (first: {self.first[r]})" for r, n in _by_count(self.changed)]
-        return refused + changed
+        columns = [f"{name} ({count} rows)" for name, count in _by_count(self.unread)]
+        unread = [f"columns that nothing reads: {', '.join(columns)}"] if columns else []
+        return [*self.notes, *refused, *changed, *unread]
 
 
 def _by_count(counts: dict[str, int]) -> list[tuple[str, int]]:
