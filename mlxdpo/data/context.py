@@ -163,9 +163,14 @@ def unread_columns(values: Mapping[str, Any], own: Collection[str], data: DataCo
     return [name for name, value in values.items() if name not in read and _holds(value)]
 
 
-def scores_of(values: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float]]:
-    """The scores of the two completions of a pair that a row has: both columns' names and numbers."""
-    for better, worse in SCORES:
+def scores_of(values: Mapping[str, Any], data: DataConfig) -> Iterator[tuple[str, str, float, float]]:
+    """The scores of the two completions of a pair that a row has: both columns' names and numbers, chosen first.
+
+    Where `data.columns` exchanges chosen and rejected, their scores are exchanged too.
+    """
+    exchanged = (data.columns.get("chosen"), data.columns.get("rejected")) == ("rejected", "chosen")
+    for two in SCORES:
+        better, worse = two[::-1] if exchanged else two
         if is_number(values.get(better)) and is_number(values.get(worse)):
             yield better, worse, float(values[better]), float(values[worse])
 

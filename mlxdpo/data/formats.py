@@ -427,13 +427,13 @@ def convert(shape: Format, rows: Sequence[Row], data: DataConfig = ANY) -> Items
     items = context.in_context(shape.convert(row), row.values, own, data)
     for item in items:
         if isinstance(item, Preference):
-            _check_pair(item, row.values)
+            _check_pair(item, row.values, data)
     return context.with_extras([dataclasses.replace(item, columns=kept) for item in items], rows, data.columns)
 
 
-def _check_pair(pair: Preference, row: Mapping[str, Any]) -> None:
+def _check_pair(pair: Preference, row: Mapping[str, Any], data: DataConfig) -> None:
     if pair.chosen == pair.rejected:
         raise BadRow(reasons.IDENTICAL, '"chosen" and "rejected" are the same')
-    for better, worse, high, low in context.scores_of(row):
+    for better, worse, high, low in context.scores_of(row, data):
         if high == low:
             raise BadRow(reasons.TIED, f'"{better}" and "{worse}" are both {high:g}')

@@ -258,7 +258,7 @@ def _note_columns(shape: Format, group: Sequence[Row], items: Sequence[Item], re
     for row in group:
         for name in unread_columns(row.values, shape.reads, data):
             report.unread[printable(name)] = report.unread.get(printable(name), 0) + 1
-    if len(items) == 1 and any(high < low for _, _, high, low in scores_of(group[0].values)):
+    if len(items) == 1 and any(high < low for _, _, high, low in scores_of(group[0].values, data)):
         report.change(group[0].where, reasons.INVERTED)
 
 
