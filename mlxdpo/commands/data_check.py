@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json as jsonlib
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from cyclopts import Parameter
 
-from mlxdpo.config import DataConfig, ModelConfig, Section
+from mlxdpo.config import DataConfig, ModelConfig, Section, TrainConfig
+from mlxdpo.data.report import Report
 from mlxdpo.types import Preference, UnpairedExample, UserError
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ NOTHING = CheckConfig()  # no setting given
 def run(path: str, /, *, config: Annotated[CheckConfig, Parameter(name="*")] = NOTHING, json: bool = False) -> int:
     """Say what is in preference data and what is wrong with it; with a model also lengths in tokens and one pair.
 
-    Exit status 2 when a bad row would stop `mlxdpo train`.
+    Exit status 2 when a bad row would stop `mlxdpo train`, among the held-out ones too.
 
     Args:
         path: File, folder or Hub dataset id.
@@ -38,22 +40,42 @@ def run(path: str, /, *, config: Annotated[CheckConfig, Parameter(name="*")] = N
         json: Machine-readable.
     """
     from mlxdpo.data.check import check_rows, finding_lines
-    from mlxdpo.data.read import heldout_source, read_preferences
-    from mlxdpo.data.reasons import NO_PREFERENCE
+    from mlxdpo.data.read import heldout_prompts, heldout_source, prompt_key, read_preferences
+    from mlxdpo_eval.metrics.sequential import minimum_detectable
 
     data = config.data.model_copy(update={"path": path, "on_bad_row": "skip"})
     rows, report = read_preferences(data)
-    source = heldout_source(data)
-    heldout = None if source is None else read_preferences(data, *source)[0]
+    source, told = heldout_source(data), Report()
+    heldout, told = (None, told) if source is None else read_preferences(data, *source)
     seen = _as_seen(rows, data, config.model) if config.model.path else None
-    found = check_rows(rows, report, path, heldout, seen and seen.counts, data.max_length if seen else None)
-    bad = sum(n for reason, n in found.refused.items() if reason not in NO_PREFERENCE)
+    every = {prompt_key(row.prompt) for row in rows}
+    drawn = heldout_prompts(every, data.eval_fraction, TrainConfig().seed)
+    held = len(drawn if heldout is None else {prompt_key(row.prompt) for row in heldout})
+    found = check_rows(
+        rows,
+        report,
+        path,
+        heldout,
+        seen and seen.counts,
+        data.max_length if seen else None,
+        held,
+        minimum_detectable(held) if held else None,
+    )
+    bad = sum(map(_stopping, (report, told, seen.report if seen else Report())))
     if json:
         extra = {"would_stop": bad, "first_pair": None if seen is None else seen.first._asdict()}
         print(jsonlib.dumps(found.as_dict() | extra, indent=2, ensure_ascii=False))
     else:
-        _show_findings(finding_lines(found), seen, bad)
-    return 2 if bad else 0
+        lines = [*finding_lines(found), *(f"Held-out data: {line}." for line in told.lines())]
+        _show_findings(lines, seen, bad, path)
+    return 2 if bad and config.data.on_bad_row == "stop" else 0
+
+
+def _stopping(report: Report) -> int:
+    """Bad rows at which a training stops; those that a setting drops, or that state no preference, are none."""
+    from mlxdpo.data.reasons import NO_PREFERENCE, TOO_LONG
+
+    return sum(count for reason, count in report.refused.items() if reason not in NO_PREFERENCE | TOO_LONG)
 
 
 class Seen(NamedTuple):
@@ -61,7 +83,7 @@ class Seen(NamedTuple):
 
     counts: list[tuple[int, ...]]
     first: Shown
-    remarks: list[str]
+    report: Report
     names: tuple[str, ...]
 
 
@@ -78,23 +100,26 @@ def _as_seen(rows: Sequence[Preference | UnpairedExample], data: DataConfig, mod
         raise UserError(f"{data.path}: no row is left after encoding ({'; '.join(report.lines())})")
     names = ("chosen", "rejected") if isinstance(rows[0], Preference) else ("completion",)
     counts = [lengths[: 1 + len(names)] for lengths in token_counts(unlimited)]
-    return Seen(counts, shown_example(limited[0], tokenizer), report.lines(), names)
+    return Seen(counts, shown_example(limited[0], tokenizer), report, names)
 
 
-def _show_findings(sentences: list[str], seen: Seen | None, bad: int) -> None:
+def _show_findings(sentences: list[str], seen: Seen | None, bad: int, path: str) -> None:
     from mlxdpo.commands.terminal import console, show_pair
 
     for sentence in sentences:
-        console.print(sentence)
+        console.print(sentence, soft_wrap=True)
     if seen is None:
         console.print("Pass --model to see lengths in tokens and the first row as the model sees it.")
     else:
-        for line in seen.remarks:
+        for line in seen.report.lines():
             console.print(f"encoding: {line}", style="yellow")
         console.print("The first row, as the model sees it (scored tokens underlined, or between [[ ]]):")
         show_pair(seen.first, seen.names)
     if bad:
-        console.print(f"{bad} bad rows: mend them, or train with --data.on-bad-row skip", style="yellow")
+        rows = "1 bad row would stop" if bad == 1 else f"{bad} bad rows would stop"
+        command = f"mlxdpo data check {shlex.quote(path)} --data.on-bad-row skip"
+        remedy = f"mend what is said above, or leave such rows out: `{command}`; train takes the same option"
+        console.print(f"{rows} a training: {remedy}", style="yellow", soft_wrap=True)
 
 
 def list_formats(*, json: bool = False) -> None:

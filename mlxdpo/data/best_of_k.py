@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mlxdpo.data import fields, reasons
-from mlxdpo.data.fields import answer, prompt_of_row
+from mlxdpo.data.fields import answer, asked_prompt, prompt_of_row
 from mlxdpo.data.report import BadRow, Report
 from mlxdpo.data.sources import read_rows
 from mlxdpo.types import Preference, Text
@@ -75,7 +75,7 @@ def _record(where: str, row: Mapping[str, Any] | BadRow) -> BestOfK:
             reasons.MISSING_COLUMN, f"no best-of-k record: it needs prompt, chosen and a list rejected, has {names}"
         )
     right, wrong = found
-    prompt = prompt_of_row(row, "prompt")
+    prompt = asked_prompt(prompt_of_row(row, "prompt"))
     if shared := set(right) & set(wrong):
         raise BadRow(reasons.IDENTICAL, f'"{fields.printable(min(shared))}" is both right and wrong')
     completions = tuple(answer({"completion": text}, "completion", prompt) for text in [*right, *wrong])

@@ -6,6 +6,7 @@ Lengths in tokens are given by the caller as plain numbers, so that a check with
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -37,10 +38,12 @@ class LengthSpread:
 class DataFindings:
     """What a preference set holds. Shares are between 0 and 1; None means not asked for or not defined.
 
-    longer         share of pairs whose chosen completion is the longer one, in `unit`
-    always_longer  accuracy of always choosing the longer completion, equal lengths counting one half
-    over_limit     rows whose prompt and longer completion together exceed `limit` tokens
-    overlap        distinct prompts that the held-out rows share with these
+    longer           share of pairs whose chosen completion is the longer one, in `unit`
+    always_longer    accuracy of always choosing the longer completion, equal lengths counting one half
+    over_limit       rows whose prompt and longer completion together exceed `limit` tokens
+    overlap          distinct prompts that the held-out rows share with these
+    heldout_prompts  distinct prompts that are held out, named or drawn
+    detectable       the win-rate that so many prompts tell from 50 % with power 0.8
     """
 
     source: str
@@ -65,6 +68,10 @@ class DataFindings:
     over_limit: int | None
     heldout: int | None
     overlap: int | None
+    unread: dict[str, int]
+    notes: list[str]
+    heldout_prompts: int | None
+    detectable: float | None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -78,6 +85,8 @@ def check_rows(
     heldout: Rows | None = None,
     tokens: Sequence[Sequence[int]] | None = None,
     limit: int | None = None,
+    heldout_prompts: int | None = None,
+    detectable: float | None = None,
 ) -> DataFindings:
     """The findings on `rows` (one or more) as `read_preferences` gave them together with `report`.
 
@@ -115,6 +124,10 @@ def check_rows(
         over_limit=over,
         heldout=None if heldout is None else len(heldout),
         overlap=None if heldout is None else prompts_in_both(rows, heldout),
+        unread=dict(report.unread),
+        notes=list(report.notes),
+        heldout_prompts=heldout_prompts,
+        detectable=detectable,
     )
 
 
@@ -122,8 +135,9 @@ def _row_kind(row: Preference | UnpairedExample, report: Report) -> str:
     """pairs; opinions where rows say whether they are liked; else demonstrations, which are to be imitated."""
     if isinstance(row, Preference):
         return "pairs"
-    silent = report.format in FORMATS and "label" not in FORMATS[report.format].columns
-    return "demonstrations" if silent else "opinions"
+    shapes = [FORMATS[name] for name in report.format.split(", ") if name in FORMATS]
+    labelled = any({"label", "kto_tag"} & shape.columns.keys() for shape in shapes)
+    return "opinions" if labelled or not shapes else "demonstrations"
 
 
 def _characters(row: Preference | UnpairedExample) -> tuple[int, ...]:
@@ -133,7 +147,11 @@ def _characters(row: Preference | UnpairedExample) -> tuple[int, ...]:
 
 
 def _lengths_line(text: Text) -> int:
-    return len(text) if isinstance(text, str) else sum(len(turn.content) for turn in text)
+    """Characters of a text, or of all turns with what else they hold (calls as JSON)."""
+    if isinstance(text, str):
+        return len(text)
+    beside = (json.dumps(value, default=str) for turn in text for value in turn.extra.values())
+    return sum(len(turn.content) for turn in text) + sum(map(len, beside))
 
 
 def _spreads(lengths: Sequence[Sequence[int]]) -> dict[str, LengthSpread]:
@@ -158,11 +176,14 @@ def _share_text(values: Sequence[float]) -> float:
 
 def finding_lines(found: DataFindings) -> list[str]:
     """The findings as plain sentences, the most general first."""
-    report = Report(refused=found.refused, changed=found.changed, first=found.first)
+    report = Report(found.read, found.kept, found.refused, found.changed, found.first, found.format, found.unread)
+    report.notes = found.notes
     said = [
         f"{found.source}: {found.kept} {found.kind} from {found.read} rows, read as {_format(found.format)}.",
         *(f"{line[0].upper()}{line[1:]}." for line in report.lines()),
+        *_swapped(found),
         _prompts(found),
+        *_size(found),
         _length_line("Characters", found.characters),
     ]
     if found.tokens:
@@ -171,7 +192,20 @@ def finding_lines(found: DataFindings) -> list[str]:
 
 
 def _format(name: str) -> str:
-    return f"{name} ({FORMATS[name].about})" if name in FORMATS else name or "an unnamed shape"
+    about = [FORMATS[one].about for one in name.split(", ") if one in FORMATS]
+    return f"{name} ({'; '.join(about)})" if about else name or "an unnamed shape"
+
+
+def _swapped(found: DataFindings) -> list[str]:
+    """What to do where scores contradict most labels: the columns are the wrong way round."""
+    inverted = found.changed.get(reasons.INVERTED, 0)
+    if 2 * inverted <= found.kept:
+        return []
+    swap = "--data.columns.chosen rejected --data.columns.rejected chosen"
+    return [
+        f"The scores say the opposite of the labels in {inverted} of {found.kept} pairs; if the better answer is in "
+        f"the other column, train with {swap}, which exchanges the two."
+    ]
 
 
 def _prompts(found: DataFindings) -> str:
@@ -179,6 +213,22 @@ def _prompts(found: DataFindings) -> str:
     return (
         f"{found.prompts} distinct prompts, {mean:.2f} {found.kind} each on average, {found.most_per_prompt} at most."
     )
+
+
+FEW_PROMPTS = 100
+"""Held-out prompts below which only effects of more than 14 points are visible."""
+
+
+def _size(found: DataFindings) -> list[str]:
+    """How many prompts are held out and which effect they can show."""
+    if found.heldout_prompts is None or found.kind != "pairs":
+        return []
+    held = "1 prompt is held out" if found.heldout_prompts == 1 else f"{found.heldout_prompts} prompts are held out"
+    if found.detectable is None:
+        return [f"{held}: too few to show any effect; give more data, or a data.eval of other prompts."]
+    seen = f"{held}: a win-rate has to be {found.detectable:.0%} to be told from 50% (power 0.8, level 0.05)"
+    few = found.heldout_prompts < FEW_PROMPTS
+    return [f"{seen}; a smaller effect needs more prompts or a larger data.eval_fraction." if few else f"{seen}."]
 
 
 def _length_line(unit: str, spreads: dict[str, LengthSpread]) -> str:
@@ -199,9 +249,11 @@ def _bias(found: DataFindings) -> list[str]:
         return [f"{found.desirable:.0%} of the completions are desirable: {weighed}."]
     if found.longer is None:
         return []
+    rule = "longer" if found.always_longer >= 0.5 else "shorter"
+    right = max(found.always_longer, 1 - found.always_longer)
     return [
         f"The chosen completion is the longer one in {found.longer:.0%} of the pairs ({found.unit}); always choosing "
-        f"the longer one is right in {found.always_longer:.0%}, so an accuracy near that may be length alone."
+        f"the {rule} one is right in {right:.0%}, so an accuracy near that may be length alone."
     ]
 
 

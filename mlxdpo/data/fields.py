@@ -23,11 +23,11 @@ from mlxdpo.types import Message, Text
 ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool", "developer")},
     # ShareGPT's names for the same roles.
-    **{name: "assistant" for name in ("gpt", "chatgpt", "bot", "model", "bard", "bing")},
+    **{name: "assistant" for name in ("gpt", "chatgpt", "bot", "model", "bard", "bing", "function_call")},
     **{"human": "user", "function": "tool", "observation": "tool", "function_response": "tool"},
 }
 
-_WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+_WRITTEN_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 
 
 class Row(NamedTuple):
@@ -70,11 +70,27 @@ TRANSCRIPT = Kind(
     "a transcript that begins with Human:", lambda v: isinstance(v, str) and v.lstrip().startswith("Human:")
 )
 MESSAGES = Kind("messages", is_messages)
+ASKED_MESSAGES = Kind(
+    "messages that end with a user or tool turn", lambda value: is_messages(value) and not _is_answer(value[-1])
+)
 TEXT_OR_MESSAGES = Kind("text or messages", lambda value: isinstance(value, str) or is_messages(value))
 NUMBER = Kind("a number", is_number)
 FLAG = Kind("true or false", is_flag)
 TEXTS = Kind("a list of text", lambda v: isinstance(v, list) and bool(v) and all(isinstance(t, str) for t in v))
 NUMBERS = Kind("a list of numbers", lambda v: isinstance(v, list) and bool(v) and all(is_number(n) for n in v))
+
+
+def objects(*keys: str) -> Kind:
+    """A list of objects that have these keys."""
+    return Kind(
+        f"a list of objects with {' and '.join(keys)}",
+        lambda value: is_messages(value) and all(turn.keys() >= {*keys} for turn in value),
+    )
+
+
+def _is_answer(turn: Mapping[str, Any]) -> bool:
+    role = turn.get("role", turn.get("from"))
+    return isinstance(role, str) and ROLES.get(role.lower()) == "assistant"
 
 
 def describe_type(value: Any) -> str:
@@ -109,14 +125,26 @@ def printable(text: str) -> str:
 
 
 def parsed(value: Any) -> Any:
-    """Messages written as JSON text (a CSV cell, a twice-encoded column) as a list; else the value itself."""
-    if not (isinstance(value, str) and _WRITTEN_MESSAGES.match(value)):
+    """Messages written as JSON text (a CSV cell, a twice-encoded column) as a list, and one message as a list of it;
+    else the value itself."""
+    if isinstance(value, str) and _WRITTEN_MESSAGES.match(value):
+        found = decoded_json(value)
+        return value if found is value or not (is_messages(found) or _is_message(found)) else parsed(found)
+    return [value] if _is_message(value) else value
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value.keys() & {"role", "from"})
+
+
+def decoded_json(value: Any) -> Any:
+    """What a text says in JSON; the value itself where it is no text, or its text no JSON."""
+    if not isinstance(value, str):
         return value
     try:
-        found = json.loads(value)
+        return json.loads(value)
     except (ValueError, RecursionError):
         return value
-    return found if is_messages(found) else value
 
 
 def checked_text(values: Mapping[str, Any], name: str) -> str:
@@ -173,36 +201,89 @@ def _message(turn: Mapping[str, Any], place: str) -> Message:
     role_key, content_key = ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
     if role_key not in turn:
         raise BadRow(reasons.WRONG_TYPE, f"{place} has neither role nor from; it has {column_names(turn)}")
-    role = ROLES.get(turn[role_key].lower()) if isinstance(turn[role_key], str) else None
+    said = turn[role_key].lower() if isinstance(turn[role_key], str) else ""
+    role = ROLES.get(said)
     if role is None:
         known = ", ".join(ROLES)
         raise BadRow(
             reasons.UNKNOWN_ROLE, f"{place} has the role {printable(repr(turn[role_key]))}; expected one of {known}"
         )
-    # Parquet fills keys that only other turns have with nulls.
+    # JSON that was written from Arrow has null under keys that only other turns have.
     extra = {k: v for k, v in turn.items() if k not in (role_key, content_key) and v is not None}
     content = turn.get(content_key)
+    if said == "function_call":  # ShareGPT's way to write a call
+        extra, content = extra | {"tool_calls": content}, ""
+    if extra.get("tool_calls") in ([], ""):
+        del extra["tool_calls"]
+    if "tool_calls" in extra:
+        extra["tool_calls"] = _calls(extra["tool_calls"], place)
     if content is None and extra.get("tool_calls"):
         content = ""
+    return Message(role, _text_of_content(content, f"the {content_key} of {place}"), extra)
+
+
+def _text_of_content(content: Any, place: str) -> str:
+    """Text, or the texts of its parts one behind the other, as chat templates print them."""
+    if isinstance(content, list):
+        content = "".join(_text_of_part(part, place) for part in content)
     if not isinstance(content, str):
-        raise BadRow(reasons.WRONG_TYPE, f"the {content_key} of {place} is {describe_type(content)}; expected text")
+        raise BadRow(reasons.WRONG_TYPE, f"{place} is {describe_type(content)}; expected text")
     _check_unicode(content, place.replace('"', "'"))
-    return Message(role, content, extra)
+    return content
 
 
-def tools(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """The `tools` column: a list of objects, the same as JSON text, or nothing."""
-    value = values.get("tools")
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise BadRow(reasons.WRONG_TYPE, '"tools" is text that is not JSON; expected a list of tools') from None
-    if value is None or value in ("", []):
+def _text_of_part(part: Any, place: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, Mapping) else describe_type(part)
+    if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+        raise BadRow(reasons.NOT_TEXT, f"{place} has a part of type {printable(str(kind))}; only text is read")
+    return part["text"]
+
+
+def _calls(value: Any, place: str) -> list[Any]:
+    """Tool calls with the arguments as an object, whether they came as one or as JSON text (OpenAI's way)."""
+    found = decoded_json(value)
+    calls = [found] if isinstance(found, Mapping) else found
+    if not is_messages(calls):
+        raise BadRow(
+            reasons.WRONG_TYPE, f"the tool calls of {place} are {describe_type(value)}; expected a list of calls"
+        )
+    bare = [
+        call if "function" in call or "name" not in call else {"type": "function", "function": call} for call in calls
+    ]
+    return [_with_object(call, "function", "arguments") for call in bare]
+
+
+def _with_object(value: Mapping[str, Any], inner: str, name: str) -> dict[str, Any]:
+    """A call or a tool in which the object called `name` is no JSON text."""
+    function = value.get(inner)
+    if isinstance(function, Mapping) and isinstance(found := decoded_json(function.get(name)), Mapping):
+        return {**value, inner: {**function, name: found}}
+    return dict(value)
+
+
+def tools(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """A `tools` column: a list of objects, one of them, either as JSON text, or nothing."""
+    found = decoded_json(value)
+    if isinstance(found, str) and found.strip():
+        raise BadRow(reasons.WRONG_TYPE, '"tools" is text that is not JSON; expected a list of tools')
+    listed = [found] if isinstance(found, Mapping) else found
+    if listed is None or listed == [] or isinstance(listed, str):
         return ()
-    if not is_messages(value):
-        raise BadRow(reasons.WRONG_TYPE, f'"tools" is {describe_type(value)}; expected a list of tools')
-    return tuple(value)
+    each = [decoded_json(tool) for tool in listed] if isinstance(listed, list) else listed
+    if not is_messages(each):
+        raise BadRow(reasons.WRONG_TYPE, f'"tools" is {describe_type(listed)}; expected a list of tools')
+    return tuple(_without_nulls(_with_object(tool, "function", "parameters")) for tool in each)
+
+
+def _without_nulls(schema: Any) -> Any:
+    """A tool's schema without the nulls of JSON that was written from Arrow; JSON schema has none but as a value."""
+    if isinstance(schema, list):
+        return [_without_nulls(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {k: _without_nulls(v) for k, v in schema.items() if v is not None or k in ("default", "const")}
 
 
 _MARK = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -211,13 +292,18 @@ _EXTRA_ID = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
 def prompt_of_row(row: Mapping[str, Any], name: str) -> Text:
-    """A prompt column: text, or turns with something said by a user."""
-    if not isinstance(row[name], str):
-        return prompt_turns(fields.messages(row, name))
-    text = fields.checked_text(row, name)
-    if not text.strip():
-        raise BadRow(reasons.EMPTY_PROMPT, f'"{name}" is empty; expected the text to answer')
-    return text
+    """A prompt column: text, which may be empty, or turns with something said by a user."""
+    return fields.checked_text(row, name) if isinstance(row[name], str) else prompt_turns(fields.messages(row, name))
+
+
+def asked_prompt(prompt: Text, name: str = "prompt") -> Text:
+    """The prompt, unless it is text without a word: a chat template has nothing to answer then."""
+    if isinstance(prompt, str) and not prompt.strip():
+        raise BadRow(
+            reasons.EMPTY_PROMPT,
+            f'"{name}" is empty; expected the text to answer, or data.template plain to train on answers without one',
+        )
+    return prompt
 
 
 def prompt_turns(turns: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -255,20 +341,22 @@ def one_answer(turns: tuple[Message, ...], name: str) -> tuple[Message, ...]:
     return turns
 
 
-def split_last_turns(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], Text, Text]:
+def split_last_turns(
+    row: Mapping[str, Any], better: str = "chosen", worse: str = "rejected"
+) -> tuple[tuple[Message, ...], Text, Text]:
     """Two conversations as prompt, chosen, rejected: the shared leading turns, then one assistant turn each."""
-    chosen, rejected = fields.messages(row, "chosen"), fields.messages(row, "rejected")
+    chosen, rejected = fields.messages(row, better), fields.messages(row, worse)
     if chosen == rejected:
-        raise BadRow(reasons.IDENTICAL, '"chosen" and "rejected" are the same')
+        raise BadRow(reasons.IDENTICAL, f'"{better}" and "{worse}" are the same')
     pairs = zip(chosen, rejected, strict=False)
     shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
     if not len(chosen) == len(rejected) == shared + 1:
         raise BadRow(
             reasons.DIVERGED,
-            f'"chosen" ({len(chosen)} turns) and "rejected" ({len(rejected)}) part at turn {shared + 1}; '
+            f'"{better}" ({len(chosen)} turns) and "{worse}" ({len(rejected)}) part at turn {shared + 1}; '
             "expected them to differ in the last turn only",
         )
-    answers = one_answer(chosen[shared:], "chosen"), one_answer(rejected[shared:], "rejected")
+    answers = one_answer(chosen[shared:], better), one_answer(rejected[shared:], worse)
     return prompt_turns(chosen[:shared]), *answers
 
 
@@ -286,6 +374,19 @@ def split_transcripts(row: Mapping[str, Any]) -> tuple[Text, Text, Text]:
         )
     prompt = prompt_turns(_transcript(chosen, marks[:-1], marks[-1].start()))
     return prompt, _text_of_turn(chosen[end:], "chosen"), _text_of_turn(rejected[end:], "rejected")
+
+
+def transcript_turns(text: str) -> Text:
+    """A Human:/Assistant: transcript that ends with an empty Assistant: turn as the turns before it; else the text."""
+    marks = list(_MARK.finditer(text))
+    if (
+        len(marks) < 2
+        or marks[-1][1] != "Assistant"
+        or text[marks[-1].end() :].strip()
+        or text[: marks[0].start()].strip()
+    ):
+        return text
+    return prompt_turns(_transcript(text, marks[:-1], marks[-1].start()))
 
 
 def _text_of_turn(text: str, name: str) -> tuple[Message, ...]:

@@ -8,26 +8,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data import reasons
-from mlxdpo.data.fields import Row, as_turns, column_names, describe_type, parsed
-from mlxdpo.data.formats import (
-    FORMATS,
-    Format,
-    check_columns,
-    convert,
-    detect,
-    detect_by_names,
-    named_format,
-    with_extras,
-)
+from mlxdpo.data.context import scores_of, unread_columns
+from mlxdpo.data.fields import Row, as_turns, column_names, describe_type, parsed, printable
+from mlxdpo.data.formats import Format, check_columns, convert, detect, detect_by_names, named_format
 from mlxdpo.data.report import BadRow, Report
-from mlxdpo.data.sources import READERS, Found, is_hub_dataset, read_rows
-from mlxdpo.types import Preference, Text, UnpairedExample, UserError
+from mlxdpo.data.sources import READERS, Found, heldout_split, is_hub_dataset, read_rows
+from mlxdpo.types import LONGEST_SENTENCE, Preference, Text, UnpairedExample, UserError
 
 Item = Preference | UnpairedExample
 One = TypeVar("One", Preference, UnpairedExample)
@@ -53,12 +46,20 @@ def stream_rows(
     `reasons.NO_PREFERENCE`). Raises `UserError` for an unknown shape, and while the rows are taken at the first bad
     one (stop), or at the end when none was left. In memory are 16 bytes a row, by which duplicates are known.
     """
-    source = path or data.path
-    found = _renamed(read_rows(source, split or data.split), data.columns)
-    shape, found = _shape_of(found, data.format)
+    source, part = path or data.path, split or data.split
+    found = _renamed(read_rows(source, part), data.columns)
+    files = itertools.groupby(found, key=lambda one: one[0].rpartition(":")[0])
+    shape, first = _shape_of(next(files)[1], data.format, None, source)
     report = Report(format=shape.name)
-    usable = _fitting(shape, found, report, data.on_bad_row)
-    clean = distinct_pairs(_converted(shape, usable, report, data), report, "the same pair stands in an earlier row")
+    if data.eval is None and path == data.path and part != data.split:
+        report.notes.append(f'held out are the pairs of the split "{part}" that stands beside {data.split} in {path}')
+    rest = (_shape_of(rows, data.format, shape, source) for _, rows in files)
+    converted = (
+        item
+        for shape, rows in itertools.chain([(shape, first)], rest)
+        for item in _converted(shape, _fitting(shape, rows, report, data.on_bad_row), report, data)
+    )
+    clean = distinct_pairs(converted, report, "the same pair stands in an earlier row")
     return _counted_kept(take(clean, report), report, source), report
 
 
@@ -116,9 +117,11 @@ def read_pairs(data: DataConfig, path: str | None = None, split: str | None = No
 
 
 def heldout_source(data: DataConfig) -> tuple[str, str] | None:
-    """(path, split) of the held-out pairs that `data.eval` names: a file, a folder, or a split of `data.path`."""
+    """(path, split) of the held-out pairs that `data.eval` names: a file, a folder, or a split of `data.path`; where
+    it names none and pairs are held out at all, of the split of a folder that is there for it (mlx-lm's `valid`)."""
     if data.eval is None:
-        return None
+        beside = heldout_split(data.path, data.split) if data.eval_fraction else None
+        return None if beside is None else (data.path, beside)
     a_file = os.path.exists(Path(data.eval).expanduser()) or Path(data.eval.removesuffix(".gz")).suffix in READERS
     a_split = is_hub_dataset(data.path) or os.path.isdir(data.path)
     return (data.path, data.eval) if a_split and not a_file else (data.eval, data.split)
@@ -142,8 +145,8 @@ def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     return {name: parsed(value) for name, value in (kept | {n: row[own] for n, own in columns.items()}).items()}
 
 
-def _shape_of(found: Iterator[Found], name: str) -> tuple[Format, Iterator[Found]]:
-    """The row shape, and the rows again from the first one."""
+def _shape_of(found: Iterator[Found], name: str, before: Format | None, source: str) -> tuple[Format, Iterator[Found]]:
+    """The row shape of a file, and its rows again from the first one; `before` is the shape of the file before it."""
     if name != "auto":
         return named_format(name), found
     looked: list[Found] = []
@@ -153,10 +156,10 @@ def _shape_of(found: Iterator[Found], name: str) -> tuple[Format, Iterator[Found
         shape = None if isinstance(row, BadRow) else detect(row)
         if shape:
             break
-    return shape or _shape_by_names(looked), itertools.chain(looked, found)
+    return shape or before or _shape_by_names(looked, source), itertools.chain(looked, found)
 
 
-def _shape_by_names(looked: Sequence[Found]) -> Format:
+def _shape_by_names(looked: Sequence[Found], source: str) -> Format:
     """No row fits: take the shape whose columns are there, so that the rows say what is wrong with them."""
     rows = [(where, row) for where, row in looked if not isinstance(row, BadRow)]
     if not rows:
@@ -166,41 +169,97 @@ def _shape_by_names(looked: Sequence[Found]) -> Format:
     if shape := detect_by_names(row):
         return shape
     seen = column_names(f"{name} ({describe_type(value)})" for name, value in row.items())
-    known = "; ".join(f"{shape.name} ({', '.join(shape.columns)})" for shape in _nearest(row))
-    raise UserError(
-        f"{where}: the columns {seen} are no known row shape; "
-        f"rename them with data.columns, e.g. {{prompt: question}}, to those of {known}; `mlxdpo data formats` "
-        "lists all shapes"
+    remedy = _remedy(row, source)
+    room = max(40, LONGEST_SENTENCE - len(f"{where}: the columns  are no known row shape; {remedy}"))
+    shown = seen if len(seen) <= room else f"{seen[: room - 3]}..."
+    raise UserError(f"{where}: the columns {shown} are no known row shape; {remedy}")
+
+
+ASKING = (
+    "prompt",
+    "question",
+    "instruction",
+    "input",
+    "query",
+    "messages",
+    "conversation",
+    "context",
+    "ask",
+    "user",
+    "q",
+)
+BETTER = ("chosen", "better", "good", "preferred", "winner", "win", "accepted", "positive", "best", "pos", "yes")
+WORSE = ("rejected", "worse", "bad", "dispreferred", "loser", "lose", "declined", "negative", "worst", "neg", "no")
+
+
+def _remedy(row: Mapping[str, Any], source: str) -> str:
+    """The command that names a row's columns, where three of them can be prompt, chosen and rejected."""
+    texts = [name for name, value in row.items() if isinstance(value, str) or describe_type(value) == "messages"]
+    found: dict[str, str] = {}
+    for wanted, words in (("prompt", ASKING), ("rejected", WORSE), ("chosen", BETTER)):
+        left = [name for name in texts if name not in found.values()]
+        if name := min(
+            (n for n in left if _rank_of(n, words) < len(words)), key=lambda n: _rank_of(n, words), default=""
+        ):
+            found[wanted] = name
+    guessed = len(found) == 3
+    left = iter([name for name in texts if name not in found.values()])
+    found |= {
+        wanted: name for wanted in ("prompt", "chosen", "rejected") if wanted not in found and (name := next(left, ""))
+    }
+    if len(found) < 3 or any(not name.isprintable() for name in found.values()):
+        return "a pair needs a prompt, a chosen and a rejected answer; `mlxdpo data formats` lists all shapes"
+    named = " ".join(
+        f"--data.columns.{wanted}{'=' if found[wanted].startswith('-') else ' '}{shlex.quote(found[wanted])}"
+        for wanted in ("prompt", "chosen", "rejected")
+        if found[wanted] != wanted
     )
+    whole = f"mlxdpo data check {shlex.quote(source)} {named}"
+    command = whole if len(whole) < 250 and source.isprintable() else f"mlxdpo data check FILE {named}"
+    said = "say which is which" if guessed else "say which is which (here in the order of the file)"
+    return f"{said}, as in `{command}`; train takes the same options"
 
 
-def _nearest(row: Mapping[str, Any]) -> list[Format]:
-    """The three shapes that share most columns with a row, those first that lack fewest."""
-    wanted = ((shape, set(shape.columns)) for shape in FORMATS.values())
-    ranked = sorted(wanted, key=lambda one: (-len(one[1] & row.keys()), len(one[1] - row.keys())))
-    return [shape for shape, _ in ranked[:3]]
+def _rank_of(name: str, words: Sequence[str]) -> int:
+    """The place of the first word that is part of a column's name; `len(words)` where none is."""
+    parts = set("".join(c if c.isalnum() else " " for c in name.lower()).split())
+    return next((at for at, word in enumerate(words) if word in parts), len(words))
 
 
 def _fitting(shape: Format, found: Iterable[Found], report: Report, policy: Any) -> Iterator[Row]:
+    if shape.name not in report.format.split(", "):
+        report.format += f", {shape.name}"
     for where, row in found:
         report.read += 1
         try:
             if isinstance(row, BadRow):
                 raise row
-            check_columns(shape, row)
+            flat = shape.flattened(row)
+            check_columns(shape, flat)
         except BadRow as bad:
             report.refuse(where, bad, policy)
         else:
-            yield Row(where, row)
+            yield Row(where, flat)
 
 
 def _converted(shape: Format, rows: Iterable[Row], report: Report, data: DataConfig) -> Iterator[Item]:
     for group in _groups(shape, rows):
         try:
-            yield from list(with_extras(convert(shape, group), group, data.columns))
+            items = list(convert(shape, group, data))
+            _note_columns(shape, group, items, report, data)
+            yield from items
         except BadRow as bad:
             for row in group:
                 report.refuse(row.where, bad, "skip" if bad.reason in reasons.NO_PREFERENCE else data.on_bad_row)
+
+
+def _note_columns(shape: Format, group: Sequence[Row], items: Sequence[Item], report: Report, data: DataConfig) -> None:
+    """Count the columns that nothing reads, and scores that contradict the label of a row's one pair."""
+    for row in group:
+        for name in unread_columns(row.values, shape.reads, data):
+            report.unread[printable(name)] = report.unread.get(printable(name), 0) + 1
+    if len(items) == 1 and any(high < low for _, _, high, low in scores_of(group[0].values, data)):
+        report.change(group[0].where, reasons.INVERTED)
 
 
 def _groups(shape: Format, rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mlxdpo.data import reasons
 from mlxdpo.types import UserError
 
 
@@ -18,7 +19,10 @@ class BadRow(Exception):
 
 @dataclass
 class Report:
-    """Counts of rows read, kept, refused and changed; `format` is the row shape they were read as."""
+    """Counts of rows read, kept, refused and changed; `format` is the row shape they were read as.
+
+    `unread` counts, by column, the rows that hold something which nothing reads; `notes` are said of all rows.
+    """
 
     read: int = 0
     kept: int = 0
@@ -26,6 +30,8 @@ class Report:
     changed: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
     format: str = ""
+    unread: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def refuse(self, where: str, bad: BadRow, policy: Literal["stop", "skip"]) -> None:
         """Count a refused row, or raise `UserError` when the policy is to stop."""
@@ -43,9 +49,20 @@ class Report:
 
     def lines(self) -> list[str]:
         """One line per reason, most frequent first, each with its first row; empty when nothing happened."""
-        refused = [f"left out {n} x {r} (first: {self.first[r]})" for r, n in _by_count(self.refused)]
-        changed = [f"changed {n} x {r} (first: {self.first[r]})" for r, n in _by_count(self.changed)]
-        return refused + changed
+        refused = [f"left out {_rows(r, n)} (first: {self.first[r]})" for r, n in _by_count(self.refused)]
+        kept = reasons.IN_WORDS  # these are kept as they are
+        changed = [
+            f"{'' if r in kept else 'changed '}{_rows(r, n)} (first: {self.first[r]})"
+            for r, n in _by_count(self.changed)
+        ]
+        columns = [f"{name} ({count} rows)" for name, count in _by_count(self.unread)]
+        unread = [f"columns that nothing reads: {', '.join(columns)}"] if columns else []
+        return [*self.notes, *refused, *changed, *unread]
+
+
+def _rows(reason: str, count: int) -> str:
+    words = reasons.IN_WORDS.get(reason)
+    return f"{count} x {reason}" if words is None else f"{count} {words[count != 1]}"
 
 
 def _by_count(counts: dict[str, int]) -> list[tuple[str, int]]:

@@ -6,12 +6,16 @@ count it and go on. What concerns the whole source (missing, empty, damaged, unk
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
+import itertools
 import json
+import lzma
 import os
 import re
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,11 +23,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlxdpo.data import reasons
+from mlxdpo.data.arrow import PORTION_OF_ROWS, arrow_rows, parquet_rows, rows_of_batch
 from mlxdpo.data.fields import column_names, describe_type
+from mlxdpo.data.llama_factory import INFO, Entry, described_files, entry_of, in_their_names
 from mlxdpo.data.report import BadRow
 from mlxdpo.io.digest import file_digest
 from mlxdpo.io.json_file import LONGEST_LINE, bounded_lines
 from mlxdpo.io.names import HUB_ID
+from mlxdpo.machine.device import cache_folder
 from mlxdpo.types import UserError
 
 Found = tuple[str, dict[str, Any] | BadRow]
@@ -31,7 +38,8 @@ Found = tuple[str, dict[str, Any] | BadRow]
 
 HUB_DATA = re.compile(rf"{HUB_ID.pattern}(:[\w./-]+)?", re.ASCII)
 
-_SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval", "heldout")
+HELDOUT_SPLITS = ("valid", "validation", "val", "dev", "eval", "heldout")
+_SPLIT_NAMES = ("train", "test", *HELDOUT_SPLITS)
 _BOOKKEEPING = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 
 
@@ -48,7 +56,14 @@ def read_rows(path: str, split: str = "train") -> Iterator[Found]:
     if is_hub_dataset(path):
         return _guarded(_hub_rows(path, split), path)
     readers = [(_reader(file, name), file, name) for file, name in _local(path, split)]
-    return _guarded((row for read, file, name in readers for row in read(file, name)), path)
+    return _guarded((row for read, file, name in readers for row in _rows_of_file(read, file, name)), path)
+
+
+def _rows_of_file(read: Callable[[Path, str], Iterator[Found]], file: Path, name: str) -> Iterator[Found]:
+    """The rows of a file; where LLaMA-Factory's dataset_info.json describes it, under that program's names."""
+    entry: Entry | None = entry_of(file)
+    for where, row in read(file, name):
+        yield where, row if entry is None or isinstance(row, BadRow) else in_their_names(row, entry)
 
 
 def fingerprint(path: str, split: str) -> list[str] | None:
@@ -62,7 +77,8 @@ def fingerprint(path: str, split: str) -> list[str] | None:
         files = _local(path, split)
         if not all(file.is_file() for file, _ in files):  # a pipe can be read only once
             return None
-        return [f"{name} {file_digest(file)}" for file, name in files]
+        described = {file.parent / INFO: INFO for file, _ in files if entry_of(file)}
+        return [f"{name} {file_digest(file)}" for file, name in [*files, *described.items()]]
     except (OSError, UserError):  # reading the rows meets it again, in its turn
         return None
 
@@ -70,6 +86,8 @@ def fingerprint(path: str, split: str) -> list[str] | None:
 def _local(path: str, split: str) -> list[tuple[Path, str]]:
     """Files and what their rows are called after."""
     place = Path(os.path.expanduser(path))
+    if described := described_files(place):
+        return [(file, f"{file.parent.name}/{file.name}") for file in described]
     if os.path.isdir(place):
         return [(file, f"{place.name}/{file.relative_to(place)}") for file in _files_of(place, split)]
     if os.path.exists(place):
@@ -79,7 +97,18 @@ def _local(path: str, split: str) -> list[tuple[Path, str]]:
 
 def is_hub_dataset(path: str) -> bool:
     """Whether a path is a Hub dataset id: org/name without a data file's ending, and nothing here has that name."""
-    return HUB_DATA.fullmatch(path) is not None and _file_kind(Path(path)) not in READERS and not os.path.exists(path)
+    here = os.path.exists(path) or os.path.exists(path.rpartition(":")[0])
+    return HUB_DATA.fullmatch(path) is not None and _file_kind(Path(path)) not in READERS and not here
+
+
+def heldout_split(path: str, split: str) -> str | None:
+    """The split of a local folder that is held out by its name (`valid` beside `train`, as mlx-lm has it), or None."""
+    place = Path(os.path.expanduser(path))
+    if split != "train" or not os.path.isdir(place) or described_files(place):
+        return None
+    found = {_split_of(file.relative_to(place), "train") for file in _data_files(place)}
+    to_train = found - {*HELDOUT_SPLITS, "test"}
+    return next((name for name in HELDOUT_SPLITS if name in found), None) if to_train else None
 
 
 def _guarded(rows: Iterator[Found], path: str) -> Iterator[Found]:
@@ -88,7 +117,7 @@ def _guarded(rows: Iterator[Found], path: str) -> Iterator[Found]:
         for row in rows:
             empty = False
             yield row
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({_one_line(error)}); check the file") from None
     if empty:
         raise UserError(f"{path}: holds no rows; expected at least one")
@@ -100,7 +129,7 @@ def _one_line(error: BaseException) -> str:
 
 def _file_kind(file: Path) -> str:
     suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes[-1:] == [".gz"]:
+    if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 
@@ -113,10 +142,10 @@ def _reader(file: Path, name: str) -> Callable[[Path, str], Iterator[Found]]:
 
 def _files_of(folder: Path, split: str) -> list[Path]:
     """The folder's data files that belong to the split, sorted."""
-    files = sorted(file for file in folder.rglob("*") if _is_data(file.relative_to(folder)) and file.is_file())
+    files = _data_files(folder)
     if not files:
         raise UserError(f"{folder}: no data files in this folder; expected {', '.join(READERS)}")
-    named = {file: _split_of(file, split) for file in files}
+    named = {file: _split_of(file.relative_to(folder), split) for file in files}
     chosen = [f for f in files if named[f] == split] or [f for f in files if named[f] is None]
     if not chosen:
         known = ", ".join(sorted({str(name) for name in named.values()}))
@@ -124,24 +153,56 @@ def _files_of(folder: Path, split: str) -> list[Path]:
     return chosen
 
 
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if _is_data(file.relative_to(folder)) and file.is_file())
+
+
 def _is_data(file: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.parts)
-    return not hidden and file.name not in _BOOKKEEPING and _file_kind(file) in READERS
+    cached = file.suffix == ".arrow" and file.name.startswith("cache-")  # of `map` on a saved dataset
+    return not hidden and not cached and file.name not in _BOOKKEEPING and _file_kind(file) in READERS
 
 
 def _split_of(file: Path, wanted: str) -> str | None:
-    for name in (wanted, *_SPLIT_NAMES):
-        if re.match(rf"{re.escape(name)}([-_.]|$)", file.name, re.IGNORECASE):
-            return name
+    """The split that a file of a folder is named after: its own name says so, or a folder between."""
+    for part in reversed(file.parts):
+        for name in (wanted, *_SPLIT_NAMES):
+            if re.match(rf"{re.escape(name)}([-_.]|$)", part, re.IGNORECASE):
+                return name
     return None
 
 
-def _opened_file(file: Path) -> IO[bytes]:
-    return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")  # type: ignore[return-value]
+def _opened_zstd(file: Path) -> IO[bytes]:
+    import pyarrow as pa  # no dependency more: Arrow carries the format
+
+    return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))  # type: ignore[return-value]
+
+
+COMPRESSED: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _opened_zstd,
+}
+"""How a compressed text file is opened, by its last ending."""
+
+
+def opened_file(file: Path) -> IO[bytes]:
+    """A text file as UTF-8, decompressed; one that begins with the mark of UTF-16 (Windows) is rewritten aside."""
+    stream = COMPRESSED.get(file.suffix.lower(), lambda path: path.open("rb"))(file)
+    if stream.peek(2)[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+        return stream
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    copy: Any = tempfile.TemporaryFile(dir=cache_folder())  # noqa: SIM115 (the caller closes it)
+    with stream, io.TextIOWrapper(stream, "utf-16", "surrogatepass", newline="") as text:
+        while part := text.read(1 << 20):
+            copy.write(part.encode("utf-8", "surrogatepass"))
+    copy.seek(0)
+    return copy
 
 
 def _json_lines(file: Path, name: str) -> Iterator[Found]:
-    with _opened_file(file) as stream:
+    with opened_file(file) as stream:
         for line, raw in enumerate(bounded_lines(stream, name), 1):
             if raw.strip():
                 yield f"{name}:{line}", _object_in(raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw)
@@ -177,7 +238,7 @@ def _parse(raw: bytes) -> Any:
 
 def _json_file(file: Path, name: str) -> Iterator[Found]:
     """An array of rows, an object with one list of rows, or JSON lines under the wrong ending."""
-    with _opened_file(file) as stream:
+    with opened_file(file) as stream:
         raw = stream.read().removeprefix(b"\xef\xbb\xbf").strip()
     if not raw:
         return
@@ -204,16 +265,25 @@ def _rows_in(value: Any, name: str) -> list[Any]:
     )
 
 
-def _table_rows(file: Path, name: str, delimiter: str) -> Iterator[Found]:
-    """CSV or TSV with a header. Bytes that are not UTF-8 become surrogates, which the text check refuses."""
+def _table_rows(file: Path, name: str, delimiters: str) -> Iterator[Found]:
+    """CSV or TSV with a header. Bytes that are not UTF-8 become surrogates, which the text check refuses.
+
+    The delimiter is the one of `delimiters` that splits the header most often, the first of them where none does.
+    """
     csv.field_size_limit(LONGEST_LINE)  # the default refuses answers beyond 128 KiB
-    with _opened_file(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as stream:
-        reader = csv.reader(bounded_lines(stream, name), delimiter=delimiter, strict=True)
+    with opened_file(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as stream:
+        lines = bounded_lines(stream, name)
+        first = next(lines, "")
+        told = 1 if re.fullmatch(r"sep=.\r?\n?", first) else 0  # Excel's own line: the delimiter
+        if told:
+            delimiters, first = first[4], next(lines, "")
+        delimiter = max(delimiters, key=lambda mark: _header_cells(first, mark))
+        reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise UserError(f"{name}:1: two columns have the same name in {column_names(header)}; rename one")
         while True:
-            where = f"{name}:{reader.line_num + 1}"
+            where = f"{name}:{reader.line_num + 1 + told}"
             try:
                 cells = next(reader)
             except StopIteration:
@@ -225,37 +295,24 @@ def _table_rows(file: Path, name: str, delimiter: str) -> Iterator[Found]:
                 yield where, _csv_cells(header, cells)
 
 
+def _header_cells(line: str, delimiter: str) -> int:
+    try:
+        return len(next(csv.reader([line], delimiter=delimiter), []))
+    except csv.Error:
+        return 0
+
+
 def _csv_cells(header: list[str], cells: list[str]) -> dict[str, Any] | BadRow:
     if len(cells) != len(header):
         return BadRow(reasons.MALFORMED, f"the row has {len(cells)} cells where the header has {len(header)}")
     return dict(zip(header, cells, strict=True))
 
 
-def _parquet(file: Path, name: str) -> Iterator[Found]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        batches = pq.ParquetFile(file).iter_batches(batch_size=256)
-        for number, one in enumerate((batch.slice(at, 1) for batch in batches for at in range(batch.num_rows)), 1):
-            yield f"{name}:row {number}", _parquet_row(one)
-    except (pa.ArrowException, UnicodeDecodeError) as error:  # a column's name may be no UTF-8
-        raise UserError(f"{name}: not a readable Parquet file ({_one_line(error)[:200]})") from None
-
-
-def _parquet_row(one: Any) -> dict[str, Any] | BadRow:
-    try:
-        return one.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return BadRow(reasons.INVALID_UTF8, f"the text is not UTF-8 ({error.reason})")
-    except (ValueError, OverflowError) as error:  # a date that Python has no form of, such as one in the year 146,000
-        return BadRow(reasons.MALFORMED, f"a value cannot be read ({_one_line(error)})")
-
-
 def _hub_rows(path: str, split: str) -> Iterator[Found]:
     try:
-        for number, row in enumerate(_load_hub(path, split), 1):
-            yield f"{path}:row {number}", dict(row)
+        tables = _load_hub(path, split).with_format("arrow").iter(batch_size=PORTION_OF_ROWS)
+        for number, row in enumerate((row for table in tables for row in rows_of_batch(table)), 1):
+            yield f"{path}:row {number}", row
     except Exception as error:  # what streaming raises depends on the HTTP library under huggingface_hub
         raise UserError(_hub_sentence(error, path, split)) from error
 
@@ -294,8 +351,9 @@ READERS: dict[str, Callable[[Path, str], Iterator[Found]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_file,
-    ".csv": partial(_table_rows, delimiter=","),
-    ".tsv": partial(_table_rows, delimiter="\t"),
-    ".parquet": _parquet,
+    ".csv": partial(_table_rows, delimiters=",;\t|"),
+    ".tsv": partial(_table_rows, delimiters="\t,;|"),
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
 }
-"""Readers by file ending; all but Parquet also with .gz behind it."""
+"""Readers by file ending; the text ones also with one of `COMPRESSED` behind it."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from mlxdpo.config import Config, DataConfig
 from mlxdpo.data import fields
-from mlxdpo.data.fields import prompt_of_row
+from mlxdpo.data.fields import asked_prompt, prompt_of_row
 from mlxdpo.data.formats import detect
 from mlxdpo.data.read import Item, prompt_key, stream_preferences
 from mlxdpo.data.report import BadRow, Report
@@ -92,7 +92,7 @@ def _bare_prompts(found: Iterable[Found], data: DataConfig, report: Report) -> I
             if "prompt" not in row:
                 raise BadRow("no prompt", f'"prompt" is missing; the row has {fields.column_names(row)}')
             read = {name: fields.parsed(value) for name, value in row.items()}
-            yield Asked(prompt_of_row(read, "prompt"), where, fields.tools(read))
+            yield Asked(asked_prompt(prompt_of_row(read, "prompt")), where, fields.tools(read.get("tools")))
         except BadRow as bad:
             report.refuse(where, bad, data.on_bad_row)
 

@@ -70,14 +70,14 @@ def test_sentences_of_pairs():
     heldout = [Preference("aaaa ", "q", "r", "y:1")]
     assert finding_lines(check_rows(ROWS, REPORT, "x.jsonl", heldout, tokens, 7)) == [
         "x.jsonl: 4 pairs from 8 rows, read as text (a prompt and two texts).",
-        "Left out 3 x duplicate of an earlier row (first: x:5: the same pair stands in an earlier row).",
-        "Left out 1 x tied scores (first: x:8: both 4).",
+        "Left out 3 rows that repeat earlier pairs (first: x:5: the same pair stands in an earlier row).",
+        "Left out 1 row whose answers are rated equal (first: x:8: both 4).",
         "3 distinct prompts, 1.33 pairs each on average, 2 at most.",
         "Characters (median / 95 % / longest): prompt 3 / 4 / 4, chosen 2 / 4 / 4, rejected 1 / 5 / 5.",
         "Tokens (median / 95 % / longest): prompt 4 / 4 / 4, chosen 1 / 6 / 6, rejected 3 / 3 / 3.",
         "1 of 4 pairs are longer than 7 tokens.",
-        "The chosen completion is the longer one in 25% of the pairs (tokens); always choosing the longer one is "
-        "right in 25%, so an accuracy near that may be length alone.",
+        "The chosen completion is the longer one in 25% of the pairs (tokens); always choosing the shorter one is "
+        "right in 75%, so an accuracy near that may be length alone.",
         "Also among the 1 held-out pairs: 1 of the prompts; held-out numbers will be too good, so take these prompts "
         "out of one side, or let data.eval_fraction split by prompt.",
     ]
@@ -112,6 +112,56 @@ def test_demonstrations_have_no_thumbs_to_speak_of():
     assert finding_lines(found)[0].startswith("x.jsonl: 1 demonstrations from 1 rows") and "desirable" not in " ".join(
         finding_lines(found)
     )
+
+
+def test_the_length_rule_that_is_right_more_often_is_named():
+    for chosen, rejected, said in (
+        ("xx", "y", "the longer one is right in 100%"),
+        ("x", "yy", "shorter one is right in 100%"),
+    ):
+        found = check_rows([Preference("a", chosen, rejected, "x:1")], Report(read=1, kept=1), "x")
+        assert said in finding_lines(found)[-1]
+
+
+@pytest.mark.parametrize(
+    ("held", "detectable", "said"),
+    [
+        (1, None, "1 prompt is held out: too few to show any effect; give more data, or a data.eval of other prompts."),
+        (30, 0.75, "30 prompts are held out: a win-rate has to be 75% to be told from 50% (power 0.8, level 0.05); a "
+         "smaller effect needs more prompts or a larger data.eval_fraction."),
+        (783, 0.55, "783 prompts are held out: a win-rate has to be 55% to be told from 50% (power 0.8, level 0.05)."),
+    ],
+)  # fmt: skip
+def test_how_small_the_data_are_and_what_they_can_show(held, detectable, said):
+    found = check_rows(ROWS, REPORT, "x", heldout_prompts=held, detectable=detectable)
+    assert said in finding_lines(found)
+
+
+def test_contradictions_and_inverted_scores_are_told_in_words(tmp_path):
+    pairs = [
+        {"prompt": f"p{n}", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 9} for n in (1, 2)
+    ]
+    pairs += [{"prompt": "p1", "chosen": "b", "rejected": "a"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    data = DataConfig(path=str(tmp_path / "a.jsonl"))
+    lines = finding_lines(check_rows(*read_preferences(data), "a.jsonl"))
+    assert (
+        "2 rows whose scores say the opposite of their labels; the labels are trained on (first: a.jsonl:1)." in lines
+    )
+    assert (
+        "1 row that prefers what an earlier row rejects; both are trained on and cancel out (first: a.jsonl:3)."
+        in lines
+    )
+    swap = "--data.columns.chosen rejected --data.columns.rejected chosen"
+    assert any(swap in line for line in lines)
+    rows, report = read_preferences(data.model_copy(update={"columns": {"chosen": "rejected", "rejected": "chosen"}}))
+    assert rows[0].chosen == "b" and reasons.INVERTED not in report.changed
+
+
+def test_characters_count_calls_too():
+    call = (Message("assistant", "", {"tool_calls": [1, 2]}),)
+    found = check_rows([Preference((Message("user", "a"),), call, (Message("assistant", "b"),), "x:1")], Report(), "x")
+    assert found.characters["chosen"].longest == len("[1, 2]")
 
 
 def test_no_rows_are_refused():

@@ -1,7 +1,7 @@
 """Dirty rows: every refusal has its reason and says in one sentence which column is wrong and how."""
 
 import pytest
-from row_shapes import FIXTURES, items_of, turns
+from row_shapes import FIXTURES, items_of, turns, with_column
 
 from mlxdpo.data import reasons
 from mlxdpo.data.formats import FORMATS
@@ -16,14 +16,16 @@ def refusal(row, name=None) -> tuple[str, str]:
 
 @pytest.mark.parametrize(("name", "missing"), [(n, c) for n, f in FORMATS.items() for c in f.columns])
 def test_a_missing_column_of_any_shape_is_named(name, missing):
-    row = {k: v for k, v in FIXTURES[name][0].items() if k != missing}
+    row = with_column(FIXTURES[name][0], missing)
     reason, sentence = refusal([row], name)
     assert reason == reasons.MISSING_COLUMN
-    assert sentence == f'"{missing}" is missing; the row has the columns {", ".join(row) or "none"}'
+    names = ", ".join(FORMATS[name].flattened(row)) or "none"
+    assert sentence == f'"{missing}" is missing; the row has the columns {names}'
 
 
 DIRTY = [None, 7, [1, 2], {}, [], [None], [[]], "\ud800", b"bytes"]
-SOUND = [("system", None), ("helpfulness", 7), ("preference_strength", 7), ("scores", [1, 2])]
+NUMBERS = ("helpfulness", "preference_strength", "overall_preference", "score_0", "score_1")
+SOUND = [("system", None), *((name, 7) for name in NUMBERS), ("scores", [1, 2]), ("ratings", [1, 2])]
 SPOILED = [
     (name, column, value)
     for name, shape in FORMATS.items()
@@ -35,7 +37,7 @@ SPOILED = [
 
 @pytest.mark.parametrize(("name", "column", "value"), SPOILED, ids=repr)
 def test_a_wrong_value_in_any_column_of_any_shape_is_a_bad_row(name, column, value):
-    rows = [row | {column: value} for row in FIXTURES[name]]
+    rows = [with_column(row, column, value) for row in FIXTURES[name]]
     assert refusal(rows, name)[0] in (reasons.WRONG_TYPE, reasons.INVALID_UTF8)
 
 
@@ -69,7 +71,12 @@ def conversation(**changed):
 
 REFUSED = [
     ("text", PAIR | {"chosen": " \n"}, reasons.EMPTY_COMPLETION, '"chosen" is empty; expected a completion'),
-    ("text", PAIR | {"prompt": ""}, reasons.EMPTY_PROMPT, '"prompt" is empty; expected the text to answer'),
+    (
+        "text",
+        PAIR | {"prompt": ""},
+        reasons.EMPTY_PROMPT,
+        '"prompt" is empty; expected the text to answer, or data.template plain to train on answers without one',
+    ),
     ("text", PAIR | {"rejected": "Good."}, reasons.IDENTICAL, '"chosen" and "rejected" are the same'),
     (
         "text",
@@ -133,7 +140,7 @@ REFUSED = [
         conversation(chosen=[{"role": "alien", "content": "x"}]),
         reasons.UNKNOWN_ROLE,
         "turn 1 of \"chosen\" has the role 'alien'; expected one of system, user, assistant, tool, developer, gpt, "
-        "chatgpt, bot, model, bard, bing, human, function, observation, function_response",
+        "chatgpt, bot, model, bard, bing, function_call, human, function, observation, function_response",
     ),
     (
         "implicit",
@@ -182,7 +189,7 @@ REFUSED = [
         "strength",
         FIXTURES["strength"][0] | {"preference_strength": 0},
         reasons.TIED,
-        '"preference_strength" is 0: neither response is better',
+        'neither of "response_1" and "response_2" is called better',
     ),
     ("shp", FIXTURES["shp"][0] | {"score_ratio": 1.5}, reasons.WEAK, '"score_ratio" is 1.5, below 2'),
     (

@@ -5,6 +5,7 @@ import itertools
 import pytest
 from row_shapes import FIXTURES, KNOWN_SETS, items_of, turns
 
+from mlxdpo.data.fields import parsed
 from mlxdpo.data.formats import FORMATS, detect, detect_by_names, named_format
 from mlxdpo.types import Message, Preference, UnpairedExample, UserError
 
@@ -24,7 +25,7 @@ def test_every_shape_has_a_fixture_and_no_fixture_is_orphaned():
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_shape_is_detected_as_itself_and_says_what_it_is(name):
     shape = FORMATS[name]
-    assert detect(FIXTURES[name][0]) is shape
+    assert detect({column: parsed(value) for column, value in FIXTURES[name][0].items()}) is shape
     assert shape.about and shape.example and shape.columns
 
 
@@ -37,7 +38,8 @@ def test_each_shape_gives_the_better_completion_as_chosen(name):
         assert said(item.prompt) == "Hi? | Yes? | Go on."
         assert (said(item.chosen), said(item.rejected)) == ("I think so.", "I doubt it.")
     else:
-        prompt = "Be kind. | Hi?" if name == "system" else "Hi?"
+        post = "SUBREDDIT: r/r\n\nTITLE: T\n\nPOST: Hi?\n\nTL;DR:"
+        prompt = {"system": "Be kind. | Hi?", "summaries": post}.get(name, "Hi?")
         assert (said(item.prompt), said(item.chosen), said(item.rejected)) == (prompt, "Good.", "Bad.")
     assert item.where == "x.jsonl:1"
 
@@ -167,5 +169,4 @@ def test_unknown_format_names_the_nearest_or_all():
     assert str(caught.value) == "data.format is 'implict', which is no known row shape; did you mean implicit?"
     with pytest.raises(UserError) as caught:
         named_format("zzz")
-    known = ", ".join(FORMATS)
-    assert str(caught.value) == f"data.format is 'zzz', which is no known row shape; known: auto, {known}"
+    assert str(caught.value) == "data.format is 'zzz', which is no known row shape; `mlxdpo data formats` lists them"

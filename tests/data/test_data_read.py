@@ -1,10 +1,12 @@
 """From files to preferences: detection, renaming, policy, counts, the split by prompt; nothing else than UserError."""
 
 import json
+import shlex
 
 import pytest
 from row_shapes import FIXTURES, turns
 
+from mlxdpo.cli import run
 from mlxdpo.config import DataConfig
 from mlxdpo.data import reasons
 from mlxdpo.data.formats import FORMATS
@@ -154,11 +156,36 @@ def test_a_named_format_is_not_detected(read):
     assert said == "data.format is 'textt', which is no known row shape; did you mean text?"
 
 
-def test_unknown_columns_are_listed_with_the_nearest_shapes(read):
-    assert sentence(read, [{"instruction": "Hi?", "chosen": "a", "rejected": True}]) == (
-        "pairs.jsonl:1: the columns instruction (text), chosen (text), rejected (a Boolean) are no known row shape; "
-        "rename them with data.columns, e.g. {prompt: question}, to those of hh (chosen, rejected); "
-        "implicit (chosen, rejected); text (prompt, chosen, rejected); `mlxdpo data formats` lists all shapes"
+REMEDIES = [  # rows of other names, and what is said of them
+    ({"question": "Hi?", "good": "a", "bad": "b"}, "prompt question", "chosen good", "rejected bad"),
+    (
+        {"id": 1, "the bad one": "b", "ask it": "Hi?", "good's": "a"},
+        "prompt 'ask it'",
+        "chosen " + shlex.quote("good's"),
+        "rejected 'the bad one'",
+    ),
+    ({"x": "Hi?", "y": "a", "z": "b"}, "prompt x", "chosen y", "rejected z"),
+    ({"Prompt": turns("Hi?"), "win": "a", "lose": "b"}, "prompt Prompt", "chosen win", "rejected lose"),
+    ({"-q": "Hi?", "chosen": "a", "rejected": "b"}, "prompt=-q"),
+]
+
+
+@pytest.mark.parametrize(("row", "options"), [(row, options) for row, *options in REMEDIES])
+def test_the_remedy_for_unknown_columns_is_a_command_that_works(tmp_path, capsys, row, options):
+    file = tmp_path / "my pairs.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    said = sentence(read_preferences, DataConfig(path=str(file)))
+    named = " ".join(f"--data.columns.{option}" for option in options)
+    command = f"mlxdpo data check '{file}' {named}" if len(str(file)) < 150 else f"mlxdpo data check FILE {named}"
+    assert command in said
+    assert run(shlex.split(command)[1:]) == 0
+    assert "1 pairs from 1 rows" in capsys.readouterr().out
+
+
+def test_what_cannot_be_named_as_a_pair_is_told_what_a_pair_needs(read):
+    assert sentence(read, [{"q": "Hi?", "a": "Ho."}]) == (
+        "pairs.jsonl:1: the columns q (text), a (text) are no known row shape; a pair needs a prompt, a chosen and a "
+        "rejected answer; `mlxdpo data formats` lists all shapes"
     )
 
 

@@ -128,7 +128,7 @@ def test_a_folder_reads_its_files_in_order_and_only_the_split_asked_for(tmp_path
     assert rows_of(tmp_path) == [(f"{where}/train.jsonl:1", {"from": "train"})]
 
 
-KINDS = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet"
+KINDS = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"
 
 
 def test_sources_that_are_not_there(tmp_path, monkeypatch):
@@ -192,7 +192,7 @@ def test_hub_rows_stream_and_the_part_may_be_a_folder(monkeypatch):
         calls.append((name, config, options.get("data_dir")))
         if config == "helpful-base":
             raise ValueError("BuilderConfig 'helpful-base' not found")
-        return iter(ROWS)
+        return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert rows_of("o/n:helpful-base") == [(f"o/n:helpful-base:row {n}", row) for n, row in enumerate(ROWS, 1)]

@@ -410,8 +410,10 @@ def test_a_pipe_is_read_once_and_not_kept(tmp_path):
 
 
 def test_a_hub_set_is_named_by_its_commit(monkeypatch, reads):
-    rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(4)]
-    monkeypatch.setattr(sources, "_load_hub", lambda path, split: iter(rows))
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(4)])
+    monkeypatch.setattr(sources, "_load_hub", lambda path, split: rows.to_iterable_dataset())
     for commit, count in (("one", 1), ("one", 1), ("two", 2)):
         monkeypatch.setattr(sources, "_hub_commit", lambda path, commit=commit: commit)
         assert len(made(DataConfig(path="org/name"), base_tokenizer()).train) == 3

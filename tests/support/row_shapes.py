@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mlxdpo.data.fields import Row
+from mlxdpo.data.fields import Row, parsed
 from mlxdpo.data.formats import FORMATS, Items, check_columns, convert, detect
 
 
@@ -13,10 +13,20 @@ def turns(*contents: str) -> list[dict[str, str]]:
 
 def items_of(rows: list[dict[str, Any]], name: str | None = None) -> Items:
     """What a list of raw rows gives under their detected or the named shape."""
-    shape = FORMATS[name] if name else detect(rows[0])
-    for row in rows:
+    shape = FORMATS[name] if name else detect({n: parsed(value) for n, value in rows[0].items()})
+    flat = [shape.flattened({n: parsed(value) for n, value in row.items()}) for row in rows]
+    for row in flat:
         check_columns(shape, row)
-    return convert(shape, [Row(f"x.jsonl:{n}", row) for n, row in enumerate(rows, 1)])
+    return convert(shape, [Row(f"x.jsonl:{n}", row) for n, row in enumerate(flat, 1)])
+
+
+def with_column(row: dict[str, Any], name: str, *value: Any) -> dict[str, Any]:
+    """A row with another value in a column (`a.b`: in the object of column a), or without it where none is given."""
+    outer, _, inner = name.partition(".")
+    if inner:
+        value = (with_column(row[outer], inner, *value),)
+    kept = {n: v for n, v in row.items() if n != outer}
+    return {n: value[0] if n == outer else v for n, v in row.items()} if value else kept
 
 
 FIXTURES: dict[str, list[dict[str, Any]]] = {
@@ -45,6 +55,68 @@ FIXTURES: dict[str, list[dict[str, Any]]] = {
     "turns": [{"prompt": "Hi?", "chosen": turns("Hi?", "Good."), "rejected": turns("Hi?", "Bad.")}],
     "implicit": [{"chosen": turns("Hi?", "Good."), "rejected": turns("Hi?", "Bad.")}],
     "conversation": [{"messages": turns("Hi?", "Good.")}],
+    "openai": [
+        {
+            "input": {"messages": turns("Hi?")},
+            "preferred_output": turns("", "Good.")[1:],
+            "non_preferred_output": turns("", "Bad.")[1:],
+        }
+    ],
+    "helpsteer3": [{"context": turns("Hi?"), "response1": "Bad.", "response2": "Good.", "overall_preference": 1}],
+    "safe_rlhf": [{"prompt": "Hi?", "response_0": "Bad.", "response_1": "Good.", "better_response_id": 1}],
+    "webgpt": [
+        {"question": {"full_text": "Hi?"}, "answer_0": "Bad.", "answer_1": "Good.", "score_0": -0.5, "score_1": 0.5}
+    ],
+    "summaries": [
+        {
+            "info": {"post": "Hi?", "title": "T", "subreddit": "r"},
+            "summaries": [{"text": "Bad."}, {"text": "Good."}],
+            "choice": 1,
+        }
+    ],
+    "alpaca_farm": [{"instruction": "Hi?", "input": "", "output_1": "Bad.", "output_2": "Good.", "preference": 2}],
+    "arena": [
+        {"conversation_a": turns("Hi?", "Good."), "conversation_b": turns("Hi?", "Bad."), "winner": "model_a"},
+    ],
+    "battle": [{"prompt": "Hi?", "response_a": "Bad.", "response_b": "Good.", "winner": "model_b"}],
+    "arena_flags": [
+        {"prompt": '["Hi?"]', "response_a": '["Bad."]', "response_b": '["Good."]'}
+        | {"winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0}
+    ],
+    "stack_exchange": [{"question": "Hi?", "response_j": "Good.", "response_k": "Bad."}],
+    "nectar": [
+        {
+            "prompt": "\n\nHuman: Hi?\n\nAssistant: ",
+            "answers": [{"answer": "Bad.", "rank": 2.0}, {"answer": "Good.", "rank": 1.0}],
+        }
+    ],
+    "ultrafeedback": [
+        {
+            "instruction": "Hi?",
+            "completions": [{"response": "Bad.", "overall_score": 3}, {"response": "Good.", "overall_score": 8.5}],
+        }
+    ],
+    "openai_messages": [{"messages": turns("Hi?"), "chosen": turns("", "Good.")[1], "rejected": turns("", "Bad.")[1]}],
+    "sharegpt": [
+        {
+            "conversations": [{"from": "human", "value": "Hi?"}],
+            "chosen": {"from": "gpt", "value": "Good."},
+            "rejected": {"from": "gpt", "value": "Bad."},
+        }
+    ],
+    "trajectory": [{"trajectory": [{"from": "user", "value": "Hi?"}], "chosen": "Good.", "rejected": "Bad."}],
+    "kto_messages": [{"messages": turns("Hi?", "Good."), "label": True}],
+    "kto_sharegpt": [
+        {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Good."}], "kto_tag": True}
+    ],
+    "kto_alpaca": [{"instruction": "Hi?", "input": "", "output": "Good.", "kto_tag": True}],
+    "argilla_prompt": [{"prompt": "Hi?", "chosen_response": "Good.", "rejected_response": "Bad."}],
+    "argilla": [{"instruction": "Hi?", "chosen_response": "Good.", "rejected_response": "Bad."}],
+    "alpaca": [{"instruction": "Hi?", "input": "", "chosen": "Good.", "rejected": "Bad."}],
+    "icr": [{"input": "Hi?", "chosen": "Good.", "rejected": "Bad."}],
+    "distilabel": [{"instruction": "Hi?", "generations": ["Bad.", "Good."], "ratings": [2, 5]}],
+    "alpaca_output": [{"instruction": "Hi?", "input": "", "output": "Good."}],
+    "conversations": [{"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Good."}]}],
 }
 
 _TURNS = {"chosen": turns("Hi?", "Good."), "rejected": turns("Hi?", "Bad.")}
@@ -100,6 +172,34 @@ KNOWN_SETS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "nvidia/HelpSteer2 preference": (
         "strength",
         [{"split": "train", "preference_statement": "b", "preference_elaboration": "c"} | FIXTURES["strength"][0]],
+    ),
+    "argilla/distilabel-intel-orca-dpo-pairs": (
+        "icr",
+        [
+            {"system": "", "input": "Hi?", **_TEXTS, "generations": ["Good.", "Bad."], "order": ["A", "B"]}
+            | {"rating": [9.0, 7.0], "status": "unchanged", "chosen_score": 9.0}
+        ],
+    ),
+    "lmsys/chatbot_arena_conversations": (
+        "arena",
+        [{"question_id": "1", "model_a": "x", "model_b": "y", "judge": "j", "turn": 1} | FIXTURES["arena"][0]],
+    ),
+    "openbmb/UltraInteract_pair": (
+        "trajectory",
+        [{"task": "Math_CoT", "dataset": "d", "id": "1", "parent_id": "0"} | FIXTURES["trajectory"][0]],
+    ),
+    "Dahoas/full-hh-rlhf": ("text", [{"prompt": "\n\nHuman: Hi?\n\nAssistant:", "response": "Good."} | _TEXTS]),
+    "PKU-Alignment/PKU-SafeRLHF": (
+        "safe_rlhf",
+        [{"is_response_0_safe": True, "is_response_1_safe": True, "safer_response_id": 0} | FIXTURES["safe_rlhf"][0]],
+    ),
+    "Axolotl chatml.argilla": ("argilla", [{"system": ""} | FIXTURES["argilla"][0]]),
+    "Axolotl chatml.icr": ("icr", [{"system": ""} | FIXTURES["icr"][0]]),
+    "Axolotl chatml.ultra": ("turns", [{"system": "", "prompt": "Hi?", **_TURNS}]),
+    "Axolotl chatml.argilla_chat": ("implicit", [_TURNS]),
+    "LLaMA-Factory Alpaca with history": (
+        "alpaca",
+        [{"system": "", "history": [["Ho?", "Ha."]]} | FIXTURES["alpaca"][0]],
     ),
     "ShareGPT turns": (
         "implicit",
