@@ -28,7 +28,6 @@ from mlxdpo.forward.packed import can_pack
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import adapters_off, dropout_off
 from mlxdpo.model.limits import check_takes
-from mlxdpo.model.model_config import names_read
 from mlxdpo.model.policy import Policy
 from mlxdpo.training.distributed import first_pairs
 from mlxdpo.training.plan import PlanSummary, TrainPlan, checked_pairs, clock, planned_batches, summarize_plan
@@ -81,20 +80,16 @@ def choose_forward(model: nn.Module, data: Dataset, plan: TrainPlan, config: Con
     return PLAIN_FORWARD, note
 
 
-# mlx-lm's files whose training form goes through a row token by token, in Python.
-UNROLLED = {"mamba", "jamba", "rwkv7", "recurrent_gemma", "bailing_moe_linear"}
+# mlx-lm's files whose recurrence goes through a row token by token, in Python, also in training.
+UNROLLED = {"mamba", "jamba", "rwkv7", "recurrent_gemma"}
 
 
 def recurrence_note(model: nn.Module, summary: PlanSummary) -> str:
-    """What a recurrence that mlx-lm unrolls will cost, measured on two short rows; empty for other models.
+    """What a recurrence that goes token by token will cost, measured on two short rows; empty for other models.
 
     A step takes about three forward passes. Such a model keeps every state for the backward pass besides.
     """
-    files = {
-        type(module).__module__ for module in model.modules() if type(module).__module__.startswith("mlx_lm.models")
-    }
-    slow = {name.rpartition(".")[2] for name in files if "gated_delta_update" in names_read(name)}
-    slow |= UNROLLED & {name.rpartition(".")[2] for name in files}
+    slow = UNROLLED & {type(module).__module__.rpartition(".")[2] for module in model.modules()}
     if not slow:
         return ""
     short, long = (_seconds(model, length) for length in (8, 24))
