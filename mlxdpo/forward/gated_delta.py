@@ -104,7 +104,7 @@ def _chunks(a: mx.array, heads: int, fill: float) -> mx.array:
 
 def _by_head(q: mx.array, k: mx.array, log: mx.array) -> tuple[mx.array, mx.array]:
     """<k_i c_i / c_j, k_j> and <q_i c_i / c_j, k_j>, (..., C, C), 0 for j > i, with log c (..., C, 1)."""
-    decay = mx.exp(mx.where(_lower(q.shape[-2]), log - log.swapaxes(-1, -2), -mx.inf))
+    decay = mx.exp(mx.where(_triangle(q.shape[-2]), log - log.swapaxes(-1, -2), -mx.inf))
     right = k.swapaxes(-1, -2)
     return (k @ right) * decay, (q @ right) * decay
 
@@ -141,7 +141,7 @@ def _joined(upper: mx.array, lower: mx.array, below: mx.array) -> mx.array:
     return mx.concatenate([top, mx.concatenate([below, lower], axis=-1)], axis=-2)
 
 
-def _lower(size: int) -> mx.array:
+def _triangle(size: int) -> mx.array:
     return mx.tril(mx.ones((size, size), mx.bool_))
 
 

@@ -109,6 +109,8 @@ MLX_LM = (
 OURS = (own_attention, swiglu, chunked_gated_delta, bailing_hybrid.recurrent_gla)
 # Files whose functions go through a row token by token: all layers with such a recurrence look them up there.
 LOOPS = (gated_delta, bailing_moe_linear)
+# mlx-lm's files whose recurrence goes through a row token by token, and stays so.
+UNROLLED = frozenset({"mamba", "jamba", "rwkv7", "recurrent_gemma"})
 _users: Counter[ModuleType] = Counter()
 _lock = threading.Lock()
 
@@ -123,6 +125,11 @@ def attention_files(model: nn.Module) -> list[ModuleType]:
     ours = (base.scaled_dot_product_attention, own_attention)
     files = [sys.modules[name] for name in sorted(names)]
     return [file for file in files if file is not base and vars(file).get(NAME) in ours]
+
+
+def unrolled_in(model: nn.Module) -> str | None:
+    """The file of `UNROLLED` that layers of `model` come from, or None."""
+    return min(UNROLLED & {type(module).__module__.rpartition(".")[2] for module in model.modules()}, default=None)
 
 
 @contextmanager

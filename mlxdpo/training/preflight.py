@@ -25,6 +25,7 @@ from mlxdpo.forward.logprobs import (
     score_pairs,
 )
 from mlxdpo.forward.packed import can_pack
+from mlxdpo.forward.patch_mlx_lm import unrolled_in
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import adapters_off, dropout_off
 from mlxdpo.model.limits import check_takes
@@ -80,22 +81,18 @@ def choose_forward(model: nn.Module, data: Dataset, plan: TrainPlan, config: Con
     return PLAIN_FORWARD, note
 
 
-# mlx-lm's files whose recurrence goes through a row token by token, in Python, also in training.
-UNROLLED = {"mamba", "jamba", "rwkv7", "recurrent_gemma"}
-
-
 def recurrence_note(model: nn.Module, summary: PlanSummary) -> str:
     """What a recurrence that goes token by token will cost, measured on two short rows; empty for other models.
 
     A step takes about three forward passes. Such a model keeps every state for the backward pass besides.
     """
-    slow = UNROLLED & {type(module).__module__.rpartition(".")[2] for module in model.modules()}
-    if not slow:
+    slow = unrolled_in(model)
+    if slow is None:
         return ""
     short, long = (_seconds(model, length) for length in (8, 24))
     a_token = max(long - short, 0.0) / 16
     return (
-        f"{min(slow)}: mlx-lm computes its recurrence token by token, slowly and with much memory: "
+        f"{slow}: mlx-lm computes its recurrence token by token, slowly and with much memory: "
         f"a pass of {summary.tokens} tokens takes about {clock(3 * a_token * summary.tokens)} here; shorter rows "
         f"(data.max_length) and a smaller train.batch_size need less memory"
     )
