@@ -26,6 +26,7 @@ from mlxdpo.forward.logprobs import (
 )
 from mlxdpo.forward.packed import can_pack
 from mlxdpo.forward.patch_mlx_lm import unrolled_in
+from mlxdpo.forward.router_balance import check_routers
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import adapters_off, dropout_off
 from mlxdpo.model.limits import check_takes
@@ -61,10 +62,16 @@ def choose_forward(model: nn.Module, data: Dataset, plan: TrainPlan, config: Con
 
     Both are asked in float32, so that rounding in 16 bits hides no difference.
 
-    Raises `UserError` when the recipe wants gradient checkpointing and only the plain way is left.
+    Raises `UserError` when the recipe wants gradient checkpointing and only the plain way is left, or routers balanced
+    that cannot be.
     """
     fns, name = forward_fns(model, config.train.gradient_checkpointing), type(model).__module__.rsplit(".", 1)[-1]
-    note = f"{name}: no fast way is known for this architecture, so full rows and full logits are computed"
+    if config.train.router_aux_loss_coef:
+        check_routers(model)
+        fns, why = PLAIN_FORWARD, "train.router_aux_loss_coef reads the routers of full rows"
+    else:
+        why = "no fast way is known for this architecture"
+    note = f"{name}: {why}, so full rows and full logits are computed"
     if fns is not PLAIN_FORWARD:
         with dropout_off(model), float32_activations(model):
             batch = collate(data.train, checked_pairs(plan, data.train), 1)

@@ -145,6 +145,24 @@ def write_model(folder: Path, tokenizer, kind="llama", seed=0, **changes) -> Pat
     return folder
 
 
+def write_experts(folder: Path, tokenizer, **changes) -> Path:
+    """A tiny mixture of experts as its Hugging Face checkpoint: one tensor an expert."""
+    folder.mkdir()
+    config = SHAPES["qwen3_moe"] | {"architectures": ["Qwen3MoeForCausalLM"], "tie_word_embeddings": False} | changes
+    config |= {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id}
+    arrays = {}
+    for name, a in tree_flatten(tiny_model("qwen3_moe", 300, tie_word_embeddings=False, **changes).parameters()):
+        if "switch_mlp" in name:
+            before, _, part = name.partition("switch_mlp.")
+            arrays |= {f"{before}experts.{e}.{part}": mx.contiguous(a[e]) for e in range(len(a))}
+        else:
+            arrays[name] = a
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def change(file, **values):
     """Lay values over a JSON file."""
     file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | values))
