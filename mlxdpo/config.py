@@ -17,9 +17,7 @@ from mlxdpo.io.settings import Section, explain, merged
 from mlxdpo.io.yaml_file import key_with_nul, read_recipe, yaml_text
 from mlxdpo.types import UserError
 
-# The knobs of the objective: every parameter that one of them takes. What refuses what is `losses.resolve`'s business.
-#
-# A knob's default is the one most objectives share; where an objective has its own (`OWN`), naming it sets them.
+# A knob's default is the one most objectives share. What refuses what is `losses.resolve`'s business.
 
 
 OWN: Mapping[str, Mapping[str, float]] = {
@@ -91,9 +89,6 @@ class LossConfig(Section):
         return self
 
 
-# The knobs of tuning on the policy's own samples against a reward: stages ppo and rloo (`mlxdpo.baselines`).
-
-
 class RolloutConfig(Section):
     """Stages ppo and rloo: what is drawn at each step, and what is made of it. Defaults are TRL's."""
 
@@ -121,9 +116,6 @@ class RolloutConfig(Section):
     """ppo: discount of later rewards."""
     lam: float = Field(default=0.95, ge=0, le=1)
     """ppo: lambda of the advantages; 1 trusts rewards alone, 0 the value of the next token."""
-
-
-# The knobs of tuning in rounds: how answers are drawn and made into pairs, and how rounds follow one another.
 
 
 class Drawing(Section):
@@ -351,6 +343,8 @@ class TrainConfig(Section):
     equals one large batch."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
+    router_aux_loss_coef: float = Field(default=0.0, ge=0)
+    """Mixtures of experts: weight of the routers' balancing loss (Switch Transformers); 0.001 is usual, 0 is off."""
     seed: int = Field(default=0, ge=0)
     """Order of the pairs, adapter start, dropout."""
     eval_every: int = Field(default=50, ge=0)

@@ -63,6 +63,7 @@ IDLE = (
     "reference.sync_every",
     "lora.dropout",
     "train.gradient_checkpointing",
+    "train.router_aux_loss_coef",
     "train.patience",
     "train.keep_model",
     "data.on_long_prompt",

@@ -19,6 +19,7 @@ from mlxdpo.baselines.ppo import mask_after_end
 from mlxdpo.data.batch_shapes import NARROWEST
 from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward.architectures import ModelParts, model_parts
+from mlxdpo.forward.patch_mlx_lm import patched
 from mlxdpo.forward.shared_prefix import hidden_states
 from mlxdpo.inference.generate import generate
 from mlxdpo.model.reward_head import normed_states
@@ -106,8 +107,9 @@ def token_pass(model: nn.Module, rows: RolloutRows, head: HeadPass = heads.token
 
 
 def _whole_model_pass(model: Any, rows: RolloutRows) -> tuple[mx.array, mx.array]:
-    logits = _picked(model(rows.tokens), rows.at).astype(mx.float32)
-    return heads.target_logps(logits, rows.targets), _picked(normed_states(model, rows.tokens), rows.at)
+    with patched([]):
+        logits = _picked(model(rows.tokens), rows.at).astype(mx.float32)
+        return heads.target_logps(logits, rows.targets), _picked(normed_states(model, rows.tokens), rows.at)
 
 
 def _picked(states: mx.array, at: mx.array) -> mx.array:

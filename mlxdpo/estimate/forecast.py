@@ -28,7 +28,7 @@ from mlxdpo.forward.architectures import FAMILIES, ModelParts, model_parts
 from mlxdpo.forward.fused_head import is_frozen
 from mlxdpo.forward.metal_routing import BACKWARD_BLOCK, is_fused
 from mlxdpo.forward.packed import can_pack
-from mlxdpo.forward.patch_mlx_lm import SHORT, UNFUSED_FROM
+from mlxdpo.forward.patch_mlx_lm import SHORT, UNFUSED_FROM, unrolled_in
 from mlxdpo.machine.device import default_dtype, this_machine
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.limits import check_ids, check_length
@@ -208,7 +208,12 @@ def attention_cost(model: Any, shape: Shape, windowed: bool) -> AttentionCost:
 
 
 def shape_of(skeleton: Skeleton, config: ModelConfig) -> Shape:
-    """The dimensions in config.json. Raises `UserError` when one is missing."""
+    """The dimensions in config.json. Raises `UserError` when one is missing, or says too little of the memory."""
+    if slow := unrolled_in(skeleton.model):
+        raise CannotPlan(
+            f"{config.path}: mlx-lm computes the recurrence of {slow} token by token, and what it keeps of each token "
+            f"cannot be planned; try a training with a small data.max_length and watch its memory"
+        )
     raw: Mapping[str, Any] = {**skeleton.config, **(skeleton.config.get("text_config") or {})}
 
     def number(name: str) -> int:

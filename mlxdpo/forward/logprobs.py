@@ -20,6 +20,7 @@ from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward.architectures import ModelParts, known_parts, model_parts
 from mlxdpo.forward.layer_plan import LayerPlan, checkpointed, join_columns, run_layers, run_whole
 from mlxdpo.forward.packed import PackedLayout, can_pack, packed_layers, packing_is_worth_it
+from mlxdpo.forward.patch_mlx_lm import patched
 from mlxdpo.forward.shared_prefix import padded_layers
 from mlxdpo.forward.token_rows import of_rows, row_sums, spreader, token_rows
 from mlxdpo.machine.device import this_machine
@@ -68,7 +69,8 @@ def plain_details(model: nn.Module, batch: Batch) -> RowDetails:
 
 def scored_logits(model: nn.Module, batch: Batch) -> mx.array:
     """(N, V) float32 logits of the scored positions, out of full rows."""
-    logits = model(whole_rows(batch))[:, batch.prefix.shape[1] :]
+    with patched([]):
+        logits = model(whole_rows(batch))[:, batch.prefix.shape[1] :]
     return token_rows(batch).scored_in_rows(logits, batch).astype(mx.float32)
 
 

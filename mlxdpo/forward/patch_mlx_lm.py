@@ -1,7 +1,7 @@
-"""Which attention and which SwiGLU the layers of a model call: mlx-lm's, or this project's where they take less memory.
+"""Which attention, SwiGLU and recurrences the layers of a model call: mlx-lm's, or this project's where those take less
+memory.
 
-mlx-lm's layers find both by name in their own file. A name is replaced while it is needed and put back; nothing is
-changed on a class.
+mlx-lm finds each by name in a file. A name is replaced while it is needed and put back; nothing is changed on a class.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import activations, base
+from mlx_lm.models import activations, bailing_hybrid, bailing_moe_linear, base, gated_delta
 
 from mlxdpo.forward import metal_routing
 from mlxdpo.forward.attention import chunked_attention, short_attention
 from mlxdpo.forward.elementwise import swiglu
+from mlxdpo.forward.gated_delta import chunked_gated_delta
 from mlxdpo.machine.device import this_machine
 
 UNFUSED_FROM = 1024  # keys: chunks are faster from here on where MLX has no fused kernel
@@ -97,8 +98,19 @@ def own_attention(
     return chunked_attention(queries, keys, values, scale=scale, window=window if window < T else None)
 
 
-NAMES = (NAME, "swiglu")
-MLX_LM, OURS = (base.scaled_dot_product_attention, activations.swiglu), (own_attention, swiglu)
+NAMES = (NAME, "swiglu", "gated_delta_ops", "recurrent_gla")
+MLX_LM = (
+    base.scaled_dot_product_attention,
+    activations.swiglu,
+    gated_delta.gated_delta_ops,
+    bailing_moe_linear.recurrent_gla,
+)
+# The recurrence of bailing_moe_linear is that of bailing_hybrid, which mlx-lm computes in chunks.
+OURS = (own_attention, swiglu, chunked_gated_delta, bailing_hybrid.recurrent_gla)
+# Files whose functions go through a row token by token: all layers with such a recurrence look them up there.
+LOOPS = (gated_delta, bailing_moe_linear)
+# mlx-lm's files whose recurrence goes through a row token by token, and stays so.
+UNROLLED = frozenset({"mamba", "jamba", "rwkv7", "recurrent_gemma"})
 _users: Counter[ModuleType] = Counter()
 _lock = threading.Lock()
 
@@ -113,6 +125,11 @@ def attention_files(model: nn.Module) -> list[ModuleType]:
     ours = (base.scaled_dot_product_attention, own_attention)
     files = [sys.modules[name] for name in sorted(names)]
     return [file for file in files if file is not base and vars(file).get(NAME) in ours]
+
+
+def unrolled_in(model: nn.Module) -> str | None:
+    """The file of `UNROLLED` that layers of `model` come from, or None."""
+    return min(UNROLLED & {type(module).__module__.rpartition(".")[2] for module in model.modules()}, default=None)
 
 
 @contextmanager
@@ -131,11 +148,13 @@ def chunked_attention_on(model: nn.Module, longest: int) -> Iterator[bool]:
 
 @contextmanager
 def patched(files: Sequence[ModuleType]) -> Iterator[None]:
-    """While it lasts, the layers of mlx-lm's model `files` call `own_attention`, and `swiglu`.
+    """While it lasts, the layers of mlx-lm's model `files` call `own_attention` and `swiglu`, and the recurrences of
+    every model go through rows in chunks.
 
     It replaces names in each file and puts them back, also after an exception; it can be nested, and left in any
     order from several threads.
     """
+    files = [*files, *(loop for loop in LOOPS if loop not in files)]
     with _lock:
         for file in files:
             _users[file] += 1

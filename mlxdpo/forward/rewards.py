@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlxdpo.forward.architectures import known_parts
 from mlxdpo.forward.layer_plan import checkpointed, run_layers, run_whole
 from mlxdpo.forward.logprobs import Forward, ForwardFns, plan_batch, whole_rows
+from mlxdpo.forward.patch_mlx_lm import patched
 from mlxdpo.model.reward_head import normed_states, rewards
 from mlxdpo.types import Batch
 
@@ -46,7 +47,8 @@ def plain_rewards(model: nn.Module, batch: Batch) -> mx.array:
 
     def read(batch: Batch) -> mx.array:
         """(R,) rewards."""
-        states = normed_states(model, whole_rows(batch))[:, batch.prefix.shape[1] :]
+        with patched([]):
+            states = normed_states(model, whole_rows(batch))[:, batch.prefix.shape[1] :]
         return rewards(model, states.reshape(-1, states.shape[-1])[batch.home[last_places(batch)]])
 
     return run_whole(batch, read)

@@ -25,10 +25,11 @@ from mlxdpo.forward.logprobs import (
     score_pairs,
 )
 from mlxdpo.forward.packed import can_pack
+from mlxdpo.forward.patch_mlx_lm import unrolled_in
+from mlxdpo.forward.router_balance import check_routers
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import adapters_off, dropout_off
 from mlxdpo.model.limits import check_takes
-from mlxdpo.model.model_config import names_read
 from mlxdpo.model.policy import Policy
 from mlxdpo.training.distributed import first_pairs
 from mlxdpo.training.plan import PlanSummary, TrainPlan, checked_pairs, clock, planned_batches, summarize_plan
@@ -61,10 +62,16 @@ def choose_forward(model: nn.Module, data: Dataset, plan: TrainPlan, config: Con
 
     Both are asked in float32, so that rounding in 16 bits hides no difference.
 
-    Raises `UserError` when the recipe wants gradient checkpointing and only the plain way is left.
+    Raises `UserError` when the recipe wants gradient checkpointing and only the plain way is left, or routers balanced
+    that cannot be.
     """
     fns, name = forward_fns(model, config.train.gradient_checkpointing), type(model).__module__.rsplit(".", 1)[-1]
-    note = f"{name}: no fast way is known for this architecture, so full rows and full logits are computed"
+    if config.train.router_aux_loss_coef:
+        check_routers(model)
+        fns, why = PLAIN_FORWARD, "train.router_aux_loss_coef reads the routers of full rows"
+    else:
+        why = "no fast way is known for this architecture"
+    note = f"{name}: {why}, so full rows and full logits are computed"
     if fns is not PLAIN_FORWARD:
         with dropout_off(model), float32_activations(model):
             batch = collate(data.train, checked_pairs(plan, data.train), 1)
@@ -81,26 +88,18 @@ def choose_forward(model: nn.Module, data: Dataset, plan: TrainPlan, config: Con
     return PLAIN_FORWARD, note
 
 
-# mlx-lm's files whose training form goes through a row token by token, in Python.
-UNROLLED = {"mamba", "jamba", "rwkv7", "recurrent_gemma", "bailing_moe_linear"}
-
-
 def recurrence_note(model: nn.Module, summary: PlanSummary) -> str:
-    """What a recurrence that mlx-lm unrolls will cost, measured on two short rows; empty for other models.
+    """What a recurrence that goes token by token will cost, measured on two short rows; empty for other models.
 
     A step takes about three forward passes. Such a model keeps every state for the backward pass besides.
     """
-    files = {
-        type(module).__module__ for module in model.modules() if type(module).__module__.startswith("mlx_lm.models")
-    }
-    slow = {name.rpartition(".")[2] for name in files if "gated_delta_update" in names_read(name)}
-    slow |= UNROLLED & {name.rpartition(".")[2] for name in files}
-    if not slow:
+    slow = unrolled_in(model)
+    if slow is None:
         return ""
     short, long = (_seconds(model, length) for length in (8, 24))
     a_token = max(long - short, 0.0) / 16
     return (
-        f"{min(slow)}: mlx-lm computes its recurrence token by token, slowly and with much memory: "
+        f"{slow}: mlx-lm computes its recurrence token by token, slowly and with much memory: "
         f"a pass of {summary.tokens} tokens takes about {clock(3 * a_token * summary.tokens)} here; shorter rows "
         f"(data.max_length) and a smaller train.batch_size need less memory"
     )

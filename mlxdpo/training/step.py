@@ -11,6 +11,7 @@ as arrays, so nothing is traced anew.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from mlxdpo.data.planning import Indices
 from mlxdpo.distributed.group import ALONE, Group
 from mlxdpo.forward.layer_plan import evaluate_batch, widened
 from mlxdpo.forward.logprobs import Forward, ForwardFns, forward_fns, score_pairs
+from mlxdpo.forward.router_balance import batch_balance, watched_routers
 from mlxdpo.losses import Loss
 from mlxdpo.machine.device import compiled
 from mlxdpo.model.adapters import dropout_off
@@ -110,7 +112,8 @@ class CompiledFns:
     """What computes a run: compiled functions over its model, and the reference, which may follow the policy."""
 
     def __init__(self, state: TrainState):
-        self.gradient = make_gradient(state.model, state.loss, state.forward.train)
+        balance = state.config.train.router_aux_loss_coef
+        self.gradient = make_gradient(state.model, state.loss, state.forward.train, balance)
         self.scorer = make_scorer(state.model, state.forward.score)
         self.update = make_update(state.model, state.optimizer)
         self.reference = ReferenceSync(state.model, state.config, state.forward.score)
@@ -151,18 +154,24 @@ def make_scorer(model: nn.Module, forward: Forward | None = None) -> Callable[[B
     return scorer
 
 
-def make_gradient(model: nn.Module, loss: Loss, forward: Forward | None = None) -> Callable[..., Gradient]:
+def make_gradient(
+    model: nn.Module, loss: Loss, forward: Forward | None = None, balance: float = 0.0
+) -> Callable[..., Gradient]:
     """Compiled (batch, share, statistics=None) -> gradient of share * sum_i weight_i * loss_i over a batch's pairs.
 
     With share = 1 / (pairs of the step), summing the gradients of a step's batches gives exactly the gradient of the
     mean over its pairs, however they are cut into batches. An objective that takes something from all pairs of the
-    step gets it as `statistics`, so that the same holds for it.
+    step gets it as `statistics`, so that the same holds for it. `balance` is the weight of the routers' balancing loss,
+    which is a batch's, as in TRL: every pair's loss has it.
     """
 
     def weighted_loss(batch: Batch, share: mx.array, statistics: mx.array | None) -> tuple[mx.array, mx.array, Pairs]:
         """The batch's share of the step's loss, and what it is made of."""
-        pairs = score_pairs(model, batch, forward)
+        with watched_routers(model) if balance else contextlib.nullcontext() as routed:
+            pairs = score_pairs(model, batch, forward)
         losses = loss(pairs, statistics)
+        if routed is not None:
+            losses = losses + balance * batch_balance(routed, batch)
         return (losses * batch.weight).sum() * share, losses, pairs
 
     # The model is an output too: tracing leaves tracers in its parameters, and outputs put arrays back.

@@ -8,10 +8,9 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm.utils import load, load_model
 from tiny_exports import greedy_of, ids_of, logits_of, other_adapter, split_in_shards, trained_run
-from tiny_models import CONFIGS, SHAPE, change, tiny_model, write_model
+from tiny_models import CONFIGS, change, write_model
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.exporters import export
@@ -187,36 +186,8 @@ def test_weights_packed_when_loading_leave_as_they_computed(tmp_path, cache):
     assert exported.targets["quantized"].kept and exported.targets["quantized"].fidelity.token_kl > 0
 
 
-def unstacked(folder):
-    """A tiny mixture of experts as its Hugging Face checkpoint: one tensor an expert."""
-    write_tokenizer = chatml_tokenizer()
-    config = SHAPE | {
-        "model_type": "qwen3_moe",
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "tie_word_embeddings": False,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "moe_intermediate_size": 32,
-        "norm_topk_prob": True,
-    }
-    config |= {"vocab_size": 300, "eos_token_id": write_tokenizer.eos_token_id}
-    arrays = {}
-    for name, a in tree_flatten(tiny_model("qwen3_moe", 300, tie_word_embeddings=False).parameters()):
-        if "switch_mlp" in name:
-            before, _, part = name.partition("switch_mlp.")
-            arrays |= {f"{before}experts.{e}.{part}": mx.contiguous(a[e]) for e in range(4)}
-        else:
-            arrays[name] = a
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
-    write_tokenizer.save_pretrained(folder)
-
-
 def test_experts_are_fused_one_by_one(tmp_path, cache):
-    unstacked(tmp_path / "qwen3_moe")
+    write_experts(tmp_path / "qwen3_moe", chatml_tokenizer())
     run = trained_run(tmp_path, "qwen3_moe")
     check(export(run, ["mlx", "hf", "fused"], tmp_path / "out"))
     before, after = (mx.load(str(tmp_path / f / "model.safetensors")) for f in ("qwen3_moe", "out"))

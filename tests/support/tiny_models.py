@@ -78,12 +78,46 @@ SHAPES = CONFIGS | {
         "mlp_bias": False,
         "tie_word_embeddings": True,
     },
+    "qwen3_5": {
+        "model_type": "qwen3_5",
+        "text_config": SHAPE
+        | {
+            "model_type": "qwen3_5_text",
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 12,
+            "linear_conv_kernel_dim": 4,
+            "tie_word_embeddings": True,
+            "full_attention_interval": 3,
+        },
+    },
+    "kimi_linear": SHAPE
+    | {
+        "model_type": "kimi_linear",
+        "num_key_value_heads": 4,
+        "linear_attn_config": {
+            "kda_layers": [1, 2],
+            "num_heads": 2,
+            "head_dim": 8,
+            "short_conv_kernel_size": 4,
+        },
+        "model_max_length": 512,
+        "num_experts": 0,
+        "moe_intermediate_size": 16,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    },
 }
 
 
 def tiny_model(kind="llama", vocab=300, seed=0, **changes):
     """A random model with weights large enough that its predictions differ a lot from uniform."""
     config = SHAPES[kind] | {"vocab_size": vocab} | changes
+    if "text_config" in config:
+        config["text_config"] = config["text_config"] | {"vocab_size": vocab} | changes
     model_class, arguments = _get_classes(config)
     mx.random.seed(seed)
     model = model_class(arguments.from_dict(config))
@@ -106,6 +140,24 @@ def write_model(folder: Path, tokenizer, kind="llama", seed=0, **changes) -> Pat
     arrays = dict(tree_flatten(model.parameters()))
     if config["tie_word_embeddings"]:  # mlx-lm makes gemma3 a head of its own, which tied checkpoints do not have
         arrays.pop("lm_head.weight", None)
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_experts(folder: Path, tokenizer, **changes) -> Path:
+    """A tiny mixture of experts as its Hugging Face checkpoint: one tensor an expert."""
+    folder.mkdir()
+    config = SHAPES["qwen3_moe"] | {"architectures": ["Qwen3MoeForCausalLM"], "tie_word_embeddings": False} | changes
+    config |= {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id}
+    arrays = {}
+    for name, a in tree_flatten(tiny_model("qwen3_moe", 300, tie_word_embeddings=False, **changes).parameters()):
+        if "switch_mlp" in name:
+            before, _, part = name.partition("switch_mlp.")
+            arrays |= {f"{before}experts.{e}.{part}": mx.contiguous(a[e]) for e in range(len(a))}
+        else:
+            arrays[name] = a
+    (folder / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
     tokenizer.save_pretrained(folder)
     return folder

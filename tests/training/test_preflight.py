@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -11,11 +12,14 @@ from tiny_models import tiny_model, write_model
 from tiny_runs import finish, recipe
 from tiny_tokenizers import chatml_tokenizer, llama3_tokenizer
 
+from mlxdpo.config import ModelConfig
 from mlxdpo.data.batching import collate
+from mlxdpo.estimate.forecast import CannotPlan, shape_of
 from mlxdpo.forward import logprobs, patch_mlx_lm
 from mlxdpo.io.checksum import save_checksummed
 from mlxdpo.losses import LOSSES, resolve
 from mlxdpo.model import adapters
+from mlxdpo.model.skeleton import Skeleton
 from mlxdpo.runs import Run
 from mlxdpo.training import preflight
 from mlxdpo.types import UserError
@@ -308,3 +312,6 @@ def test_a_recurrence_that_is_unrolled_is_said_before_the_first_step():
     slow = mamba.Model(mamba.ModelArgs(model_type="mamba", **sizes, **rest))
     assert "token by token" in preflight.recurrence_note(slow, summary)
     assert preflight.recurrence_note(tiny_model(), summary) == ""
+    assert preflight.recurrence_note(tiny_model("qwen3_5"), summary) == ""  # computed in chunks
+    with pytest.raises(CannotPlan, match="recurrence of mamba token by token"):
+        shape_of(Skeleton(slow, {}, Path(), {}, None), ModelConfig(path="slow"))

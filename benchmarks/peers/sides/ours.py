@@ -58,11 +58,12 @@ class Switch:
 
 
 class Swiglu(Switch):
-    """MLX's SwiGLU: it is exchanged in a pair of names."""
+    """MLX's SwiGLU: it is exchanged among the names of `patch_mlx_lm`."""
 
     def turn(self) -> None:
         """Exchange it, for the rest of this process."""
-        patch_mlx_lm.OURS = (patch_mlx_lm.OURS[0], self)
+        attention, _, *rest = patch_mlx_lm.OURS
+        patch_mlx_lm.OURS = (attention, self, *rest)
 
 
 def _rows_of_each_pair(pairs: list[Example]) -> tuple[list[batching.DistinctRow], np.ndarray]:
