@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlxdpo.config import Config, dump_config, load_config
+from mlxdpo.config import Config, TrainConfig, dump_config, load_config
 from mlxdpo.io.atomic import append_line, naming, write_first, write_json
 from mlxdpo.io.json_file import as_written, read_json, read_lines
 from mlxdpo.types import UserError
@@ -61,6 +61,20 @@ def _took_lock(file: BinaryIO, kind: int, patience: float) -> bool:
             if time.monotonic() >= until:
                 return False
             time.sleep(0.02)
+
+
+CONTINUED = "continued.json"
+LENGTH = ("epochs", "steps", "patience")
+"""The settings of `train` that may change when a run goes on: how long it trains, not what a step computes."""
+
+
+def with_length(config: Config, given: Mapping[str, Any]) -> Config:
+    """`config` with what `given` says of `LENGTH`; of epochs and steps, what is not given is not asked for any more."""
+    known = {name: given[name] for name in LENGTH if name in given}
+    if known.get("epochs") is not None or known.get("steps") is not None:
+        known = {"epochs": None, "steps": None} | known
+    train = TrainConfig.model_validate(config.train.model_dump() | known)
+    return config.model_copy(update={"train": train})
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,28 @@ class Run:
 
     def config(self) -> Config:
         """The resolved configuration; what lay inside a run that was moved since is looked for where it is now."""
-        return _found_again(load_config(self.path / "config.yaml"), self.path)
+        return _found_again(self._settings(), self.path)
+
+    def _settings(self) -> Config:
+        """What the run was asked to do, as it was given."""
+        config = load_config(self.path / "config.yaml")
+        if not (longer := self.continued()):
+            return config
+        with as_written(self.path / CONTINUED):
+            return with_length(config, longer[-1])
+
+    def continued(self) -> list[dict[str, Any]]:
+        """How the run was made longer, oldest first: its settings of `LENGTH` since then, and the `step` from which."""
+        file = self.path / CONTINUED
+        if not file.exists():
+            return []
+        with as_written(file):
+            return [{name: entry[name] for name in ("step", *LENGTH)} for entry in read_json(file)["continued"]]
+
+    def make_longer(self, config: Config, step: int) -> None:
+        """From `step` on the run trains as long as `config` says; config.yaml stays as it was given."""
+        entry = {"step": step} | {name: getattr(config.train, name) for name in LENGTH}
+        write_json(self.path / CONTINUED, {"continued": [*self.continued(), entry]})
 
     def manifest(self) -> dict[str, Any]:
         """What the run was made of: versions, machine, base model, reference, template, data, seed."""
