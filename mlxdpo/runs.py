@@ -1,6 +1,7 @@
 """The run directory: the one interface between programs. Every file is whole or absent; metrics are append-only.
 
-runs/NAME/config.yaml  manifest.json  metrics.jsonl  checkpoints/  adapter/  eval/  samples/
+runs/NAME/config.yaml  paths.json  manifest.json  metrics.jsonl  checkpoints/  adapter/  eval/  samples/
+          continued.json, where a run was made longer
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from mlxdpo.config import Config, TrainConfig, dump_config, load_config
 from mlxdpo.io.atomic import append_line, naming, write_first, write_json
@@ -63,6 +64,52 @@ def _took_lock(file: BinaryIO, kind: int, patience: float) -> bool:
             time.sleep(0.02)
 
 
+PATHS = "paths.json"
+INPUTS = ("model.path", "model.adapter", "reference.model", "reference.adapter", "data.path", "data.eval")
+"""Settings that may name a file or folder."""
+
+
+class InputPlace(NamedTuple):
+    """Where an input lay when a run was made: by itself, and from the run's folder `made`."""
+
+    absolute: str
+    relative: str
+    made: str
+
+    def find(self, name: str, run: Path) -> str | None:
+        """Where it is now: as it was named, as it was, as it lies from `run`; None where it is gone."""
+        if os.path.abspath(os.path.expanduser(name)) == self.absolute and os.path.exists(self.absolute):
+            return name
+        beside = os.path.join(os.path.realpath(run), self.relative)
+        places = (self.absolute, os.path.normpath(beside))
+        return next((place for place in places if os.path.exists(place)), None)
+
+
+def _paths_of(config: Config, run: Path) -> dict[str, Any]:
+    """What `paths.json` holds: the run's folder, and each input that is a file or a folder here."""
+    made = os.path.abspath(run)
+    found: dict[str, Any] = {"run": made}
+    for setting in INPUTS:
+        section, key = setting.split(".")
+        name = getattr(getattr(config, section), key)
+        absolute = os.path.abspath(os.path.expanduser(name)) if name else ""
+        if name and os.path.exists(absolute):
+            real = os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))
+            found[setting] = {"absolute": absolute, "relative": os.path.relpath(real, os.path.realpath(run))}
+    return found
+
+
+def _places_inside(config: Config) -> dict[str, InputPlace]:
+    """Of a run without `paths.json`: the inputs below the place where it was made."""
+    found = {}
+    for setting in INPUTS:
+        section, key = setting.split(".")
+        name = getattr(getattr(config, section), key)
+        if name and config.out and Path(name).is_relative_to(config.out):
+            found[setting] = InputPlace(os.path.abspath(name), str(Path(name).relative_to(config.out)), config.out)
+    return found
+
+
 CONTINUED = "continued.json"
 LENGTH = ("epochs", "steps", "patience")
 """The settings of `train` that may change when a run goes on: how long it trains, not what a step computes."""
@@ -104,6 +151,7 @@ class Run:
             write_first(path / "config.yaml", dump_config(config))
         except FileExistsError:
             raise UserError(f"{path}: another process has just begun a run there; choose another --out") from None
+        write_json(path / PATHS, _paths_of(config, path))
         return cls(path)
 
     @classmethod
@@ -146,8 +194,36 @@ class Run:
             return not _took_lock(lock, fcntl.LOCK_SH, patience=0.0)
 
     def config(self) -> Config:
-        """The resolved configuration; what lay inside a run that was moved since is looked for where it is now."""
-        return _found_again(self._settings(), self.path)
+        """The resolved configuration; what it names is looked for where it was, then where it lies from the run."""
+        config = self._settings()
+        for name, place in self._places(config).items():
+            section, key = name.split(".")
+            group = getattr(config, section)
+            found = place.find(getattr(group, key), self.path)
+            config = config.model_copy(update={section: group.model_copy(update={key: found or place.absolute})})
+        return config
+
+    def need(self, *names: str, instead: str = "") -> None:
+        """Raise `UserError` where one of the inputs `names` (`data.path`, ...) is gone, naming where it was; `instead`
+        is another way out."""
+        config = self._settings()
+        for name, place in self._places(config).items():
+            section, key = name.split(".")
+            if name in names and place.find(getattr(getattr(config, section), key), self.path) is None:
+                raise UserError(
+                    f"{self.path}: its {name} is gone: the run was made in {place.made} with {place.absolute}; put it "
+                    f"back there, or to {place.relative} from the run{instead}"
+                )
+
+    def _places(self, config: Config) -> dict[str, InputPlace]:
+        """Where the files and folders that the run was given lay, by setting."""
+        file = self.path / PATHS
+        if not file.exists():
+            return _places_inside(config)
+        found = read_json(file)
+        with as_written(file):
+            named = {name: found[name] for name in INPUTS if name in found}
+            return {name: InputPlace(one["absolute"], one["relative"], found["run"]) for name, one in named.items()}
 
     def _settings(self) -> Config:
         """What the run was asked to do, as it was given."""
@@ -215,18 +291,3 @@ class Run:
             else:
                 kept.append(line)
         return kept
-
-
-def _found_again(config: Config, path: Path) -> Config:
-    """`config` with its files below the place where the run was made named below `path`, where they are."""
-
-    def here(name: str | None) -> str | None:
-        """Where the file is now; as it was named where nothing has moved."""
-        if name is None or config.out is None or not Path(name).is_relative_to(config.out) or Path(name).exists():
-            return name
-        moved = path / Path(name).relative_to(config.out)
-        return str(moved) if moved.exists() else name
-
-    model = config.model.model_copy(update={"adapter": here(config.model.adapter)})
-    data = config.data.model_copy(update={"path": here(config.data.path), "eval": here(config.data.eval)})
-    return config.model_copy(update={"model": model, "data": data})

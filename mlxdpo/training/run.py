@@ -26,7 +26,7 @@ from mlxdpo.losses import Loss
 from mlxdpo.machine.memory_guard import MemoryGuard
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter, with_adapter
 from mlxdpo.model.policy import Policy, load_policy, tokenizer_of
-from mlxdpo.runs import LENGTH, Run
+from mlxdpo.runs import INPUTS, LENGTH, Run
 from mlxdpo.training import checkpoint, distributed, preflight
 from mlxdpo.training.checkpoint import Progress
 from mlxdpo.training.loop import run_loop
@@ -60,6 +60,8 @@ def train(
     Raises `UserError` when the recipe, the data or a changed input stops it; nothing is written before the model
     and the data are read.
     """
+    if resume is not None and group.first:
+        resume.need(*INPUTS)
     with contextlib.ExitStack() as held:
         prepared = yield from prepare(config, resume, should_stop, group, held, fits)
         if prepared is None:
