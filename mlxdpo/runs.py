@@ -85,17 +85,23 @@ class InputPlace(NamedTuple):
         return next((place for place in places if os.path.exists(place)), None)
 
 
+def _input(config: Config, setting: str) -> str:
+    """The name that a setting of `INPUTS` has; empty where it has none."""
+    section, key = setting.split(".")
+    return getattr(getattr(config, section), key) or ""
+
+
 def _paths_of(config: Config, run: Path) -> dict[str, Any]:
     """What `paths.json` holds: the run's folder, and each input that is a file or a folder here."""
     made = os.path.abspath(run)
     found: dict[str, Any] = {"run": made}
     for setting in INPUTS:
-        section, key = setting.split(".")
-        name = getattr(getattr(config, section), key)
+        name = _input(config, setting)
         absolute = os.path.abspath(os.path.expanduser(name)) if name else ""
         if name and os.path.exists(absolute):
             real = os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))
-            found[setting] = {"absolute": absolute, "relative": os.path.relpath(real, os.path.realpath(run))}
+            relative = os.path.relpath(real, os.path.realpath(run))
+            found[setting] = {"given": name, "absolute": absolute, "relative": relative}
     return found
 
 
@@ -103,8 +109,7 @@ def _places_inside(config: Config) -> dict[str, InputPlace]:
     """Of a run without `paths.json`: the inputs below the place where it was made."""
     found = {}
     for setting in INPUTS:
-        section, key = setting.split(".")
-        name = getattr(getattr(config, section), key)
+        name = _input(config, setting)
         if name and config.out and Path(name).is_relative_to(config.out):
             found[setting] = InputPlace(os.path.abspath(name), str(Path(name).relative_to(config.out)), config.out)
     return found
@@ -198,9 +203,9 @@ class Run:
         config = self._settings()
         for name, place in self._places(config).items():
             section, key = name.split(".")
-            group = getattr(config, section)
-            found = place.find(getattr(group, key), self.path)
-            config = config.model_copy(update={section: group.model_copy(update={key: found or place.absolute})})
+            found = place.find(_input(config, name), self.path) or place.absolute
+            changed = getattr(config, section).model_copy(update={key: found})
+            config = config.model_copy(update={section: changed})
         return config
 
     def need(self, *names: str, instead: str = "") -> None:
@@ -208,22 +213,21 @@ class Run:
         is another way out."""
         config = self._settings()
         for name, place in self._places(config).items():
-            section, key = name.split(".")
-            if name in names and place.find(getattr(getattr(config, section), key), self.path) is None:
+            if name in names and place.find(_input(config, name), self.path) is None:
                 raise UserError(
                     f"{self.path}: its {name} is gone: the run was made in {place.made} with {place.absolute}; put it "
                     f"back there, or to {place.relative} from the run{instead}"
                 )
 
     def _places(self, config: Config) -> dict[str, InputPlace]:
-        """Where the files and folders that the run was given lay, by setting."""
+        """Where the files and folders that the run was given lay, by setting; not of those changed in config.yaml."""
         file = self.path / PATHS
         if not file.exists():
             return _places_inside(config)
         found = read_json(file)
         with as_written(file):
-            named = {name: found[name] for name in INPUTS if name in found}
-            return {name: InputPlace(one["absolute"], one["relative"], found["run"]) for name, one in named.items()}
+            kept = [n for n in INPUTS if n in found and found[n]["given"] == _input(config, n)]
+            return {n: InputPlace(found[n]["absolute"], found[n]["relative"], found["run"]) for n in kept}
 
     def _settings(self) -> Config:
         """What the run was asked to do, as it was given."""

@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from tiny_runs import adapter_bytes, recipe
+from tiny_runs import adapter_bytes
+from tiny_words import WORDS, write_words
 
 from mlxdpo.cli import run as command
 from mlxdpo.runs import Run
@@ -12,11 +13,11 @@ from mlxdpo.ui.variants import LoadedVariants
 
 SHORT = "--prompts 2 --samples 1 --max-tokens 2"
 COMMANDS = {
-    "generate": "generate RUN --prompt q1: --max-tokens 2",
-    "before": "generate RUN --prompt q1: --max-tokens 2 --before",
+    "generate": "generate RUN --prompt the --max-tokens 2",
+    "before": "generate RUN --prompt the --max-tokens 2 --before",
     "eval": f"eval RUN --judge longest {SHORT}",
     "frontier": f"frontier RUN --judge longest {SHORT}",
-    "collect": "collect RUN --prompts PROMPTS --judge longest --samples 8 --max-tokens 9 --unfinished keep --out OUT",
+    "collect": "collect RUN --prompts PROMPTS --judge longest --samples 4 --max-tokens 6 --unfinished keep --out OUT",
     "export": "export RUN --to mlx --pairs 2 --out OUT --force",
     "resume": "train --resume RUN",
     "longer": "train --resume RUN --train.epochs 2",
@@ -30,7 +31,9 @@ def made(tmp_path_factory):
     """A folder `project` with model, pairs and a run of them, started there with relative names."""
     folder = tmp_path_factory.mktemp("made") / "project"
     folder.mkdir()
-    recipe(folder)
+    write_words(folder / "llama")
+    rows = [{"prompt": f"the {a}", "chosen": " runs", "rejected": f" {a} sleeps"} for a in WORDS[:12]]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLXDPO_CACHE", str(folder.parent / "cache"))
         patch.chdir(folder)
@@ -70,7 +73,7 @@ def gone(made):
 
 def words(line, run, folder):
     prompts = folder / "prompts.jsonl"
-    prompts.write_text('{"prompt": "q1:"}\n{"prompt": "q2:"}\n')
+    prompts.write_text('{"prompt": "the red"}\n{"prompt": "the blue"}\n')
     names = {"RUN": str(run), "PROMPTS": str(prompts), "OUT": str(folder / "out")}
     return [names.get(word, word) for word in line.split()]
 
@@ -128,6 +131,12 @@ def test_without_its_model_too(elsewhere, gone, line, made, capsys):
 
 def test_both_forms_are_kept_and_the_recipe_is_as_it_was_given(made):
     found = json.loads((made / "runs" / "two" / "paths.json").read_text())
+    assert {k: v.pop("given") for k, v in found.items() if k != "run"} == {
+        "model.path": "llama",
+        "model.adapter": "runs/one/adapter",
+        "reference.model": "llama",
+        "data.path": "pairs.jsonl",
+    }
     assert found == {
         "run": f"{made}/runs/two",
         "model.path": {"absolute": f"{made}/llama", "relative": "../../llama"},
@@ -144,3 +153,10 @@ def test_seen_from_where_it_was_made_names_are_as_they_were_given(made, monkeypa
     assert (config.model.path, config.data.path, config.model.adapter) == ("llama", "pairs.jsonl", "runs/one/adapter")
     monkeypatch.chdir(made.parent)
     assert Run.open("project/runs/two").config().data.path == str(made / "pairs.jsonl")
+
+
+def test_a_recipe_that_was_changed_by_hand_counts(made, elsewhere):
+    run = moved(made, elsewhere / "new", ("runs",))
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("path: pairs.jsonl", "path: other.jsonl"))
+    assert Run.open(run).config().data.path == "other.jsonl"
