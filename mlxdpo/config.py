@@ -332,10 +332,10 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """How long, in what portions, and what is kept."""
 
-    epochs: float = Field(default=1.0, gt=0)
-    """Passes over the pairs."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the pairs; unset: as many as train.steps takes, else 1."""
     steps: int | None = Field(default=None, ge=1)
-    """Stop after this many optimizer steps, before the epochs are over."""
+    """Optimizer steps; where train.epochs is given too, the fewer of both."""
     batch_size: int = Field(default=4, ge=1)
     """Pairs computed at once; of prompts with several pairs, as many as have twice that many distinct completions."""
     gradient_accumulation: int = Field(default=4, ge=1)

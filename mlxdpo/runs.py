@@ -1,6 +1,7 @@
 """The run directory: the one interface between programs. Every file is whole or absent; metrics are append-only.
 
-runs/NAME/config.yaml  manifest.json  metrics.jsonl  checkpoints/  adapter/  eval/  samples/
+runs/NAME/config.yaml  paths.json  manifest.json  metrics.jsonl  checkpoints/  adapter/  eval/  samples/
+          continued.json, where a run was made longer
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from mlxdpo.config import Config, dump_config, load_config
+from mlxdpo.config import Config, TrainConfig, dump_config, load_config
 from mlxdpo.io.atomic import append_line, naming, write_first, write_json
 from mlxdpo.io.json_file import as_written, read_json, read_lines
 from mlxdpo.types import UserError
@@ -63,6 +64,71 @@ def _took_lock(file: BinaryIO, kind: int, patience: float) -> bool:
             time.sleep(0.02)
 
 
+PATHS = "paths.json"
+INPUTS = ("model.path", "model.adapter", "reference.model", "reference.adapter", "data.path", "data.eval")
+"""Settings that may name a file or folder."""
+
+
+class InputPlace(NamedTuple):
+    """Where an input lay when a run was made: by itself, and from the run's folder `made`."""
+
+    absolute: str
+    relative: str
+    made: str
+
+    def find(self, name: str, run: Path) -> str | None:
+        """Where it is now: as it was named, as it was, as it lies from `run`; None where it is gone."""
+        if os.path.abspath(os.path.expanduser(name)) == self.absolute and os.path.exists(self.absolute):
+            return name
+        beside = os.path.join(os.path.realpath(run), self.relative)
+        places = (self.absolute, os.path.normpath(beside))
+        return next((place for place in places if os.path.exists(place)), None)
+
+
+def _input(config: Config, setting: str) -> str:
+    """The name that a setting of `INPUTS` has; empty where it has none."""
+    section, key = setting.split(".")
+    return getattr(getattr(config, section), key) or ""
+
+
+def _paths_of(config: Config, run: Path) -> dict[str, Any]:
+    """What `paths.json` holds: the run's folder, and each input that is a file or a folder here."""
+    made = os.path.abspath(run)
+    found: dict[str, Any] = {"run": made}
+    for setting in INPUTS:
+        name = _input(config, setting)
+        absolute = os.path.abspath(os.path.expanduser(name)) if name else ""
+        if name and os.path.exists(absolute):
+            real = os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))
+            relative = os.path.relpath(real, os.path.realpath(run))
+            found[setting] = {"given": name, "absolute": absolute, "relative": relative}
+    return found
+
+
+def _places_inside(config: Config) -> dict[str, InputPlace]:
+    """Of a run without `paths.json`: the inputs below the place where it was made."""
+    found = {}
+    for setting in INPUTS:
+        name = _input(config, setting)
+        if name and config.out and Path(name).is_relative_to(config.out):
+            found[setting] = InputPlace(os.path.abspath(name), str(Path(name).relative_to(config.out)), config.out)
+    return found
+
+
+CONTINUED = "continued.json"
+LENGTH = ("epochs", "steps", "patience")
+"""The settings of `train` that may change when a run goes on: how long it trains, not what a step computes."""
+
+
+def with_length(config: Config, given: Mapping[str, Any]) -> Config:
+    """`config` with what `given` says of `LENGTH`; of epochs and steps, what is not given is not asked for any more."""
+    known = {name: given[name] for name in LENGTH if name in given}
+    if known.get("epochs") is not None or known.get("steps") is not None:
+        known = {"epochs": None, "steps": None} | known
+    train = TrainConfig.model_validate(config.train.model_dump() | known)
+    return config.model_copy(update={"train": train})
+
+
 @dataclass(frozen=True)
 class Run:
     """A run directory. Paths only; reading and writing go through its methods."""
@@ -90,6 +156,7 @@ class Run:
             write_first(path / "config.yaml", dump_config(config))
         except FileExistsError:
             raise UserError(f"{path}: another process has just begun a run there; choose another --out") from None
+        write_json(path / PATHS, _paths_of(config, path))
         return cls(path)
 
     @classmethod
@@ -132,8 +199,56 @@ class Run:
             return not _took_lock(lock, fcntl.LOCK_SH, patience=0.0)
 
     def config(self) -> Config:
-        """The resolved configuration; what lay inside a run that was moved since is looked for where it is now."""
-        return _found_again(load_config(self.path / "config.yaml"), self.path)
+        """The resolved configuration; what it names is looked for where it was, then where it lies from the run."""
+        config = self._settings()
+        for name, place in self._places(config).items():
+            section, key = name.split(".")
+            found = place.find(_input(config, name), self.path) or place.absolute
+            changed = getattr(config, section).model_copy(update={key: found})
+            config = config.model_copy(update={section: changed})
+        return config
+
+    def need(self, *names: str, instead: str = "") -> None:
+        """Raise `UserError` where one of the inputs `names` (`data.path`, ...) is gone, naming where it was; `instead`
+        is another way out."""
+        config = self._settings()
+        for name, place in self._places(config).items():
+            if name in names and place.find(_input(config, name), self.path) is None:
+                raise UserError(
+                    f"{self.path}: its {name} is gone: the run was made in {place.made} with {place.absolute}; put it "
+                    f"back there, or to {place.relative} from the run{instead}"
+                )
+
+    def _places(self, config: Config) -> dict[str, InputPlace]:
+        """Where the files and folders that the run was given lay, by setting; not of those changed in config.yaml."""
+        file = self.path / PATHS
+        if not file.exists():
+            return _places_inside(config)
+        found = read_json(file)
+        with as_written(file):
+            kept = [n for n in INPUTS if n in found and found[n]["given"] == _input(config, n)]
+            return {n: InputPlace(found[n]["absolute"], found[n]["relative"], found["run"]) for n in kept}
+
+    def _settings(self) -> Config:
+        """What the run was asked to do, as it was given."""
+        config = load_config(self.path / "config.yaml")
+        if not (longer := self.continued()):
+            return config
+        with as_written(self.path / CONTINUED):
+            return with_length(config, longer[-1])
+
+    def continued(self) -> list[dict[str, Any]]:
+        """How the run was made longer, oldest first: its settings of `LENGTH` since then, and the `step` from which."""
+        file = self.path / CONTINUED
+        if not file.exists():
+            return []
+        with as_written(file):
+            return [{name: entry[name] for name in ("step", *LENGTH)} for entry in read_json(file)["continued"]]
+
+    def make_longer(self, config: Config, step: int) -> None:
+        """From `step` on the run trains as long as `config` says; config.yaml stays as it was given."""
+        entry = {"step": step} | {name: getattr(config.train, name) for name in LENGTH}
+        write_json(self.path / CONTINUED, {"continued": [*self.continued(), entry]})
 
     def manifest(self) -> dict[str, Any]:
         """What the run was made of: versions, machine, base model, reference, template, data, seed."""
@@ -180,18 +295,3 @@ class Run:
             else:
                 kept.append(line)
         return kept
-
-
-def _found_again(config: Config, path: Path) -> Config:
-    """`config` with its files below the place where the run was made named below `path`, where they are."""
-
-    def here(name: str | None) -> str | None:
-        """Where the file is now; as it was named where nothing has moved."""
-        if name is None or config.out is None or not Path(name).is_relative_to(config.out) or Path(name).exists():
-            return name
-        moved = path / Path(name).relative_to(config.out)
-        return str(moved) if moved.exists() else name
-
-    model = config.model.model_copy(update={"adapter": here(config.model.adapter)})
-    data = config.data.model_copy(update={"path": here(config.data.path), "eval": here(config.data.eval)})
-    return config.model_copy(update={"model": model, "data": data})

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -48,7 +47,7 @@ from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
 from mlxdpo.training.checkpoint import Progress
 from mlxdpo.training.manifest import check_same, describe_models
-from mlxdpo.training.plan import learning_rate
+from mlxdpo.training.plan import learning_rate, steps_asked
 from mlxdpo.training.reference import find_reference
 from mlxdpo.training.step import make_optimizer, make_update
 from mlxdpo.types import Event, Text, UserError
@@ -185,8 +184,7 @@ class _Work(NamedTuple):
     @property
     def total(self) -> int:
         """Steps of the run."""
-        passes = max(1, math.ceil(len(self.prompts.ids) * self.config.train.epochs / self.per_step - 1e-9))
-        return passes if self.config.train.steps is None else min(passes, self.config.train.steps)
+        return steps_asked(self.config.train, len(self.prompts.ids) / self.per_step)
 
     def chosen(self, step: int) -> list[int]:
         """The prompts of a step, each `rollout.samples` times: every pass over them in an order of its own."""

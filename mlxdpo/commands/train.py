@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from mlxdpo.config import Config, load_config
-from mlxdpo.runs import Run
+from mlxdpo.runs import LENGTH, Run, with_length
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ def run(
     Args:
         recipe: YAML file with any of the settings below; the command line wins over it.
         config: Settings of the run.
-        resume: Run directory to go on with, exactly where its last checkpoint stands.
+        resume: Run directory to go on with, exactly where its last checkpoint stands. With --train.epochs,
+            --train.steps or --train.patience it trains longer, a finished one too.
         keep_awake: The Mac does not sleep while this trains, its display may; on macOS alone.
     """
     from mlxdpo.distributed.group import joined
@@ -51,11 +52,23 @@ def _settings_and_run(recipe: Path | None, config: Config, resume: Path | None) 
     given = config.model_dump(exclude_unset=True)
     if resume is None:
         return load_config(recipe, given), None
-    if recipe is not None or given:
-        what = recipe or "--" + next(iter(given))
-        raise UserError(f"--resume {resume} goes on with the run's own settings; drop {what}")
+    others = [f"--{name}" for name in _option_names(given) if name not in MAY_CHANGE]
+    if recipe is not None or others:
+        raise UserError(
+            f"--resume {resume} goes on with the run's own settings; drop {recipe or others[0]} "
+            f"(only {', '.join(MAY_CHANGE)} may change)"
+        )
     existing = Run.open(resume)
-    return existing.config(), existing
+    return with_length(existing.config(), given.get("train", {})), existing
+
+
+MAY_CHANGE = tuple(f"train.{name}" for name in LENGTH)
+
+
+def _option_names(given: Mapping[str, Any]) -> Iterator[str]:
+    """The dotted names of settings, as the command line has them."""
+    for name, value in given.items():
+        yield from (f"{name}.{inner}" for inner in value) if isinstance(value, Mapping) else (name,)
 
 
 def _follow_the_first(config: Config, resume: Run | None, peers: Group) -> int:

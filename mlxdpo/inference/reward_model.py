@@ -24,8 +24,8 @@ from mlxdpo.forward.architectures import model_parts
 from mlxdpo.forward.rewards import reward_fns
 from mlxdpo.inference.trained_run import score_examples
 from mlxdpo.io.digest import file_digest, folder_digest
-from mlxdpo.model.adapters import dropout_off, load_adapter
-from mlxdpo.model.policy import Policy, load_policy
+from mlxdpo.model.adapters import base_of_run, dropout_off, load_adapter
+from mlxdpo.model.policy import Policy
 from mlxdpo.model.reward_head import FILE, load_head
 from mlxdpo.runs import Run
 from mlxdpo.types import Example, Text, UnpairedExample, UserError
@@ -76,9 +76,7 @@ def open_reward_model(run: Run, batch_size: int = 16) -> RewardModel:
     config = run.config()
     if config.stage != "reward":
         raise UserError(f"{run.path}: a run of stage {config.stage} gives no rewards; name one of stage reward")
-    policy = load_policy(config.model)
-    if policy.identity["digest"] != run.manifest()["model"]["digest"]:
-        raise UserError(f"{run.path}: {config.model.path} is no longer the model this run was trained on; restore it")
+    policy = base_of_run(run)
     load_adapter(policy.model, run.adapter)
     load_head(policy.model, run.path)
     mx.eval(policy.model.parameters())

@@ -51,6 +51,7 @@ def gallery(run: Run) -> Gallery:
 
 def _rows_of_run(run: Run) -> tuple[list[Preference], list[Preference]]:
     config = run.config()
+    run.need("data.path", "data.eval")
     source = heldout_source(config.data)
     for path in (config.data.path, *(source[:1] if source else ())):
         if not Path(path).exists():

@@ -31,7 +31,7 @@ from mlxdpo.io.digest import folder_digest
 from mlxdpo.model.adapters import adapters_off, dropout_off, load_arrays, load_run, load_start, read_settings
 from mlxdpo.model.limits import check_takes
 from mlxdpo.model.policy import Policy
-from mlxdpo.runs import Run
+from mlxdpo.runs import INPUTS, Run
 from mlxdpo.training import checkpoint
 from mlxdpo.training.reference import find_reference
 from mlxdpo.types import Batch, Example, Preference, Text, UserError
@@ -131,6 +131,7 @@ def open_trained_run(run: Run) -> TrainedRun:
 
     Raises `UserError` when model or reference are not the ones in the run's manifest.
     """
+    run.need(*(name for name in INPUTS if not name.startswith("data.")))
     config, policy = run.config(), load_run(run)
     bare = config.model.adapter is None and read_settings(run.adapter).method != "full"
     start: ModelContext = (
@@ -184,6 +185,7 @@ def heldout_pairs(run: Run, data: str | None = None) -> tuple[list[Preference], 
     if data is not None:
         rows, report = read_pairs(config.data, data)
         return rows, report, _called(data)
+    run.need("data.eval" if config.data.eval else "data.path", instead=", or name held-out pairs with --data")
     if (source := heldout_source(config.data)) is not None:
         rows, report = read_pairs(config.data, *source)
         return rows, report, _called(source[0])

@@ -193,17 +193,25 @@ def load_run(run: Run, *, checkpoint: Path | None = None) -> Policy:
             f"{run.path}: a reward model writes no text; judge with it (mlxdpo eval RUN --judge reward:{run.path})"
         )
     lora = read_settings(folder)
-    policy = load_policy(config.model)
-    trained_on = run.manifest()["model"]
-    if policy.identity["digest"] != trained_on["digest"]:
-        raise UserError(f"{run.path}: {config.model.path} is no longer the model this run was trained on; restore it")
+    policy = base_of_run(run)
     load_adapter(policy.model, folder, lora)
+    return policy
+
+
+def base_of_run(run: Run) -> Policy:
+    """The bare model under a run's adapter. Raises `UserError` where it is gone or not the one in the manifest."""
+    config = run.config()
+    run.need("model.path")
+    policy = load_policy(config.model)
+    if policy.identity["digest"] != run.manifest()["model"]["digest"]:
+        raise UserError(f"{run.path}: {config.model.path} is no longer the model this run was trained on; restore it")
     return policy
 
 
 def load_start(run: Run) -> Policy:
     """The model as a run found it: its base, with the adapter that training started from, if any."""
     config = run.config()
+    run.need("model.path", "model.adapter")
     policy = load_policy(config.model)
     if config.model.adapter is not None:
         load_adapter(policy.model, Path(config.model.adapter))

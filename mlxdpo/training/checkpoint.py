@@ -115,7 +115,7 @@ def remove_unfinished(run: Path) -> None:
     for draft in (run / "checkpoints").glob(".draft-*"):
         shutil.rmtree(draft)
     for folder in (run, run / "adapter"):
-        for name in ("config", "manifest", "adapters", "adapter_config"):
+        for name in ("config", "paths", "continued", "manifest", "adapters", "adapter_config"):
             for unfinished in folder.glob(f".{name}-*"):
                 unfinished.unlink()
 

@@ -75,7 +75,10 @@ def run_loop(state: TrainState, progress: Progress, should_stop: Callable[[], bo
                 distributed.align_weights(state.group, state.model)
             yield Event("checkpoint", progress.step, {"path": str(path)})
     if progress.step < plan.steps:
-        text = f"stopped early at step {progress.step}: held-out loss was lowest at step {progress.best_step}"
+        text = (
+            f"stopped early at step {progress.step} of {plan.steps} (train.patience {config.train.patience}): held-out "
+            f"loss was lowest at step {progress.best_step}; a larger patience goes on"
+        )
         yield Event("note", progress.step, {"text": text})
 
 

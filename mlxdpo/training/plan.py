@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxdpo.config import Config, OptimConfig
+from mlxdpo.config import Config, OptimConfig, TrainConfig
 from mlxdpo.data.batch_shapes import BatchShape, batch_shapes_for, batch_size_of, choose_shape
 from mlxdpo.data.batching import cut_by_prompts
 from mlxdpo.data.examples import Examples
@@ -160,8 +160,38 @@ def summarize_plan(plan: TrainPlan, examples: Examples, found: Sequence[PlannedB
 def total_steps(config: Config, pairs: Outline) -> int:
     """Optimizer steps of a run over the training pairs."""
     windows = steps_per_epoch(pairs, config.train.batch_size, config.train.gradient_accumulation)
-    steps = max(1, math.ceil(windows * config.train.epochs - 1e-9))
-    return steps if config.train.steps is None else min(steps, config.train.steps)
+    return steps_asked(config.train, windows)
+
+
+def steps_asked(train: TrainConfig, windows: float) -> int:
+    """Optimizer steps of a run whose pass over the pairs is `windows` steps: those of epochs or steps, the fewer of
+    both where both are given, one pass where neither is."""
+    if train.epochs is None and train.steps is not None:
+        return train.steps
+    steps = max(1, math.ceil(windows * (train.epochs or 1.0) - 1e-9))
+    return steps if train.steps is None else min(steps, train.steps)
+
+
+def length_note(train: TrainConfig, plan: TrainPlan) -> str:
+    """What was asked for and what will run, where train.steps does not settle it by itself; empty otherwise."""
+    if train.steps is None:
+        return ""
+    if train.epochs is not None:
+        asked = steps_asked(train.model_copy(update={"steps": None}), plan.steps_per_epoch)
+        return (
+            f"asked for: train.steps {train.steps} and train.epochs {train.epochs:g}, which is {_step_count(asked)}; "
+            f"the fewer will run, {_step_count(plan.steps)}"
+        )
+    if train.steps <= plan.steps_per_epoch:
+        return ""
+    passes = train.steps / plan.steps_per_epoch
+    return (
+        f"train.steps {train.steps} takes {passes:.3g} passes over the pairs, {_step_count(plan.steps_per_epoch)} each"
+    )
+
+
+def _step_count(count: int) -> str:
+    return f"{count} step" if count == 1 else f"{count} steps"
 
 
 def learning_rate(optim: OptimConfig, step: int, total: int) -> float:

@@ -28,12 +28,12 @@ from mlxdpo.losses import Loss
 from mlxdpo.machine.memory_guard import MemoryGuard
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter, with_adapter
 from mlxdpo.model.policy import Policy, load_policy, tokenizer_of
-from mlxdpo.runs import Run
+from mlxdpo.runs import INPUTS, LENGTH, Run
 from mlxdpo.training import checkpoint, distributed, preflight
 from mlxdpo.training.checkpoint import Progress
 from mlxdpo.training.loop import run_loop
 from mlxdpo.training.manifest import describe_run
-from mlxdpo.training.plan import TrainPlan, make_plan
+from mlxdpo.training.plan import TrainPlan, learning_rate, length_note, make_plan
 from mlxdpo.training.reference import find_reference, shared_rows, with_reference
 from mlxdpo.training.reference_sync import check_reference_sync
 from mlxdpo.training.stages import stage_of
@@ -62,6 +62,8 @@ def train(
     Raises `UserError` when the recipe, the data or a changed input stops it; nothing is written before the model
     and the data are read.
     """
+    if resume is not None and group.first:
+        resume.need(*INPUTS)
     with contextlib.ExitStack() as held:
         prepared = yield from prepare(config, resume, should_stop, group, held, fits)
         if prepared is None:
@@ -72,15 +74,7 @@ def train(
         if group.first:
             checkpoint.remove_unfinished(run.path)
         if resume is not None:
-            checkpoints, progress = distributed.restore_for_group(
-                group, state.checkpoints, state.model, state.optimizer
-            )
-            state = replace(state, checkpoints=checkpoints)
-            if group.first:
-                if lost := _lost_lines(run, progress.step):
-                    yield Event("note", progress.step, {"text": lost})
-                run.log({"resumed_from": progress.step})
-            yield Event("resumed", progress.step, {})
+            state, progress = yield from _go_on(run, state, group)
         if progress.step == 0 and state.config.reference.model is None:
             preflight.check_start(state)
         step, guard = progress.step, MemoryGuard()
@@ -93,6 +87,47 @@ def train(
                 return
             step = event.step
         yield _keep_adapter(state, run, step)
+
+
+def _go_on(run: Run, state: TrainState, group: Group) -> Generator[Event, None, tuple[TrainState, Progress]]:
+    """The state of the last checkpoint, and what there is to say about it."""
+    checkpoints, progress = distributed.restore_for_group(group, state.checkpoints, state.model, state.optimizer)
+    state = replace(state, checkpoints=checkpoints)
+    _check_length(run, state, progress)
+    if group.first:
+        for text in filter(None, (_make_longer(run, state, progress.step), _lost_lines(run, progress.step))):
+            yield Event("note", progress.step, {"text": text})
+        run.log({"resumed_from": progress.step})
+    yield Event("resumed", progress.step, {})
+    return state, progress
+
+
+def _check_length(run: Run, state: TrainState, progress: Progress) -> None:
+    """Raise `UserError` where a run is to end before the steps that it has done."""
+    if progress.step > state.plan.steps:
+        raise UserError(
+            f"{run.path}: {progress.step} steps are done, and what was asked for ends after {state.plan.steps}; "
+            f"ask for more with --train.epochs or --train.steps"
+        )
+
+
+def _make_longer(run: Run, state: TrainState, step: int) -> str:
+    """Keep in the run that it trains longer than it did, if it does; what to say of it.
+
+    The learning rate is a function of step and total: it goes on where the schedule over the new total has it.
+    """
+    train, before, total = state.config.train, run.config(), state.plan.steps
+    if all(getattr(train, name) == getattr(before.train, name) for name in LENGTH):
+        return ""
+    run.make_longer(state.config, step)
+    if step == total:
+        return f"all {total} steps are done"
+    optim = state.config.optim
+    rate = learning_rate(optim, step, total)
+    return (
+        f"{step} steps are done, {total - step} follow; the learning rate goes on at {rate:.3g}, as the "
+        f"{optim.schedule} schedule over all {total} steps has it"
+    )
 
 
 def _lost_lines(run: Run, step: int) -> str | None:
@@ -142,8 +177,8 @@ def prepare(
     summary = preflight.preview_plan(policy.model, data, plan, forward)
     begun = {"run": run, "config": config, "data": data, "policy": policy, "plan": summary}
     yield Event("start", 0, begun | {"shown": stage.shown(data.train[0], loss)})
-    slow = preflight.recurrence_note(policy.model, summary)
-    for text in filter(None, (*policy.reading.notes, split_note, note, slow, stage.remark(data, config, loss))):
+    remarks = (preflight.recurrence_note(policy.model, summary), stage.remark(data, config, loss))
+    for text in filter(None, (*policy.reading.notes, length_note(config.train, plan), split_note, note, *remarks)):
         yield Event("note", 0, {"text": text})
     held.enter_context(distributed.holding(group, run, manifest))
     # Entered before anything is traced: a trace keeps the attention it was made with.

@@ -73,6 +73,7 @@ class LoadedVariants:
         return self._runs[run.path][1]
 
     def _load(self, run: Run) -> RunVariants:
+        run.need("model.path", "model.adapter", "reference.model", "reference.adapter")
         config, manifest = run.config(), run.manifest()
         base = self._base(config)
         if base.identity["digest"] != manifest["model"]["digest"]:

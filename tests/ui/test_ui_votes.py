@@ -120,7 +120,7 @@ def test_prompts_come_in_turn_and_from_the_right_side(place):
 def test_a_run_whose_data_moved_says_so(place):
     (place / "pairs.jsonl").rename(place / "elsewhere.jsonl")
     found = gallery(Run.open(place / "runs/one"))
-    assert found.heldout == () and "start it in the folder where you trained" in found.note
+    assert found.heldout == () and "its data.path is gone: the run was made in" in found.note
     with pytest.raises(UserError, match="write your own instead"):
         pick_prompt(found, "heldout", "", 0)
 
