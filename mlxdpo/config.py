@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
 
 from mlxdpo.io.yaml_file import key_with_nul, read_recipe, yaml_text
 from mlxdpo.types import UserError
@@ -319,8 +319,8 @@ class OptimConfig(Section):
 
     name: str = "adamw"
     """Optimizer: adamw, adam, sgd, rmsprop, lion, adafactor or muon."""
-    lr: float = Field(default=5e-6, gt=0)
-    """Peak learning rate (5e-6 suits LoRA, a tenth of it full fine-tuning); stages sft and reward start from 1e-4."""
+    lr: PositiveFloat | Literal["auto"] = "auto"
+    """Peak learning rate. auto: what short probes on the pairs find (stage dpo); 1e-4 in stages sft and reward."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup: float = Field(default=0.1, ge=0)
@@ -336,8 +336,8 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """How long, in what portions, and what is kept."""
 
-    epochs: float = Field(default=1.0, gt=0)
-    """Passes over the pairs."""
+    epochs: PositiveFloat | Literal["auto"] = "auto"
+    """Passes over the pairs. auto: one, and up to three where that takes fewer than about fifty steps."""
     steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps, before the epochs are over."""
     batch_size: int = Field(default=4, ge=1)
@@ -381,10 +381,6 @@ class RewardConfig(Section):
     """By how much the reward of the better completion should lead (Llama 2's margin)."""
     center: float = Field(default=0.0, ge=0)
     """Weight of the squared sum of a pair's rewards, which keeps them around 0; 0.01 is usual."""
-
-
-STAGE_LR = {"sft": 1e-4, "reward": 1e-4}
-"""Peak learning rates where a recipe gives none: both stages are taught new outputs, and need more than DPO's nudge."""
 
 
 class Config(Section):
@@ -449,16 +445,9 @@ def load_config(recipe: str | Path | None = None, overrides: Mapping[str, Any] |
     if (key := key_with_nul(merged)) is not None:
         raise UserError(f"{recipe or 'configuration'}: `{key}` holds a NUL character, which no name may; take it out")
     try:
-        return Config.model_validate(_with_stage_defaults(merged))
+        return Config.model_validate(merged)
     except ValidationError as error:
         raise UserError(explain(error, str(recipe) if recipe else "configuration")) from None
-
-
-def _with_stage_defaults(values: Any) -> Any:
-    """What a stage assumes where nothing is given; here and not in the schema, whose defaults fill a command line too,
-    and would then win over the recipe."""
-    rate = next((rate for stage, rate in STAGE_LR.items() if stage == values.get("stage")), None)
-    return values if rate is None else _merge({"optim": {"lr": rate}}, values)
 
 
 def _merge(base: Any, over: Any) -> Any:
@@ -476,7 +465,7 @@ def explain(error: ValidationError, source: str) -> str:
         near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean `{'.'.join([*where[:-1], near[0]])}`?" if near else f"known: {', '.join(known)}"
         return f"{source}: unknown key `{'.'.join(where)}`; {hint}"
-    key = ".".join(p for p in where if p != "function-after")
+    key = ".".join(p for p in where if p not in ("function-after", "constrained-float"))  # pydantic's own words
     return f"{source}: `{key}` is {_value_text(first['input'])}: {first['msg']}" if key else f"{source}: {first['msg']}"
 
 

@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from mlxdpo.config import Config, dump_config, load_config
-from mlxdpo.io.atomic import append_line, naming, write_first, write_json
+from mlxdpo.io.atomic import append_line, naming, write_first, write_json, write_text
 from mlxdpo.io.json_file import as_written, read_json, read_lines
 from mlxdpo.types import UserError
 
@@ -50,7 +50,17 @@ def check_manifest(found: Mapping[str, Any]) -> None:
             raise TypeError("data.reports holds something else than reports")
 
 
-def _took_lock(file: BinaryIO, kind: int, patience: float) -> bool:
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """A folder, to be locked: a lock on one of its files would be lost when that file is written anew."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        yield number
+    finally:
+        os.close(number)
+
+
+def _took_lock(file: int, kind: int, patience: float) -> bool:
     """Whether the lock on an open file could be taken within `patience` seconds; it is gone when the file is closed."""
     until = time.monotonic() + patience
     while True:
@@ -106,7 +116,7 @@ class Run:
 
         Raises `UserError` naming the process that holds it. What a killed one left behind holds nothing.
         """
-        with (self.path / "config.yaml").open("rb") as lock:  # never rewritten, so every process locks the same file
+        with _opened(self.path) as lock:
             if not _took_lock(lock, fcntl.LOCK_EX, patience=1.0):  # `held` takes it for an instant
                 raise UserError(f"{self.path}: {self._holder()} is training this run; stop it first, or wait")
             note = self.path / HOLDER
@@ -128,12 +138,17 @@ class Run:
         """Whether a process holds the run directory for writing now."""
         if not os.path.isfile(self.path / "config.yaml"):  # a pipe would be waited for
             return False
-        with (self.path / "config.yaml").open("rb") as lock:
+        with _opened(self.path) as lock:
             return not _took_lock(lock, fcntl.LOCK_SH, patience=0.0)
 
     def config(self) -> Config:
         """The resolved configuration; what lay inside a run that was moved since is looked for where it is now."""
         return _found_again(load_config(self.path / "config.yaml"), self.path)
+
+    def settle(self, section: str, **values: Any) -> None:
+        """Write settings that the recipe left open into the configuration, as they were found."""
+        file = self.path / "config.yaml"
+        write_text(file, dump_config(load_config(file, {section: values})))
 
     def manifest(self) -> dict[str, Any]:
         """What the run was made of: versions, machine, base model, reference, template, data, seed."""

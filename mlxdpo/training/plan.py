@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxdpo.config import Config, OptimConfig
+from mlxdpo.config import Config, OptimConfig, TrainConfig
 from mlxdpo.data.batch_shapes import BatchShape, batch_shapes_for, batch_size_of, choose_shape
 from mlxdpo.data.batching import cut_by_prompts
 from mlxdpo.data.examples import Examples
@@ -160,18 +160,50 @@ def summarize_plan(plan: TrainPlan, examples: Examples, found: Sequence[PlannedB
 def total_steps(config: Config, pairs: Outline) -> int:
     """Optimizer steps of a run over the training pairs."""
     windows = steps_per_epoch(pairs, config.train.batch_size, config.train.gradient_accumulation)
-    steps = max(1, math.ceil(windows * config.train.epochs - 1e-9))
+    steps = max(1, math.ceil(windows * chosen_epochs(config.train, windows) - 1e-9))
     return steps if config.train.steps is None else min(steps, config.train.steps)
+
+
+ENOUGH_STEPS, MOST_EPOCHS = 50, 3
+
+
+def chosen_epochs(train: TrainConfig, windows: int) -> float:
+    """The recipe's passes over pairs that make `windows` steps each; auto: as few as give `ENOUGH_STEPS` steps."""
+    if train.epochs != "auto":
+        return train.epochs
+    return float(min(MOST_EPOCHS, max(1, math.ceil(ENOUGH_STEPS / windows))))
+
+
+def epochs_for(config: Config, training: Sequence[Example]) -> float:
+    """`chosen_epochs` over these pairs."""
+    pairs = outline(Examples.of(training), config.data.group)
+    windows = steps_per_epoch(pairs, config.train.batch_size, config.train.gradient_accumulation)
+    return chosen_epochs(config.train, windows)
+
+
+def settled(config: Config, rate: float | None, epochs: float) -> Config:
+    """The recipe with what it leaves open (auto) as numbers; a `rate` of None stays open until probes have found it."""
+    optim = {"lr": rate} if config.optim.lr == "auto" and rate is not None else {}
+    train = {"epochs": epochs} if config.train.epochs == "auto" else {}
+    found = {"optim": config.optim.model_copy(update=optim), "train": config.train.model_copy(update=train)}
+    return config.model_copy(update=found)
 
 
 def learning_rate(optim: OptimConfig, step: int, total: int) -> float:
     """Rate of optimizer step `step` (from 0): linear warm-up to `lr`, then the schedule down to 0 at `total`."""
+    if optim.lr == "auto":
+        raise ValueError("optim.lr is still auto: resolve it first (rate_probe)")
+    return optim.lr * schedule_share(optim, step, total)
+
+
+def schedule_share(optim: OptimConfig, step: int, total: int) -> float:
+    """What of the peak rate step `step` (from 0) of `total` takes, 0..1."""
     warmup = round(optim.warmup * total) if optim.warmup < 1 else int(optim.warmup)
     if step < warmup:
-        return optim.lr * (step + 1) / (warmup + 1)
+        return (step + 1) / (warmup + 1)
     share = (step - warmup) / max(1, total - warmup)
     course = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
-    return optim.lr * course[optim.schedule]
+    return course[optim.schedule]
 
 
 class BatchLayout(NamedTuple):
