@@ -214,7 +214,8 @@ def _run_judge(judge: Judge, inputs: _JudgeInputs) -> Judged:
 
 def _findings(found: EvalParts, before: Answers, after: Answers) -> dict[str, Any]:
     baseline = reward_judge("longest", LENGTH_REWARDS["longest"])
-    headlines = _headlines(found)
+    changed = sum(a != b for a, b in zip(before.texts, after.texts, strict=True))
+    headlines = _headlines(found, 0 if changed else len(after.texts))
     return {
         "headline": headlines[0],
         "sentences": [headline.sentence for headline in headlines],
@@ -229,11 +230,11 @@ def _findings(found: EvalParts, before: Answers, after: Answers) -> dict[str, An
     }
 
 
-def _headlines(found: EvalParts) -> list[Headline]:
+def _headlines(found: EvalParts, unchanged: int) -> list[Headline]:
     """A headline for each part, the report's first: the first judge named, else people, else the held-out pairs."""
     headlines = [answers_headline(j.result) for j in found.judged]
     if found.votes is not None and found.votes.n:
         headlines.append(votes_headline(found.votes))
     if found.best is not None:
         headlines.append(best_of_k_headline(found.best))
-    return [*headlines, pairs_headline(found.pairs)]
+    return [*headlines, pairs_headline(found.pairs, unchanged)]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it
     from mlxdpo.data.best_of_k import BestOfK as BestOfK
     from mlxdpo.data.encode import encode as encode
     from mlxdpo.data.encode import encode_prompt as encode_prompt
+    from mlxdpo.data.read import read_preferences as read_preferences
     from mlxdpo.exporters import export as export
     from mlxdpo.forward.logprobs import completion_logps as completion_logps
     from mlxdpo.forward.next_token import next_logits as next_logits
@@ -82,6 +83,7 @@ _DOOR = {
     # what the evaluation (eval/) needs besides
     "BestOfK": "mlxdpo.data.best_of_k",
     "encode_prompt": "mlxdpo.data.encode",
+    "read_preferences": "mlxdpo.data.read",
     "next_logits": "mlxdpo.forward.next_token",
     "TrainedRun": "mlxdpo.inference.trained_run",
     "PairLogps": "mlxdpo.inference.trained_run",

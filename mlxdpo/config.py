@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveFloat, ValidationError, field_validator, model_validator
 
 from mlxdpo.io.settings import Section, explain, merged
 from mlxdpo.io.yaml_file import key_with_nul, read_recipe, yaml_text
@@ -315,8 +315,8 @@ class OptimConfig(Section):
 
     name: str = "adamw"
     """Optimizer: adamw, adam, sgd, rmsprop, lion, adafactor or muon."""
-    lr: float = Field(default=5e-6, gt=0)
-    """Peak learning rate (5e-6 suits LoRA, a tenth of it full fine-tuning); stages sft and reward start from 1e-4."""
+    lr: PositiveFloat | Literal["auto"] = "auto"
+    """Peak learning rate. auto: what short probes on the pairs find (stage dpo); 1e-4 in stages sft and reward."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup: float = Field(default=0.1, ge=0)
@@ -332,8 +332,9 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """How long, in what portions, and what is kept."""
 
-    epochs: float | None = Field(default=None, gt=0)
-    """Passes over the pairs; unset: as many as train.steps takes, else 1."""
+    epochs: PositiveFloat | Literal["auto"] = "auto"
+    """Passes over the pairs. auto: as many as train.steps takes, else one, and up to three where that takes fewer than
+    about fifty steps."""
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; where train.epochs is given too, the fewer of both."""
     batch_size: int = Field(default=4, ge=1)
@@ -379,10 +380,6 @@ class RewardConfig(Section):
     """By how much the reward of the better completion should lead (Llama 2's margin)."""
     center: float = Field(default=0.0, ge=0)
     """Weight of the squared sum of a pair's rewards, which keeps them around 0; 0.01 is usual."""
-
-
-STAGE_LR = {"sft": 1e-4, "reward": 1e-4}
-"""Peak learning rates where a recipe gives none: both stages are taught new outputs, and need more than DPO's nudge."""
 
 
 class Config(Section):
@@ -447,16 +444,9 @@ def load_config(recipe: str | Path | None = None, overrides: Mapping[str, Any] |
     if (key := key_with_nul(values)) is not None:
         raise UserError(f"{recipe or 'configuration'}: `{key}` holds a NUL character, which no name may; take it out")
     try:
-        return Config.model_validate(_with_stage_defaults(values))
+        return Config.model_validate(values)
     except ValidationError as error:
         raise UserError(explain(error, str(recipe) if recipe else "configuration", Config)) from None
-
-
-def _with_stage_defaults(values: Any) -> Any:
-    """What a stage assumes where nothing is given; here and not in the schema, whose defaults fill a command line too,
-    and would then win over the recipe."""
-    rate = next((rate for stage, rate in STAGE_LR.items() if stage == values.get("stage")), None)
-    return values if rate is None else merged({"optim": {"lr": rate}}, values)
 
 
 def dump_config(config: Config) -> str:

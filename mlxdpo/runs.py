@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from mlxdpo.config import Config, TrainConfig, dump_config, load_config
-from mlxdpo.io.atomic import append_line, naming, write_first, write_json
+from mlxdpo.io.atomic import append_line, naming, write_first, write_json, write_text
 from mlxdpo.io.json_file import as_written, read_json, read_lines
 from mlxdpo.types import UserError
 
@@ -51,7 +51,17 @@ def check_manifest(found: Mapping[str, Any]) -> None:
             raise TypeError("data.reports holds something else than reports")
 
 
-def _took_lock(file: BinaryIO, kind: int, patience: float) -> bool:
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """A folder, to be locked: a lock on one of its files would be lost when that file is written anew."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        yield number
+    finally:
+        os.close(number)
+
+
+def _took_lock(file: int, kind: int, patience: float) -> bool:
     """Whether the lock on an open file could be taken within `patience` seconds; it is gone when the file is closed."""
     until = time.monotonic() + patience
     while True:
@@ -123,8 +133,8 @@ LENGTH = ("epochs", "steps", "patience")
 def with_length(config: Config, given: Mapping[str, Any]) -> Config:
     """`config` with what `given` says of `LENGTH`; of epochs and steps, what is not given is not asked for any more."""
     known = {name: given[name] for name in LENGTH if name in given}
-    if known.get("epochs") is not None or known.get("steps") is not None:
-        known = {"epochs": None, "steps": None} | known
+    if known.get("epochs", "auto") != "auto" or known.get("steps") is not None:
+        known = {"epochs": "auto", "steps": None} | known
     train = TrainConfig.model_validate(config.train.model_dump() | known)
     return config.model_copy(update={"train": train})
 
@@ -173,7 +183,7 @@ class Run:
 
         Raises `UserError` naming the process that holds it. What a killed one left behind holds nothing.
         """
-        with (self.path / "config.yaml").open("rb") as lock:  # never rewritten, so every process locks the same file
+        with _opened(self.path) as lock:
             if not _took_lock(lock, fcntl.LOCK_EX, patience=1.0):  # `held` takes it for an instant
                 raise UserError(f"{self.path}: {self._holder()} is training this run; stop it first, or wait")
             note = self.path / HOLDER
@@ -195,7 +205,7 @@ class Run:
         """Whether a process holds the run directory for writing now."""
         if not os.path.isfile(self.path / "config.yaml"):  # a pipe would be waited for
             return False
-        with (self.path / "config.yaml").open("rb") as lock:
+        with _opened(self.path) as lock:
             return not _took_lock(lock, fcntl.LOCK_SH, patience=0.0)
 
     def config(self) -> Config:
@@ -249,6 +259,11 @@ class Run:
         """From `step` on the run trains as long as `config` says; config.yaml stays as it was given."""
         entry = {"step": step} | {name: getattr(config.train, name) for name in LENGTH}
         write_json(self.path / CONTINUED, {"continued": [*self.continued(), entry]})
+
+    def settle(self, section: str, **values: Any) -> None:
+        """Write settings that the recipe left open into the configuration, as they were found."""
+        file = self.path / "config.yaml"
+        write_text(file, dump_config(load_config(file, {section: values})))
 
     def manifest(self) -> dict[str, Any]:
         """What the run was made of: versions, machine, base model, reference, template, data, seed."""

@@ -215,8 +215,8 @@ class Unpaired(NamedTuple):
 class Event(NamedTuple):
     """Something that happened in a run, yielded by the trainer; the caller decides what to do with it.
 
-    kind is "reading" (of many rows), "start", "reference", "referenced", "resumed", "step", "eval", "checkpoint",
-    "note", "interrupted" or "done".
+    kind is "reading" (of many rows), "start", "reference", "referenced", "resumed", "probe", "step", "eval",
+    "checkpoint", "note", "interrupted" or "done".
     """
 
     kind: str

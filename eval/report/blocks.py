@@ -53,14 +53,21 @@ def answers_headline(result: WinRate) -> Headline:
     return Headline(verdict, f"{verdict.capitalize()}: {facts}; n = {result.prompts} prompts.")
 
 
-def pairs_headline(result: Heldout) -> Headline:
-    """What the implicit rewards of held-out pairs say: about ranking given answers, not about writing them."""
+def pairs_headline(result: Heldout, unchanged: int = 0) -> Headline:
+    """What the implicit rewards of held-out pairs say: about ranking given answers, not about writing them.
+
+    `unchanged` is the number of answers drawn before and after, where all of them are word for word the same: then
+    nothing is called better, however pairs are ranked.
+    """
     rewards = result.rewards
     if rewards.ties == rewards.n:
         text = f"No difference shown: on all {rewards.n} held-out pairs the model is its reference (accuracy 0.5)."
         return Headline("no difference shown", text)
     interval = rewards.accuracy_interval
     facts = f"the tuned model ranks {share(rewards.accuracy)} of {rewards.n} held-out pairs rightly ({span(interval)})"
+    if unchanged:
+        text = f"No difference shown: {facts}, and writes all {unchanged} answers word for word as before."
+        return Headline("no difference shown", text)
     if interval is None or interval.low <= 0.5 <= interval.high:
         return Headline(
             "cannot tell yet", f"Cannot tell yet: {facts}; {smallest_effect(result.prompts, result.detectable)}."

@@ -47,7 +47,7 @@ from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
 from mlxdpo.training.checkpoint import Progress
 from mlxdpo.training.manifest import check_same, describe_models
-from mlxdpo.training.plan import learning_rate, steps_asked
+from mlxdpo.training.plan import learning_rate, settled, steps_asked
 from mlxdpo.training.reference import find_reference
 from mlxdpo.training.step import make_optimizer, make_update
 from mlxdpo.types import Event, Text, UserError
@@ -69,6 +69,7 @@ IDLE = (
     "data.on_long_completion",
 )
 """Settings without a meaning in these stages: refused when given, never ignored."""
+RATE = 5e-6  # peak learning rate that optim.lr auto means here
 PPO_ONLY = ("epochs", "minibatches", "clip", "value_clip", "value_coef", "gamma", "lam")
 
 
@@ -95,6 +96,7 @@ def tune_on_samples(
     if process_count() > 1:
         raise UserError(f"stage {config.stage} runs in one process; start it without mlx.launch")
     check_rollout_settings(config)
+    config = settled(config, RATE, 1.0)
     optimizer = make_optimizer(config.optim)
     policy = load_policy(config.model)
     config = with_adapter(config, policy.model)

@@ -52,6 +52,8 @@ def show_training(events: Iterable[Event]) -> Iterator[Event]:
                 if event.kind in ("reading", "reference"):
                     doing = values.get("doing", "reference")
                     bar.update(task, description=doing, completed=values["done"], total=values["total"])
+                if event.kind == "probe":
+                    bar.update(task, description="probing rates", completed=values["done"], total=values["total"])
                 if event.kind == "step":
                     left = f"{clock(values['seconds_left'])} left"
                     bar.update(task, description="training", completed=event.step, total=steps, left=left)
@@ -65,6 +67,14 @@ def _print_step(event: Event, steps: int) -> None:
     console.print(f"step {event.step}/{steps}  {numbers(event.values)}  {left} left")
 
 
+def _print_probe(event: Event, steps: int) -> None:
+    values = event.values
+    console.print(
+        f"probe {values['done']}/{values['total']}  lr {values['lr']:.2g}  "
+        f"rewards differ by {values['rewards']:.4f}  held-out loss {values['loss']:.4f}"
+    )
+
+
 def _print_eval(event: Event, steps: int) -> None:
     held = {name.removeprefix("eval_"): value for name, value in event.values.items()}
     console.print(f"held-out at step {event.step}/{steps}  {numbers(held)}", style="bold")
@@ -75,6 +85,7 @@ LINES = {
     "referenced": lambda event, steps: console.print(
         f"reference: log-probs of {event.values['total']} {event.values['part']} pairs are ready"
     ),
+    "probe": _print_probe,
     "resumed": lambda event, steps: console.print(f"going on from step {event.step}/{steps}"),
     "step": _print_step,
     "eval": _print_eval,

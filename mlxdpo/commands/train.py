@@ -43,7 +43,8 @@ def run(
     with joined(error_message) as peers:
         settings, existing = asked_for(peers, lambda: _settings_and_run(recipe, config, resume))
         if peers.first:
-            return follow_training(settings, existing, peers, go_on_once if peers.size == 1 else leave_stopped)
+            gone = go_on_once if peers.size == 1 else leave_stopped
+            return follow_training(settings, existing, peers, gone, say_outcome)
         return _follow_the_first(settings, existing, peers)
 
 
@@ -140,6 +141,21 @@ def go_on_once(path: Path, error: RuntimeError) -> None:
     os.execve(sys.executable, words, GENTLER | os.environ | {WENT_ON: "1"})
 
 
+def nothing_more(run: Run, heldout: Mapping[str, float]) -> None:
+    """Nothing: the caller says what came out."""
+
+
+def say_outcome(run: Run, heldout: Mapping[str, float]) -> None:
+    """Whether the answers changed, by how much, and what to do next; for runs that write and held out prompts."""
+    from mlxdpo.commands.terminal import console
+    from mlxdpo_eval.outcome import measure_outcome, outcome_sentences
+
+    if not heldout or run.config().stage == "reward":
+        return
+    for sentence in outcome_sentences(measure_outcome(run), heldout, run):
+        console.print(sentence, style="bold", markup=False)
+
+
 def leave_stopped(path: Path, error: RuntimeError) -> None:
     """Nothing: who starts the processes again is not one of them."""
 
@@ -149,10 +165,12 @@ def follow_training(
     resume: Run | None,
     peers: Group | None = None,
     when_stopped: Callable[[Path, RuntimeError], None] = leave_stopped,
+    finish: Callable[[Run, Mapping[str, float]], None] = nothing_more,
 ) -> int:
     """Train with everything shown and tracked; 0 when done, 130 when interrupted.
 
-    `when_stopped` is called when macOS stopped the work on the GPU; when it returns, that error is raised.
+    `when_stopped` is called when macOS stopped the work on the GPU; when it returns, that error is raised. `finish` is
+    called with the finished run and its last held-out metrics.
     """
     from mlxdpo.commands import terminal
     from mlxdpo.commands.interrupt import stop_flag
@@ -167,12 +185,15 @@ def follow_training(
         terminal.warn(preload_blas().note)
     check_trackers(config)
     path, finished = resume.path if resume else None, False
+    heldout: Mapping[str, float] = {}
     with stop_flag() as should_stop:
         events = train(config, resume=resume, should_stop=should_stop, group=peers or ALONE, fits=check_fits)
         try:
             for event in tracked(terminal.show_training(events), config):
                 if event.kind == "start":
                     path = event.values["run"].path
+                elif event.kind == "eval":
+                    heldout = event.values
                 elif event.kind == "done":
                     finished = True
                     terminal.console.print(f"done: {event.values['adapter']} holds {event.values['from']}")
@@ -187,5 +208,7 @@ def follow_training(
         way = "nothing was begun, start again" if path is None else f"go on with: mlxdpo train --resume {path}"
         terminal.console.print(f"stopped; {way}")
         return 130
+    del events  # and with it the model, which `finish` may load again
     terminal.console.print(f"see it: mlxdpo generate {path} --prompt '...'   (--before for the untuned model)")
+    finish(Run(path), heldout)
     return 0

@@ -175,21 +175,22 @@ def _short_identity(value: Any) -> str:
     return value[:12] if isinstance(value, str) else str(value)
 
 
-def heldout_pairs(run: Run, data: str | None = None) -> tuple[list[Preference], Report, str]:
+def heldout_pairs(run: Run, data: str | None = None, read: Any = read_pairs) -> tuple[list[Any], Report, str]:
     """Pairs that training never saw, what became of the rows, and where they come from in words.
 
     Those of `data` when given, else of the recipe's `data.eval`, else the prompts that the recipe's
-    `data.eval_fraction` held out. Raises `UserError` when there are none.
+    `data.eval_fraction` held out; with `read` of `read_preferences` also rows with one answer. Raises `UserError` when
+    there are none.
     """
     config = run.config()
     if data is not None:
-        rows, report = read_pairs(config.data, data)
+        rows, report = read(config.data, data)
         return rows, report, _called(data)
     run.need("data.eval" if config.data.eval else "data.path", instead=", or name held-out pairs with --data")
     if (source := heldout_source(config.data)) is not None:
-        rows, report = read_pairs(config.data, *source)
+        rows, report = read(config.data, *source)
         return rows, report, _called(source[0])
-    rows, report = read_pairs(config.data)
+    rows, report = read(config.data)
     rows = split_heldout(rows, config.data.eval_fraction, config.train.seed)[1]
     if not rows:
         raise UserError(f"{run.path}: its recipe held out no pairs; name some with --data")

@@ -34,7 +34,7 @@ def explain(error: ValidationError, source: str, schema: type[BaseModel]) -> str
         near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean `{'.'.join([*where[:-1], near[0]])}`?" if near else f"known: {', '.join(known)}"
         return f"{source}: unknown key `{'.'.join(where)}`; {hint}"
-    key = ".".join(p for p in where if p != "function-after")
+    key = ".".join(p for p in where if p not in ("function-after", "constrained-float"))  # pydantic's own words
     return (
         f"{source}: `{key}` is {reprlib.repr(first['input'])}: {first['msg']}" if key else f"{source}: {first['msg']}"
     )

@@ -165,10 +165,10 @@ def total_steps(config: Config, pairs: Outline) -> int:
 
 def steps_asked(train: TrainConfig, windows: float) -> int:
     """Optimizer steps of a run whose pass over the pairs is `windows` steps: those of epochs or steps, the fewer of
-    both where both are given, one pass where neither is."""
-    if train.epochs is None and train.steps is not None:
+    both where both are given, `chosen_epochs` where neither is."""
+    if train.epochs == "auto" and train.steps is not None:
         return train.steps
-    steps = max(1, math.ceil(windows * (train.epochs or 1.0) - 1e-9))
+    steps = max(1, math.ceil(windows * chosen_epochs(train, windows) - 1e-9))
     return steps if train.steps is None else min(steps, train.steps)
 
 
@@ -176,7 +176,7 @@ def length_note(train: TrainConfig, plan: TrainPlan) -> str:
     """What was asked for and what will run, where train.steps does not settle it by itself; empty otherwise."""
     if train.steps is None:
         return ""
-    if train.epochs is not None:
+    if train.epochs != "auto":
         asked = steps_asked(train.model_copy(update={"steps": None}), plan.steps_per_epoch)
         return (
             f"asked for: train.steps {train.steps} and train.epochs {train.epochs:g}, which is {_step_count(asked)}; "
@@ -194,14 +194,46 @@ def _step_count(count: int) -> str:
     return f"{count} step" if count == 1 else f"{count} steps"
 
 
+ENOUGH_STEPS, MOST_EPOCHS = 50, 3
+
+
+def chosen_epochs(train: TrainConfig, windows: int) -> float:
+    """The recipe's passes over pairs that make `windows` steps each; auto: as few as give `ENOUGH_STEPS` steps."""
+    if train.epochs != "auto":
+        return train.epochs
+    return float(min(MOST_EPOCHS, max(1, math.ceil(ENOUGH_STEPS / windows))))
+
+
+def epochs_for(config: Config, training: Sequence[Example]) -> float:
+    """`chosen_epochs` over these pairs."""
+    pairs = outline(Examples.of(training), config.data.group)
+    windows = steps_per_epoch(pairs, config.train.batch_size, config.train.gradient_accumulation)
+    return chosen_epochs(config.train, windows)
+
+
+def settled(config: Config, rate: float | None, epochs: float) -> Config:
+    """The recipe with what it leaves open (auto) as numbers; a `rate` of None stays open until probes have found it."""
+    optim = {"lr": rate} if config.optim.lr == "auto" and rate is not None else {}
+    train = {"epochs": epochs} if config.train.epochs == "auto" and config.train.steps is None else {}
+    found = {"optim": config.optim.model_copy(update=optim), "train": config.train.model_copy(update=train)}
+    return config.model_copy(update=found)
+
+
 def learning_rate(optim: OptimConfig, step: int, total: int) -> float:
     """Rate of optimizer step `step` (from 0): linear warm-up to `lr`, then the schedule down to 0 at `total`."""
+    if optim.lr == "auto":
+        raise ValueError("optim.lr is still auto: resolve it first (rate_probe)")
+    return optim.lr * schedule_share(optim, step, total)
+
+
+def schedule_share(optim: OptimConfig, step: int, total: int) -> float:
+    """What of the peak rate step `step` (from 0) of `total` takes, 0..1."""
     warmup = round(optim.warmup * total) if optim.warmup < 1 else int(optim.warmup)
     if step < warmup:
-        return optim.lr * (step + 1) / (warmup + 1)
+        return (step + 1) / (warmup + 1)
     share = (step - warmup) / max(1, total - warmup)
     course = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
-    return optim.lr * course[optim.schedule]
+    return course[optim.schedule]
 
 
 class BatchLayout(NamedTuple):

@@ -33,7 +33,8 @@ from mlxdpo.training import checkpoint, distributed, preflight
 from mlxdpo.training.checkpoint import Progress
 from mlxdpo.training.loop import run_loop
 from mlxdpo.training.manifest import describe_run
-from mlxdpo.training.plan import TrainPlan, learning_rate, length_note, make_plan
+from mlxdpo.training.plan import TrainPlan, epochs_for, learning_rate, length_note, make_plan, settled
+from mlxdpo.training.rate_probe import ChosenRate, choose_rate, rate_sentence
 from mlxdpo.training.reference import find_reference, shared_rows, with_reference
 from mlxdpo.training.reference_sync import check_reference_sync
 from mlxdpo.training.stages import stage_of
@@ -77,6 +78,13 @@ def train(
             state, progress = yield from _go_on(run, state, group)
         if progress.step == 0 and state.config.reference.model is None:
             preflight.check_start(state)
+        if state.config.optim.lr == "auto":
+            chosen = yield from choose_rate(state, should_stop)
+            if chosen is None:
+                yield Event("interrupted", 0, {})
+                return
+            state = _with_rate(state, run, chosen)
+            yield Event("note", 0, {"text": rate_sentence(chosen)})
         step, guard = progress.step, MemoryGuard()
         for event in run_loop(state, progress, lambda: should_stop() or guard.short()):
             if event.kind in ("step", "eval") and group.first:
@@ -130,6 +138,15 @@ def _make_longer(run: Run, state: TrainState, step: int) -> str:
     )
 
 
+def _with_rate(state: TrainState, run: Run, chosen: ChosenRate) -> TrainState:
+    """The state of a run whose recipe named the rate, which is now written into its configuration."""
+    if state.group.first:
+        run.settle("optim", lr=chosen.lr)
+        run.write_manifest(run.manifest() | {"rate": chosen.as_json()})
+    optim = state.config.optim.model_copy(update={"lr": chosen.lr})
+    return replace(state, config=state.config.model_copy(update={"optim": optim}))
+
+
 def _lost_lines(run: Run, step: int) -> str | None:
     """What to say where `metrics.jsonl` does not reach the checkpoint that a run goes on from: it was shortened."""
     try:
@@ -164,6 +181,7 @@ def prepare(
     if read is None:
         return None
     config, data = read
+    config = settled(config, stage.rate, epochs_for(config, data.train))
     policy = load_policy(config.model)
     asked = with_adapter(config, policy.model)
     config, split_note = distributed.config_for_group(asked, group)

@@ -40,6 +40,7 @@ Shown = tuple[Example, tuple[str, ...]]
 class Stage(NamedTuple):
     """One stage of tuning.
 
+    rate       the peak learning rate that `optim.lr: auto` means; None: found by probes (`rate_probe`)
     idle       settings of the recipe that mean nothing in it: sections, or single knobs by their dotted names
     loss       what a step minimises
     transform  the rows it trains on, and how they are laid out
@@ -52,6 +53,7 @@ class Stage(NamedTuple):
     remark     what a user should know of the data before they are trained on; "" for nothing
     """
 
+    rate: float | None
     idle: tuple[str, ...]
     loss: Callable[[Config], Loss]
     transform: Callable[[Config, Loss], Transform]
@@ -127,6 +129,7 @@ def _without_end(example: Example, loss: Loss) -> Shown:
 
 STAGES: dict[str, Stage] = {
     "dpo": Stage(
+        rate=None,
         idle=("reward", "rollout", *IN_ROUNDS),
         loss=lambda config: resolve(config.loss, config.data.columns),
         transform=_preferences,
@@ -139,6 +142,7 @@ STAGES: dict[str, Stage] = {
         remark=_thumbs,
     ),
     "sft": Stage(
+        rate=1e-4,  # new outputs are taught: more than DPO's nudge
         idle=("loss", "reference", "reward", "rollout", *IN_ROUNDS),
         loss=lambda config: resolve(LossConfig(name="sft"), config.data.columns),
         transform=lambda config, loss: DEMONSTRATIONS,
@@ -151,6 +155,7 @@ STAGES: dict[str, Stage] = {
         remark=lambda data, config, loss: "",
     ),
     "reward": Stage(
+        rate=1e-4,
         idle=("loss", "reference", "rollout", *IN_ROUNDS),
         loss=lambda config: reward_loss(config.reward.margin, config.reward.center, config.data.columns),
         transform=lambda config, loss: REWARDED,

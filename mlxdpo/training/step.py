@@ -137,7 +137,8 @@ def make_optimizer(config: OptimConfig) -> optim.Optimizer:
             raise UserError(
                 f"optim.{knob} {value} has no effect on {config.name}; it is for {', '.join(sorted(takers))}"
             )
-    return OPTIMIZERS[config.name](config)
+    first = 0.0 if config.lr == "auto" else config.lr  # every update sets the rate of its step
+    return OPTIMIZERS[config.name](config.model_copy(update={"lr": first}))
 
 
 def make_scorer(model: nn.Module, forward: Forward | None = None) -> Callable[[Batch], Pairs]:

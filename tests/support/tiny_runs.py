@@ -21,7 +21,14 @@ DEFAULTS = {
     "data": {"eval_fraction": 0.0, "template": "plain", "max_length": 64},
     "lora": {"rank": 4, "scale": 2.0},
     "optim": {"lr": 3e-3, "warmup": 0.0},
-    "train": {"batch_size": 2, "gradient_accumulation": 2, "eval_every": 0, "save_every": 2, "keep_checkpoints": 9},
+    "train": {
+        "epochs": 1.0,
+        "batch_size": 2,
+        "gradient_accumulation": 2,
+        "eval_every": 0,
+        "save_every": 2,
+        "keep_checkpoints": 9,
+    },
 }
 
 

@@ -14,12 +14,13 @@ from mlx.utils import tree_flatten
 from tiny_runs import DEFAULTS, assert_same, finish, interrupted, losses, recipe, stop_after, write_pairs
 
 from mlxdpo.cli import run as command
-from mlxdpo.config import STAGE_LR, Config, load_config
+from mlxdpo.config import Config, load_config
 from mlxdpo.forward.logprobs import next_token_logps
 from mlxdpo.losses import resolve
 from mlxdpo.model.adapters import attach_lora, load_adapter, load_arrays
 from mlxdpo.model.policy import load_policy
 from mlxdpo.runs import Run
+from mlxdpo.training.plan import settled
 from mlxdpo.training.stages import STAGES, stage_of
 from mlxdpo.types import UserError
 
@@ -45,12 +46,16 @@ def test_the_schema_names_every_stage_and_one_that_no_recipe_can_run_is_refused(
             stage_of(load_config(None, {"stage": other}))
 
 
-@pytest.mark.parametrize("stage", STAGE_LR)
+@pytest.mark.parametrize("stage", [name for name, stage in STAGES.items() if stage.rate is not None])
 def test_a_stage_brings_its_rate_and_every_source_wins_over_it(stage, tmp_path):
-    assert load_config(None, {"stage": stage}).optim.lr == STAGE_LR[stage]
+    open_recipe = load_config(None, {"stage": stage})
+    assert open_recipe.optim.lr == "auto" == load_config(None).optim.lr
+    assert settled(open_recipe, STAGES[stage].rate, 1.0).optim.lr == STAGES[stage].rate
     (tmp_path / "r.yaml").write_text("optim: {lr: 3e-3}\n")
-    assert load_config(tmp_path / "r.yaml", {"stage": stage}).optim.lr == 3e-3
-    assert load_config(None).optim.lr == 5e-6
+    given = load_config(tmp_path / "r.yaml", {"stage": stage})
+    assert given.optim.lr == 3e-3 and settled(given, STAGES[stage].rate, 1.0) == given.model_copy(
+        update={"train": given.train.model_copy(update={"epochs": 1.0})}
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,206 @@
+"""`optim.lr: auto`: the peak rate that moves this model, on these pairs, about as far as preferences ask for.
+
+An optimizer of Adam's kind moves each weight by about the rate at every step, whatever the gradient's size. So how far
+a run takes a model from its reference follows from its rates added up and from how well its steps agree. Both are
+measured here: a few steps on the run's own first batches, each rate chosen from what the ones before have moved, and
+after each the rewards of held-out pairs. Then everything is put back, and the run begins as if its recipe had named the
+rate.
+
+How far is far enough: an implicit reward is beta nats (arXiv 2305.18290 section 5), and the logistic loss tells two
+answers apart where their rewards differ by about 1. Rewards that differ by much less leave answers as they were; much
+more is drift that the loss no longer asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlxdpo.data.planning import Indices
+from mlxdpo.training.loop import evaluate_heldout
+from mlxdpo.training.metrics import Scored, token_means
+from mlxdpo.training.plan import schedule_share
+from mlxdpo.training.step import CompiledFns, NonFiniteError, ReferencedPairs, TrainState, make_optimizer, train_step
+from mlxdpo.types import Event
+
+GOAL = 1.0  # root mean square of held-out pairs' reward differences at the end of a run
+MOST_DRIFT = 0.3  # nats a token: root mean square of the log-ratios of held-out answers, about 0.05 nats of KL
+SHARE = 0.15  # of the run's work that probes may take
+FEWEST, MOST = 3, 8  # probe steps
+PROBED = 0.15  # of the way that probes go
+WORSE = 0.01  # nats: a rise of held-out loss within the probes that is no noise
+STEEPEST = 10.0  # times the rate before
+MEASURED = 16  # pairs that are scored after each
+FIRST = {"lora": 2e-5, "dora": 2e-5, "full": 1e-6}  # rate of the first step
+USUAL = {"lora": 2e-3, "dora": 2e-3, "full": 1e-4}  # rates added up over a run that is too short for probes
+"""What an untried run of LoRA adds up to: 1e-4 over 40 steps of a cosine, the middle of published LoRA-DPO recipes."""
+LEAST_RATE, LARGEST_RATE = 1e-7, 2e-3
+
+
+class Moved(NamedTuple):
+    """What held-out pairs show after steps whose rates add up to `rates`.
+
+    `rewards` is the root mean square of their reward differences, `per_token` of their log-ratios a token, nats;
+    `loss` their mean loss.
+    """
+
+    rates: float
+    rewards: float
+    per_token: float
+    loss: float
+
+
+class ProbePlan(NamedTuple):
+    """Steps of one batch each, and the batches of the pairs that are scored after each."""
+
+    steps: int
+    measured: ReferencedPairs
+    batches: list[Indices]
+
+
+def probe_plan(state: TrainState) -> ProbePlan | None:
+    """The probes that `SHARE` of the run pays for; None where it pays for fewer than `FEWEST` steps.
+
+    A pair's step counts as three of its forward passes.
+    """
+    source, batches = (
+        (state.heldout, state.plan.heldout) if state.heldout.examples else (state.train, state.plan.training)
+    )
+    taken: list[Indices] = []
+    while batches and sum(map(len, taken)) < MEASURED and len(taken) < len(batches):
+        taken.append(batches[-1 - len(taken)])  # of training pairs the last: probe steps take the first
+    measured = sum(map(len, taken))
+    passes = sum(len(batch) for step in range(state.plan.steps) for batch in state.plan.batches(step))
+    each = 3 * state.config.train.batch_size + measured
+    steps = min(MOST, int(SHARE * 3 * passes / each))
+    return None if steps < FEWEST else ProbePlan(steps, source, taken)
+
+
+class ChosenRate(NamedTuple):
+    """The peak learning rate that was found, the probes it follows from, and why it is this one."""
+
+    lr: float
+    probes: tuple[Moved, ...]
+    reason: str
+
+    def as_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"lr": self.lr, "probes": [probe._asdict() for probe in self.probes], "reason": self.reason}
+
+
+def rate_sentence(chosen: ChosenRate) -> str:
+    """What was chosen and why, for a person."""
+    return f"optim.lr auto is {chosen.lr:g}: {chosen.reason}"
+
+
+def choose_rate(state: TrainState, should_stop: Callable[[], bool]) -> Generator[Event, None, ChosenRate | None]:
+    """The peak rate for a run whose recipe leaves it open; None when asked to stop.
+
+    The weights are those of before afterwards, and no state of the run has changed. Of several processes each must
+    call this alike.
+    """
+    optim, lora = state.config.optim, state.config.lora
+    shares = sum(schedule_share(optim, step, state.plan.steps) for step in range(state.plan.steps))
+    plan = probe_plan(state)
+    if plan is None:
+        rates, reason = USUAL[lora.method], f"what is usual for {state.plan.steps} steps, too few to pay for probes"
+        return ChosenRate(_within(rates / shares), (), reason)
+    probes = yield from _probe(state, plan, should_stop)
+    if probes is None:
+        return None
+    if way(probes[-1]) == 0:
+        rates, reason = USUAL[lora.method], "what is usual: the probes moved nothing"
+    else:
+        rates, reason = rates_to_goal(probes)
+    return ChosenRate(_within(rates / shares), tuple(probes), reason)
+
+
+def _within(rate: float) -> float:
+    """Two digits, which a person can copy, within what is ever of use."""
+    return float(f"{min(LARGEST_RATE, max(LEAST_RATE, rate)):.1e}")
+
+
+def _probe(
+    state: TrainState, plan: ProbePlan, should_stop: Callable[[], bool]
+) -> Generator[Event, None, list[Moved] | None]:
+    start = [(name, mx.array(a)) for name, a in tree_flatten(state.model.trainable_parameters())]
+    heldout = replace(state.plan, heldout=plan.batches)
+    probing = replace(state, plan=heldout, heldout=plan.measured, optimizer=make_optimizer(state.config.optim))
+    fns, rate = CompiledFns(probing), FIRST[state.config.lora.method]
+    before = measure(probing, fns) if "reference" not in state.loss.needs else None
+    found: list[Moved] = []
+    total, stopped = 0.0, False
+    try:
+        for step in range(plan.steps):
+            batches = state.plan.batches(step % state.plan.steps)[:1]
+            total += rate
+            try:
+                stopped = train_step(probing, fns, batches, step, rate, should_stop) is None
+                if stopped:
+                    break
+                found.append(_moved(probing, measure(probing, fns), before, total))
+            except NonFiniteError:
+                if not found:
+                    raise
+                break  # too far; the steps before have shown enough
+            yield Event("probe", 0, {"done": step + 1, "total": plan.steps, "lr": rate, **found[-1]._asdict()})
+            rate = next_rate(found, plan.steps)
+    finally:
+        state.model.load_weights(start, strict=False)
+        mx.eval(state.model.trainable_parameters())
+    return None if stopped else found
+
+
+def way(moved: Moved) -> float:
+    """What part of the way to the goal has been gone, 0 at the start; by rewards or by drift, whichever is further."""
+    return max(moved.rewards / GOAL, moved.per_token / MOST_DRIFT)
+
+
+def next_rate(found: Sequence[Moved], steps: int) -> float:
+    """The rate of the next probe step, so that `PROBED` of the way is reached in even steps with the last of them."""
+    last, before = found[-1], found[-2].rates if len(found) > 1 else 0.0
+    wanted = PROBED * (len(found) + 1) / steps
+    gone = way(last)
+    rates = last.rates * wanted / gone if gone > 0 else math.inf
+    rate = last.rates - before  # of the step that was taken last
+    return min(max(rates - last.rates, rate / STEEPEST), rate * STEEPEST)
+
+
+def rates_to_goal(found: Sequence[Moved]) -> tuple[float, str]:
+    """The rates added up that lead to the goal, and why in words.
+
+    Distance is taken to grow in proportion to them: on SmolLM2 it grows with a power of them, 0.85 (near) to 1.1 (far).
+    """
+    last, goal = found[-1], 1.0
+    why = f"rewards of held-out pairs come to differ by about {GOAL:g}"
+    if last.per_token / MOST_DRIFT > last.rewards / GOAL:
+        why = f"held-out answers come to be about {MOST_DRIFT:g} nats a token from the reference"
+    if last.loss > found[0].loss + WORSE:
+        goal, why = 0.5, f"{why}, half of that because held-out loss rose from {found[0].loss:.3f} to {last.loss:.3f}"
+    return last.rates * goal / way(last), f"at it {why} ({len(found)} probe steps)"
+
+
+def measure(state: TrainState, fns: CompiledFns) -> Scored:
+    """The measured pairs under the weights of this moment."""
+    scored = evaluate_heldout(state, fns)
+    return token_means(scored) if state.loss.per_token else scored
+
+
+def _moved(state: TrainState, now: Scored, before: Scored | None, rates: float) -> Moved:
+    """How far pairs have come from the reference, or from where they were before the first step."""
+    chosen = now.chosen - (now.ref_chosen if before is None else before.chosen)
+    rejected = now.rejected - (now.ref_rejected if before is None else before.rejected)
+    apart = chosen - rejected if state.loss.paired else chosen
+    lengths = (1.0, 1.0) if state.loss.per_token else (now.chosen_len, now.rejected_len)
+    per_token = np.concatenate([chosen / lengths[0], rejected / lengths[1]])
+    return Moved(rates, state.config.loss.beta * _rms(apart), _rms(per_token), float(now.losses.mean()))
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))

@@ -1,0 +1,152 @@
+"""`optim.lr: auto`: what probes find, that they leave nothing behind, that the recipe they settle repeats the run."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from tiny_runs import assert_same, finish, losses, recipe, write_pairs
+
+from mlxdpo.config import OptimConfig, TrainConfig, load_config
+from mlxdpo.runs import Run
+from mlxdpo.training import rate_probe
+from mlxdpo.training.plan import chosen_epochs, schedule_share, settled
+from mlxdpo.training.rate_probe import GOAL, MOST_DRIFT, PROBED, Moved, next_rate, rates_to_goal, way
+from mlxdpo.training.run import train
+
+AUTO = {"lr": "auto", "warmup": 0.1}
+LONG = {"epochs": 8.0, "save_every": 50, "eval_every": 0}  # enough steps to pay for probes
+
+
+def auto(folder, out="auto", **sections):
+    sections.setdefault("train", LONG)
+    return recipe(folder, out, optim=AUTO, data={"eval_fraction": 0.2}, **sections)
+
+
+@pytest.fixture
+def found(tmp_path, cache):
+    config = auto(tmp_path)
+    return config, finish(config), Run.open(config.out)
+
+
+def test_the_recipe_that_is_written_repeats_the_run_to_the_bit(tmp_path, found):
+    config, events, run = found
+    written = load_config(run.path / "config.yaml")
+    assert config.optim.lr == "auto" and 1e-7 < written.optim.lr < 1
+    again = written.model_copy(update={"out": str(tmp_path / "again")})
+    assert not [event for event in finish(again) if event.kind == "probe"]
+    assert_same(run.path, tmp_path / "again")
+    assert run.manifest()["rate"]["lr"] == written.optim.lr
+    steps = [event.values["learning_rate"] for event in events if event.kind == "step"]
+    assert max(steps) == pytest.approx(written.optim.lr, rel=0.05)
+
+
+def test_probes_leave_weights_and_first_loss_as_they_were(found):
+    assert losses(found[1])[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert [e.values["loss"] for e in found[1] if e.kind == "probe"][-1] != pytest.approx(math.log(2), abs=1e-9)
+
+
+def test_probes_cost_no_more_than_their_share(found):
+    kinds = Counter(event.kind for event in found[1])
+    probes = [event.values for event in found[1] if event.kind == "probe"]
+    assert rate_probe.FEWEST <= kinds["probe"] == probes[0]["total"] <= rate_probe.MOST
+    pairs = found[2].manifest()["data"]
+    each = 3 * found[0].train.batch_size + min(rate_probe.MEASURED, pairs["heldout"])
+    assert kinds["probe"] * each <= rate_probe.SHARE * 3 * pairs["pairs"] * LONG["epochs"]
+
+
+def test_the_goal_is_met_within_a_factor(tmp_path, cache):
+    """Not by the formula: the finished run's held-out rewards are looked at."""
+    config = auto(tmp_path, "far", train=LONG | {"epochs": 12.0})
+    moved = [e.values for e in finish(config) if e.kind == "eval"][-1]
+    assert 0.1 * GOAL < abs(moved["eval_rewards/chosen"]) + abs(moved["eval_rewards/rejected"]) < 10 * GOAL
+
+
+def test_a_run_too_short_for_probes_takes_what_is_usual_and_says_so(tmp_path, cache):
+    config = auto(tmp_path, "short", train={"epochs": 1.0})
+    events = finish(config)
+    assert not [event for event in events if event.kind == "probe"]
+    assert any("too few to pay for probes" in e.values["text"] for e in events if e.kind == "note")
+    run = Run.open(config.out)
+    assert run.config().optim.lr == run.manifest()["rate"]["lr"] <= rate_probe.LARGEST_RATE
+
+
+def test_stopped_in_the_probes_and_gone_on_is_the_same_run(tmp_path, found):
+    config, _, run = found
+    cut = config.model_copy(update={"out": str(tmp_path / "cut")})
+    seen: list[str] = []
+    for event in train(cut, should_stop=lambda: seen.count("probe") == 2):
+        seen.append(event.kind)
+    stopped = Run.open(cut.out)
+    assert event.kind == "interrupted"
+    assert stopped.config().optim.lr == "auto"
+    finish(stopped.config(), resume=stopped)
+    assert_same(run.path, stopped.path)
+
+
+def test_probes_that_overflow_end_there(tmp_path, cache, monkeypatch):
+    """A rate at which numbers overflow ends the probes; what they showed until then is used."""
+    real, calls = rate_probe.train_step, []
+
+    def overflowing(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise rate_probe.NonFiniteError("planted")
+        return real(*args)
+
+    monkeypatch.setattr(rate_probe, "train_step", overflowing)
+    config = auto(tmp_path, "edge")
+    finish(config)
+    assert len(Run.open(config.out).manifest()["rate"]["probes"]) == 2
+
+
+def test_every_kind_of_loss_is_probed(tmp_path, cache):
+    for name in ("sigmoid", "simpo", "ipo", "kto", "orpo"):
+        config = auto(tmp_path, name, loss={"name": name}, train=LONG)
+        probes = [event.values for event in finish(config) if event.kind == "probe"]
+        assert len(probes) >= rate_probe.FEWEST and all(np.isfinite(p["rewards"]) and p["rewards"] > 0 for p in probes)
+
+
+def test_the_next_rate_goes_in_even_steps_and_never_jumps():
+    first = Moved(1e-5, 0.001, 0.0001, 0.69)
+    assert next_rate([first], 6) == pytest.approx(1e-4)  # ten times the last step, though 50 would be due
+    near = Moved(1e-3, PROBED * GOAL / 2, 0.0, 0.69)
+    assert next_rate([first._replace(rates=5e-4), near], 4) == pytest.approx(5e-4)
+    assert next_rate([Moved(1e-5, 0.0, 0.0, 0.69)], 4) == pytest.approx(1e-4)
+
+
+def test_rates_add_up_to_the_goal_by_rewards_or_by_drift():
+    by_rewards, why = rates_to_goal([Moved(1e-4, 0.01, 0.0, 0.693), Moved(4e-4, 0.04, 0.001, 0.69)])
+    assert by_rewards == pytest.approx(1e-2) and "rewards" in why
+    by_drift, why = rates_to_goal([Moved(1e-4, 0.01, 0.01, 0.693), Moved(4e-4, 0.04, 0.06, 0.69)])
+    assert by_drift == pytest.approx(4e-4 * MOST_DRIFT / 0.06) and "nats a token" in why
+    halved, why = rates_to_goal([Moved(1e-4, 0.01, 0.0, 0.693), Moved(4e-4, 0.04, 0.001, 0.75)])
+    assert halved == pytest.approx(by_rewards / 2) and "rose from 0.693 to 0.750" in why
+    assert way(Moved(1.0, 2 * GOAL, MOST_DRIFT, 0.0)) == 2
+
+
+@pytest.mark.parametrize(("windows", "epochs"), [(1, 3), (17, 3), (20, 3), (25, 2), (49, 2), (50, 1), (4000, 1)])
+def test_epochs_are_as_few_as_make_enough_steps(windows, epochs):
+    assert chosen_epochs(TrainConfig(), windows) == epochs
+    assert chosen_epochs(TrainConfig(epochs=0.5), windows) == 0.5
+
+
+def test_settling_changes_only_what_was_open():
+    config = load_config(None, {"optim": {"lr": 1e-5}})
+    assert settled(config, 3e-4, 2.0).optim == config.optim and settled(config, 3e-4, 2.0).train.epochs == 2
+    assert settled(load_config(), None, 1.0).optim.lr == "auto"
+
+
+def test_an_open_rate_is_never_trained_with():
+    from mlxdpo.training.plan import learning_rate
+
+    with pytest.raises(ValueError, match="auto"):
+        learning_rate(OptimConfig(), 0, 10)
+    assert sum(schedule_share(OptimConfig(), step, 100) for step in range(100)) == pytest.approx(50, rel=0.02)
+
+
+def test_epochs_of_a_run_are_written_as_a_number(tmp_path, cache):
+    write_pairs(tmp_path / "pairs.jsonl")
+    config = recipe(tmp_path, "open", train={"epochs": "auto"})
+    finish(config)
+    assert load_config(tmp_path / "open" / "config.yaml").train.epochs == 3.0
