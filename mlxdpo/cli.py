@@ -37,6 +37,7 @@ def build_app() -> Any:
 ELSEWHERE = {"import": "import_:run", "data formats": "data_check:list_formats"}  # a keyword names no module
 COMMANDS = {
     "demo": "Tune a real model in minutes, offline, and show what changed.",
+    "tune": "From preference pairs to a verdict in one command: check, plan, probe, train, evaluate, report.",
     "train": "Tune a model on preference pairs.",
     "plan": "What a run will need, before any weight is loaded: memory by part, steps, padding.",
     "bench": "Speed of training on this machine, beside its own matmul rate.",

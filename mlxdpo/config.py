@@ -337,6 +337,8 @@ class TrainConfig(Section):
     about fifty steps."""
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; where train.epochs is given too, the fewer of both."""
+    minutes: float | None = Field(default=None, gt=0)
+    """Longest training, minutes: fewer steps where more would take longer, measured on the first three of them."""
     batch_size: int = Field(default=4, ge=1)
     """Pairs computed at once; of prompts with several pairs, as many as have twice that many distinct completions."""
     gradient_accumulation: int = Field(default=4, ge=1)

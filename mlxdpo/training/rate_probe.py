@@ -18,15 +18,21 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlxdpo.data.planning import Indices
 from mlxdpo.training.loop import evaluate_heldout
 from mlxdpo.training.metrics import Scored, token_means
 from mlxdpo.training.plan import schedule_share
-from mlxdpo.training.step import CompiledFns, NonFiniteError, ReferencedPairs, TrainState, make_optimizer, train_step
+from mlxdpo.training.step import (
+    CompiledFns,
+    NonFiniteError,
+    ReferencedPairs,
+    TrainState,
+    make_optimizer,
+    train_step,
+    weights_restored,
+)
 from mlxdpo.types import Event
 
 GOAL = 1.0  # root mean square of held-out pairs' reward differences at the end of a run
@@ -111,7 +117,7 @@ def choose_rate(state: TrainState, should_stop: Callable[[], bool]) -> Generator
     if plan is None:
         rates, reason = USUAL[lora.method], f"what is usual for {state.plan.steps} steps, too few to pay for probes"
         return ChosenRate(_within(rates / shares), (), reason)
-    probes = yield from _probe(state, plan, should_stop)
+    probes = yield from _probe_steps(state, plan, should_stop)
     if probes is None:
         return None
     if way(probes[-1]) == 0:
@@ -126,24 +132,22 @@ def _within(rate: float) -> float:
     return float(f"{min(LARGEST_RATE, max(LEAST_RATE, rate)):.1e}")
 
 
-def _probe(
+def _probe_steps(
     state: TrainState, plan: ProbePlan, should_stop: Callable[[], bool]
 ) -> Generator[Event, None, list[Moved] | None]:
-    start = [(name, mx.array(a)) for name, a in tree_flatten(state.model.trainable_parameters())]
     heldout = replace(state.plan, heldout=plan.batches)
     probing = replace(state, plan=heldout, heldout=plan.measured, optimizer=make_optimizer(state.config.optim))
-    fns, rate = CompiledFns(probing), FIRST[state.config.lora.method]
-    before = measure(probing, fns) if "reference" not in state.loss.needs else None
+    rate, total = FIRST[state.config.lora.method], 0.0
     found: list[Moved] = []
-    total, stopped = 0.0, False
-    try:
+    with weights_restored(state.model):
+        fns = CompiledFns(probing)
+        before = measure(probing, fns) if "reference" not in state.loss.needs else None
         for step in range(plan.steps):
             batches = state.plan.batches(step % state.plan.steps)[:1]
             total += rate
             try:
-                stopped = train_step(probing, fns, batches, step, rate, should_stop) is None
-                if stopped:
-                    break
+                if train_step(probing, fns, batches, step, rate, should_stop) is None:
+                    return None
                 found.append(_moved(probing, measure(probing, fns), before, total))
             except NonFiniteError:
                 if not found:
@@ -151,10 +155,7 @@ def _probe(
                 break  # too far; the steps before have shown enough
             yield Event("probe", 0, {"done": step + 1, "total": plan.steps, "lr": rate, **found[-1]._asdict()})
             rate = next_rate(found, plan.steps)
-    finally:
-        state.model.load_weights(start, strict=False)
-        mx.eval(state.model.trainable_parameters())
-    return None if stopped else found
+    return found
 
 
 def way(moved: Moved) -> float:

@@ -33,8 +33,9 @@ from mlxdpo.training import checkpoint, distributed, preflight
 from mlxdpo.training.checkpoint import Progress
 from mlxdpo.training.loop import run_loop
 from mlxdpo.training.manifest import describe_run
+from mlxdpo.training.pace import measure_pace, within_minutes
 from mlxdpo.training.plan import TrainPlan, epochs_for, learning_rate, length_note, make_plan, settled
-from mlxdpo.training.rate_probe import ChosenRate, choose_rate, rate_sentence
+from mlxdpo.training.rate_probe import choose_rate, rate_sentence
 from mlxdpo.training.reference import find_reference, shared_rows, with_reference
 from mlxdpo.training.reference_sync import check_reference_sync
 from mlxdpo.training.stages import stage_of
@@ -78,13 +79,11 @@ def train(
             state, progress = yield from _go_on(run, state, group)
         if progress.step == 0 and state.config.reference.model is None:
             preflight.check_start(state)
-        if state.config.optim.lr == "auto":
-            chosen = yield from choose_rate(state, should_stop)
-            if chosen is None:
-                yield Event("interrupted", 0, {})
-                return
-            state = _with_rate(state, run, chosen)
-            yield Event("note", 0, {"text": rate_sentence(chosen)})
+        settled_state = yield from _settle(state, run, should_stop)
+        if settled_state is None:
+            yield Event("interrupted", 0, {})
+            return
+        state = settled_state
         step, guard = progress.step, MemoryGuard()
         for event in run_loop(state, progress, lambda: should_stop() or guard.short()):
             if event.kind in ("step", "eval") and group.first:
@@ -138,8 +137,26 @@ def _make_longer(run: Run, state: TrainState, step: int) -> str:
     )
 
 
-def _with_rate(state: TrainState, run: Run, chosen: ChosenRate) -> TrainState:
-    """The state of a run whose recipe named the rate, which is now written into its configuration."""
+def _settle(state: TrainState, run: Run, should_stop: Stop) -> Generator[Event, None, TrainState | None]:
+    """The state with what the recipe leaves open found by trying: steps by the minutes it gives, then the rate.
+
+    What is found is written into the run's configuration, and the run is the one of a recipe that names it. None when
+    asked to stop.
+    """
+    if state.config.train.minutes is not None:
+        pace = measure_pace(state, should_stop)
+        if pace is None:
+            return None
+        state, text = within_minutes(state, pace)
+        yield Event("note", 0, {"text": text})
+        if state.group.first:
+            run.settle("train", **{name: getattr(state.config.train, name) for name in ("epochs", "steps", "minutes")})
+    if state.config.optim.lr != "auto":
+        return state
+    chosen = yield from choose_rate(state, should_stop)
+    if chosen is None:
+        return None
+    yield Event("note", 0, {"text": rate_sentence(chosen)})
     if state.group.first:
         run.settle("optim", lr=chosen.lr)
         run.write_manifest(run.manifest() | {"rate": chosen.as_json()})
@@ -202,13 +219,12 @@ def prepare(
     # Entered before anything is traced: a trace keeps the attention it was made with.
     held.enter_context(chunked_attention_on(policy.model, longest))
     held.enter_context(chunked_attention_on(reference.model, longest))
-    logps = yield from _reference_logps(
-        config, loss, forward, policy, reference, manifest["reference"], data, plan, should_stop, group
-    )
+    scored = (config, loss, forward, policy, reference, manifest["reference"], data, plan, should_stop, group)
+    logps = yield from _reference_logps(*scored)
     if logps is None:
         return None
     if reference is not policy:
-        del reference
+        del reference, scored
         gc.collect()
         mx.clear_cache()
     if config.model.adapter is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,6 +139,18 @@ def make_optimizer(config: OptimConfig) -> optim.Optimizer:
             )
     first = 0.0 if config.lr == "auto" else config.lr  # every update sets the rate of its step
     return OPTIMIZERS[config.name](config.model_copy(update={"lr": first}))
+
+
+@contextlib.contextmanager
+def weights_restored(model: nn.Module) -> Iterator[None]:
+    """Put the trained arrays back as they were when the context ends: what is tried inside leaves nothing behind."""
+    start = [(name, mx.array(array)) for name, array in tree_flatten(model.trainable_parameters())]
+    mx.eval([array for _, array in start])
+    try:
+        yield
+    finally:
+        model.load_weights(start, strict=False)
+        mx.eval(model.trainable_parameters())
 
 
 def make_scorer(model: nn.Module, forward: Forward | None = None) -> Callable[[Batch], Pairs]:

@@ -57,6 +57,8 @@ def recipe(folder: Path, out: str = "run", kind: str = "llama", stage: str = "dp
     parts = {name: DEFAULTS.get(name, {}) | base.get(name, {}) for name in ("model", "data", "lora", "optim", "train")}
     for name, values in sections.items():
         parts[name] = parts.get(name, {}) | values
+    if "steps" in parts["train"] and "epochs" not in sections.get("train", {}):
+        del parts["train"]["epochs"]
     if parts["lora"].get("method") == "full":
         parts["model"].setdefault("dtype", "float32")  # asked for on a GPU
     return load_config(None, parts | {"out": base["out"], "stage": stage})

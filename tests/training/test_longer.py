@@ -26,7 +26,7 @@ def asked(**train):
 @pytest.mark.parametrize(
     ("train", "steps"),
     [
-        ({}, 3),
+        ({}, 9),
         ({"epochs": 2}, 6),
         ({"epochs": 0.5}, 2),
         ({"steps": 2}, 2),

@@ -81,7 +81,10 @@ def _knob_kind(annotation: Any) -> tuple[Kind, tuple[str, ...], bool]:
     """How a type is asked for, its choices, and whether it may stay empty."""
     origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
-        kind, choices, _ = _knob_kind(next(one for one in inside if one is not types.NoneType))
+        given = [one for one in inside if one is not types.NoneType]
+        if len(given) > 1:  # a number, or the word auto
+            return "text", (), len(given) < len(inside)
+        kind, choices, _ = _knob_kind(given[0])
         return kind, choices, True
     if origin is Literal:
         return "choice", tuple(map(str, inside)), False

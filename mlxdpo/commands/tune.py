@@ -1,0 +1,120 @@
+"""`mlxdpo tune PAIRS [--model M] [--time 1h] [--judge J]`: from pairs to a verdict in one command."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from mlxdpo.runs import Run
+from mlxdpo.types import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mlxdpo.config import Config
+
+SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+def run(
+    pairs: str,
+    /,
+    *,
+    model: Annotated[str, Parameter(name=["--model", "--model.path"])] = "smollm2",
+    time: str = "1h",
+    judge: list[str] | None = None,
+    out: Path | None = None,
+    no_open: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Tune a model on preference pairs and say whether it became better: check, plan, probe, train, evaluate, report.
+
+    It chooses the learning rate, the number of epochs and what fits into memory. RUN/config.yaml holds what it chose;
+    `mlxdpo train RUN/config.yaml --out OTHER` repeats it.
+
+    Args:
+        pairs: File, folder or Hub dataset id with preference pairs.
+        model: Hub id, Hugging Face folder, or smollm2.
+        time: Longest training: 90m, 1h, 45s; fewer steps are taken where it is not enough.
+        judge: Who compares answers before and after; as for `mlxdpo eval`, repeatable; unset: length alone.
+        out: Run directory; unset means a new one below runs/, named after model and data.
+        no_open: Do not open the report in a browser.
+    """
+    from mlxdpo.commands import data_check, train
+    from mlxdpo.commands.data_check import CheckConfig
+    from mlxdpo.commands.terminal import console
+    from mlxdpo.config import ModelConfig
+
+    minutes = minutes_of(time)
+    console.print("1/4 the data", style="bold")
+    if status := data_check.run(pairs, config=CheckConfig(model=ModelConfig(path=model))):
+        return status
+    console.print("\n2/4 the plan", style="bold")
+    config = fitting_config(pairs, model, minutes, out)
+    console.print("\n3/4 training", style="bold")
+    finished: list[tuple[Run, Mapping[str, float]]] = []
+    if status := train.follow_training(config, None, finish=lambda done, heldout: finished.append((done, heldout))):
+        return status
+    console.print("\n4/4 the evaluation", style="bold")
+    return say_what_came_out(*finished[0], judge or [], no_open)
+
+
+def minutes_of(time: str) -> float:
+    """The minutes of 90m, 1h, 1h30m or 45s. Raises `UserError` for other text."""
+    found = re.findall(r"(\d+(?:\.\d+)?)([smh])", time)
+    if not found or "".join(map("".join, found)) != time:
+        raise UserError(f"--time {time}: expected a length such as 45m, 1h or 1h30m")
+    return sum(float(number) * SECONDS[unit] for number, unit in found) / 60
+
+
+def fitting_config(pairs: str, model: str, minutes: float, out: Path | None) -> Config:
+    """The recipe, with gradient checkpointing where it does not fit into this machine's memory without."""
+    from mlxdpo.commands.plan import show_forecast
+    from mlxdpo.config import load_config
+    from mlxdpo.estimate.forecast import CannotPlan, forecast
+
+    given = {"model": model, "data": pairs, "train": {"minutes": minutes}}
+    recipe = load_config(None, given | ({} if out is None else {"out": str(out)}))
+    try:
+        found = forecast(recipe)
+        if not found.fits:
+            smaller = {"train": {"minutes": minutes, "gradient_checkpointing": True}}
+            recipe = load_config(None, given | smaller | ({} if out is None else {"out": str(out)}))
+            found = forecast(recipe)
+    except CannotPlan as unknown:
+        from mlxdpo.commands.terminal import console
+
+        console.print(f"{unknown}", style="yellow", markup=False)
+        return recipe
+    show_forecast(found)
+    return recipe
+
+
+def say_what_came_out(run: Run, heldout: Mapping[str, float], judges: list[str], no_open: bool) -> int:
+    """Evaluate, write the report, and end with how much changed, whether it is better and what to do next."""
+    from mlxdpo.commands import eval as evaluation
+    from mlxdpo.commands.terminal import console
+    from mlxdpo_eval.outcome import measure_outcome, outcome_sentences
+
+    outcome = measure_outcome(run)
+    status = evaluation.run(run.path, judge=judges or ["longest"])
+    console.print()
+    for sentence in outcome_sentences(outcome, heldout, run)[:2]:
+        console.print(sentence, style="bold", markup=False)
+    console.print(f"next: {next_step(run, outcome.changed, judges)}", style="bold", markup=False)
+    if not no_open:
+        import webbrowser
+
+        webbrowser.open((run.path / "report.html").resolve().as_uri())
+    return status
+
+
+def next_step(run: Run, changed: int, judges: list[str]) -> str:
+    """The command that follows: look at it, or train for longer when nothing changed."""
+    if not changed:
+        return f"mlxdpo train --resume {run.path} --train.epochs 6 (no answer changed)"
+    if not judges:
+        return f"mlxdpo app {run.path} (vote blind: length is no judge of quality), or eval with --judge local:MODEL"
+    return f"mlxdpo app {run.path} (see it), mlxdpo export {run.path} --to mlx,hf --out exported (take it along)"
