@@ -20,7 +20,7 @@ COMMANDS = {
     "collect": "collect RUN --prompts PROMPTS --judge longest --samples 4 --max-tokens 6 --unfinished keep --out OUT",
     "export": "export RUN --to mlx --pairs 2 --out OUT --force",
     "resume": "train --resume RUN",
-    "longer": "train --resume RUN --train.epochs 2",
+    "longer": "train --resume RUN --train.epochs 5",
 }
 TRAIN = "train --model llama --data pairs.jsonl --data.eval-fraction 0.4 --data.template plain --data.max-length 64"
 SMALL = "--lora.rank 4 --lora.layers 1 --train.gradient-accumulation 2 --optim.lr 0.003"
