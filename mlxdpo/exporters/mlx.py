@@ -110,7 +110,11 @@ def for_mlx_lm(source: ExportSource) -> dict[str, Any]:
 
 def _translated(raw: Mapping[str, Any], read: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
     names = names_read(module_of(str(whole["model_type"])))
-    return {key: value for key, value in read.items() if key in names and key != "model_type" and raw.get(key) != value}
+    return {
+        key: value
+        for key, value in read.items()
+        if key in names and key != "model_type" and (key not in raw or raw[key] != value)
+    }
 
 
 def _replace_all(model: nn.Module, source: ExportSource) -> None:

@@ -90,6 +90,22 @@ CORRECTIONS: Mapping[Any, Callable[[Any, Mapping[str, Any]], None]] = {
 }
 
 
+def router_note(model: nn.Module) -> str:
+    """What is known to differ where routers choose among groups of experts and their corrections are below 0; else "".
+
+    mlx-lm sets experts of groups that were left out to 0 and transformers to minus infinity: beside scores below 0 they
+    may be chosen (0.08 nats a completion on a tiny model, docs/evidence/mlx-lm.md).
+    """
+    gates = [m for m in model.modules() if "e_score_correction_bias" in m and (getattr(m, "n_group", 1) or 1) > 1]
+    below = sum(bool((gate.e_score_correction_bias < 0).any().item()) for gate in gates)
+    if not below:
+        return ""
+    return (
+        f"{below} of {len(gates)} routers correct experts to below 0, where mlx-lm may choose experts of groups that"
+        " transformers leaves out: log-probs may differ from transformers'"
+    )
+
+
 def model_classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """mlx-lm's model and argument classes for a config; the model takes weights as transformers 5 writes them.
 
