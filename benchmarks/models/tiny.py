@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from mlxdpo.model.config_rules import ALIASES
+
 WINDOW, ORIGINAL = 12, 16  # tokens
 LARGEST = 4_000_000  # parameters
 VOCAB = 300
@@ -268,7 +270,8 @@ def shared_types() -> list[str]:
     from mlx_lm.utils import MODEL_REMAPPING
 
     files = {module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)}
-    return sorted(name for name in CONFIG_MAPPING if MODEL_REMAPPING.get(name, name) in files and name not in NO_TEXT)
+    known = {**MODEL_REMAPPING, "lfm2_vl": ALIASES["lfm2_vl"]}
+    return sorted(name for name in CONFIG_MAPPING if known.get(name, name) in files and name not in NO_TEXT)
 
 
 NO_TEXT = {"pixtral"}  # a vision tower in transformers

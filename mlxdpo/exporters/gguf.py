@@ -30,6 +30,7 @@ from mlxdpo.io.weight_files import weight_files
 from mlxdpo.model.builtin import unpermute
 from mlxdpo.model.chat_template import template_settings
 from mlxdpo.model.ends import end_tokens, turn_end
+from mlxdpo.model.model_config import read_model_config
 from mlxdpo.types import UserError
 
 
@@ -43,9 +44,13 @@ class Rope(NamedTuple):
 
 
 def rope_of(config: Mapping[str, Any]) -> Rope:
-    """What a config.json says about rotary positions. Raises `UserError` for a scaling without a place in the file."""
-    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    base = float(config.get("rope_theta") or settings.get("rope_theta") or 10000.0)
+    """Rotary positions of a config.json, whichever transformers wrote it.
+
+    Raises `UserError` for a scaling without a place in the file.
+    """
+    read = read_model_config(config, "gguf").config
+    settings = read.get("rope_scaling") or {}
+    base = float(read.get("rope_theta") or 10000.0)
     kind = settings.get("rope_type") or settings.get("type") or "default"
     if kind == "default":
         return Rope(base, "none", 1.0, settings)
@@ -244,7 +249,7 @@ def read_gguf(file: Path, original: Mapping[str, Any]) -> nn.Module:
     arrays: dict[str, mx.array] = {}
     for tensor in reader.tensors:
         if tensor.name == ROPE_FACTORS:
-            config["rope_scaling"] = original.get("rope_scaling") or original.get("rope_parameters")
+            config["rope_scaling"] = dict(rope_of(original).settings)
             continue
         exact = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         array = mx.array(exact.astype(np.float32).reshape([int(n) for n in reversed(tensor.shape)]))

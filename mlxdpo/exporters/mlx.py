@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxdpo.exporters.source import ExportSource, base_of, copy_side_files, hub_name, plain_weight, tuned
 from mlxdpo.io.atomic import write_json
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, adapter_settings, read_settings
+from mlxdpo.model.config_rules import ALIASES
 from mlxdpo.model.model_config import module_of, names_read
 from mlxdpo.model.policy import load_folder
 from mlxdpo.types import UserError
@@ -100,14 +101,20 @@ def fused(source: ExportSource) -> tuple[nn.Module, dict[str, Any]]:
 def for_mlx_lm(source: ExportSource) -> dict[str, Any]:
     """The base's config.json with what mlx-lm finds there under no name that it knows."""
     raw, read = dict(source.raw_config), source.trained.policy.reading.config
+    kind = {"model_type": ALIASES.get(raw["model_type"], raw["model_type"])}
     if "text_config" in raw and "text_config" in read:
-        return raw | {"text_config": raw["text_config"] | _translated(raw["text_config"], read["text_config"], raw)}
-    return raw | _translated(raw, read, raw)
+        text = raw["text_config"] | _translated(raw["text_config"], read["text_config"], raw)
+        return raw | {"text_config": text} | kind
+    return raw | _translated(raw, read, raw) | kind
 
 
 def _translated(raw: Mapping[str, Any], read: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
     names = names_read(module_of(str(whole["model_type"])))
-    return {key: value for key, value in read.items() if key in names and key != "model_type" and raw.get(key) != value}
+    return {
+        key: value
+        for key, value in read.items()
+        if key in names and key != "model_type" and (key not in raw or raw[key] != value)
+    }
 
 
 def _replace_all(model: nn.Module, source: ExportSource) -> None:

@@ -53,7 +53,9 @@ def refuse_peft(source: ExportSource) -> None:
 def _refuse_module(source: ExportSource, name: str, module: Any) -> None:
     if module.lora_b.ndim == 3:
         raise UserError(f"peft: `{name}` adapts a stack of experts, which PEFT keeps apart; export --to mlx,fused")
-    if source.origins.of(f"{name}.weight") != (f"{name}.weight",):
+    # transformers gives all of these names to the module that `torch_name` says.
+    stored = {name, torch_name(source.model, name), name.removeprefix("language_model.")}
+    if source.origins.of(f"{name}.weight") not in {(f"{one}.weight",) for one in stored}:
         raise UserError(
             f"peft: `{name}` has another name or form in {source.base_name}, so PEFT would not find it; "
             f"export --to mlx,fused"
@@ -73,12 +75,32 @@ def write_peft(source: ExportSource, folder: Path) -> str | None:
         parts = PARTS | EMBEDDED if "embedding" in module else PARTS
         for own, theirs in parts.items():
             if own in module:
-                arrays[f"{PREFIX}{name}.{theirs}"] = mx.contiguous(module[own].T)
+                arrays[f"{PREFIX}{torch_name(source.model, name)}.{theirs}"] = mx.contiguous(module[own].T)
     mx.save_safetensors(str(folder / WEIGHTS), arrays, {"format": "pt"})
     write_json(folder / SETTINGS, settings(source))
     if source.quantised:
         return f"trained on packed weights; here measured on those of {source.base_name}"
     return source.remark_on_base
+
+
+BESIDE = {"kimi_vl", "llama4"}  # transformers' model holds a whole causal model, under the name that mlx-lm has
+
+
+def torch_name(model: Any, name: str) -> str:
+    """The module that is called `name` here, in transformers' model: a text tower inside another has other names there.
+
+    The text model stands below `model`, beside the towers for images and sound, and its head outside.
+    """
+    if not name.startswith("language_model.") or model.model_type in BESIDE:
+        return name
+    inner = name.removeprefix("language_model.")
+    return f"model.language_model.{inner.removeprefix('model.')}" if inner.startswith("model.") else inner
+
+
+def _own_names(model: nn.Module, modules: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's modules by their names here; what has none keeps its own."""
+    own = {torch_name(model, name): name for name, _ in model.named_modules()}
+    return {own.get(name, name): parts for name, parts in modules.items()}
 
 
 def settings(source: ExportSource) -> dict[str, Any]:
@@ -92,7 +114,7 @@ def settings(source: ExportSource) -> dict[str, Any]:
         "r": lora.rank,
         "lora_alpha": lora.multiplier * lora.rank,
         "lora_dropout": lora.dropout,
-        **targets(sorted(source.adapted), [name for name, _ in source.model.named_modules()]),
+        **_targets_of(source),
         "rank_pattern": {},
         "alpha_pattern": {},
         "bias": "none",
@@ -103,6 +125,15 @@ def settings(source: ExportSource) -> dict[str, Any]:
         "use_rslora": False,
         "modules_to_save": None,
     }
+
+
+def _targets_of(source: ExportSource) -> dict[str, Any]:
+    """`targets` of an export. Beside other towers whole paths: their modules have the same short names."""
+    adapted = sorted(source.adapted)
+    if all(torch_name(source.model, name) == name for name in adapted) and not hasattr(source.model, "language_model"):
+        return targets(adapted, [name for name, _ in source.model.named_modules()])
+    paths = [torch_name(source.model, name) for name in adapted]
+    return {"target_modules": paths, "layers_to_transform": None, "layers_pattern": None}
 
 
 def targets(adapted: list[str], modules: list[str]) -> dict[str, Any]:
@@ -196,6 +227,7 @@ def attach(policy: Policy, adapter: Adapter) -> LoraConfig:
     the rest is filled with directions that do nothing yet; other scales go into B; modules that PEFT left out get an
     adapter that does nothing. Raises `UserError` for modules or shapes the model does not have.
     """
+    adapter = adapter._replace(modules=_own_names(policy.model, adapter.modules))
     try:
         scales = peft_scales(adapter.settings, _checked_ranks(adapter))
         lora = common_settings(policy, adapter, scales)

@@ -188,7 +188,11 @@ REPLACED = {
 }
 """Keys of which a rule's value stands in place of config.json's; others are filled in where they are missing."""
 
-ALIASES: Mapping[str, str] = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
+ALIASES: Mapping[str, str] = {
+    "lfm2_vl": "lfm2-vl",
+    "qwen3_5_text": "qwen3_5",
+    "qwen3_5_moe_text": "qwen3_5_moe",
+}
 """A `model_type` that mlx-lm has no file for, and the one that reads it."""
 
 

@@ -90,6 +90,22 @@ CORRECTIONS: Mapping[Any, Callable[[Any, Mapping[str, Any]], None]] = {
 }
 
 
+def router_note(model: nn.Module) -> str:
+    """What is known to differ where routers choose among groups of experts and their corrections are below 0; else "".
+
+    mlx-lm sets experts of groups that were left out to 0 and transformers to minus infinity: beside scores below 0 they
+    may be chosen (0.08 nats a completion on a tiny model, docs/evidence/mlx-lm.md).
+    """
+    gates = [m for m in model.modules() if "e_score_correction_bias" in m and (getattr(m, "n_group", 1) or 1) > 1]
+    below = sum(bool((gate.e_score_correction_bias < 0).any().item()) for gate in gates)
+    if not below:
+        return ""
+    return (
+        f"{below} of {len(gates)} routers correct experts to below 0, where mlx-lm may choose experts of groups that"
+        " transformers leaves out: log-probs may differ from transformers'"
+    )
+
+
 def model_classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """mlx-lm's model and argument classes for a config; the model takes weights as transformers 5 writes them.
 
@@ -101,19 +117,51 @@ def model_classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
         model, arguments = _get_classes(dict(config))
     except SystemExit:  # mlx-lm's olmo ends the process
         raise UserError(f"mlx-lm's {config['model_type']} needs the package ai2-olmo, which is not installed") from None
-    rename = RENAMED.get(str(config.get("model_type")))
-    if rename is None:
+    renames = [RENAMED[kind]] if (kind := str(config.get("model_type"))) in RENAMED else []
+    if "text_config" in config:
+        renames.insert(0, _text_tower)
+    if not renames:
         return model, arguments
 
     def sanitize(self: Any, weights: Arrays) -> Arrays:
         """mlx-lm's own, after the names are those it knows."""
-        return model.sanitize(self, rename(dict(weights)))
+        for rename in renames:
+            weights = rename(dict(weights))
+        return model.sanitize(self, weights)
 
     return type(model.__name__, (model,), {"sanitize": sanitize, "__module__": model.__module__}), arguments
 
 
 def _without_prefix(weights: Arrays) -> Arrays:
     return {name.removeprefix("transformer."): array for name, array in weights.items()}
+
+
+TOWERS = (
+    "vision_tower.",
+    "vision_model.",
+    "visual.",
+    "multi_modal_projector.",
+    "audio_tower.",
+    "embed_vision.",
+    "embed_audio.",
+)
+
+
+def _text_tower(weights: Arrays) -> Arrays:
+    """The names of a text tower that stands beside others below `model`, as transformers has held them since 4.52."""
+    if not any(name.startswith("model.language_model.") for name in weights):
+        return weights
+    found = {}
+    for name, array in weights.items():
+        inner = name.removeprefix("model.")
+        if inner.startswith("language_model."):
+            name = inner.replace("language_model.", "language_model.model.", 1)
+        elif name.startswith("lm_head."):
+            name = f"language_model.{name}"
+        elif inner.startswith(TOWERS):
+            name = inner
+        found[name] = array
+    return found
 
 
 def _olmo_hybrid(weights: Arrays) -> Arrays:
@@ -139,6 +187,14 @@ def _gpt_oss(weights: Arrays) -> Arrays:
         for start, part in enumerate(("gate_proj", "up_proj")):
             weights[f"{block}.{part}.weight"] = mx.contiguous(array[..., start::2, :])
             weights[f"{block}.{part}.bias"] = mx.contiguous(bias[..., start::2])
+    return weights
+
+
+def _convolutions_last(weights: Arrays) -> Arrays:
+    """Short convolutions as (channels, width, 1), which mlx-lm's lfm2 makes of them and its lfm2-vl does not."""
+    for name in [n for n in weights if n.endswith(".conv.conv.weight")]:
+        if weights[name].shape[-1] > weights[name].shape[1]:
+            weights[name] = weights[name].transpose(0, 2, 1)
     return weights
 
 
@@ -172,6 +228,7 @@ def _experts_outputs_first(weights: Arrays) -> Arrays:
 RENAMED: Mapping[str, Callable[[Arrays], Arrays]] = {
     "gpt2": _without_prefix,
     "gpt_oss": _gpt_oss,
+    "lfm2-vl": _convolutions_last,
     "kimi_linear": _dense_kimi_linear,
     "olmo_hybrid": _olmo_hybrid,
     "qwen3_5_moe": _stack_experts,

@@ -104,7 +104,7 @@ def _wrapped(raw: Mapping[str, Any], theirs: Any, kind: str) -> ModelReading:
         if "tie_word_embeddings" in raw:
             text["tie_word_embeddings"] = tied
     top = {"vocab_size": text["vocab_size"]} if "vocab_size" in text else {}
-    return reading._replace(config={**raw, **top, "text_config": text})
+    return reading._replace(config={**raw, **top, "model_type": ALIASES.get(kind, kind), "text_config": text})
 
 
 def _read_text(raw: Mapping[str, Any], theirs: Any, file_of: str) -> ModelReading:

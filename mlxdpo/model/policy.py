@@ -23,7 +23,7 @@ from mlxdpo.machine.device import default_dtype, limit_memory
 from mlxdpo.machine.errors import error_message
 from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.model.chat_template import template_settings
-from mlxdpo.model.corrections import correct, model_classes
+from mlxdpo.model.corrections import correct, model_classes, router_note
 from mlxdpo.model.ends import end_tokens
 from mlxdpo.model.model_config import ModelReading, module_of, names_read, read_model_config
 from mlxdpo.model.stored_shapes import check_counts
@@ -248,6 +248,8 @@ def load_folder(folder: Path, name: str, trusted: bool = False) -> tuple[nn.Modu
                 except (ValueError, TypeError):
                     raise error from None
         packed = {key: loaded[key] for key in ("quantization", "quantization_config") if key in loaded}
+        if note := router_note(model):
+            reading = reading._replace(notes=(*reading.notes, f"{name}: {note}"))
         return correct(model, reading.loaded), raw | packed, reading
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlxdpo.config import LoraConfig, ModelConfig
 from mlxdpo.io.json_file import as_written, parse_object
@@ -64,6 +65,8 @@ def read_skeleton(config: ModelConfig) -> Skeleton:
         check_counts(raw, {array: one.shape for array, one in stored.items()}, config.path)
         check_packing(raw, config.path)
         reading = read_model_config(raw, config.path)
+        if reading.filled and not _has_shapes(reading, stored) and _has_shapes(reading.as_stored(), stored):
+            reading = reading.as_stored()  # as `load_folder` does where the weights are not those
         model = _definition(reading.loaded, stored)
     if config.quantize:
         if raw.get("quantization"):
@@ -146,6 +149,21 @@ def _definition(raw: Mapping[str, Any], stored: Mapping[str, Stored]) -> Any:
             class_predicate=lambda path, module: _quantised(path, module, quantisation, stored),
         )
     return model
+
+
+def _has_shapes(reading: ModelReading, stored: Mapping[str, Stored]) -> bool:
+    """Whether the model of a reading has arrays of the stored shapes; a packed one is not looked into."""
+    if "quantization" in reading.loaded:
+        return True
+    try:
+        model_class, arguments = model_classes(reading.loaded)
+        model = model_class(arguments.from_dict(reading.loaded))
+        arrays = {name: mx.zeros(one.shape) for name, one in stored.items()}  # lazy: nothing is allocated
+        given = model.sanitize(arrays) if hasattr(model, "sanitize") else arrays
+    except (ValueError, TypeError, KeyError):
+        return False
+    own: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    return all(name not in given or given[name].shape == array.shape for name, array in own.items())
 
 
 def _quantised(path: str, module: Any, quantisation: Mapping[str, Any], stored: Mapping[str, Stored]) -> Any:

@@ -138,3 +138,17 @@ def test_llama_3_factors_are_mlx_lm_s():
     assert np.allclose(frequency_factors(config), want, rtol=1e-5) and rope_of(config).kind == "llama3"
     with pytest.raises(UserError, match="rope scaling `yarn` is not known"):
         rope_of({"rope_scaling": {"rope_type": "yarn"}})
+
+
+def test_rope_is_read_as_the_model_is():
+    """transformers 4 and 5 write it in two ways; a default that only transformers knows counts too."""
+    shape = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512}
+    scaling = LLAMA3 | {"original_max_position_embeddings": 128}
+    four = rope_of(shape | {"rope_theta": 5e5, "rope_scaling": scaling})
+    five = rope_of(shape | {"rope_parameters": scaling | {"rope_theta": 5e5}})
+    assert (four.base, four.kind, four.factor) == (five.base, five.kind, five.factor) == (5e5, "llama3", 8.0)
+    both = [frequency_factors(shape | c) for c in ({"rope_theta": 5e5, "rope_scaling": scaling},
+                                                   {"rope_parameters": scaling | {"rope_theta": 5e5}})]  # fmt: skip
+    assert (both[0] == both[1]).all()
+    with pytest.raises(UserError, match="rope scaling `dynamic` is not known"):
+        rope_of(shape | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}})

@@ -3,8 +3,10 @@
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.models.llama import ModelArgs
 from tiny_models import change, write_model
 from tiny_tokenizers import chatml_tokenizer
@@ -12,6 +14,7 @@ from tiny_tokenizers import chatml_tokenizer
 from mlxdpo.config import ModelConfig
 from mlxdpo.inference.generate import generate
 from mlxdpo.model.config_rules import period
+from mlxdpo.model.corrections import router_note
 from mlxdpo.model.limits import check_takes
 from mlxdpo.model.model_config import names_read, read_model_config
 from mlxdpo.model.policy import load_policy
@@ -112,3 +115,27 @@ def test_what_a_model_file_reads():
     assert {"rope_scaling", "sliding_window"} <= names_read("mlx_lm.models.llama")
     assert "sliding_window" not in names_read("mlx_lm.models.mixtral")
     assert "rms_norm_eps" in names_read("mlx_lm.models.qwen3_vl")  # by way of the file that it imports
+
+
+def test_plan_and_train_read_a_config_that_leaves_out_shapes_alike(tmp_path, cache):
+    """Written for mlx-lm: its gemma3_text has 4 heads and 1 for keys by default, transformers' 8 and 4."""
+    folder = write_model(
+        tmp_path / "m", chatml_tokenizer(), "gemma3_text", num_attention_heads=4, num_key_value_heads=1
+    )
+    rewritten(folder, ("num_attention_heads", "num_key_value_heads"))
+    model = ModelConfig(path=str(folder), dtype="float32")
+    loaded, planned = load_policy(model), read_skeleton(model)
+    shapes = [{n: a.shape for n, a in tree_flatten(m.parameters())} for m in (loaded.model, planned.model)]
+    assert shapes[0] == shapes[1]
+    assert "mlx-lm's are taken" in planned.reading.notes[-1] and planned.reading.notes == loaded.reading.notes
+
+
+def test_routers_that_correct_to_below_zero_are_named():
+    class Gate(nn.Module):
+        def __init__(self, corrections, groups):
+            super().__init__()
+            self.n_group, self.e_score_correction_bias = groups, mx.array(corrections)
+
+    said = router_note(nn.Sequential(Gate([0.1, -0.2], 2), Gate([0.1, 0.2], 2)))
+    assert said.startswith("1 of 2 routers correct experts to below 0")
+    assert router_note(nn.Sequential(Gate([0.1, -0.2], 1), Gate([0.1, 0.2], 2))) == ""
