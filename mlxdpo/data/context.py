@@ -156,11 +156,25 @@ def _own_arguments(call: Mapping[str, Any], known: Mapping[str, Any]) -> Mapping
     return {**call, "function": {**function, "arguments": kept}}
 
 
-def unread_columns(values: Mapping[str, Any], own: Collection[str], data: DataConfig) -> list[str]:
-    """The columns of a row that hold something and that nothing reads."""
+def unread_columns(
+    values: Mapping[str, Any], own: Collection[str], inner: Mapping[str, Collection[str]], data: DataConfig
+) -> list[str]:
+    """The columns of a row that hold something and that nothing reads; `a.b` is the key b of the objects in column a.
+
+    `own` are the columns that the row's shape reads, `inner` the keys in those of which it reads only some.
+    """
     named = {own_name for name, own_name in data.columns.items() if name in COLUMNS} | data.columns.keys()
-    read = {*own, *CONTEXT_COLUMNS, *named, *(name for two in SCORES for name in two if all(n in values for n in two))}
-    return [name for name, value in values.items() if name not in read and _holds(value)]
+    scores = {name for better, worse, *_ in scores_of(values, data) for name in (better, worse)}
+    read = {*own, *CONTEXT_COLUMNS, *named, *scores}
+    outer = [name for name, value in values.items() if name not in read and _holds(value)]
+    parts = {
+        f"{name}.{key}": None
+        for name, keys in inner.items()
+        for part in values.get(name) or ()
+        for key, value in part.items()
+        if key not in keys and _holds(value)
+    }
+    return [*outer, *parts]
 
 
 def scores_of(values: Mapping[str, Any], data: DataConfig) -> Iterator[tuple[str, str, float, float]]:

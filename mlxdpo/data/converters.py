@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlxdpo.data import fields, reasons
+from mlxdpo.data.context import CONTEXT_COLUMNS
 from mlxdpo.data.fields import (
     Row,
     answer,
@@ -219,7 +220,10 @@ def gather_helpsteer(rows: Sequence[Row]) -> Row:
     first, *others = rows
     if not others:
         raise BadRow(reasons.LONE, "the prompt has this one response; expected the next row to have another")
-    # What the rows disagree about belongs to a response, not to the pair.
+    for name in CONTEXT_COLUMNS:
+        if any(row.values.get(name) != first.values.get(name) for row in others):
+            raise BadRow(reasons.CONTEXT, f'the rows of this prompt differ in "{name}"; expected the same in all')
+    # What the rows disagree about otherwise belongs to a response, not to the pair.
     shared = {n: v for n, v in first.values.items() if all(row.values.get(n) == v for row in others)}
     rated = {
         "completions": [row.values["response"] for row in rows],

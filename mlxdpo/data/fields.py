@@ -38,10 +38,11 @@ class Row(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a column may hold: `name` for sentences, `test` for a value."""
+    """What a column may hold: `name` for sentences, `test` for a value; of objects the `keys` that are read, if few."""
 
     name: str
     test: Callable[[Any], bool]
+    keys: frozenset[str] = frozenset()
 
 
 def is_number(value: Any) -> bool:
@@ -85,6 +86,7 @@ def objects(*keys: str) -> Kind:
     return Kind(
         f"a list of objects with {' and '.join(keys)}",
         lambda value: is_messages(value) and all(turn.keys() >= {*keys} for turn in value),
+        frozenset(keys),
     )
 
 
@@ -210,6 +212,8 @@ def _message(turn: Mapping[str, Any], place: str) -> Message:
         )
     # JSON that was written from Arrow has null under keys that only other turns have.
     extra = {k: v for k, v in turn.items() if k not in (role_key, content_key) and v is not None}
+    if "content" in extra:
+        raise BadRow(reasons.WRONG_TYPE, f"{place} has a value and a content; expected one of them")
     content = turn.get(content_key)
     if said == "function_call":  # ShareGPT's way to write a call
         extra, content = extra | {"tool_calls": content}, ""

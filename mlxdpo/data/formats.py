@@ -37,14 +37,20 @@ class Format:
     gather: Callable[[Sequence[Row]], Row] | None = None
 
     @property
+    def inner(self) -> Mapping[str, frozenset[str]]:
+        """The keys that it reads of the objects in a list, by column."""
+        return {name: kind.keys for name, kind in self.columns.items() if kind.keys}
+
+    @property
     def reads(self) -> frozenset[str]:
         """The columns that the shape itself reads."""
         return frozenset({*self.columns, *self.optional})
 
     def flattened(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The row with the keys of those objects as columns into which the shape looks."""
+        """The row as its columns are read: JSON text of messages as messages, one message as a list of it, and the
+        keys of the objects into which the shape looks as columns."""
         parents = {name.partition(".")[0] for name in self.columns if "." in name}
-        flat = dict(row)
+        flat = {name: fields.parsed(value) for name, value in row.items()}
         for parent in parents:
             if isinstance(inner := fields.decoded_json(row.get(parent)), Mapping):
                 del flat[parent]
@@ -125,7 +131,7 @@ _ALL = (  # the order is the order of detection: the more specific shape first
         "summaries",
         "a post, two summaries, and the number, 0 or 1, of the better one",
         "openai/summarize_from_feedback:comparisons",
-        {"info.post": TEXT, "summaries": MESSAGES, "choice": NUMBER},
+        {"info.post": TEXT, "summaries": fields.objects("text"), "choice": NUMBER},
         converters.summaries,
         {"info.title": fields.TEXT_OR_NULL, "info.subreddit": fields.TEXT_OR_NULL},
     ),
@@ -215,13 +221,6 @@ _ALL = (  # the order is the order of detection: the more specific shape first
         "LLaMA-Factory's ShareGPT ranking",
         {"conversations": fields.ASKED_MESSAGES} | _ANSWERS,
         pair(column("conversations")),
-    ),
-    Format(
-        "trajectory",
-        "earlier turns and two answers to them",
-        "openbmb/UltraInteract_pair",
-        {"trajectory": fields.ASKED_MESSAGES} | _ANSWERS,
-        pair(column("trajectory")),
     ),
     Format(
         "kto_messages",

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from mlxdpo.config import DataConfig
 from mlxdpo.data import reasons
 from mlxdpo.data.context import scores_of, unread_columns
-from mlxdpo.data.fields import Row, as_turns, column_names, describe_type, parsed, printable
+from mlxdpo.data.fields import Row, as_turns, column_names, describe_type, printable
 from mlxdpo.data.formats import Format, check_columns, convert, detect, detect_by_names, named_format
 from mlxdpo.data.report import BadRow, Report
 from mlxdpo.data.sources import READERS, Found, heldout_split, is_hub_dataset, read_rows
@@ -142,7 +142,7 @@ def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
         )
     moved = {*columns, *columns.values()}
     kept = {name: value for name, value in row.items() if name not in moved}
-    return {name: parsed(value) for name, value in (kept | {n: row[own] for n, own in columns.items()}).items()}
+    return kept | {name: row[own] for name, own in columns.items()}
 
 
 def _shape_of(found: Iterator[Found], name: str, before: Format | None, source: str) -> tuple[Format, Iterator[Found]]:
@@ -256,7 +256,7 @@ def _converted(shape: Format, rows: Iterable[Row], report: Report, data: DataCon
 def _note_columns(shape: Format, group: Sequence[Row], items: Sequence[Item], report: Report, data: DataConfig) -> None:
     """Count the columns that nothing reads, and scores that contradict the label of a row's one pair."""
     for row in group:
-        for name in unread_columns(row.values, shape.reads, data):
+        for name in unread_columns(row.values, shape.reads, shape.inner, data):
             report.unread[printable(name)] = report.unread.get(printable(name), 0) + 1
     if len(items) == 1 and any(high < low for _, _, high, low in scores_of(group[0].values, data)):
         report.change(group[0].where, reasons.INVERTED)

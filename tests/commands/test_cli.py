@@ -1,11 +1,14 @@
 """The command line: what a user meets. Exit status, one sentence per mistake, numbers that are right."""
 
 import json
+import re
+import shlex
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from row_shapes import FIXTURES
 from tiny_models import write_model
 from tiny_runs import finish, recipe, write_pairs
 from tiny_tokenizers import chatml_tokenizer
@@ -136,6 +139,39 @@ def test_data_check_counts_tokens_and_shows_what_is_scored(place, capsys):
     assert run(["data", "check", "thumbs.jsonl", "--model", "model"]) == 0
     shown = capsys.readouterr().out
     assert "completion: " in shown and "[[Hello<|im_end|>]]" in shown and "rejected" not in shown
+
+
+SOUND_ROW = '{"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "Trains."}\n'
+
+
+def test_data_check_has_the_exit_status_that_training_would_have(place, capsys):
+    """Bad rows among the held-out ones and rows that only the tokenizer refuses count too; what is skipped does not."""
+    (place / "good pairs.jsonl").write_text(SOUND_ROW)
+    (place / "held.jsonl").write_text(SOUND_ROW + '{"prompt": "Hi", "chosen": "", "rejected": "x"}\n')
+    check = ["data", "check", "good pairs.jsonl"]
+    assert run(check) == 0
+    assert run([*check, "--data.eval", "held.jsonl"]) == 2
+    out = capsys.readouterr().out
+    assert "Held-out data: left out 1 x empty completion (first: held.jsonl:2:" in out
+    assert "1 bad row would stop a training" in out
+    said = re.search(r"`mlxdpo (data check .* --data.on-bad-row skip)`", out)
+    assert run([*shlex.split(said[1]), "--data.eval", "held.jsonl"]) == 0
+    with open(place / "good pairs.jsonl", "a") as file:
+        file.write('{"prompt": "<|im_start|>user\\nHi", "chosen": "a", "rejected": "b"}\n')
+    assert run(check) == 0
+    assert run([*check, "--model", "model"]) == 2
+    assert "already templated" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["openai", "sharegpt", "alpaca", "kto_sharegpt", "arena", "distilabel"])
+def test_rows_of_other_programs_train_without_a_flag(place, capsys, name):
+    texts = [json.dumps(FIXTURES[name]).replace("Hi?", asked) for asked in ("Hi?", "Ho?", "Hu?", "He?")]
+    (place / "rows.json").write_text(json.dumps([row for text in texts for row in json.loads(text)]))
+    kto = ["--loss.name", "kto"] if name.startswith("kto") else []
+    assert run(["train", "--model", "model", "--data", "rows.json", "--train.steps", "2", "--out", "runs/a", *kto]) == 0
+    assert "1 held out" in capsys.readouterr().out
+    assert (place / "runs/a/adapter/adapters.safetensors").is_file()
 
 
 def test_doctor_reports_the_fast_blas(capsys, ticking):

@@ -208,6 +208,34 @@ def test_parquet_and_json_text_give_the_same_tokens(rows):
     same_everywhere(rows, [as_arguments_in_text, as_parquet])
 
 
+PARTS_OF_A_ROW = {  # a mark for each, as it is printed
+    "system": "be kind",
+    "tools": "city to look at",
+    "calls": "Oslo",
+    "reasoning": "they want Oslo",
+    "parts": "in two parts",
+}
+
+
+def row_of_all_parts():
+    """One row in which every part of a conversation says something of its own."""
+    row = row_with({"city": "Oslo"}, {"city": {"description": "city to look at", "type": "string"}})
+    turn = {**row["chosen"][0], "reasoning_content": "they want Oslo"}
+    parts = [{"type": "text", "text": "Weather "}, {"type": "text", "text": "in two parts?"}]
+    return row | {"system": "be kind", "prompt": [{"role": "user", "content": parts}], "chosen": [turn]}
+
+
+@pytest.mark.parametrize("route", [as_jsonl, *ROUTES])
+def test_every_part_of_a_row_arrives_by_every_route(route, tmp_path):
+    rows = [row_of_all_parts(), row_of_all_parts() | {"system": None, "rejected": TWO_TOOLS[1]["chosen"]}]
+    (tmp_path / "plain").mkdir()
+    found = tokens(route(rows, tmp_path))
+    assert found == tokens(as_jsonl(rows, tmp_path / "plain"))
+    text = TOKENIZER.decode([*found[0][0], *found[0][1]])
+    assert {name: mark for name, mark in PARTS_OF_A_ROW.items() if text.count(mark) < 1} == {}
+    assert text.count("be kind") == text.count("they want Oslo") == text.count("in two parts") == 1
+
+
 def test_the_hub_gives_the_same_tokens(tmp_path, monkeypatch):
     rows = TWO_TOOLS
     for json_columns in (False, True):

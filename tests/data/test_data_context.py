@@ -7,7 +7,7 @@ from row_shapes import FIXTURES, items_of, turns
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data import reasons
-from mlxdpo.data.fields import Row, parsed
+from mlxdpo.data.fields import Row
 from mlxdpo.data.formats import FORMATS, convert, detect
 from mlxdpo.data.read import heldout_source, read_preferences
 from mlxdpo.data.report import BadRow
@@ -27,8 +27,7 @@ def answers(item):
 
 def converted(name, rows, **options):
     shape = FORMATS[name]
-    flat = [shape.flattened({column: parsed(value) for column, value in row.items()}) for row in rows]
-    return convert(shape, [Row("x:1", row) for row in flat], DataConfig(**options))
+    return convert(shape, [Row("x:1", shape.flattened(row)) for row in rows], DataConfig(**options))
 
 
 def refusal(name, rows, **options):

@@ -5,7 +5,6 @@ import itertools
 import pytest
 from row_shapes import FIXTURES, KNOWN_SETS, items_of, turns
 
-from mlxdpo.data.fields import parsed
 from mlxdpo.data.formats import FORMATS, detect, detect_by_names, named_format
 from mlxdpo.types import Message, Preference, UnpairedExample, UserError
 
@@ -25,7 +24,7 @@ def test_every_shape_has_a_fixture_and_no_fixture_is_orphaned():
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_shape_is_detected_as_itself_and_says_what_it_is(name):
     shape = FORMATS[name]
-    assert detect({column: parsed(value) for column, value in FIXTURES[name][0].items()}) is shape
+    assert detect(FIXTURES[name][0]) is shape
     assert shape.about and shape.example and shape.columns
 
 
@@ -38,7 +37,7 @@ def test_each_shape_gives_the_better_completion_as_chosen(name):
         assert said(item.prompt) == "Hi? | Yes? | Go on."
         assert (said(item.chosen), said(item.rejected)) == ("I think so.", "I doubt it.")
     else:
-        post = "SUBREDDIT: r/r\n\nTITLE: T\n\nPOST: Hi?\n\nTL;DR:"
+        post = "SUBREDDIT: r/cooking\n\nTITLE: Tea.\n\nPOST: Hi?\n\nTL;DR:"
         prompt = {"system": "Be kind. | Hi?", "summaries": post}.get(name, "Hi?")
         assert (said(item.prompt), said(item.chosen), said(item.rejected)) == (prompt, "Good.", "Bad.")
     assert item.where == "x.jsonl:1"

@@ -7,16 +7,19 @@ import gzip
 import io
 import json
 import random
+import re
 
 import pytest
-from counting import balanced, case, fuzzed
+from counting import SilentDrop, balanced, case, fuzzed
 from hypothesis import strategies as st
 from mutating import ODD_TEXTS, SEEDS, SPECIAL, dumped, mutate_bytes, mutate_value, mutated_rows, some_rows
+from row_shapes import FIXTURES
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data.check import check_rows, finding_lines
 from mlxdpo.data.encode import encode_all, encode_prompt
+from mlxdpo.data.fields import printable
 from mlxdpo.data.formats import FORMATS
 from mlxdpo.data.read import read_preferences
 from mlxdpo.types import Message, Preference, UnpairedExample
@@ -95,6 +98,101 @@ def test_formats(tmp_path, seed, name):
     rng = random.Random(seed)
     rows = mutated_rows(rng)
     case("formats", lambda: read(tmp_path, "jsonl", WRITERS["jsonl"](rows), format=name))
+
+
+WORDS = ("Hi?", "Good.", "Bad.", "Yes?", "Go on.", "I think so.", "I doubt it.", "Be kind.", "Tea.", "cooking")
+MARK = re.compile(r"M\d+x")
+TOOL = {"type": "function", "function": {"name": "f", "description": "M90x", "parameters": {"M91x": {"type": "M92x"}}}}
+BESIDE = {
+    "system": ["M20x", "", None],
+    "system_prompt": ["M21x", None],
+    "history": [[["M22x", "M23x"]], [], "M24x"],
+    "tools": [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)], None],
+    "images": [["M25x"], [], None],
+    "chat_template_kwargs": [{"enable_thinking": False}, {"M26x": "M27x"}],
+    "source": ["M28x"],
+    "meta": [{"a": ["M29x"]}],
+    "score_chosen": [1, "M30x"],
+    "score_rejected": [0, 2],
+    "prompt_id": ["M31x"],
+    "messages": [[{"role": "user", "content": "M32x"}]],
+    "question": ["M33x"],
+    "input": ["M34x", {"extra": "M35x"}],
+    "instruction": ["M36x"],
+    "prompt": ["M37x", None],
+}
+CALL = {"id": "M40x", "type": "function", "function": {"name": "f", "arguments": {"a": "M41x"}}}
+PICTURE = {"type": "image_url", "image_url": "M47x"}
+TURN = {
+    "tool_calls": [[CALL], json.dumps([CALL]), [{"name": "f", "arguments": '{"a": "M42x"}'}], None],
+    "reasoning_content": ["M43x"],
+    "name": ["M44x"],
+    "content": [[{"type": "text", "text": "M45x"}, "M46x"], [PICTURE], None],
+}
+
+
+def planted(rng):
+    """Rows of a shape with a mark in every text, some columns beside them, turns as other programs write them."""
+    rows = json.dumps(rng.choice(list(FIXTURES.values())))
+    for number, word in enumerate(WORDS):
+        rows = rows.replace(word, f"{word} M{number}x")
+    rows = json.loads(rows)
+    for row in rows:
+        for name in rng.sample(sorted(BESIDE), rng.choice([0, 0, 1, 2])):
+            row.setdefault(name, rng.choice(BESIDE[name]))
+        for turn in turns_in(row):
+            if rng.random() < 0.2:
+                name = rng.choice(sorted(TURN))
+                turn[name] = rng.choice(TURN[name])
+        for name in list(row):
+            if rng.random() < 0.1:
+                row[name] = json.dumps(row[name])
+    return [mutate_value(rng, row) if rng.random() < 0.4 else row for row in rows]
+
+
+def turns_in(value):
+    """The turns of a value, wherever they stand."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    own = [value] if isinstance(value, dict) and {"role", "from"} & value.keys() else []
+    return [*own, *(turn for part in inside for turn in turns_in(part))]
+
+
+def marks_in(value):
+    return set(MARK.findall(json.dumps(value, default=str)))
+
+
+def said_by(item):
+    texts = (item.prompt, *((item.chosen, item.rejected) if isinstance(item, Preference) else (item.completion,)))
+    return [[text if isinstance(text, str) else [turn.as_dict() for turn in text] for text in texts], item.tools]
+
+
+def arrived(tmp_path, rows):
+    """Every mark of the rows stands in what was read of them or in a column that is listed, unless a row is refused."""
+    (tmp_path / "rows.jsonl").write_bytes(WRITERS["jsonl"](rows))
+    items, report = read_preferences(DataConfig(path=str(tmp_path / "rows.jsonl"), on_bad_row="skip"))
+    if report.refused:
+        return items, report
+    columns = [(name, value) for row in rows for name, value in row.items()]
+    parts = [(f"{name}.{key}", v) for name, value in columns for key, v in each_key(value)]
+    named = marks_in([value for name, value in [*columns, *parts] if printable(name) in report.unread])
+    lost = marks_in([list(row.values()) for row in rows]) - named - marks_in([said_by(item) for item in items])
+    if lost:
+        raise SilentDrop(f"{report.format}: {lost} of {rows}; listed {report.lines()}")
+    return items, report
+
+
+def each_key(value):
+    """The keys of an object, of the objects of a list, or of either as JSON text."""
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        value = json.loads(value)
+    objects = value if isinstance(value, list) else [value]
+    return [pair for one in objects if isinstance(one, dict) for pair in one.items()]
+
+
+@fuzzed(150, 10_000, seed=SEEDS)
+def test_no_text_of_a_row_is_lost(tmp_path, seed):
+    rows = planted(random.Random(seed))
+    case("marks planted in rows", lambda: arrived(tmp_path, rows))
 
 
 @fuzzed(10, 200, seed=SEEDS)

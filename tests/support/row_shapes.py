@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mlxdpo.data.fields import Row, parsed
+from mlxdpo.data.fields import Row
 from mlxdpo.data.formats import FORMATS, Items, check_columns, convert, detect
 
 
@@ -13,8 +13,8 @@ def turns(*contents: str) -> list[dict[str, str]]:
 
 def items_of(rows: list[dict[str, Any]], name: str | None = None) -> Items:
     """What a list of raw rows gives under their detected or the named shape."""
-    shape = FORMATS[name] if name else detect({n: parsed(value) for n, value in rows[0].items()})
-    flat = [shape.flattened({n: parsed(value) for n, value in row.items()}) for row in rows]
+    shape = FORMATS[name] if name else detect(rows[0])
+    flat = [shape.flattened(row) for row in rows]
     for row in flat:
         check_columns(shape, row)
     return convert(shape, [Row(f"x.jsonl:{n}", row) for n, row in enumerate(flat, 1)])
@@ -69,7 +69,7 @@ FIXTURES: dict[str, list[dict[str, Any]]] = {
     ],
     "summaries": [
         {
-            "info": {"post": "Hi?", "title": "T", "subreddit": "r"},
+            "info": {"post": "Hi?", "title": "Tea.", "subreddit": "cooking"},
             "summaries": [{"text": "Bad."}, {"text": "Good."}],
             "choice": 1,
         }
@@ -104,7 +104,6 @@ FIXTURES: dict[str, list[dict[str, Any]]] = {
             "rejected": {"from": "gpt", "value": "Bad."},
         }
     ],
-    "trajectory": [{"trajectory": [{"from": "user", "value": "Hi?"}], "chosen": "Good.", "rejected": "Bad."}],
     "kto_messages": [{"messages": turns("Hi?", "Good."), "label": True}],
     "kto_sharegpt": [
         {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Good."}], "kto_tag": True}
@@ -183,10 +182,6 @@ KNOWN_SETS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "lmsys/chatbot_arena_conversations": (
         "arena",
         [{"question_id": "1", "model_a": "x", "model_b": "y", "judge": "j", "turn": 1} | FIXTURES["arena"][0]],
-    ),
-    "openbmb/UltraInteract_pair": (
-        "trajectory",
-        [{"task": "Math_CoT", "dataset": "d", "id": "1", "parent_id": "0"} | FIXTURES["trajectory"][0]],
     ),
     "Dahoas/full-hh-rlhf": ("text", [{"prompt": "\n\nHuman: Hi?\n\nAssistant:", "response": "Good."} | _TEXTS]),
     "PKU-Alignment/PKU-SafeRLHF": (

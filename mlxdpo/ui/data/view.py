@@ -6,7 +6,6 @@ row goes into a new file beside the original, whole or not at all.
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import threading
@@ -23,7 +22,7 @@ from mlxdpo.data.fields import Row
 from mlxdpo.data.formats import Format, convert, detect
 from mlxdpo.data.read import read_preferences
 from mlxdpo.data.report import BadRow, Report
-from mlxdpo.data.sources import Found, read_rows
+from mlxdpo.data.sources import Found, opened_file, read_rows
 from mlxdpo.io.atomic import write_atomic
 from mlxdpo.types import Preference, UserError
 from mlxdpo.ui.widgets import holds_text, page_table, short
@@ -139,7 +138,7 @@ def preference(book: Book, where: str, row: Mapping[str, Any]) -> tuple[Preferen
     if book.shape is None:
         raise UserError(f"{book.path.name}: no known row shape; `mlxdpo data formats` lists them")
     try:
-        items = convert(book.shape, [Row(where, row)])
+        items = convert(book.shape, [Row(where, book.shape.flattened(row))])
     except BadRow as bad:
         raise UserError(f"{where}: {bad.sentence}") from None
     pairs = [item for item in items if isinstance(item, Preference)]
@@ -254,7 +253,7 @@ def _json_line(row: Mapping[str, Any]) -> bytes:
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines of JSON, as they stand or, from another kind of file, as they are read."""
     if path.name.lower().endswith(LINES):
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+        with opened_file(path) as stream:
             for number, line in enumerate(stream, 1):
                 yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         return
