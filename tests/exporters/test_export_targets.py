@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load, load_model
 from tiny_exports import greedy_of, ids_of, logits_of, other_adapter, split_in_shards, trained_run
-from tiny_models import CONFIGS, change, write_model
+from tiny_models import CONFIGS, change, write_experts, write_model
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.exporters import export
