@@ -52,6 +52,7 @@ TRAINERS = ("mlxdpo", "mlx-lm-lora", "soup-cli", "trl")
 ON_A_MAC = ("trl:mps",) if sys.platform == "darwin" else ()
 PEERS = (*TRAINERS, *ON_A_MAC)
 CHECKPOINTED = tuple(f"{side}{'+' if ':' in side else ':'}checkpoint" for side in PEERS)
+TRAINED = (*PEERS, *CHECKPOINTED)
 PARTS = tuple(f"mlxdpo:{part}" for part in ("plain", "chunked-head", "mlx-attention", "mlx-swiglu", "no-lanes"))
 
 WORKLOADS = {

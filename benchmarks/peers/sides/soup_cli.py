@@ -10,7 +10,7 @@ import ctypes
 import time
 from typing import Any
 
-from benchmarks.peers.sides.protocol import Channel, Job, serve
+from benchmarks.peers.sides.protocol import Channel, Job, placed, serve
 
 NO_CLIPPING = 1e9  # it has no way to switch clipping off
 
@@ -96,7 +96,7 @@ def _driven(job: Job, channel: Channel) -> Any:
 
         def _apply_lora(self, model: Any) -> None:
             super()._apply_lora(model)
-            model.load_weights(job.adapter, strict=False)
+            model.load_weights(placed(mx.load(job.adapter), model), strict=False)
 
         def _prepare_objective(self, *arguments: Any) -> None:
             started = time.perf_counter()
