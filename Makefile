@@ -71,9 +71,9 @@ check: $(VENV)/.dev
 docs: $(VENV)/.docs
 	$(BIN)/python docs/build.py
 
-# Against mlx-lm-lora and TRL, each in its own environment below .bench/: an hour or more. More: docs/benchmarks.md.
+# Against mlx-lm-lora, soup-cli and TRL, each in its own environment below .bench/: hours. More: docs/benchmarks.md.
 bench-peers: $(VENV)/.demo
-	$(BIN)/python -m benchmarks.peers --json .bench/results.json --docs $(BENCH)
+	$(BIN)/python -m benchmarks.peers --models all --json .bench/results.json --docs $(BENCH)
 
 # Reward against drift for DPO, PPO and others on SmolLM2: an hour or two on two cores; stopped, it goes on (docs/frontier.md).
 frontier: $(VENV)/.demo

@@ -1,4 +1,4 @@
-"""mlxdpo against mlx-lm-lora and TRL on one machine: seconds of a step, memory, and proof that all do the same.
+"""mlxdpo against mlx-lm-lora, soup-cli and TRL on one machine: seconds of a step, memory, and proof that all agree.
 
     python -m benchmarks.peers --json results.json          install the peers, run everything, print a table
     python -m benchmarks.peers --from results.json --docs   write docs/evidence/benchmarks.md and its plot again

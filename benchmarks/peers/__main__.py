@@ -7,15 +7,19 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import adapter, report, workloads
 from benchmarks.peers.environments import FOLDER, MODULES, python_of, switches_of
 from benchmarks.peers.measure import Entrant, measure
+from benchmarks.peers.models import KINDS, random_model
 from benchmarks.peers.worker import Worker
 
-DESCRIPTION = "Measure mlxdpo against mlx-lm-lora and TRL, step by step in turn. See benchmarks/peers/__init__.py."
+DESCRIPTION = (
+    "Measure mlxdpo against mlx-lm-lora, soup-cli and TRL, step by step in turn. See benchmarks/peers/__init__.py."
+)
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -30,7 +34,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--epoch-share", type=float, default=1.0, help="the first share of our epoch's steps; all sides see its pairs")
     add("--max-length", type=int, default=1024, help="tokens of a row of --data (default 1024)")
     add("--scale", type=float, default=1.0, help="multiply the lengths of all shapes, to try things out")
-    add("--model", default="smollm2", help="a llama-like folder, or smollm2 (default)")
+    models = ", ".join(("smollm2", *KINDS))
+    add(
+        "--models",
+        nargs="+",
+        default=["smollm2"],
+        help=f"{models}, or llama-like folders; all: the four (default smollm2)",
+    )
     add("--threads", type=int, default=os.cpu_count() or 1, help="of each side (default: all cores)")
     add("--timeout", type=float, default=3600, help="seconds a step may take (default 3600)")
     add("--python", nargs="+", default=[], metavar="SIDE=PATH", help="use this interpreter instead of installing")
@@ -38,8 +48,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--from", dest="source", type=Path, help="measure nothing, show this file")
     add("--docs", action="store_true", help="write docs/evidence/benchmarks.md and its plot")
     asked = parser.parse_args(words)
-    if asked.workloads is None:
+    asked.whole = asked.workloads is None
+    if asked.whole:
         asked.workloads = known if asked.data else list(workloads.WORKLOADS)
+    if "all" in asked.models:
+        asked.models = ["smollm2", *KINDS]
     if workloads.EPOCH.name in asked.workloads and not asked.data and not asked.source:
         parser.error("the workload `epoch` needs --data FILE")
     for word in asked.python:
@@ -71,45 +84,68 @@ def run(asked: argparse.Namespace, results: dict[str, Any]) -> None:
     """Measure each workload asked for; `results`, and the file if any, hold it as soon as it is done."""
     from mlxdpo.model.policy import find_model, load_tokenizer
 
-    model = find_model(asked.model)
-    text = workloads.real_text(load_tokenizer(model, asked.model))
-    for name in asked.workloads:
-        if name == workloads.EPOCH.name:
-            shape = workloads.EPOCH
-            plan = workloads.epoch_plan(asked.data, model, asked.epoch_share, asked.max_length)
-            seen = sum(map(len, plan.steps["mlxdpo"]))
-            what = f"{asked.data.name}, {seen} of {len(plan.pairs)} pairs, reference scoring included"
-        else:
-            shape = workloads.WORKLOADS[name]
-            plan = workloads.shape_plan(shape, text, asked.scale, asked.repeats + 1)
-            what = workloads.describe(shape, asked.scale)
-        print(f"{name}: {shape.what}, {what}", flush=True)
+    for model in asked.models:
         with tempfile.TemporaryDirectory() as folder:
-            entrants = enter(asked, plan, asked.sides or list(shape.sides), model, Path(folder), name)
-            records = measure(entrants, lambda line: print(f"  {line}", flush=True))
-        results["workloads"][name] = {
-            "what": shape.what,
-            "shape": what,
-            "same": plan.same,
-            "scored": plan.scored,
-            "beta": workloads.BETA,
-            "machine": machine(asked.threads),
-            "date": time.strftime("%Y-%m-%d"),
-            "sides": {side: record.as_dict() for side, record in records.items()},
-        }
-        if asked.json:
-            asked.json.write_text(json.dumps(results, indent=1), "utf-8")
+            given, place = dict(word.split("=", 1) for word in asked.python), Path(folder, "model")
+            words = find_model("smollm2" if model in KINDS else model)
+            found = random_model(model, python_of("trl", given), place, words) if model in KINDS else words
+            text = workloads.real_text(load_tokenizer(words, str(words)))
+            # Of the random ones the first shape: what else a length changes, SmolLM2 shows.
+            for name in asked.workloads[:1] if model in KINDS and asked.whole else asked.workloads:
+                measure_workload(asked, results, name, model, found, text)
+
+
+def measure_workload(
+    asked: argparse.Namespace, results: dict[str, Any], name: str, model: str, found: Path, text: list[int]
+) -> None:
+    """One workload on one model, which lies in `found`; `text` is what its rows are cut from."""
+    kind = KINDS.get(model)
+    if name == workloads.EPOCH.name:
+        shape = workloads.EPOCH
+        plan = workloads.epoch_plan(asked.data, found, asked.epoch_share, asked.max_length)
+        seen = sum(map(len, plan.steps["mlxdpo"]))
+        what = f"{asked.data.name}, {seen} of {len(plan.pairs)} pairs, reference scoring included"
+    else:
+        shape = workloads.WORKLOADS[name]
+        plan = workloads.shape_plan(shape, text, asked.scale, asked.repeats + 1)
+        what = workloads.describe(shape, asked.scale)
+    title = f"{name} {model}" if kind else name
+    what = f"{what}, {kind.what}" if kind else what
+    sides = asked.sides or [side for side in shape.sides if not kind or side in workloads.TRAINED]
+    print(f"{title}: {shape.what}, {what}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        keys = kind.keys if kind else adapter.KEYS
+        entrants = enter(asked, plan, sides, found, Path(folder), title.replace(" ", "-"), keys)
+        records = measure(entrants, lambda line: print(f"  {line}", flush=True))
+    results["workloads"][title] = {
+        "what": shape.what,
+        "shape": what,
+        "same": plan.same,
+        "scored": plan.scored,
+        "beta": workloads.BETA,
+        "machine": machine(asked.threads),
+        "date": time.strftime("%Y-%m-%d"),
+        "sides": {side: record.as_dict() for side, record in records.items()},
+    }
+    if asked.json:
+        asked.json.write_text(json.dumps(results, indent=1), "utf-8")
 
 
 def enter(
-    asked: argparse.Namespace, plan: workloads.Plan, sides: list[str], model: Path, folder: Path, workload: str
+    asked: argparse.Namespace,
+    plan: workloads.Plan,
+    sides: list[str],
+    model: Path,
+    folder: Path,
+    workload: str,
+    keys: Sequence[str],
 ) -> dict[str, Entrant]:
     """What each side is started with. Shared files go to `folder`, each side's own below it."""
     from mlxdpo.machine.openblas import preload_blas
 
     given = dict(word.split("=", 1) for word in asked.python)
     blas = preload_blas()
-    adapter.write_adapter(model, folder / "adapter.safetensors")
+    adapter.write_adapter(model, folder / "adapter.safetensors", keys)
     (folder / "pairs.json").write_text(json.dumps(plan.pairs), "utf-8")
     entrants = {}
     for side in sides:
@@ -128,7 +164,7 @@ def enter(
             "folder": str(own),
             "rank": adapter.RANK,
             "scale": adapter.SCALE,
-            "keys": list(adapter.KEYS),
+            "keys": list(keys),
             "lr": 1e-4,
             "beta": workloads.BETA,
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +11,25 @@ KEYS = ("self_attn.q_proj", "self_attn.v_proj")
 RANK, SCALE = 8, 2.0  # PEFT's alpha is 16
 
 
-def write_adapter(model: Path, file: Path) -> None:
-    """`lora_a` (in, rank) uniform within 1/sqrt(in), `lora_b` (rank, out) zero, for every block of a llama folder."""
+def write_adapter(model: Path, file: Path, keys: Sequence[str] = KEYS) -> None:
+    """`lora_a` (in, rank) uniform within 1/sqrt(in), `lora_b` (rank, out) zero, for each of `keys` that a block of the
+    folder's weights has."""
+    from safetensors import safe_open
     from safetensors.numpy import save_file
 
-    config = json.loads((model / "config.json").read_text("utf-8"))
-    width, heads = config["hidden_size"], config["num_attention_heads"]
-    size = config.get("head_dim") or width // heads
-    outs = {KEYS[0]: heads * size, KEYS[1]: config["num_key_value_heads"] * size}
-    draw, arrays = np.random.default_rng(0), {}
-    for block in range(config["num_hidden_layers"]):
-        for key, out in outs.items():
-            a = draw.uniform(-1, 1, (width, RANK)) / np.sqrt(width)
-            arrays[f"model.layers.{block}.{key}.lora_a"] = a.astype(np.float32)
-            arrays[f"model.layers.{block}.{key}.lora_b"] = np.zeros((RANK, out), np.float32)
+    shapes: dict[str, tuple[int, int]] = {}
+    for part in sorted(model.glob("*.safetensors")):
+        with safe_open(part, framework="numpy") as stored:
+            shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    draw, arrays, block = np.random.default_rng(0), {}, 0
+    while found := {key: shapes.get(f"model.layers.{block}.{key}.weight") for key in keys}:
+        if not any(found.values()):
+            break
+        for key, shape in found.items():
+            if shape:
+                out, width = shape
+                a = draw.uniform(-1, 1, (width, RANK)) / np.sqrt(width)
+                arrays[f"model.layers.{block}.{key}.lora_a"] = a.astype(np.float32)
+                arrays[f"model.layers.{block}.{key}.lora_b"] = np.zeros((RANK, out), np.float32)
+        block += 1
     save_file(arrays, file)

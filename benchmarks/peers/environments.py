@@ -11,14 +11,17 @@ LINUX = sys.platform == "linux"
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".bench"
 
+MLX = ("mlx-lm==0.32.2", "mlx[cpu]==0.32.4" if LINUX else "mlx==0.32.4")
 REQUIREMENTS: dict[str, tuple[str, ...]] = {
-    "mlx-lm-lora": ("mlx-lm-lora==5.10.2", "mlx-lm==0.32.2", "mlx[cpu]==0.32.4" if LINUX else "mlx==0.32.4"),
+    "mlx-lm-lora": ("mlx-lm-lora==5.10.2", *MLX),
+    "soup-cli": ("soup-cli==0.77.0", *MLX),
     # Linux: exactly this torch, or gigabytes of CUDA libraries come along.
     "trl": ("torch==2.13.0", "trl==1.16.0", "peft==0.21.2", "transformers==5.24.0"),
 }
 MODULES = {
     "mlxdpo": "benchmarks.peers.sides.ours",
     "mlx-lm-lora": "benchmarks.peers.sides.mlx_lm_lora",
+    "soup-cli": "benchmarks.peers.sides.soup_cli",
     "trl": "benchmarks.peers.sides.trl",
     "exact": "benchmarks.peers.sides.exact",
 }
@@ -28,7 +31,8 @@ PARTS = ("plain", "no-packing", "chunked-head", "ungrouped", "mlx-attention", "m
 SWITCHES: dict[str, set[str]] = {
     "mlxdpo": {"checkpoint", *PARTS},
     "mlx-lm-lora": {"checkpoint"},
-    "trl": {"checkpoint"},
+    "soup-cli": {"checkpoint"},
+    "trl": {"checkpoint", "mps"},
     "exact": set(),
 }
 

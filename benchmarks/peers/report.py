@@ -12,7 +12,7 @@ EVIDENCE = ROOT / "docs" / "evidence"
 PAGE, PLOT = EVIDENCE / "benchmarks.md", EVIDENCE / "benchmarks.svg"
 BEGIN, END = "<!-- generated: benchmarks begin -->", "<!-- generated: benchmarks end -->"
 HEAD = ("side", "seconds", "pairs/s", "speed", "peak GB", "process GB", "")
-COLOURS = {"mlxdpo": "#0b6e4f", "mlx-lm-lora": "#d17a22", "trl": "#5b6c8f"}
+COLOURS = {"mlxdpo": "#0b6e4f", "mlx-lm-lora": "#d17a22", "soup-cli": "#a23b72", "trl": "#5b6c8f"}
 
 
 def cells(row: Row) -> tuple[str, ...]:

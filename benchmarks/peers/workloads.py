@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,8 +48,11 @@ class Plan(NamedTuple):
 
 
 BETA = 0.1
-PEERS = ("mlxdpo", "mlx-lm-lora", "trl")
-CHECKPOINTED = tuple(f"{side}:checkpoint" for side in PEERS)
+TRAINERS = ("mlxdpo", "mlx-lm-lora", "soup-cli", "trl")
+ON_A_MAC = ("trl:mps",) if sys.platform == "darwin" else ()
+PEERS = (*TRAINERS, *ON_A_MAC)
+CHECKPOINTED = tuple(f"{side}{'+' if ':' in side else ':'}checkpoint" for side in PEERS)
+TRAINED = (*PEERS, *CHECKPOINTED)
 PARTS = tuple(f"mlxdpo:{part}" for part in ("plain", "chunked-head", "mlx-attention", "mlx-swiglu", "no-lanes"))
 
 WORKLOADS = {
@@ -107,14 +111,15 @@ def shape_plan(workload: Workload, text: list[int], scale: float, steps: int) ->
         completions = [take(completion_tokens) for _ in range(workload.completions)]
         pairs += [{"prompt": prompt, "chosen": a, "rejected": b} for a, b in itertools.combinations(completions, 2)]
     everything = [list(range(len(pairs)))] * steps
-    return Plan(pairs, dict.fromkeys((*PEERS, "exact"), everything), len(pairs), True)
+    return Plan(pairs, dict.fromkeys((*TRAINERS, "exact"), everything), len(pairs), True)
 
 
 def epoch_plan(file: Path, folder: Path, share: float, max_length: int) -> Plan:
     """One epoch of a file, or the first `share` of our steps and for the peers the same pairs in their own order.
 
     Ours keeps a prompt's pairs together. mlx-lm-lora sorts by length, cuts and shuffles the batches (each once here:
-    its own sampling repeats some and never meets others). TRL shuffles the pairs and cuts.
+    its own sampling repeats some and never meets others). TRL and soup-cli shuffle the pairs and cut; soup-cli drops the
+    last batch where it is short.
     """
     from mlxdpo.config import DataConfig
     from mlxdpo.data.dataset import encode_split, read_split
@@ -128,7 +133,9 @@ def epoch_plan(file: Path, folder: Path, share: float, max_length: int) -> Plan:
     windows = plan_epoch(outline(examples, data.group), EPOCH_BATCH, 1, 0, 0).windows
     ours = [[i for batch in window for i in batch] for window in windows[: max(1, round(share * len(windows)))]]
     seen = sorted(i for step in ours for i in step)
-    steps = {"mlxdpo": ours, "mlx-lm-lora": _sorted_batches(pairs, seen), "trl": _shuffled_batches(seen), "exact": ours}
+    shuffled = _shuffled_batches(seen)
+    steps = {"mlxdpo": ours, "mlx-lm-lora": _sorted_batches(pairs, seen), "trl": shuffled, "exact": ours}
+    steps["soup-cli"] = [batch for batch in shuffled if len(batch) == EPOCH_BATCH] or shuffled
     return Plan(pairs, steps, EPOCH_BATCH, False)
 
 

@@ -32,7 +32,7 @@ class Routed(NamedTuple):
 
 
 def balancing_loss(routed: list[Routed], weights: mx.array) -> mx.array:
-    """(), E sum_e f_e P_e over the tokens of all layers, as transformers' load_balancing_loss_func computes it.
+    """(), E sum_e f_e P_e over the tokens of all layers, as transformers computes it.
 
     Source: arXiv 2101.03961, equations 4 to 6. f_e is how often a token chooses expert e (with k experts a token the
     f_e add up to k), P_e the mean of the router's probability of e; f_e has no gradient. It is k where all experts are

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from benchmarks.peers.sides.protocol import Channel, Job, serve
+from benchmarks.peers.sides.protocol import Channel, Job, placed, serve
 
 NEVER = 10**9
 
@@ -87,12 +87,13 @@ def run(job: Job, channel: Channel) -> None:
 
 
 def _with_adapter(model: Any, job: Job) -> Any:
+    import mlx.core as mx
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     model.freeze()
     settings = {"rank": job.rank, "scale": job.scale, "dropout": 0.0, "keys": set(job.keys)}
     linear_to_lora_layers(model, len(model.layers), settings)
-    model.load_weights(job.adapter, strict=False)
+    model.load_weights(placed(mx.load(job.adapter), model), strict=False)
     return model
 
 

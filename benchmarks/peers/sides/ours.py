@@ -18,7 +18,7 @@ import mlxdpo  # noqa: F401  first: it loads the fast BLAS
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.peers.sides.protocol import Channel, Job, serve
+from benchmarks.peers.sides.protocol import Channel, Job, placed, serve
 from mlxdpo.config import Config
 from mlxdpo.data import batching
 from mlxdpo.data.planning import Indices, outline, plan_epoch
@@ -123,7 +123,7 @@ def run(job: Job, channel: Channel) -> None:
         ref = _reference(examples, make_scorer(policy.model, ways.score), config, len(job.batches))
         seconds = time.perf_counter() - started
         attach_lora(policy.model, config.lora)
-        policy.model.load_weights(job.adapter, strict=False)
+        policy.model.load_weights(placed(mx.load(job.adapter), policy.model), strict=False)
         parts = ReferencedPairs(examples, ref), ReferencedPairs([], np.zeros((0, 2), np.float32))
         made = make_optimizer(config.optim), resolve(config.loss), make_plan(config, examples, [])
         state = TrainState(config, stage_of(config), policy.model, *made, *parts, Path(job.folder), ways)

@@ -60,6 +60,21 @@ class Job(NamedTuple):
         return max(len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in self.read_pairs())
 
 
+def placed(arrays: dict[str, Any], model: Any) -> list[tuple[str, Any]]:
+    """The adapter's `arrays` under the names that an mlx-lm model has for them: the same, or those inside a wrapper.
+
+    Raises `RuntimeError` unless they are all that the model trains.
+    """
+    from mlx.utils import tree_flatten
+
+    known = {name for name, _ in tree_flatten(model.trainable_parameters())}
+    found = [(next((k for k in known if k == name or k.endswith(f".{name}")), name), a) for name, a in arrays.items()]
+    if {name for name, _ in found} != known:
+        odd = min({name for name, _ in found} ^ known)
+        raise RuntimeError(f"the model and the adapter differ, e.g. by {odd}")
+    return found
+
+
 class Finished(BaseException):  # not an Exception: a trainer may catch those
     """Leaves a trainer's loop; carries the command that ended it."""
 

@@ -1,4 +1,4 @@
-"""TRL's side: its `DPOTrainer` on the processor, untouched, its steps held and timed by a callback.
+"""TRL's side: its `DPOTrainer` on the processor (or, switched to `mps`, on a Mac's GPU), untouched, its steps held and timed by a callback.
 
 Its data set is replaced by token ids, as its own tokenising would leave them, in the job's order. Its optimizer, its
 loss (with its own fused head) and its reference (the adapter switched off, computed in every step) are its defaults.
@@ -15,6 +15,8 @@ def run(job: Job, channel: Channel) -> None:
     """Set the trainer up, then its own loop."""
     import torch
 
+    if "mps" in job.switches and not torch.backends.mps.is_available():
+        raise RuntimeError("trl:mps needs PyTorch with MPS, on a Mac")
     torch.set_num_threads(job.threads)
     trainer = _trainer(job, _callback(channel))
     _copy_adapter(trainer.model, job.adapter)
@@ -77,7 +79,7 @@ def _trainer(job: Job, held: Any) -> Any:
         max_length=None,
         bf16=False,
         gradient_checkpointing="checkpoint" in job.switches,
-        use_cpu=True,
+        use_cpu="mps" not in job.switches,
         dataloader_pin_memory=False,
         save_strategy="no",
         report_to=[],
