@@ -32,7 +32,7 @@ FILES = ("docs/*.png", "docs/*.svg", "docs/evidence/*.svg", "examples/*.yaml")
 ROOMS = {"losses": "mlxdpo.losses", "data": "mlxdpo.data", "model": "mlxdpo.model", "export": "mlxdpo.exporters"}
 GUIDES = (
     "docs/README", "docs/data", "docs/objectives", "docs/stages", "docs/evaluation", "docs/app", "docs/rounds",
-    "docs/constitution", "docs/export", "docs/frontier", "docs/benchmarks",
+    "docs/constitution", "docs/dial", "docs/export", "docs/frontier", "docs/benchmarks",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from mlxdpo import (
     Run,
     TrainedRun,
     at_checkpoints,
+    at_strengths,
     distinct_prompts,
     encode_pairs,
     heldout_pairs,
@@ -42,9 +43,12 @@ Say = Callable[[str], None]
 FINAL = "adapter"
 
 
-def measure_checkpoints(run: Run, judge: Judge, sampling: Sampling, say: Say = lambda text: None) -> list[Point]:
+def measure_checkpoints(
+    run: Run, judge: Judge, sampling: Sampling, say: Say = lambda text: None, strengths: Sequence[float] = ()
+) -> list[Point]:
     """The points of a run, oldest checkpoint first; writes RUN/eval/frontier.json, which the report shows.
 
+    With `strengths` the points are the run's adapter at each of them instead, and RUN/eval/frontier.json stays.
     A checkpoint on whose answers the judge gives no valid verdict has no point. Raises `UserError` where the run's
     model or reference is another one, or there are no held-out pairs.
     """
@@ -54,11 +58,14 @@ def measure_checkpoints(run: Run, judge: Judge, sampling: Sampling, say: Say = l
     prompts = distinct_prompts(rows, sampling.prompts)
     before, _ = sample_start(opened, prompts, sampling)
 
-    def point(name: str) -> Point | None:
+    def point(name: str, opened: TrainedRun = opened) -> Point | None:
         """The point of the weights that are in the model now."""
         say(f"{run.path.name}: {name}")
         return _measure_point(opened, judge, name, before, sample_tuned(opened, prompts, sampling), sampling)
 
+    if strengths:
+        at = [point(f"strength {strength:g}", here) for strength, here in at_strengths(run, strengths)]
+        return [p for p in at if p is not None]
     final, seen = _trainable_arrays(opened), False
     found: list[Point | None] = []
     for name in at_checkpoints(opened):

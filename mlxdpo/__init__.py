@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it
     from mlxdpo.forward.logprobs import completion_logps as completion_logps
     from mlxdpo.forward.next_token import next_logits as next_logits
     from mlxdpo.inference.generate import generate as generate
+    from mlxdpo.inference.mixtures import at_strengths as at_strengths
+    from mlxdpo.inference.mixtures import average_runs as average_runs
+    from mlxdpo.inference.mixtures import run_at as run_at
     from mlxdpo.inference.reward_model import open_reward_model as open_reward_model
     from mlxdpo.inference.trained_run import PairLogps as PairLogps
     from mlxdpo.inference.trained_run import TrainedRun as TrainedRun
@@ -81,6 +84,9 @@ _DOOR = {
     "export": "mlxdpo.exporters",
     "open_reward_model": "mlxdpo.inference.reward_model",
     # what the evaluation (eval/) needs besides
+    "at_strengths": "mlxdpo.inference.mixtures",
+    "average_runs": "mlxdpo.inference.mixtures",
+    "run_at": "mlxdpo.inference.mixtures",
     "BestOfK": "mlxdpo.data.best_of_k",
     "encode_prompt": "mlxdpo.data.encode",
     "read_preferences": "mlxdpo.data.read",

@@ -101,7 +101,7 @@ def _input(config: Config, setting: str) -> str:
     return getattr(getattr(config, section), key) or ""
 
 
-def _paths_of(config: Config, run: Path) -> dict[str, Any]:
+def input_paths(config: Config, run: Path) -> dict[str, Any]:
     """What `paths.json` holds: the run's folder, and each input that is a file or a folder here."""
     made = os.path.abspath(run)
     found: dict[str, Any] = {"run": made}
@@ -166,7 +166,7 @@ class Run:
             write_first(path / "config.yaml", dump_config(config))
         except FileExistsError:
             raise UserError(f"{path}: another process has just begun a run there; choose another --out") from None
-        write_json(path / PATHS, _paths_of(config, path))
+        write_json(path / PATHS, input_paths(config, path))
         return cls(path)
 
     @classmethod
@@ -217,6 +217,14 @@ class Run:
             changed = getattr(config, section).model_copy(update={key: found})
             config = config.model_copy(update={section: changed})
         return config
+
+    def check_trained(self) -> None:
+        """Raise `UserError` for a run that is made of others (`inference.mixtures`): nothing in it can go on."""
+        if (self.path / "manifest.json").exists() and "made_of" in read_json(self.path / "manifest.json"):
+            raise UserError(
+                f"{self.path}: is made of other runs and was not trained; start a new run from it with "
+                f"--model.adapter {self.adapter}"
+            )
 
     def need(self, *names: str, instead: str = "") -> None:
         """Raise `UserError` where one of the inputs `names` (`data.path`, ...) is gone, naming where it was; `instead`

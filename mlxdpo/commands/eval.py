@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter, validators
 from pydantic import Field
 
+from mlxdpo.commands.generate import Strength
 from mlxdpo.config import DataConfig, Section
 from mlxdpo.runs import Run
 
@@ -46,6 +47,7 @@ def run(
     *,
     data: Data = None,
     judge: list[str] | None = None,
+    strength: Strength = 1.0,
     votes: Path | None = None,
     slices: Annotated[list[str] | None, Parameter(name="--slice")] = None,
     retest: Count | None = None,
@@ -67,6 +69,7 @@ def run(
         judge: Who compares answers before and after, the first one for the headline; repeat it for several: vader,
             textblob, longest, local:MODEL, reward:RUN, endpoint:MODEL@URL (key in $MLXDPO_JUDGE_KEY), votes:FILE,
             FILE.py:FUNCTION.
+        strength: Evaluate the run at this strength instead (mlxdpo dial); its results and report are in RUN/strengths/.
         votes: Human votes: evidence valid whenever one looks, and a check on the judges; unset means RUN/votes.jsonl.
         slices: Column of the held-out rows to break results down by, repeatable; unset means all that are categories.
         retest: Comparisons to ask each judge a second time, past the cache.
@@ -77,9 +80,11 @@ def run(
         json: Print the results as JSON.
     """
     from mlxdpo.commands.terminal import console, warn
+    from mlxdpo.inference.mixtures import run_at
     from mlxdpo_eval.run import EvalOptions
 
-    source = Run.open(path)
+    source = run_at(Run.open(path), strength)
+    path = source.path
     say: Callable[[str], None] = warn if json else (lambda text: console.print(text, style="dim", markup=False))
     if tasks:
         return _capability(source, tasks.split(","), (limit, include), say, json)

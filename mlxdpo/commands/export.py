@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter, validators
 from pydantic import field_validator
 
+from mlxdpo.commands.generate import Strength
 from mlxdpo.config import Section
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
@@ -72,6 +73,7 @@ def run(
     *,
     to: str,
     out: Path,
+    strength: Strength = 1.0,
     data: Data = None,
     pairs: Pairs = 32,
     making: Annotated[Making, Parameter(name="*")] = AS_TRAINED,
@@ -88,6 +90,7 @@ def run(
         path: Run directory.
         to: Targets, separated by commas.
         out: Folder to make; an earlier export there is replaced.
+        strength: Export the run at this strength (mlxdpo dial); the gate holds the files against the run at it.
         data: Held-out pairs to measure on; those of the run's recipe when not given.
         pairs: How many of them; 0 takes all.
         force: Keep targets that failed, too. They are never pushed.
@@ -97,12 +100,15 @@ def run(
     from mlxdpo.exporters import export
     from mlxdpo.exporters.sections import Licences
     from mlxdpo.exporters.source import Choices
+    from mlxdpo.inference.mixtures import run_at
 
     check_publishing(publishing)
+    if strength == 0:
+        raise UserError("--strength 0 is the model before tuning; there is nothing of the run to export")
     # mlx-lm prints a line when it packs weights, where a machine reads JSON.
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
         exported = export(
-            Run.open(path),
+            run_at(Run.open(path), strength),
             [name for name in to.replace(" ", "").split(",") if name],
             out,
             data=data,

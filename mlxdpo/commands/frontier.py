@@ -16,6 +16,7 @@ from mlxdpo.types import UserError
 def run(
     *paths: Path,
     judge: str,
+    strength: list[float] | None = None,
     answering: Annotated[Answering, Parameter(name="*")] = AS_IT_IS,
     json: bool = False,
 ) -> None:
@@ -27,6 +28,7 @@ def run(
     Args:
         paths: Run directories.
         judge: Who compares answers before and after: as for `mlxdpo eval`.
+        strength: Measure the run's adapter at this strength instead of the checkpoints; repeat it for several.
         json: Print the points as JSON.
     """
     from mlxdpo.commands.terminal import console, warn
@@ -40,7 +42,7 @@ def run(
     points, sampling = [], Sampling(**answering.model_dump())
     for source in map(Run.open, paths):
         points += name_points(
-            measure_checkpoints(source, open_judge(judge, rewards_of(source)), sampling, warn), source
+            measure_checkpoints(source, open_judge(judge, rewards_of(source)), sampling, warn, strength or ()), source
         )
     best = pareto_front(points)
     if json:

@@ -9,9 +9,11 @@ from typing import Annotated
 from cyclopts import Parameter, validators
 
 from mlxdpo.runs import Run
+from mlxdpo.types import UserError
 
 Temperature = Annotated[float, Parameter(validator=validators.Number(gte=0))]
 TopP = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=1))]
+Strength = Annotated[float, Parameter(validator=validators.Number(gte=0))]
 Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 
 
@@ -21,6 +23,7 @@ def run(
     *,
     prompt: list[str],
     before: bool = False,
+    strength: Strength = 1.0,
     max_tokens: Count = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -33,6 +36,7 @@ def run(
         path: Run directory.
         prompt: What to answer; repeat it for several prompts.
         before: Answer with the model as it was before tuning.
+        strength: How much of the tuning: 0 is the model before it, 1 as trained, 2 twice as far.
         max_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token; 1 samples from the model.
         top_p: Sample from the likeliest tokens that hold this share of the probability.
@@ -42,9 +46,12 @@ def run(
     from mlxdpo.commands.terminal import console
     from mlxdpo.data.encode import encode_prompt
     from mlxdpo.inference.generate import generate
+    from mlxdpo.inference.mixtures import run_at
     from mlxdpo.model.adapters import load_run, load_start
 
-    source = Run.open(path)
+    if before and strength != 1:
+        raise UserError(f"--before is strength 0; drop it or --strength {strength:g}")
+    source = run_at(Run.open(path), strength)
     policy = load_start(source) if before else load_run(source)
     ids = [encode_prompt(text, policy.tokenizer, source.config().data).tolist() for text in prompt]
     answers = generate(

@@ -2,6 +2,7 @@
 
     {"run": name, "base_model": Hub id or folder name, "base_revision": ..., "relation": adapter|finetune|quantized,
      "data": what the gate measured on, "beta": ..., "versions": {...},
+     "strength": 1.0, "made_of": null or what the run was made of,
      "targets": {name: {"folder": "." or "mlx", "files": {name below the folder: bytes}, "relation": ..., "note": ...,
                         "kept": true,
                         "fidelity": {"pairs": n, "tokens": n, "token_kl": nats, "policy_reference_kl": nats,
@@ -89,6 +90,13 @@ class Exported(NamedTuple):
     beta: float
     versions: dict[str, str]
     targets: dict[str, Target]
+    made_of: Mapping[str, Any] | None = None
+    """Of a run that was not trained but made of others (`inference.mixtures`): strength or average, and of which."""
+
+    @property
+    def strength(self) -> float:
+        """The strength at which the run was exported; 1 is as trained."""
+        return (self.made_of or {}).get("strength", 1.0)
 
     @property
     def passed(self) -> bool:
@@ -99,7 +107,7 @@ class Exported(NamedTuple):
 def write_record(exported: Exported, folder: Path) -> None:
     """Write `export.json` into `folder`."""
     targets = {name: t._asdict() | {"fidelity": _finite(t.fidelity)} for name, t in exported.targets.items()}
-    fields: dict[str, Any] = exported._asdict() | {"targets": targets}
+    fields: dict[str, Any] = exported._asdict() | {"targets": targets, "strength": exported.strength}
     del fields["out"]  # where it stands today is nobody's business
     write_json(folder / RECORD, fields)
 
@@ -118,7 +126,8 @@ def read_record(out: Path) -> Exported:
     raw = read_json(file)
     with as_written(file, "export again"):
         targets = {name: _target(**target) for name, target in raw["targets"].items()}
-        return Exported(**raw | {"out": out, "targets": targets})
+        kept = {name: value for name, value in raw.items() if name != "strength"}
+        return Exported(**kept | {"out": out, "targets": targets})
 
 
 def _target(*, folder: str, files: dict[str, int], fidelity: dict[str, Any], **others: Any) -> Target:

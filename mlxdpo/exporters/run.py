@@ -184,6 +184,7 @@ def _describe(source: ExportSource, out: Path, where: str, targets: dict[str, Ta
         beta=config.loss.beta,
         versions=versions(),
         targets=targets,
+        made_of=run.manifest().get("made_of"),
     )
 
 

@@ -378,6 +378,7 @@ def training(config: Config, manifest: Mapping[str, Any], metrics: Sequence[Mapp
     machine, versions = manifest["machine"], manifest["versions"]
     done = max((m["step"] for m in steps), default=0)
     rows = [
+        *_made_of(manifest),
         ("objective", objective(config)),
         ("trained", f"{shape}; layers: {', '.join(lora.keys) if lora.keys else 'all linear ones in the blocks'}"),
         ("steps", f"{done}, {config.train.batch_size} x {config.train.gradient_accumulation} pairs each"),
@@ -394,6 +395,17 @@ def training(config: Config, manifest: Mapping[str, Any], metrics: Sequence[Mapp
         _code_block("sh", command(config)),
     ]
     return "\n\n".join([*parts, f"![loss, reward accuracy and margin over the steps]({CURVE})"] if steps else parts)
+
+
+def _made_of(manifest: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """What was done to trained adapters afterwards, where these weights are not those of a training."""
+    made = manifest.get("made_of")
+    if made and "strength" in made:
+        name, factor = made["runs"][0]["run"], f"{made['strength']:g}"
+        yield "strength", f"strength {factor} of {name}: {factor} times what training changed in the weights"
+    if made and "average" in made:
+        shares = ", ".join(f"{w:g} {one['run']}" for w, one in zip(made["average"], made["runs"], strict=True))
+        yield "average", f"of the adapters of {len(made['runs'])} runs ({shares}); the rows below are the first one's"
 
 
 def _ends(metrics: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:

@@ -65,6 +65,7 @@ def train(
     and the data are read.
     """
     if resume is not None and group.first:
+        resume.check_trained()
         resume.need(*INPUTS)
     with contextlib.ExitStack() as held:
         prepared = yield from prepare(config, resume, should_stop, group, held, fits)

@@ -151,6 +151,10 @@ class AppState:
             run = run_named(self.runs, name)
             self.engine.begin(lambda run=run: iter((self.variants.load(run),)))
 
+    def at_strength(self, loaded: RunVariants, strength: float) -> RunVariants:
+        """A run's variants with the tuned one at a strength."""
+        return loaded._replace(after=self.engine.call(lambda: self.variants.at_strength(loaded, strength)))
+
     def third(self, loaded: RunVariants, choice: str) -> Variant | None:
         """The variant of the third column, chosen from `thirds`."""
         if choice.startswith(CHECKPOINT):

@@ -22,6 +22,7 @@ from mlxdpo.inference.trained_run import ModelContext, check_reference
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.model.adapters import WEIGHTS, load_adapter, load_run, read_settings
 from mlxdpo.model.policy import Policy, load_policy
+from mlxdpo.model.strength import check_strength, refuse_dora, scaled
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
 from mlxdpo.training.reference import find_reference
@@ -115,6 +116,23 @@ class LoadedVariants:
             )
         return self._adapted_variants[folder][1]._replace(name=name)
 
+    def at_strength(self, loaded: RunVariants, strength: float) -> Variant:
+        """The tuned model at a strength: 1 is as trained, 0 the model before tuning.
+
+        Raises `UserError` for what has no strength here: DoRA, every-weight runs, and runs that began from an adapter.
+        """
+        if strength == 1:
+            return loaded.after
+        check_strength(strength)
+        refuse_dora(method := read_settings(loaded.run.adapter).method, loaded.run.adapter)
+        if method == "full" or loaded.config.model.adapter is not None:
+            kind = "trained every weight" if method == "full" else "began from an adapter"
+            raise UserError(
+                f"{loaded.run.path.name} {kind}, so another strength needs weights of its own; use a terminal: "
+                f"mlxdpo generate {loaded.run.path} --strength {strength:g} --prompt '...'"
+            )
+        return loaded.after._replace(enter=partial(_scaled_context, loaded.after.enter, strength))
+
     def checkpoint(self, loaded: RunVariants, name: str) -> Variant:
         """A checkpoint of a run. Raises `UserError` when there is none of that name."""
         folders = {folder.name: folder for folder in checkpoint.steps(loaded.run.checkpoints)}
@@ -155,6 +173,12 @@ def _adapter_context(base: Policy, run: Run, folder: Path) -> ModelContext:
     bare = {name: module["linear" if "linear" in module else "embedding"] for name, module in wrapped.items()}
     _put(model, bare)
     return partial(_with_modules, model, wrapped, bare)
+
+
+@contextlib.contextmanager
+def _scaled_context(enter: ModelContext, strength: float) -> Iterator[nn.Module]:
+    with enter() as model, scaled(model, strength):
+        yield model
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from mlxdpo.ui.compare.answers import (
     settings_from,
 )
 from mlxdpo.ui.compare.columns import Column, Exchange, columns_html, heat
-from mlxdpo.ui.compare.tab import Chat, chat_html, converse
+from mlxdpo.ui.compare.tab import Chat, chat_html, converse, recolour
 from mlxdpo.ui.engine import CHECKPOINT, NOBODY, OTHER
 
 METHODS = {
@@ -147,6 +147,28 @@ def test_a_chat_goes_on_with_what_each_column_said(desk):
         assert first.score is not None and second.score is not None
     *_, other = converse(desk, chat, "one", CHECKPOINT + "step-000002", PROMPT, "", SHORT, lambda: False)
     assert [len(column.exchanges) for column in other.columns] == [1, 1, 1]
+
+
+def test_the_slider_recolours_what_was_said_and_writes_the_next_answer(desk):
+    *_, chat = converse(desk, Chat(), "one", NOBODY, PROMPT, "", SHORT, lambda: False)
+    ratios = lambda chat: [column.exchanges[0].score.ratio for column in chat.columns]  # noqa: E731
+    assert ratios(recolour(desk, chat, 1.0)) == ratios(chat)
+    zero, double = recolour(desk, chat, 0.0), recolour(desk, chat, 2.0)
+    assert ratios(zero) == [0.0, 0.0] and ratios(double) != ratios(chat)
+    assert [c.exchanges[0].answer for c in double.columns] == [c.exchanges[0].answer for c in chat.columns]
+    *_, at_zero = converse(desk, chat, "one", NOBODY, PROMPT, "", SHORT, lambda: False, 0.0)
+    before, after = (column.exchanges for column in at_zero.columns)
+    assert len(after) == 1 and after[0].answer.tokens == before[0].answer.tokens
+    assert at_zero.columns[1].subtitle == "one at strength 0" and chat.columns[1].subtitle == "one"
+    with pytest.raises(UserError, match="expected 0"):
+        recolour(desk, chat, -1.0)
+
+
+def test_a_run_with_weights_of_its_own_says_where_its_strength_is(tmp_path, cache):
+    finished_run(tmp_path, "one", lora={"method": "dora"})
+    desk = desk_over(tmp_path)
+    with pytest.raises(UserError, match=r"lora\.method dora trains the length"):
+        desk.at_strength(desk.load("one"), 0.5)
 
 
 def test_chat_models_get_turns(tmp_path, cache):

@@ -39,6 +39,7 @@ class Chat:
     run: str = ""
     third: str = NOBODY
     system: str = ""
+    strength: float = 1.0
     columns: tuple[Column, ...] = ()
 
 
@@ -50,18 +51,19 @@ class ColumnVariants(NamedTuple):
     judges: tuple[Variant, ...]
 
 
-def column_variants(app: AppState, name: str | None, third: str) -> ColumnVariants:
-    """Who answers: before, after, and perhaps a third. The first two are scored by the tuned model."""
-    loaded = app.load(name)
+def column_variants(app: AppState, name: str | None, third: str, strength: float = 1.0) -> ColumnVariants:
+    """Who answers: before, after at a strength, and perhaps a third. The first two are scored by the tuned model."""
+    loaded = app.at_strength(app.load(name), strength)
     other = app.third(loaded, third)
     extra = (other,) if other else ()
     return ColumnVariants(loaded, (loaded.before, loaded.after, *extra), (loaded.after, loaded.after, *extra))
 
 
-def empty_columns(answering: ColumnVariants) -> tuple[Column, ...]:
+def empty_columns(answering: ColumnVariants, strength: float = 1.0) -> tuple[Column, ...]:
     """Columns in which nothing has been said."""
     base, run = answering.loaded.config.model, answering.loaded.run.path.name
-    subtitles = [base.path + (f" with {base.adapter}" if base.adapter else ""), run]
+    tuned = run if strength == 1 else f"{run} at strength {strength:g}"
+    subtitles = [base.path + (f" with {base.adapter}" if base.adapter else ""), tuned]
     titles = ["Before tuning", TUNED]
     for variant in answering.variants[2:]:
         titles.append(f"{TUNED}: {variant.name}" if not variant.name.startswith("step-") else f"At {variant.name}")
@@ -78,11 +80,12 @@ def converse(
     system: str,
     settings: Settings,
     stopped: Callable[[], bool],
+    strength: float = 1.0,
 ) -> Iterator[Chat]:
     """The chat as it grows by one exchange; the last one is scored. Raises `UserError` for a prompt it cannot take."""
-    answering = column_variants(app, name, third)
-    wanted = Chat(answering.loaded.run.path.name, third, system, empty_columns(answering))
-    same = (chat.run, chat.third, chat.system) == (wanted.run, third, system)
+    answering = column_variants(app, name, third, strength)
+    wanted = Chat(answering.loaded.run.path.name, third, system, strength, empty_columns(answering, strength))
+    same = (chat.run, chat.third, chat.system, chat.strength) == (wanted.run, third, system, strength)
     chat = chat if same and len(chat.columns) == len(answering.variants) else wanted
     prompts = [_next_prompt(answering.loaded, column, text, system) for column in chat.columns]
 
@@ -115,6 +118,22 @@ def _with(chat: Chat, text: str, answers: tuple[Answer, ...]) -> Chat:
     return replace(chat, columns=tuple(grown))
 
 
+def recolour(app: AppState, chat: Chat, strength: float) -> Chat:
+    """The chat with the answers of its first two columns scored again by the tuned model at another strength.
+
+    The texts stay: they are what was said. Raises `UserError` as `variants.at_strength`.
+    """
+    loaded = app.at_strength(app.load(chat.run), strength)
+
+    def again(exchange: Exchange) -> Exchange:
+        """An exchange with the numbers of this strength."""
+        found = app.engine.call(lambda: score(loaded, loaded.after, exchange.answer))
+        return exchange._replace(score=found)
+
+    columns = [c._replace(exchanges=tuple(map(again, c.exchanges))) if i < 2 else c for i, c in enumerate(chat.columns)]
+    return replace(chat, columns=tuple(columns))
+
+
 def chat_html(chat: Chat) -> str:
     """What the page shows of a chat."""
     done = any(e.score for column in chat.columns for e in column.exchanges)
@@ -141,6 +160,7 @@ class SendRequest(NamedTuple):
     third: str
     text: str
     system: str
+    strength: float
 
 
 def welcome(app: AppState) -> str:
@@ -205,9 +225,16 @@ def build(app: AppState, guard: Guard, page: Any) -> Any:
     see, do = _compare_widgets(gr, app), _compare_handlers(app, guard)
     knobs = list(see.knobs.values())
     outputs = [see.chat, see.text, see.board, see.knobs["seed"]]
-    asked = [see.run, see.third]
-    gr.on([see.text.submit, see.send.click], do.send, [see.chat, *asked, see.text, see.system, *knobs], outputs, **MANY)
-    see.again.click(do.again, [see.chat, *asked, see.system, *knobs], outputs, **MANY)
+    asked, strength = [see.run, see.third], see.strength
+    gr.on(
+        [see.text.submit, see.send.click],
+        do.send,
+        [see.chat, *asked, see.text, see.system, strength, *knobs],
+        outputs,
+        **MANY,
+    )
+    see.again.click(do.again, [see.chat, *asked, see.system, strength, *knobs], outputs, **MANY)
+    see.strength.release(do.recolour, [see.chat, see.strength], [see.board], **MANY)
     see.stop.click(do.stop, None, None, **MANY)
     gr.on([see.new.click, see.third.change], do.clear, None, [see.chat, see.board], **MANY)
     changed = [see.chat, see.board, see.third, see.pick, see.pair, see.knobs["max_tokens"]]
@@ -248,6 +275,15 @@ def _compare_widgets(gr: Any, app: AppState) -> SimpleNamespace:
         see.stop = gr.Button("Stop", elem_id="compare-stop", min_width=90)
         see.again = gr.Button("Next seed", elem_id="compare-again", min_width=90)
         see.new = gr.Button("New chat", elem_id="compare-new", min_width=90)
+    see.strength = gr.Slider(
+        0,
+        2,
+        1.0,
+        step=0.05,
+        label="Strength of the tuning",
+        info="0 before tuning, 1 as trained. Colours follow at once; the next answer is written at it.",
+        elem_id="compare-strength",
+    )
     with gr.Accordion("Settings", open=False):
         see.system = gr.Textbox(
             label="System prompt (chat models)", max_length=LONGEST_PROMPT, elem_id="compare-system"
@@ -265,27 +301,29 @@ def _compare_handlers(app: AppState, guard: Guard) -> SimpleNamespace:
     def answers(request: Any, asked: SendRequest, knobs: tuple[Any, ...]) -> Iterator[Any]:
         """Page updates while the columns grow: the chat, the text field, the page's columns, the seed."""
         guard(request)
-        chat, name, third, text, system = asked
+        chat, name, third, text, system, strength = asked
         with app.stoppable(session_of(request)) as halt:
             yield chat, gr.skip(), LOADING + chat_html(chat), gr.skip()
             try:
                 settings = settings_from(**dict(zip(Settings.model_fields, knobs, strict=True)))
                 written: Any = ""  # cleared once: what is typed while the answers grow stays
-                for grown in converse(app, chat, name, third, text, system, settings, halt.is_set):
+                for grown in converse(app, chat, name, third, text, system, settings, halt.is_set, strength):
                     yield grown, written, chat_html(grown), settings.seed
                     written = gr.skip()
             except UserError as error:
                 yield chat, gr.skip(), alert(error, "empty") + chat_html(chat), gr.skip()
 
-    def send(chat, name, third, text, system, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
+    def send(chat, name, third, text, system, strength, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
         """The button `Send`, and Enter."""
-        yield from answers(request, SendRequest(chat, name, third, text or "", system or ""), (t, p, n, seed))
+        yield from answers(request, SendRequest(chat, name, third, text or "", system or "", strength), (t, p, n, seed))
 
-    def again(chat, name, third, system, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
+    def again(chat, name, third, system, strength, t, p, n, seed, request: gr.Request):  # type: ignore[no-untyped-def]
         """The same question with the next seed."""
         with show_errors():
             shorter, text = _without_last(chat)
-        yield from answers(request, SendRequest(shorter, name, third, text, system or ""), (t, p, n, (seed or 0) + 1))
+        yield from answers(
+            request, SendRequest(shorter, name, third, text, system or "", strength), (t, p, n, (seed or 0) + 1)
+        )
 
     def stop(request: gr.Request) -> None:
         """End this page's answers where they are."""
@@ -305,6 +343,7 @@ def _compare_handlers(app: AppState, guard: Guard) -> SimpleNamespace:
     return SimpleNamespace(
         send=send,
         again=again,
+        recolour=_strength_handler(app, guard),
         stop=stop,
         run=show_errors()(chosen),
         load=load,
@@ -314,6 +353,19 @@ def _compare_handlers(app: AppState, guard: Guard) -> SimpleNamespace:
         ),
         chance=show_errors()(lambda name, now: another(app, name, now)),
     )
+
+
+def _strength_handler(app: AppState, guard: Guard) -> Callable[..., Any]:
+    """What the slider calls when it was moved."""
+    import gradio as gr
+
+    def coloured(chat: Chat, strength: float, request: gr.Request) -> Any:
+        """What is shown, coloured by the tuned model at that strength."""
+        guard(request)
+        with show_errors():
+            return chat_html(recolour(app, chat, strength)) if chat.columns else gr.skip()
+
+    return coloured
 
 
 def usual_tokens(app: AppState, name: str | None) -> int:

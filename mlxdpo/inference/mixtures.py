@@ -1,0 +1,145 @@
+"""Runs made of runs: one at another strength, the average of several. A run directory like any other, not trained.
+
+`manifest.json` says under `made_of` from what, so that it is not taken for a training and not trained on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlxdpo.config import Config, LoraConfig, dump_config
+from mlxdpo.inference.trained_run import TrainedRun, open_trained_run
+from mlxdpo.io.atomic import write_json, write_text
+from mlxdpo.io.checksum import load_checksummed, save_checksummed, write_checksummed_json
+from mlxdpo.io.digest import folder_digest
+from mlxdpo.io.json_file import read_json
+from mlxdpo.io.staging import publish_new, staging_folder
+from mlxdpo.model.adapters import SETTINGS, WEIGHTS, adapter_settings, load_start, read_settings
+from mlxdpo.model.strength import check_strength, interpolated, refuse_dora, scaled, weighted_sum
+from mlxdpo.runs import PATHS, Run, input_paths
+from mlxdpo.types import UserError
+
+FOLDER = "strengths"
+"""In a run: the same run at other strengths, one folder each."""
+
+
+def run_at(run: Run, strength: float) -> Run:
+    """The run `run` at a strength: itself at 1, else RUN/strengths/S, made where it is missing or of another adapter.
+
+    0 is the model that training started from, 1 the tuned one, on the line between (and beyond) in the weights: LoRA as
+    an exact product, every-weight runs by interpolation. Raises `UserError` for DoRA and for a reward model.
+    """
+    check_strength(strength)
+    if strength == 1:
+        return run
+    config = run.config()
+    if config.stage == "reward":
+        raise UserError(f"{run.path}: a reward model has no strength: its rewards are scaled by its head")
+    settings = read_settings(run.adapter)
+    refuse_dora(settings.method, run.adapter)
+    made_of = {"strength": strength, "runs": [{"run": run.path.resolve().name, "adapter": folder_digest(run.adapter)}]}
+    place = run.path / FOLDER / f"{run.path.resolve().name}-strength-{strength:g}"
+    if (place / "manifest.json").exists():
+        if read_json(place / "manifest.json").get("made_of") == made_of:
+            return Run.open(place)
+        shutil.rmtree(place)
+    if settings.method == "full":
+        lora, arrays = settings, _full_at(run, strength)
+    elif config.model.adapter is None:
+        lora, arrays = weighted_sum([(run.adapter, strength)])
+    else:
+        start = Path(config.model.adapter)
+        terms = [(start, 1.0)] if strength == 0 else [(start, 1 - strength), (run.adapter, strength)]
+        lora, arrays = weighted_sum(terms)
+    return _write_mixture(run, config, (lora, arrays), made_of, place)
+
+
+def _full_at(run: Run, strength: float) -> dict[str, mx.array]:
+    """Every weight of a run at a strength."""
+    start = dict(tree_flatten(load_start(run).model.parameters()))
+    return interpolated(start, load_checksummed(run.adapter / WEIGHTS), strength)
+
+
+def at_strengths(run: Run, strengths: Sequence[float]) -> Iterator[tuple[float, TrainedRun]]:
+    """A run at each strength in turn, loaded; one set of weights for all where a factor before its adapter does it.
+
+    Raises `UserError` as `run_at`.
+    """
+    for strength in strengths:
+        check_strength(strength)
+    refuse_dora(method := read_settings(run.adapter).method, run.adapter)
+    if method == "full" or run.config().model.adapter is not None:
+        for strength in strengths:
+            yield strength, open_trained_run(run_at(run, strength))
+        return
+    opened = open_trained_run(run)
+    for strength in strengths:
+        with scaled(opened.policy.model, strength):
+            yield strength, opened
+
+
+def average_runs(runs: Sequence[Run], out: Path, weights: Sequence[float] | None = None) -> Run:
+    """The weighted average of several runs' LoRA adapters (equal weights when not given), as a run directory `out`.
+
+    Exact: the ranks add up. What it is measured against, and on, is the first run's. Raises `UserError` for runs of
+    unlike base models or layers, DoRA, every-weight runs, and weights that do not add up to 1.
+    """
+    if len(runs) < 2:
+        raise UserError("one run has no average; name two or more")
+    shares = list(weights) if weights is not None else [1 / len(runs)] * len(runs)
+    if len(shares) != len(runs) or abs(sum(shares) - 1) > 1e-6:
+        raise UserError(f"--weight: {len(shares)} that add up to {sum(shares):g}; give one for each run, 1 in all")
+    if out.exists():
+        raise UserError(f"{out} is already there; choose another --out")
+    first, rest = runs[0].manifest()["model"], [run.manifest()["model"] for run in runs[1:]]
+    for run, model in zip(runs[1:], rest, strict=True):
+        for name in ("digest", "dtype", "quantization"):
+            if model[name] != first[name]:
+                raise UserError(f"{run.path}: was trained on another base model than {runs[0].path} ({name} differs)")
+    if full := [run for run in runs if read_settings(run.adapter).method == "full"]:
+        raise UserError(f"{full[0].path}: trained every weight (lora.method full); only LoRA adapters are averaged")
+    made = weighted_sum([(run.adapter, share) for run, share in zip(runs, shares, strict=True)])
+    named = [{"run": run.path.resolve().name, "adapter": folder_digest(run.adapter)} for run in runs]
+    made_of = {"average": shares, "runs": named}
+    return _write_mixture(runs[0], _without_seen(runs), made, made_of, out)
+
+
+def _without_seen(runs: Sequence[Run]) -> Config:
+    """The first run's configuration; where the runs held out different pairs, it holds out none."""
+    configs = [run.config() for run in runs]
+    heldout = [_heldout_part(config) for config in configs]
+    if all(part == heldout[0] for part in heldout):
+        return configs[0]
+    data = configs[0].data.model_copy(update={"eval": None, "eval_fraction": 0.0})
+    return configs[0].model_copy(update={"data": data})
+
+
+def _heldout_part(config: Config) -> tuple[Any, ...]:
+    if config.data.eval is not None:
+        return config.data.path, config.data.eval
+    return config.data.path, config.data.eval_fraction, config.train.seed
+
+
+def _write_mixture(
+    run: Run, config: Config, made: tuple[LoraConfig, Mapping[str, mx.array]], made_of: Mapping[str, Any], out: Path
+) -> Run:
+    """Write a run directory with an adapter that was not trained; whole or absent."""
+    lora, arrays = made
+    config = config.model_copy(update={"out": str(out)})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with staging_folder(out.parent, f".{out.name}-draft-") as folder:
+        save_checksummed(folder / "adapter" / WEIGHTS, dict(arrays), {"format": "mlx"})
+        write_checksummed_json(folder / "adapter" / SETTINGS, adapter_settings(lora))
+        if (run.path / "metrics.jsonl").exists() and "strength" in made_of:
+            shutil.copyfile(run.path / "metrics.jsonl", folder / "metrics.jsonl")
+        write_json(folder / "manifest.json", run.manifest() | {"made_of": made_of})
+        write_json(folder / PATHS, input_paths(config, out))
+        write_text(folder / "config.yaml", dump_config(config))
+        publish_new(folder, out)
+    return Run.open(out)
