@@ -119,12 +119,11 @@ def fast_details(
 def plan_batch(parts: ModelParts, batch: Batch, checkpoint: Callable[..., Any] | None) -> LayerPlan:
     """A batch through the layers: packed where that saves enough, else as padded rows. It ends at (M, D), the states
     of `batch.rest` before the last norm."""
-    spread = spreader(batch.group, batch.per_prompt or None)
     prompts, rows = batch.prefix.shape, batch.rows.shape
     if can_pack(parts) and packing_is_worth_it(prompts, rows, len(batch.rest)):
-        layout = PackedLayout(prompts, token_rows(batch), batch.place, spread)
         tokens = mx.concatenate([batch.prefix.reshape(-1), batch.rest])
-        return packed_layers(parts, tokens, layout, checkpoint)
+        return packed_layers(parts, tokens, PackedLayout(batch), checkpoint)
+    spread = spreader(batch.group, batch.per_prompt or None)
     padded = padded_layers(parts, batch.prefix, batch.suffix, spread, checkpoint)
     return padded._replace(leave=lambda *hs: token_rows(batch).to_tokens(padded.leave(*hs)))
 

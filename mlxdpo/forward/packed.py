@@ -18,24 +18,46 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxdpo.forward.architectures import ModelParts
+from mlxdpo.forward.attention import Branches
 from mlxdpo.forward.layer_plan import LayerPlan
-from mlxdpo.forward.patch_mlx_lm import attention_files, own_attention, patched
-from mlxdpo.forward.token_rows import Spread, TokenRows
+from mlxdpo.forward.patch_mlx_lm import attention_files, own_attention, patched, tree_attention
+from mlxdpo.forward.token_rows import TokenRows, spreader, token_rows
+from mlxdpo.types import Batch
 
 LEAST_SAVING = 0.03  # share of tokens that packing must save to be worth laying rows out in every layer
 
 
 class PackedLayout:
-    """Where the tokens of a batch stand: G prompts of P tokens, then M others that make up `tokens`' rows.
+    """Where the tokens of a batch stand: G prompts of P tokens, then M others that make up the rows of attention.
 
-    `place` (M,) is a `Batch`'s; `spread` gives each row its prompt's array.
+    These are the batch's rows; or, where it has a `TokenTree`, one for each prompt, of all its tokens depth first, and
+    `branches` say which of them a token sees. `offset` (G * P + M,) is the position of each token, `spread` gives
+    each row its prompt's array.
     """
 
-    def __init__(self, prompts: tuple[int, int], tokens: TokenRows, place: mx.array, spread: Spread):
-        self.prompts, self.tokens, self.spread = prompts, tokens, spread
-        count, shared = prompts
+    def __init__(self, batch: Batch):
+        count, shared = self.prompts = batch.prefix.shape
+        self.tokens, self.spread = token_rows(batch), spreader(batch.group, batch.per_prompt or None)
+        self.branches = None
         # Prefix tokens count from 0 in every prompt.
-        self.offset = mx.concatenate([mx.tile(mx.arange(shared, dtype=mx.int32), count), place]) if shared else place
+        prefix = mx.tile(mx.arange(shared, dtype=mx.int32), count)
+        self.offset = mx.concatenate([prefix, batch.place]) if shared else batch.place
+        if batch.tree is not None:
+            order, home, until = batch.tree
+            self.tokens, self.spread = TokenRows(order, home, most=1), lambda a: a
+            # Every token behind the prefix sees all of it.
+            all_see = mx.full((count, shared), shared + order.shape[1], mx.int32)
+            place = mx.concatenate([prefix.reshape(count, shared), batch.place[order]], axis=1)
+            self.branches = Branches(mx.concatenate([all_see, until + shared], axis=1), place)
+
+    def attend_rows(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, parts: ModelParts, window: int | None
+    ) -> mx.array:
+        """Queries (R, H, S, Dh) of rows, keys and values (R, K, P + S, Dh), the prefix's before -> (R, H, S, Dh)."""
+        if self.branches is not None:
+            return tree_attention(queries, keys, values, scale, self.branches, window)
+        mask = parts.mask(queries.shape[2], self.prompts[1], window)
+        return own_attention(queries, keys, values, None, scale, mask)
 
 
 class Packed:
@@ -58,7 +80,7 @@ class Packed:
             pq, pk, pv = (_heads_first(a[: count * shared].reshape(count, shared, *a.shape[1:])) for a in (q, k, v))
             done.append(own_attention(pq, pk, pv, None, scale, mask(shared, 0, self.window)))
             rk, rv = (mx.concatenate([layout.spread(a), b], axis=2) for a, b in ((pk, rk), (pv, rv)))
-        done.append(own_attention(rq, rk, rv, None, scale, mask(rq.shape[2], shared, self.window)))
+        done.append(layout.attend_rows(rq, rk, rv, scale, self.parts, self.window))
         *before, rows = (_heads_first(a) for a in done)
         flat = [a.reshape(-1, *a.shape[2:]) for a in before]
         return mx.concatenate([*flat, layout.tokens.to_tokens(rows)])[:, :, None]

@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx_lm.models import activations, base
 
 from mlxdpo.forward import metal_routing
-from mlxdpo.forward.attention import chunked_attention, short_attention
+from mlxdpo.forward.attention import Branches, chunked_attention, short_attention
 from mlxdpo.forward.elementwise import swiglu
 from mlxdpo.machine.device import this_machine
 
@@ -95,6 +95,18 @@ def own_attention(
     if window >= T and T <= SHORT and this_machine().kind == "cpu":
         return short_attention(queries, keys, values, scale=scale)
     return chunked_attention(queries, keys, values, scale=scale, window=window if window < T else None)
+
+
+def tree_attention(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, branches: Branches, window: int | None
+) -> mx.array:
+    """Attention in trees of tokens: queries (B, H, L, D) are the last L of the T tokens of keys and values
+    (B, K, T, D) -> (B, H, L, D)."""
+    L, T = queries.shape[2], keys.shape[2]
+    if chunking_is_faster(this_machine().kind, T, fused_here(queries, keys, values, masked=True)):
+        return chunked_attention(queries, keys, values, scale=scale, window=window, branches=branches)
+    mask = branches.visible(T - L, T, 0, T, window)
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
 NAMES = (NAME, "swiglu")

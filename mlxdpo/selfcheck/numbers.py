@@ -13,7 +13,7 @@ from mlxdpo.forward.layer_plan import checkpointed
 from mlxdpo.forward.logprobs import fast_forward, forward_fns, plain_forward, score_pairs
 from mlxdpo.forward.packed import PackedLayout, packed_states
 from mlxdpo.forward.shared_prefix import hidden_states
-from mlxdpo.forward.token_rows import TokenRows, spreader
+from mlxdpo.forward.token_rows import spreader
 from mlxdpo.losses.loss import resolve
 from mlxdpo.machine.device import float32_matmul, this_machine
 from mlxdpo.model.adapters import adapters_off
@@ -128,9 +128,8 @@ def packed_is_padded() -> Finding:
 def _packed_states(tuned: nn.Module) -> mx.array:
     rows, parts = batch(), model_parts(tuned)
     assert parts is not None
-    spread = spreader(rows.group, None)
-    layout = PackedLayout(rows.prefix.shape, TokenRows(rows.rows, rows.home, len(rows.rows)), rows.place, spread)  # type: ignore[arg-type]
-    return packed_states(parts, mx.concatenate([rows.prefix.reshape(-1), rows.rest]), layout)[rows.positions]
+    tokens = mx.concatenate([rows.prefix.reshape(-1), rows.rest])
+    return packed_states(parts, tokens, PackedLayout(rows))[rows.positions]
 
 
 def _padded_states(tuned: nn.Module) -> mx.array:

@@ -75,7 +75,8 @@ def test_every_batch_of_every_epoch_has_one_of_a_few_shapes(seed, ranked, size, 
 
 
 def shapes_of(batch):
-    return (*batch.prefix.shape, *batch.rows.shape, len(batch.rest), len(batch.targets), len(batch.weight))
+    tree = 0 if batch.tree is None else batch.tree.order.shape[1]
+    return (*batch.prefix.shape, *batch.rows.shape, len(batch.rest), len(batch.targets), len(batch.weight), tree)
 
 
 @settings(max_examples=20)
