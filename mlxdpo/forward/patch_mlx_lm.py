@@ -49,6 +49,15 @@ def fused_here(q: mx.array, k: mx.array, v: mx.array, masked: bool) -> bool:
     return metal_routing.is_fused(*sizes, q.dtype, "array" if masked else "causal", training=True)
 
 
+def causal_mask(queries: int, offset: int, window: int | None, array: bool = False) -> mx.array | str:
+    """The mask of `queries` tokens after `offset` others: "causal" wherever it says all, so that MLX keeps the
+    attention that takes less memory; an array, True where a query may look, where a sliding window (tokens) cuts
+    something off, or where an `array` is asked for."""
+    if array or (window is not None and offset + queries > window):
+        return base.create_causal_mask(queries, offset, window_size=window)
+    return "causal"
+
+
 def causal_window(mask: mx.array, queries: int, keys: int) -> int | None:
     """The window, in tokens, of a bool mask that is a causal sliding window of `queries` x `keys`; else None.
 
@@ -79,10 +88,10 @@ def own_attention(
 ) -> mx.array:
     """mlx-lm's `scaled_dot_product_attention`, in chunks for the calls where that is the same thing and faster.
 
-    A cache that attends for itself (`packed.Packed`) is asked to.
+    A mask that attends for itself (`packed.PackedMask`) is asked to.
     """
-    if attend := getattr(cache, "attend", None):
-        return attend(queries, keys, values, scale)
+    if attend := getattr(mask, "attend", None):
+        return attend(queries, keys, values, scale, sinks)
     mlx_lm = functools.partial(base.scaled_dot_product_attention, queries, keys, values, cache, scale, mask, sinks)
     if hasattr(cache, "bits") or sinks is not None or mask is None:
         return mlx_lm()
@@ -98,15 +107,21 @@ def own_attention(
 
 
 def tree_attention(
-    queries: mx.array, keys: mx.array, values: mx.array, scale: float, branches: Branches, window: int | None
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    branches: Branches,
+    window: int | None,
+    sinks: mx.array | None = None,
 ) -> mx.array:
     """Attention in trees of tokens: queries (B, H, L, D) are the last L of the T tokens of keys and values
     (B, K, T, D) -> (B, H, L, D)."""
     L, T = queries.shape[2], keys.shape[2]
-    if chunking_is_faster(this_machine().kind, T, fused_here(queries, keys, values, masked=True)):
+    if sinks is None and chunking_is_faster(this_machine().kind, T, fused_here(queries, keys, values, masked=True)):
         return chunked_attention(queries, keys, values, scale=scale, window=window, branches=branches)
     mask = branches.visible(T - L, T, 0, T, window)
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 
 NAMES = (NAME, "swiglu")

@@ -29,8 +29,9 @@ from mlxdpo.data.batching import collate
 from mlxdpo.data.examples import Examples
 from mlxdpo.data.planning import Indices
 from mlxdpo.distributed.group import ALONE, Group
+from mlxdpo.forward.choose_forward import ForwardFns, forward_fns
 from mlxdpo.forward.layer_plan import evaluate_batch, widened
-from mlxdpo.forward.logprobs import Forward, ForwardFns, forward_fns, score_pairs
+from mlxdpo.forward.logprobs import Forward, score_pairs
 from mlxdpo.losses import Loss
 from mlxdpo.machine.device import compiled
 from mlxdpo.model.adapters import dropout_off
@@ -139,8 +140,8 @@ def make_optimizer(config: OptimConfig) -> optim.Optimizer:
 
 def make_scorer(model: nn.Module, forward: Forward | None = None) -> Callable[[Batch], Pairs]:
     """Compiled forward pass: a batch's `Pairs`, evaluated."""
-    forward = forward or forward_fns(model).score
-    score = compiled(lambda batch: score_pairs(model, batch, forward), inputs=[model.state])
+    way = forward or forward_fns(model).score
+    score = compiled(lambda batch: score_pairs(model, batch, way), inputs=[model.state])
 
     def scorer(batch: Batch) -> Pairs:
         """The pairs of a batch, evaluated."""
@@ -158,10 +159,11 @@ def make_gradient(model: nn.Module, loss: Loss, forward: Forward | None = None) 
     mean over its pairs, however they are cut into batches. An objective that takes something from all pairs of the
     step gets it as `statistics`, so that the same holds for it.
     """
+    way = forward or forward_fns(model).train
 
     def weighted_loss(batch: Batch, share: mx.array, statistics: mx.array | None) -> tuple[mx.array, mx.array, Pairs]:
         """The batch's share of the step's loss, and what it is made of."""
-        pairs = score_pairs(model, batch, forward)
+        pairs = score_pairs(model, batch, way)
         losses = loss(pairs, statistics)
         return (losses * batch.weight).sum() * share, losses, pairs
 

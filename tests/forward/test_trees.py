@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gradients import apart, gradients, moved
+from levels_of import at_level
 from tiny_models import tiny_model
 from trajectories import judged_turns, row_by_row, whole_trajectories
 
@@ -13,8 +14,8 @@ from mlxdpo.data.batch_shapes import batch_size_of, plan_shapes
 from mlxdpo.data.batching import collate
 from mlxdpo.data.examples import Examples
 from mlxdpo.forward import packed
-from mlxdpo.forward.layer_plan import checkpointed
-from mlxdpo.forward.logprobs import detailed_fns, fast_forward, forward_fns, plain_forward, score_pairs
+from mlxdpo.forward.choose_forward import detailed_fns, forward_fns
+from mlxdpo.forward.logprobs import plain_forward, score_pairs
 from mlxdpo.losses import resolve
 from mlxdpo.types import Example
 
@@ -56,7 +57,7 @@ def trees_of(monkeypatch):
     return calls
 
 
-WAYS = {"fast": fast_forward(), "checkpoint": fast_forward(checkpointed), "plain": plain_forward}
+WAYS = {"fast": at_level(), "checkpoint": at_level(checkpoint=True), "plain": plain_forward}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -90,7 +91,7 @@ def test_full_training_too(monkeypatch):
     monkeypatch.setattr(batch_shapes, "tree_is_worth_it", lambda *shapes: True)
     model, examples = moved(tiny_model("llama"), LoraConfig(method="full")), several(2)
     value, wanted = gradients(model, weighted_rows(examples))
-    got_value, got = gradients(model, weighted_pairs(examples, fast_forward(), laid_out(examples)))
+    got_value, got = gradients(model, weighted_pairs(examples, at_level(), laid_out(examples)))
     assert got_value == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < 1e-5
 
 
@@ -101,7 +102,7 @@ def test_each_distinct_token_stands_once_and_is_queried_once(monkeypatch):
     turn, tool, prompt, steps = 6, 10, 32, 8
     examples = judged_turns(np.random.default_rng(0), prompt, steps, (turn, turn + 1), (tool, tool + 1))
     batch, model = laid_out(examples), tiny_model("llama")
-    fast_forward()(model, batch)
+    at_level()(model, batch)
     distinct = prompt + (steps - 1) * (turn + tool) + (turn - 1) + steps * (turn - 1)
     assert (
         len(batch.rest)
@@ -121,7 +122,7 @@ def test_planned_shapes_hold_trees_and_change_no_number():
     assert any(shape.tree for shape in shapes) and not shapes[-1].tree
     for indices in [*batches, (18, 24, 25), (25,), (0, 24)]:
         batch = collate(stored, indices, 3, shapes=shapes)
-        pairs = score_pairs(model, batch, fast_forward())
+        pairs = score_pairs(model, batch, at_level())
         some = [examples[i] for i in indices]
         want = np.array(row_by_row(model, some)).reshape(-1, 2)
         got = np.stack([np.array(pairs.chosen), np.array(pairs.rejected)], axis=1)[: len(some)]
@@ -130,7 +131,7 @@ def test_planned_shapes_hold_trees_and_change_no_number():
 
 def test_only_scored_tokens_count_as_length():
     examples = several(6)
-    pairs = score_pairs(tiny_model("llama"), laid_out(examples), fast_forward())
+    pairs = score_pairs(tiny_model("llama"), laid_out(examples), at_level())
     assert list(zip(pairs.chosen_len.tolist(), pairs.rejected_len.tolist(), strict=True)) == [
         e.scored for e in examples
     ]
@@ -154,6 +155,6 @@ def test_the_first_scored_tokens_of_both():
 def test_losses_see_sums_and_lengths_of_scored_tokens(name):
     model, examples = tiny_model("llama"), several(8)
     loss, batch = resolve(LossConfig(name=name)), laid_out(examples)
-    got = loss(score_pairs(model, batch, fast_forward()))
+    got = loss(score_pairs(model, batch, at_level()))
     want = [loss(score_pairs(model, collate([e], (0,), 1), plain_forward))[0].item() for e in examples]
     np.testing.assert_allclose(got[: len(want)], want, rtol=1e-4, atol=1e-5)
