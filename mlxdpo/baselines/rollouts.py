@@ -22,7 +22,7 @@ from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward.find_head import find_head
 from mlxdpo.forward.layer_plan import LayerPlan, plan_layers
 from mlxdpo.forward.patch_mlx_lm import attention_files, patched
-from mlxdpo.forward.reward_head import normed_states
+from mlxdpo.forward.shared_prefix import whole_states
 from mlxdpo.inference.generate import generate
 from mlxdpo.types import Text, UserError
 
@@ -79,9 +79,9 @@ def frozen_layers(model: Any) -> int:
 def with_lower(model: nn.Module, rows: RolloutRows, size: int) -> RolloutRows:
     """The rows with the states below the first trained layer, `size` rows at once; as they are where there is none, or
     where the layers do more than turn one array into the next."""
-    count, lower = frozen_layers(model), []
+    count, head, lower = frozen_layers(model), find_head(model), []
     for start in range(0, rows.tokens.shape[0], size) if count else ():
-        plan = plan_layers(model, lambda start=start: normed_states(model, rows.tokens[start : start + size]))
+        plan = plan_layers(model, functools.partial(whole_states, model, head, rows.tokens[start : start + size]))
         if plan is None:
             return rows
         with patched(attention_files(model)):
@@ -95,12 +95,13 @@ def token_pass(model: nn.Module, rows: RolloutRows, head: HeadPass = heads.token
 
     `head` is `heads.score_logps` for who needs no gradient. What stands where the mask is 0 means nothing.
     """
-    run = functools.partial(normed_states, model, rows.tokens)
+    found = find_head(model)
+    run = functools.partial(whole_states, model, found, rows.tokens)
     plan = None if rows.lower is None else plan_layers(model, run)
     with patched(attention_files(model)):
         states = run() if plan is None else plan.leave(_from_lower(plan, rows))
     picked = _picked(states, rows.at)
-    logps = head(find_head(model), picked.reshape(-1, picked.shape[-1]), rows.targets.reshape(-1))
+    logps = head(found, picked.reshape(-1, picked.shape[-1]), rows.targets.reshape(-1))
     return logps.reshape(rows.targets.shape), picked
 
 

@@ -81,7 +81,7 @@ class _Apart(NamedTuple):
             """One branch."""
             if isinstance(node, _Array):
                 return arrays[node]
-            return objects[node] if isinstance(node, _Object) else _mapped(node, put)
+            return objects[node] if isinstance(node, _Object) else _each_branch(node, put)
 
         for thing, fields in zip(objects, self.fields, strict=True):
             thing.__dict__ = put(fields)
@@ -103,7 +103,7 @@ def _take_apart(tree: Any, known: Sequence[Any] = ()) -> _Apart:
         """One branch. Only floats are inputs: closed over, the value of a mask can still be read (`causal_window`)."""
         if isinstance(node, mx.array):
             return _Array(number(arrays, node)) if mx.issubdtype(node.dtype, mx.floating) else node
-        return _Object(number(objects, node)) if _holds_arrays(node) else _mapped(node, take)
+        return _Object(number(objects, node)) if _holds_arrays(node) else _each_branch(node, take)
 
     form = take(tree)
     while len(fields) < len(objects):
@@ -111,7 +111,7 @@ def _take_apart(tree: Any, known: Sequence[Any] = ()) -> _Apart:
     return _Apart(form, fields, objects, arrays)
 
 
-def _mapped(node: Any, function: Any) -> Any:
+def _each_branch(node: Any, function: Any) -> Any:
     """A list, tuple or dict with `function` of what is in it; anything else, modules too, as it is."""
     if isinstance(node, nn.Module):
         return node

@@ -33,7 +33,7 @@ from mlxdpo.forward.token_rows import spreader, token_rows
 from mlxdpo.types import Batch, Example
 
 # What a model's code may raise where it is run in a way that it was not written for.
-STRANGE = (NoFastWay, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+STRANGE = (NoFastWay, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class Level(NamedTuple):

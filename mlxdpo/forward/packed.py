@@ -92,7 +92,7 @@ class Packed(mlx_lm._BaseCache):
         return keys, values
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> PackedMask:
-        """What mlx-lm's `create_attention_mask` calls."""
+        """What mlx-lm calls where it makes a mask."""
         mask = PackedMask("causal")
         mask.layout, mask.window = self.layout, window_size
         return mask

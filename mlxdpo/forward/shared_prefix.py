@@ -36,7 +36,7 @@ class WholeCache(mlx_lm.ConcatenateKVCache):
         self.windows: set[int | None] = set()
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        """What mlx-lm's `create_attention_mask` calls, for `N` queries."""
+        """What mlx-lm calls where it makes a mask, for `N` queries."""
         self.windows.add(window_size)
         if N == 1 and not self.offset:
             return None

@@ -20,7 +20,7 @@ Watcher = Callable[..., Any]
 def watched(module: nn.Module, **watchers: Watcher) -> Iterator[None]:
     """While it lasts `module`'s methods of these names are its watchers. It can be nested, left in reverse order."""
     kind = type(module)
-    methods = {name: _method(getattr(kind, name), watcher) for name, watcher in watchers.items()}
+    methods = {name: _through(getattr(kind, name), watcher) for name, watcher in watchers.items()}
     module.__class__ = type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__})  # type: ignore[assignment]
     try:
         yield
@@ -28,7 +28,7 @@ def watched(module: nn.Module, **watchers: Watcher) -> Iterator[None]:
         module.__class__ = kind  # type: ignore[assignment]
 
 
-def _method(method: Callable[..., Any], watcher: Watcher) -> Callable[..., Any]:
+def _through(method: Callable[..., Any], watcher: Watcher) -> Callable[..., Any]:
     return lambda self, *args, **kwargs: watcher(lambda *a, **k: method(self, *a, **k), *args, **kwargs)
 
 
