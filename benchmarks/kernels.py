@@ -28,7 +28,7 @@ from mlx.utils import tree_flatten
 
 from mlxdpo.config import LoraConfig, LossConfig, ModelConfig
 from mlxdpo.data.batching import collate
-from mlxdpo.forward.logprobs import forward_fns
+from mlxdpo.forward.choose_forward import forward_fns
 from mlxdpo.losses import resolve
 from mlxdpo.machine import device
 from mlxdpo.machine.device import Machine

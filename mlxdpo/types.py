@@ -106,7 +106,9 @@ class UnpairedExample:
 class Example:
     """A `Preference` as token ids (int32 vectors). The prompt is the same for both completions, token by token.
 
-    Scored tokens are exactly `chosen` and `rejected`: the completion through its end-of-turn token.
+    Scored tokens are exactly `chosen` and `rejected`: the completion through its end-of-turn token. In a trajectory a
+    completion has turns that are not judged (earlier turns, tool output): `chosen_mask` and `rejected_mask` are then
+    bool vectors, True at the tokens that are scored; None scores all.
 
     An unpaired row (KTO) is laid out as a pair: `chosen` is its completion, `extras.desirable` its thumb, `rejected`
     the completion of another prompt from which the KL term is estimated (arXiv 2402.01306 section 4.1), or `chosen`
@@ -118,6 +120,30 @@ class Example:
     rejected: np.ndarray
     where: str
     extras: Extras = NO_EXTRAS
+    chosen_mask: np.ndarray | None = None
+    rejected_mask: np.ndarray | None = None
+
+    @property
+    def scored(self) -> tuple[int, int]:
+        """Scored tokens of chosen and of rejected."""
+        masks = ((self.chosen, self.chosen_mask), (self.rejected, self.rejected_mask))
+        chosen, rejected = (len(ids) if mask is None else int(mask.sum()) for ids, mask in masks)
+        return chosen, rejected
+
+
+class TokenTree(NamedTuple):
+    """The tokens behind the shared prefix once for each prompt, depth first: what attention goes over where rows
+    branch more than once. A token sees the tokens on its way from the root: key j is seen by the queries j <= i <
+    until[j] of its prompt.
+
+    order  (G, W) int32, which of `Batch.rest` follow one another, padded on the right
+    home   (M,) int32, where in the flattened (G, W) `order` each of `rest` stands
+    until  (G, W) int32, the column behind the last one that sees this one
+    """
+
+    order: mx.array
+    home: mx.array
+    until: mx.array
 
 
 class Batch(NamedTuple):
@@ -125,8 +151,8 @@ class Batch(NamedTuple):
 
     Every row's first P tokens stand once per prompt in `prefix`. Behind it comes the row's *suffix*: the rest of its
     prompt and its completion without the last token. `rest` holds each distinct token of all suffixes once, M of
-    them, without padding; `rows` lays them out. N is the number of scored tokens. M, S and N are rounded up, so that
-    few shapes occur: a step is traced once for each.
+    them, without padding; `rows` lays them out. Rows of a trajectory share their tokens up to where they branch. N is
+    the number of scored tokens. M, S and N are rounded up, so that few shapes occur: a step is traced once for each.
 
     prefix     (G, P) int32, the beginning of each prompt; P may be 0
     rest       (M,) int32, the other distinct tokens
@@ -138,7 +164,7 @@ class Batch(NamedTuple):
     positions  (N,) int32, which of `rest` predicts each target
     owner      (N,) int32, the row of each target
     scored     (N,) float32, 1, or 0 for a target that only fills the shape
-    length     (R,) float32, completion tokens
+    length     (R,) float32, scored completion tokens
     ref        (R,) float32, the reference's summed completion log-probs, nats
     chosen     (B,) int32, row index of each pair's chosen completion; rejected likewise
     weight     (B,) float32, 1, or 0 for a pair that only fills the batch
@@ -146,6 +172,7 @@ class Batch(NamedTuple):
     extras     numbers of the pairs' rows besides their texts, each field (B,) float32
     ref_shared (2, B) float32, the reference's log-probs of the first min(|chosen|, |rejected|) tokens of each pair's
                two completions, nats; None unless the objective asks (LD-DPO)
+    tree       how attention goes over tokens instead of rows, where that is less; else None
     parts      the same rows and pairs in their order as several batches, which a CPU computes side by side; () where
                it is computed whole
     """
@@ -168,6 +195,7 @@ class Batch(NamedTuple):
     per_prompt: int
     extras: Extras | None = None
     ref_shared: mx.array | None = None
+    tree: TokenTree | None = None
     parts: tuple[Batch, ...] = ()
 
     @property

@@ -39,10 +39,10 @@ from mlxdpo.data.encode import encode_prompt
 from mlxdpo.data.read import heldout_source, prompt_key, read_preferences, split_heldout
 from mlxdpo.data.template import on_day, template_digest
 from mlxdpo.distributed.launcher import process_count
+from mlxdpo.forward.reward_head import normed_states
 from mlxdpo.io.checksum import load_checksummed, save_checksummed
 from mlxdpo.model.adapters import adapters_off, attach_lora, load_adapter, save_adapter, with_adapter
 from mlxdpo.model.policy import Policy, load_policy
-from mlxdpo.model.reward_head import normed_states
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
 from mlxdpo.training.checkpoint import Progress

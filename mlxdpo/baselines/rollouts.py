@@ -6,6 +6,7 @@ epoch of updates). What lies below the first trained layer gives the same states
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -18,11 +19,11 @@ from mlx.utils import tree_flatten
 from mlxdpo.baselines.ppo import mask_after_end
 from mlxdpo.data.batch_shapes import NARROWEST
 from mlxdpo.forward import fused_head as heads
-from mlxdpo.forward.architectures import ModelParts, model_parts
-from mlxdpo.forward.patch_mlx_lm import patched
-from mlxdpo.forward.shared_prefix import hidden_states
+from mlxdpo.forward.find_head import find_head
+from mlxdpo.forward.layer_plan import LayerPlan, plan_layers
+from mlxdpo.forward.patch_mlx_lm import attention_files, patched
+from mlxdpo.forward.shared_prefix import whole_states
 from mlxdpo.inference.generate import generate
-from mlxdpo.model.reward_head import normed_states
 from mlxdpo.types import Text, UserError
 
 HeadPass = Callable[[heads.Head, mx.array, mx.array], mx.array]
@@ -67,26 +68,26 @@ def lay_out(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int
     return RolloutRows(*map(mx.array, (tokens, at, targets, mask)))
 
 
-def frozen_layers(model: nn.Module, parts: ModelParts) -> int:
+def frozen_layers(model: Any) -> int:
     """How many layers from the bottom give the same states whatever is trained; 0 when the embedding is trained."""
     if any("embed" in name for name, _ in tree_flatten(model.trainable_parameters())):
         return 0
-    trained = [i for i, layer in enumerate(parts.layers) if tree_flatten(layer.trainable_parameters())]
-    return min(trained, default=len(parts.layers))
+    trained = [i for i, layer in enumerate(model.layers) if tree_flatten(layer.trainable_parameters())]
+    return min(trained, default=len(model.layers))
 
 
 def with_lower(model: nn.Module, rows: RolloutRows, size: int) -> RolloutRows:
-    """The rows with the states below the first trained layer, `size` rows at once; as they are where there is none."""
-    parts = model_parts(model)
-    count = 0 if parts is None else frozen_layers(model, parts)
-    if parts is None or count == 0:
-        return rows
-    under, lower = parts._replace(layers=parts.layers[:count], windows=parts.windows[:count]), []
-    for start in range(0, rows.tokens.shape[0], size):
-        tokens = rows.tokens[start : start + size]
-        lower.append(hidden_states(under, tokens[:, :0], tokens, lambda h: h))
+    """The rows with the states below the first trained layer, `size` rows at once; as they are where there is none, or
+    where the layers do more than turn one array into the next."""
+    count, head, lower = frozen_layers(model), find_head(model), []
+    for start in range(0, rows.tokens.shape[0], size) if count else ():
+        plan = plan_layers(model, functools.partial(whole_states, model, head, rows.tokens[start : start + size]))
+        if plan is None:
+            return rows
+        with patched(attention_files(model)):
+            lower.append(functools.reduce(lambda h, layer: layer(h), plan.layers[:count], plan.enter))
         mx.eval(lower[-1])
-    return rows._replace(lower=mx.concatenate(lower), depth=count)
+    return rows._replace(lower=mx.concatenate(lower), depth=count) if lower else rows
 
 
 def token_pass(model: nn.Module, rows: RolloutRows, head: HeadPass = heads.token_logps) -> tuple[mx.array, mx.array]:
@@ -94,22 +95,19 @@ def token_pass(model: nn.Module, rows: RolloutRows, head: HeadPass = heads.token
 
     `head` is `heads.score_logps` for who needs no gradient. What stands where the mask is 0 means nothing.
     """
-    parts = model_parts(model)
-    if parts is None:
-        return _whole_model_pass(model, rows)
-    if (lower := rows.lower) is not None:
-        above = slice(rows.depth, None)
-        parts = parts._replace(embed=lambda _: lower, layers=parts.layers[above], windows=parts.windows[above])
-    states = hidden_states(parts, rows.tokens[:, :0], rows.tokens, lambda h: h)
-    picked = parts.norm(_picked(states, rows.at))
-    logps = head(parts.head, picked.reshape(-1, picked.shape[-1]), rows.targets.reshape(-1))
+    found = find_head(model)
+    run = functools.partial(whole_states, model, found, rows.tokens)
+    plan = None if rows.lower is None else plan_layers(model, run)
+    with patched(attention_files(model)):
+        states = run() if plan is None else plan.leave(_from_lower(plan, rows))
+    picked = _picked(states, rows.at)
+    logps = head(found, picked.reshape(-1, picked.shape[-1]), rows.targets.reshape(-1))
     return logps.reshape(rows.targets.shape), picked
 
 
-def _whole_model_pass(model: Any, rows: RolloutRows) -> tuple[mx.array, mx.array]:
-    with patched([]):
-        logits = _picked(model(rows.tokens), rows.at).astype(mx.float32)
-        return heads.target_logps(logits, rows.targets), _picked(normed_states(model, rows.tokens), rows.at)
+def _from_lower(plan: LayerPlan, rows: RolloutRows) -> mx.array:
+    assert rows.lower is not None
+    return functools.reduce(lambda h, layer: layer(h), plan.layers[rows.depth :], rows.lower)
 
 
 def _picked(states: mx.array, at: mx.array) -> mx.array:

@@ -173,7 +173,7 @@ def _passes(model: Any, batch: Batch, size: Size) -> dict[str, Callable[[], None
     """
     import mlx.core as mx
 
-    from mlxdpo.forward.logprobs import forward_fns
+    from mlxdpo.forward.choose_forward import forward_fns
     from mlxdpo.losses import resolve
     from mlxdpo.training.step import gradient_norm, make_gradient, make_optimizer, make_scorer, make_update
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mlxdpo.data.distinct_rows import DistinctRow, branch, distinct_rows, shared_with_previous
 from mlxdpo.data.examples import Examples
 from mlxdpo.data.planning import Indices
 from mlxdpo.machine.device import most_traces
@@ -19,6 +20,7 @@ from mlxdpo.machine.device import most_traces
 PREFIX_STEP = 32  # tokens: how finely the shared prefix follows the shortest prompt
 NARROWEST = 16  # tokens: Metal's attention has no gradient for 8 queries or fewer (forward/metal_routing.py)
 SAMPLE = 2000  # batches that are looked at
+TREE_COST = 2  # times what a query-key pair costs in rows, where MLX's causal attention skips what is masked
 CUTS = 128  # places between sorted batches where one shape may end and the next begin
 
 
@@ -29,7 +31,9 @@ class BatchSize(NamedTuple):
     shortest  tokens of the shortest prompt
     longest   tokens of the longest row without its last
     distinct  tokens of all prompts and of all completions without their last
-    scored    completion tokens
+    scored    scored completion tokens
+    largest   distinct tokens of the prompt that has most, with those of its completions
+    branches  whether the rows are of trajectories, and share more than their prompts
     """
 
     prompts: int
@@ -39,10 +43,12 @@ class BatchSize(NamedTuple):
     longest: int
     distinct: int
     scored: int
+    largest: int
+    branches: bool = False
 
 
 class BatchShape(NamedTuple):
-    """The shapes of a `Batch`: G, P, R, S, M, N and B."""
+    """The shapes of a `Batch`: G, P, R, S, M, N and B, and the W of its `TokenTree` (0: it has none)."""
 
     prompts: int
     shared: int
@@ -51,6 +57,7 @@ class BatchShape(NamedTuple):
     rest: int
     scored: int
     pairs: int
+    tree: int = 0
 
     def holds(self, size: BatchSize) -> bool:
         """Whether a batch fits."""
@@ -58,7 +65,8 @@ class BatchShape(NamedTuple):
         # A row's suffix needs a token of the prompt to predict its first completion token from.
         tokens = self.shared < size.shortest and self.width >= size.longest - self.shared
         rest = size.distinct - size.prompts * self.shared
-        return counts and tokens and self.rest >= rest and self.scored >= size.scored
+        tree = not self.tree or self.tree >= size.largest - self.shared
+        return counts and tokens and tree and self.rest >= rest and self.scored >= size.scored
 
     @property
     def tokens(self) -> int:
@@ -82,16 +90,39 @@ def shared_prefix(shortest: int) -> int:
     return max(shortest // PREFIX_STEP * PREFIX_STEP - 1, 0)
 
 
+def size_of_rows(rows: Sequence[DistinctRow], pairs: int) -> BatchSize:
+    """What a batch of these distinct rows holds."""
+    known, first = shared_with_previous(rows), {row.group: row for row in reversed(rows)}
+    own = [len(row.completion) - 1 - shared for row, shared in zip(rows, known, strict=True)]
+    tokens = np.bincount([row.group for row in rows], own)
+    tokens += [len(first[group].prompt) for group in range(len(tokens))]
+    return BatchSize(
+        len(first),
+        len(rows),
+        pairs,
+        shortest=min(len(row.prompt) for row in rows),
+        longest=max(len(row.prompt) + len(row.completion) for row in rows) - 1,
+        distinct=int(tokens.sum()),
+        scored=sum(len(row.scored) for row in rows),
+        largest=int(tokens.max()),
+        branches=branch(rows),
+    )
+
+
 def batch_size_of(examples: Examples, indices: Indices) -> BatchSize:
-    """What the batch of these pairs holds, without touching a token."""
+    """What the batch of these pairs holds; only of trajectories tokens are looked at."""
     index = np.array(indices)
+    if (examples.scored[index] != examples.lengths[index, 1:]).any():
+        return size_of_rows(distinct_rows([examples[i] for i in indices])[0], len(indices))
     _, first = np.unique(examples.row_numbers[index].ravel(), return_index=True)
     completion = examples.lengths[index, 1:].ravel()[first]
     prompt = np.repeat(examples.lengths[index, 0], 2)[first]
     prompts, of = np.unique(np.repeat(examples.prompt_numbers[index], 2)[first], return_index=True)
     longest, distinct = int((prompt + completion).max()) - 1, int(prompt[of].sum() + (completion - 1).sum())
+    groups = np.searchsorted(prompts, np.repeat(examples.prompt_numbers[index], 2)[first])
+    largest = int((prompt[of] + np.bincount(groups, completion - 1)).max())
     counts = (len(prompts), len(first), len(indices))
-    return BatchSize(*counts, int(prompt.min()), longest, distinct, int(completion.sum()))
+    return BatchSize(*counts, int(prompt.min()), longest, distinct, int(completion.sum()), largest)
 
 
 def shape_for(sizes: Sequence[BatchSize], batch_size: int) -> BatchShape:
@@ -102,7 +133,16 @@ def shape_for(sizes: Sequence[BatchSize], batch_size: int) -> BatchShape:
     shared = shared_prefix(min(size.shortest for size in sizes))
     rest = max(size.distinct - size.prompts * shared for size in sizes)
     room = batch_size if pairs <= batch_size else bucket(pairs)
-    return BatchShape(prompts, shared, rows, row_width(longest - shared), bucket(rest), bucket(scored), room)
+    width, tree = row_width(longest - shared), row_width(max(size.largest for size in sizes) - shared)
+    tree *= any(size.branches for size in sizes) and tree_is_worth_it((prompts, tree), (rows, width), shared)
+    return BatchShape(prompts, shared, rows, width, bucket(rest), bucket(scored), room, tree)
+
+
+def tree_is_worth_it(tree: tuple[int, int], rows: tuple[int, int], shared: int) -> bool:
+    """Whether attention over the distinct tokens of each prompt, `tree` (G, W), costs less than over `rows` (R, S),
+    each behind `shared` tokens: it has more keys that a query does not see."""
+    pairs = [count * width * (shared + width / 2) for count, width in (tree, rows)]
+    return TREE_COST * pairs[0] < pairs[1]
 
 
 def choose_shape(size: BatchSize, shapes: Iterable[BatchShape], batch_size: int) -> BatchShape:
@@ -158,7 +198,7 @@ def cut_points(sizes: np.ndarray, count: int) -> list[int]:
 
 
 def _largest_shape(examples: Examples, batch_size: int) -> BatchShape:
-    rows, lengths = 2 * batch_size, examples.lengths
-    longest, completion = int(examples.row_lengths.max()) - 1, int(lengths[:, 1:].max())
+    rows, longest = 2 * batch_size, int(examples.row_lengths.max()) - 1
+    rest, scored = bucket(rows * longest), bucket(rows * int(examples.scored.max()))
     pairs = bucket(max(rows * (rows - 1), batch_size))  # contradicting pairs are two
-    return BatchShape(batch_size, 0, rows, row_width(longest), bucket(rows * longest), bucket(rows * completion), pairs)
+    return BatchShape(batch_size, 0, rows, row_width(longest), rest, scored, pairs)

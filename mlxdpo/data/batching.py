@@ -13,10 +13,11 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlxdpo.data.batch_shapes import BatchShape, BatchSize, choose_shape
+from mlxdpo.data.batch_shapes import BatchShape, choose_shape, size_of_rows
+from mlxdpo.data.distinct_rows import DistinctRow, distinct_rows, shared_with_previous, subtree_ends
 from mlxdpo.data.planning import Indices
 from mlxdpo.machine import openblas
-from mlxdpo.types import Batch, Example, Extras
+from mlxdpo.types import Batch, Example, Extras, TokenTree
 
 SMALLEST_PART = 128  # distinct tokens: below, streams wait for each other longer than they gain
 
@@ -58,7 +59,8 @@ def collate(
 ) -> Batch:
     """Lay the pairs `indices` out as a batch over distinct rows, in the cheapest of `shapes`, or as it comes.
 
-    A completion that stands in several pairs of a prompt is one row. `ref` is (N, 2): the reference's summed log-probs
+    A completion that stands in several pairs of a prompt is one row, and what rows of a trajectory share is computed
+    once. `ref` is (N, 2): the reference's summed log-probs
     of each example's chosen and rejected completion, nats; without it the batch carries zeros. With (N, 4), the last
     two columns are those of the first min(|chosen|, |rejected|) tokens (`Batch.ref_shared`). Pairs
     that only fill the shape have weight 0 and repeat the first one; no pair looks at the rows and tokens that do.
@@ -90,15 +92,19 @@ def _collate_whole(
     pairs = [examples[i] for i in indices]
     rows, place = distinct_rows(pairs)
     firsts = [next(row for row in rows if row.group == g) for g in range(rows[-1].group + 1)]
-    shape = choose_shape(_size_of(rows, firsts, len(pairs)), shapes, batch_size)
+    shape = choose_shape(size_of_rows(rows, len(pairs)), shapes, batch_size)
     values, length = np.zeros(shape.rows, np.float32), np.ones(shape.rows, np.float32)
     if ref is not None:
         values[place] = ref[list(indices), :2]
-    length[: len(rows)] = [len(row.completion) for row in rows]
+    length[: len(rows)] = [len(row.scored) for row in rows]
     filler = shape.pairs - len(indices)
     weight = np.array([1.0] * len(indices) + [0.0] * filler, np.float32)
     chosen, rejected = np.concatenate([place, np.repeat(place[:1], filler, axis=0)]).T.astype(np.int32)
-    arrays = (*_token_arrays(rows, firsts, shape), length, values, chosen, rejected, weight)
+    lefts = [row.prompt[shape.shared :] for row in firsts]  # what a prompt has behind the shared prefix
+    pieces = _rest_spans(rows, lefts)
+    prefix = np.zeros((shape.prompts, shape.shared), np.int32)
+    prefix[: len(firsts)] = [row.prompt[: shape.shared] for row in firsts]
+    arrays = (prefix, *_token_arrays(rows, lefts, pieces, shape), length, values, chosen, rejected, weight)
     counts = set(np.bincount([row.group for row in rows]).tolist())
     whole = len(counts) == 1 and (len(firsts), len(rows)) == (shape.prompts, shape.rows)
     per_prompt = counts.pop() if whole else 0
@@ -106,53 +112,14 @@ def _collate_whole(
     shared = mx.array(np.ascontiguousarray(ref[filled, 2:].T)) if ref is not None and ref.shape[1] == 4 else None
     extras = np.array([pair.extras for pair in [*pairs, *pairs[:1] * filler]], np.float32).T
     columns = (mx.array(np.ascontiguousarray(a)) for a in arrays)
-    return Batch(*columns, per_prompt=per_prompt, extras=Extras(*map(mx.array, extras)), ref_shared=shared)
-
-
-def _size_of(rows: Sequence[DistinctRow], firsts: Sequence[DistinctRow], pairs: int) -> BatchSize:
-    distinct = sum(len(row.prompt) for row in firsts) + sum(len(row.completion) - 1 for row in rows)
-    return BatchSize(
-        len(firsts),
-        len(rows),
-        pairs,
-        shortest=min(len(row.prompt) for row in firsts),
-        longest=max(len(row.prompt) + len(row.completion) for row in rows) - 1,
-        distinct=distinct,
-        scored=sum(len(row.completion) for row in rows),
-    )
-
-
-class DistinctRow(NamedTuple):
-    """One completion of one prompt: ids of both, and which of the batch's prompts it is."""
-
-    prompt: np.ndarray
-    completion: np.ndarray
-    group: int
-
-
-def distinct_rows(pairs: Sequence[Example]) -> tuple[list[DistinctRow], np.ndarray]:
-    """Each distinct (prompt, completion) once, those of a prompt adjacent, and the rows of each pair, (B, 2)."""
-    prompts: dict[bytes, dict[bytes, DistinctRow]] = {}
-    for pair in pairs:
-        group = prompts.setdefault(pair.prompt.tobytes(), {})
-        number = next(iter(group.values())).group if group else len(prompts) - 1
-        for completion in (pair.chosen, pair.rejected):
-            group.setdefault(completion.tobytes(), DistinctRow(pair.prompt, completion, number))
-    rows = [row for group in prompts.values() for row in group.values()]
-    index = {(row.group, row.completion.tobytes()): i for i, row in enumerate(rows)}
-    number = {prompt: next(iter(group.values())).group for prompt, group in prompts.items()}
-    place = [[index[number[p.prompt.tobytes()], c.tobytes()] for c in (p.chosen, p.rejected)] for p in pairs]
-    return rows, np.array(place, np.int32)
+    tree = _token_tree(rows, lefts, pieces, shape) if shape.tree else None
+    return Batch(*columns, per_prompt=per_prompt, extras=Extras(*map(mx.array, extras)), ref_shared=shared, tree=tree)
 
 
 def _token_arrays(
-    rows: Sequence[DistinctRow], firsts: Sequence[DistinctRow], shape: BatchShape
+    rows: Sequence[DistinctRow], lefts: Sequence[np.ndarray], pieces: Sequence[RestSpan], shape: BatchShape
 ) -> tuple[np.ndarray, ...]:
-    """The arrays of a `Batch` from `prefix` to `scored`; `firsts` are the first rows of the prompts."""
-    prefix = np.zeros((shape.prompts, shape.shared), np.int32)
-    prefix[: len(firsts)] = [row.prompt[: shape.shared] for row in firsts]
-    lefts = [row.prompt[shape.shared :] for row in firsts]  # what a prompt has behind the shared prefix
-    pieces = _rest_spans(rows, lefts)
+    """The arrays of a `Batch` from `rest` to `scored`; `lefts` are what prompts have behind the shared prefix."""
     rest, place, home = (np.zeros(shape.rest, np.int32) for _ in range(3))
     for piece in pieces:
         here = slice(piece.start, piece.start + len(piece.ids))
@@ -160,16 +127,17 @@ def _token_arrays(
         home[here] = piece.row * shape.width + piece.column + np.arange(len(piece.ids))
     index, group = np.zeros((shape.rows, shape.width), np.int32), np.zeros(shape.rows, np.int32)
     targets, positions, owner, scored = (np.zeros(shape.scored, np.int32) for _ in range(4))
-    at = 0
+    at, suffix = 0, np.zeros(0, np.int64)
     for i, row in enumerate(rows):
-        prompt, own = pieces[row.group], pieces[len(lefts) + i]
-        suffix = np.concatenate([prompt.start + np.arange(len(prompt.ids)), own.start + np.arange(len(own.ids))])
+        own, prompt = pieces[len(lefts) + i], pieces[row.group]
+        before = suffix if i and rows[i - 1].group == row.group else prompt.start + np.arange(len(prompt.ids))
+        suffix = np.concatenate([before[: own.column], own.start + np.arange(len(own.ids))])
         index[i, : len(suffix)], group[i] = suffix, row.group
-        here = slice(at, at + len(row.completion))
-        targets[here], owner[here], scored[here] = row.completion, i, 1
-        positions[here] = suffix[len(prompt.ids) - 1 :]  # position t predicts token t+1
+        here = slice(at, at + len(row.scored))
+        targets[here], owner[here], scored[here] = row.completion[row.scored], i, 1
+        positions[here] = suffix[len(prompt.ids) - 1 + row.scored]  # position t predicts token t+1
         at = here.stop
-    return prefix, rest, place, index, home, group, targets, positions, owner, scored.astype(np.float32)
+    return rest, place, index, home, group, targets, positions, owner, scored.astype(np.float32)
 
 
 class RestSpan(NamedTuple):
@@ -182,12 +150,28 @@ class RestSpan(NamedTuple):
 
 
 def _rest_spans(rows: Sequence[DistinctRow], lefts: Sequence[np.ndarray]) -> list[RestSpan]:
-    """What `rest` consists of: first the rest of each prompt, then each row's completion without its last token."""
+    """What `rest` consists of: first the rest of each prompt, then what each row's completion, without its last token,
+    has beyond the row before it."""
     first = [next(i for i, row in enumerate(rows) if row.group == g) for g in range(len(lefts))]
     prompts = [(ids, first[g], 0) for g, ids in enumerate(lefts)]
-    completions = [(row.completion[:-1], i, len(lefts[row.group])) for i, row in enumerate(rows)]
+    shared = zip(rows, shared_with_previous(rows), strict=True)
+    own = [(row.completion[known:-1], i, len(lefts[row.group]) + known) for i, (row, known) in enumerate(shared)]
     result, at = [], 0
-    for ids, row, column in prompts + completions:
+    for ids, row, column in prompts + own:
         result.append(RestSpan(ids, at, row, column))
         at += len(ids)
     return result
+
+
+def _token_tree(
+    rows: Sequence[DistinctRow], lefts: Sequence[np.ndarray], pieces: Sequence[RestSpan], shape: BatchShape
+) -> TokenTree:
+    order, home = np.zeros((shape.prompts, shape.tree), np.int32), np.zeros(shape.rest, np.int32)
+    until = np.tile(np.arange(1, shape.tree + 1, dtype=np.int32), (shape.prompts, 1))  # what only fills sees itself
+    for group in range(len(lefts)):
+        own = [pieces[group], *(p for p, row in zip(pieces[len(lefts) :], rows, strict=True) if row.group == group)]
+        ends = np.concatenate(subtree_ends([p.column for p in own], [len(p.ids) for p in own]))
+        order[group, : len(ends)] = np.concatenate([p.start + np.arange(len(p.ids)) for p in own])
+        home[order[group, : len(ends)]] = group * shape.tree + np.arange(len(ends))
+        until[group, : len(ends)] = ends
+    return TokenTree(mx.array(order), mx.array(home), mx.array(until))

@@ -2,8 +2,8 @@
 
 A folder holds, N pairs long and little-endian:
 
-    tokens  int32         each pair's prompt, chosen and rejected ids, one after the other
-    spans   (N, 4) int32  the lengths of these three, tokens, and of `where`, bytes
+    tokens  int32         each pair's prompt, chosen and rejected ids, one after the other; -1 - id where not scored
+    spans   (N, 6) int32  the lengths of these three, tokens, of `where`, bytes, and of the two scored parts, tokens
     where   UTF-8         where the rows stand, one after the other
     rows    (N, 2, 16)    `row_digest` of each pair's chosen and rejected row
     prompts (N, 16)       `prompt_digest` of each pair
@@ -62,6 +62,11 @@ class Examples(Sequence[Example]):
         return np.array(self.spans[:, :3])
 
     @functools.cached_property
+    def scored(self) -> np.ndarray:
+        """(N, 2) int32: scored tokens of chosen and rejected."""
+        return np.array(self.spans[:, 4:])
+
+    @functools.cached_property
     def row_lengths(self) -> np.ndarray:
         """(N,) int32: tokens of the longer of each pair's two rows."""
         return self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1, initial=0)
@@ -96,16 +101,20 @@ class Examples(Sequence[Example]):
             raise IndexError(f"pair {index} of {len(self)}")
         index %= len(self)
         (at, name), (end, name_end) = self._starts[index], self._starts[index + 1]
-        prompt, chosen, _ = self.spans[index, :3].tolist()
-        ids = self.tokens[at:end]
+        prompt, chosen, rejected, _, *scored = self.spans[index].tolist()
+        ids, masks = self.tokens[at:end], (None, None)
         where = self.where[name:name_end].tobytes().decode("utf-8", "surrogatepass")
         extras = Extras(*self.extras[index].tolist())
-        return Example(ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :], where, extras)
+        if [chosen, rejected] != scored:
+            mask = ids >= 0
+            ids, masks = np.where(mask, ids, ~ids), (mask[prompt : prompt + chosen], mask[prompt + chosen :])
+        return Example(ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :], where, extras, *masks)
 
 
 def largest_token(*parts: Sequence[Example]) -> int:
     """The largest token id of all pairs."""
-    return max(int(Examples.of(part).tokens.max(initial=0)) for part in parts)
+    tokens = [Examples.of(part).tokens for part in parts]
+    return max(max(int(ids.max(initial=0)), ~int(ids.min(initial=-1))) for ids in tokens)
 
 
 def longest_row(*parts: Sequence[Example]) -> int:
@@ -127,9 +136,14 @@ def prompt_digest(prompt: np.ndarray) -> bytes:
     return hashlib.blake2b(prompt.astype("<i4").tobytes(), digest_size=16).digest()
 
 
-def row_digest(prompt: np.ndarray, completion: np.ndarray) -> bytes:
-    """16 bytes for a row: its token ids and where its completion begins."""
-    ids = np.concatenate([[len(prompt)], prompt, completion]).astype("<i4")
+def marked(completion: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """A completion's ids in one vector with what is scored of it: -1 - id where `mask` is False."""
+    return completion if mask is None else np.where(mask, completion, ~completion)
+
+
+def row_digest(prompt: np.ndarray, completion: np.ndarray, mask: np.ndarray | None = None) -> bytes:
+    """16 bytes for a row: its token ids, where its completion begins, and what `mask` says is scored of it."""
+    ids = np.concatenate([[len(prompt)], prompt, marked(completion, mask)]).astype("<i4")
     return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
@@ -183,7 +197,7 @@ def _check_sums(folder: Path) -> None:
 
 _LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {
     "tokens": ("<i4", (-1,)),
-    "spans": ("<i4", (-1, 4)),
+    "spans": ("<i4", (-1, 6)),
     "where": ("u1", (-1,)),
     "rows": ("u1", (-1, 2, 16)),
     "prompts": ("u1", (-1, 16)),
@@ -210,10 +224,10 @@ def _flush_chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
 
 def _pack(examples: Sequence[Example]) -> tuple[dict[str, bytes], bytes]:
     """The bytes that go to each file, and what the digest goes over: every vector's ids behind their count."""
-    parts = [(e.prompt, e.chosen, e.rejected) for e in examples]
+    parts = [(e.prompt, marked(e.chosen, e.chosen_mask), marked(e.rejected, e.rejected_mask)) for e in examples]
     ids = [[vector.astype("<i4").tobytes() for vector in part] for part in parts]
     where = [e.where.encode("utf-8", "surrogatepass") for e in examples]
-    spans = [(*map(len, part), len(name)) for part, name in zip(parts, where, strict=True)]
+    spans = [(*map(len, p), len(name), *e.scored) for p, name, e in zip(parts, where, examples, strict=True)]
     files = {
         "tokens": b"".join(itertools.chain.from_iterable(ids)),
         "spans": np.array(spans, "<i4").tobytes(),

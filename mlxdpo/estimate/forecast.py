@@ -24,11 +24,11 @@ from mlxdpo.estimate.memory import (
     Trained,
     predict,
 )
-from mlxdpo.forward.architectures import FAMILIES, ModelParts, model_parts
 from mlxdpo.forward.fused_head import is_frozen
+from mlxdpo.forward.levels import Level, offered_levels
 from mlxdpo.forward.metal_routing import BACKWARD_BLOCK, is_fused
-from mlxdpo.forward.packed import can_pack
-from mlxdpo.forward.patch_mlx_lm import SHORT, UNFUSED_FROM, unrolled_in
+from mlxdpo.forward.patch_mlx_lm import SHORT, UNFUSED_FROM, attention_files, unrolled_in
+from mlxdpo.forward.shared_prefix import sliding_windows
 from mlxdpo.machine.device import default_dtype, this_machine
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.model.limits import check_ids, check_length
@@ -164,22 +164,21 @@ def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, Pl
     """The parts of a prediction and the numbers of its plan. Makes the skeleton trainable."""
     model = skeleton.model
     lora = config.lora if config.model.adapter is None else read_settings(Path(config.model.adapter))
-    parts = model_parts(model)
-    packed = parts is not None and can_pack(parts)
+    level = offered_levels(model)[0]
     make_trainable(model, lora)
     plan = make_plan(config, data.train, data.heldout)
-    found = planned_batches(data.train, plan.training, packed, parts is None, plan.shapes)
-    heldout = planned_batches(data.heldout, plan.heldout, packed, parts is None, plan.heldout_shapes)
+    found = planned_batches(data.train, plan.training, level, plan.shapes)
+    heldout = planned_batches(data.heldout, plan.heldout, level, plan.heldout_shapes)
     summary = summarize_plan(plan, data.train, found)
     training = tuple({one.layout: None for one in found})
-    checked = planned_batches(data.train, [checked_pairs(plan, data.train)], packed, parts is None)
+    checked = planned_batches(data.train, [checked_pairs(plan, data.train)], level)
     layouts = Layouts(training, (*training, *{one.layout: None for one in heldout}), checked[0].layout)
     train = config.train
-    trained = trained_of(model, lora, parts)
+    trained = trained_of(model, lora, level)
     frozen = _frozen(config, skeleton, trained)
     quantised = bool(config.model.quantize or skeleton.config.get("quantization"))
     shape = shape_of(skeleton, config.model)
-    narrow = parts is not None and any(w is not None and w < summary.longest for w in parts.windows)
+    narrow = any(window is not None and window < summary.longest for window in sliding_windows(model))
     setting = Setting(
         train.gradient_checkpointing,
         STATES[config.optim.name],
@@ -192,8 +191,8 @@ def gather(config: Config, skeleton: Skeleton, data: Dataset) -> tuple[Parts, Pl
 
 def attention_cost(model: Any, shape: Shape, windowed: bool) -> AttentionCost:
     """Which attention this machine computes for a model; `windowed` says that layers see less than the longest row."""
-    kind, own = this_machine().kind, FAMILIES.get(type(model).__module__.rsplit(".", 1)[-1])
-    if own is not None and own.array:  # written out in mlx-lm's own operations
+    kind = this_machine().kind
+    if not attention_files(model):  # written out in mlx-lm's own operations
         return AttentionCost(math.inf, score_from=math.inf)
     if kind == "cpu":
         return AttentionCost(SHORT + 1, score_from=SHORT + 1)
@@ -236,7 +235,7 @@ def shape_of(skeleton: Skeleton, config: ModelConfig) -> Shape:
     )
 
 
-def trained_of(model: Any, lora: LoraConfig, parts: ModelParts | None) -> Trained:
+def trained_of(model: Any, lora: LoraConfig, level: Level) -> Trained:
     """What a model that was made trainable trains."""
     size = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
     if lora.method == "dora":
@@ -247,7 +246,7 @@ def trained_of(model: Any, lora: LoraConfig, parts: ModelParts | None) -> Traine
     inputs = frozenset(name for name, maps in INPUTS.items() if maps & adapted.keys())
     ranks = sum(min(m.lora_a.shape[-2:]) for m in adapted.values() if "lora_a" in m)
     tied = "lm_head" not in model
-    head = parts is not None and not is_frozen(parts.head)
+    head = level.head is not None and not is_frozen(level.head)
     return Trained(len(model.layers) - min(lowest, default=len(model.layers)), size, ranks, inputs, full, head, tied)
 
 
@@ -289,7 +288,7 @@ def advise(config: Config, parts: Parts, data: Dataset) -> tuple[SettingChange, 
 def _setting_changes(config: Config, parts: Parts) -> list[tuple[str, dict[str, dict[str, Any]]]]:
     """Settings that could be lowered, as they are written and as sections of a recipe."""
     train, blocks, found = config.train, parts.shape.layers, []
-    if not train.gradient_checkpointing and not parts.layouts.first.plain:
+    if not train.gradient_checkpointing:
         found.append(("train.gradient_checkpointing true", {"train": {"gradient_checkpointing": True}}))
     if train.batch_size > 1:
         size, accumulate = train.batch_size // 2, train.gradient_accumulation * 2

@@ -34,12 +34,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from mlxdpo.config import Config, dump_config, load_config
+from mlxdpo.forward.reward_head import FILE as HEAD
 from mlxdpo.io.atomic import write_atomic, write_json, write_text
 from mlxdpo.io.json_file import as_written, read_json
 from mlxdpo.io.names import TOKEN, is_hub_id, is_plain_name, without_tokens
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, read_settings
 from mlxdpo.model.chat_template import NAMED_FOLDER
-from mlxdpo.model.reward_head import FILE as HEAD
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 

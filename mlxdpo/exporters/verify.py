@@ -16,12 +16,10 @@ import numpy as np
 
 from mlxdpo.exporters.record import Fidelity
 from mlxdpo.forward import fused_head as heads
-from mlxdpo.forward.architectures import ModelParts, model_parts
 from mlxdpo.forward.elementwise import exp
-from mlxdpo.forward.shared_prefix import hidden_states
+from mlxdpo.forward.next_token import Logits, logits_at
 from mlxdpo.inference.trained_run import TrainedRun
 from mlxdpo.machine.device import this_machine
-from mlxdpo.model.adapters import dropout_off
 from mlxdpo.model.policy import cast
 from mlxdpo.types import Example, UserError
 
@@ -30,9 +28,6 @@ LEAST_SLOPE = 0.9
 # Nats a token: what rounding alone makes of equal weights in another order. Errors e of logits cost about e^2 / 2.
 ROUNDING = {mx.float32: 1e-6, mx.float16: 2e-5, mx.bfloat16: 1e-3}
 LOGITS = 128 << 20  # bytes of float32 logits of one model at a time
-
-Logits = Callable[[], mx.array]
-"""Gives the (n, V) float32 logits of a batch's scored positions."""
 
 
 class VerifiedRows(NamedTuple):
@@ -60,7 +55,7 @@ class RunReference(NamedTuple):
 def run_reference(trained: TrainedRun, examples: Sequence[Example]) -> RunReference:
     """Score the run and its reference once; artefacts are then held against them one at a time.
 
-    Where the model's parts are known, its last states are kept, so that an artefact costs one forward pass.
+    Where the model's head can be found, its last states are kept, so that an artefact costs one forward pass.
     """
     model = trained.policy.model
     dtype = getattr(mx, trained.policy.identity["dtype"])
@@ -164,14 +159,9 @@ def _padded_rows(which: tuple[int, ...], pairs: list[tuple[np.ndarray, np.ndarra
 
 
 def _scored_logits(model: nn.Module, rows: VerifiedRows) -> mx.array:
-    """(n, V) float32 logits, computed; where the model's parts are known, only scored positions meet the head."""
-    i, j = (mx.array(index) for index in rows.at)
-    with dropout_off(model):
-        if (parts := model_parts(model)) is None:
-            logits = model(rows.inputs)[i, j].astype(mx.float32)
-        else:
-            logits = heads.logits(parts.head, _states(parts, rows, i, j))
-        mx.eval(logits)  # here, while dropout is off, and adapters are on or off as they are
+    """(n, V) float32 logits, computed here, while adapters are on or off as they are."""
+    logits = _logits_again(model, rows)()
+    mx.eval(logits)
     return logits
 
 
@@ -181,17 +171,8 @@ def _of_reference(trained: TrainedRun, rows: VerifiedRows) -> mx.array:
 
 
 def _logits_again(model: nn.Module, rows: VerifiedRows) -> Logits:
-    """The same to be asked again, with the last states at the scored positions kept where the parts are known."""
-    if (parts := model_parts(model)) is None:
-        return lambda: _scored_logits(model, rows)
-    with dropout_off(model):
-        states = _states(parts, rows, *(mx.array(index) for index in rows.at))
-        mx.eval(states)
-    return lambda: heads.logits(parts.head, states)
-
-
-def _states(parts: ModelParts, rows: VerifiedRows, i: mx.array, j: mx.array) -> mx.array:
-    return parts.norm(hidden_states(parts, rows.inputs[:, :0], rows.inputs, lambda h: h)[i, j])
+    """The same to be asked again, with the states at the scored positions kept where the head can be found."""
+    return logits_at(model, rows.inputs, *(mx.array(index) for index in rows.at))
 
 
 def _sums(batches: list[VerifiedRows], logits: list[Logits], pairs: int) -> np.ndarray:

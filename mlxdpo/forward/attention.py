@@ -19,6 +19,26 @@ import mlx.core as mx
 from mlxdpo.forward.elementwise import LOG2E, exp2
 from mlxdpo.forward.layer_plan import with_gradient
 
+
+class Branches(NamedTuple):
+    """What the tokens of a tree see, in rows of them that stand depth first (`types.TokenTree`).
+
+    until  (B, T) int32: key j is seen by the queries j <= i < until[j]
+    place  (B, T) int32: how many tokens come before each on its way from the root, which is what a window counts
+    """
+
+    until: mx.array
+    place: mx.array
+
+    def visible(self, first: int, last: int, low: int, high: int, window: int | None) -> mx.array:
+        """(B, 1, last - first, high - low) bool: which of the keys from `low` on the queries from `first` on see."""
+        query, key = mx.arange(first, last)[:, None], mx.arange(low, high)
+        seen = (key <= query) & (query < self.until[:, None, low:high])
+        if window is not None:
+            seen = seen & (self.place[:, first:last, None] - self.place[:, None, low:high] < window)
+        return seen[:, None]
+
+
 QUERIES = 128  # at a time: the upper half of the square is hardly computed
 
 
@@ -70,10 +90,12 @@ def chunked_attention(
     window: int | None = None,
     softcap: float | None = None,
     chunk: int | None = None,
+    branches: Branches | None = None,
 ) -> mx.array:
     """Causal attention, exact, linear in memory: q (B, H, L, D), k and v (B, K, T, D) -> (B, H, L, D).
 
-    Query i sees keys max(0, T-L+i-window+1) .. T-L+i. `softcap` c turns a score s into c tanh(s / c) (Gemma 2,
+    Query i sees keys max(0, T-L+i-window+1) .. T-L+i; in a tree of tokens those of them that `branches` say, and a
+    window counts along its way from the root. `softcap` c turns a score s into c tanh(s / c) (Gemma 2,
     arXiv 2408.00118 section 2). Scores and softmax are float32 whatever the dtype of q; the result has q's dtype.
     `chunk` is the number of queries at a time, chosen from the shapes when None. The method is that of
     arXiv 2205.14135 (algorithms 1 and 4), chunked over queries only: a row's keys are met at once.
@@ -85,7 +107,8 @@ def chunked_attention(
     if any(limit is not None and limit <= 0 for limit in (window, softcap, chunk)):
         raise ValueError(f"window {window}, softcap {softcap}, chunk {chunk}: each must be positive")
     visible = min(T, window + LARGEST_CHUNK) if window else T
-    return _chunked(ScoreRule(float(scale), window, softcap), chunk or _queries_at_a_time(B * H, visible))(q, k, v)[0]
+    rule = ScoreRule(float(scale), window, softcap, branches)
+    return _chunked(rule, chunk or _queries_at_a_time(B * H, visible))(q, k, v)[0]
 
 
 def _queries_at_a_time(heads: int, keys: int) -> int:
@@ -100,11 +123,28 @@ def _queries_at_a_time(heads: int, keys: int) -> int:
 
 
 class ScoreRule(NamedTuple):
-    """What a score is: its scale, the window in tokens or None, the soft cap or None."""
+    """What a score is: its scale, the window in tokens or None, the soft cap or None, and the branches of a tree."""
 
     scale: float
     window: int | None
     softcap: float | None
+    branches: Branches | None = None
+
+    def query_chunks(self, L: int, T: int, chunk: int) -> Iterator[Chunk]:
+        """The queries in chunks, each with all keys that one of them may see."""
+        for first in range(0, L, chunk):
+            last = min(first + chunk, L)
+            near = self.window and self.branches is None  # a tree's branches stand between what is near
+            yield Chunk(first, last, max(0, T - L + first - self.window + 1) if near else 0, T - L + last)
+
+    def visible(self, at: Chunk) -> mx.array:
+        """(queries, keys) of one chunk: which keys each query sees, its last query being its last key; with branches
+        (B, 1, 1, queries, keys)."""
+        first = at.high - (at.last - at.first)
+        if self.branches is not None:
+            return self.branches.visible(first, at.high, at.low, at.high, self.window)[:, None]
+        tokens, keys = mx.arange(first, at.high)[:, None], mx.arange(at.low, at.high)[None]
+        return (keys <= tokens) & (keys > tokens - self.window) if self.window else keys <= tokens
 
 
 class Chunk(NamedTuple):
@@ -114,20 +154,6 @@ class Chunk(NamedTuple):
     last: int
     low: int
     high: int
-
-
-def _query_chunks(L: int, T: int, window: int | None, chunk: int) -> Iterator[Chunk]:
-    for first in range(0, L, chunk):
-        last = min(first + chunk, L)
-        low = max(0, T - L + first - window + 1) if window else 0
-        yield Chunk(first, last, low, T - L + last)
-
-
-def _visible_keys(at: Chunk, window: int | None) -> mx.array:
-    """(queries, keys) of one chunk: which keys each query sees. Its last query is its last key."""
-    tokens = mx.arange(at.high - (at.last - at.first), at.high)[:, None]
-    keys = mx.arange(at.low, at.high)[None]
-    return (keys <= tokens) & (keys > tokens - window) if window else keys <= tokens
 
 
 def _chunk_scores(rule: ScoreRule, q: mx.array, k: mx.array) -> tuple[mx.array, mx.array | None]:
@@ -141,7 +167,7 @@ def _chunk_scores(rule: ScoreRule, q: mx.array, k: mx.array) -> tuple[mx.array, 
 def _chunk_forward(rule: ScoreRule, at: Chunk, q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
     """One chunk's output (B, K, G, queries, D) and lse (B, K, G, queries, 1): log2 of the softmax's denominator."""
     rows, k, v = _chunk_rows(q, at), k[:, :, at.low : at.high], v[:, :, at.low : at.high]
-    s = mx.where(_visible_keys(at, rule.window), _chunk_heads(_chunk_scores(rule, rows, k)[0], q, at), -mx.inf)
+    s = mx.where(rule.visible(at), _chunk_heads(_chunk_scores(rule, rows, k)[0], q, at), -mx.inf)
     top = s.max(axis=-1, keepdims=True)
     p = exp2(s - top)
     total = p.sum(axis=-1, keepdims=True)
@@ -158,7 +184,7 @@ def _chunk_backward(
     rows, cts, k, v = _chunk_rows(q, at), _chunk_rows(ct, at), k[:, :, at.low : at.high], v[:, :, at.low : at.high]
     s, tanh = _chunk_scores(rule, rows, k)
     p = _chunk_heads(exp2(s - _chunk_rows(lse, at)), q, at)
-    p = mx.where(_visible_keys(at, rule.window), p, 0.0).reshape(s.shape)
+    p = mx.where(rule.visible(at), p, 0.0).reshape(s.shape)
     ds = p * (cts @ v.swapaxes(-1, -2) - _chunk_rows(delta, at))
     if tanh is not None:
         ds = ds * (1 - tanh * tanh)
@@ -173,7 +199,7 @@ def _chunked(rule: ScoreRule, chunk: int) -> Callable[..., Any]:
         shape, dtype = (*q.shape[:3], v.shape[3]), q.dtype
         q, k, v = _grouped_heads(q, k), k.astype(mx.float32), v.astype(mx.float32)
         outs, lses = [], []
-        for at in _query_chunks(q.shape[3], k.shape[2], rule.window, chunk):
+        for at in rule.query_chunks(q.shape[3], k.shape[2], chunk):
             # One chunk after the other: without this chain the scheduler holds the scores of many at once.
             after = mx.depends([q], [outs[-1]])[0] if outs else q
             out, lse = _chunk_forward(rule, at, after, k, v)
@@ -187,7 +213,7 @@ def _chunked(rule: ScoreRule, chunk: int) -> Callable[..., Any]:
         delta = _grouped_heads((ct * out).sum(axis=-1, keepdims=True), k)
         q, ct = _grouped_heads(q, k), _grouped_heads(ct, k)
         dqs, dk, dv = [], mx.zeros(k.shape), mx.zeros(v.shape)
-        for at in _query_chunks(q.shape[3], k.shape[2], rule.window, chunk):
+        for at in rule.query_chunks(q.shape[3], k.shape[2], chunk):
             # dq is in the chain too: left for the end, it would keep every chunk's dS until then.
             after, ct = mx.depends([q, ct], [dqs[-1], dk, dv]) if dqs else (q, ct)
             dq, dk_here, dv_here = _chunk_backward(rule, at, after, k, v, ct, outputs[1], delta)

@@ -19,13 +19,14 @@ from mlxdpo.forward.layer_plan import checkpointed, with_gradient
 from mlxdpo.machine.device import this_machine
 
 LOGITS = 64 << 20  # bytes of float32 logits that are made at a time, about, whatever the vocabulary
+MAPS = (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding)
 TILE = 64  # rows of a matmul's tile on Metal; what a last one does not fill is computed for nothing
 
 
 class Head(NamedTuple):
     """A model's last linear map and what follows it: logits = cap * tanh(factor * (h W^T + b) / cap).
 
-    `module` is read again at each call, so that its weights are the live ones. `tied` says that it is an embedding.
+    `module` is read again at each call, so that its weights are the live ones. `find_head.find_head` finds it.
     """
 
     module: Callable[[], Any]
@@ -33,9 +34,9 @@ class Head(NamedTuple):
     factor: float
 
 
-def head_of(model: Any, softcap: float | None, factor: float) -> Head:
-    """The head of a model that keeps it in `lm_head`, or in `embed_tokens` when it is tied."""
-    return Head(lambda: model.lm_head if "lm_head" in model else model.model.embed_tokens, softcap, factor)
+def plain_map(module: Any) -> Any:
+    """The linear map itself: an adapter, or a module around the head, keeps it under one of these names."""
+    return next((module[name] for name in ("linear", "embedding") if isinstance(module.get(name), MAPS)), module)
 
 
 def logits(head: Head, h: mx.array) -> mx.array:
@@ -57,8 +58,7 @@ def logits(head: Head, h: mx.array) -> mx.array:
 def is_frozen(head: Head) -> bool:
     """Whether the fused pass applies: nothing in the head is trained, and it is a plain or quantised linear map."""
     module = head.module()
-    known = (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding)
-    return isinstance(module, known) and not module.trainable_parameters()
+    return isinstance(module, MAPS) and not module.trainable_parameters()
 
 
 def chunk_of(vocabulary: int) -> int:
@@ -67,10 +67,7 @@ def chunk_of(vocabulary: int) -> int:
 
 
 def _position_chunks(head: Head, h: mx.array) -> list[slice]:
-    module = head.module()
-    # An adapter on the head keeps what it adapts under one of these names.
-    plain = next((module[name] for name in ("linear", "embedding") if name in module), module)
-    step = chunk_of(plain.weight.shape[0])
+    step = chunk_of(plain_map(head.module()).weight.shape[0])
     return [slice(i, i + step) for i in range(0, h.shape[0], step)]
 
 

@@ -1,8 +1,8 @@
-"""How a batch goes through the layers of a model, whole or in the parts it was cut into (`Batch.parts`).
+"""A model's call taken apart into its layers by watching them, so that parts of a batch can go side by side (on a CPU)
+or layers be left out that would give the same again; and what belongs to a part in the backward pass too.
 
-A caller gives the plan of one part and what to read from its last states; here the parts are computed side by side,
-layer by layer (`streams.py`), and joined. What MLX calls again in a backward pass is made here too, because it belongs
-to a part as well: gradients written by hand, and layers under a checkpoint.
+What MLX calls again in a backward pass is made here, because it must stay in its part's stream: gradients written by
+hand, and functions under a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,27 +14,63 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxdpo.forward.streams import Arrays, interleave, map_streams, pin_to_stream, stream
+from mlxdpo.forward.streams import interleave, map_streams, pin_to_stream, stream
+from mlxdpo.forward.watch import watched_layers
 from mlxdpo.machine.openblas import single_blas
 from mlxdpo.types import Batch
 
+States = Callable[[], mx.array]
+"""Runs a model once: its states at the end."""
+
 
 class LayerPlan(NamedTuple):
-    """What enters the first layer, each layer as a function of what enters it, and how to read the states at the end.
+    """What enters the first layer, each layer as a function of that, and how to read the states at the end."""
 
-    The arrays of a state are (..., D) hidden states; every layer gives as many as it takes.
+    enter: mx.array
+    layers: Sequence[Callable[[mx.array], mx.array]]
+    leave: Callable[[mx.array], mx.array]
+
+
+def plan_layers(model: nn.Module, run: States) -> LayerPlan | None:
+    """The layers of `run`, which calls `model` once; None where they do more than turn one array into the next.
+
+    Nothing is computed: `run` is called with layers that let everything through, and once more behind the last.
     """
+    entered: list[mx.array] = []
+    layers: list[Callable[[mx.array], mx.array]] = []
 
-    enter: Arrays
-    layers: Sequence[Callable[..., Arrays]]
-    leave: Callable[..., mx.array]
+    def note(own: Any, h: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """Instead of a layer: what it is given besides `h` is kept for later."""
+        entered.append(h)
+        layers.append(lambda h: own(h, *args, **kwargs))
+        return h
 
-    def run(self) -> mx.array:
-        """The states at the end, of this plan alone."""
-        state = self.enter
-        for layer in self.layers:
-            state = layer(*state)
-        return self.leave(*state)
+    def leave(h: mx.array) -> mx.array:
+        """What comes behind the last layer, which gives `h`."""
+        with watched_layers(model, lambda layer: lambda own, before, *args, **kwargs: h):
+            return run()
+
+    try:
+        with watched_layers(model, lambda layer: note):
+            run()
+    except (TypeError, ValueError):  # a layer that returns or takes something else than one array
+        return None
+    alone = bool(entered) and all(h is entered[0] for h in entered)
+    return LayerPlan(entered[0], layers, leave) if alone else None
+
+
+def run_side_by_side(model: nn.Module, runs: Sequence[States]) -> list[mx.array]:
+    """The states of several runs, each in its stream, layer by layer where they can be taken apart."""
+    plans = map_streams(lambda run: plan_layers(model, run), runs) if len(runs) > 1 else [None]
+    if any(plan is None for plan in plans):
+        return map_streams(lambda run: run(), runs)
+    states = [(plan.enter,) for plan in plans]
+    for layers in zip(*(plan.layers for plan in plans), strict=True):
+        for number, layer in enumerate(layers):
+            with stream(number):
+                states[number] = (layer(*states[number]),)
+        states = interleave(states)
+    return map_streams(lambda plan, state: plan.leave(*state), plans, states)
 
 
 def join_rows(parts: Sequence[mx.array], batch: Batch) -> mx.array:
@@ -54,33 +90,6 @@ def widened(a: mx.array, count: int) -> mx.array:
     return mx.concatenate([a, mx.repeat(a[..., :1], count - a.shape[-1], axis=-1)], axis=-1)
 
 
-def run_layers(
-    batch: Batch,
-    plan: Callable[[Batch], LayerPlan],
-    read: Callable[[Batch, mx.array], Any],
-    join: Callable[[list[Any], Batch], Any] = join_rows,
-) -> Any:
-    """What `read` makes of a batch and its states at the end of `plan`, computed in parts and joined."""
-    parts = batch.parts or (batch,)
-    plans = map_streams(plan, parts)
-    states = [plan.enter for plan in plans]
-    for layers in zip(*(plan.layers for plan in plans), strict=True):
-        for number, layer in enumerate(layers):
-            with stream(number):
-                states[number] = layer(*states[number])
-        states = interleave(states)
-    found = []
-    for number, (part, plan_of_part, state) in enumerate(zip(parts, plans, states, strict=True)):
-        with stream(number):
-            found.append(read(part, plan_of_part.leave(*state)))
-    return join(found, batch)
-
-
-def run_whole(batch: Batch, read: Callable[[Batch], Any], join: Callable[[list[Any], Batch], Any] = join_rows) -> Any:
-    """The same for a model whose layers are not known: `read` runs all of it."""
-    return join(map_streams(read, batch.parts or (batch,)), batch)
-
-
 def evaluate_batch(batch: Batch, *found: Any) -> None:
     """Evaluate what was found of a batch; two matmuls at a time would fight for the BLAS's threads."""
     with single_blas() if batch.parts else contextlib.nullcontext():
@@ -95,6 +104,6 @@ def with_gradient(function: Callable[..., Any], gradient: Callable[..., Any]) ->
     return call
 
 
-def checkpointed(layer: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of `layer`, computed again in the backward pass; the trained arrays enter as inputs."""
-    return nn.utils.checkpoint(layer, pin_to_stream(function))
+def checkpointed(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of `module`, computed again in the backward pass; the trained arrays enter as inputs."""
+    return nn.utils.checkpoint(module, pin_to_stream(function))

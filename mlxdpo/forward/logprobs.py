@@ -1,13 +1,14 @@
 """A model meets a batch: log-probabilities of completions, in float32.
 
 Two paths to the same numbers. The fast one computes each distinct token once and runs the head over scored positions
-alone; it needs to know the model's parts (`architectures.py`). The plain one asks the model for all logits of full
-rows. Right padding is harmless under a causal mask, and it keeps MLX's attention that takes less memory: array masks
+alone, at one of the levels of `levels.py`. The plain one asks the model for all logits of full rows, as generation runs
+it. Right padding is harmless under a causal mask, and it keeps MLX's attention that takes less memory: array masks
 leave it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,12 +18,12 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxdpo.forward import fused_head as heads
-from mlxdpo.forward.architectures import ModelParts, known_parts, model_parts
-from mlxdpo.forward.layer_plan import LayerPlan, checkpointed, join_columns, run_layers, run_whole
-from mlxdpo.forward.packed import PackedLayout, can_pack, packed_layers, packing_is_worth_it
-from mlxdpo.forward.patch_mlx_lm import patched
-from mlxdpo.forward.shared_prefix import padded_layers
-from mlxdpo.forward.token_rows import of_rows, row_sums, spreader, token_rows
+from mlxdpo.forward.layer_checkpoint import checkpointed_layers
+from mlxdpo.forward.layer_plan import join_columns, join_rows
+from mlxdpo.forward.levels import Level, read_parts, whole_rows
+from mlxdpo.forward.shared_prefix import whole_logits
+from mlxdpo.forward.streams import map_streams
+from mlxdpo.forward.token_rows import of_rows, row_sums, token_rows
 from mlxdpo.machine.device import this_machine
 from mlxdpo.types import Batch, Pairs
 
@@ -37,7 +38,7 @@ Forward = Callable[[nn.Module, Batch], Any]
 def next_token_logps(model: nn.Module, tokens: mx.array) -> mx.array:
     """(R, T) token ids -> (R, T-1) float32: log p(tokens[:, t+1] | tokens[:, :t+1]), nats."""
     # The CPU falls back to reducing in the logits' own dtype, so they are brought to float32 first.
-    return heads.target_logps(model(tokens[:, :-1]).astype(mx.float32), tokens[:, 1:])
+    return heads.target_logps(whole_logits(model, tokens[:, :-1]).astype(mx.float32), tokens[:, 1:])
 
 
 def completion_logps(model: nn.Module, tokens: mx.array, mask: mx.array) -> mx.array:
@@ -49,86 +50,58 @@ def completion_logps(model: nn.Module, tokens: mx.array, mask: mx.array) -> mx.a
     return (next_token_logps(model, tokens) * mask).sum(axis=-1)
 
 
-def plain_forward(model: nn.Module, batch: Batch) -> mx.array:
+def plain_forward(model: nn.Module, batch: Batch, checkpoint: bool = False) -> mx.array:
     """(R,) log-probs from full rows and full logits: for any model that mlx-lm can run."""
-    return run_whole(
-        batch, lambda batch: row_sums(heads.target_logps(scored_logits(model, batch), batch.targets), batch)
-    )
+
+    def read(batch: Batch) -> mx.array:
+        """From the logits of the scored positions."""
+        return row_sums(heads.target_logps(scored_logits(model, batch, checkpoint), batch.targets), batch)
+
+    return join_rows(map_streams(read, batch.parts or (batch,)), batch)
 
 
-def plain_details(model: nn.Module, batch: Batch) -> RowDetails:
+def plain_details(model: nn.Module, batch: Batch, checkpoint: bool = False) -> RowDetails:
     """`plain_forward` with all that a modifier may ask."""
 
     def read(batch: Batch) -> RowDetails:
         """From the logits of the scored positions."""
-        logits = scored_logits(model, batch)
+        logits = scored_logits(model, batch, checkpoint)
         return _details(heads.target_logps(logits, batch.targets), heads.target_squares(logits), batch)
 
-    return run_whole(batch, read, _join_details)
+    return _join_details(map_streams(read, batch.parts or (batch,)), batch)
 
 
-def scored_logits(model: nn.Module, batch: Batch) -> mx.array:
+def scored_logits(model: nn.Module, batch: Batch, checkpoint: bool = False) -> mx.array:
     """(N, V) float32 logits of the scored positions, out of full rows."""
-    with patched([]):
-        logits = model(whole_rows(batch))[:, batch.prefix.shape[1] :]
+    with checkpointed_layers(model) if checkpoint else contextlib.nullcontext():
+        logits = whole_logits(model, whole_rows(batch))[:, batch.prefix.shape[1] :]
     return token_rows(batch).scored_in_rows(logits, batch).astype(mx.float32)
 
 
-def whole_rows(batch: Batch) -> mx.array:
-    """(R, P + S) token ids: each row with its prefix."""
-    return mx.concatenate([batch.prefix[batch.group], batch.suffix], axis=1) if batch.prefix.shape[1] else batch.suffix
+def fast_forward(level: Level, checkpoint: bool = False, *, head: Any = heads.token_logps) -> Forward:
+    """Distinct rows once, as `level` says, and only scored positions through the head.
 
-
-def fast_forward(checkpoint: Callable[..., Any] | None = None, *, head: Any = heads.token_logps) -> Forward:
-    """Shared prefix once, distinct rows once, only scored positions through the head.
-
-    `checkpoint` is `checkpointed` to keep less for the backward pass; `head` is `heads.score_logps` where no backward
-    pass follows.
+    With `checkpoint` less is kept for the backward pass; `head` is `heads.score_logps` where none follows.
     """
 
-    def forward(model: nn.Module, batch: Batch) -> mx.array:
-        """(R,) log-probs of the batch's rows."""
-        parts = known_parts(model)
+    def read(batch: Batch, states: mx.array) -> mx.array:
+        """(R,) log-probs, from what enters the head at all distinct tokens."""
+        return row_sums(head(level.head, token_rows(batch).scored(states, batch), batch.targets), batch)
 
-        def read(batch: Batch, states: mx.array) -> mx.array:
-            """(R,) log-probs, from the states of all distinct tokens."""
-            return row_sums(head(parts.head, parts.norm(token_rows(batch).scored(states, batch)), batch.targets), batch)
-
-        return run_layers(batch, lambda batch: plan_batch(parts, batch, checkpoint), read)
-
-    return forward
+    return lambda model, batch: join_rows(read_parts(model, level, batch, checkpoint, read), batch)
 
 
 def fast_details(
-    checkpoint: Callable[..., Any] | None = None, *, head: Any = heads.token_logps_and_squares
+    level: Level, checkpoint: bool = False, *, head: Any = heads.token_logps_and_squares
 ) -> Callable[[nn.Module, Batch], RowDetails]:
     """`fast_forward` with all that a modifier may ask."""
 
-    def forward(model: nn.Module, batch: Batch) -> RowDetails:
-        """The details of the batch's rows."""
-        parts = known_parts(model)
+    def read(batch: Batch, states: mx.array) -> RowDetails:
+        """From what enters the head at all distinct tokens."""
+        logps, squares = head(level.head, token_rows(batch).scored(states, batch), batch.targets)
+        return _details(logps, squares, batch)
 
-        def read(batch: Batch, states: mx.array) -> RowDetails:
-            """From the states of all distinct tokens."""
-            logps, squares = head(parts.head, parts.norm(token_rows(batch).scored(states, batch)), batch.targets)
-            return _details(logps, squares, batch)
-
-        return run_layers(batch, lambda batch: plan_batch(parts, batch, checkpoint), read, _join_details)
-
-    return forward
-
-
-def plan_batch(parts: ModelParts, batch: Batch, checkpoint: Callable[..., Any] | None) -> LayerPlan:
-    """A batch through the layers: packed where that saves enough, else as padded rows. It ends at (M, D), the states
-    of `batch.rest` before the last norm."""
-    spread = spreader(batch.group, batch.per_prompt or None)
-    prompts, rows = batch.prefix.shape, batch.rows.shape
-    if can_pack(parts) and packing_is_worth_it(prompts, rows, len(batch.rest)):
-        layout = PackedLayout(prompts, token_rows(batch), batch.place, spread)
-        tokens = mx.concatenate([batch.prefix.reshape(-1), batch.rest])
-        return packed_layers(parts, tokens, layout, checkpoint)
-    padded = padded_layers(parts, batch.prefix, batch.suffix, spread, checkpoint)
-    return padded._replace(leave=lambda *hs: token_rows(batch).to_tokens(padded.leave(*hs)))
+    return lambda model, batch: _join_details(read_parts(model, level, batch, checkpoint, read), batch)
 
 
 class RowDetails(NamedTuple):
@@ -170,35 +143,9 @@ def _shared(logps: mx.array, batch: Batch) -> mx.array:
     return mx.where(batch.length[rows] == shorter, of_rows(row_sums(logps, batch), rows), part)
 
 
-class ForwardFns(NamedTuple):
-    """How a model is run: `train` under differentiation, `score` without. Both give the same numbers, to the bit."""
-
-    train: Forward
-    score: Forward
-
-
-PLAIN_FORWARD = ForwardFns(plain_forward, plain_forward)
-PLAIN_DETAILS = ForwardFns(plain_details, plain_details)  # type: ignore[arg-type]
-
-
-def forward_fns(model: nn.Module, checkpoint: bool = False) -> ForwardFns:
-    """The fast path where the model's parts are known, else the plain one, which knows no checkpointing."""
-    if model_parts(model) is None:
-        return PLAIN_FORWARD
-    return ForwardFns(fast_forward(checkpointed if checkpoint else None), fast_forward(head=heads.score_logps))
-
-
-def detailed_fns(fns: ForwardFns, checkpoint: bool = False) -> ForwardFns:
-    """The same path through the model, giving `RowDetails`: for modifiers that ask more than summed log-probs."""
-    if fns is PLAIN_FORWARD:
-        return PLAIN_DETAILS
-    train, score = fast_details(checkpointed if checkpoint else None), fast_details(head=heads.score_logps_and_squares)
-    return ForwardFns(train, score)  # type: ignore[arg-type]
-
-
-def score_pairs(model: nn.Module, batch: Batch, forward: Forward | None = None) -> Pairs:
+def score_pairs(model: nn.Module, batch: Batch, forward: Forward = plain_forward) -> Pairs:
     """Everything an objective needs of a batch; each field (B,)."""
-    found = (forward or forward_fns(model).train)(model, batch)
+    found = forward(model, batch)
     rows = found if isinstance(found, RowDetails) else None
     logps: mx.array = rows.logps if rows else found
     chosen, rejected, length, extras = batch.chosen, batch.rejected, batch.length, batch.extras

@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx_lm.models import activations, bailing_hybrid, bailing_moe_linear, base, gated_delta
 
 from mlxdpo.forward import metal_routing
-from mlxdpo.forward.attention import chunked_attention, short_attention
+from mlxdpo.forward.attention import Branches, chunked_attention, short_attention
 from mlxdpo.forward.elementwise import swiglu
 from mlxdpo.forward.gated_delta import chunked_gated_delta
 from mlxdpo.machine.device import this_machine
@@ -48,6 +48,15 @@ def fused_here(q: mx.array, k: mx.array, v: mx.array, masked: bool) -> bool:
         return kind == "cuda" and not masked
     sizes = q.shape[3], v.shape[3], q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     return metal_routing.is_fused(*sizes, q.dtype, "array" if masked else "causal", training=True)
+
+
+def causal_mask(queries: int, offset: int, window: int | None, array: bool = False) -> mx.array | str:
+    """The mask of `queries` tokens after `offset` others: "causal" wherever it says all, so that MLX keeps the
+    attention that takes less memory; an array, True where a query may look, where a sliding window (tokens) cuts
+    something off, or where an `array` is asked for."""
+    if array or (window is not None and offset + queries > window):
+        return base.create_causal_mask(queries, offset, window_size=window)
+    return "causal"
 
 
 def causal_window(mask: mx.array, queries: int, keys: int) -> int | None:
@@ -80,10 +89,10 @@ def own_attention(
 ) -> mx.array:
     """mlx-lm's `scaled_dot_product_attention`, in chunks for the calls where that is the same thing and faster.
 
-    A cache that attends for itself (`packed.Packed`) is asked to.
+    A mask that attends for itself (`packed.PackedMask`) is asked to.
     """
-    if attend := getattr(cache, "attend", None):
-        return attend(queries, keys, values, scale)
+    if attend := getattr(mask, "attend", None):
+        return attend(queries, keys, values, scale, sinks)
     mlx_lm = functools.partial(base.scaled_dot_product_attention, queries, keys, values, cache, scale, mask, sinks)
     if hasattr(cache, "bits") or sinks is not None or mask is None:
         return mlx_lm()
@@ -111,6 +120,26 @@ OURS = (own_attention, swiglu, chunked_gated_delta, bailing_hybrid.recurrent_gla
 LOOPS = (gated_delta, bailing_moe_linear)
 # mlx-lm's files whose recurrence goes through a row token by token, and stays so.
 UNROLLED = frozenset({"mamba", "jamba", "rwkv7", "recurrent_gemma"})
+
+
+def tree_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    branches: Branches,
+    window: int | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Attention in trees of tokens: queries (B, H, L, D) are the last L of the T tokens of keys and values
+    (B, K, T, D) -> (B, H, L, D)."""
+    L, T = queries.shape[2], keys.shape[2]
+    if sinks is None and chunking_is_faster(this_machine().kind, T, fused_here(queries, keys, values, masked=True)):
+        return chunked_attention(queries, keys, values, scale=scale, window=window, branches=branches)
+    mask = branches.visible(T - L, T, 0, T, window)
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
 _users: Counter[ModuleType] = Counter()
 _lock = threading.Lock()
 

@@ -6,18 +6,16 @@ what is read. So rows are laid out with one token more (`transforms.with_end`), 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxdpo.forward.architectures import known_parts
-from mlxdpo.forward.layer_plan import checkpointed, run_layers, run_whole
-from mlxdpo.forward.logprobs import Forward, ForwardFns, plan_batch, whole_rows
-from mlxdpo.forward.patch_mlx_lm import patched
-from mlxdpo.model.reward_head import normed_states, rewards
-from mlxdpo.types import Batch
+from mlxdpo.forward.choose_forward import ForwardFns
+from mlxdpo.forward.layer_plan import join_rows
+from mlxdpo.forward.levels import Level, read_parts
+from mlxdpo.forward.reward_head import rewards
+from mlxdpo.types import Batch, UserError
 
 
 def last_places(batch: Batch) -> mx.array:
@@ -26,36 +24,17 @@ def last_places(batch: Batch) -> mx.array:
     return batch.positions[(owns * mx.arange(batch.owner.shape[0])).max(axis=1)]
 
 
-def fast_rewards(checkpoint: Callable[..., Any] | None = None) -> Forward:
-    """Shared prefix once, distinct rows once, and only the last token of each row meets norm and head."""
+def reward_fns(level: Level, checkpoint: bool = False) -> ForwardFns:
+    """How rewards are computed at a level: only the last token of each row meets the head.
 
-    def forward(model: nn.Module, batch: Batch) -> mx.array:
+    Raises `UserError` at `plain`: there is no place for a reward head.
+    """
+    if level.plain:
+        raise UserError(f"a reward model is put where a model's head is, and here {level.why}; use another model")
+
+    def forward(model: nn.Module, batch: Batch, checkpoint: bool = False) -> mx.array:
         """(R,) rewards of the batch's rows."""
-        parts = known_parts(model)
+        read = lambda part, states: rewards(model, states[last_places(part)])  # noqa: E731
+        return join_rows(read_parts(model, level, batch, checkpoint, read), batch)
 
-        def read(batch: Batch, states: mx.array) -> mx.array:
-            """(R,) rewards, from the states of all distinct tokens."""
-            return rewards(model, parts.norm(states[last_places(batch)]))
-
-        return run_layers(batch, lambda batch: plan_batch(parts, batch, checkpoint), read)
-
-    return forward
-
-
-def plain_rewards(model: nn.Module, batch: Batch) -> mx.array:
-    """(R,) rewards from full rows through the model's own layers."""
-
-    def read(batch: Batch) -> mx.array:
-        """(R,) rewards."""
-        with patched([]):
-            states = normed_states(model, whole_rows(batch))[:, batch.prefix.shape[1] :]
-        return rewards(model, states.reshape(-1, states.shape[-1])[batch.home[last_places(batch)]])
-
-    return run_whole(batch, read)
-
-
-def reward_fns(fast: bool, checkpoint: bool = False) -> ForwardFns:
-    """How rewards are computed where log-probs take the `fast` path, and where they do not."""
-    if not fast:
-        return ForwardFns(plain_rewards, plain_rewards)
-    return ForwardFns(fast_rewards(checkpointed if checkpoint else None), fast_rewards())
+    return ForwardFns(functools.partial(forward, checkpoint=checkpoint), forward, level)

@@ -1,14 +1,13 @@
 """The balancing loss of a mixture of experts' routers, read off the model while it runs.
 
 No architecture is known here. In mlx-lm a layer's experts are one module that is called with the chosen experts of
-each token; the linear map called last before it, with a number for each expert, is the router. Both are watched by
-exchanging their instances' classes while a context lasts.
+each token; the linear map called last before it, with a number for each expert, is the router. Both are watched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -16,8 +15,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
 
-from mlxdpo.forward.logprobs import whole_rows
+from mlxdpo.forward.levels import whole_rows
 from mlxdpo.forward.rewards import last_places
+from mlxdpo.forward.watch import Watcher, watched
 from mlxdpo.types import Batch, UserError
 
 SETTING = "train.router_aux_loss_coef"
@@ -80,16 +80,12 @@ def watched_routers(model: nn.Module) -> Iterator[list[Routed]]:
         found.extend(Routed(a, chosen) for a in logits if len(a) == len(chosen))
         latest.clear()
 
-    before = [(module, type(module)) for module in (*linear, *experts)]
-    try:
+    with ExitStack() as stack:
         for module in linear:
-            _watch(module, seen_linear)
+            stack.enter_context(watched(module, __call__=_told(seen_linear)))
         for module in experts:
-            _watch(module, seen_experts)
+            stack.enter_context(watched(module, __call__=_told(seen_experts)))
         yield found
-    finally:
-        for module, kind in before:
-            module.__class__ = kind
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -97,17 +93,16 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.QuantizedLinear) or (hasattr(module, "lora_a") and "linear" in module)
 
 
-def _watch(module: nn.Module, seen: Callable[[tuple[Any, ...], Any], None]) -> None:
-    """Exchange the module's class for one that tells `seen` of each call."""
-    kind: Any = type(module)
+def _told(seen: Callable[[tuple[Any, ...], Any], None]) -> Watcher:
+    """A watcher that tells `seen` of each call's arguments and result."""
 
-    def call(self: Any, *arguments: Any, **named: Any) -> Any:
+    def call(own: Any, *arguments: Any, **named: Any) -> Any:
         """The module's own call, told of once it is done."""
-        result = kind.__call__(self, *arguments, **named)
+        result = own(*arguments, **named)
         seen(arguments, result)
         return result
 
-    module.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    return call
 
 
 def check_routers(model: nn.Module) -> None:

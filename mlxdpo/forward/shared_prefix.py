@@ -1,94 +1,117 @@
-"""Each distinct token once: the shared prompt prefix runs once per prompt, each completion once per row.
+"""The shared prefix of a prompt once, its rows behind it: through mlx-lm's own caches, whatever a layer keeps in them.
 
-One layer runs both passes at once, (prefix, suffix) -> (prefix, suffix): the keys and values it makes for the prefix
-are used by its suffix inside the same function. So they never cross a checkpoint (captured there as constants they
-would silently lose their gradient), and each layer's weights are read once for both passes. All rows have the same
-prefix length, so the mask is just "causal" and the RoPE offset one number.
+`model(prefix, cache=...)` leaves keys, values and states in the caches, they are spread from G prompts to R rows, and
+`model(suffix, cache=...)` goes on from there. All rows have the same prefix length, so the mask is mostly just "causal"
+and the RoPE offset one number. What right padding leaves in a state is read by nobody.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import cache as mlx_lm
 
-from mlxdpo.forward.architectures import ModelParts
-from mlxdpo.forward.layer_plan import LayerPlan
-from mlxdpo.forward.patch_mlx_lm import attention_files, patched
-
-
-class Capture:
-    """The cache object of the prefix pass: keeps the keys and values that the layer makes, (G, H, P, Dh)."""
-
-    offset = 0
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """What mlx-lm's attention calls."""
-        self.keys, self.values = keys, values
-        return keys, values
+from mlxdpo.forward.find_head import NoFastWay, hidden_states
+from mlxdpo.forward.fused_head import Head
+from mlxdpo.forward.patch_mlx_lm import causal_mask, patched
+from mlxdpo.forward.token_rows import Spread
 
 
-class Prefixed:
-    """The cache object of the suffix pass: each row's prefix keys and values come before its own."""
+class WholeCache(mlx_lm.ConcatenateKVCache):
+    """Keys and values of all tokens by concatenation: differentiable, of exact shapes, nothing dropped.
 
-    def __init__(self, captured: Capture, spread: Callable[[mx.array], mx.array]):
-        self.captured, self.spread, self.offset = captured, spread, captured.keys.shape[2]
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """What mlx-lm's attention calls."""
-        before = self.spread(self.captured.keys), self.spread(self.captured.values)
-        return mx.concatenate([before[0], keys], axis=2), mx.concatenate([before[1], values], axis=2)
-
-
-def hidden_states(
-    parts: ModelParts,
-    prefix: mx.array,
-    suffix: mx.array,
-    spread: Callable[[mx.array], mx.array],
-    checkpoint: Callable[..., Any] | None = None,
-) -> mx.array:
-    """(G, P) and (R, S) token ids -> (R, S, D) states of the suffix rows before the last norm. P may be 0.
-
-    `checkpoint` is `checkpointed`, to compute each layer again in the backward pass.
+    A sliding window is left to the mask, for which a model names it: `windows`, in tokens, None for none.
     """
-    return padded_layers(parts, prefix, suffix, spread, checkpoint).run()
+
+    # What models read off mlx-lm's rotating and chunked caches: nothing has been dropped from the front.
+    start_position = _idx = 0
+
+    def __init__(self, max_size: int | None = None):
+        super().__init__()
+        self.max_size = max_size
+        self.windows: set[int | None] = set()
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """What mlx-lm calls where it makes a mask, for `N` queries."""
+        self.windows.add(window_size)
+        if N == 1 and not self.offset:
+            return None
+        return causal_mask(N, self.offset, window_size, return_array)
+
+    def maybe_trim_front(self) -> None:
+        """Nothing is dropped."""
+
+    def size(self) -> int:
+        """Tokens that are kept."""
+        return self.offset
 
 
-def padded_layers(
-    parts: ModelParts,
-    prefix: mx.array,
-    suffix: mx.array,
-    spread: Callable[[mx.array], mx.array],
-    checkpoint: Callable[..., Any] | None = None,
-) -> LayerPlan:
-    """The layers of `hidden_states`."""
-    run, layers = checkpoint or (lambda layer, function: function), zip(parts.layers, parts.windows, strict=True)
-    if not prefix.shape[1]:
-        masks = {window: parts.mask(suffix.shape[1], 0, window) for window in parts.windows}
-        alone = [run(layer, _rows_layer(layer, masks[window])) for layer, window in layers]
-        return LayerPlan((parts.embed(suffix),), alone, lambda hs: hs)
-    both = [run(layer, _prefix_layer(parts, layer, window, spread)) for layer, window in layers]
-    return LayerPlan((parts.embed(prefix), parts.embed(suffix)), both, lambda hp, hs: hs)
+def fresh_caches(model: nn.Module) -> list[Any]:
+    """Empty caches through which `model` can be differentiated, one for each layer, as generation makes its own.
+
+    Raises `NoFastWay` for a cache of another kind.
+    """
+    return [_differentiable(cache) for cache in mlx_lm.make_prompt_cache(model)]
 
 
-def _rows_layer(layer: Any, mask: Any) -> Callable[..., tuple[mx.array]]:
-    def alone(hs: mx.array) -> tuple[mx.array]:
-        """The layer on full rows, nothing shared."""
-        with patched(attention_files(layer)):
-            return (layer(hs, mask, None),)
+def _differentiable(cache: Any) -> Any:
+    if isinstance(cache, (mlx_lm.KVCache, mlx_lm.RotatingKVCache, mlx_lm.ChunkedKVCache)):
+        return WholeCache(getattr(cache, "max_size", None))
+    if isinstance(cache, mlx_lm.CacheList):
+        return mlx_lm.CacheList(*map(_differentiable, cache.caches))
+    if isinstance(cache, mlx_lm.ArraysCache):  # states that are assigned
+        return cache
+    raise NoFastWay(f"a layer keeps a {type(cache).__name__}, through which no gradient is known to go")
 
-    return alone
+
+def sliding_windows(model: Any) -> set[int | None]:
+    """The windows, in tokens, that layers ask for, None for those that see everything. Nothing is computed."""
+    try:
+        caches = fresh_caches(model)
+    except NoFastWay:
+        return set()
+    model(mx.zeros((1, 2), mx.int32), cache=caches)
+    return {window for cache in caches for window in getattr(cache, "windows", ())}
 
 
-def _prefix_layer(
-    parts: ModelParts, layer: Any, window: int | None, spread: Callable[[mx.array], mx.array]
-) -> Callable[..., Any]:
-    def both(hp: mx.array, hs: mx.array) -> tuple[mx.array, mx.array]:
-        """The layer on prefixes, then on the suffixes that look back at them."""
-        captured, before = Capture(), hp.shape[1]
-        with patched(attention_files(layer)):  # in here: a checkpoint calls this again in the backward pass
-            hp = layer(hp, parts.mask(before, 0, window), captured)
-            return hp, layer(hs, parts.mask(hs.shape[1], before, window), Prefixed(captured, spread))
+def whole_logits(model: Any, tokens: mx.array) -> mx.array:
+    """(R, T) token ids -> (R, T, V) logits of the model as generation runs it. Through caches: without them some are
+    another function (mlx-lm's gemma3n)."""
+    with patched([]):  # recurrences go through rows in chunks
+        try:
+            return model(tokens, cache=fresh_caches(model))
+        except NoFastWay:
+            return model(tokens)
 
-    return both
+
+def whole_states(model: nn.Module, head: Head, tokens: mx.array) -> mx.array:
+    """(R, T) token ids of full rows -> (R, T, D), what enters the head."""
+    return hidden_states(model, head, tokens, fresh_caches(model))
+
+
+def prefixed_states(model: nn.Module, head: Head, prefix: mx.array, suffix: mx.array, spread: Spread) -> mx.array:
+    """(G, P) and (R, S) token ids -> (R, S, D), what enters the head at the suffixes. P may be 0."""
+    cache = fresh_caches(model)
+    if prefix.shape[1]:
+        hidden_states(model, head, prefix, cache)
+        cache = _spread(cache, spread)
+    return hidden_states(model, head, suffix, cache)
+
+
+def _spread(tree: Any, spread: Callable[[mx.array], mx.array]) -> Any:
+    """A copy of caches, of each array `spread`; all arrays have the batch in front, numbers stay."""
+    if isinstance(tree, mx.array):
+        return spread(tree)
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_spread(one, spread) for one in tree)
+    if isinstance(tree, dict):
+        return {name: _spread(one, spread) for name, one in tree.items()}
+    if isinstance(tree, mlx_lm._BaseCache):
+        new = copy.copy(tree)
+        new.__dict__ = _spread(vars(tree), spread)
+        return new
+    return tree

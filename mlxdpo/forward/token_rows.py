@@ -4,8 +4,8 @@ MLX differentiates a gather by a scatter that adds. On a GPU the addends of one 
 two runs would differ in their last bits. Here the gradient of a gather is a gather too: where several rows use the same
 token or prompt, what comes back from them is added by doubling steps along the rows.
 
-Rows lie as `types.Batch` lays them: the rows of a prompt are adjacent, a token they share stands in the same column of
-each, and `home` is the first of its places.
+Rows lie as `types.Batch` lays them: rows that share a token are adjacent, it stands in the same column of each, and
+`home` is the first of its places.
 """
 
 from __future__ import annotations
@@ -44,6 +44,17 @@ def _sum_repeats(a: mx.array, keys: mx.array, most: int) -> mx.array:
     return a
 
 
+def _found(keys: mx.array, wanted: mx.array, a: mx.array) -> mx.array:
+    """Of `a` (N, ...) the first whose key, of the ascending `keys` (N,), is each of `wanted`; 0 where none is."""
+    low, high = mx.zeros(wanted.shape, mx.int32), mx.full(wanted.shape, keys.shape[0], mx.int32)
+    for _ in range(keys.shape[0].bit_length()):
+        middle = (low + high) // 2
+        below = keys[mx.minimum(middle, keys.shape[0] - 1)] < wanted
+        low, high = mx.where(below & (low < high), middle + 1, low), mx.where(below, high, middle)
+    at = mx.minimum(low, keys.shape[0] - 1)
+    return _masked((low < keys.shape[0]) & (keys[at] == wanted), a[at])
+
+
 class TokenRows:
     """Where M distinct tokens stand in R rows of S: `rows` (R, S) and `home` (M,) as in a `Batch`.
 
@@ -71,30 +82,22 @@ class TokenRows:
         """(M, ...) -> (N, ...): what predicts each target of the batch."""
 
         def gradient(primals: Any, ct: mx.array, _: Any) -> mx.array:
-            """Targets back in their rows, then summed over the rows that share their token."""
-            return self._sum_tokens(self._targets_in_rows(ct, batch))
+            """Targets sorted by the token that predicts them, those of one token added up."""
+            rows, tokens = self.rows.shape[0], self.home.shape[0]
+            order = mx.argsort(mx.where(batch.scored > 0, batch.positions, tokens) * rows + batch.owner)
+            keys = mx.where(batch.scored > 0, batch.positions, tokens)[order]
+            return _found(keys, mx.arange(tokens), _sum_repeats(ct[order], keys, rows))
 
         return _one_order(lambda a: a[batch.positions], gradient)(a)
 
     def scored_in_rows(self, a: mx.array, batch: Batch) -> mx.array:
         """(R, S, ...) -> (N, ...): what predicts each target, each row from its own tokens."""
         own = batch.owner * self.rows.shape[1] + self.home[batch.positions] % self.rows.shape[1]
-        gather = _one_order(
-            lambda a: a.reshape(-1, *a.shape[2:])[own], lambda primals, ct, _: self._targets_in_rows(ct, batch)
-        )
-        return gather(a)
-
-    def _targets_in_rows(self, ct: mx.array, batch: Batch) -> mx.array:
-        """(N, ...) of targets, laid out one row after the other, in the places (R, S, ...) that predict them."""
-        width, count = self.rows.shape[1], batch.owner.shape[0]
-        begins = mx.minimum((mx.cumsum(batch.length) - batch.length).astype(mx.int32), count - 1)
-        first = self.home[batch.positions[begins]] % width
-        nth = mx.arange(width) - first[:, None]
-        inside = (nth >= 0) & (nth < batch.length[:, None])
-        at = mx.clip(begins[:, None] + nth, 0, count - 1)
-        # A row that only fills the batch begins where another row's targets are.
-        own = batch.owner[at] == mx.arange(self.rows.shape[0])[:, None]
-        return _masked(inside & own, ct[at])
+        # Targets stand one row after the other, those of a row from left to right: places ascend.
+        keys = mx.where(batch.scored > 0, own, self.rows.size)
+        places = mx.arange(self.rows.size).reshape(self.rows.shape)
+        gather = lambda a: a.reshape(-1, *a.shape[2:])[own]  # noqa: E731
+        return _one_order(gather, lambda primals, ct, _: _found(keys, places, ct))(a)
 
     def _sum_tokens(self, ct: mx.array) -> mx.array:
         """(R, S, ...) -> (M, ...): what all rows that share a token hold of it, added up."""

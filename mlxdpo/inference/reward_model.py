@@ -20,13 +20,13 @@ from mlxdpo.data.encode import encode_stream
 from mlxdpo.data.report import Report
 from mlxdpo.data.template import probe
 from mlxdpo.data.transforms import with_end
-from mlxdpo.forward.architectures import model_parts
+from mlxdpo.forward.choose_forward import find_level
+from mlxdpo.forward.reward_head import FILE, load_head
 from mlxdpo.forward.rewards import reward_fns
 from mlxdpo.inference.trained_run import score_examples
 from mlxdpo.io.digest import file_digest, folder_digest
 from mlxdpo.model.adapters import base_of_run, dropout_off, load_adapter
 from mlxdpo.model.policy import Policy
-from mlxdpo.model.reward_head import FILE, load_head
 from mlxdpo.runs import Run
 from mlxdpo.types import Example, Text, UnpairedExample, UserError
 
@@ -50,7 +50,7 @@ class RewardModel:
         """
         values = np.full(len(prompts), np.nan)
         examples = list(with_end(self._encoded(prompts, completions), self.data, Report()))
-        forward = reward_fns(model_parts(self.policy.model) is not None).score
+        forward = reward_fns(find_level(self.policy.model)).score
         with dropout_off(self.policy.model) as model:
             score = lambda batch: forward(model, batch)[batch.chosen]  # noqa: E731
             rewards = score_examples(examples, self.data.group, self.batch_size, 1, score)[0]

@@ -25,8 +25,9 @@ from mlxdpo.data.fields import as_turns
 from mlxdpo.data.planning import Group, Indices, outline, plan_straight
 from mlxdpo.data.read import heldout_source, prompt_key, read_pairs, split_heldout
 from mlxdpo.data.report import Report
+from mlxdpo.forward.choose_forward import forward_fns
 from mlxdpo.forward.layer_plan import evaluate_batch
-from mlxdpo.forward.logprobs import forward_fns, score_pairs
+from mlxdpo.forward.logprobs import score_pairs
 from mlxdpo.io.digest import folder_digest
 from mlxdpo.model.adapters import adapters_off, dropout_off, load_arrays, load_run, load_start, read_settings
 from mlxdpo.model.limits import check_takes
@@ -96,14 +97,17 @@ def logps_under_both(
     policy: nn.Module, reference: ModelContext, examples: Sequence[Example], group: Group, batch_size: int = 8
 ) -> PairLogps:
     """Log-probs of every pair under a policy and its reference, in the order given."""
+    forward = forward_fns(policy).score
+    with reference() as model:
+        other = forward if model is policy else forward_fns(model).score
 
     def score(batch: Batch) -> mx.array:
         """(4, B) of a batch: chosen and rejected under the policy, then under the reference."""
         with dropout_off(policy) as model:
-            tuned = score_pairs(model, batch, forward_fns(model).score)
+            tuned = score_pairs(model, batch, forward)
             evaluate_batch(batch, tuned.chosen, tuned.rejected)
         with reference() as model, dropout_off(model):  # evaluated here, while the reference's adapters are on
-            base = score_pairs(model, batch, forward_fns(model).score)
+            base = score_pairs(model, batch, other)
             both = mx.stack([tuned.chosen, tuned.rejected, base.chosen, base.rejected])
             evaluate_batch(batch, both)
         return both

@@ -8,12 +8,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import LossConfig
-from mlxdpo.forward.architectures import model_parts
-from mlxdpo.forward.layer_plan import checkpointed
-from mlxdpo.forward.logprobs import fast_forward, forward_fns, plain_forward, score_pairs
-from mlxdpo.forward.packed import PackedLayout, packed_states
-from mlxdpo.forward.shared_prefix import hidden_states
-from mlxdpo.forward.token_rows import TokenRows, spreader
+from mlxdpo.forward.choose_forward import ForwardFns, forward_fns
+from mlxdpo.forward.levels import offered_levels
+from mlxdpo.forward.logprobs import fast_forward, plain_forward, score_pairs
 from mlxdpo.losses.loss import resolve
 from mlxdpo.machine.device import float32_matmul, this_machine
 from mlxdpo.model.adapters import adapters_off
@@ -33,10 +30,15 @@ def limit_of(dtype: str) -> float:
     return found[_precision()] if isinstance(found, dict) else found
 
 
+def _fastest(tuned: nn.Module) -> ForwardFns:
+    """The fastest level, whether it agrees with the plain way or not: that is asked here."""
+    return forward_fns(tuned, level=offered_levels(tuned)[0])
+
+
 def off_golden(dtype: str) -> float:
     """The largest distance of any golden log-prob, of policy and reference, nats."""
     tuned = model(dtype)
-    score, wanted = forward_fns(tuned).score, golden()
+    score, wanted = _fastest(tuned).score, golden()
     policy = score_pairs(tuned, batch(), score)
     with adapters_off(tuned):
         frozen = score_pairs(tuned, batch(), score)
@@ -71,7 +73,7 @@ def log_probs_float16() -> Finding:
 def loss_and_gradient() -> Finding:
     """DPO's loss (arXiv 2305.18290 eq. 7) and entries of its gradient against float64 numpy."""
     tuned, rows, wanted = model(), batch(reference()), golden()
-    step = make_gradient(tuned, resolve(LossConfig(name="sigmoid", beta=BETA)), forward_fns(tuned).train)
+    step = make_gradient(tuned, resolve(LossConfig(name="sigmoid", beta=BETA)), _fastest(tuned).train)
     found = step(rows, mx.array(1 / len(examples())))
     gap = abs(float(found.losses.mean().item()) - wanted["loss"])
     arrays = dict(tree_flatten(found.gradients))
@@ -105,36 +107,24 @@ def _same(value: tuple[float, np.ndarray], wanted: tuple[float, np.ndarray]) -> 
 @self_check("fused = plain", f"training still works where its own start-up check finds the plain way; {REPORT}")
 def fused_is_plain() -> Finding:
     """Shared prefix, distinct rows and fused head against full rows and full logits: value and gradient."""
-    fast, plain = (gradient(model(), weighted(way, batch())) for way in (fast_forward(), plain_forward))
-    return _same(fast, plain)
+    plain = gradient(model(), weighted(plain_forward, batch()))
+    return _same(_at_level("prefix"), plain)
 
 
 @self_check("checkpoint = not", f"leave train.gradient_checkpointing false, and {REPORT}")
 def checkpoint_is_not() -> Finding:
     """Layers computed again in the backward pass against layers kept: value and gradient."""
-    again, kept = (gradient(model(), weighted(fast_forward(how), batch())) for how in (checkpointed, None))
-    return _same(again, kept)
+    return _same(_at_level("packed", checkpoint=True), _at_level("packed"))
 
 
 @self_check("packed = padded", REPORT)
 def packed_is_padded() -> Finding:
-    """Distinct tokens without padding against padded rows: states that predict a scored token, value and gradient."""
-    packed, padded = (
-        gradient(model(), lambda tuned, way=way: (way(tuned) ** 2).mean()) for way in (_packed_states, _padded_states)
-    )
-    return _same(packed, padded)
+    """Distinct tokens without padding against padded rows: value and gradient."""
+    return _same(_at_level("packed"), _at_level("prefix"))
 
 
-def _packed_states(tuned: nn.Module) -> mx.array:
-    rows, parts = batch(), model_parts(tuned)
-    assert parts is not None
-    spread = spreader(rows.group, None)
-    layout = PackedLayout(rows.prefix.shape, TokenRows(rows.rows, rows.home, len(rows.rows)), rows.place, spread)  # type: ignore[arg-type]
-    return packed_states(parts, mx.concatenate([rows.prefix.reshape(-1), rows.rest]), layout)[rows.positions]
-
-
-def _padded_states(tuned: nn.Module) -> mx.array:
-    rows, parts = batch(), model_parts(tuned)
-    assert parts is not None
-    states = hidden_states(parts, rows.prefix, rows.suffix, spreader(rows.group, None))
-    return states.reshape(-1, states.shape[-1])[rows.home[rows.positions]]
+def _at_level(name: str, checkpoint: bool = False) -> tuple[float, np.ndarray]:
+    """Value and gradient of the golden batch. Raises `StopIteration` where this MLX cannot trace the level."""
+    tuned = model()
+    level = next(level for level in offered_levels(tuned) if level.name == name)
+    return gradient(tuned, weighted(fast_forward(level, checkpoint), batch()))

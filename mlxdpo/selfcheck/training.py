@@ -15,7 +15,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxdpo.config import LossConfig, OptimConfig
-from mlxdpo.forward.logprobs import forward_fns, score_pairs
+from mlxdpo.forward.choose_forward import forward_fns
+from mlxdpo.forward.logprobs import score_pairs
 from mlxdpo.losses.loss import resolve
 from mlxdpo.machine.device import cache_folder, most_traces
 from mlxdpo.model.adapters import load_arrays, save_adapter

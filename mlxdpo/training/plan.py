@@ -27,7 +27,7 @@ from mlxdpo.data.planning import (
     plan_straight,
     steps_per_epoch,
 )
-from mlxdpo.forward.packed import packing_is_worth_it
+from mlxdpo.forward.levels import Level
 from mlxdpo.types import Example
 
 
@@ -112,26 +112,32 @@ class PlanSummary(NamedTuple):
     longest: int
 
 
-def planned_batch(examples: Examples, indices: Indices, packs: bool, shapes: Sequence[BatchShape] = ()) -> PlannedBatch:
-    """The shape that `data.batching.collate` gives these pairs; `packs` says whether the model can run them packed."""
+def planned_batch(
+    examples: Examples, indices: Indices, level: Level, shapes: Sequence[BatchShape] = ()
+) -> PlannedBatch:
+    """The shape that `data.batching.collate` gives these pairs, and how a model of that level runs it."""
     need = batch_size_of(examples, indices)
     shape = choose_shape(need, shapes, len(indices))
-    packed = packs and packing_is_worth_it((shape.prompts, shape.shared), (shape.rows, shape.width), shape.rest)
     index = np.array(indices)
     numbers = (examples.prompt_numbers[index], examples.row_numbers[index], examples.lengths[index])
-    parts = len(cut_by_prompts(*numbers))
     layout = BatchLayout(
-        shape.prompts, shape.shared, shape.rows, shape.width, shape.rest, shape.scored, packed, parts=parts
+        shape.prompts,
+        shape.shared,
+        shape.rows,
+        shape.width,
+        shape.rest,
+        shape.scored,
+        level.name,
+        parts=len(cut_by_prompts(*numbers)),
     )
     return PlannedBatch(layout, len(indices), need.rows, need.distinct)
 
 
 def planned_batches(
-    examples: Examples, batches: Sequence[Indices], packs: bool, plain: bool, shapes: Sequence[BatchShape] = ()
+    examples: Examples, batches: Sequence[Indices], level: Level, shapes: Sequence[BatchShape] = ()
 ) -> list[PlannedBatch]:
-    """`planned_batch` of each batch; `plain` for a model whose parts are not known."""
-    found = [planned_batch(examples, indices, packs, shapes) for indices in batches]
-    return [one._replace(layout=one.layout._replace(plain=True)) for one in found] if plain else found
+    """`planned_batch` of each batch."""
+    return [planned_batch(examples, indices, level, shapes) for indices in batches]
 
 
 def plan_sentence(summary: PlanSummary) -> str:
@@ -239,8 +245,7 @@ def schedule_share(optim: OptimConfig, step: int, total: int) -> float:
 class BatchLayout(NamedTuple):
     """A batch: G prompts of P shared tokens, R rows of S behind them made of M distinct tokens, N scored ones.
 
-    `packed` says that matmuls see the M tokens and not the R * S padded ones; `plain` full rows and full logits;
-    `parts` how many parts of the batch are computed side by side.
+    `level` is how the model runs it (`forward.levels`), `parts` how many parts of it are computed side by side.
     """
 
     prompts: int
@@ -249,14 +254,28 @@ class BatchLayout(NamedTuple):
     width: int
     rest: int
     scored: int
-    packed: bool = False
-    plain: bool = False
+    level: str = "prefix"
     parts: int = 1
+
+    @property
+    def packed(self) -> bool:
+        """Whether matmuls see the M tokens and not the R * S padded ones."""
+        return self.level == "packed"
+
+    @property
+    def whole(self) -> bool:
+        """Whether each row is computed with its whole prompt."""
+        return self.level in ("head", "plain")
+
+    @property
+    def plain(self) -> bool:
+        """Whether full logits are computed."""
+        return self.level == "plain"
 
     @property
     def tokens(self) -> int:
         """Tokens that go through the matmuls of a block."""
-        if self.plain:
+        if self.whole:
             return self.rows * (self.shared + self.width)
         return self.prompts * self.shared + (self.rest if self.packed else self.rows * self.width)
 

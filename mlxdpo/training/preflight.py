@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,18 +14,9 @@ from mlxdpo.data.batch_shapes import SAMPLE
 from mlxdpo.data.batching import collate
 from mlxdpo.data.dataset import Dataset
 from mlxdpo.data.examples import largest_token, longest_row
-from mlxdpo.forward.architectures import model_parts
-from mlxdpo.forward.logprobs import (
-    PLAIN_FORWARD,
-    ForwardFns,
-    detailed_fns,
-    float32_activations,
-    forward_fns,
-    plain_forward,
-    rounding_tolerance,
-    score_pairs,
-)
-from mlxdpo.forward.packed import can_pack
+from mlxdpo.forward.choose_forward import ForwardFns, agreeing_level, detailed_fns, forward_fns
+from mlxdpo.forward.levels import PLAIN, Level, offered_levels
+from mlxdpo.forward.logprobs import float32_activations, rounding_tolerance, score_pairs
 from mlxdpo.forward.patch_mlx_lm import unrolled_in
 from mlxdpo.forward.router_balance import check_routers
 from mlxdpo.losses import Loss
@@ -34,7 +26,7 @@ from mlxdpo.model.policy import Policy
 from mlxdpo.training.distributed import first_pairs
 from mlxdpo.training.plan import PlanSummary, TrainPlan, checked_pairs, clock, planned_batches, summarize_plan
 from mlxdpo.training.step import TrainState
-from mlxdpo.types import Batch, Pairs, UserError
+from mlxdpo.types import Batch, Example, Pairs, UserError
 
 
 def check_heldout(config: Config, data: Dataset) -> None:
@@ -58,34 +50,63 @@ def check_rows_fit(data: Dataset, *policies: Policy) -> int:
 
 
 def choose_forward(model: nn.Module, data: Dataset, plan: TrainPlan, config: Config) -> tuple[ForwardFns, str]:
-    """How to run the model, and why not the fast way: it is asked to give the plain way's log-probs on real rows.
+    """How to run the model, and why not in the fastest way: each is asked for the plain way's log-probs on real rows,
+    and for its gradients on the beginning of one.
 
-    Both are asked in float32, so that rounding in 16 bits hides no difference.
-
-    Raises `UserError` when the recipe wants gradient checkpointing and only the plain way is left, or routers balanced
-    that cannot be.
+    Raises `UserError` when the recipe wants gradient checkpointing and no way with it is exact.
     """
-    fns, name = forward_fns(model, config.train.gradient_checkpointing), type(model).__module__.rsplit(".", 1)[-1]
-    if config.train.router_aux_loss_coef:
-        check_routers(model)
-        fns, why = PLAIN_FORWARD, "train.router_aux_loss_coef reads the routers of full rows"
+    checkpoint, name = config.train.gradient_checkpointing, type(model).__module__.rsplit(".", 1)[-1]
+    offered = _offered_for(model, config)
+    if checkpoint or not offered[0].plain:
+        offered += [PLAIN] * (checkpoint and not offered[0].plain)
+        batch = collate(data.train, checked_pairs(plan, data.train), 1)
+        short = collate([_beginning(data.train[plan.training[0][0]])], (0,), 1)
+        level = agreeing_level(model, offered, batch, short, checkpoint)
+        if checkpoint and not level.agrees:
+            raise UserError(
+                f"{name}: with train.gradient_checkpointing {level.why}; set train.gradient_checkpointing false"
+            )
     else:
-        why = "no fast way is known for this architecture"
-    note = f"{name}: {why}, so full rows and full logits are computed"
-    if fns is not PLAIN_FORWARD:
-        with dropout_off(model), float32_activations(model):
-            batch = collate(data.train, checked_pairs(plan, data.train), 1)
-            fast = fns.score(model, batch)
-            mx.eval(fast)  # one after the other: full logits of full rows would be the peak of a small run
-            gaps = np.nan_to_num(np.abs(np.array(fast - plain_forward(model, batch))), nan=np.inf)
-        if (gaps <= rounding_tolerance(np.array(batch.length))).all():
-            return fns, ""
-        note = f"{name}: the fast way is {gaps.max():.3g} nats off here, so full rows and full logits are computed"
+        level = offered[0]
+    return forward_fns(model, checkpoint, level), f"{name}: {LOST[level.name]}: {level.why}" if level.why else ""
+
+
+# What is computed where a faster level was not to be had.
+LOST = {
+    "prefix": "rows are padded to one length",
+    "head": "each row is computed with its whole prompt",
+    "plain": "full rows and full logits are computed",
+}
+LONGEST = 64, 32  # tokens of a prompt, and of a completion, whose gradient is compared
+
+
+def _offered_for(model: nn.Module, config: Config) -> list[Level]:
+    """The levels that the model's code allows and the recipe leaves. Raises `UserError` for routers that cannot be
+    balanced, and for gradient checkpointing beside them: what is watched inside a checkpoint has no gradient outside."""
+    if not config.train.router_aux_loss_coef:
+        return offered_levels(model)
+    check_routers(model)
     if config.train.gradient_checkpointing:
         raise UserError(
-            f"train.gradient_checkpointing needs the fast way, but {note}; set train.gradient_checkpointing false"
+            "train.gradient_checkpointing and train.router_aux_loss_coef exclude each other: routers cannot be read "
+            "inside a checkpoint; set one of them to false or 0"
         )
-    return PLAIN_FORWARD, note
+    return [PLAIN._replace(why="train.router_aux_loss_coef reads the routers of full rows")]
+
+
+def _beginning(example: Example) -> Example:
+    """So much of a pair as a comparison of gradients needs: no length decides whether a gradient is whole."""
+    prompt, completion = LONGEST
+    masks = (example.chosen_mask, example.rejected_mask)
+    cut = [None if mask is None or not mask[:completion].any() else mask[:completion] for mask in masks]
+    return replace(
+        example,
+        prompt=example.prompt[-prompt:],
+        chosen=example.chosen[:completion],
+        rejected=example.rejected[:completion],
+        chosen_mask=cut[0],
+        rejected_mask=cut[1],
+    )
 
 
 def recurrence_note(model: nn.Module, summary: PlanSummary) -> str:
@@ -114,12 +135,9 @@ def _seconds(model: nn.Module, length: int) -> float:
     return time.perf_counter() - start
 
 
-def preview_plan(model: nn.Module, data: Dataset, plan: TrainPlan, forward: ForwardFns) -> PlanSummary:
+def preview_plan(data: Dataset, plan: TrainPlan, level: Level) -> PlanSummary:
     """What the first pass amounts to; of a long one, its first `SAMPLE` batches."""
-    plain, parts = forward is PLAIN_FORWARD, model_parts(model)
-    packs = not plain and parts is not None and can_pack(parts)
-    found = planned_batches(data.train, plan.training[:SAMPLE], packs, plain, plan.shapes)
-    return summarize_plan(plan, data.train, found)
+    return summarize_plan(plan, data.train, planned_batches(data.train, plan.training[:SAMPLE], level, plan.shapes))
 
 
 def _first_batch(state: TrainState) -> Batch:

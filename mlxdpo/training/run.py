@@ -22,7 +22,7 @@ from mlxdpo.data.dataset import Dataset, Made, Sofar, encoding, reading
 from mlxdpo.data.template import on_day
 from mlxdpo.data.transforms import Transform
 from mlxdpo.distributed.group import ALONE, Group
-from mlxdpo.forward.logprobs import ForwardFns
+from mlxdpo.forward.choose_forward import ForwardFns
 from mlxdpo.forward.patch_mlx_lm import chunked_attention_on
 from mlxdpo.losses import Loss
 from mlxdpo.machine.memory_guard import MemoryGuard
@@ -210,7 +210,7 @@ def prepare(
     manifest = describe_run(config, policy, reference, adapter, data)
     distributed.check_alike(group, config, manifest)
     run = distributed.open_run(group, asked, resume)
-    summary = preflight.preview_plan(policy.model, data, plan, forward)
+    summary = preflight.preview_plan(data, plan, forward.level)
     begun = {"run": run, "config": config, "data": data, "policy": policy, "plan": summary}
     yield Event("start", 0, begun | {"shown": stage.shown(data.train[0], loss)})
     remarks = (preflight.recurrence_note(policy.model, summary), stage.remark(data, config, loss))

@@ -24,11 +24,11 @@ from mlxdpo.data.transforms import (
     thumbs,
     thumbs_with_kl,
 )
-from mlxdpo.forward.logprobs import PLAIN_FORWARD, ForwardFns
+from mlxdpo.forward.choose_forward import ForwardFns
+from mlxdpo.forward.reward_head import attach_head, detach_head, save_head
 from mlxdpo.forward.rewards import reward_fns
 from mlxdpo.losses import Loss, resolve
 from mlxdpo.losses.reward import reward_loss
-from mlxdpo.model.reward_head import attach_head, detach_head, save_head
 from mlxdpo.runs import Run
 from mlxdpo.training.metrics import Scored, imitation_metrics, preference_metrics, reward_metrics
 from mlxdpo.types import Example, UserError
@@ -159,7 +159,7 @@ STAGES: dict[str, Stage] = {
         idle=("loss", "reference", "rollout", *IN_ROUNDS),
         loss=lambda config: reward_loss(config.reward.margin, config.reward.center, config.data.columns),
         transform=lambda config, loss: REWARDED,
-        forward=lambda forward, config: reward_fns(forward is not PLAIN_FORWARD, config.train.gradient_checkpointing),
+        forward=lambda forward, config: reward_fns(forward.level, config.train.gradient_checkpointing),
         attach=attach_head,
         metrics=reward_metrics,
         tokens=_tokens_of_pair,

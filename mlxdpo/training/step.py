@@ -30,8 +30,9 @@ from mlxdpo.data.batching import collate
 from mlxdpo.data.examples import Examples
 from mlxdpo.data.planning import Indices
 from mlxdpo.distributed.group import ALONE, Group
+from mlxdpo.forward.choose_forward import ForwardFns, forward_fns
 from mlxdpo.forward.layer_plan import evaluate_batch, widened
-from mlxdpo.forward.logprobs import Forward, ForwardFns, forward_fns, score_pairs
+from mlxdpo.forward.logprobs import Forward, score_pairs
 from mlxdpo.forward.router_balance import batch_balance, watched_routers
 from mlxdpo.losses import Loss
 from mlxdpo.machine.device import compiled
@@ -155,8 +156,8 @@ def weights_restored(model: nn.Module) -> Iterator[None]:
 
 def make_scorer(model: nn.Module, forward: Forward | None = None) -> Callable[[Batch], Pairs]:
     """Compiled forward pass: a batch's `Pairs`, evaluated."""
-    forward = forward or forward_fns(model).score
-    score = compiled(lambda batch: score_pairs(model, batch, forward), inputs=[model.state])
+    way = forward or forward_fns(model).score
+    score = compiled(lambda batch: score_pairs(model, batch, way), inputs=[model.state])
 
     def scorer(batch: Batch) -> Pairs:
         """The pairs of a batch, evaluated."""
@@ -177,11 +178,12 @@ def make_gradient(
     step gets it as `statistics`, so that the same holds for it. `balance` is the weight of the routers' balancing loss,
     which is a batch's, as in TRL: every pair's loss has it.
     """
+    way = forward or forward_fns(model).train
 
     def weighted_loss(batch: Batch, share: mx.array, statistics: mx.array | None) -> tuple[mx.array, mx.array, Pairs]:
         """The batch's share of the step's loss, and what it is made of."""
         with watched_routers(model) if balance else contextlib.nullcontext() as routed:
-            pairs = score_pairs(model, batch, forward)
+            pairs = score_pairs(model, batch, way)
         losses = loss(pairs, statistics)
         if routed is not None:
             losses = losses + balance * batch_balance(routed, batch)

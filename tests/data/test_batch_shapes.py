@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels_of import at_level
 from tiny_models import tiny_model
 
 from mlxdpo.config import LoraConfig
@@ -21,7 +22,7 @@ from mlxdpo.data.batch_shapes import (
 from mlxdpo.data.batching import collate
 from mlxdpo.data.examples import Examples
 from mlxdpo.data.planning import outline, plan_epoch, plan_straight
-from mlxdpo.forward.logprobs import fast_forward, plain_forward
+from mlxdpo.forward.logprobs import plain_forward
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.types import Example
 
@@ -75,7 +76,8 @@ def test_every_batch_of_every_epoch_has_one_of_a_few_shapes(seed, ranked, size, 
 
 
 def shapes_of(batch):
-    return (*batch.prefix.shape, *batch.rows.shape, len(batch.rest), len(batch.targets), len(batch.weight))
+    tree = 0 if batch.tree is None else batch.tree.order.shape[1]
+    return (*batch.prefix.shape, *batch.rows.shape, len(batch.rest), len(batch.targets), len(batch.weight), tree)
 
 
 @settings(max_examples=20)
@@ -97,7 +99,7 @@ def test_a_frame_changes_no_number():
     frames = plan_shapes(examples, batches, 3, 2)
     for indices in batches:
         alone, framed = collate(examples, indices, 3), collate(examples, indices, 3, shapes=frames)
-        for forward in (plain_forward, fast_forward()):
+        for forward in (plain_forward, at_level()):
             want, got = (np.array(forward(model, b))[np.array(b.chosen)] for b in (alone, framed))
             count = min(len(want), len(got))
             np.testing.assert_allclose(got[:count], want[:count], rtol=1e-6, atol=1e-4)

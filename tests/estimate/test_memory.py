@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from levels_of import level_of
 from tiny_models import tiny_model
 
 from mlxdpo.config import LoraConfig
@@ -17,8 +18,8 @@ from mlxdpo.data.examples import Examples
 from mlxdpo.estimate import memory
 from mlxdpo.estimate.forecast import attention_cost, trained_of
 from mlxdpo.estimate.memory import AttentionCost, Frozen, Layouts, Setting, Shape, Trained, predict
-from mlxdpo.forward.architectures import model_parts
-from mlxdpo.forward.logprobs import forward_fns, score_pairs
+from mlxdpo.forward.choose_forward import forward_fns
+from mlxdpo.forward.logprobs import score_pairs
 from mlxdpo.forward.patch_mlx_lm import SHORT
 from mlxdpo.machine.device import this_machine
 from mlxdpo.model.adapters import attach_lora
@@ -53,7 +54,7 @@ def test_fused_attention_keeps_its_output_and_a_number_a_query_instead_of_scores
 def test_packed_rows_keep_their_tokens_but_attend_as_rows():
     """12 tokens instead of 13, 8 numbers of sines and cosines for each, and 16 of queries, keys and values behind the
     prefix that its views keep alive; attention sees rows as before."""
-    packed = memory.block_kept(TINY, LORA, ROWS._replace(packed=True), math.inf)
+    packed = memory.block_kept(TINY, LORA, ROWS._replace(level="packed"), math.inf)
     padded = memory.block_kept(TINY, LORA, ROWS, math.inf)
     assert packed - padded == 4 * (12 * 8 + 9 * 16 - (16 + 32 + 40 + 14))
 
@@ -95,7 +96,7 @@ def test_parts_by_hand():
 sizes = partial(st.integers, 1)
 layouts = st.builds(
     BatchLayout, prompts=sizes(4), shared=st.integers(0, 300), rows=sizes(8), width=sizes(300), rest=sizes(300),
-    scored=sizes(2000), packed=st.booleans(), plain=st.just(False),
+    scored=sizes(2000), level=st.sampled_from(["packed", "prefix"]),
 )  # fmt: skip
 shapes = st.builds(
     Shape, layers=st.integers(2, 40), hidden=st.sampled_from([64, 512, 4096]), inner=st.sampled_from([128, 2048]),
@@ -154,9 +155,9 @@ def pairs_of(lengths, vocabulary=1000, prompt=96):
     return [Example(ids(prompt), ids(chosen), ids(rejected), "x") for chosen, rejected in lengths]
 
 
-def really_kept(model, batch, checkpoint):
+def really_kept(model, batch, checkpoint, level):
     """Bytes that exist while the loss is known and its gradients are not yet."""
-    way = forward_fns(model, checkpoint).train
+    way = forward_fns(model, checkpoint, level).train
 
     def loss(batch):
         found = score_pairs(model, batch, way)
@@ -172,7 +173,8 @@ def really_kept(model, batch, checkpoint):
 CASES = {
     "lora": ("llama", {}, False, [(65, 65)] * 2),
     "one map": ("llama", {"keys": ["self_attn.q_proj"]}, False, [(65, 65)] * 2),
-    "packed": ("llama", {}, False, [(17, 61)] * 2),
+    "ragged": ("llama", {}, False, [(17, 61)] * 2),
+    "padded": ("llama", {}, False, [(65, 65)] * 2),
     "queries normed": ("qwen3", {}, False, [(65, 65)] * 2),
     "full": ("llama", {"method": "full"}, False, [(65, 65)] * 2),
     "upper half": ("llama", {"layers": 4}, False, [(65, 65)] * 2),
@@ -186,12 +188,12 @@ def test_mlx_keeps_what_the_formula_says(case):
     model = tiny_model(kind, 1000, hidden_size=256, num_hidden_layers=8, intermediate_size=512, head_dim=64)
     pairs, config = pairs_of(lengths), LoraConfig(rank=8, **lora)
     attach_lora(model, config)
-    at = planned_batch(Examples.of(pairs), tuple(range(len(pairs))), packs=True).layout
-    assert at.packed == (case == "packed")
+    level = level_of(model, "prefix" if case == "padded" else "packed")
+    at = planned_batch(Examples.of(pairs), tuple(range(len(pairs))), level).layout
     shape = Shape(8, 256, 512, 4, 2, 64, 1000, 4, 6 if kind == "qwen3" else 0)
     setting = Setting(checkpoint, 2, 1, AttentionCost(SHORT + 1 if this_machine().kind == "cpu" else 0))
-    expected = memory.kept(shape, trained_of(model, config, model_parts(model)), at, setting)
-    found, _ = really_kept(model, collate(pairs, range(len(pairs)), len(pairs)), checkpoint)
+    expected = memory.kept(shape, trained_of(model, config, level), at, setting)
+    found, _ = really_kept(model, collate(pairs, range(len(pairs)), len(pairs)), checkpoint, level)
     assert found == pytest.approx(expected, rel=0.04)
 
 

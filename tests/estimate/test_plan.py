@@ -18,6 +18,7 @@ from mlxdpo.data.batching import collate
 from mlxdpo.data.examples import Examples
 from mlxdpo.estimate.forecast import forecast, shape_of, shortened
 from mlxdpo.estimate.memory import Layouts
+from mlxdpo.forward.levels import Level
 from mlxdpo.io.weight_files import missing_files
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
@@ -82,8 +83,12 @@ completions = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
 
 @settings(max_examples=60)
-@given(st.lists(st.tuples(st.integers(1, 120), completions), min_size=1, max_size=4), st.booleans(), st.data())
-def test_a_shape_is_the_batch_that_collate_makes(prompts, packs, data):
+@given(
+    st.lists(st.tuples(st.integers(1, 120), completions), min_size=1, max_size=4),
+    st.sampled_from(["packed", "prefix"]),
+    st.data(),
+)
+def test_a_shape_is_the_batch_that_collate_makes(prompts, level, data):
     """Prompts with several completions each, some of them the same in several pairs."""
     pairs = []
     for number, (length, lengths) in enumerate(prompts):
@@ -93,13 +98,13 @@ def test_a_shape_is_the_batch_that_collate_makes(prompts, packs, data):
             chosen, rejected = data.draw(st.permutations(texts))[:2]
             pairs.append(Example(prompt, chosen, rejected, "x"))
     found, batch = (
-        planned_batch(Examples.of(pairs), tuple(range(len(pairs))), packs),
+        planned_batch(Examples.of(pairs), tuple(range(len(pairs))), Level(level)),
         collate(pairs, range(len(pairs)), 1),
     )
     assert found.layout[:2] == batch.prefix.shape and found.layout[2:4] == batch.rows.shape
     assert found.layout.rest == len(batch.rest) and found.layout.scored == len(batch.targets)
     assert found.tokens <= found.layout.tokens
-    assert packs or not found.layout.packed
+    assert found.layout.packed == (level == "packed")
 
 
 def test_what_it_says_of_a_small_run(tmp_path, cache):

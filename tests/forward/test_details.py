@@ -6,22 +6,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from levels_of import details_at
 from mlx.utils import tree_flatten
 from tiny_models import tiny_model
 
 from mlxdpo.config import LoraConfig, LossConfig
 from mlxdpo.data.batching import collate
 from mlxdpo.data.examples import row_digest
-from mlxdpo.forward.layer_plan import checkpointed
-from mlxdpo.forward.logprobs import (
-    PLAIN_FORWARD,
-    detailed_fns,
-    fast_details,
-    forward_fns,
-    next_token_logps,
-    plain_details,
-    score_pairs,
-)
+from mlxdpo.forward.choose_forward import PLAIN_FORWARD, detailed_fns, forward_fns
+from mlxdpo.forward.logprobs import next_token_logps, plain_details, score_pairs
 from mlxdpo.losses import resolve
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.training.reference import shared_rows, with_reference
@@ -61,7 +54,7 @@ def by_hand(model, example, side):
 def test_details_of_every_way_are_those_by_hand(kind):
     model, pairs = moved(kind), examples()
     batch = collate(pairs, tuple(range(len(pairs))), len(pairs) + 2)
-    ways = [plain_details, fast_details(), fast_details(checkpointed), detailed_fns(forward_fns(model)).score]
+    ways = [plain_details, details_at(), details_at(checkpoint=True), detailed_fns(forward_fns(model)).score]
     for way in ways:
         found = score_pairs(model, batch, way)
         for side, name in enumerate(("chosen", "rejected")):
@@ -104,7 +97,7 @@ def test_gradients_through_the_model_equal_finite_differences(kind, knobs):
             return (weights * still).sum()
         return loss(found).sum()
 
-    _, got = nn.value_and_grad(model, lambda m: total(m, fast_details()))(model)
+    _, got = nn.value_and_grad(model, lambda m: total(m, details_at()))(model)
     base = score_pairs(model, batch, plain_details)
     w = mx.exp((base.chosen - frozen[0]) / base.chosen_len + (base.rejected - frozen[1]) / base.rejected_len)
     still = w if knobs.get("wpo") else mx.ones(len(pairs))
@@ -128,7 +121,7 @@ def test_full_fine_tuning_has_squares_too():
     model = attach_lora(tiny_model("qwen3"), LoraConfig(method="full"))
     pairs = examples()
     batch = collate(pairs, (0, 1), 2)
-    plain, fast = (score_pairs(model, batch, way) for way in (plain_details, fast_details()))
+    plain, fast = (score_pairs(model, batch, way) for way in (plain_details, details_at()))
     assert np.array(fast.squares) == pytest.approx(np.array(plain.squares), abs=1e-3)
 
 
@@ -157,4 +150,4 @@ def test_the_reference_of_beginnings_is_kept_under_the_rows_that_end_there(cache
 
 
 def test_the_plain_way_has_details():
-    assert detailed_fns(PLAIN_FORWARD).train is plain_details
+    assert detailed_fns(PLAIN_FORWARD).score is plain_details

@@ -1,7 +1,9 @@
 """Shared prefix, rows computed once, fused head and checkpointing against full rows and full logits: exact.
 
-Every white-listed architecture is here because the tests iterate the white list.
+Tiny models of all kinds are here; every architecture of mlx-lm is in test_architectures.py.
 """
+
+from contextlib import nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,14 +18,13 @@ from tiny_models import SHAPES, tiny_model
 from mlxdpo.config import LoraConfig
 from mlxdpo.forward import fused_head as head_module
 from mlxdpo.forward import shared_prefix as prefix_module
-from mlxdpo.forward.architectures import FAMILIES, model_parts
+from mlxdpo.forward.find_head import NoFastWay, find_head
 from mlxdpo.forward.fused_head import chunk_of, score_logps, token_logps
-from mlxdpo.forward.layer_plan import checkpointed
-from mlxdpo.forward.shared_prefix import hidden_states
+from mlxdpo.forward.layer_checkpoint import checkpointed_layers
 from mlxdpo.forward.token_rows import spreader
 
 V, G, K, P, S = 300, 2, 3, 31, 20
-KINDS = sorted(FAMILIES)
+KINDS = sorted(SHAPES)
 
 
 class Rows:
@@ -45,19 +46,19 @@ class Rows:
             (z - mx.logsumexp(z, -1, keepdims=True))[mx.arange(len(self.targets)), self.targets] * self.weight
         ).sum()
 
-    def fast(self, model, rows_per_prompt=K, checkpoint=None):
-        """The same through the parts of the model."""
-        trunk = model_parts(model)
-        spread = spreader(self.group, rows_per_prompt)
-        h = trunk.norm(hidden_states(trunk, self.prefix, self.suffix, spread, checkpoint))
-        return (token_logps(trunk.head, h.reshape(-1, h.shape[-1]), self.targets) * self.weight).sum()
+    def fast(self, model, rows_per_prompt=K, checkpoint=False):
+        """The same with the prefix shared and a fused head."""
+        head, spread = find_head(model), spreader(self.group, rows_per_prompt)
+        with checkpointed_layers(model) if checkpoint else nullcontext():
+            h = prefix_module.prefixed_states(model, head, self.prefix, self.suffix, spread)
+        return (token_logps(head, h.reshape(-1, h.shape[-1]), self.targets) * self.weight).sum()
 
 
 # Every family with rows in order and in any, with and without checkpointing; the four together for two of them.
 PASSES = [
-    *((kind, K, None) for kind in KINDS),
-    *((kind, None, checkpointed) for kind in KINDS),
-    *((kind, rows, None if rows is None else checkpointed) for kind in ("llama", "gemma2") for rows in (K, None)),
+    *((kind, K, False) for kind in KINDS),
+    *((kind, None, True) for kind in KINDS),
+    *((kind, rows, rows is not None) for kind in ("llama", "gemma2") for rows in (K, None)),
 ]
 
 
@@ -73,7 +74,7 @@ def test_equals_full_rows_and_full_logits(kind, rows_per_prompt, checkpoint):
 
 
 @pytest.mark.parametrize("method", ["dora", "full"])
-@pytest.mark.parametrize("checkpoint", [None, checkpointed])
+@pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("tied", [True, False])
 def test_dora_and_trained_heads(method, checkpoint, tied):
     model = moved(tiny_model("llama", tie_word_embeddings=tied), LoraConfig(method=method, rank=4))
@@ -134,31 +135,55 @@ def test_chunks_change_nothing(method, monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere"])
 def test_scoring_alone_equals_training(kind):
     model = tiny_model(kind)
-    head, h = model_parts(model).head, mx.random.normal((1100, 32))
+    head, h = find_head(model), mx.random.normal((1100, 32))
     y = mx.random.randint(0, V, (1100,))
     assert np.abs(np.array(score_logps(head, h, y) - token_logps(head, h, y))).max() < 1e-5
 
 
 def test_a_key_captured_as_a_constant_would_be_noticed(monkeypatch):
-    """The peer's bug: keys that enter a checkpoint as a constant lose their gradient, and the loss does not show it."""
-
-    def broken(trunk, layer, window, spread):
-        def both(hp, hs):
-            captured, before = prefix_module.Capture(), hp.shape[1]
-            out = layer(hp, trunk.mask(before, 0, window), captured)
-            captured.keys, captured.values = mx.stop_gradient(captured.keys), mx.stop_gradient(captured.values)
-            return out, layer(hs, trunk.mask(hs.shape[1], before, window), prefix_module.Prefixed(captured, spread))
-
-        return both
-
+    """A peer's bug: keys that enter a checkpoint as a constant lose their gradient, and the loss does not show it."""
     model, rows = moved(tiny_model("llama"), LoraConfig(rank=4)), Rows()
     value, wanted = gradients(model, rows.plain)
-    monkeypatch.setattr(prefix_module, "_prefix_layer", broken)
-    fast, got = gradients(model, lambda m: rows.fast(m, K, checkpointed))
+    spread = prefix_module._spread
+    monkeypatch.setattr(prefix_module, "_spread", lambda tree, f: spread(tree, lambda a: mx.stop_gradient(f(a))))
+    fast, got = gradients(model, lambda m: rows.fast(m, K, True))
     assert fast == pytest.approx(value, rel=1e-5) and apart(got, wanted) > 1e-2
 
 
-def test_an_architecture_off_the_list_is_left_alone():
+@pytest.mark.parametrize(("kind", "cap", "factor"), [("gemma2", 3, 1), ("cohere", None, 0.5), ("granite", None, 0.25)])
+def test_what_follows_the_head_is_read_off_the_model(kind, cap, factor):
+    head = find_head(tiny_model(kind))
+    assert (head.softcap, head.factor) == (cap and pytest.approx(cap), pytest.approx(factor, rel=1e-6))
+
+
+def test_a_model_whose_logits_come_from_something_else_has_no_head(monkeypatch):
     model = tiny_model("llama")
-    assert model_parts(model) is not None and set(FAMILIES) == set(KINDS) <= set(SHAPES)
-    assert model_parts(nn.Linear(2, 2)) is None
+    kind, call = type(model), type(model).__call__
+    monkeypatch.setattr(kind, "__call__", lambda self, *args, **kwargs: call(self, *args, **kwargs) ** 2)
+    with pytest.raises(NoFastWay, match="not a scale and a soft cap"):
+        find_head(model)
+
+
+def test_two_arrays_that_are_one_keep_their_gradient_under_a_checkpoint():
+    """MLX's own checkpoint drops the cotangent of an array that is returned twice."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = mx.array([2.0])
+
+        def __call__(self, x):
+            y = x * x * self.weight
+            return y, [y]
+
+    model = nn.Module()
+    model.layers = [Twice()]
+
+    def total(model, checkpoint):
+        with checkpointed_layers(model) if checkpoint else nullcontext():
+            y, (again,) = model.layers[0](mx.array([3.0]))
+        return (y + 5 * again).sum()
+
+    wanted, got = (nn.value_and_grad(model, total)(model, on) for on in (False, True))
+    assert got[0].item() == wanted[0].item() == 108
+    assert got[1]["layers"][0]["weight"].item() == wanted[1]["layers"][0]["weight"].item() == 54

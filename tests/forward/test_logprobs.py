@@ -5,20 +5,14 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from compilers import needs_compiler
+from levels_of import at_level
 from mlx.utils import tree_flatten
 from tiny_models import CONFIGS, tiny_model
 
 from mlxdpo.config import LoraConfig
 from mlxdpo.data.batching import collate, distinct_rows
-from mlxdpo.forward.layer_plan import checkpointed
-from mlxdpo.forward.logprobs import (
-    completion_logps,
-    fast_forward,
-    forward_fns,
-    next_token_logps,
-    plain_forward,
-    score_pairs,
-)
+from mlxdpo.forward.choose_forward import forward_fns
+from mlxdpo.forward.logprobs import completion_logps, next_token_logps, plain_forward, score_pairs
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.training.step import make_scorer
 from mlxdpo.types import Example
@@ -69,7 +63,7 @@ def test_equals_the_naive_loop(model, examples):
 
 
 def test_order_padding_and_batch_size_change_nothing(model, examples):
-    alone = [score_pairs(model, collate(examples, (i,), 1)) for i in range(COUNT)]
+    alone = [score_pairs(model, collate(examples, (i,), 1), at_level()) for i in range(COUNT)]
     chosen, rejected = ([getattr(p, side).item() for p in alone] for side in ("chosen", "rejected"))
     order = (4, 2, 0, 5, 1, 3)
     for size in (COUNT, COUNT + 3):
@@ -87,7 +81,7 @@ def test_fast_and_plain_ways_and_full_rows_agree(model, examples):
         ids = np.concatenate([row.prompt, row.completion])
         tokens[i, : len(ids)], mask[i, len(row.prompt) - 1 : len(ids) - 1] = ids, 1
     wanted = completion_logps(model, mx.array(tokens), mx.array(mask)).tolist()
-    for forward in (plain_forward, fast_forward(), fast_forward(checkpointed), forward_fns(model).score):
+    for forward in (plain_forward, at_level(), at_level(checkpoint=True), forward_fns(model).score):
         assert forward(model, batch).tolist() == pytest.approx(wanted, abs=1e-4)
     assert (
         forward_fns(model).score(model, batch).tolist() == forward_fns(model).train(model, batch).tolist()
@@ -99,7 +93,7 @@ def test_gradient_equals_the_naive_loops(model, examples):
     batch = collate(few, (0, 1, 2), 4)  # with a filler pair, which is not in the sum
 
     def batched(model):
-        pairs = score_pairs(model, batch)
+        pairs = score_pairs(model, batch, at_level())
         return sum(w * (pairs.chosen[i] - pairs.rejected[i]) for i, w in enumerate(weights))
 
     def plain(model):
@@ -133,7 +127,7 @@ def test_the_compiled_scorer_sees_weights_that_moved(examples, monkeypatch):
     before = scorer(batch)
     layer = model.layers[1].self_attn.v_proj
     layer.lora_b = mx.random.normal(layer.lora_b.shape)
-    after, plain = scorer(batch), score_pairs(model, batch)
+    after, plain = scorer(batch), score_pairs(model, batch, at_level())
     assert after.chosen.tolist() == pytest.approx(plain.chosen.tolist(), abs=1e-4)
     assert abs(after.chosen[0].item() - before.chosen[0].item()) > 0.1
 
@@ -141,7 +135,7 @@ def test_the_compiled_scorer_sees_weights_that_moved(examples, monkeypatch):
 def test_sixteen_bit_logits_are_summed_in_float32(examples):
     model = tiny_model()
     model.set_dtype(mx.bfloat16)
-    for forward in (plain_forward, fast_forward()):
+    for forward in (plain_forward, at_level()):
         pairs = score_pairs(model, collate(examples, (0, 1), 2), forward)
         assert pairs.chosen.dtype == mx.float32
     for i in range(2):

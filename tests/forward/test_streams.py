@@ -15,21 +15,21 @@ import pytest
 from gradients import apart, gradients, moved, ragged, weighted
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels_of import at_level, rewards_at
 from mlx.utils import tree_flatten
-from tiny_models import tiny_model
+from tiny_models import SHAPES, tiny_model
 
 from mlxdpo.config import LoraConfig, LossConfig
 from mlxdpo.data import batching
 from mlxdpo.data.batching import SMALLEST_PART, collate, cut_by_prompts
 from mlxdpo.data.examples import Examples
-from mlxdpo.forward import layer_plan, logprobs, streams
-from mlxdpo.forward.architectures import FAMILIES
+from mlxdpo.forward import layer_plan, streams
+from mlxdpo.forward.choose_forward import PLAIN_FORWARD, detailed_fns, forward_fns
 from mlxdpo.forward.layer_plan import checkpointed
-from mlxdpo.forward.logprobs import PLAIN_DETAILS, PLAIN_FORWARD, detailed_fns, fast_forward, forward_fns
-from mlxdpo.forward.rewards import fast_rewards, reward_fns
+from mlxdpo.forward.levels import PLAIN
+from mlxdpo.forward.reward_head import NAME, attach_head
 from mlxdpo.losses import resolve
 from mlxdpo.machine import openblas
-from mlxdpo.model.reward_head import NAME, attach_head
 from mlxdpo.training.plan import planned_batch
 from mlxdpo.training.step import make_gradient, make_scorer
 from mlxdpo.types import Example
@@ -48,28 +48,24 @@ def cut(streams_here, number, *shape):
 
 # Every family packed and padded, with and without checkpointing; the four together for the plainest and the oddest.
 PASSES = [
-    *((kind, None, True) for kind in sorted(FAMILIES)),
-    *((kind, checkpointed, False) for kind in sorted(FAMILIES)),
-    *((kind, how, how is not None) for kind in ("llama", "gemma2") for how in (None, checkpointed)),
+    *((kind, False, "packed") for kind in sorted(set(SHAPES) - {"gemma2"})),
+    *((kind, True, "prefix") for kind in sorted(SHAPES)),
+    *((kind, how, "head") for kind in ("llama", "gemma2") for how in (False, True)),
 ]
 
 
-@pytest.mark.parametrize(("kind", "checkpoint", "packs"), PASSES)
-def test_value_and_gradient_are_those_of_the_whole_batch(kind, checkpoint, packs, streams_here, monkeypatch):
-    monkeypatch.setattr(logprobs, "packing_is_worth_it", lambda *shapes: packs)
+@pytest.mark.parametrize(("kind", "checkpoint", "level"), PASSES)
+def test_value_and_gradient_are_those_of_the_whole_batch(kind, checkpoint, level, streams_here):
     model, (whole, parts) = moved(tiny_model(kind), LoraConfig(rank=4)), cut(streams_here, 3)
-    value, wanted = gradients(model, weighted(fast_forward(checkpoint), whole))
-    fast, got = gradients(model, weighted(fast_forward(checkpoint), parts))
+    value, wanted = gradients(model, weighted(at_level(level, checkpoint), whole))
+    fast, got = gradients(model, weighted(at_level(level, checkpoint), parts))
     assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < (5e-5 if kind == "gemma" else 1e-5)
 
 
-@pytest.mark.parametrize(
-    "fns", [PLAIN_FORWARD, PLAIN_DETAILS, reward_fns(fast=False)], ids=["logps", "details", "rewards"]
-)
+@pytest.mark.parametrize("fns", [PLAIN_FORWARD, detailed_fns(PLAIN_FORWARD)], ids=["logps", "details"])
 def test_the_plain_path_runs_in_streams_too(fns, streams_here):
-    """A model whose parts are not known is one layer: nothing ties its streams, and the numbers are the same."""
-    model, (whole, parts) = attach_head(tiny_model("llama")), cut(streams_here, 2)
-    model[NAME].weight = mx.random.normal(model[NAME].weight.shape)
+    """Nothing ties its streams, and the numbers are the same."""
+    model, (whole, parts) = tiny_model("llama"), cut(streams_here, 2)
     one, other = (fns.score(model, batch) for batch in (whole, parts))
     for a, b in zip(tree_flatten(one), tree_flatten(other), strict=True):
         assert np.allclose(a[1], b[1], rtol=1e-5, atol=1e-3)
@@ -78,18 +74,17 @@ def test_the_plain_path_runs_in_streams_too(fns, streams_here):
 @pytest.mark.parametrize("method", ["dora", "full"])
 def test_dora_and_a_trained_head(method, streams_here):
     model, (whole, parts) = moved(tiny_model("llama"), LoraConfig(method=method, rank=4)), cut(streams_here, 2)
-    (value, wanted), (fast, got) = (gradients(model, weighted(fast_forward(), batch)) for batch in (whole, parts))
+    (value, wanted), (fast, got) = (gradients(model, weighted(at_level(), batch)) for batch in (whole, parts))
     assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < 1e-5
 
 
 def test_a_prompt_without_a_shared_prefix_runs_beside_one_that_has_it(streams_here):
-    """The streams' states are not alike: one array in the first, two in the second."""
     model, (whole, parts) = (
         moved(tiny_model("llama"), LoraConfig(rank=4)),
         cut(streams_here, 2, (5, 90), ((95, 60), (70, 31))),
     )
     assert [part.prefix.shape[1] > 0 for part in parts.parts] == [False, True]
-    (value, wanted), (fast, got) = (gradients(model, weighted(fast_forward(), batch)) for batch in (whole, parts))
+    (value, wanted), (fast, got) = (gradients(model, weighted(at_level(), batch)) for batch in (whole, parts))
     assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < 1e-5
 
 
@@ -127,7 +122,7 @@ def test_scores_and_rewards(streams_here):
     assert np.allclose(one.chosen, other.chosen, atol=1e-3) and np.allclose(one.rejected, other.rejected, atol=1e-3)
     attach_head(model)
     model[NAME].weight = mx.random.normal(model[NAME].weight.shape)
-    one, other = (np.array(fast_rewards()(model, batch)) for batch in (whole, parts))
+    one, other = (np.array(rewards_at()(model, batch)) for batch in (whole, parts))
     assert one.shape == whole.length.shape and np.allclose(one, other, rtol=1e-5, atol=1e-4)
 
 
@@ -228,7 +223,7 @@ def test_streams_are_interleaved_layer_by_layer(streams_here, monkeypatch):
     widths, interleave = [], streams.interleave
     monkeypatch.setattr(layer_plan, "interleave", lambda states: widths.append(len(states)) or interleave(states))
     model, (_, parts) = tiny_model("llama"), cut(streams_here, 3)
-    mx.eval(fast_forward()(model, parts))
+    mx.eval(at_level()(model, parts))
     assert widths == [3] * len(model.layers)
 
 
@@ -280,7 +275,7 @@ def test_a_plan_knows_the_parts_that_collate_makes(streams_here):
     for number in (1, 2, 3):
         streams_here(number)
         indices = tuple(range(len(pairs)))
-        found = planned_batch(Examples.of(pairs), indices, True).layout.parts
+        found = planned_batch(Examples.of(pairs), indices, PLAIN).layout.parts
         assert found == max(1, len(collate(pairs, indices, len(pairs)).parts)) == number
 
 

@@ -7,12 +7,14 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from gradients import moved, ragged
+from levels_of import level_of
 from mlx.utils import tree_flatten
 from tiny_models import tiny_model
 
 from mlxdpo.config import LoraConfig, LossConfig
 from mlxdpo.data.batching import collate
-from mlxdpo.forward.logprobs import PLAIN_FORWARD, detailed_fns, forward_fns, score_pairs
+from mlxdpo.forward.choose_forward import PLAIN_FORWARD, detailed_fns, forward_fns
+from mlxdpo.forward.logprobs import score_pairs
 from mlxdpo.forward.token_rows import of_rows, row_sums, spreader, token_rows
 from mlxdpo.losses import resolve
 from mlxdpo.types import Example
@@ -94,8 +96,8 @@ def primitives(folder, arrays):
 def test_no_step_scatters(tmp_path, monkeypatch, kind, way, number):
     """Forward and backward of a whole step: no scatter, so no sum whose addends may come in another order."""
     model, batch = moved(tiny_model(kind), LoraConfig(rank=2)), list(batches())[number]
-    monkeypatch.setattr("mlxdpo.forward.logprobs.packing_is_worth_it", lambda *shapes: way != "padded")
-    fns = PLAIN_FORWARD if way == "plain" else forward_fns(model, checkpoint=way == "checkpoint")
+    level = level_of(model, "prefix" if way == "padded" else None)
+    fns = PLAIN_FORWARD if way == "plain" else forward_fns(model, way == "checkpoint", level)
     fns = detailed_fns(fns) if way == "details" else fns
     loss = resolve(LossConfig(name="sigmoid", ld_alpha=0.5) if way == "details" else LossConfig(name="sigmoid"))
     if way == "details":

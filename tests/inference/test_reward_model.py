@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from levels_of import rewards_at
 from mlx.utils import tree_flatten
 from tiny_models import tiny_model
 from tiny_runs import finish, recipe, write_pairs
@@ -17,12 +18,10 @@ from mlxdpo.config import DataConfig, LoraConfig
 from mlxdpo.data.batching import collate
 from mlxdpo.data.report import Report
 from mlxdpo.data.transforms import with_end
-from mlxdpo.forward.layer_plan import checkpointed
 from mlxdpo.forward.logprobs import score_pairs
-from mlxdpo.forward.rewards import fast_rewards, plain_rewards
+from mlxdpo.forward.reward_head import NAME, attach_head, normed_states
 from mlxdpo.losses.reward import bradley_terry, reward_loss, start_bradley_terry
 from mlxdpo.model.adapters import attach_lora, load_run
-from mlxdpo.model.reward_head import NAME, attach_head, normed_states
 from mlxdpo.runs import Run
 from mlxdpo.types import Example, Message, Pairs, UserError
 from mlxdpo_eval.judges import AnswerPair, Question, ask_both, open_judge
@@ -134,7 +133,7 @@ def test_rewards_and_gradients_are_those_of_whole_rows(kind, examples):
 
         want_value, want = nn.value_and_grad(model, plain)(model)
         wanted = dict(tree_flatten(want))
-        for forward in (plain_rewards, fast_rewards(), fast_rewards(checkpointed)):
+        for forward in (*map(rewards_at, ("head", "prefix", None)), rewards_at(checkpoint=True)):
             value, gradients = nn.value_and_grad(model, loss)(model, forward)
             assert value.item() == pytest.approx(want_value.item(), rel=1e-5)
             for name, found in tree_flatten(gradients):
@@ -144,7 +143,7 @@ def test_rewards_and_gradients_are_those_of_whole_rows(kind, examples):
 
 def test_the_head_starts_at_zero_and_so_do_all_rewards(examples):
     model = attach_head(tiny_model())
-    found = fast_rewards()(model, batch_of(examples[0]))
+    found = rewards_at()(model, batch_of(examples[0]))
     assert not np.array(found).any()
     assert reward_loss(0.0, 0.01).start() == pytest.approx(math.log(2))
 

@@ -19,7 +19,8 @@ from mlxdpo.config import DataConfig, load_config
 from mlxdpo.data.batching import collate
 from mlxdpo.data.encode import encode_all
 from mlxdpo.data.read import read_pairs
-from mlxdpo.forward.logprobs import forward_fns, score_pairs
+from mlxdpo.forward.choose_forward import forward_fns
+from mlxdpo.forward.logprobs import score_pairs
 from mlxdpo.forward.next_token import next_logits
 from mlxdpo.losses import resolve
 from mlxdpo.model.policy import load_policy

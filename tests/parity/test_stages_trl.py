@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from levels_of import rewards_at
 from mlx.utils import tree_flatten
 from tiny_models import write_model
 from tiny_tokenizers import base_tokenizer
@@ -24,12 +25,11 @@ from mlxdpo.data.batching import collate
 from mlxdpo.data.report import Report
 from mlxdpo.data.transforms import with_end
 from mlxdpo.forward.logprobs import score_pairs
-from mlxdpo.forward.rewards import fast_rewards
+from mlxdpo.forward.reward_head import NAME, attach_head
 from mlxdpo.losses import resolve
 from mlxdpo.losses.reward import reward_loss
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
-from mlxdpo.model.reward_head import NAME, attach_head
 from mlxdpo.types import Example, Extras
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -126,7 +126,7 @@ def test_reward_model(folder, examples, tmp_path):
     policy = attach_head(full(folder))
     policy[NAME].weight = mx.array(head)
     batch = collate(list(with_end(examples, DataConfig(), Report())), tuple(range(COUNT)), COUNT)
-    own = ours(policy, batch, reward_loss(0.0, 0.05, ["margin"]), fast_rewards())
+    own = ours(policy, batch, reward_loss(0.0, 0.05, ["margin"]), rewards_at())
     assert_equal(own, other, lambda name: f"{NAME}.weight" if name == "score.weight" else name)
 
 

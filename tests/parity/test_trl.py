@@ -27,7 +27,7 @@ from trl import DPOConfig, DPOTrainer
 from mlxdpo.config import Config, names_of
 from mlxdpo.data.encode import encode_all
 from mlxdpo.data.planning import outline, plan_epoch
-from mlxdpo.forward.logprobs import forward_fns
+from mlxdpo.forward.choose_forward import forward_fns
 from mlxdpo.losses import resolve
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy

@@ -118,8 +118,9 @@ def on(kind):
     return lambda: Machine(kind, "a machine", 32 << 30, "system")
 
 
-CUT = lambda layer, function: lambda *given: function(*map(mx.stop_gradient, given))  # noqa: E731
-HOT = packed.Packed.attend
+KEPT = mx.checkpoint
+CUT = lambda function: KEPT(lambda given, *arrays: function(given, *map(mx.stop_gradient, arrays)))  # noqa: E731
+HOT = packed.PackedMask.attend
 FULL = types.SimpleNamespace(free=1e8)
 # For each check, one or more faults: where something is put in the place of something else.
 FAULTS = {
@@ -145,8 +146,9 @@ FAULTS = {
                                    (heads, "_logps_and_rows", tilted_head(heads._logps_and_rows))],
     "fused = plain": [(heads, "_logps_and_rows", tilted_head(heads._logps_and_rows)),
                       (heads, "_head_softmax", deaf_head(heads._head_softmax))],
-    "checkpoint = not": [(numbers, "checkpointed", CUT)],
-    "packed = padded": [(packed.Packed, "attend", lambda self, q, k, v, scale: HOT(self, q, k, v, scale * 1.01))],
+    "checkpoint = not": [(mx, "checkpoint", CUT)],
+    "packed = padded": [(packed.PackedMask, "attend",
+                         lambda self, q, k, v, scale, sinks: HOT(self, q, k, v, scale * 1.01, sinks))],
     "training starts at ln 2 and falls": [(training, "make_update", lambda *given: lambda *step: None),
                                           (training, "reference", lambda: np.add(material.reference(), [1.0, 0.0]))],
     "a tiny step": [(training, "SLOWEST", 0.0)],

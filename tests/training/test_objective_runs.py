@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from tiny_runs import adapter_bytes, finish, losses, recipe, stop_after, write_pairs
 
 from mlxdpo.config import load_config
-from mlxdpo.forward.logprobs import forward_fns
+from mlxdpo.forward.choose_forward import forward_fns
 from mlxdpo.losses import LOSSES
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy

@@ -15,7 +15,9 @@ from tiny_tokenizers import chatml_tokenizer, llama3_tokenizer
 from mlxdpo.config import ModelConfig
 from mlxdpo.data.batching import collate
 from mlxdpo.estimate.forecast import CannotPlan, shape_of
-from mlxdpo.forward import logprobs, patch_mlx_lm
+from mlxdpo.forward import choose_forward, levels, patch_mlx_lm
+from mlxdpo.forward.find_head import NoFastWay
+from mlxdpo.forward.logprobs import plain_forward
 from mlxdpo.io.checksum import save_checksummed
 from mlxdpo.losses import LOSSES, resolve
 from mlxdpo.model import adapters
@@ -212,31 +214,36 @@ def test_a_model_configuration_that_transformers_refuses_is_one_sentence(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_off_the_white_list_takes_the_plain_way_to_the_same_run(tmp_path, monkeypatch):
-    wanted = [e.values["loss"] for e in finish(recipe(tmp_path, "fast")) if e.kind == "step"]
-    monkeypatch.setattr("mlxdpo.forward.logprobs.model_parts", lambda model: None)
-    events = finish(recipe(tmp_path, "plain"))
-    notes = [e.values["text"] for e in events if e.kind == "note"]
-    assert notes == ["llama: no fast way is known for this architecture, so full rows and full logits are computed"]
-    assert [e.values["loss"] for e in events if e.kind == "step"] == pytest.approx(wanted, rel=1e-4)
-    with pytest.raises(
-        UserError, match=r"train.gradient_checkpointing needs the fast way, but llama: no fast way is known"
-    ):
-        finish(recipe(tmp_path, "more", train={"gradient_checkpointing": True}))
+def headless(model):
+    raise NoFastWay("nothing is found")
+
+
+def test_a_model_without_a_fast_way_takes_the_plain_way_to_the_same_run(tmp_path, monkeypatch):
+    steps = lambda events: [e.values["loss"] for e in events if e.kind == "step"]  # noqa: E731
+    wanted = steps(finish(recipe(tmp_path, "fast")))
+    monkeypatch.setattr(levels, "find_head", headless)
+    for checkpoint in (False, True):
+        events = finish(recipe(tmp_path, f"plain {checkpoint}", train={"gradient_checkpointing": checkpoint}))
+        notes = [e.values["text"] for e in events if e.kind == "note"]
+        assert notes == ["llama: full rows and full logits are computed: nothing is found"]
+        assert steps(events) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_fast_way_that_computes_something_else_is_not_used(tmp_path, monkeypatch):
-    real = logprobs.forward_fns
-
-    def wrong(model, checkpoint=False):
-        ways = real(model, checkpoint)
-        return logprobs.ForwardFns(ways.train, lambda m, batch: ways.score(m, batch) + 0.5)
-
-    monkeypatch.setattr(preflight, "forward_fns", wrong)
+    monkeypatch.setattr(choose_forward, "fast_forward", lambda *a, **k: lambda m, batch: plain_forward(m, batch) + 0.5)
     events = finish(recipe(tmp_path))
     notes = [e.values["text"] for e in events if e.kind == "note"]
-    assert notes == ["llama: the fast way is 0.5 nats off here, so full rows and full logits are computed"]
+    assert notes == ["llama: full rows and full logits are computed: packed is 0.5 nats off here"]
     assert next(e.values["loss"] for e in events if e.kind == "step") == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_checkpointing_that_loses_a_gradient_is_refused(tmp_path, monkeypatch):
+    checkpoint = mx.checkpoint
+    cut = lambda given: mx.stop_gradient(given) if isinstance(given, mx.array) else given  # noqa: E731
+    monkeypatch.setattr(mx, "checkpoint", lambda run: checkpoint(lambda *given: run(*map(cut, given))))
+    with pytest.raises(UserError, match=r"with train.gradient_checkpointing the gradient of packed is \d+% off here"):
+        finish(recipe(tmp_path, train={"gradient_checkpointing": True}))
+    assert not [e for e in finish(recipe(tmp_path)) if e.kind == "note"]
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])

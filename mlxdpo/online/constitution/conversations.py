@@ -24,13 +24,8 @@ import numpy as np
 from mlxdpo.config import DataConfig
 from mlxdpo.data.encode import encode_prompt
 from mlxdpo.data.read import prompt_key
-from mlxdpo.forward import fused_head as heads
-from mlxdpo.forward.architectures import model_parts
-from mlxdpo.forward.next_token import next_logits
-from mlxdpo.forward.shared_prefix import hidden_states
-from mlxdpo.forward.token_rows import spreader
+from mlxdpo.forward.next_token import logits_at, next_logits
 from mlxdpo.inference.generate import finished
-from mlxdpo.model.adapters import dropout_off
 from mlxdpo.model.policy import Policy
 from mlxdpo.online.collect import Asked, PolicySource, rows
 from mlxdpo.online.constitution.schema import (
@@ -123,19 +118,15 @@ def spellings(tokenizer: Any, letter: str) -> list[int]:
 def shared_next_logits(model: Any, rows: Rows, ids: Sequence[int]) -> np.ndarray:
     """`next_logits` of rows with a long common beginning, which is computed once: (N, len(ids)) float32."""
     common = _shared_beginning(rows)
-    parts = model_parts(model)
-    if parts is None or common < 2 or len(rows) == 1:
+    if common < 2 or len(rows) == 1:
         return next_logits(model, rows, ids)
     rest = np.zeros((len(rows), max(map(len, rows)) - common), np.int32)
     for padded, row in zip(rest, rows, strict=True):
         padded[: len(row) - common] = row[common:]
     last = mx.array([len(row) - common - 1 for row in rows])
-    group = mx.zeros(len(rows), mx.int32)
-    with dropout_off(model):
-        prefix = mx.array(np.array([rows[0][:common]], np.int32))
-        states = hidden_states(parts, prefix, mx.array(rest), spreader(group, len(rows)))
-        logits = heads.logits(parts.head, parts.norm(states[mx.arange(len(rows)), last]))
-        return np.array(logits[:, mx.array(list(ids))].astype(mx.float32))
+    prefix = mx.array(np.array([rows[0][:common]], np.int32))
+    logits = logits_at(model, mx.array(rest), mx.arange(len(rows)), last, prefix)()
+    return np.array(logits[:, mx.array(list(ids))])
 
 
 def _shared_beginning(rows: Rows) -> int:

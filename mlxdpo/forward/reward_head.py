@@ -12,6 +12,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxdpo.forward.find_head import NoFastWay, find_head
+from mlxdpo.forward.shared_prefix import whole_states
 from mlxdpo.io.checksum import load_checksummed, save_checksummed
 from mlxdpo.types import UserError
 
@@ -37,15 +39,15 @@ def detach_head(model: nn.Module) -> nn.Module:
 
 
 def normed_states(model: Any, tokens: mx.array) -> mx.array:
-    """(R, T) token ids -> (R, T, D) states behind the last norm, by the model's own code.
+    """(R, T) token ids -> (R, T, D): what enters the model's own head, the states behind the last norm.
 
-    Raises `UserError` for a model that does not keep its trunk in `model`, as mlx-lm's language models do.
+    Raises `UserError` for a model whose head cannot be found.
     """
-    trunk = getattr(model, "model", None)
-    if trunk is None:
+    try:
+        return whole_states(model, find_head(model), tokens)
+    except NoFastWay as error:
         name = type(model).__module__.rsplit(".", 1)[-1]
-        raise UserError(f"{name}: this model has no trunk to put a reward head on; use one with `model` and a head")
-    return trunk(tokens)
+        raise UserError(f"{name}: there is no place for a reward head ({error}); use another model") from None
 
 
 def rewards(model: nn.Module, states: mx.array) -> mx.array:

@@ -1,0 +1,42 @@
+"""Looking at a model from outside while its own code runs, so that no architecture needs to be known.
+
+A module is watched by exchanging its instance's class for a subclass: that reaches an embedding's `as_linear` too, a
+quantised or adapted layer, and one inside a wrapper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import mlx.nn as nn
+
+Watcher = Callable[..., Any]
+"""(own, *args, **kwargs) -> what the method returns; `own` is the bound method as it was."""
+
+
+@contextmanager
+def watched(module: nn.Module, **watchers: Watcher) -> Iterator[None]:
+    """While it lasts `module`'s methods of these names are its watchers. It can be nested, left in reverse order."""
+    kind = type(module)
+    methods = {name: _through(getattr(kind, name), watcher) for name, watcher in watchers.items()}
+    module.__class__ = type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__})  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        module.__class__ = kind  # type: ignore[assignment]
+
+
+def _through(method: Callable[..., Any], watcher: Watcher) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: watcher(lambda *a, **k: method(self, *a, **k), *args, **kwargs)
+
+
+@contextmanager
+def watched_layers(model: Any, watcher: Callable[[nn.Module], Watcher]) -> Iterator[None]:
+    """While it lasts each of the model's layers is called through its own `watcher(layer)`."""
+    with ExitStack() as stack:
+        # Two names of one layer are one; pipelined models leave out some.
+        for layer in {id(layer): layer for layer in model.layers if layer is not None}.values():
+            stack.enter_context(watched(layer, __call__=watcher(layer)))
+        yield
