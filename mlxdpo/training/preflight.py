@@ -82,7 +82,7 @@ LONGEST = 64, 32  # tokens of a prompt, and of a completion, whose gradient is c
 
 def _offered_for(model: nn.Module, config: Config) -> list[Level]:
     """The levels that the model's code allows and the recipe leaves. Raises `UserError` for routers that cannot be
-    balanced, and for gradient checkpointing beside them: what is watched inside a checkpoint has no gradient outside."""
+    balanced, and for gradient checkpointing beside them: watched inside a checkpoint they have no gradient outside."""
     if not config.train.router_aux_loss_coef:
         return offered_levels(model)
     check_routers(model)
