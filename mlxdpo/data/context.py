@@ -97,7 +97,8 @@ def _history(value: Any) -> tuple[Message, ...]:
 def _placed(item: Item, before: tuple[Message, ...], tools: tuple[Mapping[str, Any], ...], data: DataConfig) -> Item:
     if data.template != "plain":
         asked_prompt(item.prompt)
-    item = replace(item, tools=tools)
+    if tools:
+        item = replace(item, tools=tools)
     if before:
         item = _behind(item, before, data)
     for name in ("prompt", *_answers_of(item)):
@@ -185,7 +186,7 @@ def scores_of(values: Mapping[str, Any], data: DataConfig) -> Iterator[tuple[str
     exchanged = (data.columns.get("chosen"), data.columns.get("rejected")) == ("rejected", "chosen")
     for two in SCORES:
         better, worse = two[::-1] if exchanged else two
-        if is_number(values.get(better)) and is_number(values.get(worse)):
+        if better in values and is_number(values[better]) and is_number(values.get(worse)):
             yield better, worse, float(values[better]), float(values[worse])
 
 

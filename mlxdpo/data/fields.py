@@ -315,7 +315,11 @@ def prompt_turns(turns: tuple[Message, ...]) -> tuple[Message, ...]:
     if not any(turn.role == "user" and turn.content.strip() for turn in turns):
         raise BadRow(reasons.EMPTY_PROMPT, "the prompt has no user turn with text; expected one to answer")
     if turns[-1].role == "assistant":
-        raise BadRow(reasons.NOT_ONE_ANSWER, "the prompt ends with an assistant turn; expected a user or tool turn")
+        raise BadRow(
+            reasons.NOT_ONE_ANSWER,
+            "the prompt ends with an assistant turn; expected a user or tool turn (the beginning of an answer is for "
+            "plain text: a prompt and answers as text, with data.template plain)",
+        )
     return turns
 
 

@@ -25,6 +25,7 @@ from mlxdpo.data.fields import as_turns
 from mlxdpo.data.planning import Group, Indices, outline, plan_straight
 from mlxdpo.data.read import heldout_source, prompt_key, read_pairs, split_heldout
 from mlxdpo.data.report import Report
+from mlxdpo.data.sources import is_hub_dataset
 from mlxdpo.forward.choose_forward import forward_fns
 from mlxdpo.forward.layer_plan import evaluate_batch
 from mlxdpo.forward.logprobs import score_pairs
@@ -217,7 +218,7 @@ def heldout_records(run: Run, data: str) -> tuple[list[BestOfK], Report, str] | 
 
 def _called(source: str) -> str:
     """A file by its name alone: reports are handed on, folders of this machine are nobody's business."""
-    return Path(source).name if Path(source).exists() else source
+    return source if is_hub_dataset(source) else Path(source).name
 
 
 def encode_pairs(trained: TrainedRun, rows: Sequence[Preference]) -> tuple[list[Preference], list[Example], Report]:

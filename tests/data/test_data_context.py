@@ -4,9 +4,11 @@ import json
 
 import pytest
 from row_shapes import FIXTURES, items_of, turns
+from tiny_tokenizers import chatml_tokenizer, llama2_tokenizer
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data import reasons
+from mlxdpo.data.encode import encode_all
 from mlxdpo.data.fields import Row
 from mlxdpo.data.formats import FORMATS, convert, detect
 from mlxdpo.data.read import heldout_source, read_preferences
@@ -121,6 +123,20 @@ def test_an_empty_prompt_is_for_plain_text_alone():
     assert refusal("text", [row])[0] == reasons.EMPTY_PROMPT
     [item] = converted("text", [row], template="plain")
     assert item.prompt == ""
+
+
+def test_base_models_go_on_from_a_beginning_or_from_nothing():
+    """A prompt that begins the answer, and one without a word: behind a BOS there is something to go on from."""
+    rows = [{"prompt": prompt, "chosen": " blue.", "rejected": " red."} for prompt in ("The sky is", "")]
+    pairs = [pair for row in rows for pair in converted("text", [row], template="plain")]
+    data = DataConfig(template="plain", on_bad_row="skip")
+    tokenizer = llama2_tokenizer()
+    (begun, bare), _ = encode_all(pairs, tokenizer, data)
+    assert tokenizer.decode(begun.prompt.tolist()) == "<s>The sky is"
+    assert bare.prompt.tolist() == [tokenizer.bos_token_id]
+    assert tokenizer.decode(bare.chosen.tolist()) == tokenizer.decode(begun.chosen.tolist()) == " blue.</s>"
+    kept, report = encode_all(pairs, chatml_tokenizer(), data)
+    assert len(kept) == 1 and report.refused == {"empty prompt": 1}
 
 
 PARTS = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "?", "image_url": None}, "!"]

@@ -133,7 +133,8 @@ REFUSED = [
         "implicit",
         {side: [*turns("Hi?", "Yes?"), *turns("", word)[1:]] for side, word in (("chosen", "A"), ("rejected", "B"))},
         reasons.NOT_ONE_ANSWER,
-        "the prompt ends with an assistant turn; expected a user or tool turn",
+        "the prompt ends with an assistant turn; expected a user or tool turn (the beginning of an answer is for "
+        "plain text: a prompt and answers as text, with data.template plain)",
     ),
     (
         "implicit",
