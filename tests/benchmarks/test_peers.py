@@ -7,22 +7,25 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_models import write_model
+from tiny_models import tiny_model, write_model
 from tiny_tokenizers import base_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the folder of `benchmarks`, which no installation has
 
 from bench_sides import JOB, tiny_entrants
 
-from benchmarks.peers import report, results, workloads
+from benchmarks.peers import adapter, models, report, results, workloads
 from benchmarks.peers.__main__ import parse
 from benchmarks.peers.environments import SWITCHES, switches_of
 from benchmarks.peers.measure import Entrant, Record, measure, next_turn
 from benchmarks.peers.sides.mlx_lm_lora import Turns
-from benchmarks.peers.sides.protocol import Channel, Job
+from benchmarks.peers.sides.protocol import Channel, Job, placed
 from benchmarks.peers.worker import Gone, Worker
+from mlxdpo.config import LoraConfig
+from mlxdpo.model.adapters import attach_lora
 
 FAKE = """
 import itertools, os, threading
@@ -309,10 +312,32 @@ def test_an_epoch_shows_every_side_the_same_pairs(tmp_path, cache):
     seen = {name: sorted(itertools.chain(*steps)) for name, steps in plan.steps.items()}
     assert seen["mlxdpo"] == seen["mlx-lm-lora"] == seen["trl"] and not plan.same
     assert 8 < len(set(seen["trl"])) == len(seen["trl"]) < 20 < len(plan.pairs)
+    assert set(seen["soup-cli"]) <= set(seen["trl"]) and len(seen["trl"]) - len(seen["soup-cli"]) < 4
     for name in ("mlx-lm-lora", "trl"):
         sizes = [len(step) for step in plan.steps[name]]
         assert sorted(sizes, reverse=True)[:-1] == [4] * (len(sizes) - 1)
     assert len(plan.steps["trl"][0]) == 4  # its short batch comes last
+
+
+def test_the_adapter_stands_where_the_weights_are(tmp_path, cache):
+    folder = write_model(tmp_path / "model", base_tokenizer(), "llama", seed=3)
+    keys = ("self_attn.q_proj", "mlp.down_proj", "linear_attn.out_proj")
+    adapter.write_adapter(folder, tmp_path / "adapter.safetensors", keys)
+    arrays = mx.load(str(tmp_path / "adapter.safetensors"))
+    assert len(arrays) == 3 * 2 * 2 and arrays["model.layers.2.mlp.down_proj.lora_a"].shape == (64, adapter.RANK)
+    model = tiny_model("llama")
+    attach_lora(model, LoraConfig(rank=adapter.RANK, keys=list(keys[:2])))
+    assert {name for name, _ in placed(arrays, model)} == set(arrays)
+    inside = {name.removeprefix("model."): a for name, a in arrays.items()}
+    assert {name for name, _ in placed(inside, model)} == set(arrays)
+    with pytest.raises(RuntimeError, match=r"the model and the adapter differ, e.g. by model.layers.0"):
+        placed(dict(list(arrays.items())[4:]), model)
+
+
+def test_other_models_have_what_their_adapters_are_for():
+    for kind in models.KINDS.values():
+        assert len(kind.keys) == len(set(kind.keys)) >= 2 and kind.sizes["num_hidden_layers"] <= 4
+    assert parse(["--models", "all"]).models == ["smollm2", *models.KINDS]
 
 
 def test_a_peer_gets_each_step_as_a_data_set(tmp_path, monkeypatch):
