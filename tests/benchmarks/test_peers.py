@@ -211,7 +211,7 @@ def test_without_float64_it_is_not_known_to_be_rounding():
 def test_the_exact_side_has_no_row_and_no_bar():
     found = against_exact(6000, mlxdpo=0.3003, trl=0.303)
     assert [row.side for row in results.rows(found)] == [row.side for row in report.bars(found)] == ["mlxdpo", "trl"]
-    assert "losses against float64: mlxdpo 1e-03, trl 1e-02" in report.title("long", found)
+    assert "losses against float64: mlxdpo 1e-03, trl 1e-02; fastest peer: trl" in report.title("long", found)
 
 
 def test_losses_far_from_the_start_are_not_compared():
@@ -244,7 +244,11 @@ def test_a_table_from_a_file(tmp_path, capsys, monkeypatch):
 
     main()
     title, head, ours, peer, dead = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert title == "hh: W, 2 pairs; losses agree to 0e+00" and head.split()[:3] == ["side", "seconds", "pairs/s"]
+    assert title == "hh: W, 2 pairs; losses agree to 0e+00; fastest peer: mlx-lm-lora" and head.split()[:3] == [
+        "side",
+        "seconds",
+        "pairs/s",
+    ]
     assert ours.split() == ["mlxdpo", "2.00", "(2.00-2.00)", "1", "1.00x", "(1.00-1.00)", "2", "-"]
     assert peer.split() == ["mlx-lm-lora", "4.00", "(4.00-4.00)", "0.5", "0.50x", "(0.50-0.50)", "2", "-"]
     assert dead.split() == ["trl", "-", "-", "-", "2", "-", "killed", "by", "the", "system:", "out", "of", "memory"]
