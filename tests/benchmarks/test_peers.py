@@ -244,11 +244,8 @@ def test_a_table_from_a_file(tmp_path, capsys, monkeypatch):
 
     main()
     title, head, ours, peer, dead = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert title == "hh: W, 2 pairs; losses agree to 0e+00; fastest peer: mlx-lm-lora" and head.split()[:3] == [
-        "side",
-        "seconds",
-        "pairs/s",
-    ]
+    assert title == "hh: W, 2 pairs; losses agree to 0e+00; fastest peer: mlx-lm-lora"
+    assert head.split()[:3] == ["side", "seconds", "pairs/s"]
     assert ours.split() == ["mlxdpo", "2.00", "(2.00-2.00)", "1", "1.00x", "(1.00-1.00)", "2", "-"]
     assert peer.split() == ["mlx-lm-lora", "4.00", "(4.00-4.00)", "0.5", "0.50x", "(0.50-0.50)", "2", "-"]
     assert dead.split() == ["trl", "-", "-", "-", "2", "-", "killed", "by", "the", "system:", "out", "of", "memory"]
