@@ -17,9 +17,7 @@ from benchmarks.peers.measure import Entrant, measure
 from benchmarks.peers.models import KINDS, random_model
 from benchmarks.peers.worker import Worker
 
-DESCRIPTION = (
-    "Measure mlxdpo against mlx-lm-lora, soup-cli and TRL, step by step in turn. See benchmarks/peers/__init__.py."
-)
+DESCRIPTION = "Measure mlxdpo against mlx-lm-lora, soup-cli and TRL, step by step. See benchmarks/peers/__init__.py."
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -35,12 +33,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--max-length", type=int, default=1024, help="tokens of a row of --data (default 1024)")
     add("--scale", type=float, default=1.0, help="multiply the lengths of all shapes, to try things out")
     models = ", ".join(("smollm2", *KINDS))
-    add(
-        "--models",
-        nargs="+",
-        default=["smollm2"],
-        help=f"{models}, or llama-like folders; all: the four (default smollm2)",
-    )
+    add("--models", nargs="+", default=["smollm2"], help=f"{models}, llama-like folders, or all (default smollm2)")
     add("--threads", type=int, default=os.cpu_count() or 1, help="of each side (default: all cores)")
     add("--timeout", type=float, default=3600, help="seconds a step may take (default 3600)")
     add("--python", nargs="+", default=[], metavar="SIDE=PATH", help="use this interpreter instead of installing")

@@ -24,7 +24,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def title(name: str, workload: dict[str, Any]) -> str:
-    """What was measured, and how well the sides agree."""
+    """What was measured, how well the sides agree, and which peer was the fastest."""
     void, (against, off) = disagreement(workload), gaps(workload)
     if void:
         agree = f"VOID: {void}"
@@ -35,7 +35,9 @@ def title(name: str, workload: dict[str, Any]) -> str:
     else:
         means = ", ".join(f"{n} {mean_loss(s):.4f}" for n, s in workload["sides"].items() if s["pairs"])
         agree = f"each side in its own batches; mean loss {means}"
-    return f"{name}: {workload['what']}, {workload['shape']}; {agree}"
+    peers = [row for row in rows(workload) if row.seconds and not row.side.startswith("mlxdpo")]
+    fastest = f"; fastest peer: {min(peers, key=lambda row: row.seconds or 0).side}" if peers and not void else ""
+    return f"{name}: {workload['what']}, {workload['shape']}; {agree}{fastest}"
 
 
 def table(results: dict[str, Any]) -> str:

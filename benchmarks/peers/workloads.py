@@ -118,8 +118,8 @@ def epoch_plan(file: Path, folder: Path, share: float, max_length: int) -> Plan:
     """One epoch of a file, or the first `share` of our steps and for the peers the same pairs in their own order.
 
     Ours keeps a prompt's pairs together. mlx-lm-lora sorts by length, cuts and shuffles the batches (each once here:
-    its own sampling repeats some and never meets others). TRL and soup-cli shuffle the pairs and cut; soup-cli drops the
-    last batch where it is short.
+    its own sampling repeats some and never meets others). TRL and soup-cli shuffle the pairs and cut; soup-cli
+    drops the last batch where it is short.
     """
     from mlxdpo.config import DataConfig
     from mlxdpo.data.dataset import encode_split, read_split

@@ -7,22 +7,25 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_models import write_model
+from tiny_models import tiny_model, write_model
 from tiny_tokenizers import base_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the folder of `benchmarks`, which no installation has
 
 from bench_sides import JOB, tiny_entrants
 
-from benchmarks.peers import report, results, workloads
+from benchmarks.peers import adapter, models, report, results, workloads
 from benchmarks.peers.__main__ import parse
 from benchmarks.peers.environments import SWITCHES, switches_of
 from benchmarks.peers.measure import Entrant, Record, measure, next_turn
 from benchmarks.peers.sides.mlx_lm_lora import Turns
-from benchmarks.peers.sides.protocol import Channel, Job
+from benchmarks.peers.sides.protocol import Channel, Job, placed
 from benchmarks.peers.worker import Gone, Worker
+from mlxdpo.config import LoraConfig
+from mlxdpo.model.adapters import attach_lora
 
 FAKE = """
 import itertools, os, threading
@@ -208,7 +211,7 @@ def test_without_float64_it_is_not_known_to_be_rounding():
 def test_the_exact_side_has_no_row_and_no_bar():
     found = against_exact(6000, mlxdpo=0.3003, trl=0.303)
     assert [row.side for row in results.rows(found)] == [row.side for row in report.bars(found)] == ["mlxdpo", "trl"]
-    assert "losses against float64: mlxdpo 1e-03, trl 1e-02" in report.title("long", found)
+    assert "losses against float64: mlxdpo 1e-03, trl 1e-02; fastest peer: trl" in report.title("long", found)
 
 
 def test_losses_far_from_the_start_are_not_compared():
@@ -241,7 +244,8 @@ def test_a_table_from_a_file(tmp_path, capsys, monkeypatch):
 
     main()
     title, head, ours, peer, dead = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert title == "hh: W, 2 pairs; losses agree to 0e+00" and head.split()[:3] == ["side", "seconds", "pairs/s"]
+    assert title == "hh: W, 2 pairs; losses agree to 0e+00; fastest peer: mlx-lm-lora"
+    assert head.split()[:3] == ["side", "seconds", "pairs/s"]
     assert ours.split() == ["mlxdpo", "2.00", "(2.00-2.00)", "1", "1.00x", "(1.00-1.00)", "2", "-"]
     assert peer.split() == ["mlx-lm-lora", "4.00", "(4.00-4.00)", "0.5", "0.50x", "(0.50-0.50)", "2", "-"]
     assert dead.split() == ["trl", "-", "-", "-", "2", "-", "killed", "by", "the", "system:", "out", "of", "memory"]
@@ -309,10 +313,32 @@ def test_an_epoch_shows_every_side_the_same_pairs(tmp_path, cache):
     seen = {name: sorted(itertools.chain(*steps)) for name, steps in plan.steps.items()}
     assert seen["mlxdpo"] == seen["mlx-lm-lora"] == seen["trl"] and not plan.same
     assert 8 < len(set(seen["trl"])) == len(seen["trl"]) < 20 < len(plan.pairs)
+    assert set(seen["soup-cli"]) <= set(seen["trl"]) and len(seen["trl"]) - len(seen["soup-cli"]) < 4
     for name in ("mlx-lm-lora", "trl"):
         sizes = [len(step) for step in plan.steps[name]]
         assert sorted(sizes, reverse=True)[:-1] == [4] * (len(sizes) - 1)
     assert len(plan.steps["trl"][0]) == 4  # its short batch comes last
+
+
+def test_the_adapter_stands_where_the_weights_are(tmp_path, cache):
+    folder = write_model(tmp_path / "model", base_tokenizer(), "llama", seed=3)
+    keys = ("self_attn.q_proj", "mlp.down_proj", "linear_attn.out_proj")
+    adapter.write_adapter(folder, tmp_path / "adapter.safetensors", keys)
+    arrays = mx.load(str(tmp_path / "adapter.safetensors"))
+    assert len(arrays) == 3 * 2 * 2 and arrays["model.layers.2.mlp.down_proj.lora_a"].shape == (64, adapter.RANK)
+    model = tiny_model("llama")
+    attach_lora(model, LoraConfig(rank=adapter.RANK, keys=list(keys[:2])))
+    assert {name for name, _ in placed(arrays, model)} == set(arrays)
+    inside = {name.removeprefix("model."): a for name, a in arrays.items()}
+    assert {name for name, _ in placed(inside, model)} == set(arrays)
+    with pytest.raises(RuntimeError, match=r"the model and the adapter differ, e.g. by model\.layers\.2"):
+        placed(dict(list(arrays.items())[4:]), model)
+
+
+def test_other_models_have_what_their_adapters_are_for():
+    for kind in models.KINDS.values():
+        assert len(kind.keys) == len(set(kind.keys)) >= 2 and kind.sizes["num_hidden_layers"] <= 4
+    assert parse(["--models", "all"]).models == ["smollm2", *models.KINDS]
 
 
 def test_a_peer_gets_each_step_as_a_data_set(tmp_path, monkeypatch):

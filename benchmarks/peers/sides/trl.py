@@ -1,4 +1,6 @@
-"""TRL's side: its `DPOTrainer` on the processor (or, switched to `mps`, on a Mac's GPU), untouched, its steps held and timed by a callback.
+"""TRL's side: its `DPOTrainer`, untouched, its steps held and timed by a callback.
+
+On the processor or, switched to `mps`, on a Mac's GPU.
 
 Its data set is replaced by token ids, as its own tokenising would leave them, in the job's order. Its optimizer, its
 loss (with its own fused head) and its reference (the adapter switched off, computed in every step) are its defaults.
