@@ -81,7 +81,8 @@ def offered_levels(model: nn.Module) -> list[Level]:
 def _said(error: BaseException) -> str:
     if isinstance(error, NoFastWay):
         return str(error)
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+    text = (str(error).splitlines() or [""])[0]
+    return f"its code cannot be run so ({type(error).__name__}: {text.replace('mlxdpo.forward.packed.', '')[:100]})"
 
 
 def probe_batch(head: Head) -> Batch:

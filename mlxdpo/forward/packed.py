@@ -89,7 +89,12 @@ class Packed(mlx_lm._BaseCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """What mlx-lm's attention calls."""
+        self.keys, self.values = keys, values
         return keys, values
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """For layers that attend to this one's (gemma3n)."""
+        return self.keys, self.values
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> PackedMask:
         """What mlx-lm calls where it makes a mask."""
