@@ -188,7 +188,7 @@ def test_mlx_keeps_what_the_formula_says(case):
     model = tiny_model(kind, 1000, hidden_size=256, num_hidden_layers=8, intermediate_size=512, head_dim=64)
     pairs, config = pairs_of(lengths), LoraConfig(rank=8, **lora)
     attach_lora(model, config)
-    level = level_of(model, "prefix" if case == "padded" else "packed")
+    level = level_of(model, "prefix" if case in ("padded", "one map") else "packed")
     at = planned_batch(Examples.of(pairs), tuple(range(len(pairs))), level).layout
     shape = Shape(8, 256, 512, 4, 2, 64, 1000, 4, 6 if kind == "qwen3" else 0)
     setting = Setting(checkpoint, 2, 1, AttentionCost(SHORT + 1 if this_machine().kind == "cpu" else 0))
