@@ -72,7 +72,7 @@ def sampled(bench: Bench, number: int, kl: bool) -> dict[str, list[float]]:
 def divergence(model: nn.Module, rows: RolloutRows) -> list[float]:
     """KL(policy || its start) along each row, exact per step, summed: nats (arXiv 2305.18290 section 6.1, footnote 3).
 
-    Layers below the first adapter are computed once for both. Raises `NoFastWay` for a model whose head cannot be found.
+    Layers below the first adapter are computed once for both. Raises `NoFastWay` where the head cannot be found.
     """
     head = find_head(model)
     rows, result = with_lower(model, rows, ROWS), []

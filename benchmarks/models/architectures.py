@@ -49,8 +49,8 @@ SIZES: Sequence[tuple[Any, str]] = [
         16,
         "head_dim kv_channels hidden_size_per_head mamba_d_head mamba_head_dim kv_lora_rank q_lora_rank v_head_dim "
         "qk_nope_head_dim linear_key_head_dim linear_value_head_dim index_head_dim mamba_d_state state_size "
-        "ssm_state_size chunk_size mamba_chunk_size swa_head_dim swa_v_head_dim a_low_rank_dim v_low_rank_dim gate_low_rank_dim "
-        "decay_low_rank_dim block_multiple_of",
+        "ssm_state_size chunk_size mamba_chunk_size swa_head_dim swa_v_head_dim a_low_rank_dim v_low_rank_dim "
+        "gate_low_rank_dim decay_low_rank_dim block_multiple_of",
     ),
     (
         32,
