@@ -274,12 +274,13 @@ def start_check(shape: Shape, at: BatchLayout, attention: AttentionCost) -> int:
     given, shape, whole = shape, shape._replace(item=FLOAT), at._replace(level="plain")
     unfused = attention._replace(score_from=0 if attention.chunked_from == 0 else math.inf)
     logps = table + max(forward_memory(shape, whole, unfused), forward_memory(shape, at, attention))
-    return max(logps, _gradient_check(given, attention))
+    return max(logps, _gradient_check(given, at, attention))
 
 
-def _gradient_check(shape: Shape, attention: AttentionCost) -> int:
+def _gradient_check(shape: Shape, first: BatchLayout, attention: AttentionCost) -> int:
     """Bytes of a backward pass through full rows and full logits of the beginning of one pair, every layer kept."""
-    at = BatchLayout(1, 0, 2, sum(LONGEST), 2 * sum(LONGEST), 2 * LONGEST[1], "plain")
+    length = min(sum(LONGEST), first.shared + first.width)
+    at = BatchLayout(1, 0, 2, length, 2 * length, min(2 * LONGEST[1], first.scored), "plain")
     vectors = Trained(shape.layers, 0, 0, frozenset())
     setting = Setting(False, 0, 1, attention._replace(chunked_from=math.inf))
     backward = max(block_backward(shape, vectors, at, setting), plain_logits_memory(shape, at))

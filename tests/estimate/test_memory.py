@@ -233,6 +233,7 @@ def test_which_attention_a_mac_is_planned_with(fake_mac, kind, sizes, expected):
 
 
 def test_what_is_in_flight_is_counted_beside_a_step():
-    ahead = total(setting=SQUARES._replace(in_flight=10**9)).peak - total().peak
+    step = lambda setting: total(setting=setting).phases["backward"]  # noqa: E731
+    ahead = step(SQUARES._replace(in_flight=10**9)) - step(SQUARES)
     assert 0 < ahead <= 10**9 * TINY.item
-    assert total(setting=SQUARES._replace(in_flight=7)).peak - total().peak == 7 * TINY.item
+    assert step(SQUARES._replace(in_flight=7)) - step(SQUARES) == 7 * TINY.item
