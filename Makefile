@@ -41,9 +41,11 @@ faults: $(VENV)/.dev
 parity: $(PARITY)/.ready
 	$(PARITY)/bin/python -m pytest -m parity
 
-# Which architectures compute what transformers computes: the table of docs/models.md. Two minutes on one core.
+# Which architectures compute what transformers computes, and how far the fast way reaches in each of mlx-lm's: the
+# tables of docs/models.md. Two minutes on one core each.
 models: $(PARITY)/.ready
 	$(PARITY)/bin/python -m benchmarks.models --write docs/models.md
+	$(PARITY)/bin/python -m benchmarks.models.levels --write docs/models.md
 
 # Do the evaluation's intervals hold the truth? A few minutes on one core.
 coverage: $(VENV)/.dev

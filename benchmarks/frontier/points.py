@@ -21,7 +21,7 @@ from mlxdpo.data.encode import encode_prompt
 from mlxdpo.demo.material import bundled
 from mlxdpo.demo.rewards import REWARDS
 from mlxdpo.forward import fused_head as heads
-from mlxdpo.forward.architectures import model_parts
+from mlxdpo.forward.find_head import find_head
 from mlxdpo.io.atomic import append_line
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.model.adapters import adapters_off, attach_lora, load_arrays
@@ -72,13 +72,11 @@ def sampled(bench: Bench, number: int, kl: bool) -> dict[str, list[float]]:
 def divergence(model: nn.Module, rows: RolloutRows) -> list[float]:
     """KL(policy || its start) along each row, exact per step, summed: nats (arXiv 2305.18290 section 6.1, footnote 3).
 
-    Layers below the first adapter are computed once for both. Raises `ValueError` for a model without known parts.
+    Layers below the first adapter are computed once for both. Raises `NoFastWay` where the head cannot be found.
     """
-    trunk = model_parts(model)
-    if trunk is None:
-        raise ValueError(f"{type(model).__module__}: the parts of this model are not known (model/trunk.py)")
+    head = find_head(model)
     rows, result = with_lower(model, rows, ROWS), []
-    logits_of = lambda states: lambda here: heads.logits(trunk.head, states[:, here])  # noqa: E731
+    logits_of = lambda states: lambda here: heads.logits(head, states[:, here])  # noqa: E731
     for at in portions(rows.tokens.shape[0], ROWS):
         part = rows.part(at)
         tuned = _states(model, part)

@@ -43,11 +43,8 @@ def compare_all(kinds: Sequence[str]) -> dict[str, Comparison]:
 
 def table(found: dict[str, Comparison]) -> str:
     """The table and what it adds up to, in Markdown."""
-    rows = [
-        (f"`{name}`", WORDS[one.verdict], _alone(one), "yes" if one.fast else "", one.note)
-        for name, one in found.items()
-    ]
-    head = ("architecture", "log-probs against torch", "mlx-lm alone", "fast way", "notes")
+    rows = [(f"`{name}`", WORDS[one.verdict], _alone(one), one.note) for name, one in found.items()]
+    head = ("architecture", "log-probs against torch", "mlx-lm alone", "notes")
     counts = Counter(one.verdict for name, one in found.items() if ":" not in name)
     worst = max(one.gap for one in found.values() if one.gap is not None)
     tried = sum(counts.values()) - counts["not tried"]

@@ -40,17 +40,17 @@ SIZES: Sequence[tuple[Any, str]] = [
     ),
     (
         2,
-        "num_key_value_heads num_kv_heads n_kv_heads num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k "
+        "num_key_value_heads num_kv_heads n_kv_heads num_experts_per_tok num_experts_per_token moe_topk moe_top_k "
         "linear_num_key_heads index_n_heads sliding_window_pattern layer_group_size mamba_expand decoder_sparse_step "
         "num_kv_reuse_layers zero_expert_num attn_layer_period expert_layer_period conv_window num_attention_groups "
-        "swa_num_key_value_heads cla_share_factor num_loops",
+        "swa_num_key_value_heads cla_share_factor num_loops moe_k",
     ),
     (
         16,
         "head_dim kv_channels hidden_size_per_head mamba_d_head mamba_head_dim kv_lora_rank q_lora_rank v_head_dim "
-        "qk_nope_head_dim linear_key_head_dim linear_value_head_dim index_head_dim mamba_d_state state_size ssm_state_size "
-        "chunk_size mamba_chunk_size swa_head_dim swa_v_head_dim a_low_rank_dim v_low_rank_dim gate_low_rank_dim "
-        "decay_low_rank_dim block_multiple_of",
+        "qk_nope_head_dim linear_key_head_dim linear_value_head_dim index_head_dim mamba_d_state state_size "
+        "ssm_state_size chunk_size mamba_chunk_size swa_head_dim swa_v_head_dim a_low_rank_dim v_low_rank_dim "
+        "gate_low_rank_dim decay_low_rank_dim block_multiple_of",
     ),
     (
         32,
@@ -118,6 +118,7 @@ OWN: Mapping[str, Mapping[str, Any]] = {
         "rope_parameters": {"full_attention": ROPE | {"partial_rotary_factor": 0.5}, "sliding_attention": ROPE},
     },
     "glm_moe_dsa": MLA | GROUPED | {"rope_parameters": ROPE},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "hunyuan": {"moe_intermediate_size": 32, "rope_scaling": {"alpha": 2.0, "factor": 1.0, "type": "dynamic"}},
     "kimi_k3": {
         "num_key_value_heads": 4,
@@ -148,7 +149,11 @@ OWN: Mapping[str, Mapping[str, Any]] = {
         "final_logit_softcapping": 30.0,
         "num_shared_experts": 0,
     },
-    "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe", "mlp"], "moe_latent_size": 32, "time_step_limit": (0.0, 1e9)},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "moe", "mlp"],
+        "moe_latent_size": 32,
+        "time_step_limit": (0.0, 1e9),
+    },
     "plamo": {"n_shared_head": 2},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "logits_soft_cap": 30.0, "num_key_value_heads": 1},
     "seed_oss": {"tie_word_embeddings": False},

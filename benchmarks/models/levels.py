@@ -1,7 +1,7 @@
 """How far the fast way reaches in each architecture of mlx-lm: values and gradients against the plain way.
 
-`python -m benchmarks.models.levels [KIND ...] [--write FILE]`; needs no torch. Each architecture is measured in a process
-of its own, with a limit of CPU time: what a model file does with a tiny configuration may be anything.
+`python -m benchmarks.models.levels [KIND ...] [--write FILE]`; needs no torch. Each architecture is measured in its own
+process, with a limit of CPU time: what a model file does with a tiny configuration may be anything.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def table(found: dict[str, Reach]) -> str:
     ]
     head = ("model file", "head", "prefix", "packing", "checkpoint", "worst difference", "why not more")
     total = (
-        f"{len(found)} model files of mlx-lm, {len(tried)} that can be trained here: {len(fast)} with fused head, shared "
-        f"prefix and checkpointing ({len(fast) / len(tried):.0%}), {len(packed)} of them packed "
+        f"{len(found)} model files of mlx-lm, {len(tried)} that can be trained here: {len(fast)} with fused head, "
+        f"shared prefix and checkpointing ({len(fast) / len(tried):.0%}), {len(packed)} of them packed "
         f"({len(packed) / len(tried):.0%}). The worst difference is in nats of a completion, and relative of the "
         f"gradient of adapters on every linear layer."
     )
@@ -151,7 +151,7 @@ def table(found: dict[str, Reach]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and write; exit status 1 where a file that can be trained is left to the plain way wrongly."""
+    """Measure, print, and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models.levels", description=__doc__)
     parser.add_argument("kinds", nargs="*", help="model files; all where none is given")
     parser.add_argument("--write", type=Path, help="file with the markers")

@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from benchmarks.models.tiny import pairs, tiny_model, torch_logps
-from mlxdpo.forward.architectures import model_parts
 from mlxdpo.inference.trained_run import model_logps
 from mlxdpo.model.policy import load_folder
 from mlxdpo.types import Example, UserError
@@ -24,7 +23,7 @@ class Comparison(NamedTuple):
     """How an architecture compares. `gap` is the largest difference of a completion's log-prob, nats.
 
     `alone` is what mlx-lm by itself makes of the same folder: the difference, or its error. Up to `longest` tokens the
-    rows were compared; beyond, they are refused. `fast` says whether the shared-prefix way knows its parts.
+    rows were compared; beyond, they are refused.
     """
 
     kind: str
@@ -32,7 +31,6 @@ class Comparison(NamedTuple):
     gap: float | None = None
     alone: str = ""
     longest: int | None = None
-    fast: bool = False
     note: str = ""
 
 
@@ -57,11 +55,11 @@ def compare(kind: str, changes: Mapping[str, Any] = {}) -> Comparison:
             return Comparison(kind, "refused", alone=alone, note=note)
         except Exception as error:  # a traceback is what this is to find
             return Comparison(kind, "different", alone=alone, note=f"{type(error).__name__}: {_first(error)}")
-    fast, verdict = model_parts(model) is not None, "different"
+    verdict: Verdict = "different"
     if gap <= EQUAL:
         verdict = "equal" if _is_small(alone) and reading.longest is None else "normalised"
     why = "" if reading.longest is None else f"rows up to {reading.longest} tokens: beyond, {reading.why}"
-    return Comparison(kind, verdict, gap, alone, reading.longest, fast, why)
+    return Comparison(kind, verdict, gap, alone, reading.longest, why)
 
 
 def _fits(longest: int | None, prompt: list[int], *completions: list[int]) -> bool:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from mlxdpo.forward.fused_head import chunk_of
 from mlxdpo.training.plan import BatchLayout
+from mlxdpo.training.preflight import LONGEST
 
 AHEAD = 3  # chunks whose arrays exist at once, where there are several: MLX allocates before it computes
 LOGITS = 2  # float32 arrays of a chunk's logits that exist at once: themselves and their exponentials
@@ -267,12 +268,23 @@ def plain_logits_memory(shape: Shape, at: BatchLayout) -> int:
 
 
 def start_check(shape: Shape, at: BatchLayout, attention: AttentionCost) -> int:
-    """Bytes of the start's comparison of the fast way with the plain one, both in float32, on one pair or two, before
-    it attends in chunks of its own: of the larger of the two, and of the embedding in float32."""
+    """Bytes of the start's comparison of the fast way with the plain one, on one pair or two, before it attends in
+    chunks of its own: of the largest pass, log-probs in float32 and so with the embedding, or gradients."""
     table = shape.vocabulary * shape.hidden * FLOAT if shape.item != FLOAT else 0
-    shape, whole = shape._replace(item=FLOAT), at._replace(level="plain")
+    given, shape, whole = shape, shape._replace(item=FLOAT), at._replace(level="plain")
     unfused = attention._replace(score_from=0 if attention.chunked_from == 0 else math.inf)
-    return table + max(forward_memory(shape, whole, unfused), forward_memory(shape, at, attention))
+    logps = table + max(forward_memory(shape, whole, unfused), forward_memory(shape, at, attention))
+    return max(logps, _gradient_check(given, at, attention))
+
+
+def _gradient_check(shape: Shape, first: BatchLayout, attention: AttentionCost) -> int:
+    """Bytes of a backward pass through full rows and full logits of the beginning of one pair, every layer kept."""
+    length = min(sum(LONGEST), first.shared + first.width)
+    at = BatchLayout(1, 0, 2, length, 2 * length, min(2 * LONGEST[1], first.scored), "plain")
+    vectors = Trained(shape.layers, 0, 0, frozenset())
+    setting = Setting(False, 0, 1, attention._replace(chunked_from=math.inf))
+    backward = max(block_backward(shape, vectors, at, setting), plain_logits_memory(shape, at))
+    return kept(shape, vectors, at, setting) + plain_logits_memory(shape, at) + backward
 
 
 def forward_memory(shape: Shape, at: BatchLayout, attention: AttentionCost) -> int:

@@ -82,14 +82,21 @@ class PackedMask(str):
 
 
 class Packed(mlx_lm._BaseCache):
-    """The cache of one layer: `offset` (N,) is each token's position."""
+    """The cache of one layer: `offset` (N,) is each token's position. With `shared` it keeps keys and values for
+    another layer, which a checkpoint would have to give out."""
 
-    def __init__(self, layout: PackedLayout):
-        self.layout, self.offset = layout, layout.offset
+    def __init__(self, layout: PackedLayout, shared: bool):
+        self.layout, self.offset, self.shared = layout, layout.offset, shared
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """What mlx-lm's attention calls."""
+        if self.shared:
+            self.keys, self.values = keys, values
         return keys, values
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """For layers that attend to an earlier one's (gemma3n)."""
+        return self.keys, self.values
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> PackedMask:
         """What mlx-lm calls where it makes a mask."""
@@ -103,8 +110,11 @@ def _heads_first(a: mx.array) -> mx.array:
     return a.swapaxes(1, 2)
 
 
-def packed_states(model: nn.Module, head: Head, batch: Batch) -> mx.array:
-    """(M, D): what enters the head at each of `batch.rest`. Raises `NoFastWay` for a model that cannot be packed."""
+def packed_states(model: nn.Module, head: Head, batch: Batch, shared: bool = True) -> mx.array:
+    """(M, D): what enters the head at each of `batch.rest`; `shared` says that layers read other layers' caches.
+
+    Raises `NoFastWay` for a model that cannot be packed.
+    """
     caches = mlx_lm.make_prompt_cache(model)
     if not all(isinstance(cache, (mlx_lm.KVCache, mlx_lm.RotatingKVCache)) for cache in caches):
         raise NoFastWay("a layer keeps more than keys and values")
@@ -112,4 +122,4 @@ def packed_states(model: nn.Module, head: Head, batch: Batch) -> mx.array:
         raise NoFastWay("its attention is written out in its own file")
     layout, prefix = PackedLayout(batch), batch.prefix
     tokens = mx.concatenate([prefix.reshape(-1), batch.rest])[:, None]
-    return hidden_states(model, head, tokens, [Packed(layout) for _ in caches])[prefix.size :, 0]
+    return hidden_states(model, head, tokens, [Packed(layout, shared) for _ in caches])[prefix.size :, 0]

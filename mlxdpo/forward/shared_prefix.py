@@ -19,6 +19,7 @@ from mlxdpo.forward.find_head import NoFastWay, hidden_states
 from mlxdpo.forward.fused_head import Head
 from mlxdpo.forward.patch_mlx_lm import causal_mask, patched
 from mlxdpo.forward.token_rows import Spread
+from mlxdpo.forward.watch import watched_layers
 
 
 class WholeCache(mlx_lm.ConcatenateKVCache):
@@ -32,8 +33,22 @@ class WholeCache(mlx_lm.ConcatenateKVCache):
 
     def __init__(self, max_size: int | None = None):
         super().__init__()
-        self.max_size = max_size
+        self.max_size, self.last, self.read = max_size, False, False
         self.windows: set[int | None] = set()
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """What mlx-lm's attention calls. What nobody reads again is not kept: a checkpoint would give it out."""
+        if self.keys is not None:
+            keys, values = (mx.concatenate(both, axis=2) for both in ((self.keys, keys), (self.values, values)))
+        if not self.last:
+            self.keys, self.values = keys, values
+        self.offset = keys.shape[2]
+        return keys, values
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """For whom attends to an earlier layer's (afm7)."""
+        self.read = True
+        return self.keys, self.values
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """What mlx-lm calls where it makes a mask, for `N` queries."""
@@ -93,13 +108,35 @@ def whole_states(model: nn.Module, head: Head, tokens: mx.array) -> mx.array:
     return hidden_states(model, head, tokens, fresh_caches(model))
 
 
-def prefixed_states(model: nn.Module, head: Head, prefix: mx.array, suffix: mx.array, spread: Spread) -> mx.array:
-    """(G, P) and (R, S) token ids -> (R, S, D), what enters the head at the suffixes. P may be 0."""
+def prefixed_states(
+    model: nn.Module, head: Head, prefix: mx.array, suffix: mx.array, spread: Spread, shared: bool = True
+) -> mx.array:
+    """(G, P) and (R, S) token ids -> (R, S, D), what enters the head at the suffixes. P may be 0; `shared` says that
+    layers read other layers' caches."""
     cache = fresh_caches(model)
     if prefix.shape[1]:
         hidden_states(model, head, prefix, cache)
         cache = _spread(cache, spread)
+    for one in cache:
+        if isinstance(one, WholeCache):
+            one.last = not shared
     return hidden_states(model, head, suffix, cache)
+
+
+def shares_caches(model: Any) -> bool:
+    """Whether what a layer leaves in its cache is read again in the same pass, by another layer or around them."""
+    given: list[int] = []
+
+    def note(own: Any, *args: Any, **kwargs: Any) -> Any:
+        """A layer's call."""
+        caches = [one for one in (*args, *kwargs.values()) if isinstance(one, mlx_lm._BaseCache)]
+        given.extend(map(id, caches))
+        return own(*args, **kwargs)
+
+    caches = fresh_caches(model)
+    with watched_layers(model, lambda layer: note):
+        model(mx.zeros((1, 2), mx.int32), cache=caches)
+    return len(set(given)) < len(given) or any(getattr(cache, "read", False) for cache in caches)
 
 
 def _spread(tree: Any, spread: Callable[[mx.array], mx.array]) -> Any:

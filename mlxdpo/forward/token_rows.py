@@ -123,7 +123,7 @@ def spreader(group: mx.array, rows_per_prompt: int | None) -> Spread:
     def repeat(a: mx.array) -> mx.array:
         """A broadcast, whose gradient is a plain sum."""
         wide = mx.broadcast_to(a[:, None], (a.shape[0], rows_per_prompt, *a.shape[1:]))
-        return wide.reshape(-1, *a.shape[1:])
+        return wide.reshape(wide.shape[0] * rows_per_prompt, *a.shape[1:])  # of an empty array too
 
     return repeat
 

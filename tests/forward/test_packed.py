@@ -1,4 +1,4 @@
-"""Distinct tokens without padding against full rows and full logits: exact, for every white-listed architecture."""
+"""Distinct tokens without padding against full rows and full logits: exact, for tiny models of all kinds."""
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -18,7 +18,7 @@ from benchmarks.models.tiny import VARIANTS, shared_types
 # transformers warns about names that its own models still use.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
-PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8").partition("<!-- models: end")[0]
 CASES = [(kind, "", {}) for kind in shared_types()] + [
     (kind, name, changes) for kind, some in VARIANTS.items() for name, changes in some.items()
 ]

@@ -67,7 +67,7 @@ ROUNDED = {
     "forward/test_vocabulary.py::test_token_logps_have_no_bias_over_a_large_vocabulary": "Metal's fused cross-entropy",
     "docs/test_readme.py::test_every_mlxdpo_command_runs_in_order": "bfloat16",
     "training/test_objective_runs.py::test_a_step_is_the_same_however_it_is_cut": "bfloat16",
-    "training/test_preflight.py::test_a_model_off_the_white_list_takes_the_plain_way_to_the_same_run": "bfloat16",
+    "training/test_preflight.py::test_a_model_without_a_fast_way_takes_the_plain_way_to_the_same_run": "bfloat16",
     "training/test_stages.py::test_however_a_window_is_cut_it_is_one_trajectory": "bfloat16",
     "training/test_stages.py::test_the_supervised_step_is_the_mean_over_completion_tokens": "bfloat16",
     "training/test_step.py::test_batch_times_accumulation_walks_one_trajectory": "bfloat16",

@@ -22,7 +22,10 @@ from benchmarks.peers.sides.protocol import Channel, Job, placed, serve
 from mlxdpo.config import Config
 from mlxdpo.data import batching
 from mlxdpo.data.planning import Indices, outline, plan_epoch
-from mlxdpo.forward import fused_head, logprobs, patch_mlx_lm
+from mlxdpo.forward import fused_head, levels, patch_mlx_lm
+from mlxdpo.forward.choose_forward import forward_fns
+from mlxdpo.forward.find_head import NoFastWay
+from mlxdpo.forward.levels import PLAIN
 from mlxdpo.losses import resolve
 from mlxdpo.machine import openblas
 from mlxdpo.machine.device import this_machine
@@ -72,9 +75,14 @@ def _rows_of_each_pair(pairs: list[Example]) -> tuple[list[batching.DistinctRow]
     return rows, np.arange(len(rows), dtype=np.int32).reshape(-1, 2)
 
 
+def _refuse(*_: Any) -> Any:
+    """Stands for the level above `prefix`."""
+    raise NoFastWay("packing is switched off")
+
+
 SWITCHES: dict[str, Switch] = {
     "no-lanes": Switch(openblas, "stream_count", lambda: 1),
-    "no-packing": Switch(logprobs, "packing_is_worth_it", lambda prompts, rows, rest: False),
+    "no-packing": Switch(levels, "packed_states", _refuse),
     "chunked-head": Switch(fused_head, "is_frozen", lambda head: False),
     "ungrouped": Switch(batching, "distinct_rows", _rows_of_each_pair),
     "mlx-attention": Switch(patch_mlx_lm, "chunking_is_faster", lambda kind, keys, fused: False),
@@ -109,9 +117,8 @@ def run(job: Job, channel: Channel) -> None:
         SWITCHES[name].turn()
     config = configure(job)
     policy = load_policy(config.model)
-    ways = logprobs.forward_fns(policy.model, config.train.gradient_checkpointing)
-    if "plain" in job.switches:
-        ways = logprobs.PLAIN_FORWARD
+    plain = PLAIN if "plain" in job.switches else None
+    ways = forward_fns(policy.model, config.train.gradient_checkpointing, plain)
     arrays = ([np.array(p[k], np.int32) for k in ("prompt", "chosen", "rejected")] for p in job.read_pairs())
     examples = [Example(*ids, where=f"pair {i}") for i, ids in enumerate(arrays)]
     # What `light_attention` does; asked for MLX's attention, it must still exchange the other part.
