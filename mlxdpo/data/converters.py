@@ -17,18 +17,20 @@ from mlxdpo.data.fields import (
     one_answer,
     prompt_of_row,
     prompt_turns,
-    split_last_turns,
     split_transcripts,
 )
 from mlxdpo.data.report import BadRow
+from mlxdpo.data.trajectories import Judged, judged_answer, pair_of_answers, pair_of_conversations
 from mlxdpo.types import Message, Preference, Text, UnpairedExample
 
-Items = Sequence[Preference | UnpairedExample]
+Items = Judged
 
 
 def text_pair(row: Row) -> Items:
-    """Plain prompt and completions, as they stand."""
+    """Plain prompt and completions, as they stand, or two trajectories behind a prompt."""
     prompt = prompt_of_row(row.values, "prompt")
+    if (pair := pair_of_answers(row, as_turns(prompt))) is not None:
+        return [pair]
     return [_preference(row, prompt, answer(row.values, "chosen", prompt), answer(row.values, "rejected", prompt))]
 
 
@@ -51,27 +53,35 @@ def _with_system(row: Row, column: str) -> Items:
 
 
 def implicit(row: Row) -> Items:
-    """The prompt is the turns that both conversations share; what differs is one assistant turn."""
-    return [_preference(row, *split_last_turns(row.values))]
+    """The prompt is the turns that both conversations share; what differs is one assistant turn, or all that follow."""
+    return [_parted(row)]
+
+
+def _parted(row: Row) -> Preference:
+    """Two conversations as a pair: plain where they differ in the last turn alone."""
+    chosen, rejected = fields.messages(row.values, "chosen"), fields.messages(row.values, "rejected")
+    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(chosen))
+    if not len(chosen) == len(rejected) == shared + 1:
+        return pair_of_conversations(row, chosen, rejected)
+    answers = one_answer(chosen[shared:], "chosen"), one_answer(rejected[shared:], "rejected")
+    return _preference(row, prompt_turns(chosen[:shared]), *answers)
 
 
 def turns(row: Row) -> Items:
-    """A text prompt beside whole conversations that repeat it, or beside the assistant turn alone."""
+    """A text prompt beside whole conversations that repeat it, or beside the assistant turns alone."""
     conversations = [fields.messages(row.values, name) for name in ("chosen", "rejected")]
-    if all(len(turns) == 1 for turns in conversations):
+    if all(len(turns) == 1 or turns[0].role == "assistant" for turns in conversations):
         return text_pair(row)
-    prompt, chosen, rejected = split_last_turns(row.values)
-    asked, said = (
-        _squeezed(fields.checked_text(row.values, "prompt")),
-        [_squeezed(m.content) for m in prompt if m.content],
-    )
+    pair = _parted(row)
+    asked = _squeezed(fields.checked_text(row.values, "prompt"))
+    said = [_squeezed(m.content) for m in conversations[0][: len(pair.prompt) + (pair.context or 0)] if m.content]
     if not any(asked in turn or turn in asked for turn in said if turn):
         raise BadRow(
             reasons.PROMPT_MISMATCH,
             '"prompt" is in none of the shared turns of "chosen" and "rejected"; '
             "set data.format to implicit if the turns are right",
         )
-    return [_preference(row, prompt, chosen, rejected)]
+    return [pair]
 
 
 def _squeezed(text: str) -> str:
@@ -84,8 +94,10 @@ def hh(row: Row) -> Items:
 
 
 def opinion(row: Row) -> Items:
-    """One completion with a thumb up or down."""
+    """One completion, or a trajectory, with a thumb up or down."""
     prompt = prompt_of_row(row.values, "prompt")
+    if (judged := judged_answer(row, as_turns(prompt), fields.flag(row.values, "label"))) is not None:
+        return [judged]
     completion = answer(row.values, "completion", prompt)
     if not isinstance(completion, str):
         prompt = as_turns(prompt)
@@ -93,8 +105,10 @@ def opinion(row: Row) -> Items:
 
 
 def demonstration(row: Row) -> Items:
-    """One completion that is worth imitating."""
+    """One completion, or a trajectory, that is worth imitating."""
     prompt = prompt_of_row(row.values, "prompt")
+    if (judged := judged_answer(row, as_turns(prompt), True)) is not None:
+        return [judged]
     completion = answer(row.values, "completion", prompt)
     return [UnpairedExample(prompt if isinstance(completion, str) else as_turns(prompt), completion, True, row.where)]
 

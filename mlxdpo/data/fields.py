@@ -31,10 +31,11 @@ _WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"
 
 
 class Row(NamedTuple):
-    """One row of a source with the place it came from ("pairs.jsonl:37")."""
+    """One row of a source with the place it came from ("pairs.jsonl:37"); `credit` is `data.credit`."""
 
     where: str
     values: Mapping[str, Any]
+    credit: str | None = None
 
 
 class Kind(NamedTuple):
@@ -74,6 +75,8 @@ TEXT_OR_MESSAGES = Kind("text or messages", lambda value: isinstance(value, str)
 NUMBER = Kind("a number", is_number)
 FLAG = Kind("true or false", is_flag)
 TEXTS = Kind("a list of text", lambda v: isinstance(v, list) and bool(v) and all(isinstance(t, str) for t in v))
+FLAGS = Kind("a list of true or false", lambda v: isinstance(v, list) and bool(v) and all(is_flag(f) for f in v))
+STEPS = Kind("a list of steps", is_messages)
 NUMBERS = Kind("a list of numbers", lambda v: isinstance(v, list) and bool(v) and all(is_number(n) for n in v))
 
 
@@ -253,23 +256,6 @@ def one_answer(turns: tuple[Message, ...], name: str) -> tuple[Message, ...]:
     if not turns[0].content.strip() and not turns[0].extra.get("tool_calls"):
         raise BadRow(reasons.EMPTY_COMPLETION, f'the assistant turn of "{name}" is empty; expected a completion')
     return turns
-
-
-def split_last_turns(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], Text, Text]:
-    """Two conversations as prompt, chosen, rejected: the shared leading turns, then one assistant turn each."""
-    chosen, rejected = fields.messages(row, "chosen"), fields.messages(row, "rejected")
-    if chosen == rejected:
-        raise BadRow(reasons.IDENTICAL, '"chosen" and "rejected" are the same')
-    pairs = zip(chosen, rejected, strict=False)
-    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
-    if not len(chosen) == len(rejected) == shared + 1:
-        raise BadRow(
-            reasons.DIVERGED,
-            f'"chosen" ({len(chosen)} turns) and "rejected" ({len(rejected)}) part at turn {shared + 1}; '
-            "expected them to differ in the last turn only",
-        )
-    answers = one_answer(chosen[shared:], "chosen"), one_answer(rejected[shared:], "rejected")
-    return prompt_turns(chosen[:shared]), *answers
 
 
 def split_transcripts(row: Mapping[str, Any]) -> tuple[Text, Text, Text]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from mlxdpo.data import converters, fields, reasons
+from mlxdpo.data import converters, fields, reasons, trajectories
 from mlxdpo.data.converters import Items
 from mlxdpo.data.fields import Kind, Row, describe_type, is_number
 from mlxdpo.data.report import BadRow
@@ -23,6 +23,8 @@ from mlxdpo.types import Extras, Preference, UnpairedExample, UserError
 # Only a named column counts: published sets have columns of these names that mean something else.
 
 Item = Preference | UnpairedExample
+Part = Item | BadRow
+"""What a row gives: items, and why a part of it is none."""
 
 
 class ExtraColumn(NamedTuple):
@@ -40,7 +42,7 @@ COLUMNS = {
 }
 
 
-def with_extras(items: Sequence[Item], rows: Sequence[Row], columns: Mapping[str, str]) -> Iterator[Item]:
+def with_extras(items: Sequence[Part], rows: Sequence[Row], columns: Mapping[str, str]) -> Iterator[Part]:
     """The items of a row, or of the gathered rows of a prompt, with what its named columns say.
 
     Raises `BadRow` for a value that is none, and for a row that makes several pairs, of which none owns the number.
@@ -56,7 +58,7 @@ def with_extras(items: Sequence[Item], rows: Sequence[Row], columns: Mapping[str
     extras = Extras(
         **{COLUMNS[name].field: _extra_number(rows[0].values[name], own, COLUMNS[name]) for name, own in named.items()}
     )
-    yield from (dataclasses.replace(item, extras=extras) for item in items)
+    yield from (item if isinstance(item, BadRow) else dataclasses.replace(item, extras=extras) for item in items)
 
 
 def _extra_number(value: Any, name: str, said: ExtraColumn) -> float:
@@ -159,6 +161,34 @@ _ALL = (  # the order is the order of detection: the more specific shape first
         converters.demonstration,
     ),
     Format(
+        "steps",
+        "a prompt, then step by step the turn taken (chosen) and alternatives to it (rejected), tool turns between",
+        "logs of an agent with what it might have done at each step",
+        {"prompt": fields.TEXT_OR_MESSAGES, "steps": fields.STEPS},
+        trajectories.steps,
+    ),
+    Format(
+        "tree",
+        "the turns of a trajectory so far and two texts that could come next",
+        "openbmb/UltraInteract_pair",
+        {"trajectory": fields.MESSAGES} | _TEXTS,
+        trajectories.tree_node,
+    ),
+    Format(
+        "step_labels",
+        "a conversation, and for each assistant turn whether it is good (KTO)",
+        "labelled steps of one trajectory",
+        {"messages": fields.MESSAGES, "labels": fields.FLAGS},
+        trajectories.labelled_steps,
+    ),
+    Format(
+        "step_rewards",
+        "a conversation, and for each assistant turn a reward, above 0 where it is good (KTO)",
+        "rewarded steps of one trajectory",
+        {"messages": fields.MESSAGES, "rewards": fields.NUMBERS},
+        trajectories.rewarded_steps,
+    ),
+    Format(
         "system",
         "a system prompt, a prompt and two texts",
         "jondurbin/truthy-dpo-v0.1",
@@ -176,7 +206,7 @@ _ALL = (  # the order is the order of detection: the more specific shape first
     ),
     Format(
         "messages",
-        "prompt messages and two answers, messages or text",
+        "prompt messages and two answers, messages or text, or two trajectories",
         "TRL's conversational rows with an explicit prompt",
         {"prompt": fields.MESSAGES} | _ANSWERS,
         converters.text_pair,
@@ -190,7 +220,7 @@ _ALL = (  # the order is the order of detection: the more specific shape first
     ),
     Format(
         "implicit",
-        "two conversations that share all but the last turn",
+        "two conversations that share all but the last turn, or part earlier (trajectories)",
         "argilla/dpo-mix-7k",
         _TURNS,
         converters.implicit,
@@ -268,7 +298,10 @@ def convert(shape: Format, rows: Sequence[Row]) -> Items:
     used = {*shape.columns, *shape.optional, "tools"}
     kept = {name: value for name, value in row.values.items() if name not in used}
     tools = fields.tools(row.values)
-    items = [dataclasses.replace(item, tools=tools, columns=kept) for item in shape.convert(row)]
+    items: list[Part] = [
+        item if isinstance(item, BadRow) else dataclasses.replace(item, tools=tools, columns=kept)
+        for item in shape.convert(row)
+    ]
     for item in items:
         if isinstance(item, Preference):
             _check_pair(item, row.values)

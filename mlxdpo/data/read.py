@@ -57,7 +57,7 @@ def stream_rows(
     found = _renamed(read_rows(source, split or data.split), data.columns)
     shape, found = _shape_of(found, data.format)
     report = Report(format=shape.name)
-    usable = _fitting(shape, found, report, data.on_bad_row)
+    usable = _fitting(shape, found, report, data)
     clean = distinct_pairs(_converted(shape, usable, report, data), report, "the same pair stands in an earlier row")
     return _counted_kept(take(clean, report), report, source), report
 
@@ -181,7 +181,7 @@ def _nearest(row: Mapping[str, Any]) -> list[Format]:
     return [shape for shape, _ in ranked[:3]]
 
 
-def _fitting(shape: Format, found: Iterable[Found], report: Report, policy: Any) -> Iterator[Row]:
+def _fitting(shape: Format, found: Iterable[Found], report: Report, data: DataConfig) -> Iterator[Row]:
     for where, row in found:
         report.read += 1
         try:
@@ -189,18 +189,29 @@ def _fitting(shape: Format, found: Iterable[Found], report: Report, policy: Any)
                 raise row
             check_columns(shape, row)
         except BadRow as bad:
-            report.refuse(where, bad, policy)
+            report.refuse(where, bad, data.on_bad_row)
         else:
-            yield Row(where, row)
+            yield Row(where, row, data.credit)
 
 
 def _converted(shape: Format, rows: Iterable[Row], report: Report, data: DataConfig) -> Iterator[Item]:
+    trajectories = False
     for group in _groups(shape, rows):
         try:
-            yield from list(with_extras(convert(shape, group), group, data.columns))
+            for item in list(with_extras(convert(shape, group), group, data.columns)):
+                if isinstance(item, BadRow):
+                    report.refuse(group[0].where, item, "skip")
+                else:
+                    trajectories |= item.context is not None
+                    yield item
         except BadRow as bad:
             for row in group:
                 report.refuse(row.where, bad, "skip" if bad.reason in reasons.NO_PREFERENCE else data.on_bad_row)
+    if data.credit is not None and report.read and not trajectories:
+        raise UserError(
+            f"data.credit {data.credit} is for conversations in which several turns are judged, and no row is one "
+            f"(format {shape.name}); leave it out"
+        )
 
 
 def _groups(shape: Format, rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -239,7 +250,9 @@ def _pair_digest(text: str) -> bytes:
 def unpaired(pairs: Iterable[Preference]) -> list[UnpairedExample]:
     """Each pair as two opinions, for unpaired objectives: the chosen desirable, the rejected not."""
     return [
-        UnpairedExample(pair.prompt, completion, desirable, pair.where, pair.tools, pair.columns, pair.extras)
+        UnpairedExample(
+            pair.prompt, completion, desirable, pair.where, pair.tools, pair.columns, pair.extras, pair.context
+        )
         for pair in pairs
         for completion, desirable in ((pair.chosen, True), (pair.rejected, False))
     ]

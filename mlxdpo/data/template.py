@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data.report import BadRow
@@ -227,6 +227,11 @@ class Rendered(NamedTuple):
     fulls: tuple[str, ...]
     plain: bool
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that is tokenised."""
+        return (self.prompt, *self.fulls)
+
 
 def render(
     prompt: Text,
@@ -260,8 +265,8 @@ def render(
     before = writer.render(turns, tools, generate=True)
     fulls = []
     for completion in completions:
-        answer = _without_end_token(_turns(completion, "assistant"), writer, changes)
-        fulls.append(_cut_at(writer.render((*turns, *answer), tools, generate=False), writer))
+        answer = without_end_token(_turns(completion, "assistant"), writer, changes)
+        fulls.append(cut_at_end(writer.render((*turns, *answer), tools, generate=False), writer))
         if not all(message.content.strip() in fulls[-1] for message in answer):
             changes.append("completion rewritten by the chat template")
     return Rendered(_led(before, fulls, writer, changes), tuple(fulls), plain=False)
@@ -284,10 +289,13 @@ def _led(before: str, fulls: Sequence[str], writer: Writer, changes: list[str]) 
     return before
 
 
-def checked_unicode(rendered: Rendered) -> Rendered:
+AnyRendered = TypeVar("AnyRendered", bound=Any)
+
+
+def checked_unicode(rendered: AnyRendered) -> AnyRendered:
     """Raises `BadRow` for half a surrogate pair (JSON lets "\\ud83d" through; tokenizers do not)."""
     try:
-        for text in (rendered.prompt, *rendered.fulls):
+        for text in rendered.texts:
             text.encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
@@ -299,7 +307,7 @@ def _turns(text: Text, role: str) -> tuple[Message, ...]:
     return (Message(role, text),) if isinstance(text, str) else text
 
 
-def _without_end_token(answer: tuple[Message, ...], writer: Writer, changes: list[str]) -> tuple[Message, ...]:
+def without_end_token(answer: tuple[Message, ...], writer: Writer, changes: list[str]) -> tuple[Message, ...]:
     """Texts copied from a model's output may end in the token that the template is about to write again."""
     end = writer.end.strip()
     if not end or not answer or not answer[-1].content.rstrip().endswith(end):
@@ -309,6 +317,6 @@ def _without_end_token(answer: tuple[Message, ...], writer: Writer, changes: lis
     return (*answer[:-1], last._replace(content=last.content.rstrip().removesuffix(end)))
 
 
-def _cut_at(full: str, writer: Writer) -> str:
+def cut_at_end(full: str, writer: Writer) -> str:
     """Without what the template prints after the end of the turn."""
     return full.removesuffix(writer.rest) if full.endswith(writer.end + writer.rest) else full

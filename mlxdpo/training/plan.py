@@ -121,7 +121,15 @@ def planned_batch(examples: Examples, indices: Indices, packs: bool, shapes: Seq
     numbers = (examples.prompt_numbers[index], examples.row_numbers[index], examples.lengths[index])
     parts = len(cut_by_prompts(*numbers))
     layout = BatchLayout(
-        shape.prompts, shape.shared, shape.rows, shape.width, shape.rest, shape.scored, packed, parts=parts
+        shape.prompts,
+        shape.shared,
+        shape.rows,
+        shape.width,
+        shape.rest,
+        shape.scored,
+        packed,
+        parts=parts,
+        tree=shape.tree if packed else 0,
     )
     return PlannedBatch(layout, len(indices), need.rows, need.distinct)
 
@@ -178,7 +186,8 @@ class BatchLayout(NamedTuple):
     """A batch: G prompts of P shared tokens, R rows of S behind them made of M distinct tokens, N scored ones.
 
     `packed` says that matmuls see the M tokens and not the R * S padded ones; `plain` full rows and full logits;
-    `parts` how many parts of the batch are computed side by side.
+    `parts` how many parts of the batch are computed side by side; `tree` the tokens of each prompt that attention goes
+    over at once where rows branch more than once, else 0.
     """
 
     prompts: int
@@ -190,6 +199,12 @@ class BatchLayout(NamedTuple):
     packed: bool = False
     plain: bool = False
     parts: int = 1
+    tree: int = 0
+
+    @property
+    def attended(self) -> tuple[int, int]:
+        """How many rows, of how many tokens, attention goes over behind the shared prefix."""
+        return (self.prompts, self.tree) if self.tree else (self.rows, self.width)
 
     @property
     def tokens(self) -> int:
