@@ -57,6 +57,10 @@ def render_turns(row: Preference | UnpairedExample, writer: Writer, changes: lis
         starts.append(tuple(_start_of_turn(turns, i, tools, fulls[-1], writer) for i in judged))
         if not all(turns[i].content.strip() in fulls[-1] for i in judged):
             changes.append("completion rewritten by the chat template")
+    led = [full.startswith(texts[-1] + writer.lead) for full, texts in zip(fulls, starts, strict=True)]
+    if writer.lead.strip() and all(led):
+        changes.append("empty thinking block, written by the template, counted as prompt")
+        starts = [(*texts[:-1], texts[-1] + writer.lead) for texts in starts]
     # Without the next header, where the template can: it may depend on the turn that follows.
     prompt = prompts[0] if prompts[1].startswith(prompts[0]) else prompts[1]
     return RenderedTurns(prompt, tuple(fulls), tuple(starts))
@@ -81,13 +85,19 @@ def _start_of_turn(
     it, otherwise when others follow: what is scored would not be what the model is asked to write."""
     start = writer.render(turns[:at], tools, generate=True)
     bare = writer.render(turns[:at], tools, generate=False)
+    ended = cut_at_end(writer.render(turns[: at + 1], tools, generate=False), writer)
     different = (i for i, (a, b) in enumerate(zip(start, full, strict=False)) if a != b)
     common = next(different, min(len(start), len(full)))
-    ended = cut_at_end(writer.render(turns[: at + 1], tools, generate=False), writer)
-    # An empty thinking block that only the last turn gets is no part of the answer.
-    written = {ended[common:], ended[common:].removeprefix(writer.lead)}
-    kept = common >= len(bare if start.startswith(bare) else start)
-    if not kept or not any(full.startswith(text, common) for text in written):
+    least = len(bare) if start.startswith(bare) else len(start)
+    # An empty thinking block, which only the last turn and the header before it may have, is no part of the answer.
+    answer = ended[len(start) :].removeprefix(writer.lead) if ended.startswith(start) else None
+    begins = (
+        q
+        for q in range(common, least - 1, -1)
+        if full.startswith(ended[q:], q) or (answer and full.startswith(answer, q))
+    )
+    begin = next(begins, None)
+    if begin is None:
         raise BadRow(
             "turn rewritten once others follow",
             f"the chat template writes turn {at + 1} or those before it differently once others follow (it drops "
@@ -99,7 +109,7 @@ def _start_of_turn(
             "the chat template ends no assistant turn with a token, so turns in the middle have no end that could be "
             "scored; set data.credit to turn",
         )
-    return start
+    return full[:begin]
 
 
 class SplitTurns(NamedTuple):
@@ -121,10 +131,7 @@ def split_turns(ids: Sequence[np.ndarray], rendered: RenderedTurns, writer: Writ
     for texts, full in zip(rendered.starts, fulls, strict=True):
         starts, rest = rest[: len(texts)], rest[len(texts) :]
         begins.append([common_prefix(start, full) for start in starts])
-        if any(
-            begin < len(start) and rendered.fulls[len(begins) - 1].startswith(text)
-            for begin, start, text in zip(begins[-1], starts, texts, strict=True)
-        ):
+        if any(begin < len(start) for begin, start in zip(begins[-1], starts, strict=True)):
             changes.append("boundary moved back: the prompt's last tokens merge with the completion")
     if len({texts[0] for texts in rendered.starts}) == 1:
         first = min(begin[0] for begin in begins)
