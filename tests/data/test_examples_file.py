@@ -244,7 +244,7 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in DataConfig.model_fields if name not in ("path", "group")])
+@pytest.mark.parametrize("name", [name for name in DataConfig.model_fields if name not in ("path", "group", "credit")])
 def test_no_setting_finds_what_another_made(tmp_path, monkeypatch, reads, name):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "other.jsonl", [("r", "x", "y")])

@@ -9,11 +9,12 @@ import pytest
 import tiny_tokenizers as tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_tokenizers import load
 from row_shapes import turns
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data import reasons
-from mlxdpo.data.dataset import encode_split, read_split
+from mlxdpo.data.dataset import encode_split, read_split, source_key
 from mlxdpo.data.encode import encode_all, shown_example
 from mlxdpo.data.examples import Examples
 from mlxdpo.data.fields import Row
@@ -210,6 +211,11 @@ def test_credit_is_refused_where_no_row_is_a_trajectory(tmp_path):
         read_preferences(DataConfig(path=path, credit="turn"))
 
 
+def test_credit_changes_the_name_that_encoded_rows_are_kept_under(tmp_path):
+    data = DataConfig(path=written(tmp_path, [STEPS]))
+    assert len({source_key(data.model_copy(update={"credit": c}), 0) for c in (None, "turn", "trajectory")}) == 3
+
+
 def pair(context, chosen, rejected, prompt=("Do it.",)):
     """Turns of user and assistant in alternation behind a prompt of one user turn."""
     role = lambda n: ("assistant", "user")[n % 2]  # noqa: E731
@@ -366,3 +372,44 @@ def test_every_stage_takes_them(tmp_path, take):
         text for example in examples for text, scored in shown_example(example, family("chatml")).chosen if scored
     )
     assert not any(tool in words for tool in ("t1", "t2", "t3")) and "a4" in words
+
+
+REAL_ENDS = {
+    "qwen3": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "gemma3": "<end_of_turn>",
+    "smollm2": "<|im_end|>",
+    "mistral": "</s>",
+}
+
+
+@pytest.mark.tokenizers
+@pytest.mark.parametrize("name", REAL_ENDS)
+def test_real_templates_score_the_judged_turns_alone(name):
+    """What tools return comes as the template's own tool turn where it has one, else as the user's."""
+    tokenizer, end = load(name), REAL_ENDS[name]
+    role = "user" if name in ("gemma3", "mistral") else "tool"
+    said = lambda *texts: tuple(Message(("assistant", role)[n % 2], text) for n, text in enumerate(texts))  # noqa: E731
+    prompt = (Message("user", "What is 3 * 4 + 2?"),)
+    chosen = said("calc(3 * 4)", "12", "calc(12 + 2)", "14", "It is 14.")
+    rejected = said("calc(3 * 4)", "12", "calc(12 - 2)", "10", "It is 10.")
+    whole = Preference(prompt, chosen, rejected, "x", context=2)
+    turn = [Preference(prompt, chosen[: n + 1], (*chosen[:n], *said("No.")), "x", context=n) for n in (0, 2, 4)]
+    examples, report = encode_all([whole, *turn], tokenizer, DataConfig())
+    assert len({example.prompt.tobytes() for example in examples}) == 1 and not report.refused
+    found = [[text.strip() for text, scored in shown_example(e, tokenizer).chosen if scored] for e in examples]
+    one, two, three = (f"{turn.content}{end}" for turn in chosen[::2])
+    assert found == [[two, three], [one], [two], [three]]
+
+
+@pytest.mark.tokenizers
+def test_tool_calls_are_scored():
+    calls = [{"type": "function", "function": {"name": "calc", "arguments": {"a": n}}} for n in (3, 4)]
+    act = lambda call: Message("assistant", "", {"tool_calls": [call]})  # noqa: E731
+    chosen = (act(calls[0]), Message("tool", "12"), Message("assistant", "It is 12."))
+    rejected = (act(calls[1]), Message("tool", "13"), Message("assistant", "It is 13."))
+    tools = ({"type": "function", "function": {"name": "calc", "description": "", "parameters": {}}},)
+    pair = Preference((Message("user", "What?"),), chosen, rejected, "x", tools, context=0)
+    examples, _ = encode_all([pair], load("qwen3"), DataConfig())
+    call, answer = (text for text, scored in shown_example(examples[0], load("qwen3")).chosen if scored)
+    assert '"calc"' in call and "3" in call and call.endswith("<|im_end|>") and answer.endswith("It is 12.<|im_end|>")
