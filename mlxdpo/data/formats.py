@@ -202,7 +202,7 @@ _ALL = (  # the order is the order of detection: the more specific shape first
         "a prompt, then step by step the turn taken (chosen) and alternatives to it (rejected), tool turns between",
         "logs of an agent with what it might have done at each step",
         {"prompt": fields.TEXT_OR_MESSAGES, "steps": fields.STEPS},
-        trajectories.steps,
+        trajectories.judged_steps,
     ),
     Format(
         "tree",

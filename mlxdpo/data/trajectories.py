@@ -2,7 +2,7 @@
 
 What is compared is log-probs of assistant turns alone, summed; what tools and users say is given (`Row.credit`):
 
-    trajectory  all turns behind the one where two conversations part: ETO (arXiv 2403.02502 section 3.3), where the
+    trajectory  all turns from the one on where two conversations part: ETO (arXiv 2403.02502), where the
                 log-prob of a trajectory is the sum over its actions; the turns that both have would cancel
     turn        the turn where they part and no other, given all turns before it: Step-DPO (arXiv 2406.18629 eq. 2)
 
@@ -112,7 +112,7 @@ def tree_node(row: Row) -> Judged:
     return [pair_of_conversations(row, *both)]
 
 
-def steps(row: Row) -> Judged:
+def judged_steps(row: Row) -> Judged:
     """A prompt, and step by step the turn that was taken and what else might have been.
 
     A step is a message, or an object with `chosen` and perhaps `rejected`. `rejected` is one alternative or a list of
