@@ -480,7 +480,9 @@ def explain(error: ValidationError, source: str) -> str:
         hint = f"did you mean `{'.'.join([*where[:-1], near[0]])}`?" if near else f"known: {', '.join(known)}"
         return f"{source}: unknown key `{'.'.join(where)}`; {hint}"
     key = ".".join(p for p in where if p != "function-after")
-    return f"{source}: `{key}` is {reprlib.repr(first['input'])}: {first['msg']}" if key else f"{source}: {first['msg']}"
+    return (
+        f"{source}: `{key}` is {reprlib.repr(first['input'])}: {first['msg']}" if key else f"{source}: {first['msg']}"
+    )
 
 
 def _names(path: list[str]) -> list[str]:
