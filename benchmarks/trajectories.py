@@ -100,7 +100,7 @@ def main() -> None:
     args = parser.parse_args()
     examples = conversation(args.steps, args.alternatives, args.prompt, args.turn, args.tool)
     model = load_policy(ModelConfig(path="smollm2", dtype="float32")).model
-    model.model.layers = model.model.layers[: args.blocks]
+    model.model.layers = model.model.layers[: args.blocks]  # of 30
     attach_lora(model, LoraConfig(rank=16), 0)
     gradient = make_gradient(model, resolve(LossConfig()))
     share = mx.array(1 / len(examples))
@@ -109,7 +109,10 @@ def main() -> None:
         """The gradient as one vector."""
         trees = [gradient(batch, share).gradients for batch in some]
         mx.eval(trees)
-        return sum(np.concatenate([np.array(g).ravel() for _, g in tree_flatten(tree)]) for tree in trees)
+        return sum(
+            np.concatenate([np.array(g).ravel() for _, g in sorted(tree_flatten(tree), key=lambda one: one[0])])
+            for tree in trees
+        )
 
     ways = batches(examples)
     found = {way: step(some) for way, some in ways.items()}

@@ -58,7 +58,9 @@ def test_every_stage_trains_on_them(folder, way, capsys):
     losses = [line["loss"] for line in metrics if "loss" in line]
     assert len(losses) == 2 and all(map(math.isfinite, losses))
     if way in ("dpo", "ld"):
-        assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # nothing has moved: the reference scored the same rows
+        assert losses[0] == pytest.approx(
+            math.log(2), abs=1e-6
+        )  # nothing has moved: the reference scored the same rows
     said = capsys.readouterr().out
     assert "[[" in said and "is what it is]]" not in said
 
