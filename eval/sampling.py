@@ -47,7 +47,7 @@ class Answers(NamedTuple):
 
 def default_max_tokens(examples: Sequence[Example]) -> int:
     """Tokens that hold 95 % of the held-out completions, at most `LONGEST`."""
-    lengths = [len(tokens) for e in examples for tokens in (e.chosen, e.rejected)]
+    lengths = [count for example in examples for count in example.scored]
     return min(LONGEST, int(np.ceil(np.quantile(lengths, 0.95))))
 
 

@@ -255,6 +255,9 @@ class DataConfig(Section):
     """The day that chat templates are told when they ask for today's, e.g. 2026-12-01; unset: the day a run begins."""
     group: Literal["prompt", "none"] = "prompt"
     """prompt: the pairs of a prompt stay together, so each of its completions is computed once; none: pairs mix."""
+    credit: Literal["turn", "trajectory"] | None = None
+    """Trajectories: compare the turn where two part (Step-DPO), or all assistant turns from there on (ETO). Unset: as
+    the rows are judged, whole or turn by turn."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and completion together."""
     on_long_prompt: Literal["trim", "drop", "stop"] = "trim"

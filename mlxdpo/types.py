@@ -78,6 +78,9 @@ class Preference:
     `prompt` is plain text or the turns before the completion. `chosen` and `rejected` are one answer each: plain
     text, or a tuple of one assistant `Message`. `where` names the source for error messages ("pairs.jsonl:37").
     `columns` keeps the row's other columns.
+
+    In a trajectory `chosen` and `rejected` are several turns, and `prompt` those before the first assistant turn. The
+    first `context` turns of both come before what is judged; of the others each assistant turn is. None: no trajectory.
     """
 
     prompt: Text
@@ -87,11 +90,12 @@ class Preference:
     tools: tuple[Mapping[str, Any], ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
     extras: Extras = NO_EXTRAS
+    context: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class UnpairedExample:
-    """One prompt with one completion and a thumb up or down (KTO, arXiv 2402.01306)."""
+    """One prompt with one completion and a thumb up or down (KTO, arXiv 2402.01306). `context` as in `Preference`."""
 
     prompt: Text
     completion: Text
@@ -100,6 +104,7 @@ class UnpairedExample:
     tools: tuple[Mapping[str, Any], ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
     extras: Extras = NO_EXTRAS
+    context: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,8 +82,8 @@ def _score_rows(examples: list, base: Any, tuned: Any, beta: float) -> Iterator[
         row: dict[str, Any] = {
             "where": example.where,
             "prompt_tokens": len(example.prompt),
-            "chosen_tokens": len(example.chosen),
-            "rejected_tokens": len(example.rejected),
+            "chosen_tokens": example.scored[0],
+            "rejected_tokens": example.scored[1],
         }
         row |= {"policy_chosen": float(policy[0, i]), "policy_rejected": float(policy[1, i])}
         if tuned is not None:

@@ -26,9 +26,10 @@ from mlxdpo.data.fields import (
     transcript_turns,
 )
 from mlxdpo.data.report import BadRow
+from mlxdpo.data.trajectories import Judged, judged_answer, pair_of_answers, pair_of_conversations
 from mlxdpo.types import Message, Preference, Text, UnpairedExample
 
-Items = Sequence[Preference | UnpairedExample]
+Items = Judged
 Converter = Callable[[Row], Items]
 Values = Mapping[str, Any]
 Asked = Callable[[Values], Text]
@@ -74,11 +75,13 @@ def one_turn_each(values: Values) -> Text:
 
 
 def pair(asked: Asked, better: str = "chosen", worse: str = "rejected") -> Converter:
-    """A prompt and two answers, of which the columns' names say which is the better one."""
+    """A prompt and two answers, or trajectories, of which the columns' names say which is the better one."""
 
     def read_pair(row: Row) -> Items:
         """The pair of one row."""
-        return [_preference(row, asked(row.values), better, worse)]
+        prompt = asked(row.values)
+        found = pair_of_answers(row, as_turns(prompt), better, worse)
+        return [found or _preference(row, prompt, better, worse)]
 
     return read_pair
 
@@ -233,27 +236,35 @@ def gather_helpsteer(rows: Sequence[Row]) -> Row:
 
 
 def implicit(row: Row) -> Items:
-    """The prompt is the turns that both conversations share; what differs is one assistant turn."""
-    return [Preference(*split_last_turns(row.values), row.where)]
+    """The prompt is the turns that both conversations share; what differs is one assistant turn, or all that follow."""
+    return [_parted(row)]
+
+
+def _parted(row: Row) -> Preference:
+    """Two conversations as a pair: plain where they differ in the last turn alone."""
+    chosen, rejected = fields.messages(row.values, "chosen"), fields.messages(row.values, "rejected")
+    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(chosen))
+    if not len(chosen) == len(rejected) == shared + 1:
+        return pair_of_conversations(row, chosen, rejected)
+    return Preference(*split_last_turns(row.values), row.where)
 
 
 def turns(row: Row) -> Items:
-    """A text prompt beside whole conversations that repeat it, or beside the assistant turn alone."""
+    """A text prompt beside whole conversations that repeat it, or beside the assistant turns alone."""
     conversations = [fields.messages(row.values, name) for name in ("chosen", "rejected")]
-    if all(len(turns) == 1 for turns in conversations):
+    if all(len(turns) == 1 or turns[0].role == "assistant" for turns in conversations):
         return pair(column("prompt"))(row)
-    prompt, chosen, rejected = split_last_turns(row.values)
-    asked, said = (
-        _squeezed(fields.checked_text(row.values, "prompt")),
-        [_squeezed(m.content) for m in prompt if m.content],
-    )
+    parted = _parted(row)
+    asked = _squeezed(fields.checked_text(row.values, "prompt"))
+    shared = conversations[0][: len(parted.prompt) + (parted.context or 0)]
+    said = [_squeezed(turn.content) for turn in shared if turn.content]
     if not any(asked in turn or turn in asked for turn in said if turn):
         raise BadRow(
             reasons.PROMPT_MISMATCH,
             '"prompt" is in none of the shared turns of "chosen" and "rejected"; '
             "set data.format to implicit if the turns are right",
         )
-    return [Preference(prompt, chosen, rejected, row.where)]
+    return [parted]
 
 
 def _squeezed(text: str) -> str:
@@ -266,7 +277,7 @@ def hh(row: Row) -> Items:
 
 
 def opinion(asked: Asked, completion: str, label: str) -> Converter:
-    """One completion with a thumb up or down."""
+    """One completion, or a trajectory, with a thumb up or down."""
 
     def read_opinion(row: Row) -> Items:
         """The completion of one row."""
@@ -288,7 +299,7 @@ def judged_conversation(name: str, label: str) -> Converter:
 
 
 def demonstration(asked: Asked, completion: str) -> Converter:
-    """One completion that is worth imitating."""
+    """One completion, or a trajectory, that is worth imitating."""
 
     def read_demonstration(row: Row) -> Items:
         """The completion of one row."""
@@ -314,6 +325,8 @@ def conversation(name: str) -> Converter:
 
 
 def _unpaired(row: Row, prompt: Text, name: str, desirable: bool) -> UnpairedExample:
+    if (judged := judged_answer(row, as_turns(prompt), desirable, name)) is not None:
+        return judged
     completion = answer(row.values, name, prompt)
     return UnpairedExample(_prompt_beside(prompt, completion), completion, desirable, row.where)
 

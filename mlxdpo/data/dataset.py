@@ -40,8 +40,8 @@ from mlxdpo.types import Example, Extras, Message, Preference, Text, UnpairedExa
 PORTION = 1000
 KINDS = {kind.__name__: kind for kind in (Preference, UnpairedExample)}
 FIELDS = {
-    "Preference": ("prompt", "chosen", "rejected", "where", "tools", "extras"),
-    "UnpairedExample": ("prompt", "completion", "desirable", "where", "tools", "extras"),
+    "Preference": ("prompt", "chosen", "rejected", "where", "tools", "extras", "context"),
+    "UnpairedExample": ("prompt", "completion", "desirable", "where", "tools", "extras", "context"),
 }
 
 

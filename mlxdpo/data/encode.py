@@ -17,6 +17,7 @@ import numpy as np
 from mlxdpo.config import DataConfig
 from mlxdpo.data.render import Rendered, checked_unicode, render
 from mlxdpo.data.report import BadRow, Report
+from mlxdpo.data.scored_turns import RenderedTurns, common_prefix, render_turns, split_turns
 from mlxdpo.data.template import Writer, probe, unwrap
 from mlxdpo.types import Example, Extras, Preference, Text, UnpairedExample, UserError
 
@@ -138,16 +139,27 @@ def encode_prompt(
 
 def shown_example(example: Example, tokenizer: Any) -> Shown:
     """The pair as text, special tokens visible, in segments of unscored and scored text."""
-    return Shown(*(_segments(example.prompt, c, tokenizer) for c in (example.chosen, example.rejected)))
+    both = ((example.chosen, example.chosen_mask), (example.rejected, example.rejected_mask))
+    return Shown(*(_segments(example.prompt, *completion, tokenizer) for completion in both))
 
 
-def _segments(prompt: np.ndarray, completion: np.ndarray, tokenizer: Any) -> list[tuple[str, bool]]:
+def _segments(
+    prompt: np.ndarray, completion: np.ndarray, mask: np.ndarray | None, tokenizer: Any
+) -> list[tuple[str, bool]]:
     """Decodes the whole row: a segment alone loses its leading space (SentencePiece) or tears characters."""
-    before, whole = (_decode(ids, tokenizer) for ids in (prompt, np.concatenate([prompt, completion])))
-    # A character with bytes on both sides decodes to U+FFFD in the prompt alone: it goes to the scored side.
-    while not whole.startswith(before):
-        before = before[:-1]
-    return [(text, scored) for text, scored in ((before, False), (whole[len(before) :], True)) if text]
+    ids = np.concatenate([prompt, completion])
+    scored = np.arange(len(ids)) >= len(prompt)
+    if mask is not None:
+        scored[len(prompt) :] = mask
+    whole, segments, at = _decode(ids, tokenizer), [], 0
+    for end in [*np.flatnonzero(np.diff(scored)) + 1, len(ids)]:
+        before = _decode(ids[:end], tokenizer)
+        # A character with bytes on both sides decodes to U+FFFD in its first half alone: it goes to the later side.
+        while not whole.startswith(before):
+            before = before[:-1]
+        segments.append((before[at:], bool(scored[end - 1])))
+        at = len(before)
+    return [(text, is_scored) for text, is_scored in segments if text]
 
 
 def _decode(ids: np.ndarray, tokenizer: Any) -> str:
@@ -162,44 +174,81 @@ def _encode_chunk(
     What is changed in a row is noted in `changes` and counted once it is clear that the row is kept.
     """
     changes: list[list[str]] = [[] for _ in rows]
-    rendered: list[Rendered | None] = []
+    rendered: list[Rendered | RenderedTurns | None] = []
     for row, noted in zip(rows, changes, strict=True):
         report.read += 1
         try:
-            answers = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion,)
-            rendered.append(checked_unicode(render(row.prompt, answers, row.tools, writer, data, row.where, noted)))
+            rendered.append(_rendered(row, writer, data, noted))
         except BadRow as bad:
             report.refuse(row.where, bad, data.on_bad_row)
             rendered.append(None)
-    texts = iter(writer.ids([t for r in rendered if r for t in (r.prompt, *r.fulls)]))
+    texts = iter(writer.ids([text for r in rendered if r for text in r.texts]))
     result: list[Example | None] = []
     for row, r, noted in zip(rows, rendered, changes, strict=True):
-        ids = [next(texts) for _ in range(1 + len(r.fulls))] if r else []
+        ids = [next(texts) for _ in r.texts] if r else []
         result.append(_example(row, ids, r, writer, data, noted, report) if r else None)
     return result
+
+
+def _rendered(
+    row: Preference | UnpairedExample, writer: Writer, data: DataConfig, noted: list[str]
+) -> Rendered | RenderedTurns:
+    if row.context is not None:
+        return checked_unicode(render_turns(row, writer, data, noted))
+    answers = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion,)
+    return checked_unicode(render(row.prompt, answers, row.tools, writer, data, row.where, noted))
 
 
 def _example(
     row: Preference | UnpairedExample,
     ids: list[list[int]],
-    rendered: Rendered,
+    rendered: Rendered | RenderedTurns,
     writer: Writer,
     data: DataConfig,
     changes: list[str],
     report: Report,
 ) -> Example | None:
+    masks: list[np.ndarray | None] = [None]
     try:
-        prompt, completions = split_completion(ids, rendered, writer, changes)
+        if isinstance(rendered, RenderedTurns):
+            turns = [np.array(_one_bos(i, writer), np.int32) for i in ids]
+            prompt, completions, masks = split_turns(turns, rendered, writer, changes)  # type: ignore[assignment]
+        else:
+            prompt, completions = split_completion(ids, rendered, writer, changes)
         _differ(completions)
+        if len(prompt) + max(map(len, completions)) > data.max_length:
+            prompt, completions, masks = _context_in_prompt(prompt, completions, masks)
         prompt, completions = fit_to_limit(row.where, prompt, completions, writer.bos, data, changes)
         _differ(completions)  # truncation may have cut off where they differ
+        masks = [_mask_of_rest(mask, len(ids)) for mask, ids in zip(masks, completions, strict=False)]
     except BadRow as bad:
         report.refuse(row.where, bad, "skip" if isinstance(bad, DroppedRow) else data.on_bad_row)
         return None
     report.kept += 1
     for change in changes:
         report.change(row.where, change)
-    return Example(prompt, completions[0], completions[-1], row.where, _said_by(row))
+    return Example(prompt, completions[0], completions[-1], row.where, _said_by(row), masks[0], masks[-1])
+
+
+def _context_in_prompt(
+    prompt: np.ndarray, completions: list[np.ndarray], masks: Sequence[np.ndarray | None]
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray | None]]:
+    """The turns that trajectories share before what is judged, moved to their prompt, which may be trimmed."""
+    first = min(0 if mask is None else int(mask.argmax()) for mask in masks)
+    shared = completions[0][:first]
+    if not all(np.array_equal(completion[:first], shared) for completion in completions):
+        return prompt, completions, list(masks)
+    rest = [mask if mask is None else mask[first:] for mask in masks]
+    return np.concatenate([prompt, shared]), [completion[first:] for completion in completions], rest
+
+
+def _mask_of_rest(mask: np.ndarray | None, length: int) -> np.ndarray | None:
+    """The mask of a completion cut to `length` tokens; None where all of it is scored."""
+    if mask is None or mask.all():
+        return None
+    if not mask[:length].any():
+        raise BadRow("no scored token", "what is left of a completion at data.max_length has no scored token")
+    return mask[:length]
 
 
 def _said_by(row: Preference | UnpairedExample) -> Extras:
@@ -221,7 +270,7 @@ def split_completion(
     """
     begin = _cut_beginning if rendered.plain else _one_bos
     prompt, *fulls = (np.array(begin(i, writer), np.int32) for i in ids)
-    boundary = min(_common_prefix(prompt, full) for full in fulls)
+    boundary = min(common_prefix(prompt, full) for full in fulls)
     if boundary < len(prompt) and all(full.startswith(rendered.prompt) for full in rendered.fulls):
         changes.append("boundary moved back: the prompt's last tokens merge with the completion")
     if writer.unk is not None and any(writer.unk in full for full in fulls):
@@ -258,9 +307,3 @@ def _one_bos(ids: list[int], writer: Writer) -> list[int]:
     while len(ids) > 1 and ids[0] == ids[1] and ids[0] in writer.bos:
         ids = ids[1:]
     return ids
-
-
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    n = min(len(a), len(b))
-    different = a[:n] != b[:n]
-    return int(different.argmax()) if different.any() else n

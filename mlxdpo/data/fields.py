@@ -31,10 +31,11 @@ _WRITTEN_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value)['
 
 
 class Row(NamedTuple):
-    """One row of a source with the place it came from ("pairs.jsonl:37")."""
+    """One row of a source with the place it came from ("pairs.jsonl:37"); `credit` is `data.credit`."""
 
     where: str
     values: Mapping[str, Any]
+    credit: str | None = None
 
 
 class Kind(NamedTuple):
@@ -78,6 +79,8 @@ TEXT_OR_MESSAGES = Kind("text or messages", lambda value: isinstance(value, str)
 NUMBER = Kind("a number", is_number)
 FLAG = Kind("true or false", is_flag)
 TEXTS = Kind("a list of text", lambda v: isinstance(v, list) and bool(v) and all(isinstance(t, str) for t in v))
+FLAGS = Kind("a list of true or false", lambda v: isinstance(v, list) and bool(v) and all(is_flag(f) for f in v))
+STEPS = Kind("a list of steps", is_messages)
 NUMBERS = Kind("a list of numbers", lambda v: isinstance(v, list) and bool(v) and all(is_number(n) for n in v))
 
 

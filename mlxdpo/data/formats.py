@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlxdpo.config import DataConfig
-from mlxdpo.data import context, converters, fields, reasons
+from mlxdpo.data import context, converters, fields, reasons, trajectories
 from mlxdpo.data.converters import Converter, Items, column, contest, instruction, pair, question, ranking
 from mlxdpo.data.fields import FLAG, MESSAGES, NUMBER, NUMBERS, TEXT, TEXT_OR_MESSAGES, TEXTS, Kind, Row
 from mlxdpo.data.report import BadRow
@@ -268,7 +268,7 @@ _ALL = (  # the order is the order of detection: the more specific shape first
     Format("text", "a prompt and two texts", "trl-lib/tldr-preference", _PROMPT | _TEXTS, pair(column("prompt"))),
     Format(
         "messages",
-        "prompt messages and two answers, messages or text",
+        "prompt messages and two answers, messages or text, or two trajectories",
         "TRL's conversational rows with an explicit prompt",
         {"prompt": MESSAGES} | _ANSWERS,
         pair(column("prompt")),
@@ -327,10 +327,38 @@ _ALL = (  # the order is the order of detection: the more specific shape first
     ),
     Format(
         "implicit",
-        "two conversations that share all but the last turn",
+        "two conversations that share all but the last turn, or part earlier (trajectories)",
         "argilla/dpo-mix-7k",
         _TURNS,
         converters.implicit,
+    ),
+    Format(
+        "steps",
+        "a prompt, then step by step the turn taken (chosen) and alternatives to it (rejected), tool turns between",
+        "logs of an agent with what it might have done at each step",
+        {"prompt": TEXT_OR_MESSAGES, "steps": fields.STEPS},
+        trajectories.judged_steps,
+    ),
+    Format(
+        "tree",
+        "the turns of a trajectory so far and two texts that could come next",
+        "openbmb/UltraInteract_pair",
+        {"trajectory": MESSAGES} | _TEXTS,
+        trajectories.tree_node,
+    ),
+    Format(
+        "step_labels",
+        "a conversation, and for each assistant turn whether it is good (KTO)",
+        "labelled steps of one trajectory",
+        {"messages": MESSAGES, "labels": fields.FLAGS},
+        trajectories.labelled_steps,
+    ),
+    Format(
+        "step_rewards",
+        "a conversation, and for each assistant turn a reward, above 0 where it is good (KTO)",
+        "rewarded steps of one trajectory",
+        {"messages": MESSAGES, "rewards": NUMBERS},
+        trajectories.rewarded_steps,
     ),
     Format(
         "alpaca_output",
@@ -423,11 +451,13 @@ def convert(shape: Format, rows: Sequence[Row], data: DataConfig = ANY) -> Items
     row = shape.gather(rows) if shape.gather else rows[0]
     own = shape.reads - {"system"}  # a system prompt is context in every shape
     kept = {name: value for name, value in row.values.items() if name not in {*own, *context.CONTEXT_COLUMNS}}
-    items = context.in_context(shape.convert(row), row.values, own, data)
+    converted = shape.convert(row)
+    items = context.in_context([item for item in converted if not isinstance(item, BadRow)], row.values, own, data)
     for item in items:
         if isinstance(item, Preference):
             _check_pair(item, row.values, data)
-    return context.with_extras([dataclasses.replace(item, columns=kept) for item in items], rows, data.columns)
+    found = context.with_extras([dataclasses.replace(item, columns=kept) for item in items], rows, data.columns)
+    return [*found, *(item for item in converted if isinstance(item, BadRow))]
 
 
 def _check_pair(pair: Preference, row: Mapping[str, Any], data: DataConfig) -> None:

@@ -57,9 +57,10 @@ def stream_rows(
     converted = (
         item
         for shape, rows in itertools.chain([(shape, first)], rest)
-        for item in _converted(shape, _fitting(shape, rows, report, data.on_bad_row), report, data)
+        for item in _converted(shape, _fitting(shape, rows, report, data), report, data)
     )
-    clean = distinct_pairs(converted, report, "the same pair stands in an earlier row")
+    found = converted if data.credit is None else _with_trajectories(converted, report, data.credit)
+    clean = distinct_pairs(found, report, "the same pair stands in an earlier row")
     return _counted_kept(take(clean, report), report, source), report
 
 
@@ -226,7 +227,20 @@ def _rank_of(name: str, words: Sequence[str]) -> int:
     return next((at for at, word in enumerate(words) if word in parts), len(words))
 
 
-def _fitting(shape: Format, found: Iterable[Found], report: Report, policy: Any) -> Iterator[Row]:
+def _with_trajectories(items: Iterable[Item], report: Report, credit: str) -> Iterator[Item]:
+    """The items; `UserError` at the end where `data.credit` had nothing to decide."""
+    several = False
+    for item in items:
+        several |= item.context is not None
+        yield item
+    if report.read and not several:
+        raise UserError(
+            f"data.credit {credit} is for conversations in which several turns are judged, and no row is one "
+            f"(format {report.format}); leave it out"
+        )
+
+
+def _fitting(shape: Format, found: Iterable[Found], report: Report, data: DataConfig) -> Iterator[Row]:
     if shape.name not in report.format.split(", "):
         report.format += f", {shape.name}"
     for where, row in found:
@@ -237,16 +251,19 @@ def _fitting(shape: Format, found: Iterable[Found], report: Report, policy: Any)
             flat = shape.flattened(row)
             check_columns(shape, flat)
         except BadRow as bad:
-            report.refuse(where, bad, policy)
+            report.refuse(where, bad, data.on_bad_row)
         else:
-            yield Row(where, flat)
+            yield Row(where, flat, data.credit)
 
 
 def _converted(shape: Format, rows: Iterable[Row], report: Report, data: DataConfig) -> Iterator[Item]:
     for group in _groups(shape, rows):
         try:
-            items = list(convert(shape, group, data))
+            found = convert(shape, group, data)
+            items = [item for item in found if not isinstance(item, BadRow)]
             _note_columns(shape, group, items, report, data)
+            for bad in found[len(items) :]:  # a part of the row that states nothing
+                report.refuse(group[0].where, bad, "skip")
             yield from items
         except BadRow as bad:
             for row in group:
@@ -298,7 +315,9 @@ def _pair_digest(text: str) -> bytes:
 def unpaired(pairs: Iterable[Preference]) -> list[UnpairedExample]:
     """Each pair as two opinions, for unpaired objectives: the chosen desirable, the rejected not."""
     return [
-        UnpairedExample(pair.prompt, completion, desirable, pair.where, pair.tools, pair.columns, pair.extras)
+        UnpairedExample(
+            pair.prompt, completion, desirable, pair.where, pair.tools, pair.columns, pair.extras, pair.context
+        )
         for pair in pairs
         for completion, desirable in ((pair.chosen, True), (pair.rejected, False))
     ]

@@ -6,7 +6,7 @@ What a chat template leaves out of a row is looked for on the way (`marks`), and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from mlxdpo.config import DataConfig
 from mlxdpo.data.marks import FOLD, STRIPPED, Arrival, Marked, arrived, judge, plant
@@ -31,6 +31,11 @@ class Rendered(NamedTuple):
     prompt: str
     fulls: tuple[str, ...]
     plain: bool
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that is tokenised."""
+        return (self.prompt, *self.fulls)
 
 
 def render(
@@ -68,12 +73,12 @@ def render(
     turns, fulls, noted = canonical(_turns(prompt, "user")), [], list[str]()
     before = _first_render(turns, tools, writer, data)
     for completion in completions:
-        answer = _without_end_token(canonical(_turns(completion, "assistant")), writer, changes)
-        fulls.append(_cut_at(_with_answer(turns, answer, tools, writer, data), writer))
-        noted += _arrivals(turns, answer, tools, writer, data)
+        answer = without_end_token(canonical(_turns(completion, "assistant")), writer, changes)
+        fulls.append(cut_at_end(_with_answer(turns, answer, tools, writer, data), writer))
+        noted += arrivals(turns, answer, tools, writer, data)
         noted += _rewritten(fulls[-1], turns, answer, stripped=STRIPPED in noted)
     if not completions:
-        noted += _arrivals(turns, (), tools, writer, data)
+        noted += arrivals(turns, (), tools, writer, data)
     changes += dict.fromkeys(noted)
     return Rendered(_led(before, fulls, writer, changes), tuple(fulls), plain=False)
 
@@ -83,15 +88,15 @@ def _first_render(
 ) -> str:
     """The prompt with the header of the answer; a template that refuses a system turn alone is told apart."""
     try:
-        return _conversation(turns, tools, writer, data, generate=True)
+        return conversation_text(turns, tools, writer, data, generate=True)
     except BadRow as bad:
         if not any(turn.role in SYSTEM for turn in turns) or data.system == "fold":
             raise
-        _conversation(turns, tools, writer, data.model_copy(update={"system": "fold"}), generate=True)
+        conversation_text(turns, tools, writer, data.model_copy(update={"system": "fold"}), generate=True)
         raise BadRow(bad.reason, f"{bad.sentence}; {FOLD}") from None
 
 
-def _conversation(
+def conversation_text(
     turns: Sequence[Message],
     tools: Sequence[Mapping[str, Any]],
     writer: Writer,
@@ -124,9 +129,9 @@ def _with_answer(
     """Prompt and answer as the template writes them, with the answer's reasoning in front where that is to be kept."""
     thought = thought_of(answer[-1]) if data.reasoning == "keep" and answer else None
     if thought is None or thought.form in writer.reasoning or set(writer.reasoning) - {INLINE}:
-        return _conversation((*turns, *answer), tools, writer, data)
+        return conversation_text((*turns, *answer), tools, writer, data)
     slotted = thought.rest._replace(content=SLOT + thought.rest.content)
-    text = _conversation((*turns, *answer[:-1], slotted), tools, writer, data)
+    text = conversation_text((*turns, *answer[:-1], slotted), tools, writer, data)
     head, found, tail = text.rpartition(SLOT)
     if not found:
         return text
@@ -136,7 +141,7 @@ def _with_answer(
 KNOWN = 4096  # shapes of rows that are remembered
 
 
-def _arrivals(
+def arrivals(
     turns: Sequence[Message],
     answer: Sequence[Message],
     tools: Sequence[Mapping[str, Any]],
@@ -159,7 +164,7 @@ def _arrivals(
 def _arrival(marked: Marked, answers: int, writer: Writer, data: DataConfig) -> Arrival:
     turns, answer = marked.turns[:answers], marked.turns[answers:]
     if not answer:
-        text = _conversation(turns, marked.tools, writer, data, generate=True)
+        text = conversation_text(turns, marked.tools, writer, data, generate=True)
         return Arrival(tuple(arrived(marked.parts, text).values()))
     text = _with_answer(turns, answer, marked.tools, writer, data)
     known = {"user", "assistant", *(SYSTEM if data.system == "fold" else ())}
@@ -203,10 +208,13 @@ def _led(before: str, fulls: Sequence[str], writer: Writer, changes: list[str]) 
     return before
 
 
-def checked_unicode(rendered: Rendered) -> Rendered:
+AnyRendered = TypeVar("AnyRendered", bound=Any)
+
+
+def checked_unicode(rendered: AnyRendered) -> AnyRendered:
     """Raises `BadRow` for half a surrogate pair (JSON lets "\\ud83d" through; tokenizers do not)."""
     try:
-        for text in (rendered.prompt, *rendered.fulls):
+        for text in rendered.texts:
             text.encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
@@ -218,7 +226,7 @@ def _turns(text: Text, role: str) -> tuple[Message, ...]:
     return (Message(role, text),) if isinstance(text, str) else text
 
 
-def _without_end_token(answer: tuple[Message, ...], writer: Writer, changes: list[str]) -> tuple[Message, ...]:
+def without_end_token(answer: tuple[Message, ...], writer: Writer, changes: list[str]) -> tuple[Message, ...]:
     """Texts copied from a model's output may end in the token that the template is about to write again."""
     end = writer.end.strip()
     if not end or not answer or not answer[-1].content.rstrip().endswith(end):
@@ -228,6 +236,6 @@ def _without_end_token(answer: tuple[Message, ...], writer: Writer, changes: lis
     return (*answer[:-1], last._replace(content=last.content.rstrip().removesuffix(end)))
 
 
-def _cut_at(full: str, writer: Writer) -> str:
+def cut_at_end(full: str, writer: Writer) -> str:
     """Without what the template prints after the end of the turn."""
     return full.removesuffix(writer.rest) if full.endswith(writer.end + writer.rest) else full

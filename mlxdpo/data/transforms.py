@@ -49,7 +49,8 @@ def with_end(
     is predicted, and the state of the last real token is what a reward model reads."""
     for e in examples:
         chosen, rejected = (np.concatenate([completion, END]) for completion in (e.chosen, e.rejected))
-        yield replace(e, chosen=chosen, rejected=rejected)
+        masks = [None if m is None else np.append(m, True) for m in (e.chosen_mask, e.rejected_mask)]
+        yield replace(e, chosen=chosen, rejected=rejected, chosen_mask=masks[0], rejected_mask=masks[1])
 
 
 def demonstrations(items: Iterable[Item], report: Report) -> Iterator[UnpairedExample]:
@@ -60,7 +61,8 @@ def demonstrations(items: Iterable[Item], report: Report) -> Iterator[UnpairedEx
 def _worth_imitating(items: Iterable[Item], report: Report) -> Iterator[UnpairedExample]:
     for item in items:
         if isinstance(item, Preference):
-            yield UnpairedExample(item.prompt, item.chosen, True, item.where, item.tools, item.columns, item.extras)
+            same = (item.where, item.tools, item.columns, item.extras, item.context)
+            yield UnpairedExample(item.prompt, item.chosen, True, *same)
         elif item.desirable:
             yield item
         else:
@@ -98,16 +100,17 @@ def mismatched(
         for i, example in enumerate(chunk):
             other = _of_another_prompt(example, [*ring[place[i] + 1 :], *ring[: place[i]], *before])
             room = data.max_length - len(example.prompt)
-            if len(other) > room:
+            if len(other.chosen) > room:
                 report.change(example.where, "completion of another prompt (for the KL term) cut to fit")
-            yield replace(example, rejected=other[:room])
+            mask = None if other.chosen_mask is None else other.chosen_mask[:room]
+            yield replace(example, rejected=other.chosen[:room], rejected_mask=mask)
         before = [*chunk[-1:], *others]
 
 
-def _of_another_prompt(example: Example, others: Sequence[Example]) -> np.ndarray:
+def _of_another_prompt(example: Example, others: Sequence[Example]) -> Example:
     for other in others:
         if not np.array_equal(other.prompt, example.prompt):
-            return other.chosen
+            return other
     raise UserError(
         f"{example.where}: all rows have the same prompt, but the KL term of this objective needs the completion of "
         f"another one; add rows, or use loss.name apo_zero_unpaired, which has no such term"

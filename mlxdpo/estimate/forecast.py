@@ -308,7 +308,7 @@ def shortened(layouts: Layouts, longest: int) -> Layouts:
     def scaled(at: BatchLayout) -> BatchLayout:
         """One batch."""
         share = min(1.0, longest / (at.shared + at.width))
-        shared, width, rest, scored = (round(size * share) for size in (at.shared, at.width, at.rest, at.scored))
-        return at._replace(shared=shared, width=width, rest=rest, scored=scored)
+        names = ("shared", "width", "rest", "scored", "tree")
+        return at._replace(**{name: round(getattr(at, name) * share) for name in names})
 
     return Layouts(tuple(map(scaled, layouts.training)), tuple(map(scaled, layouts.scoring)), scaled(layouts.first))

@@ -127,7 +127,7 @@ class Memory:
 def attention_kept(shape: Shape, at: BatchLayout, chunked_from: float) -> int:
     """Bytes that one block's attention keeps: queries, keys, values, and scores or what stands for them."""
     queries, pairs = _queries(at), _score_count(at)
-    keys = queries + (0 if at.whole else at.rows * at.shared)  # each row has its prompt's keys before its own
+    keys = queries + (0 if at.whole else at.attended[0] * at.shared)  # each row has its prompt's keys before its own
     kept = (shape.heads * queries + 2 * shape.kv_heads * keys) * shape.head_dim * shape.item
     kept += shape.normed_heads * shape.head_dim * at.tokens * shape.item
     if at.packed:
@@ -143,20 +143,20 @@ def attention_kept(shape: Shape, at: BatchLayout, chunked_from: float) -> int:
 
 def _keys_seen(at: BatchLayout) -> int:
     """Keys that a row's last token sees."""
-    return at.shared + at.width
+    return at.shared + at.attended[1]
 
 
 def _queries(at: BatchLayout) -> int:
     if at.whole:
         return at.tokens
-    return at.prompts * at.shared + at.rows * at.width
+    return at.prompts * at.shared + math.prod(at.attended)
 
 
 def _score_count(at: BatchLayout) -> int:
     """Query-key pairs of one head, computed as whole squares."""
     if at.whole:
         return at.rows * (at.shared + at.width) ** 2
-    return at.prompts * at.shared**2 + at.rows * at.width * (at.shared + at.width)
+    return at.prompts * at.shared**2 + math.prod(at.attended) * _keys_seen(at)
 
 
 def block_kept(shape: Shape, trained: Trained, at: BatchLayout, chunked_from: float) -> int:
@@ -232,7 +232,8 @@ def _blocked_backward(shape: Shape, at: BatchLayout, block: int) -> int:
 
     if at.whole:
         return call(at.rows, at.shared + at.width, at.shared + at.width)
-    return max(call(at.prompts, at.shared, at.shared), call(at.rows, at.width, at.shared + at.width))
+    rows, width = at.attended
+    return max(call(at.prompts, at.shared, at.shared), call(rows, width, at.shared + width))
 
 
 def run_ahead(shape: Shape, trained: Trained, at: BatchLayout, setting: Setting) -> int:
@@ -271,7 +272,7 @@ def start_check(shape: Shape, at: BatchLayout, attention: AttentionCost) -> int:
     """Bytes of the start's comparison of the fast way with the plain one, on one pair or two, before it attends in
     chunks of its own: of the largest pass, log-probs in float32 and so with the embedding, or gradients."""
     table = shape.vocabulary * shape.hidden * FLOAT if shape.item != FLOAT else 0
-    given, shape, whole = shape, shape._replace(item=FLOAT), at._replace(level="plain")
+    given, shape, whole = shape, shape._replace(item=FLOAT), at._replace(level="plain", tree=0)
     unfused = attention._replace(score_from=0 if attention.chunked_from == 0 else math.inf)
     logps = table + max(forward_memory(shape, whole, unfused), forward_memory(shape, at, attention))
     return max(logps, _gradient_check(given, at, attention))

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlxdpo.data.distinct_rows import DistinctRow
 from mlxdpo.exporters.record import Fidelity
 from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward.elementwise import exp
@@ -138,23 +139,25 @@ def _accuracy(margins: np.ndarray) -> float:
 
 def _batches(examples: Sequence[Example], vocabulary: int) -> Iterator[VerifiedRows]:
     """Rows of like length, as many as `LOGITS` allows; row i is a chosen completion, row B + i its rejected one."""
-    pairs = [(e.prompt, e.chosen) for e in examples] + [(e.prompt, e.rejected) for e in examples]
-    order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
+    pairs = [DistinctRow(e.prompt, e.chosen, e.chosen_mask, 0) for e in examples]
+    pairs += [DistinctRow(e.prompt, e.rejected, e.rejected_mask, 0) for e in examples]
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i].prompt) - len(pairs[i].completion))
     while order:
-        longest = sum(map(len, pairs[order[0]])) - 1
+        longest = len(pairs[order[0]].prompt) + len(pairs[order[0]].completion) - 1
         count = max(1, LOGITS // (4 * vocabulary * longest))
         here, order = order[:count], order[count:]
         yield _padded_rows(tuple(here), [pairs[i] for i in here], longest)
 
 
-def _padded_rows(which: tuple[int, ...], pairs: list[tuple[np.ndarray, np.ndarray]], longest: int) -> VerifiedRows:
+def _padded_rows(which: tuple[int, ...], pairs: list[DistinctRow], longest: int) -> VerifiedRows:
     inputs, at, targets = np.zeros((len(pairs), longest), np.int32), [], []
-    for row, (prompt, completion) in enumerate(pairs):
-        ids = np.concatenate([prompt, completion])
-        inputs[row, : len(ids) - 1] = ids[:-1]
-        first = max(len(prompt) - 1, 0)
-        at += [(row, column) for column in range(first, len(ids) - 1)]
-        targets.append(ids[first + 1 :])
+    for number, row in enumerate(pairs):
+        ids = np.concatenate([row.prompt, row.completion])
+        inputs[number, : len(ids) - 1] = ids[:-1]
+        columns = len(row.prompt) - 1 + row.scored
+        columns = columns[columns >= 0]  # without a prompt nothing predicts the first token
+        at += [(number, column) for column in columns.tolist()]
+        targets.append(ids[columns + 1])
     return VerifiedRows(which, mx.array(inputs), np.array(at).T, mx.array(np.concatenate(targets)))
 
 

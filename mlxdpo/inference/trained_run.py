@@ -114,7 +114,7 @@ def logps_under_both(
         return both
 
     values = score_examples(examples, group, batch_size, 4, score)
-    lengths = [np.array([len(getattr(e, side)) for e in examples], np.float64) for side in ("chosen", "rejected")]
+    lengths = np.array([example.scored for example in examples], np.float64).reshape(-1, 2).T
     return PairLogps(*values, *lengths)
 
 

@@ -129,6 +129,7 @@ def planned_batch(
         shape.scored,
         level.name,
         parts=len(cut_by_prompts(*numbers)),
+        tree=shape.tree if level.packs else 0,
     )
     return PlannedBatch(layout, len(indices), need.rows, need.distinct)
 
@@ -245,7 +246,8 @@ def schedule_share(optim: OptimConfig, step: int, total: int) -> float:
 class BatchLayout(NamedTuple):
     """A batch: G prompts of P shared tokens, R rows of S behind them made of M distinct tokens, N scored ones.
 
-    `level` is how the model runs it (`forward.levels`), `parts` how many parts of it are computed side by side.
+    `level` is how the model runs it (`forward.levels`), `parts` how many parts of it are computed side by side; `tree`
+    the tokens of each prompt that attention goes over at once where rows branch more than once, else 0.
     """
 
     prompts: int
@@ -256,6 +258,12 @@ class BatchLayout(NamedTuple):
     scored: int
     level: str = "prefix"
     parts: int = 1
+    tree: int = 0
+
+    @property
+    def attended(self) -> tuple[int, int]:
+        """How many rows, of how many tokens, attention goes over behind the shared prefix."""
+        return (self.prompts, self.tree) if self.tree else (self.rows, self.width)
 
     @property
     def packed(self) -> bool:

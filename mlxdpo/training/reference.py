@@ -211,18 +211,27 @@ def _columns(pairs: Pairs) -> list[np.ndarray]:
 
 
 def shared_rows(examples: Sequence[Example]) -> np.ndarray:
-    """(N, 4, 16) digests of each pair's two rows, and of the same cut to the first min(|chosen|, |rejected|) tokens.
+    """(N, 4, 16) digests of each pair's two rows, and of the same cut to their first min(|chosen|, |rejected|) scored
+    tokens.
 
     The log-prob of a completion's beginning is that of the row that ends there: it is kept as such.
     """
     pairs = Examples.of(examples)
-    shorter = pairs.lengths[:, 1:].min(axis=1).tolist()
+    shorter = pairs.scored.min(axis=1).tolist()
     cut = [
-        row_digest(pair.prompt, completion[:most])
+        _digest_of_beginning(pair.prompt, *side, most)
         for pair, most in zip(pairs, shorter, strict=True)
-        for completion in (pair.chosen, pair.rejected)
+        for side in ((pair.chosen, pair.chosen_mask), (pair.rejected, pair.rejected_mask))
     ]
     return np.concatenate([pairs.rows, np.frombuffer(b"".join(cut), np.uint8).reshape(-1, 2, 16)], axis=1)
+
+
+def _digest_of_beginning(prompt: np.ndarray, completion: np.ndarray, mask: np.ndarray | None, most: int) -> bytes:
+    """Of a row cut behind its first `most` scored tokens."""
+    if mask is None:
+        return row_digest(prompt, completion[:most])
+    end = int(np.flatnonzero(mask)[most - 1]) + 1
+    return row_digest(prompt, completion[:end], mask[:end])
 
 
 def _look_up(keys: np.ndarray, file: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -123,7 +123,8 @@ def _thumbs(data: Dataset, config: Config, loss: Loss) -> str:
 
 
 def _without_end(example: Example, loss: Loss) -> Shown:
-    sides = {name: getattr(example, name)[: -len(END)] for name in ("chosen", "rejected")}
+    names = ("chosen", "rejected", "chosen_mask", "rejected_mask")
+    sides = {name: None if (a := getattr(example, name)) is None else a[: -len(END)] for name in names}
     return replace(example, **sides), ("chosen", "rejected")
 
 

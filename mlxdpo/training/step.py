@@ -313,7 +313,7 @@ def step_statistics(
     else:
         every = [example for examples in batches for example in examples]
         unknown = mx.zeros(len(every))
-        lengths = (mx.array([float(len(getattr(e, side))) for e in every]) for side in ("chosen", "rejected"))
+        lengths = (mx.array(counts, mx.float32) for counts in zip(*(example.scored for example in every), strict=True))
         pairs = Pairs(unknown, unknown, unknown, unknown, *lengths)
     statistics = loss.step_statistics(pairs)
     assert statistics is not None

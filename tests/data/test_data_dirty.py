@@ -100,15 +100,15 @@ REFUSED = [
     ("text", PAIR | {"tools": [1]}, reasons.WRONG_TYPE, '"tools" is a list of numbers; expected a list of tools'),
     (
         "implicit",
-        conversation(rejected=turns("Hi?", "Bad.", "And?", "Worse.")),
+        conversation(rejected=turns("Hi?")),
         reasons.DIVERGED,
-        '"chosen" (2 turns) and "rejected" (4) part at turn 2; expected them to differ in the last turn only',
+        '"chosen" and "rejected" part at turn 2, where "rejected" is over; expected an assistant turn in both',
     ),
     (
         "implicit",
-        {"chosen": turns("Hi?", "A", "B", "C"), "rejected": turns("Hi?", "Z", "B", "D")},
+        {"chosen": turns("Hi?", "A", "B", "C"), "rejected": turns("Hi?", "A", "Z", "D")},
         reasons.DIVERGED,
-        '"chosen" (4 turns) and "rejected" (4) part at turn 2; expected them to differ in the last turn only',
+        '"chosen" and "rejected" part at turn 3, which is a user turn; expected them to part at an assistant turn',
     ),
     (
         "implicit",

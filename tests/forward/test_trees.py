@@ -12,11 +12,13 @@ from mlxdpo.config import LoraConfig, LossConfig
 from mlxdpo.data import batch_shapes
 from mlxdpo.data.batch_shapes import batch_size_of, plan_shapes
 from mlxdpo.data.batching import collate
-from mlxdpo.data.examples import Examples
+from mlxdpo.data.examples import Examples, row_digest
 from mlxdpo.forward import packed
 from mlxdpo.forward.choose_forward import detailed_fns, forward_fns
 from mlxdpo.forward.logprobs import plain_forward, score_pairs
 from mlxdpo.losses import resolve
+from mlxdpo.training.plan import planned_batch
+from mlxdpo.training.reference import shared_rows
 from mlxdpo.types import Example
 
 
@@ -158,3 +160,21 @@ def test_losses_see_sums_and_lengths_of_scored_tokens(name):
     got = loss(score_pairs(model, batch, at_level()))
     want = [loss(score_pairs(model, collate([e], (0,), 1), plain_forward))[0].item() for e in examples]
     np.testing.assert_allclose(got[: len(want)], want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_knows_the_shape_and_the_reference_the_rows():
+    """The layout that memory is estimated from is the batch's; a row cut behind its first scored tokens has a name."""
+    examples = judged_turns(np.random.default_rng(9), 40, 6) + several(9)
+    stored = Examples.of(examples)
+    for indices in ((0, 1, 2, 3, 4, 5), (6, 7, len(examples) - 1)):
+        layout, batch = planned_batch(stored, indices, packs=True).layout, collate(stored, indices, len(indices))
+        shape = (*batch.prefix.shape, *batch.rows.shape, len(batch.rest), len(batch.targets))
+        assert layout[:6] == shape and layout.tree == (0 if batch.tree is None else batch.tree.order.shape[1])
+        assert layout.attended == ((layout.prompts, layout.tree) if layout.tree else (layout.rows, layout.width))
+    for example, (*_, chosen, rejected) in zip(examples, shared_rows(examples), strict=True):
+        longer = "chosen" if example.scored[0] >= example.scored[1] else "rejected"
+        ids, mask = getattr(example, longer), getattr(example, f"{longer}_mask")
+        mask = np.ones(len(ids), bool) if mask is None else mask
+        end = int(np.flatnonzero(mask)[min(example.scored) - 1]) + 1
+        cut = row_digest(example.prompt, ids[:end], None if mask[:end].all() else mask[:end])
+        assert cut == (chosen if longer == "chosen" else rejected).tobytes()

@@ -116,6 +116,10 @@ FIXTURES: dict[str, list[dict[str, Any]]] = {
     "distilabel": [{"instruction": "Hi?", "generations": ["Bad.", "Good."], "ratings": [2, 5]}],
     "alpaca_output": [{"instruction": "Hi?", "input": "", "output": "Good."}],
     "conversations": [{"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Good."}]}],
+    "steps": [{"prompt": "Hi?", "steps": [{"chosen": "Good.", "rejected": "Bad."}, {"role": "tool", "content": "1"}]}],
+    "tree": [{"trajectory": [{"from": "user", "value": "Hi?"}], "chosen": "Good.", "rejected": "Bad."}],
+    "step_labels": [{"messages": turns("Hi?", "Good."), "labels": [True]}],
+    "step_rewards": [{"messages": turns("Hi?", "Good."), "rewards": [0.5]}],
 }
 
 _TURNS = {"chosen": turns("Hi?", "Good."), "rejected": turns("Hi?", "Bad.")}
@@ -123,6 +127,13 @@ _TEXTS = {"chosen": "Good.", "rejected": "Bad."}
 
 # Column layouts as the cards of the data sets give them, and the shape each must be read as.
 KNOWN_SETS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "openbmb/UltraInteract_pair": (
+        "tree",
+        [
+            {"id": "7_0_1", "parent_id": "7", "task": "Math", "dataset": "MATH"}
+            | {"trajectory": [{"from": "user", "value": "Hi?"}], "chosen": "Good.", "rejected": "Bad."}
+        ],
+    ),
     "HuggingFaceH4/ultrafeedback_binarized": (
         "turns",
         [

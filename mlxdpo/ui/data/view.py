@@ -157,10 +157,8 @@ def as_seen(pair: Preference, count: int, data: DataConfig, tokenizer: Any) -> s
     said = f"<ul>{remarks}</ul>" if remarks else ""
     if example is None:
         return f"<p>This pair would be left out.</p>{said}"
-    parts = zip(
-        ("chosen", "rejected"), shown_example(example, tokenizer), (example.chosen, example.rejected), strict=True
-    )
-    sides = "".join(_seen_side(name, segments, len(example.prompt), len(ids)) for name, segments, ids in parts)
+    parts = zip(("chosen", "rejected"), shown_example(example, tokenizer), example.scored, strict=True)
+    sides = "".join(_seen_side(name, segments, len(example.prompt), scored) for name, segments, scored in parts)
     more = f"<p>The first of this row's {count} pairs.</p>" if count > 1 else ""
     return f"{SEEN}{more}{sides}{said}"
 
