@@ -456,8 +456,8 @@ def convert(shape: Format, rows: Sequence[Row], data: DataConfig = ANY) -> Items
     for item in items:
         if isinstance(item, Preference):
             _check_pair(item, row.values, data)
-    found = context.with_extras([dataclasses.replace(item, columns=kept) for item in items], rows, data.columns)
-    return [*found, *(item for item in converted if isinstance(item, BadRow))]
+    found = iter(context.with_extras([dataclasses.replace(item, columns=kept) for item in items], rows, data.columns))
+    return [item if isinstance(item, BadRow) else next(found) for item in converted]
 
 
 def _check_pair(pair: Preference, row: Mapping[str, Any], data: DataConfig) -> None:

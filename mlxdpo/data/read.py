@@ -262,7 +262,7 @@ def _converted(shape: Format, rows: Iterable[Row], report: Report, data: DataCon
             found = convert(shape, group, data)
             items = [item for item in found if not isinstance(item, BadRow)]
             _note_columns(shape, group, items, report, data)
-            for bad in found[len(items) :]:  # a part of the row that states nothing
+            for bad in (part for part in found if isinstance(part, BadRow)):  # it states nothing
                 report.refuse(group[0].where, bad, "skip")
             yield from items
         except BadRow as bad:

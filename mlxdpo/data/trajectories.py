@@ -69,7 +69,7 @@ def pair_of_answers(row: Row, prompt: Turns, better: str, worse: str) -> Prefere
     """The columns of two answers where either has several turns behind the prompt; else None."""
     if not all(fields.is_messages(row.values[name]) for name in (better, worse)):
         return None
-    chosen, rejected = (_behind(fields.messages(row.values, name), prompt) for name in (better, worse))
+    chosen, rejected = (_after_prompt(fields.messages(row.values, name), prompt) for name in (better, worse))
     if len(chosen) == len(rejected) == 1:
         return None
     return pair_of_conversations(row, prompt + chosen, prompt + rejected)
@@ -79,7 +79,7 @@ def judged_answer(row: Row, prompt: Turns, desirable: bool, name: str) -> Unpair
     """The column of an answer where it has several turns behind the prompt; else None."""
     if not fields.is_messages(row.values[name]):
         return None
-    turns = _behind(fields.messages(row.values, name), prompt)
+    turns = _after_prompt(fields.messages(row.values, name), prompt)
     if len(turns) == 1:
         return None
     if row.credit == "turn":
@@ -96,7 +96,7 @@ def judged_answer(row: Row, prompt: Turns, desirable: bool, name: str) -> Unpair
     )
 
 
-def _behind(turns: Turns, prompt: Turns) -> Turns:
+def _after_prompt(turns: Turns, prompt: Turns) -> Turns:
     return turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
 
 

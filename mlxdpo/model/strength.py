@@ -84,7 +84,7 @@ def weighted_sum(terms: Sequence[tuple[Path, float]]) -> tuple[LoraConfig, Array
         if name.endswith(".lora_b"):
             a = f"{name.removesuffix('b')}a"
             factors = [weight * lora.multiplier for (_, weight), lora in zip(terms, settings, strict=True)]
-            found[a], found[name] = _joined([one[a] for one in loaded], [one[name] for one in loaded], factors)
+            found[a], found[name] = _side_by_side([one[a] for one in loaded], [one[name] for one in loaded], factors)
     lora = settings[0].model_dump(exclude_none=True, exclude={"alpha", "scale", "rank", "dropout"})
     rank = sum(one.rank for one in settings)
     return LoraConfig.model_validate(lora | {"rank": rank, "scale": 1.0}), found
@@ -98,7 +98,7 @@ def _alone(lora: LoraConfig, arrays: Arrays, weight: float) -> tuple[LoraConfig,
     return LoraConfig.model_validate(kept | {"scale": lora.multiplier * weight}), arrays
 
 
-def _joined(a: Sequence[mx.array], b: Sequence[mx.array], factors: Sequence[float]) -> tuple[mx.array, mx.array]:
+def _side_by_side(a: Sequence[mx.array], b: Sequence[mx.array], factors: Sequence[float]) -> tuple[mx.array, mx.array]:
     """A and B of the sum: A (in, r), B (r, out); of E experts A (E * r, in), B (E, out, r)."""
     scaled_b = [one.astype(mx.float32) * factor for one, factor in zip(b, factors, strict=True)]
     wide = [one.astype(mx.float32) for one in a]
