@@ -77,22 +77,22 @@ class _Apart(NamedTuple):
     def put_together(self, arrays: Sequence[mx.array], objects: Sequence[Any]) -> Any:
         """The tree with these arrays, and these objects, whose fields are set."""
         for thing, fields in zip(objects, self.fields, strict=True):
-            thing.__dict__ = _put(fields, arrays, objects)
-        return _put(self.form, arrays, objects)
+            thing.__dict__ = _put_back(fields, arrays, objects)
+        return _put_back(self.form, arrays, objects)
 
 
 # No function here refers to itself from within: such a circle would keep arrays until the garbage collector comes.
-def _put(node: Any, arrays: Sequence[mx.array], objects: Sequence[Any]) -> Any:
+def _put_back(node: Any, arrays: Sequence[mx.array], objects: Sequence[Any]) -> Any:
     if isinstance(node, _Array):
         return arrays[node]
-    return objects[node] if isinstance(node, _Object) else _each_branch(node, _put, arrays, objects)
+    return objects[node] if isinstance(node, _Object) else _each_branch(node, _put_back, arrays, objects)
 
 
-def _take(node: Any, arrays: list[mx.array], objects: list[Any]) -> Any:
+def _take_out(node: Any, arrays: list[mx.array], objects: list[Any]) -> Any:
     """Only floats are inputs: closed over, the value of a mask can still be read (`causal_window`)."""
     if isinstance(node, mx.array):
         return _Array(_number(arrays, node)) if mx.issubdtype(node.dtype, mx.floating) else node
-    return _Object(_number(objects, node)) if _holds_arrays(node) else _each_branch(node, _take, arrays, objects)
+    return _Object(_number(objects, node)) if _holds_arrays(node) else _each_branch(node, _take_out, arrays, objects)
 
 
 def _number(items: list[Any], one: Any) -> int:
@@ -107,9 +107,9 @@ def _take_apart(tree: Any, known: Sequence[Any] = ()) -> _Apart:
     """`tree` in parts; the objects `known` are the first, whether it has them or not."""
     arrays: list[mx.array] = []
     objects, fields = list(known), []
-    form = _take(tree, arrays, objects)
+    form = _take_out(tree, arrays, objects)
     while len(fields) < len(objects):
-        fields.append(_take(vars(objects[len(fields)]), arrays, objects))
+        fields.append(_take_out(vars(objects[len(fields)]), arrays, objects))
     return _Apart(form, fields, objects, arrays)
 
 
