@@ -76,50 +76,53 @@ class _Apart(NamedTuple):
 
     def put_together(self, arrays: Sequence[mx.array], objects: Sequence[Any]) -> Any:
         """The tree with these arrays, and these objects, whose fields are set."""
-
-        def put(node: Any) -> Any:
-            """One branch."""
-            if isinstance(node, _Array):
-                return arrays[node]
-            return objects[node] if isinstance(node, _Object) else _each_branch(node, put)
-
         for thing, fields in zip(objects, self.fields, strict=True):
-            thing.__dict__ = put(fields)
-        return put(self.form)
+            thing.__dict__ = _put_back(fields, arrays, objects)
+        return _put_back(self.form, arrays, objects)
+
+
+# No function here refers to itself from within: such a circle would keep arrays until the garbage collector comes.
+def _put_back(node: Any, arrays: Sequence[mx.array], objects: Sequence[Any]) -> Any:
+    if isinstance(node, _Array):
+        return arrays[node]
+    return objects[node] if isinstance(node, _Object) else _each_branch(node, _put_back, arrays, objects)
+
+
+def _take_out(node: Any, arrays: list[mx.array], objects: list[Any]) -> Any:
+    """Only floats are inputs: closed over, the value of a mask can still be read (`causal_window`)."""
+    if isinstance(node, mx.array):
+        return _Array(_number(arrays, node)) if mx.issubdtype(node.dtype, mx.floating) else node
+    return _Object(_number(objects, node)) if _holds_arrays(node) else _each_branch(node, _take_out, arrays, objects)
+
+
+def _number(items: list[Any], one: Any) -> int:
+    """Where it is among them, by identity; added if it is not."""
+    at = next((i for i, item in enumerate(items) if item is one), len(items))
+    if at == len(items):
+        items.append(one)
+    return at
 
 
 def _take_apart(tree: Any, known: Sequence[Any] = ()) -> _Apart:
     """`tree` in parts; the objects `known` are the first, whether it has them or not."""
-    arrays, objects, fields = [], list(known), []
-
-    def number(items: list[Any], one: Any) -> int:
-        """Where it is among them, by identity; added if it is not."""
-        at = next((i for i, item in enumerate(items) if item is one), len(items))
-        if at == len(items):
-            items.append(one)
-        return at
-
-    def take(node: Any) -> Any:
-        """One branch. Only floats are inputs: closed over, the value of a mask can still be read (`causal_window`)."""
-        if isinstance(node, mx.array):
-            return _Array(number(arrays, node)) if mx.issubdtype(node.dtype, mx.floating) else node
-        return _Object(number(objects, node)) if _holds_arrays(node) else _each_branch(node, take)
-
-    form = take(tree)
+    arrays: list[mx.array] = []
+    objects, fields = list(known), []
+    form = _take_out(tree, arrays, objects)
     while len(fields) < len(objects):
-        fields.append(take(vars(objects[len(fields)])))
+        fields.append(_take_out(vars(objects[len(fields)]), arrays, objects))
     return _Apart(form, fields, objects, arrays)
 
 
-def _each_branch(node: Any, function: Any) -> Any:
+def _each_branch(node: Any, function: Any, *given: Any) -> Any:
     """A list, tuple or dict with `function` of what is in it; anything else, modules too, as it is."""
     if isinstance(node, nn.Module):
         return node
     if isinstance(node, dict):
-        return {name: function(one) for name, one in node.items()}
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return type(node)(*map(function, node))
-    return type(node)(map(function, node)) if isinstance(node, (list, tuple)) else node
+        return {name: function(one, *given) for name, one in node.items()}
+    if not isinstance(node, (list, tuple)):
+        return node
+    items = [function(one, *given) for one in node]
+    return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
 
 
 def _holds_arrays(node: Any) -> bool:

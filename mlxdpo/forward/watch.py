@@ -20,16 +20,17 @@ Watcher = Callable[..., Any]
 def watched(module: nn.Module, **watchers: Watcher) -> Iterator[None]:
     """While it lasts `module`'s methods of these names are its watchers. It can be nested, left in reverse order."""
     kind = type(module)
-    methods = {name: _through(getattr(kind, name), watcher) for name, watcher in watchers.items()}
+    methods = {name: _through(getattr(kind, name), name, watchers) for name in watchers}
     module.__class__ = type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__})  # type: ignore[assignment]
     try:
         yield
     finally:
         module.__class__ = kind  # type: ignore[assignment]
+        watchers.clear()  # a class lives until the garbage collector comes, and would keep the arrays that they saw
 
 
-def _through(method: Callable[..., Any], watcher: Watcher) -> Callable[..., Any]:
-    return lambda self, *args, **kwargs: watcher(lambda *a, **k: method(self, *a, **k), *args, **kwargs)
+def _through(method: Callable[..., Any], name: str, watchers: dict[str, Watcher]) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: watchers[name](lambda *a, **k: method(self, *a, **k), *args, **kwargs)
 
 
 @contextmanager

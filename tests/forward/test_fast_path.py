@@ -3,15 +3,17 @@
 Tiny models of all kinds are here; every architecture of mlx-lm is in test_architectures.py.
 """
 
+import gc
 from contextlib import nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from gradients import apart, gradients, moved
+from gradients import apart, gradients, moved, ragged, weighted
 from hypothesis import given
 from hypothesis import strategies as st
+from levels_of import at_level
 from mlx.utils import tree_flatten
 from tiny_models import SHAPES, tiny_model
 
@@ -187,3 +189,19 @@ def test_two_arrays_that_are_one_keep_their_gradient_under_a_checkpoint():
     wanted, got = (nn.value_and_grad(model, total)(model, on) for on in (False, True))
     assert got[0].item() == wanted[0].item() == 108
     assert got[1]["layers"][0]["weight"].item() == wanted[1]["layers"][0]["weight"].item() == 54
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("level", ["packed", "prefix", "head"])
+def test_a_step_leaves_no_array_to_the_garbage_collector(level, checkpoint):
+    model, batch = moved(tiny_model("llama"), LoraConfig(rank=4)), ragged()
+    way, sizes = at_level(level, checkpoint), []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            gradients(model, weighted(way, batch))
+            sizes.append(mx.get_active_memory())
+    finally:
+        gc.enable()
+    assert sizes[2] == sizes[1]
