@@ -9,7 +9,8 @@ from mlx.utils import tree_flatten
 from tiny_models import tiny_model
 
 from mlxdpo.config import LoraConfig, LossConfig
-from mlxdpo.forward.logprobs import PLAIN_FORWARD, forward_fns, score_pairs
+from mlxdpo.forward.choose_forward import PLAIN_FORWARD, forward_fns
+from mlxdpo.forward.logprobs import score_pairs
 from mlxdpo.forward.router_balance import (
     Routed,
     balancing_loss,

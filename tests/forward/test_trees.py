@@ -15,6 +15,7 @@ from mlxdpo.data.batching import collate
 from mlxdpo.data.examples import Examples, row_digest
 from mlxdpo.forward import packed
 from mlxdpo.forward.choose_forward import detailed_fns, forward_fns
+from mlxdpo.forward.levels import Level
 from mlxdpo.forward.logprobs import plain_forward, score_pairs
 from mlxdpo.losses import resolve
 from mlxdpo.training.plan import planned_batch
@@ -167,7 +168,7 @@ def test_a_plan_knows_the_shape_and_the_reference_the_rows():
     examples = judged_turns(np.random.default_rng(9), 40, 6) + several(9)
     stored = Examples.of(examples)
     for indices in ((0, 1, 2, 3, 4, 5), (6, 7, len(examples) - 1)):
-        layout, batch = planned_batch(stored, indices, packs=True).layout, collate(stored, indices, len(indices))
+        layout, batch = planned_batch(stored, indices, Level("packed")).layout, collate(stored, indices, len(indices))
         shape = (*batch.prefix.shape, *batch.rows.shape, len(batch.rest), len(batch.targets))
         assert layout[:6] == shape and layout.tree == (0 if batch.tree is None else batch.tree.order.shape[1])
         assert layout.attended == ((layout.prompts, layout.tree) if layout.tree else (layout.rows, layout.width))

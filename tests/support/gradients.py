@@ -28,6 +28,16 @@ def gradients(model, function):
     return value.item(), np.concatenate([np.array(g).ravel() for _, g in tree_flatten(tree)])
 
 
+RECURRENT = {"qwen3_5", "kimi_linear"}
+"""Tiny models with gated delta layers: their random states grow, so that already mlx-lm's own loop gives gradients that
+are 4e-5 apart, relative, where a row goes through it whole and where it is cut behind its prompt."""
+
+
+def rounding(kind):
+    """How far the gradients of two ways through a tiny model may be apart by the order of sums, relative."""
+    return 5e-4 if kind in RECURRENT else 1e-5
+
+
 def apart(got, want):
     """Relative distance of two vectors."""
     return np.linalg.norm(got - want) / np.linalg.norm(want)
