@@ -59,7 +59,9 @@ def test_value_and_gradient_are_those_of_the_whole_batch(kind, checkpoint, level
     model, (whole, parts) = moved(tiny_model(kind), LoraConfig(rank=4)), cut(streams_here, 3)
     value, wanted = gradients(model, weighted(at_level(level, checkpoint), whole))
     fast, got = gradients(model, weighted(at_level(level, checkpoint), parts))
-    assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < (5e-5 if kind == "gemma" else 1e-5)
+    assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < (
+        5e-5 if kind == "gemma" else rounding(kind)
+    )
 
 
 @pytest.mark.parametrize("fns", [PLAIN_FORWARD, detailed_fns(PLAIN_FORWARD)], ids=["logps", "details"])
