@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from gradients import RECURRENT, apart, gradients, moved, ragged, weighted
+from gradients import RECURRENT, apart, gradients, moved, ragged, rounding, weighted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels_of import at_level, rewards_at
