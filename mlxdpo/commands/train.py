@@ -210,5 +210,6 @@ def follow_training(
         return 130
     del events  # and with it the model, which `finish` may load again
     terminal.console.print(f"see it: mlxdpo generate {path} --prompt '...'   (--before for the untuned model)")
+    assert path is not None  # a finished run has one
     finish(Run(path), heldout)
     return 0

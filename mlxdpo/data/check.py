@@ -247,7 +247,7 @@ def _bias(found: DataFindings) -> list[str]:
         ups = round(found.desirable * found.kept)
         weighed = balance(np.repeat([1.0, 0.0], [ups, found.kept - ups]), 1, 1)
         return [f"{found.desirable:.0%} of the completions are desirable: {weighed}."]
-    if found.longer is None:
+    if found.longer is None or found.always_longer is None:
         return []
     rule = "longer" if found.always_longer >= 0.5 else "shorter"
     right = max(found.always_longer, 1 - found.always_longer)

@@ -157,7 +157,7 @@ def arena_battle(row: Row) -> Items:
 def texts_battle(row: Row) -> Items:
     """Arena answers written as JSON lists of one text each."""
     names = ("response_a", "response_b")
-    texts = Row(row.where, row.values | {name: _only_text(row.values, name) for name in names})
+    texts = Row(row.where, {**row.values, **{name: _only_text(row.values, name) for name in names}})
     return contest(one_turn_each, *names, won_flags)(texts)
 
 
@@ -174,7 +174,7 @@ def summaries(row: Row) -> Items:
     found = [one.get("text") for one in row.values["summaries"]]
     if len(found) != 2:
         raise BadRow(reasons.WRONG_TYPE, f'"summaries" has {len(found)} items; expected two')
-    texts = Row(row.where, row.values | {"summary 0": found[0], "summary 1": found[1]})
+    texts = Row(row.where, {**row.values, "summary 0": found[0], "summary 1": found[1]})
     return contest(reddit_post, "summary 0", "summary 1", numbered("choice", 0))(texts)
 
 

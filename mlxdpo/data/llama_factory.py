@@ -94,7 +94,7 @@ def _read_entries(file: Path, changed: int) -> dict[str, Entry]:
     except (ValueError, RecursionError):
         return {}
     items = found.items() if isinstance(found, dict) else ()
-    entries = {name: entry for name, entry in items if isinstance(entry, dict)}
+    entries: dict[str, Entry] = {name: entry for name, entry in items if isinstance(entry, dict)}
     return entries if any(isinstance(entry.get("file_name"), str) for entry in entries.values()) else {}
 
 

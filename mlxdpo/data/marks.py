@@ -143,7 +143,8 @@ def _marked_schema(value: Any, mark: Mark) -> Any:
         return [_marked_schema(inner, mark) for inner in value]
     if not isinstance(value, Mapping):
         return value
-    named = value.get("properties") if isinstance(value.get("properties"), Mapping) else {}
+    properties = value.get("properties")
+    named = properties if isinstance(properties, Mapping) else {}
     names = {name: mark("tool", f"the parameter {name}") for name in named}
     found: dict[str, Any] = {}
     for key, inner in value.items():

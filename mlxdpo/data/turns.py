@@ -53,7 +53,8 @@ def _canonical(turn: Message) -> Message:
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call.get("function"), Mapping) else call
+    inner = call.get("function")
+    function = inner if isinstance(inner, Mapping) else call
     if not isinstance(function.get("name"), str):
         raise BadRow(
             reasons.WRONG_TYPE, f"a tool call names no function; it has {', '.join(map(str, call)) or 'nothing'}"

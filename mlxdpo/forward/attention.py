@@ -134,8 +134,8 @@ class ScoreRule(NamedTuple):
         """The queries in chunks, each with all keys that one of them may see."""
         for first in range(0, L, chunk):
             last = min(first + chunk, L)
-            near = self.window and self.branches is None  # a tree's branches stand between what is near
-            yield Chunk(first, last, max(0, T - L + first - self.window + 1) if near else 0, T - L + last)
+            near = self.window if self.branches is None else None  # a tree's branches stand between what is near
+            yield Chunk(first, last, max(0, T - L + first - near + 1) if near else 0, T - L + last)
 
     def visible(self, at: Chunk) -> mx.array:
         """(queries, keys) of one chunk: which keys each query sees, its last query being its last key; with branches

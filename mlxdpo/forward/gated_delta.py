@@ -56,14 +56,14 @@ def chunked_gated_delta(
         g = g[..., None]
     if mask is not None:  # decay 1 and beta 0: nothing is forgotten, nothing written
         g, beta = mx.where(mask[..., None, None], g, 1), mx.where(mask[..., None], beta, 0)
-    state = mx.zeros((B, Hv, Dv, Dk), mx.float32) if state is None else state.astype(mx.float32)
-    state = state.reshape(B, Hk, Hv // Hk, 1, Dv, Dk)
+    before = mx.zeros((B, Hv, Dv, Dk), mx.float32) if state is None else state.astype(mx.float32)
+    after = before.reshape(B, Hk, Hv // Hk, 1, Dv, Dk)
     run, ys = mx.checkpoint(pin_to_stream(_segment)), []
     for parts in zip(*(mx.split(a, range(SEGMENT, T, SEGMENT), axis=1) for a in (q, k, v, g, beta)), strict=True):
-        y, state = run(*parts, state)
+        y, after = run(*parts, after)
         ys.append(y)
     y = mx.concatenate(ys, axis=1) if len(ys) > 1 else ys[0]
-    return y, state.reshape(B, Hv, Dv, Dk)
+    return y, after.reshape(B, Hv, Dv, Dk)
 
 
 def _segment(

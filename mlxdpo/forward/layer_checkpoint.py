@@ -133,4 +133,5 @@ def _holds_arrays(node: Any) -> bool:
 
 def _bare(thing: Any) -> Any:
     """An object of the same class without fields."""
-    return type(thing).__new__(type(thing))
+    kind: Any = type(thing)
+    return kind.__new__(kind)

@@ -61,8 +61,9 @@ def plan_layers(model: nn.Module, run: States) -> LayerPlan | None:
 
 def run_side_by_side(model: nn.Module, runs: Sequence[States]) -> list[mx.array]:
     """The states of several runs, each in its stream, layer by layer where they can be taken apart."""
-    plans = map_streams(lambda run: plan_layers(model, run), runs) if len(runs) > 1 else [None]
-    if any(plan is None for plan in plans):
+    found = map_streams(lambda run: plan_layers(model, run), runs) if len(runs) > 1 else [None]
+    plans = [plan for plan in found if plan is not None]
+    if len(plans) < len(runs):
         return map_streams(lambda run: run(), runs)
     states = [(plan.enter,) for plan in plans]
     for layers in zip(*(plan.layers for plan in plans), strict=True):

@@ -36,13 +36,14 @@ def training_steps() -> tuple[list[float], list[float]]:
     """Losses (nats) and seconds of `STEPS` optimizer steps from fresh adapters on the golden pairs."""
     tuned = arithmetic_model(moved=False)
     gradient = make_gradient(tuned, resolve(LossConfig(name="sigmoid", beta=BETA)), forward_fns(tuned).train)
-    optim = OptimConfig(lr=1e-2)
+    rate = 1e-2
+    optim = OptimConfig(lr=rate)
     update, rows, share = make_update(tuned, make_optimizer(optim)), batch(reference()), mx.array(1 / len(examples()))
     losses, seconds = [], []
     for _ in range(STEPS):
         start = time.perf_counter()
         found = gradient(rows, share)
-        update(found.gradients, 1.0, optim.lr)
+        update(found.gradients, 1.0, rate)
         losses.append(float(found.losses.mean().item()))
         seconds.append(time.perf_counter() - start)
     return losses, seconds

@@ -204,7 +204,7 @@ def _step_count(count: int) -> str:
 ENOUGH_STEPS, MOST_EPOCHS = 50, 3
 
 
-def chosen_epochs(train: TrainConfig, windows: int) -> float:
+def chosen_epochs(train: TrainConfig, windows: float) -> float:
     """The recipe's passes over pairs that make `windows` steps each; auto: as few as give `ENOUGH_STEPS` steps."""
     if train.epochs != "auto":
         return train.epochs
