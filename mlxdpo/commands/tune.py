@@ -23,7 +23,7 @@ def run(
     pairs: str,
     /,
     *,
-    model: Annotated[str, Parameter(name=["--model", "--model.path"])] = "smollm2",
+    model: Annotated[str, Parameter(name=["--model.path", "--model"])] = "smollm2",
     time: str = "1h",
     judge: list[str] | None = None,
     out: Path | None = None,

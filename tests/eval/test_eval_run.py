@@ -41,6 +41,14 @@ def test_an_untrained_run_shows_no_difference(run):
     assert "<h1>No difference shown</h1>" in (run.path / "report.html").read_text()
 
 
+def test_pairs_ranked_rightly_are_not_called_better_where_no_answer_changed(tmp_path, cache):
+    barely = trained(tmp_path, optim={"lr": 1e-6})  # log-probs move by less than any choice of a token
+    found = evaluate(barely, [], Sampling(prompts=6, samples=1, max_tokens=5, temperature=1.0)).results
+    assert found["drift"]["same"] == 1.0 and found["pairs"]["rewards"]["ties"] < found["pairs"]["rewards"]["n"]
+    assert found["headline"]["verdict"] == "no difference shown"
+    assert "writes all 6 answers word for word as before" in found["headline"]["sentence"]
+
+
 def test_a_second_evaluation_repeats_every_number_whatever_the_batch(run):
     judge = Planted(coin)
     first = evaluate(run, [judge], SMALL).results
