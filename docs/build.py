@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from urllib.parse import unquote
 
 import mlxdpo
@@ -144,9 +144,12 @@ def _key(name: str, field: Any) -> str:
 
 def type_of(field: Any) -> str:
     """A field's type as a reader needs it: the values of a choice, the bounds of a number."""
+    return ", ".join([_kind(field.annotation), *_bounds(field.metadata)])
+
+
+def _bounds(metadata: Any) -> list[str]:
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-    bounds = [f"{sign} {getattr(m, key)}" for m in field.metadata for key, sign in signs.items() if hasattr(m, key)]
-    return ", ".join([_kind(field.annotation), *bounds])
+    return [f"{sign} {getattr(m, key)}" for m in metadata for key, sign in signs.items() if hasattr(m, key)]
 
 
 def _kind(annotation: Any) -> str:
@@ -154,6 +157,8 @@ def _kind(annotation: Any) -> str:
     origin, inside = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return ", ".join(map(str, inside))
+    if origin is Annotated:
+        return " ".join([_kind(inside[0]), *_bounds(inside[1:])])
     if origin in (Union, UnionType):
         return " or ".join(_kind(one) for one in inside if one is not NoneType)
     if origin is not None:

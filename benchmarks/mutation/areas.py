@@ -17,7 +17,7 @@ AREAS: dict[str, Area] = {
     ),
     "scoring": Area(("mlxdpo/forward/logprobs.py",), _tests("logprobs", "logprobs_paths", "details", "packed")),
     "encode": Area(
-        ("mlxdpo/data/encode.py", "mlxdpo/data/template.py"),
+        ("mlxdpo/data/encode.py", "mlxdpo/data/render.py", "mlxdpo/data/template.py"),
         _tests("encode", "encode_rows", "template_probe"),
     ),
     "stats": Area(("eval/metrics/intervals.py",), _tests("eval_stats", "eval_clustered")),

@@ -54,9 +54,6 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "_one_bos: 0 -> 1 [1]": "the first id equals the second where this is asked",
     },
     "mlxdpo/data/template.py": {
-        "render: all((message.content.strip() in fulls[-1] for message in answer)) -> any((message.content.strip() in"
-        " fulls[-1] for message in answer))": "an answer is one message (types.Preference)",
-        "_without_end_token: 1 -> 2 [2]": "an answer is one message: nothing stands before its last",
         ": 'Red7' -> 'XXRed7XX'": "any word without blanks that the template does not hold serves as a probe",
         ": 'Blue8' -> 'XXBlue8XX'": "any word without blanks that the template does not hold serves as a probe",
         "Writer.ids: 'return_attention_mask' -> 'XXreturn_attention_maskXX'": "an output nobody reads; only for speed",

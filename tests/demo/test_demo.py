@@ -35,7 +35,10 @@ def tiny_policy(moved=True):
 
 def opened(policy, config):
     """The policy as a trained run whose reference is the model under the adapter."""
-    run, start = SimpleNamespace(config=lambda: config), partial(adapters_off, policy.model)
+    run, start = (
+        SimpleNamespace(config=lambda: config, need=lambda *names, **how: None),
+        partial(adapters_off, policy.model),
+    )
     return TrainedRun(run, config, policy, start, start)
 
 

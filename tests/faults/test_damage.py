@@ -16,10 +16,10 @@ from tiny_runs import adapter_bytes, finish, recipe
 from mlxdpo.cli import run as cli
 from mlxdpo.data.dataset import _open_dataset
 from mlxdpo.data.planning import outline, plan_epoch
+from mlxdpo.forward.reward_head import load_head
 from mlxdpo.io.checksum import checksum_of
 from mlxdpo.model.adapters import load_adapter, load_run, read_settings
 from mlxdpo.model.policy import load_policy
-from mlxdpo.model.reward_head import load_head
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
 from mlxdpo.training.reference import read_table, row_digest, write_table

@@ -71,8 +71,13 @@ class Swiglu(Switch):
 
 def _rows_of_each_pair(pairs: list[Example]) -> tuple[list[batching.DistinctRow], np.ndarray]:
     """Two rows for each pair, whatever it shares with others: stands in for `batching.distinct_rows`."""
-    rows = [batching.DistinctRow(p.prompt, c, i) for i, p in enumerate(pairs) for c in (p.chosen, p.rejected)]
+    rows = [batching.DistinctRow(p.prompt, *side, i) for i, p in enumerate(pairs) for side in _sides(p)]
     return rows, np.arange(len(rows), dtype=np.int32).reshape(-1, 2)
+
+
+def _sides(pair: Example) -> tuple[tuple[np.ndarray, np.ndarray | None], ...]:
+    """Both completions of a pair, each with its mask."""
+    return (pair.chosen, pair.chosen_mask), (pair.rejected, pair.rejected_mask)
 
 
 def _refuse(*_: Any) -> Any:
