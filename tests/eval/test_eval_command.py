@@ -88,7 +88,7 @@ def test_records_that_cannot_be_used_are_counted_or_stop(run, tmp_path, capsys):
     ]
     results, _, _ = evaluated(run, "--data", lines(tmp_path / "odd.jsonl", records(3) + odd))
     assert results["best_of"]["best"]["n"] == 3 + 4 + 1
-    assert any("identical pair" in text and "odd.jsonl:8" in text for text in results["data"]["left_out"])
+    assert any("two answers are the same" in text and "odd.jsonl:8" in text for text in results["data"]["left_out"])
     bad = [*records(2), {"prompt": "q", "chosen": ["a"], "rejected": "b"}]
     assert cli(["eval", str(run.path), "--data", lines(tmp_path / "bad.jsonl", bad), *ARGS]) == 2
     assert "bad.jsonl:7: no best-of-k record" in capsys.readouterr().err
