@@ -40,6 +40,9 @@ DIFFERENT = {
     "training/test_former_runs.py::test_a_finished_run_is_evaluated_and_exported": SAVED,
     "training/test_former_runs.py::test_a_stopped_run_goes_on_to_the_bytes_of_the_run_that_finished": SAVED,
     "exporters/test_export_targets.py::test_experts_are_fused_one_by_one": EXPERTS,
+    "training/test_experts.py::test_adapters_on_experts_learn[None]": EXPERTS,
+    "training/test_experts.py::test_the_balancing_loss_is_part_of_the_loss": EXPERTS,
+    "training/test_experts.py::test_it_is_refused_where_it_cannot_be_had": EXPERTS,
 }
 
 ROUNDED = {
@@ -50,6 +53,8 @@ ROUNDED = {
     "selfcheck/test_doctor.py::test_where_compiling_does_nothing_no_traces_are_asked_for": MADE_UP,
     "selfcheck/test_doctor.py::test_all_checks_hold_here_and_the_table_is_markdown": MADE_UP,
     "online/test_iterate.py::test_a_gamed_judge_stops_the_rounds": OTHER_ANSWERS,
+    "eval/test_eval_command.py::test_a_program_repeats_itself_when_asked_again": "bfloat16",
+    "inference/test_strength.py::test_strength_scales_the_product": "bfloat16",
     "exporters/test_export_gate.py::test_a_small_tune_does_not_survive_4_bits": "bfloat16",
     "exporters/test_export_gate.py::test_the_command_prints_figures_and_its_status_is_the_verdict": "bfloat16",
     "exporters/test_export_gguf.py::test_the_file_alone_is_the_run": "bfloat16",
