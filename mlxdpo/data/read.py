@@ -262,8 +262,11 @@ def _converted(shape: Format, rows: Iterable[Row], report: Report, data: DataCon
             found = convert(shape, group, data)
             items = [item for item in found if not isinstance(item, BadRow)]
             _note_columns(shape, group, items, report, data)
-            for bad in (part for part in found if isinstance(part, BadRow)):  # it states nothing
-                report.refuse(group[0].where, bad, "skip")
+            parts = [part for part in found if isinstance(part, BadRow)]
+            if parts and not items:
+                raise parts[0]
+            for part in parts:  # the rest of the row is kept
+                report.change(group[0].where, part.reason)
             yield from items
         except BadRow as bad:
             for row in group:

@@ -130,7 +130,9 @@ def judged_steps(row: Row) -> Judged:
             taken += fields.messages({place: [step]}, place)
     if not branches:
         raise BadRow(reasons.NOT_ONE_ANSWER, 'no step has "rejected"; expected at least one alternative')
-    return list(_compared(row, tuple(taken), branches))
+    used = len(taken) if any(len(branch) > 1 for _, branch in branches) else max(at for at, _ in branches) + 1
+    unused = [BadRow(reasons.UNJUDGED, "no alternative is compared with what follows")] if used < len(taken) else []
+    return [*_compared(row, tuple(taken), branches), *unused]
 
 
 def _compared(row: Row, taken: Turns, branches: Sequence[tuple[int, Turns]]) -> Iterator[Preference | BadRow]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlxdpo.config import Config
 from mlxdpo.data.planning import Indices
 from mlxdpo.training.loop import evaluate_heldout
 from mlxdpo.training.metrics import Scored, token_means
@@ -111,20 +112,26 @@ def choose_rate(state: TrainState, should_stop: Callable[[], bool]) -> Generator
     The weights are those of before afterwards, and no state of the run has changed. Of several processes each must
     call this alike.
     """
-    optim, lora = state.config.optim, state.config.lora
-    shares = sum(schedule_share(optim, step, state.plan.steps) for step in range(state.plan.steps))
-    plan = probe_plan(state)
+    plan, usual = probe_plan(state), usual_rate(state.config, state.plan.steps)
     if plan is None:
-        rates, reason = USUAL[lora.method], f"what is usual for {state.plan.steps} steps, too few to pay for probes"
-        return ChosenRate(_within(rates / shares), (), reason)
+        return ChosenRate(usual, (), f"what is usual for {state.plan.steps} steps, too few to pay for probes")
     probes = yield from _probe_steps(state, plan, should_stop)
     if probes is None:
         return None
     if way(probes[-1]) == 0:
-        rates, reason = USUAL[lora.method], "what is usual: the probes moved nothing"
-    else:
-        rates, reason = rates_to_goal(probes)
-    return ChosenRate(_within(rates / shares), tuple(probes), reason)
+        return ChosenRate(usual, tuple(probes), "what is usual: the probes moved nothing")
+    rates, reason = rates_to_goal(probes)
+    return ChosenRate(_within(rates / _shares(state.config, state.plan.steps)), tuple(probes), reason)
+
+
+def usual_rate(config: Config, steps: int) -> float:
+    """The peak rate of a run of so many steps that is not probed: its rates add up to `USUAL`."""
+    return _within(USUAL[config.lora.method] / _shares(config, steps))
+
+
+def _shares(config: Config, steps: int) -> float:
+    """What the steps of a schedule add up to, in peak rates."""
+    return sum(schedule_share(config.optim, step, steps) for step in range(steps))
 
 
 def _within(rate: float) -> float:

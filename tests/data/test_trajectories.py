@@ -202,7 +202,18 @@ def written(tmp_path, rows):
 def test_an_alternative_that_is_the_choice_is_left_out_and_counted(tmp_path):
     rows = [{"prompt": "u", "steps": [{"chosen": "a", "rejected": ["a", "b"]}]}]
     found, report = read_preferences(DataConfig(path=written(tmp_path, rows)))
-    assert len(found) == 1 and report.refused == {reasons.IDENTICAL: 1}
+    assert len(found) == 1 and not report.refused and report.changed == {reasons.IDENTICAL: 1}
+
+
+def test_turns_behind_the_last_alternative_are_counted(tmp_path):
+    step = {"chosen": "a", "rejected": "b"}
+    rows = [{"prompt": "u", "steps": [step, {"role": "tool", "content": "t"}, {"role": "assistant", "content": "c"}]}]
+    found, report = read_preferences(DataConfig(path=written(tmp_path, rows)))
+    assert len(found) == 1 and report.changed == {reasons.UNJUDGED: 1}
+    rest = rows[0]["steps"][1:]
+    longer = step | {"rejected": [[{"role": "assistant", "content": "b"}, *rest]]}
+    rows = [{"prompt": "u", "steps": [longer, *rest]}]
+    assert not read_preferences(DataConfig(path=written(tmp_path, rows)))[1].changed
 
 
 def test_credit_is_refused_where_no_row_is_a_trajectory(tmp_path):

@@ -17,6 +17,7 @@ from row_shapes import FIXTURES
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.config import DataConfig
+from mlxdpo.data import reasons
 from mlxdpo.data.check import check_rows, finding_lines
 from mlxdpo.data.encode import encode_all, encode_prompt
 from mlxdpo.data.fields import printable
@@ -170,7 +171,7 @@ def arrived(tmp_path, rows):
     """Every mark of the rows stands in what was read of them or in a column that is listed, unless a row is refused."""
     (tmp_path / "rows.jsonl").write_bytes(WRITERS["jsonl"](rows))
     items, report = read_preferences(DataConfig(path=str(tmp_path / "rows.jsonl"), on_bad_row="skip"))
-    if report.refused:
+    if report.refused or reasons.UNJUDGED in report.changed:
         return items, report
     columns = [(name, value) for row in rows for name, value in row.items()]
     parts = [(f"{name}.{key}", v) for name, value in columns for key, v in each_key(value)]

@@ -4,6 +4,7 @@ from typing import Any
 
 from mlxdpo.data.fields import Row
 from mlxdpo.data.formats import FORMATS, Items, check_columns, convert, detect
+from mlxdpo.data.report import BadRow
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
@@ -17,7 +18,8 @@ def items_of(rows: list[dict[str, Any]], name: str | None = None) -> Items:
     flat = [shape.flattened(row) for row in rows]
     for row in flat:
         check_columns(shape, row)
-    return convert(shape, [Row(f"x.jsonl:{n}", row) for n, row in enumerate(flat, 1)])
+    found = convert(shape, [Row(f"x.jsonl:{n}", row) for n, row in enumerate(flat, 1)])
+    return [item for item in found if not isinstance(item, BadRow)]
 
 
 def with_column(row: dict[str, Any], name: str, *value: Any) -> dict[str, Any]:

@@ -42,7 +42,8 @@ from mlxdpo.online.prompts import (
 )
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
-from mlxdpo.training.plan import learning_rate
+from mlxdpo.training.plan import learning_rate, settled
+from mlxdpo.training.rate_probe import usual_rate
 from mlxdpo.types import Event, Preference, UserError
 
 Stop = Callable[[], bool]
@@ -311,7 +312,9 @@ def round_config(config: Config, folder: Path, number: int, parent: Run | None) 
             values["reference"] = values.get("reference", {}) | first
     if (every := config.rounds.every) is not None:
         # A piece of one schedule: constant within the piece, at the rate the whole one has where it begins.
-        rate = learning_rate(config.optim, (number - 1) * every, config.rounds.count * every)
+        total = config.rounds.count * every
+        config = settled(config, usual_rate(config, total), 1.0)  # probes are of one run, and pieces are too short
+        rate = learning_rate(config.optim, (number - 1) * every, total)
         values["optim"] |= {"lr": rate, "schedule": "constant", "warmup": 0.0}
         values["train"] |= {"steps": every, "epochs": float(every)}
     return load_config(None, values)
