@@ -121,15 +121,15 @@ def choose_rate(state: TrainState, should_stop: Callable[[], bool]) -> Generator
     if way(probes[-1]) == 0:
         return ChosenRate(usual, tuple(probes), "what is usual: the probes moved nothing")
     rates, reason = rates_to_goal(probes)
-    return ChosenRate(_within(rates / _shares(state.config, state.plan.steps)), tuple(probes), reason)
+    return ChosenRate(_within(rates / _schedule_sum(state.config, state.plan.steps)), tuple(probes), reason)
 
 
 def usual_rate(config: Config, steps: int) -> float:
     """The peak rate of a run of so many steps that is not probed: its rates add up to `USUAL`."""
-    return _within(USUAL[config.lora.method] / _shares(config, steps))
+    return _within(USUAL[config.lora.method] / _schedule_sum(config, steps))
 
 
-def _shares(config: Config, steps: int) -> float:
+def _schedule_sum(config: Config, steps: int) -> float:
     """What the steps of a schedule add up to, in peak rates."""
     return sum(schedule_share(config.optim, step, steps) for step in range(steps))
 
