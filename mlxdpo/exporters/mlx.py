@@ -104,7 +104,8 @@ def for_mlx_lm(source: ExportSource) -> dict[str, Any]:
     kind = {"model_type": ALIASES.get(raw["model_type"], raw["model_type"])}
     if "text_config" in raw and "text_config" in read:
         text = raw["text_config"] | _translated(raw["text_config"], read["text_config"], raw)
-        return raw | {"text_config": text} | kind
+        shared = {name: read[name] for name in ("vocab_size",) if name in read}  # some files look for it outside
+        return shared | raw | {"text_config": text} | kind
     return raw | _translated(raw, read, raw) | kind
 
 

@@ -159,7 +159,7 @@ def _text_tower(weights: Arrays) -> Arrays:
         elif name.startswith("lm_head."):
             name = f"language_model.{name}"
         elif inner.startswith(TOWERS):
-            name = inner
+            continue  # text is computed without them
         found[name] = array
     return found
 

@@ -24,7 +24,7 @@ from mlxdpo.config import DataConfig, LoraConfig, LossConfig, ModelConfig
 from mlxdpo.data.batching import collate
 from mlxdpo.data.report import Report
 from mlxdpo.data.transforms import with_end
-from mlxdpo.forward.logprobs import score_pairs
+from mlxdpo.forward.logprobs import plain_forward, score_pairs
 from mlxdpo.forward.reward_head import NAME, attach_head
 from mlxdpo.losses import resolve
 from mlxdpo.losses.reward import reward_loss
@@ -85,7 +85,7 @@ def theirs(trainer, batch, **more):
     return loss.item(), {n: p.grad.numpy() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-def ours(model, batch, loss, forward=None):
+def ours(model, batch, loss, forward=plain_forward):
     def value(model):
         return (loss(score_pairs(model, batch, forward)) * batch.weight).sum() / batch.weight.sum()
 

@@ -85,7 +85,7 @@ def recipe(folder, loss="sigmoid", method="lora", optimizer="adamw", batch=WINDO
                 "max_grad_norm": CLIP,
             }
             | betas,
-            "train": {"batch_size": batch, "gradient_accumulation": WINDOW // batch, "save_every": 1000},
+            "train": {"epochs": 1, "batch_size": batch, "gradient_accumulation": WINDOW // batch, "save_every": 1000},
         }
     )
 
