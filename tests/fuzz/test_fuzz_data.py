@@ -13,7 +13,7 @@ import pytest
 from counting import SilentDrop, balanced, case, fuzzed
 from hypothesis import strategies as st
 from mutating import ODD_TEXTS, SEEDS, SPECIAL, dumped, mutate_bytes, mutate_value, mutated_rows, some_rows
-from row_shapes import FIXTURES
+from row_shapes import FIXTURES, SEVERAL
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.config import DataConfig
@@ -65,7 +65,7 @@ def read(folder, ending, content, **options):
     file.write_bytes(content)
     kept, report = read_preferences(DataConfig(path=str(file), on_bad_row="skip", **options))
     assert report.kept == len(kept) > 0
-    if FORMATS[report.format].gather is None and report.format != "ranked":
+    if FORMATS[report.format].gather is None and report.format not in SEVERAL:
         balanced(report.read, report.kept, sum(report.refused.values()))
     if ending == "jsonl":
         balanced(sum(bool(line.strip()) for line in content.split(b"\n")), report.read, 0)

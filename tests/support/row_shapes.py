@@ -219,3 +219,9 @@ KNOWN_SETS: dict[str, tuple[str, list[dict[str, Any]]]] = {
         ],
     ),
 }
+
+# Shapes of which a row may make several pairs or opinions, each of which may be a repetition.
+SEVERAL = {
+    "ranked", "nectar", "ultrafeedback", "distilabel", "steps", "step_labels", "step_rewards", "conversation",
+    "conversations",
+}  # fmt: skip
