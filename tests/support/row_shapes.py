@@ -118,7 +118,7 @@ FIXTURES: dict[str, list[dict[str, Any]]] = {
     "distilabel": [{"instruction": "Hi?", "generations": ["Bad.", "Good."], "ratings": [2, 5]}],
     "alpaca_output": [{"instruction": "Hi?", "input": "", "output": "Good."}],
     "conversations": [{"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Good."}]}],
-    "steps": [{"prompt": "Hi?", "steps": [{"chosen": "Good.", "rejected": "Bad."}, {"role": "tool", "content": "1"}]}],
+    "steps": [{"prompt": "Hi?", "steps": [{"chosen": "Good.", "rejected": "Bad."}]}],
     "tree": [{"trajectory": [{"from": "user", "value": "Hi?"}], "chosen": "Good.", "rejected": "Bad."}],
     "step_labels": [{"messages": turns("Hi?", "Good."), "labels": [True]}],
     "step_rewards": [{"messages": turns("Hi?", "Good."), "rewards": [0.5]}],
