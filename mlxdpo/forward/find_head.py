@@ -33,6 +33,8 @@ def find_head(model: nn.Module) -> Head:
     vocabulary = model(tokens).shape[-1]
 
     def note(name: str) -> Watcher:
+        """A watcher that keeps `name` for each call on states."""
+
         def call(own: Any, *args: Any, **kwargs: Any) -> Any:
             """What is called inside another is noted before it: an adapter comes after what it adapts."""
             out = own(*args, **kwargs)
