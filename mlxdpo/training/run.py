@@ -24,6 +24,7 @@ from mlxdpo.data.transforms import Transform
 from mlxdpo.distributed.group import ALONE, Group
 from mlxdpo.forward.choose_forward import ForwardFns
 from mlxdpo.forward.patch_mlx_lm import chunked_attention_on
+from mlxdpo.io.words import counted
 from mlxdpo.losses import Loss
 from mlxdpo.machine.memory_guard import MemoryGuard
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter, with_adapter
@@ -114,7 +115,7 @@ def _check_length(run: Run, state: TrainState, progress: Progress) -> None:
     """Raise `UserError` where a run is to end before the steps that it has done."""
     if progress.step > state.plan.steps:
         raise UserError(
-            f"{run.path}: {progress.step} steps are done, and what was asked for ends after {state.plan.steps}; "
+            f"{run.path}: {counted(progress.step, 'step')} done, and what was asked for ends after {state.plan.steps}; "
             f"ask for more with --train.epochs or --train.steps"
         )
 
@@ -133,7 +134,7 @@ def _make_longer(run: Run, state: TrainState, step: int) -> str:
     optim = state.config.optim
     rate = learning_rate(optim, step, total)
     return (
-        f"{step} steps are done, {total - step} follow; the learning rate goes on at {rate:.3g}, as the "
+        f"{counted(step, 'step')} done, {total - step} to go; the learning rate goes on at {rate:.3g}, as the "
         f"{optim.schedule} schedule over all {total} steps has it"
     )
 

@@ -12,7 +12,7 @@ FLOORS = {
     "config": 2, "__init__": 2,
     "runs": 3,
     "data": 4, "losses": 4, "model": 4,
-    "forward": 5,
+    "forward": 5, "recipes": 5,
     "training": 6,
     "inference": 7, "estimate": 7, "selfcheck": 7,
     "online": 8, "exporters": 8, "baselines": 8,
