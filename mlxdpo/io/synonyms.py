@@ -93,4 +93,7 @@ def right_name(given: str, known: Collection[str]) -> str | None:
         inside = [name for name in known if name.rpartition(".")[0] == section]
         tails = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in inside], n=1, cutoff=0.5)
         near = [f"{section}.{tails[0]}".lstrip(".")] if tails else []
+    if not near and "." not in whole:  # the last word alone, spelled differently
+        tails = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in known], n=1, cutoff=0.75)
+        near = [name for name in known if name.rpartition(".")[2] in tails][:1]
     return near[0] if near else None

@@ -32,6 +32,7 @@ from mlxdpo.model.policy import Policy, load_policy, tokenizer_of
 from mlxdpo.runs import INPUTS, LENGTH, Run
 from mlxdpo.training import checkpoint, distributed, preflight
 from mlxdpo.training.checkpoint import Progress
+from mlxdpo.training.given import config_of
 from mlxdpo.training.loop import run_loop
 from mlxdpo.training.manifest import describe_run
 from mlxdpo.training.pace import measure_pace, within_minutes
@@ -48,15 +49,21 @@ Fits = Callable[[Config, Dataset], None]
 
 
 def train(
-    config: Config,
+    config: Config | None = None,
     *,
+    model: Any = None,
+    data: Any = None,
     resume: Run | None = None,
     warm: Path | None = None,
     should_stop: Stop = lambda: False,
     group: Group = ALONE,
     fits: Fits | None = None,
+    **settings: Any,
 ) -> Iterator[Event]:
     """Run a recipe, or go on with `resume`; yields what happens and writes the run directory.
+
+    Without a `config` the recipe is made of `model`, `data` (a path, a Hub id or rows: dicts in any row shape) and
+    `settings` by name (`given.config_of`): train(model="smollm2", data=rows, **{"optim.lr": 1e-4}).
 
     `warm` is another run's checkpoint whose optimizer state the first step starts from (rounds of one training).
     Of several processes in `group` each must call this alike; process 0 alone writes. `fits` is called before the model
@@ -65,6 +72,16 @@ def train(
     Raises `UserError` when the recipe, the data or a changed input stops it; nothing is written before the model
     and the data are read.
     """
+    if config is None:
+        config = config_of(model, data, None, settings)
+    elif model is not None or data is not None or settings:
+        raise UserError("give a config, or model, data and settings; config.model_copy changes single settings")
+    return _carry_out(config, resume, warm, should_stop, group, fits)
+
+
+def _carry_out(
+    config: Config, resume: Run | None, warm: Path | None, should_stop: Stop, group: Group, fits: Fits | None
+) -> Iterator[Event]:
     if resume is not None and group.first:
         resume.check_trained()
         resume.need(*INPUTS)
