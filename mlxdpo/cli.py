@@ -98,9 +98,9 @@ def run(arguments: list[str]) -> int:
         words = understood(words, COMMANDS)
         return build_app("--help-all" in arguments)(words, exit_on_error=False, print_error=False) or 0
     except UserError as error:
-        return _refuse(error)
+        return _print_refusal(error)
     except CycloptsError as error:
-        return _refuse(UserError(*_cyclopts_message(error)))
+        return _print_refusal(UserError(*_cyclopts_message(error)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -129,7 +129,7 @@ def _expand(word: str) -> str:
     return SHORTHAND.get(name, name) + equals + value
 
 
-def _refuse(error: UserError) -> int:
+def _print_refusal(error: UserError) -> int:
     """Print what is wrong, a line for each thing, and give the exit status."""
     for sentence in str(error).splitlines():
         print(f"error: {sentence}", file=sys.stderr)

@@ -33,10 +33,10 @@ class UserError(Exception):
     """
 
     def __init__(self, *sentences: str):
-        super().__init__("\n".join(_one_line(sentence) for sentence in sentences))
+        super().__init__("\n".join(_escaped_line(sentence) for sentence in sentences))
 
 
-def _one_line(sentence: str) -> str:
+def _escaped_line(sentence: str) -> str:
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence.strip())
     return f"{line[:260]} … {line[-200:]}" if len(line) > LONGEST_SENTENCE else line
 

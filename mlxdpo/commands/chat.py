@@ -56,11 +56,11 @@ def run(
         return growing_text(enter, ids, policy.tokenizer.decode, policy.eos_ids, **sampling)
 
     print(f"{path}: the tuned model answers. {HELP}")
-    converse(answer, prompt="> " if sys.stdin.isatty() else "")
+    talk(answer, prompt="> " if sys.stdin.isatty() else "")
     return 0
 
 
-def converse(answer: Callable[[str, list[tuple[str, str]], str], Any], prompt: str) -> None:
+def talk(answer: Callable[[str, list[tuple[str, str]], str], Any], prompt: str) -> None:
     """Read lines and print answers until /quit or the end of the input.
 
     `answer(side, exchanges so far, text)` gives the pieces of an answer of "before" or "after".

@@ -52,9 +52,7 @@ def run(
 
     asked = [*prompts, *(prompt or [])]
     if not asked:
-        raise UserError(
-            f'nothing to answer; add a prompt: mlxdpo generate {path} "Name a fruit." (or mlxdpo chat {path})'
-        )
+        raise UserError(f'nothing to answer; add a prompt: mlxdpo generate {path} "Name a fruit."')
     if before and strength != 1:
         raise UserError(f"--before is strength 0; drop it or --strength {strength:g}")
     source = run_at(Run.open(path), strength)

@@ -86,9 +86,9 @@ def _as_option(command: str, word: str) -> list[str]:
     """What a file or folder by position stands for."""
     place = Path(word)
     if word.lower().endswith(ENDINGS_OF_DATA):
-        return _said("data", word, "--data.path")
+        return _read_as("data", word, "--data.path")
     if (place / "config.json").is_file():
-        return _said("a model", word, "--model.path")
+        return _read_as("a model", word, "--model.path")
     if (place / "config.yaml").is_file():
         if command != "train":
             return [str(place / "config.yaml")]
@@ -97,11 +97,11 @@ def _as_option(command: str, word: str) -> list[str]:
             f"`mlxdpo train {place / 'config.yaml'} --out NEW` trains anew from its recipe"
         )
     if place.is_dir():
-        return _said("data", word, "--data.path")
+        return _read_as("data", word, "--data.path")
     return [word]
 
 
-def _said(kind: str, word: str, option: str) -> list[str]:
+def _read_as(kind: str, word: str, option: str) -> list[str]:
     print(f"{word} is {kind}: read as {option.removesuffix('.path')} {word}", file=sys.stderr)
     return [option, word]
 

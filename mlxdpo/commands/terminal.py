@@ -65,7 +65,7 @@ def show_training(events: Iterable[Event]) -> Iterator[Event]:
 
 def _print_step(event: Event, steps: int) -> None:
     left = clock(event.values["seconds_left"])
-    console.print(_fitting(f"step {event.step}/{steps}", event.values, f"{left} left"))
+    console.print(_fit_line(f"step {event.step}/{steps}", event.values, f"{left} left"))
 
 
 def _print_probe(event: Event, steps: int) -> None:
@@ -78,7 +78,7 @@ def _print_probe(event: Event, steps: int) -> None:
 
 def _print_eval(event: Event, steps: int) -> None:
     held = {name.removeprefix("eval_"): value for name, value in event.values.items()}
-    console.print(_fitting(f"held-out at step {event.step}/{steps}", held), style="bold")
+    console.print(_fit_line(f"held-out at step {event.step}/{steps}", held), style="bold")
 
 
 LINES = {
@@ -104,7 +104,7 @@ LEAST = ("peak_memory_gb", "learning_rate", "grad_norm", "tokens_per_second", "r
 """What a line leaves out first where it would be longer than the terminal; `metrics.jsonl` has everything."""
 
 
-def _fitting(start: str, values: Mapping[str, Any], end: str = "") -> str:
+def _fit_line(start: str, values: Mapping[str, Any], end: str = "") -> str:
     """A line of metrics that fits the terminal; whole where the output is no terminal."""
     left, leaving = dict(values), iter(LEAST)
     while True:

@@ -31,10 +31,10 @@ def explain(error: ValidationError, source: str, schema: type[BaseModel]) -> lis
 
     `UserError(*explain(...))` is what a user reads.
     """
-    return [_sentence(fault, source, schema) for fault in error.errors(include_url=False)]
+    return [_fault_sentence(fault, source, schema) for fault in error.errors(include_url=False)]
 
 
-def _sentence(fault: Any, source: str, schema: type[BaseModel]) -> str:
+def _fault_sentence(fault: Any, source: str, schema: type[BaseModel]) -> str:
     where = [str(p) for p in fault["loc"]]
     if fault["type"] == "extra_forbidden":
         given = ".".join(where)

@@ -79,7 +79,7 @@ SYNONYMS = {theirs: ours for ours, names in THEIR_NAMES.items() for theirs in na
 def right_name(given: str, known: Collection[str]) -> str | None:
     """Which of the dotted names in `known` is meant by `given`: by meaning, else by section or spelling; None if none.
 
-    `given` may be dotted: of `train.learning_rate` the last part counts.
+    `given` may be dotted: in train.learning_rate the last part counts.
     """
     whole = given.replace("-", "_").lower()
     last = whole.rpartition(".")[2]

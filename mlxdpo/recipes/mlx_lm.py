@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlxdpo.recipes import hugging_face
-from mlxdpo.recipes.outcome import Keys, Outcome, Rule, Tool, by_synonym, idle, lost, taken, to
+from mlxdpo.recipes.outcome import KeyOutcome, Keys, Rule, Tool, by_synonym, lost, taken, to, unneeded
 from mlxdpo.types import UserError
 
 MODES = {"dpo": "sigmoid", "cpo": "cpo", "orpo": "orpo"}
@@ -20,7 +20,7 @@ INNER = {
 }
 
 
-def _mode(key: str, value: Any, keys: Keys) -> Outcome:
+def _mode(key: str, value: Any, keys: Keys) -> KeyOutcome:
     """`train_mode` of mlx-lm-lora. Raises `UserError` for what is no training on pairs."""
     if value == "sft":
         return taken({"stage": "sft"})
@@ -29,22 +29,22 @@ def _mode(key: str, value: Any, keys: Keys) -> Outcome:
     return taken({"stage": "dpo"} if value == "dpo" else {"loss.name": value})
 
 
-def _objective(key: str, value: Any, keys: Keys) -> Outcome:
+def _mlx_objective(key: str, value: Any, keys: Keys) -> KeyOutcome:
     if keys.get("train_mode", "dpo") != "dpo":
-        return Outcome("not needed", "train_mode names the objective")
-    return hugging_face.objective(key, value, keys)
+        return KeyOutcome("not needed", "train_mode names the objective")
+    return hugging_face.objective_rule(key, value, keys)
 
 
-def _penalty(key: str, value: Any, keys: Keys) -> Outcome:
+def _penalty(key: str, value: Any, keys: Keys) -> KeyOutcome:
     if keys.get("dpo_cpo_loss_type") != "dpop":
-        return Outcome("not needed", "of the objective dpop alone")
+        return KeyOutcome("not needed", "of the objective dpop alone")
     return taken({"loss.dpop_lambda": float(value)}, "inside the sigmoid, as in the paper")
 
 
-def _inner(key: str, value: Any, keys: Keys) -> Outcome:
+def _inner(key: str, value: Any, keys: Keys) -> KeyOutcome:
     found = {INNER[name]: inner for name, inner in (value or {}).items() if name in INNER and inner is not None}
     if other := [name for name in value or {} if name not in INNER]:
-        return Outcome("not supported", f"{', '.join(other)} is unknown here", found)
+        return KeyOutcome("not supported", f"{', '.join(other)} is unknown here", found)
     return taken(found)
 
 
@@ -55,14 +55,14 @@ def _portion(keys: Keys) -> int:
 def _in_steps(setting: str) -> Rule:
     """A number of their iterations, of which one optimizer step takes `grad_accumulation_steps`."""
 
-    def rule(key: str, value: Any, keys: Keys) -> Outcome:
+    def rule(key: str, value: Any, keys: Keys) -> KeyOutcome:
         """The number in optimizer steps."""
         if not value:
-            return Outcome("not needed", "unset")
+            return KeyOutcome("not needed", "unset")
         steps, portion = max(1, math.ceil(int(value) / _portion(keys))), _portion(keys)
         settings: dict[str, Any] = {setting: steps}
         if key == "iters" and keys.get("epochs"):
-            return Outcome("not needed", "epochs counts, as there")
+            return KeyOutcome("not needed", "epochs counts, as there")
         if key == "iters":
             settings["train.epochs"] = "auto"
         return taken(settings, f"{value} iterations are {steps} optimizer steps" if portion > 1 else "")
@@ -70,14 +70,14 @@ def _in_steps(setting: str) -> Rule:
     return rule
 
 
-def _course(key: str, value: Any, keys: Keys) -> Outcome:
+def _course(key: str, value: Any, keys: Keys) -> KeyOutcome:
     """`lr_schedule`: name, arguments (the first is the rate), warmup."""
     if not value:
-        return Outcome("not needed", "constant is the default there")
+        return KeyOutcome("not needed", "constant is the default there")
     name = str(value.get("name", ""))
     ours = {"cosine_decay": "cosine", "linear_schedule": "linear"}.get(name)
     if ours is None:
-        return Outcome("not supported", f"no schedule {name} here; the rate stays constant")
+        return KeyOutcome("not supported", f"no schedule {name} here; the rate stays constant")
     settings: dict[str, Any] = {"optim.schedule": ours}
     if value.get("warmup"):
         settings["optim.warmup"] = float(math.ceil(value["warmup"] / _portion(keys)))
@@ -86,24 +86,26 @@ def _course(key: str, value: Any, keys: Keys) -> Outcome:
     return taken(settings, "it ends at 0 with the last step")
 
 
-def _optimizer_settings(key: str, value: Any, keys: Keys) -> Outcome:
+def _optimizer_settings(key: str, value: Any, keys: Keys) -> KeyOutcome:
     own = (value or {}).get(str(keys.get("optimizer", "adam")).lower()) or {}
     renamed = {"weight_decay": "optim.weight_decay", "betas": "optim.betas"}
     found = {renamed[name]: inner for name, inner in own.items() if name in renamed}
     if other := [name for name in own if name not in (*renamed, "bias_correction", "learning_rate")]:
-        return Outcome("not supported", f"{', '.join(other)}: MLX's own value is used", found)
+        return KeyOutcome("not supported", f"{', '.join(other)}: MLX's own value is used", found)
     return taken(found)
 
 
-def _adapter_file(key: str, value: Any, keys: Keys) -> Outcome:
-    return taken({"model.adapter": str(value).rpartition("/")[0] or "."}) if value else Outcome("not needed", "unset")
+def _adapter_file(key: str, value: Any, keys: Keys) -> KeyOutcome:
+    return (
+        taken({"model.adapter": str(value).rpartition("/")[0] or "."}) if value else KeyOutcome("not needed", "unset")
+    )
 
 
-def _bits(key: str, value: Any, keys: Keys) -> Outcome:
-    return taken({"model.quantize": 8 if "8" in key else 4}) if value else Outcome("not needed", "off, as here")
+def _mlx_bits(key: str, value: Any, keys: Keys) -> KeyOutcome:
+    return taken({"model.quantize": 8 if "8" in key else 4}) if value else KeyOutcome("not needed", "off, as here")
 
 
-def _usual(keys: Keys) -> dict[str, Any]:
+def _mlx_defaults(keys: Keys) -> dict[str, Any]:
     """What mlx-lm 0.32 and mlx-lm-lora 5 do where the file is silent."""
     found: dict[str, Any] = {"optim.name": "adam", "optim.lr": 1e-5, "optim.schedule": "constant", "optim.warmup": 0.0}
     found |= {"optim.max_grad_norm": 0.0, "train.batch_size": 4, "train.gradient_accumulation": 1, "train.seed": 0}
@@ -123,7 +125,7 @@ RULES: Mapping[str, Rule] = {
     "model": to("model.path"),
     "data": to("data.path"),
     "train_mode": _mode,
-    "dpo_cpo_loss_type": _objective,
+    "dpo_cpo_loss_type": _mlx_objective,
     "beta": to("loss.beta", float),
     "delta": _penalty,
     **by_synonym("reference_model_path fine_tune_type train_type learning_rate batch_size num_layers"),
@@ -145,13 +147,13 @@ RULES: Mapping[str, Rule] = {
     "report_to": hugging_face.tracker,
     "wandb": lambda key, value, keys: hugging_face.tracker(key, "wandb" if value else "none", keys),
     "trust_remote_code": to("model.trust_remote_code", bool),
-    **dict.fromkeys(("load_in_4bits", "load_in_8bits"), _bits),
-    **idle("train config", "that is the command mlxdpo train"),
-    **idle("test test_batches val_batches", "all held-out pairs are scored; mlxdpo eval judges the run"),
-    **idle("fuse", "mlxdpo export RUN --to fused"),
-    **idle("project_name clear_cache_threshold", "nothing here depends on it"),
-    **idle("mask_prompt train_on_completions", "completions alone are always scored"),
-    **idle("judge judge_config efficient_long_context seq_step_size temperature max_completion_length group_size "
+    **dict.fromkeys(("load_in_4bits", "load_in_8bits"), _mlx_bits),
+    **unneeded("train config", "that is the command mlxdpo train"),
+    **unneeded("test test_batches val_batches", "all held-out pairs are scored; mlxdpo eval judges the run"),
+    **unneeded("fuse", "mlxdpo export RUN --to fused"),
+    **unneeded("project_name clear_cache_threshold", "nothing here depends on it"),
+    **unneeded("mask_prompt train_on_completions", "completions alone are always scored"),
+    **unneeded("judge judge_config efficient_long_context seq_step_size temperature max_completion_length group_size "
            "epsilon reward_functions", "of other modes of mlx-lm-lora"),
     **lost("hf_dataset", "set data.path to its path, and data.columns to its features"),
     **lost("load_in_6bits load_in_mxfp4", "4 or 8 bits here; the weights are not quantised"),
@@ -163,4 +165,4 @@ MARKS = (
     "max_seq_length grad_checkpoint num_layers dpo_cpo_loss_type lr_schedule mask_prompt optimizer_config "
     "resume_adapter_file reference_model_path val_batches"
 )
-MLX_LM = Tool("mlx-lm", "mlx-lm", frozenset(MARKS.split()), RULES, _usual)
+MLX_LM = Tool("mlx-lm", "mlx-lm", frozenset(MARKS.split()), RULES, _mlx_defaults)

@@ -11,7 +11,7 @@ Keys = Mapping[str, Any]
 """All keys of a recipe of theirs, with their values."""
 
 
-class Outcome(NamedTuple):
+class KeyOutcome(NamedTuple):
     """`settings` are ours, by dotted name, which a key of theirs sets; `note` says what it was, why it is not needed,
     or what leaving it out changes."""
 
@@ -20,7 +20,7 @@ class Outcome(NamedTuple):
     settings: Mapping[str, Any] = {}
 
 
-Rule = Callable[[str, Any, Keys], Outcome]
+Rule = Callable[[str, Any, Keys], KeyOutcome]
 """What becomes of a key: its name, its value, and all keys beside it."""
 
 
@@ -38,17 +38,17 @@ class Tool(NamedTuple):
     usual: Callable[[Keys], Mapping[str, Any]]
 
 
-def taken(settings: Mapping[str, Any], note: str = "") -> Outcome:
+def taken(settings: Mapping[str, Any], note: str = "") -> KeyOutcome:
     """A key that sets something here."""
-    return Outcome("taken", note, settings)
+    return KeyOutcome("taken", note, settings)
 
 
 def to(setting: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule:
     """The same setting under our name; its value through `convert`. A null leaves it unset."""
 
-    def rule(key: str, value: Any, keys: Keys) -> Outcome:
+    def rule(key: str, value: Any, keys: Keys) -> KeyOutcome:
         """The value under our name."""
-        return Outcome("not needed", "unset") if value is None else taken({setting: convert(value)})
+        return KeyOutcome("not needed", "unset") if value is None else taken({setting: convert(value)})
 
     return rule
 
@@ -58,22 +58,22 @@ def by_synonym(names: str, convert: Callable[[Any], Any] = lambda value: value) 
     return {name: to(SYNONYMS[name], convert) for name in names.split()}
 
 
-def idle(names: str, why: str) -> dict[str, Rule]:
+def unneeded(names: str, why: str) -> dict[str, Rule]:
     """Rules of keys that nothing here depends on."""
-    return dict.fromkeys(names.split(), lambda key, value, keys: Outcome("not needed", why))
+    return dict.fromkeys(names.split(), lambda key, value, keys: KeyOutcome("not needed", why))
 
 
 def lost(names: str, effect: str) -> dict[str, Rule]:
     """Rules of keys without counterpart: unset, false or 0 they change nothing, else `effect` is said."""
 
-    def rule(key: str, value: Any, keys: Keys) -> Outcome:
+    def rule(key: str, value: Any, keys: Keys) -> KeyOutcome:
         """Nothing for a key that is off."""
         off = value is None or value is False or value in (0, "", "none", "no", [], {})
-        return Outcome("not needed", "off, as here") if off else Outcome("not supported", effect)
+        return KeyOutcome("not needed", "off, as here") if off else KeyOutcome("not supported", effect)
 
     return dict.fromkeys(names.split(), rule)
 
 
-def unknown_key(key: str, value: Any, keys: Keys) -> Outcome:
+def unknown_key(key: str, value: Any, keys: Keys) -> KeyOutcome:
     """A key that no table has: nothing is made of it."""
-    return Outcome("not supported", "unknown to import-recipe; what it changes there is not known here")
+    return KeyOutcome("not supported", "unknown to import-recipe; what it changes there is not known here")

@@ -13,7 +13,7 @@ from mlxdpo.io.yaml_file import read_recipe, yaml_text
 from mlxdpo.recipes.axolotl import AXOLOTL
 from mlxdpo.recipes.llamafactory import LLAMA_FACTORY
 from mlxdpo.recipes.mlx_lm import MLX_LM
-from mlxdpo.recipes.outcome import Outcome, Tool, unknown_key
+from mlxdpo.recipes.outcome import KeyOutcome, Tool, unknown_key
 from mlxdpo.recipes.trl import GROUPS, TRL
 from mlxdpo.types import UserError
 
@@ -26,34 +26,34 @@ OTHER_SPELLINGS = {
 }
 
 
-class Imported(NamedTuple):
+class ForeignRecipe(NamedTuple):
     """A recipe read: `outcomes` by key of theirs, our `settings` by dotted name with where each comes from."""
 
     file: Path
     tool: Tool
     keys: Mapping[str, Any]
-    outcomes: Mapping[str, Outcome]
+    outcomes: Mapping[str, KeyOutcome]
     settings: Mapping[str, tuple[Any, str]]
 
 
-def read_foreign(file: Path, name: str | None = None) -> Imported:
+def read_foreign(file: Path, name: str | None = None) -> ForeignRecipe:
     """A recipe of the trainer `name`, or of the one that its keys tell.
 
     Raises `UserError` for a file that is none, that no trainer is recognised in, or whose objective is not here.
     """
     found = read_recipe(file)
-    keys = _flat(found)
+    keys = _without_groups(found)
     tool = _tool_of(file, keys, name)
     outcomes = {key: tool.rules.get(key, unknown_key)(key, value, keys) for key, value in keys.items()}
     settings: dict[str, tuple[Any, str]] = {}
     for key, outcome in outcomes.items():
         for setting, value in outcome.settings.items():
-            told = f"{key}: {_short(keys[key])}" + (f"; {outcome.note}" if outcome.note else "")
+            told = f"{key}: {_on_one_line(keys[key])}" + (f"; {outcome.note}" if outcome.note else "")
             settings[setting] = (value, f"{settings[setting][1]}; {told}" if setting in settings else told)
     for setting, value in tool.usual(keys).items():
         settings.setdefault(setting, (value, f"not in the file: {tool.title}'s default"))
     _without_contradiction(settings)
-    return Imported(file, tool, keys, outcomes, {k: v for k, v in settings.items() if v[0] is not None})
+    return ForeignRecipe(file, tool, keys, outcomes, {k: v for k, v in settings.items() if v[0] is not None})
 
 
 def _without_contradiction(settings: dict[str, tuple[Any, str]]) -> None:
@@ -68,7 +68,7 @@ def _without_contradiction(settings: dict[str, tuple[Any, str]]) -> None:
         settings.pop("train.epochs", None)
 
 
-def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
+def _without_groups(found: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments under the names of their classes, beside one another."""
     keys: dict[str, Any] = {}
     for key, value in found.items():
@@ -98,7 +98,7 @@ def _tool_of(file: Path, keys: Mapping[str, Any], name: str | None) -> Tool:
     return TOOLS[likely[0]]
 
 
-def recipe_text(found: Imported) -> str:
+def recipe_text(found: ForeignRecipe) -> str:
     """The recipe as YAML with a comment for every key of theirs. Raises `UserError` where our schema refuses it."""
     values: dict[str, Any] = {}
     for setting, (value, _) in found.settings.items():
@@ -123,13 +123,13 @@ def recipe_text(found: Imported) -> str:
         if rest:
             lines += ["", f"# {title}"]
             lines += [
-                f"#   {key}: {_short(found.keys[key])}" + f"  ({outcome.note})" * bool(outcome.note)
+                f"#   {key}: {_on_one_line(found.keys[key])}" + f"  ({outcome.note})" * bool(outcome.note)
                 for key, outcome in rest
             ]
     return "\n".join(lines) + "\n"
 
 
-def _remarks(found: Imported) -> list[str]:
+def _remarks(found: ForeignRecipe) -> list[str]:
     """What no single key says."""
     held = {"data.eval", "data.eval_fraction"} & found.settings.keys()
     adapters = found.settings.get("lora.method", ("lora", ""))[0] != "full"
@@ -146,7 +146,7 @@ def _line(name: str, value: Any, comment: str) -> str:
     return f"{text}  # {' '.join(comment.split())}"
 
 
-def _short(value: Any) -> str:
+def _on_one_line(value: Any) -> str:
     """A value of theirs on one line of a comment."""
     text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
     text = " ".join(text.split())

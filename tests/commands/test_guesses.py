@@ -10,7 +10,7 @@ from tiny_runs import finish, recipe
 from mlxdpo import cli
 from mlxdpo.cli import COMMANDS, SHORTHAND, build_app, run
 from mlxdpo.commands import terminal
-from mlxdpo.commands.chat import HELP, converse
+from mlxdpo.commands.chat import HELP, talk
 from mlxdpo.commands.guesses import TAKES_RECIPE, understood
 from mlxdpo.commands.help_page import COMMON, EXAMPLES, GROUPS
 from mlxdpo.config import Config
@@ -154,7 +154,7 @@ def test_a_conversation_follows_its_commands(monkeypatch, capsys):
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", typed)
-    converse(answer, "")
+    talk(answer, "")
     first = ("hi", "one after")
     assert asked == [("after", [], "hi"), ("before", [first], "again"), ("after", [first], "again"),
                      ("before", [], "stop")]  # fmt: skip
@@ -164,10 +164,10 @@ def test_a_conversation_follows_its_commands(monkeypatch, capsys):
 
 def test_live_lines_fit_80_columns_of_a_terminal_and_are_whole_elsewhere(monkeypatch):
     values = dict.fromkeys(terminal.SHOWN.keys() - {"accuracy", "margin"}, 123.456789)
-    whole = terminal._fitting("step 100000/100000", values, "10:00:00 left")
+    whole = terminal._fit_line("step 100000/100000", values, "10:00:00 left")
     assert len(whole) > 80 and "GB" in whole
     monkeypatch.setattr(terminal, "console", type(terminal.console)(force_terminal=True, width=80))
-    line = terminal._fitting("step 100/1000", values, "10:00:00 left")
+    line = terminal._fit_line("step 100/1000", values, "10:00:00 left")
     assert len(line) <= 80 and "loss" in line and line.endswith("left") and "GB" not in line
 
 
