@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxdpo import (
+from mlxdpo import Preference, Run
+from mlxdpo.inner import (
     BestOfK,
     PairLogps,
-    Preference,
-    Run,
     distinct_prompts,
     encode_pairs,
     folder_digest,
