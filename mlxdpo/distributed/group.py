@@ -185,7 +185,7 @@ class Caller:
         if wire is None:
             return PeerLost(f"the connection to another process was lost ({error})")
         if wire.ended == "refused":
-            return UserError(f"{wire.name}: {wire.words}")
+            return UserError(*(f"{wire.name}: {sentence}" for sentence in wire.words.splitlines()))
         return PeerLost(f"{wire.name} is gone" + (f": {wire.words}" if wire.words else ""))
 
 

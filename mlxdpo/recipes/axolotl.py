@@ -74,8 +74,10 @@ def _from_there(key: str, value: Any, keys: Keys) -> KeyOutcome:
 
 def _axolotl_defaults(keys: Keys) -> dict[str, Any]:
     """What Axolotl 0.19 does where the file is silent."""
-    found: dict[str, Any] = {"optim.schedule": "cosine", "train.epochs": 1.0, "train.batch_size": 1}
+    found: dict[str, Any] = {"loss.beta": 0.1, "optim.schedule": "cosine", "train.epochs": 1.0, "train.batch_size": 1}
     found |= {"train.gradient_accumulation": 1, "train.seed": 42, "data.max_length": 512, "optim.warmup": 0.03}
+    if keys.get("rl") == "simpo":
+        found["loss.gamma"] = 0.5
     return found | ({} if keys.get("adapter") else {"lora.method": "full", "model.dtype": "float32"})
 
 
@@ -91,6 +93,13 @@ RULES: Mapping[str, Rule] = {
     "dpo_label_smoothing": to("loss.label_smoothing", float),
     "dpo_use_weighting": to("loss.wpo", bool),
     "dpo_loss_type": hugging_face.objective_rule,
+    "dpo_loss_weights": to("loss.weights"),
+    **unneeded("dpo_use_liger_kernel flex_attention sage_attention flash_attn_cross_entropy chunked_cross_entropy "
+               "chunked_cross_entropy_num_chunks", "MLX's fused attention and the fused head are always used"),
+    **unneeded("dpo_padding_free batch_flattening sample_packing_group_size sample_packing_bin_size",
+               "batches are laid out without padding from the pairs' lengths"),
+    **lost("max_prompt_len", "prompt and completion share data.max_length; a long prompt loses its beginning"),
+    **lost("chat_template_kwargs", "data.thinking is the one that can be set"),
     **by_synonym("kto_desirable_weight kto_undesirable_weight", float),
     **dict.fromkeys(("datasets", "test_datasets"), _listed_sets),
     "val_set_size": to("data.eval_fraction", float),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxdpo.recipes import hugging_face
-from mlxdpo.recipes.outcome import KeyOutcome, Keys, Rule, Tool, by_synonym, lost, taken, to, unneeded
+from mlxdpo.recipes.outcome import KeyOutcome, Keys, Rule, Tool, by_synonym, lost, taken, to, unknown_key, unneeded
 from mlxdpo.types import UserError
 
 STAGES = {"dpo": {"stage": "dpo"}, "kto": {"loss.name": "kto"}, "sft": {"stage": "sft"}, "rm": {"stage": "reward"}}
@@ -60,10 +60,11 @@ def _adapters(key: str, value: Any, keys: Keys) -> KeyOutcome:
 
 def _factory_defaults(keys: Keys) -> dict[str, Any]:
     """What LLaMA-Factory 0.9.5 does where the file is silent."""
-    found: dict[str, Any] = {
-        "optim.lr": 5e-5, "optim.schedule": "linear", "optim.warmup": 0.0, "train.epochs": 3.0, "train.batch_size": 8,
-        "train.gradient_accumulation": 1, "train.seed": 42, "data.max_length": 2048,
-    }  # fmt: skip
+    found: dict[str, Any] = {"loss.beta": 0.1, "optim.lr": 5e-5, "optim.schedule": "linear", "optim.warmup": 0.0}
+    found |= {"train.epochs": 3.0, "train.batch_size": 8, "train.gradient_accumulation": 1, "train.seed": 42}
+    found |= {"data.max_length": 2048}
+    if keys.get("pref_loss") == "simpo":
+        found["loss.gamma"] = 0.5
     if keys.get("finetuning_type", "lora") != "lora":
         return found
     rank = int(keys.get("lora_rank") or 8)
@@ -88,6 +89,9 @@ RULES: Mapping[str, Rule] = {
     "val_size": to("data.eval_fraction", float),
     "quantization_bit": _factory_bits,
     **dict.fromkeys(("adapter_name_or_path", "ref_model_adapters"), _adapters),
+    "moe_aux_loss_coef": to("train.router_aux_loss_coef", float),
+    "early_stopping_steps": to("train.patience", int),
+    "use_muon": lambda key, value, keys: taken({"optim.name": "muon"}) if value else unknown_key(key, value, keys),
     "enable_thinking": to("data.thinking", bool),
     "disable_gradient_checkpointing": to("train.gradient_checkpointing", lambda value: not value),
     "model_revision": to("model.revision", lambda value: None if value == "main" else value),

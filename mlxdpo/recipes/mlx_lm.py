@@ -61,13 +61,17 @@ def _in_steps(setting: str) -> Rule:
             return KeyOutcome("not needed", "unset")
         steps, portion = max(1, math.ceil(int(value) / _portion(keys))), _portion(keys)
         settings: dict[str, Any] = {setting: steps}
-        if key == "iters" and keys.get("epochs"):
-            return KeyOutcome("not needed", "epochs counts, as there")
         if key == "iters":
             settings["train.epochs"] = "auto"
         return taken(settings, f"{value} iterations are {steps} optimizer steps" if portion > 1 else "")
 
     return rule
+
+
+def _epochs(key: str, value: Any, keys: Keys) -> KeyOutcome:
+    if not value or keys.get("iters"):
+        return KeyOutcome("not needed", "iters counts, as there" if value else "unset")
+    return taken({"train.epochs": float(value)})
 
 
 def _course(key: str, value: Any, keys: Keys) -> KeyOutcome:
@@ -108,15 +112,20 @@ def _mlx_bits(key: str, value: Any, keys: Keys) -> KeyOutcome:
 def _mlx_defaults(keys: Keys) -> dict[str, Any]:
     """What mlx-lm 0.32 and mlx-lm-lora 5 do where the file is silent."""
     found: dict[str, Any] = {"optim.name": "adam", "optim.lr": 1e-5, "optim.schedule": "constant", "optim.warmup": 0.0}
-    found |= {"optim.max_grad_norm": 0.0, "train.batch_size": 4, "train.gradient_accumulation": 1, "train.seed": 0}
+    pairs = "train_mode" in keys  # mlx-lm-lora, whose defaults are others
+    found |= {
+        "optim.max_grad_norm": 0.0,
+        "train.batch_size": 1 if pairs else 4,
+        "train.gradient_accumulation": 1,
+        "train.seed": 0,
+    }
     found |= {"data.max_length": 2048}
-    if "iters" not in keys and "epochs" not in keys:
-        found |= {"train.steps": math.ceil(1000 / _portion(keys))}
-    if "train_mode" not in keys:
-        found |= {"stage": "sft"}
+    if not keys.get("iters") and not keys.get("epochs"):
+        found |= {"train.steps": math.ceil((100 if pairs else 1000) / _portion(keys))}
+    found |= {"loss.beta": 0.1} if pairs else {"stage": "sft"}
     if keys.get("fine_tune_type", keys.get("train_type", "lora")) == "full":
         return found | {"model.dtype": "float32"}
-    ours = {"lora.layers": 16, "lora.rank": 8, "lora.scale": 10.0 if "train_mode" in keys else 20.0}
+    ours = {"lora.layers": -1 if pairs else 16, "lora.rank": 8, "lora.scale": 10.0 if pairs else 20.0}
     given = keys.get("lora_parameters") or {}
     return found | {name: value for name, value in ours.items() if name.rpartition(".")[2] not in given}
 
@@ -133,7 +142,7 @@ RULES: Mapping[str, Rule] = {
     "seed": to("train.seed", int),
     "optimizer": hugging_face.optimizer,
     "optimizer_config": _optimizer_settings,
-    "epochs": to("train.epochs", float),
+    "epochs": _epochs,
     "iters": _in_steps("train.steps"),
     "steps_per_eval": _in_steps("train.eval_every"),
     "save_every": _in_steps("train.save_every"),

@@ -75,5 +75,7 @@ def lost(names: str, effect: str) -> dict[str, Rule]:
 
 
 def unknown_key(key: str, value: Any, keys: Keys) -> KeyOutcome:
-    """A key that no table has: nothing is made of it."""
+    """A key that no table has: nothing is made of it, and where it is off nothing is lost."""
+    if value is None or value is False:
+        return KeyOutcome("not needed", "off")
     return KeyOutcome("not supported", "unknown to import-recipe; what it changes there is not known here")

@@ -79,6 +79,7 @@ def _trl_defaults(keys: Keys) -> dict[str, Any]:
     whole = {"lora.method": "full", "model.dtype": "float32"}
     evaluates = keys.get("eval_strategy", "no") not in ("no", False, None)
     found = {
+        "loss.beta": 0.1,
         "optim.lr": 1e-6,
         "optim.schedule": "linear",
         "optim.warmup": 0.0,

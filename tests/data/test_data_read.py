@@ -179,7 +179,7 @@ def test_the_remedy_for_unknown_columns_is_a_command_that_works(tmp_path, capsys
     command = f"mlxdpo data check '{file}' {named}" if len(str(file)) < 150 else f"mlxdpo data check FILE {named}"
     assert command in said
     assert run(shlex.split(command)[1:]) == 0
-    assert "1 pairs from 1 rows" in capsys.readouterr().out
+    assert "1 pair from 1 row" in capsys.readouterr().out
 
 
 def test_what_cannot_be_named_as_a_pair_is_told_what_a_pair_needs(read):

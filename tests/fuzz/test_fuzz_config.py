@@ -97,8 +97,9 @@ def test_command_line(tmp_path, monkeypatch, capsys, words):
         status = cli(["train", *words])
         out, said = capsys.readouterr()
         if status == 2:
-            assert said.startswith("error: ") and said.count("\n") == 1, said
-            raise UserError(said.removeprefix("error: ").rstrip("\n"))
+            lines = said.splitlines()
+            assert lines and all(line.startswith("error: ") for line in lines), said
+            raise UserError(*(line.removeprefix("error: ") for line in lines))
         assert status == 0, (status, out, said)
 
     case("command line", call)

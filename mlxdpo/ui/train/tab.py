@@ -240,7 +240,7 @@ def _command(runs: Path, knobs: list[Knob], title: str, values: tuple[Any, ...])
         path = process.run_path(runs, title.strip() or _free_name(runs, config))
         return shlex.join(process.command_of(config.model_copy(update={"out": str(path)})))
     except UserError as error:
-        return f"# {error}"
+        return "\n".join(f"# {sentence}" for sentence in str(error).splitlines())
 
 
 def _training_shown(gr: Any, runs: Path, which: str | None) -> Any:
