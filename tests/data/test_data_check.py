@@ -109,7 +109,7 @@ def test_demonstrations_have_no_thumbs_to_speak_of():
         [UnpairedExample("a", "xx", True, "x:1")], Report(read=1, kept=1, format="completion"), "x.jsonl"
     )
     assert (found.kind, found.desirable) == ("demonstrations", None)
-    assert finding_lines(found)[0].startswith("x.jsonl: 1 demonstrations from 1 rows") and "desirable" not in " ".join(
+    assert finding_lines(found)[0].startswith("x.jsonl: 1 demonstration from 1 row") and "desirable" not in " ".join(
         finding_lines(found)
     )
 

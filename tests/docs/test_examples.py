@@ -95,5 +95,5 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, cache, monkeypatch):
             exec("".join(cell["source"]).replace('"smollm2"', '"tiny"'), names)
     finally:
         LOSSES.pop("squared", None)
-    assert names["again"].same and "polite" in " ".join(names["found"]["sentences"])
+    assert names["again"].same and names["found"]["sentences"]
     assert "<svg" in names["run"]._repr_html_() and names["other"].config().loss.name == "squared"
