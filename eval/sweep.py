@@ -37,7 +37,7 @@ from mlxdpo_eval.sampling import (
     sample_start,
     sample_tuned,
 )
-from mlxdpo_eval.winrate import judge_answers, win_rate
+from mlxdpo_eval.winrate import WinRate, judge_answers, win_rate
 
 Say = Callable[[str], None]
 FINAL = "adapter"
@@ -61,7 +61,11 @@ def measure_checkpoints(
     def point(name: str, opened: TrainedRun = opened) -> Point | None:
         """The point of the weights that are in the model now."""
         say(f"{run.path.name}: {name}")
-        return _measure_point(opened, judge, name, before, sample_tuned(opened, prompts, sampling), sampling)
+        found, won = _measure_point(opened, judge, name, before, sample_tuned(opened, prompts, sampling), sampling)
+        if won.invalid:
+            left = "" if found else ", so it has no point"
+            say(f"{run.path.name}: {name}: {won.invalid} of {won.asked} verdicts asked for are invalid{left}")
+        return found
 
     if strengths:
         at = [point(f"strength {strength:g}", here) for strength, here in at_strengths(run, strengths)]
@@ -85,13 +89,13 @@ def _trainable_arrays(opened: TrainedRun) -> list[mx.array]:
 
 def _measure_point(
     opened: TrainedRun, judge: Judge, name: str, before: Answers, after: Answers, sampling: Sampling
-) -> Point | None:
+) -> tuple[Point | None, WinRate]:
     first = first_answers(after)
     kl = on_policy_kl(opened, first, sampling.temperature)
     won = win_rate(judge, judge_answers(judge, before, after), before, after)
     if won.overall is None:
-        return None
-    return Point(name, float(np.mean(kl)), won.overall, clustered_mean(kl, first.names), won.overall_interval)
+        return None, won
+    return Point(name, float(np.mean(kl)), won.overall, clustered_mean(kl, first.names), won.overall_interval), won
 
 
 def name_points(points: Sequence[Point], run: Run) -> list[Point]:

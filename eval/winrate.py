@@ -93,6 +93,24 @@ class WinRate(NamedTuple):
         return self.invalid_share > max_invalid or (self.answered == 0 and self.equal < self.n)
 
 
+class VerdictCounts(NamedTuple):
+    """Pairs of answers by what became of them; n = equal + absent + asked, asked = answered + invalid."""
+
+    asked: int
+    answered: int
+    invalid: int
+    equal: int
+    absent: int
+
+
+def count_verdicts(found: Sequence[BothOrders]) -> VerdictCounts:
+    """The numbers behind a rate."""
+    equal, absent = sum(both.equal for both in found), sum(both.absent for both in found)
+    answered = sum(both.logit is not None and not both.equal for both in found)
+    asked = len(found) - equal - absent
+    return VerdictCounts(asked, answered, asked - answered, equal, absent)
+
+
 def judge_answers(judge: Judge, before: Answers, after: Answers) -> list[BothOrders]:
     """The judge's verdicts on each pair of answers, both orders."""
     return ask_both(judge, answer_pairs(before, after))
@@ -123,11 +141,7 @@ def win_rate(
     return WinRate(
         judge=judge.name,
         n=len(found),
-        asked=len(won) + reasons.total(),
-        answered=len(won),
-        invalid=reasons.total(),
-        equal=sum(both.equal for both in found),
-        absent=sum(both.absent for both in found),
+        **count_verdicts(found)._asdict(),
         reasons=dict(sorted(reasons.items())),
         prompts=prompts,
         wins=int((signs > 0).sum()),

@@ -42,7 +42,7 @@ class Reply(NamedTuple):
     cut_off: bool
 
 
-class Answer(Protocol):
+class ReadAnswer(Protocol):
     """What a method reads from a reply; `reason` says why there is none."""
 
     @property
@@ -51,7 +51,7 @@ class Answer(Protocol):
         ...
 
 
-A = TypeVar("A", bound=Answer, covariant=True)
+A = TypeVar("A", bound=ReadAnswer, covariant=True)
 
 
 @dataclass(frozen=True)

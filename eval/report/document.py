@@ -74,13 +74,7 @@ def _tiles(results: Result) -> list[tuple[str, str, str]]:
     ]
 
 
-ANSWER_def _judge_method(name: str, identity: Result) -> str:
-    """A judge with how it is asked: the method of a server, the rule of a panel."""
-    how = identity.get("asked_by") or identity.get("rule")
-    return f"{name} ({how})" if how else name
-
-
-COLUMNS = (
+ANSWER_COLUMNS = (
     "judge", "win / tie / loss", "win rate", "at equal length", "asked", "answered", "invalid", "equal",
 )  # fmt: skip
 

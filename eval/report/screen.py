@@ -50,17 +50,17 @@ def _print_sample(console: Console, block: SampleBlock, width: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    _print_words(console, f"\n> {shortened(block.prompt, LONGEST_PROMPT)}", width)
+    _print_words(console, f"\n> {on_one_line(block.prompt, LONGEST_PROMPT)}", width)
     sides = Table(box=None, padding=(0, 2, 0, 0), width=width, show_edge=False)
     for name in ("before", "after"):
         sides.add_column(name, ratio=1, overflow="fold", header_style="dim")
-    sides.add_row(*(Text(shortened(text, LONGEST_SHOWN) or "(empty)") for text in (block.before, block.after)))
+    sides.add_row(*(Text(on_one_line(text, LONGEST_SHOWN) or "(empty)") for text in (block.before, block.after)))
     console.print(sides, soft_wrap=False, width=width)
     if block.note:
         _print_words(console, block.note, width, "dim")
 
 
-def shortened(text: str, longest: int) -> str:
+def on_one_line(text: str, longest: int) -> str:
     """A text on as few lines as it needs, its end left out where it is too long; control characters are escaped."""
     line = " ".join(text.split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

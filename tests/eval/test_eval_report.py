@@ -15,7 +15,7 @@ from mlxdpo_eval.metrics.length import length_baseline, length_report
 from mlxdpo_eval.report.blocks import smallest_effect
 from mlxdpo_eval.report.cost import cost_sentences
 from mlxdpo_eval.report.samples import more_samples, three_samples
-from mlxdpo_eval.report.screen import print_first_screen, shortened
+from mlxdpo_eval.report.screen import on_one_line, print_first_screen
 from mlxdpo_eval.report.write import write_report
 from mlxdpo_eval.run import evaluate
 from mlxdpo_eval.sampling import Sampling
@@ -126,7 +126,7 @@ def test_effects_are_said_in_points():
 
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal():
-    assert shortened("a\x1b[2J\nb", 50) == "a\\x1b[2J b" and shortened("x" * 60, 50) == "x" * 48 + " …"
+    assert on_one_line("a\x1b[2J\nb", 50) == "a\\x1b[2J b" and on_one_line("x" * 60, 50) == "x" * 48 + " …"
 
 
 WITHOUT_MLX = """

@@ -14,6 +14,8 @@ from mlxdpo import UserError, at_checkpoints, open_trained_run
 from mlxdpo.cli import run as cli
 from mlxdpo.io.atomic import write_json
 from mlxdpo_eval.compare import compare_runs, comparison_sentence, latest_results
+from mlxdpo_eval.dial import sweep_strengths
+from mlxdpo_eval.judges.protocol import invalid
 from mlxdpo_eval.report.write import write_report
 from mlxdpo_eval.run import evaluate
 from mlxdpo_eval.sampling import Sampling
@@ -255,3 +257,13 @@ def test_an_untrained_run_is_a_point_without_drift(run):
     (*others, last) = measure_checkpoints(untrain(run), Planted(coin), SMALL)
     assert last.name == "adapter" and "adapter" not in "".join(p.name for p in others)
     assert (last.kl, last.reward) == (0.0, 0.5)
+
+
+def test_dial_and_frontier_count_verdicts_too(run):
+    said, how = [], Sampling(prompts=18, samples=1, max_tokens=24)
+    measure_checkpoints(run, Planted(lambda question: invalid("odd")), how, said.append)
+    assert any(re.search(r": (\d+) of \1 verdicts asked for are invalid", line) for line in said)
+    first, last = sweep_strengths(run, [0.0, 1.0], how, Planted(coin)).points
+    assert first.verdicts == (0, 0, 0, 18, 0) and first.win_rate == 0.5
+    asked, answered, failed, equal, absent = last.verdicts
+    assert asked == answered > 0 and (failed, absent) == (0, 0) and asked + equal == 18

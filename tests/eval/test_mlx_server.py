@@ -15,17 +15,19 @@ pytestmark = [pytest.mark.real, pytest.mark.processes]
 
 
 @pytest.fixture(scope="module")
-def served():
+def served(tmp_path_factory):
     """(URL, model folder) of a running server, which is ended afterwards."""
     folder = smollm2_folder()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(folder), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said)
     try:
         while True:
-            assert process.poll() is None, process.stderr.read().decode()[-2000:]
+            assert process.poll() is None, log.read_text()[-2000:]
             with socket.socket() as knock:
                 if knock.connect_ex(("127.0.0.1", port)) == 0:
                     break
