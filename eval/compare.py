@@ -7,14 +7,17 @@ The second run is held against the first. A measure got worse when the whole int
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mlxdpo import Run, UserError
+from mlxdpo import UserError
 from mlxdpo.inner import as_written, read_json, read_lines
 from mlxdpo_eval.metrics.intervals import Interval, paired_difference
 from mlxdpo_eval.metrics.rewards import mcnemar
+
+if TYPE_CHECKING:
+    from mlxdpo import Run  # it loads MLX
 
 
 class MeasureChange(NamedTuple):

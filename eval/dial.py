@@ -35,7 +35,7 @@ from mlxdpo_eval.sampling import (
     sample_start,
     sample_tuned,
 )
-from mlxdpo_eval.winrate import judge_answers
+from mlxdpo_eval.winrate import VerdictCounts, count_verdicts, judge_answers
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 Say = Callable[[str], None]
@@ -48,7 +48,8 @@ class DialPoint(NamedTuple):
     margin      mean implicit reward margin, beta times nats
     loss        mean -log sigmoid(margin), nats: DPO's loss (arXiv 2305.18290, equation 7)
     kl          KL(policy || reference) along the policy's own answers, nats a sequence
-    win_rate    against the untuned answers; None without a judge, or without a valid verdict
+    win_rate    against the untuned answers, equal ones as ties; None without a judge, or without a valid verdict
+    verdicts    how many pairs of answers were asked about, answered, invalid, equal; None without a judge
     """
 
     strength: float
@@ -62,6 +63,7 @@ class DialPoint(NamedTuple):
     kl_interval: Interval | None
     win_rate: float | None
     win_rate_interval: Interval | None
+    verdicts: VerdictCounts | None
 
 
 class _Measured(NamedTuple):
@@ -110,6 +112,8 @@ def sweep_strengths(
         names = [prompt_name(row.prompt) for row in kept]
         margin = margins(pair_logps(opened, examples), opened.config.loss.beta)
         found.append(_measured(opened, strength, (margin, names), (before, after), sampling, judge))
+        if (counts := found[-1].point.verdicts) is not None and counts.invalid:
+            say(f"strength {strength:g}: {counts.invalid} of {counts.asked} verdicts asked for are invalid")
     recommended, reason = _recommend(found, judge)
     told = {"judge": judge and judge.name, "data": where, "pairs": len(names), "prompts": len(prompts)}
     points = [one.point for one in found]
@@ -133,9 +137,10 @@ def _measured(
     (margin, names), (before, after) = pairs, answers
     won, loss, first = outcomes(margin), np.logaddexp(0.0, -margin), first_answers(after)
     kl = on_policy_kl(opened, first, sampling.temperature)
-    rate, interval, costs, clusters = None, None, loss, names
+    rate, interval, costs, clusters, counts = None, None, loss, names, None
     if judge is not None:
-        logits = [both.logit for both in judge_answers(judge, before, after)]
+        judged = judge_answers(judge, before, after)
+        logits, counts = [both.logit for both in judged], count_verdicts(judged)
         wins = np.array([np.nan if logit is None else (np.sign(logit) + 1) / 2 for logit in logits])
         costs, clusters, valid = 1 - wins, before.names, ~np.isnan(wins)
         if valid.any():
@@ -147,7 +152,7 @@ def _measured(
         float(margin.mean()), clustered_mean(margin, names),
         float(loss.mean()), clustered_mean(loss, names),
         float(np.mean(kl)), clustered_mean(kl, first.names),
-        rate, interval,
+        rate, interval, counts,
     )  # fmt: skip
     return _Measured(point, costs, clusters)
 

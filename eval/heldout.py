@@ -36,7 +36,7 @@ class RecordPairs(NamedTuple):
 
 
 class BestOfKReport(NamedTuple):
-    """`best` over all scored records; `longest` the control that scores tokens; `sizes` counts records by k.
+    """`best` over all scored records; `longest` and `shortest`: controls that score tokens; `sizes` counts them by k.
 
     `left_out` records have a completion that could not be scored; in `tied` ones all score alike. `ties` is RewardBench
     2's score of its subset of that name, None without it.
@@ -44,6 +44,7 @@ class BestOfKReport(NamedTuple):
 
     best: BestOf
     longest: BestOf
+    shortest: BestOf
     sizes: dict[str, int]
     left_out: int
     tied: int
@@ -81,6 +82,7 @@ def best_of_k_report(
     return BestOfKReport(
         best_of([rewards[r].tolist() for r in whole], right, prompts),
         best_of([lengths[r].tolist() for r in whole], right, prompts),
+        best_of([(-lengths[r]).tolist() for r in whole], right, prompts),
         {k: sizes.count(k) for k in sorted(set(sizes), key=int)},
         len(records) - len(whole),
         sum(float(np.ptp(rewards[r])) == 0.0 for r in whole),

@@ -8,7 +8,7 @@ the same prompts, so only votes on prompts of the evaluation enter it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,10 @@ from mlxdpo_eval.judges.both import AnswerPair
 from mlxdpo_eval.judges.votes import Ballots, Vote
 from mlxdpo_eval.metrics.intervals import Interval
 from mlxdpo_eval.metrics.judge_bias import Agreement, Debiased, agreement, debiased, repeat_agreement
-from mlxdpo_eval.sampling import Answers
 from mlxdpo_eval.voting import is_about
+
+if TYPE_CHECKING:
+    from mlxdpo_eval.sampling import Answers  # it loads MLX
 
 
 class Retest(NamedTuple):
@@ -46,7 +48,7 @@ def ask_again(
     `found` are the first verdicts, one per pair of answers. Equal answers were never asked about and are left
     out. A file of votes has nobody to ask.
     """
-    known = [i for i, both in enumerate(found) if both.logit is not None and not both.same]
+    known = [i for i, both in enumerate(found) if both.logit is not None and not both.equal]
     if not known or judge.identity.get("kind") == "votes":
         return None
     at = [known[k] for k in np.unique(np.linspace(0, len(known) - 1, min(count, len(known))).round().astype(int))]
@@ -113,7 +115,7 @@ def _correct_by_votes(
     alone = [
         (name, (np.sign(b.logit) + 1) / 2)
         for name, b in zip(names, found, strict=True)
-        if b.logit is not None and name not in seen
+        if b.logit is not None and not b.equal and name not in seen
     ]
     if not voted or not alone:
         return None

@@ -8,16 +8,19 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxdpo import Run
-from mlxdpo.inner import TrainedRun, write_json, write_text
+from mlxdpo.inner import write_json, write_text
 from mlxdpo_eval.judges import BothOrders
 from mlxdpo_eval.metrics.intervals import clustered_mean
 from mlxdpo_eval.metrics.texts import length_ratio, text_report
-from mlxdpo_eval.sampling import Answers
+
+if TYPE_CHECKING:  # they load MLX
+    from mlxdpo import Run
+    from mlxdpo.inner import TrainedRun
+    from mlxdpo_eval.sampling import Answers
 
 
 def to_json(value: Any) -> Any:
@@ -38,13 +41,17 @@ def to_json(value: Any) -> Any:
     return value
 
 
-FORMAT = 2  # of results files
+FORMAT = 3  # of results files
 
 
-def write_results(run: Run, results: Mapping[str, Any], seconds: float) -> tuple[Path, dict[str, Any]]:
-    """The results file; only `when` differs between two runs of the same evaluation."""
+def write_results(
+    run: Run, results: Mapping[str, Any], seconds: float, spent: Mapping[str, Any]
+) -> tuple[Path, dict[str, Any]]:
+    """The results file; only `when` differs between two runs of the same evaluation. `spent`: what each judge used."""
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
-    written = to_json(results) | {"when": {"created": now.isoformat(), "seconds": round(seconds, 1)}}
+    written = to_json(results) | {
+        "when": {"created": now.isoformat(), "seconds": round(seconds, 1), "judges": to_json(spent)}
+    }
     file = run.path / "eval" / f"results_{now:%Y-%m-%dT%H-%M-%S}.json"
     write_json(file, written)
     return file, written
@@ -97,7 +104,8 @@ def sample_lines(
                 "shown_second": b.second,
                 "logit": b.logit,
                 "reason": b.reason,
-                "same": b.same,
+                "equal": b.equal,
+                **({"note": b.note} if b.note else {}),
             }
             for judge, both in found.items()
             for b in (both[i],)

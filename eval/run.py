@@ -40,7 +40,9 @@ from mlxdpo_eval.heldout import (
 from mlxdpo_eval.judge_quality import ask_again, human_agreement
 from mlxdpo_eval.judges import BothOrders, Judge
 from mlxdpo_eval.judges.program import LENGTH_REWARDS, reward_judge
+from mlxdpo_eval.judges.protocol import Metered
 from mlxdpo_eval.judges.votes import Ballots, read_ballots
+from mlxdpo_eval.metrics.length import length_baseline
 from mlxdpo_eval.metrics.slices import select_columns, slice_columns
 from mlxdpo_eval.report.blocks import Headline, answers_headline, best_of_k_headline, pairs_headline, votes_headline
 from mlxdpo_eval.results import FORMAT, drift_report, identify_run, sample_lines, write_lines, write_results
@@ -56,13 +58,15 @@ Columns = Mapping[str, Sequence[Hashable]]
 class EvalOptions:
     """What to evaluate besides the run itself: other `data`, a file of human `votes`, columns to slice by.
 
-    `retest` comparisons are asked of each judge a second time.
+    `retest` comparisons are asked of each judge a second time. A judge of whose verdicts a larger share than
+    `max_invalid` is invalid has given no verdict.
     """
 
     data: str | None = None
     votes: Path | None = None
     slices: tuple[str, ...] = ()
     retest: int = 0
+    max_invalid: float = 0.1
 
 
 class Judged(NamedTuple):
@@ -74,11 +78,11 @@ class Judged(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What was found: `results` as written, `worst_judge` the largest share of invalid verdicts and whose it is."""
+    """What was found: `results` as written, and the sentences of judges that gave no verdict."""
 
     results: dict[str, Any]
     file: Path
-    worst_judge: tuple[float, str]
+    failures: list[str]
 
 
 class HeldoutData(NamedTuple):
@@ -143,9 +147,9 @@ def evaluate(
     results = {
         "format": FORMAT,
         "run": identify_run(opened),
-        "settings": asdict(sampling) | judge_identities | {"slices": list(options.slices), "retest": options.retest},
+        "settings": asdict(sampling) | judge_identities | _asked_options(options),
         "data": {"source": data.source, "pairs": len(rows), "left_out": data.left_out + encoding.lines()},
-        **_findings(found, before, after),
+        **_findings(found, before, after, options.max_invalid),
         "drift": drift_report(before, after, kl_of, kl),
         "versions": versions(),
     }
@@ -153,9 +157,14 @@ def evaluate(
     verdicts = {j.result.judge: j.found for j in judged}
     lines = sample_lines(before, after, dict(zip(kl_of.names, kl, strict=True)), verdicts)
     write_lines(run.path / "eval" / "eval_samples.jsonl", lines)
-    file, written = write_results(run, results, time.monotonic() - started)
-    worst = max(((j.result.invalid_share, j.result.judge) for j in judged), default=(0.0, ""))
-    return Evaluation(written, file, worst)
+    spent = {judge.name: judge.spent() for judge in judges if isinstance(judge, Metered)}
+    file, written = write_results(run, results, time.monotonic() - started, spent)
+    failed = [j.result for j in judged if j.result.failed(options.max_invalid)]
+    return Evaluation(written, file, [answers_headline(result, options.max_invalid).sentence for result in failed])
+
+
+def _asked_options(options: EvalOptions) -> dict[str, Any]:
+    return {"slices": list(options.slices), "retest": options.retest, "max_invalid": options.max_invalid}
 
 
 def _heldout_data(run: Run, data: str | None) -> HeldoutData:
@@ -197,7 +206,8 @@ class _JudgeInputs(NamedTuple):
 
 
 def _run_judge(judge: Judge, inputs: _JudgeInputs) -> Judged:
-    inputs.say(f"judging {len(inputs.before.texts)} pairs of answers: {judge.name}")
+    how = f", by {judge.identity['asked_by']}" if "asked_by" in judge.identity else ""
+    inputs.say(f"judging {len(inputs.before.texts)} pairs of answers: {judge.name}{how}")
     found, first = judge_answers(judge, inputs.before, inputs.after), first_answers(inputs.before)
     result = win_rate(judge, found, inputs.before, inputs.after, inputs.columns)
     if inputs.ballots is not None:
@@ -211,10 +221,11 @@ def _run_judge(judge: Judge, inputs: _JudgeInputs) -> Judged:
     return Judged(result, found, against)
 
 
-def _findings(found: EvalParts, before: Answers, after: Answers) -> dict[str, Any]:
+def _findings(found: EvalParts, before: Answers, after: Answers, max_invalid: float) -> dict[str, Any]:
     baseline = reward_judge("longest", LENGTH_REWARDS["longest"])
+    longest = win_rate(baseline, judge_answers(baseline, before, after), before, after)
     changed = sum(a != b for a, b in zip(before.texts, after.texts, strict=True))
-    headlines = _headlines(found, 0 if changed else len(after.texts))
+    headlines = _headlines(found, 0 if changed else len(after.texts), max_invalid)
     return {
         "headline": headlines[0],
         "sentences": [headline.sentence for headline in headlines],
@@ -224,14 +235,15 @@ def _findings(found: EvalParts, before: Answers, after: Answers) -> dict[str, An
         "winrates": [j.result for j in found.judged],
         "controls": {
             "reference_vs_reference": [j.control for j in found.judged],
-            "longest": win_rate(baseline, judge_answers(baseline, before, after), before, after),
+            "longest": longest,
+            "length": None if longest.rate is None else length_baseline(longest.rate, longest.interval),
         },
     }
 
 
-def _headlines(found: EvalParts, unchanged: int) -> list[Headline]:
+def _headlines(found: EvalParts, unchanged: int, max_invalid: float) -> list[Headline]:
     """A headline for each part, the report's first: the first judge named, else people, else the held-out pairs."""
-    headlines = [answers_headline(j.result) for j in found.judged]
+    headlines = [answers_headline(j.result, max_invalid) for j in found.judged]
     if found.votes is not None and found.votes.n:
         headlines.append(votes_headline(found.votes))
     if found.best is not None:

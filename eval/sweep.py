@@ -6,9 +6,8 @@ run's adapter where that is none of them. Several runs that differ in beta give 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +25,8 @@ from mlxdpo.inner import (
     write_json,
 )
 from mlxdpo_eval.judges import Judge
-from mlxdpo_eval.metrics.intervals import Interval, clustered_mean
+from mlxdpo_eval.metrics.frontier import Point
+from mlxdpo_eval.metrics.intervals import clustered_mean
 from mlxdpo_eval.results import to_json
 from mlxdpo_eval.sampling import (
     Answers,
@@ -37,7 +37,7 @@ from mlxdpo_eval.sampling import (
     sample_start,
     sample_tuned,
 )
-from mlxdpo_eval.winrate import judge_answers, win_rate
+from mlxdpo_eval.winrate import WinRate, judge_answers, win_rate
 
 Say = Callable[[str], None]
 FINAL = "adapter"
@@ -61,7 +61,11 @@ def measure_checkpoints(
     def point(name: str, opened: TrainedRun = opened) -> Point | None:
         """The point of the weights that are in the model now."""
         say(f"{run.path.name}: {name}")
-        return _measure_point(opened, judge, name, before, sample_tuned(opened, prompts, sampling), sampling)
+        found, won = _measure_point(opened, judge, name, before, sample_tuned(opened, prompts, sampling), sampling)
+        if won.invalid:
+            left = "" if found else ", so it has no point"
+            say(f"{run.path.name}: {name}: {won.invalid} of {won.asked} verdicts asked for are invalid{left}")
+        return found
 
     if strengths:
         at = [point(f"strength {strength:g}", here) for strength, here in at_strengths(run, strengths)]
@@ -85,13 +89,13 @@ def _trainable_arrays(opened: TrainedRun) -> list[mx.array]:
 
 def _measure_point(
     opened: TrainedRun, judge: Judge, name: str, before: Answers, after: Answers, sampling: Sampling
-) -> Point | None:
+) -> tuple[Point | None, WinRate]:
     first = first_answers(after)
     kl = on_policy_kl(opened, first, sampling.temperature)
     won = win_rate(judge, judge_answers(judge, before, after), before, after)
-    if won.rate is None:
-        return None
-    return Point(name, float(np.mean(kl)), won.rate, clustered_mean(kl, first.names), won.interval)
+    if won.overall is None:
+        return None, won
+    return Point(name, float(np.mean(kl)), won.overall, clustered_mean(kl, first.names), won.overall_interval), won
 
 
 def name_points(points: Sequence[Point], run: Run) -> list[Point]:
@@ -99,41 +103,3 @@ def name_points(points: Sequence[Point], run: Run) -> list[Point]:
     config = run.config()
     pull = f"KL cost {config.rollout.kl:g}" if config.stage in ("ppo", "rloo") else f"beta {config.loss.beta:g}"
     return [p._replace(name=f"{run.path.name} ({pull}) {p.name}") for p in points]
-
-
-class Point(NamedTuple):
-    """One checkpoint or setting: its drift in nats per sequence and its reward; intervals where there are any."""
-
-    name: str
-    kl: float
-    reward: float
-    kl_interval: Interval | None = None
-    reward_interval: Interval | None = None
-
-
-def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Points that no other beats: none has as little KL and as much reward, and one of the two better.
-
-    In order of KL; copies of a point all stay. Raises `ValueError` for a KL or reward that is not a number.
-    """
-    for point in points:
-        if point.kl != point.kl or point.reward != point.reward:
-            raise ValueError(f"point {point.name!r} has KL {point.kl} and reward {point.reward}; expected numbers")
-    best: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.kl, -p.reward)):
-        if not best or point.reward > best[-1].reward or point[1:3] == best[-1][1:3]:
-            best.append(point)
-    return best
-
-
-def read_frontier(found: Mapping[str, Any]) -> tuple[list[Point], list[Point]]:
-    """All points of a frontier.json, and those that no other beats."""
-    points = [
-        Point(p["name"], p["kl"], p["reward"], _read_interval(p["kl_interval"]), _read_interval(p["reward_interval"]))
-        for p in found["points"]
-    ]
-    return points, pareto_front(points)
-
-
-def _read_interval(found: Mapping[str, Any] | None) -> Interval | None:
-    return None if found is None else Interval(**found)

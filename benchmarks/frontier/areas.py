@@ -14,8 +14,8 @@ import numpy as np
 
 from benchmarks.frontier.points import UNTUNED
 from benchmarks.frontier.runs import JUDGE
+from mlxdpo_eval.metrics.frontier import Point, pareto_front
 from mlxdpo_eval.metrics.intervals import Interval
-from mlxdpo_eval.sweep import Point, pareto_front
 
 GRID, RESAMPLES, SEED = 100, 1000, 0
 Index = np.ndarray

@@ -13,8 +13,8 @@ from benchmarks.frontier.best_of_n import kl_bound, selection
 from benchmarks.frontier.plan import METHODS, Budget
 from benchmarks.frontier.points import UNTUNED
 from benchmarks.frontier.runs import JUDGE, SECOND
+from mlxdpo_eval.metrics.frontier import Point
 from mlxdpo_eval.metrics.intervals import Interval
-from mlxdpo_eval.sweep import Point
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"

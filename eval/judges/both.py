@@ -3,27 +3,23 @@
     s1 = logit p(after is better | after shown first),  s2 = the same with after shown second,  s = (s1 + s2) / 2
 
 An additive preference for a place drops out of s exactly; averaging probabilities leaves some of it. Invalid in one
-order is invalid: never a tie, never a loss. Equal answers are a tie that nobody is asked about.
+order is invalid: never a tie, never a loss. Nobody is asked about equal answers, and no rate counts them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import special
 
-from mlxdpo.inner import append_line, cache_folder
-from mlxdpo_eval.judges.protocol import Judge, Question, Scalar, Verdict
+from mlxdpo_eval.judges.kept import ask_unknown
+from mlxdpo_eval.judges.protocol import Judge, KeepsAnswers, Question, Scalar, Verdict
 
 Texts = Sequence[str]
-CHUNK = 64  # questions between two writes to the cache: what an interruption may lose
 
 
 class AnswerPair(NamedTuple):
@@ -35,13 +31,17 @@ class AnswerPair(NamedTuple):
 
 
 class BothOrders(NamedTuple):
-    """Logits that `after` is better, shown first and shown second; None with the reason. `same`: equal answers."""
+    """Logits that `after` is better, shown first and shown second; None with the reason. `equal`: nobody was asked.
+
+    `note` is what the judge said about the pair, where it says more than which answer.
+    """
 
     first: float | None
     second: float | None
     reason: str = ""
     absent: bool = False
-    same: bool = False
+    equal: bool = False
+    note: str = ""
 
     @property
     def logit(self) -> float | None:
@@ -56,68 +56,43 @@ def ask_both(judge: Judge, pairs: Sequence[AnswerPair], *, cached: bool = True) 
     """
     orders = [(Question(t.prompt, t.after, t.before), Question(t.prompt, t.before, t.after)) for t in pairs]
     asked = dict.fromkeys(q for both in orders for q in both if q.first != q.second)
-    verdicts = _ask_questions(judge, list(asked), cached and judge.cached)
+    verdicts = ask_questions(judge, list(asked), cached)
     return [_combine_orders(*(verdicts.get(q) for q in both)) for both in orders]
 
 
 def _combine_orders(shown_first: Verdict | None, shown_second: Verdict | None) -> BothOrders:
     if shown_first is None or shown_second is None:
-        return BothOrders(0.0, 0.0, same=True)
+        return BothOrders(0.0, 0.0, equal=True)
     for verdict in (shown_first, shown_second):
         if verdict.logit is None:
             return BothOrders(None, None, verdict.reason, verdict.absent)
     assert shown_first.logit is not None and shown_second.logit is not None
-    return BothOrders(shown_first.logit, -shown_second.logit)
+    notes = dict.fromkeys(note for note in (shown_first.note, shown_second.note) if note)
+    return BothOrders(shown_first.logit, -shown_second.logit, note="\n".join(notes))
 
 
-def _ask_questions(judge: Judge, questions: list[Question], cached: bool) -> dict[Question, Verdict]:
-    if not cached:
-        return dict(zip(questions, judge.ask(questions), strict=True))
-    file = cache_file(judge)
-    known = _known_verdicts(file)
-    keys = {question: question_key(question) for question in questions}
-    found = {q: Verdict(known[key]) for q, key in keys.items() if key in known}
-    left = [q for q in questions if q not in found]
-    for at in range(0, len(left), CHUNK):
-        part = left[at : at + CHUNK]
+def ask_questions(judge: Judge, questions: Sequence[Question], cached: bool = True) -> dict[Question, Verdict]:
+    """The verdict on each of distinct questions; known ones are not asked again when `cached`."""
+    if not cached or not judge.cached:
+        source = judge if cached or not isinstance(judge, KeepsAnswers) else judge.fresh()
+        return dict(zip(questions, source.ask(questions), strict=True))
+    failed: dict[Question, Verdict] = {}
+
+    def ask(part: list[Question]) -> Iterator[Mapping[str, Any] | None]:
+        """Answers to be kept, None for failures."""
         for question, verdict in zip(part, judge.ask(part), strict=True):
-            found[question] = verdict
-            if verdict.logit is not None:  # a failure may not be one the next time
-                line = {"question": keys[question], "logit": verdict.logit}
-                append_line(file, {**line, "sum": _line_sum(line)})
-    return found
+            if verdict.logit is None:
+                failed[question] = verdict
+            yield None if verdict.logit is None else _kept_verdict(verdict)
+
+    found = ask_unknown(judge.identity, questions, ask, "logit")
+    return {
+        q: failed[q] if kept is None else Verdict(kept["logit"], note=kept.get("note", "")) for q, kept in found.items()
+    }
 
 
-def _known_verdicts(file: Path) -> dict[str, float]:
-    """Kept verdicts by question; a line that is not as it was written counts as not there, and is asked again."""
-    known: dict[str, float] = {}
-    for raw in file.read_bytes().split(b"\n")[:-1] if file.is_file() else []:
-        try:
-            line = json.loads(raw)
-            written = line.pop("sum", None)  # earlier versions wrote none
-            if written in (None, _line_sum(line)) and math.isfinite(line["logit"]):
-                known[line["question"]] = line["logit"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
-    return known
-
-
-def _line_sum(line: Mapping[str, Any]) -> str:
-    return _question_digest(map(str, line.values()))[:16]
-
-
-def cache_file(judge: Judge) -> Path:
-    """Where a judge's verdicts are kept: named by its whole identity."""
-    return cache_folder() / "verdicts" / f"{_question_digest([json.dumps(judge.identity, sort_keys=True)])}.jsonl"
-
-
-def question_key(question: Question) -> str:
-    """The name of a question: prompt, both answers and their order."""
-    return _question_digest(question)
-
-
-def _question_digest(parts: Iterable[str]) -> str:
-    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:32]
+def _kept_verdict(verdict: Verdict) -> dict[str, Any]:
+    return {"logit": verdict.logit, **({"note": verdict.note} if verdict.note else {})}
 
 
 def score_answers(judge: Judge, prompts: Texts, answers: Sequence[Texts]) -> list[list[float]]:

@@ -13,7 +13,7 @@ from scipy import special
 CERTAIN = 10.0  # logits of a judge that only says which: a probability of 0.99995
 
 LABELS = ("A", "B")
-WORDING = """Two assistants answered the same prompt. Decide which answer is better: more helpful, correct, clear \
+COMPARISON = """Two assistants answered the same prompt. Decide which answer is better: more helpful, correct, clear \
 and honest. Length by itself is no merit, and neither is the order of the answers.
 
 [Prompt]
@@ -25,7 +25,9 @@ and honest. Length by itself is no merit, and neither is the order of the answer
 [Answer B]
 {second}
 
-Which answer is better? Reply with one letter, A or B."""
+Which answer is better? """
+ONE_LETTER = "Reply with one letter, A or B."
+WORDING = COMPARISON + ONE_LETTER
 
 
 class Question(NamedTuple):
@@ -36,20 +38,27 @@ class Question(NamedTuple):
     second: str
 
 
-def judge_prompt(question: Question) -> str:
-    """The question as text. Braces in the answers stay as they are."""
-    return WORDING.format(prompt=question.prompt, first=question.first, second=question.second)
+TEST_QUESTION = Question(
+    "How many legs does a cat have?", "A cat has four legs.", "A cat has nine legs, as every animal does."
+)  # asked once before anything is sampled: does the judge answer at all?
+
+
+def judge_prompt(question: Question, ending: str = ONE_LETTER) -> str:
+    """The question as text, with how to reply at its end. Braces in the answers stay as they are."""
+    return COMPARISON.format(prompt=question.prompt, first=question.first, second=question.second) + ending
 
 
 class Verdict(NamedTuple):
     """`logit` of the probability that the first answer is better; None when there is none, for the reason given.
 
-    `absent` says that nobody was asked (a pair without a human vote): that is no failure of the judge.
+    `absent` says that nobody was asked (a pair without a human vote): that is no failure of the judge. `note` is what
+    the judge gave as its reasons.
     """
 
     logit: float | None
     reason: str = ""
     absent: bool = False
+    note: str = ""
 
     @property
     def probability(self) -> float | None:
@@ -99,4 +108,22 @@ class Scalar(Protocol):
 
     def scores(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """One number per answer, higher is better."""
+        ...
+
+
+@runtime_checkable
+class KeepsAnswers(Protocol):
+    """A judge that keeps what it asked on disk itself: scores of single answers, verdicts of the members of a panel."""
+
+    def fresh(self) -> Judge:
+        """The same judge, asking everything again and keeping nothing."""
+        ...
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """A judge that is paid for or waited for: it counts what it used."""
+
+    def spent(self) -> Mapping[str, Any]:
+        """How it is asked, requests and tokens so far."""
         ...

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxdpo import Run, open_reward_model
 from mlxdpo_eval.judges.protocol import Judge, Question, Verdict, invalid
 
 
@@ -43,6 +42,8 @@ def _verdict(difference: float) -> Verdict:
 
 def reward_model_judge(run: str) -> Judge:
     """Open `reward:RUN`, the run directory of a reward model. Raises `UserError` when it is none."""
+    from mlxdpo import Run, open_reward_model  # they load MLX
+
     model = open_reward_model(Run.open(run))
     name = f"reward:{Path(run).name}"
     return RewardModelJudge(name, {"kind": "reward model", **model.identity}, model)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxdpo import Message, UserError
-from mlxdpo.inner import prompt_name, prompt_text
 from mlxdpo_eval.judges.protocol import Judge, Question, Verdict, certain
 
 OUTCOMES = {"a": 1, "b": -1, "tie": 0, "both_bad": 0}
@@ -144,6 +143,8 @@ def _vote_of_line(line: Mapping[str, Any]) -> Vote:
         raise NoVote('a vote without text under "a" and "b"')
     if not all(map(_is_whole_text, (a, b, line.get("prompt")))):
         raise NoVote("a vote whose text has half a character")
+    from mlxdpo.inner import prompt_name, prompt_text  # they load MLX
+
     winner, tuned = line.get("winner"), line.get("tuned")
     if not isinstance(winner, str) or winner not in OUTCOMES:
         raise NoVote(f'a vote whose "winner" is none of {", ".join(OUTCOMES)}')

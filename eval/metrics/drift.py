@@ -7,15 +7,16 @@ the price of whatever reward was gained. All of it describes; none of it says wh
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
-
-import mlx.core as mx
+from typing import TYPE_CHECKING, NamedTuple
 
 from mlxdpo_eval.metrics.intervals import mean_or_none
 
+if TYPE_CHECKING:
+    import mlx.core as mx
+
 CHUNK = 16  # positions whose (R, chunk, V) float32 log-probabilities are held at once
 
-LogitsAt = Callable[[slice], mx.array]
+LogitsAt = Callable[[slice], "mx.array"]
 """A range of positions -> (R, n, V) unnormalised logits that predict the tokens at those positions."""
 
 
@@ -83,6 +84,8 @@ def sequence_kl(policy: LogitsAt, reference: LogitsAt, mask: mx.array) -> mx.arr
     no probability (-inf) adds nothing; one that only the reference rules out makes the row inf. Raises
     `ValueError` for shapes that differ.
     """
+    import mlx.core as mx
+
     total = mx.zeros(mask.shape[:1])
     for start in range(0, mask.shape[1], CHUNK):
         here = slice(start, min(start + CHUNK, mask.shape[1]))
@@ -97,6 +100,8 @@ def sequence_kl(policy: LogitsAt, reference: LogitsAt, mask: mx.array) -> mx.arr
 
 def step_kl(policy_logits: mx.array, reference_logits: mx.array) -> mx.array:
     """(..., V), (..., V) -> (...) nats, at least 0: KL(softmax(policy) || softmax(reference)), float32."""
+    import mlx.core as mx
+
     if policy_logits.shape != reference_logits.shape:
         raise ValueError(f"policy logits are {policy_logits.shape}, reference logits {reference_logits.shape}")
     policy, reference = (_log_softmax(logits) for logits in (policy_logits, reference_logits))
@@ -109,5 +114,7 @@ def step_kl(policy_logits: mx.array, reference_logits: mx.array) -> mx.array:
 
 
 def _log_softmax(logits: mx.array) -> mx.array:
+    import mlx.core as mx
+
     exact = logits.astype(mx.float32)
     return exact - mx.logsumexp(exact, axis=-1, keepdims=True)

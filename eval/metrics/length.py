@@ -30,16 +30,34 @@ class ByLength(NamedTuple):
     interval: Interval | None
 
 
+class LengthBaseline(NamedTuple):
+    """What length alone reaches: `rule` is "longer" or "shorter", whichever is right more often."""
+
+    rule: str
+    rate: float
+    interval: Interval | None
+
+
+def length_baseline(longer: float, interval: Interval | None) -> LengthBaseline:
+    """max(p, 1 - p) of p, the rate at which the longer answer is right, with the interval of that side."""
+    if longer >= 0.5:
+        return LengthBaseline("longer", longer, interval)
+    other = None if interval is None else Interval(1 - longer, 1 - interval.high, 1 - interval.low, interval.clusters)
+    return LengthBaseline("shorter", 1 - longer, other)
+
+
 class LengthReport(NamedTuple):
     """How far a preference for length explains the accuracy on held-out pairs.
 
-    `longer_baseline` is the accuracy of always picking the longer completion (1/2 for equal lengths);
-    `correlation` is Spearman's, of the margin with the length difference; None where either does not vary.
+    `longer_baseline` is the accuracy of always picking the longer completion (1/2 for equal lengths), `baseline`
+    that of the better of this rule and its opposite; `correlation` is Spearman's, of the margin with the length
+    difference; None where either does not vary.
     """
 
     groups: tuple[ByLength, ...]
     longer_baseline: float
     longer_interval: Interval | None
+    baseline: LengthBaseline
     correlation: float | None
     controlled: Controlled
 
@@ -76,6 +94,7 @@ def length_report(
         by_length(won, chosen_len, rejected_len, prompts, level),
         float(longer.mean()),
         clustered_share(longer, prompts, level),
+        length_baseline(float(longer.mean()), clustered_share(longer, prompts, level)),
         spearman(margins, chosen_len - rejected_len),
         controlled,
     )

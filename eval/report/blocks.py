@@ -7,14 +7,16 @@ called a trend.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from mlxdpo_eval.heldout import BestOfKReport, Heldout
 from mlxdpo_eval.report.plots import Figure
-from mlxdpo_eval.voting import VoteRun
-from mlxdpo_eval.winrate import WinRate
 
-Verdict = Literal["better", "worse", "cannot tell yet", "no difference shown"]
+if TYPE_CHECKING:  # the first loads MLX
+    from mlxdpo_eval.heldout import BestOfKReport, Heldout
+    from mlxdpo_eval.voting import VoteRun
+    from mlxdpo_eval.winrate import WinRate
+
+Verdict = Literal["better", "worse", "cannot tell yet", "no difference shown", "no verdict"]
 
 
 class Headline(NamedTuple):
@@ -34,23 +36,38 @@ def span(interval: Any) -> str:
     return "no interval" if interval is None else f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %"
 
 
-def answers_headline(result: WinRate) -> Headline:
-    """What one judge's win rate says."""
-    judged = result.n - result.absent - sum(result.invalid.values())
-    if result.rate is None:
-        return Headline("cannot tell yet", f"{result.judge} gave no valid verdict on {result.n} pairs of answers.")
-    if result.same == judged:
-        text = f"No difference shown: all {judged} pairs of answers are the same before and after."
+def answers_headline(result: WinRate, max_invalid: float) -> Headline:
+    """What one judge's win rate says: no verdict where a larger share of what was asked than `max_invalid` failed."""
+    if result.failed(max_invalid):
+        return Headline("no verdict", f"No verdict: {_why_no_verdict_on_answers(result, max_invalid)}.")
+    equal = f"{result.equal} of {result.n} pairs of answers are equal word for word"
+    if not result.answered:
+        text = f"No difference shown: all {result.n} pairs of answers are the same before and after."
         return Headline("no difference shown", text)
+    assert result.rate is not None
     facts = (
-        f"{result.judge} prefers the tuned answers in {share(result.rate)} of {judged} pairs ({span(result.interval)})"
+        f"{result.judge} prefers the tuned answers in {share(result.rate)} of the {result.answered} pairs it judged "
+        f"({span(result.interval)}; {result.prompts} prompts){f', {equal}' if result.equal else ''}"
     )
     if result.interval is None or result.interval.low <= 0.5 <= result.interval.high:
         return Headline(
             "cannot tell yet", f"Cannot tell yet: {facts}; {smallest_effect(result.prompts, result.detectable)}."
         )
     verdict: Verdict = "better" if result.rate > 0.5 else "worse"
-    return Headline(verdict, f"{verdict.capitalize()}: {facts}; n = {result.prompts} prompts.")
+    return Headline(verdict, f"{verdict.capitalize()}: {facts}.")
+
+
+def _why_no_verdict_on_answers(result: WinRate, max_invalid: float) -> str:
+    """Why a judge has no verdict, with the four numbers."""
+    equal = f"{result.equal} of {result.n} pairs of answers are equal and were not asked about"
+    if not result.asked:
+        return f"{result.judge} has no vote on any of {result.n} pairs of answers ({equal})"
+    reasons = ", ".join(f"{count} {reason}" for reason, count in result.reasons.items())
+    above = f", more than {share(max_invalid)} of what was asked" if result.answered else ""
+    return (
+        f"{result.judge} was asked about {result.asked} pairs of answers, {result.answered} were answered and "
+        f"{result.invalid} are invalid ({reasons}){above}; {equal}"
+    )
 
 
 def pairs_headline(result: Heldout, unchanged: int = 0) -> Headline:
@@ -120,10 +137,11 @@ def roughly(count: int) -> str:
 
 
 def smallest_effect(n: int, detectable: float | None) -> str:
-    """The effect that this many prompts would have shown."""
+    """The effect that this many prompts would have shown with power 0.8, in points above one half."""
+    prompts = f"n = {n} prompt{'' if n == 1 else 's'}"
     if detectable is None:
-        return f"n = {n} prompts are too few to show any effect"
-    return f"n = {n} prompts, the smallest effect this n can show is {share(detectable)} (power 0.8)"
+        return f"{prompts} {'is' if n == 1 else 'are'} too few to show any effect"
+    return f"an effect smaller than {100 * (detectable - 0.5):.0f} points would not have been seen ({prompts})"
 
 
 Result = Mapping[str, Any]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mlxdpo_eval.metrics.frontier import read_frontier
 from mlxdpo_eval.report.blocks import (
     Document,
     Part,
     Result,
-    SampleBlock,
     Table,
     bounded,
     bounds,
@@ -18,13 +18,14 @@ from mlxdpo_eval.report.blocks import (
     percent,
     roughly,
     share,
+    smallest_effect,
 )
+from mlxdpo_eval.report.cost import cost_sentences
 from mlxdpo_eval.report.plots import evaluation_plots, reward_over_drift
+from mlxdpo_eval.report.samples import more_samples, three_samples
 from mlxdpo_eval.results import to_json
-from mlxdpo_eval.sweep import read_frontier
 
-SHOWN = 8  # samples: the first ones, not the best ones
-OF_JUDGING = ("judges", "slices", "retest")  # settings that the answers do not depend on
+OF_JUDGING = ("judges", "slices", "retest", "max_invalid")  # settings that the answers do not depend on
 
 
 def build_document(
@@ -32,8 +33,11 @@ def build_document(
 ) -> Document:
     """The report on one evaluation, with the frontier where one was measured."""
     plots, run, head = evaluation_plots(results, pairs), results["run"], results["headline"]
+    told, three = three_samples(samples)
     sections = [
-        Part("Answers before and after", [*_answer_tables(results), *plots.get("winrates", [])]),
+        Part("Three answers before and after", [told, *three]),
+        Part("What it cost", list(cost_sentences(results))),
+        Part("How often the tuned answers win", [*_answer_tables(results), *plots.get("winrates", [])]),
         *([] if results["votes"] is None else [Part("Human votes", [*votes_table(results["votes"]), *plots["votes"]])]),
         *(
             []
@@ -42,7 +46,7 @@ def build_document(
         ),
         Part("Held-out pairs", [*_pair_tables(results), *plots.get("pairs", [])]),
         Part("Drift", _drift_tables(results) + ([] if frontier is None else _frontier_blocks(frontier))),
-        Part("Samples", _sample_blocks(samples)),
+        Part("More answers", more_samples(samples)),
         Part("Can the judges be trusted?", judge_cards(results)),
         Part("How this was measured", _settings_table(results)),
     ]
@@ -70,20 +74,29 @@ def _tiles(results: Result) -> list[tuple[str, str, str]]:
     ]
 
 
+ANSWER_COLUMNS = (
+    "judge", "win / tie / loss", "win rate", "at equal length", "asked", "answered", "invalid", "equal",
+)  # fmt: skip
+
+
 def _answer_tables(results: Result) -> list[Any]:
     judged, controls = results["winrates"], results["controls"]
     rows = [_win_rate_row(w["judge"], w) for w in judged]
     rows.append(_win_rate_row("control: always the longest", controls["longest"]))
+    if (length := controls["length"]) is not None:
+        name = f"control: length alone, the better way (always the {length['rule']})"
+        rows.append((name, "", bounded(length["rate"], length["interval"]), *[""] * 5))
     rows += [
         _win_rate_row(f"control: reference against itself, {w['judge']}", w) for w in controls["reference_vs_reference"]
     ]
     first = controls["longest"]
     note = (
-        f"{first['n']} pairs of answers to {first['prompts']} prompts. Win rate = wins + ties / 2 of valid verdicts, "
-        "both orders asked, 95 % interval clustered by prompt. This many prompts show win rates from "
-        f"{decimal(first['detectable'])} up (power 0.8). Answers equal word for word ({first['same']} pairs) are ties."
+        f"{first['n']} pairs of answers. Asked: pairs whose answers differ; equal ones are in no rate and no share. "
+        "Win rate = wins + ties / 2 of the pairs that were answered, both orders asked, 95 % interval clustered by "
+        f"prompt. {smallest_effect(first['prompts'], first['detectable']).capitalize()}. Where more than "
+        f"{share(results['settings']['max_invalid'])} of what was asked is invalid, there is no verdict."
     )
-    blocks: list[Any] = [Table(("judge", "win / tie / loss", "win rate", "at equal length", "n"), rows, note)]
+    blocks: list[Any] = [Table(ANSWER_COLUMNS, rows, note)]
     scored = [w for w in judged if w["rewards"]]
     if scored:
         blocks.append(
@@ -104,7 +117,8 @@ def _win_rate_row(name: str, w: Result) -> tuple[str, ...]:
     controlled = w["controlled"]
     equal = "–" if controlled is None else bounded(controlled["rate"], controlled["interval"])
     counts = f"{w['wins']} / {w['ties']} / {w['losses']}"
-    return name, counts, bounded(w["rate"], w["interval"]), equal, str(w["wins"] + w["ties"] + w["losses"])
+    four = (str(w[key]) for key in ("asked", "answered", "invalid", "equal"))
+    return name, counts, bounded(w["rate"], w["interval"]), equal, *four
 
 
 def _mean_score_row(w: Result) -> tuple[str, ...]:
@@ -122,7 +136,8 @@ def _pair_tables(results: Result) -> list[Any]:
         ("reward accuracy (tie = 1/2)", bounded(r["accuracy"], r["accuracy_interval"]),
          "0.500 for the reference itself"),
         ("accuracy at equal length", bounded(length["controlled"]["rate"], length["controlled"]["interval"]), ""),
-        ("control: always the longer", bounded(length["longer_baseline"], length["longer_interval"]), "knows nothing"),
+        (f"control: length alone (always the {length['baseline']['rule']})",
+         bounded(length["baseline"]["rate"], length["baseline"]["interval"]), "the better of longer and shorter"),
         ("reward margin", bounded(r["margin"]["mean"], r["margin"]["interval"], "+"), f"median {median}"),
         ("margin per token", bounded(r["token_margin"]["mean"], r["token_margin"]["interval"], "+"), ""),
         ("ranking accuracy, before to after", f"{decimal(ranks['reference'])} to {decimal(ranks['policy'])}",
@@ -144,12 +159,17 @@ def _pair_tables(results: Result) -> list[Any]:
 
 
 def _best_of_k_tables(found: Result, results: Result) -> list[Any]:
-    best, longest = found["best"], found["longest"]
+    best = found["best"]
+    rule, length = max((("longest", found["longest"]), ("shortest", found["shortest"])), key=lambda x: x[1]["accuracy"])
     sizes = ", ".join(f"{count} of {k}" for k, count in found["sizes"].items())
     rows = [
         ("a right completion first", bounded(best["accuracy"], best["interval"]), str(best["n"])),
         ("control: chance", decimal(best["chance"]), str(best["n"])),
-        ("control: always the longest", bounded(longest["accuracy"], longest["interval"]), str(longest["n"])),
+        (
+            f"control: length alone (always the {rule})",
+            bounded(length["accuracy"], length["interval"]),
+            str(length["n"]),
+        ),
     ]
     if (ties := found["ties"]) is not None:
         rows.append(("RewardBench 2's ties score", decimal(ties["score"]), str(ties["n"])))
@@ -224,26 +244,6 @@ def _frontier_blocks(found: Result) -> list[Any]:
     return [Table(header, rows, note), reward_over_drift(points, best, found["judge"])]
 
 
-def _sample_blocks(samples: Sequence[Result]) -> list[Any]:
-    first = [line for line in samples if line["sample"] == 0][:SHOWN]
-    said = [", ".join(f"{name}: {_verdict_word(v)}" for name, v in line["verdicts"].items()) for line in first]
-    shown = [
-        SampleBlock(line["prompt"], line["before"], line["after"], note) for line, note in zip(first, said, strict=True)
-    ]
-    return [
-        f"The first {len(first)} prompts in the order of the data, not a selection; the same noise before and after.",
-        *shown,
-    ]
-
-
-def _verdict_word(verdict: Result) -> str:
-    if verdict["logit"] is None:
-        return f"no verdict ({verdict['reason']})"
-    return (
-        "same" if verdict["same"] else "after" if verdict["logit"] > 0 else "before" if verdict["logit"] < 0 else "tie"
-    )
-
-
 def _objective(loss: Result, chosen: Result) -> str:
     """Name, beta, and what differs from the defaults: most parameters are those of other objectives."""
     shown = {name: loss[name] for name in ("name", "beta")} | dict(chosen)
@@ -262,12 +262,18 @@ def _settings_table(results: Result) -> list[Any]:
         ("adapter", run["adapter_sha256"][:16]),
         ("objective", _objective(run["loss"], run["loss_set"])),
         ("answers", ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items() if k not in OF_JUDGING)),
-        ("judges", "; ".join(settings["judges"]) or "none"),
+        ("judges", "; ".join(_judge_method(*judge) for judge in settings["judges"].items()) or "none"),
         ("versions", ", ".join(f"{k} {v}" for k, v in results["versions"].items())),
         ("took", f"{results['when']['seconds']:.0f} s"),
     ]
     files = "Every number can be computed again from eval_pairs.jsonl and eval_samples.jsonl beside the results file."
     return [Table(("setting", "value"), rows), *results["data"]["left_out"], files]
+
+
+def _judge_method(name: str, identity: Result) -> str:
+    """A judge with how it is asked: the method of a server, the rule of a panel."""
+    how = identity.get("asked_by") or identity.get("rule")
+    return f"{name} ({how})" if how else name
 
 
 COLUMNS = (
@@ -305,7 +311,8 @@ def _corrected_rate(humans: Result) -> tuple[str, str, str]:
 
 def _judge_card(w: Result) -> tuple[str, ...]:
     place, longer, humans, again = w["position"], w["longer"], w["humans"], w["retest"]
-    invalid = ", ".join(f"{count} {reason}" for reason, count in w["invalid"].items()) or "0"
+    reasons = ", ".join(f"{count} {reason}" for reason, count in w["reasons"].items())
+    invalid = f"{w['invalid']} of {w['asked']} asked{f': {reasons}' if reasons else ''}"
     return (
         w["judge"],
         "–" if place is None else share(place["consistent"]),

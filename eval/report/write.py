@@ -11,17 +11,20 @@ import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
 
-from mlxdpo import Run, UserError
+from mlxdpo import UserError
 from mlxdpo.inner import as_written, read_json, read_lines, write_text
 from mlxdpo_eval.compare import latest_results
 from mlxdpo_eval.report.blocks import Document, Part, SampleBlock, Table
 from mlxdpo_eval.report.document import build_document
 from mlxdpo_eval.report.plots import Figure
 from mlxdpo_eval.results import FORMAT
+
+if TYPE_CHECKING:
+    from mlxdpo import Run  # it loads MLX
 
 
 def write_report(run: Run) -> Path:

@@ -60,20 +60,21 @@ def run(
 ) -> int:
     """Say whether a run's model is better than it was: held-out pairs, judged answers, drift; with intervals.
 
-    Writes RUN/eval/ and RUN/report.html. Exit status 1: a judge failed too often.
+    Writes RUN/eval/ and RUN/report.html. Exit status 1: a judge gave no verdict.
 
     Args:
         path: Run directory.
         data: Held-out pairs, or best-of-k records (several completions under rejected, as in RewardBench 2); unset
             means the pairs of the run's recipe.
         judge: Who compares answers before and after, the first one for the headline; repeat it for several: vader,
-            textblob, longest, local:MODEL, reward:RUN, endpoint:MODEL@URL (key in $MLXDPO_JUDGE_KEY), votes:FILE,
-            FILE.py:FUNCTION.
+            textblob, longest, local:MODEL, reward:RUN, endpoint:MODEL@URL or rubric:MODEL@URL (key in
+            $MLXDPO_JUDGE_KEY), panel:majority:JUDGE,JUDGE, votes:FILE, FILE.py:FUNCTION.
         strength: Evaluate the run at this strength instead (mlxdpo dial); its results and report are in RUN/strengths/.
         votes: Human votes: evidence valid whenever one looks, and a check on the judges; unset means RUN/votes.jsonl.
         slices: Column of the held-out rows to break results down by, repeatable; unset means all that are categories.
         retest: Comparisons to ask each judge a second time, past the cache.
-        max_invalid: Largest share of invalid verdicts of a judge that is no failure.
+        max_invalid: Largest share of a judge's verdicts that may be invalid, of those asked for; above it there is no
+            verdict.
         tasks: Capability checks instead, before and after: tasks of lm-evaluation-harness, such as arc_easy,hellaswag.
         include: Folder with task files of your own.
         limit: Questions of each task.
@@ -89,31 +90,32 @@ def run(
     if tasks:
         return _capability(source, tasks.split(","), (limit, include), say, json)
     file = votes or next((f for f in (path / "votes.jsonl",) if f.exists()), None)
-    wanted = EvalOptions(data, file, tuple(slices or ()), retest or 0)
+    wanted = EvalOptions(data, file, tuple(slices or ()), retest or 0, max_invalid)
     found = _evaluate(source, judge or [], answering, wanted, say)
     _show_results(found, path, json)
-    return _exit_status(found, max_invalid)
+    return _exit_status(found)
 
 
-def _exit_status(found: Any, max_invalid: float) -> int:
+def _exit_status(found: Any) -> int:
     from mlxdpo.commands.terminal import warn
 
-    share, name = found.worst_judge
-    if share > max_invalid:
-        warn(f"error: {share:.0%} of {name}'s verdicts are invalid, more than --max-invalid {max_invalid:g}")
-    return 1 if share > max_invalid else 0
+    for sentence in found.failures:
+        warn(f"error: {sentence} Ask another judge, or allow it with --max-invalid")
+    return 1 if found.failures else 0
 
 
 def _show_results(found: Any, path: Path, json: bool) -> None:
     from mlxdpo.commands.terminal import console
+    from mlxdpo.io.json_file import read_lines
+    from mlxdpo_eval.report.screen import print_first_screen
 
     if json:
         print(jsonlib.dumps(found.results, ensure_ascii=False))
         return
     console.print()
-    for sentence in found.results["sentences"]:
-        console.print(sentence, style="bold", markup=False)
-    console.print(f"report: {path / 'report.html'}  numbers: {found.file}", markup=False)
+    print_first_screen(console, found.results, list(read_lines(path / "eval" / "eval_samples.jsonl")))
+    console.print()
+    console.print(f"report: {path / 'report.html'}\nnumbers: {found.file}", markup=False)
 
 
 def _evaluate(run: Run, judges: list[str], answering: Answering, wanted: Any, say: Callable[[str], None]) -> Any:

@@ -19,7 +19,7 @@ from mlxdpo.model.policy import BUILTIN, find_model
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 
-FORMATS = (1, 2)  # of results_*.json; in both the numbers of the card have the same places
+FORMATS = (1, 2, 3)  # of results_*.json; in all of them the numbers of the card have the same places
 Json = Mapping[str, Any]
 
 
@@ -139,12 +139,12 @@ def _pairs_and_drift(results: Json) -> Iterator[CardNumber]:
 def _read_judge_card(w: Json, identities: Json) -> JudgeCard:
     judge = str(w.get("judge"))
     rows = [(name, str(value)) for name, value in (identities.get(judge) or {}).items()]
-    invalid = w.get("invalid") or {}
+    reasons = w["reasons"] if "reasons" in w else w.get("invalid") or {}  # up to format 2 the counts by reason
     rows += [
         ("same winner in both orders", _percent(at(w, "position.consistent"))),
         ("answer shown first wins (no bias: 50 %)", _percent(at(w, "position.first"))),
         ("prefers the longer answer", _percent(at(w, "longer.prefers_longer"))),
-        ("invalid verdicts", ", ".join(f"{count} {reason}" for reason, count in invalid.items()) or "0"),
+        ("invalid verdicts", ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "0"),
         ("same verdict when asked again", _retest(w.get("retest"))),
         ("agreement with human votes", _agreement(at(w, "humans.agreement"))),
     ]

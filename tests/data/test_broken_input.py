@@ -29,9 +29,9 @@ from mlxdpo.ui.runs.tab import charts, checkpoints, headline
 from mlxdpo.ui.train.recipe_form import entered, knobs, to_config
 from mlxdpo.ui.vote.tab import standing_html
 from mlxdpo_eval.judges import open_judge
-from mlxdpo_eval.judges.endpoint import parse_completion
+from mlxdpo_eval.judges.ladder import NO_COMPLETION, read_label_odds, read_reply
 from mlxdpo_eval.judges.program import reward_judge
-from mlxdpo_eval.judges.protocol import Question, Verdict
+from mlxdpo_eval.judges.protocol import Question, Verdict, invalid
 from mlxdpo_eval.judges.votes import problem_with, read_ballots
 
 LONG = "x" * 300  # longer than a file system's names
@@ -113,6 +113,11 @@ def test_no_setting_is_infinite_or_no_number(knob, value):
     section, name = knob
     with pytest.raises(UserError, match="finite number"):
         load_config(None, {section: {name: value}})
+
+
+def parse_completion(body):
+    found = read_reply(body)
+    return invalid(NO_COMPLETION) if found is None else read_label_odds(found)
 
 
 def reply(content="A", top=None):

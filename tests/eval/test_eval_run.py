@@ -14,6 +14,8 @@ from mlxdpo import UserError, at_checkpoints, open_trained_run
 from mlxdpo.cli import run as cli
 from mlxdpo.io.atomic import write_json
 from mlxdpo_eval.compare import compare_runs, comparison_sentence, latest_results
+from mlxdpo_eval.dial import sweep_strengths
+from mlxdpo_eval.judges.protocol import invalid
 from mlxdpo_eval.report.write import write_report
 from mlxdpo_eval.run import evaluate
 from mlxdpo_eval.sampling import Sampling
@@ -34,7 +36,7 @@ def test_an_untrained_run_shows_no_difference(run):
         found["drift"]["kl"] == 0.0 and found["drift"]["same"] == 1.0 and found["drift"]["length_ratio"]["value"] == 1.0
     )
     (rate,) = found["winrates"]
-    assert (rate["rate"], rate["ties"], rate["same"]) == (0.5, 12, 12)
+    assert (rate["rate"], rate["overall"], rate["asked"], rate["equal"]) == (None, 0.5, 0, 12)
     assert found["headline"]["verdict"] == "no difference shown"
     assert all(text.startswith("No difference shown") for text in found["sentences"])
     write_report(run)
@@ -71,7 +73,7 @@ def test_the_lines_beside_the_results_are_enough_to_compute_them_again(run):
     )
     right = [0.5 * (1 + (p["margin"] > 0) - (p["margin"] < 0)) for p in pairs]
     assert sum(right) / len(right) == pytest.approx(found["pairs"]["rewards"]["accuracy"])
-    logits = [s["verdicts"]["planted"]["logit"] for s in samples]
+    logits = [v["logit"] for s in samples for v in [s["verdicts"]["planted"]] if not v["equal"]]
     rate = sum(0.5 * (1 + (x > 0) - (x < 0)) for x in logits) / len(logits)
     assert rate == pytest.approx(found["winrates"][0]["rate"])
     kl = [s["kl"] for s in samples if s["kl"] is not None]
@@ -133,17 +135,24 @@ def test_report_can_be_made_again_to_the_byte(run):
 
 
 ARGS = ["--prompts", "6", "--samples", "1", "--max-tokens", "5"]
+LONG = ["--prompts", "18", "--samples", "2", "--max-tokens", "24"]  # answers that differ
 
 
 def test_the_command_writes_everything_and_fails_when_a_judge_does(run, tmp_path, capsys):
     reward = tmp_path / "reward.py"
-    reward.write_text("def half(prompt, answer):\n    return len(answer) if prompt < 'q12' else None\n")
+    reward.write_text("def half(prompt, answer):\n    return len(answer) if prompt < 'q13' else None\n")
     assert cli(["eval", str(run.path), "--judge", "longest", "--json", *ARGS]) == 0
     assert json.loads(capsys.readouterr().out)["headline"] == latest_results(run)["headline"]
     assert (run.path / "report.html").exists() and (run.path / "report.md").exists()
-    assert cli(["eval", str(run.path), "--judge", f"{reward}:half", *ARGS]) == 1
-    assert "of reward.py:half's verdicts are invalid, more than --max-invalid 0.1" in capsys.readouterr().err
-    assert cli(["eval", str(run.path), "--judge", f"{reward}:half", "--max-invalid", "1", *ARGS]) == 0
+    assert cli(["eval", str(run.path), "--judge", f"{reward}:half", *LONG]) == 1
+    assert re.search(
+        r"No verdict: reward.py:half was asked about \d+ pairs of answers, \d+ were answered and \d+ are invalid "
+        r"\(\d+ the reward raised TypeError\), more than 10.0 % of what was asked; \d+ of 36 pairs",
+        capsys.readouterr().err,
+    )
+    assert latest_results(run)["headline"]["verdict"] == "no verdict"
+    assert "<h1>No verdict</h1>" in (run.path / "report.html").read_text()
+    assert cli(["eval", str(run.path), "--judge", f"{reward}:half", "--max-invalid", "1", *LONG]) == 0
     capsys.readouterr()
     assert cli(["eval", str(run.path), "--data", str(tmp_path / "none.jsonl"), *ARGS]) == 2
     assert "none.jsonl: no such file or folder" in capsys.readouterr().err
@@ -248,3 +257,13 @@ def test_an_untrained_run_is_a_point_without_drift(run):
     (*others, last) = measure_checkpoints(untrain(run), Planted(coin), SMALL)
     assert last.name == "adapter" and "adapter" not in "".join(p.name for p in others)
     assert (last.kl, last.reward) == (0.0, 0.5)
+
+
+def test_dial_and_frontier_count_verdicts_too(run):
+    said, how = [], Sampling(prompts=18, samples=1, max_tokens=24)
+    measure_checkpoints(run, Planted(lambda question: invalid("odd")), how, said.append)
+    assert any(re.search(r": (\d+) of \1 verdicts asked for are invalid", line) for line in said)
+    first, last = sweep_strengths(run, [0.0, 1.0], how, Planted(coin)).points
+    assert first.verdicts == (0, 0, 0, 18, 0) and first.win_rate == 0.5
+    asked, answered, failed, equal, absent = last.verdicts
+    assert asked == answered > 0 and (failed, absent) == (0, 0) and asked + equal == 18

@@ -15,10 +15,10 @@ from scipy import stats as scipy_stats
 
 from benchmarks.frontier.areas import hull
 from mlxdpo_eval.metrics.drift import distinct_n, text_stats
+from mlxdpo_eval.metrics.frontier import Point, pareto_front
 from mlxdpo_eval.metrics.intervals import clustered_share
 from mlxdpo_eval.metrics.slices import slice_report
 from mlxdpo_eval.metrics.texts import distinct_interval, length_ratio, text_report
-from mlxdpo_eval.sweep import Point, pareto_front
 
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)
 

@@ -156,7 +156,7 @@ def test_the_demos_own_measurement(evaluated, out, tmp_path):
 def test_results_of_another_format_are_not_guessed_at(evaluated, out, tmp_path):
     run = bare(evaluated[0], tmp_path / "bare")
     write_json(run.path / "eval" / "results_2030.json", {"format": 99})
-    with pytest.raises(UserError, match="format is 99, expected 2"):
+    with pytest.raises(UserError, match="format is 99, expected 3"):
         write_card(run, out)
     (run.path / "eval" / "results_2031.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):

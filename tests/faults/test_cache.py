@@ -16,7 +16,8 @@ from mlxdpo.machine import openblas
 from mlxdpo.model import builtin
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
-from mlxdpo_eval.judges.both import AnswerPair, ask_both, cache_file
+from mlxdpo_eval.judges.both import AnswerPair, ask_both
+from mlxdpo_eval.judges.kept import cache_file
 from mlxdpo_eval.judges.protocol import Verdict
 
 
@@ -117,7 +118,7 @@ def test_a_damaged_verdict_is_asked_again(cache):
     judge = Planted(lambda question: Verdict(1.5 if question.first == "a" else -1.0), cached=True)
     pair = [AnswerPair("p", "b", "a")]
     expected = ask_both(judge, pair)
-    file, rng = cache_file(judge), random.Random(0)
+    file, rng = cache_file(judge.identity), random.Random(0)
     whole = file.read_bytes()
     assert ask_both(judge, pair) == expected and len(judge.asked) == 2
     for raw in (whole.replace(b"1.5", b"2.5"), b"{}\n[]\n", *(mutate_bytes(rng, whole) for _ in range(100))):

@@ -13,8 +13,10 @@ from planted_judges import Planted, good_and_bad
 from votes import VOTE
 
 from mlxdpo_eval.judges import open_judge
-from mlxdpo_eval.judges.endpoint import parse_completion
+from mlxdpo_eval.judges.ladder import COMPARING, NO_COMPLETION, read_reply
 from mlxdpo_eval.judges.program import reward_judge
+from mlxdpo_eval.judges.protocol import invalid
+from mlxdpo_eval.judges.server import Unanswered
 from mlxdpo_eval.judges.votes import read_ballots, votes_judge
 from mlxdpo_eval.voting import vote_run
 from mlxdpo_eval.winrate import judge_answers, win_rate
@@ -51,9 +53,18 @@ def reply(rng):
     )
 
 
+def parsed(raw, method=COMPARING[0]):
+    """What a method reads from the bytes of a reply."""
+    found = read_reply(raw)
+    return invalid(NO_COMPLETION) if found is None else method.read(found)
+
+
 def checked(raw):
     """The verdict on a reply, which has a finite log-odds and names a label, or says why it has none."""
-    verdict = parse_completion(raw)
+    for method in COMPARING[1:]:
+        other = parsed(raw, method)
+        assert (other.logit is None) == bool(other.reason)
+    verdict = parsed(raw)
     if verdict.logit is None:
         assert verdict.reason
     else:
@@ -72,11 +83,11 @@ def test_replies_of_endpoints(seed):
 def test_every_pair_of_a_win_rate_is_counted(seed):
     rng = random.Random(seed)
     before, after = good_and_bad(rng.randint(1, 6))
-    judge = Planted(lambda question: parse_completion(reply(rng)))
+    judge = Planted(lambda question: parsed(reply(rng)))
 
     def rate():
         found = win_rate(judge, judge_answers(judge, before, after), before, after)
-        balanced(found.n, found.wins + found.ties + found.losses, sum(found.invalid.values()) + found.absent)
+        balanced(found.n, found.wins + found.ties + found.losses, found.invalid + found.absent + found.equal)
 
     case("win rates", rate)
 
@@ -88,7 +99,7 @@ def test_programmed_rewards(value):
 
     def rate():
         found = win_rate(judge, judge_answers(judge, before, after), before, after)
-        balanced(found.n, found.wins + found.ties + found.losses, sum(found.invalid.values()) + found.absent)
+        balanced(found.n, found.wins + found.ties + found.losses, found.invalid + found.absent + found.equal)
 
     case("programmed rewards", rate)
 
@@ -119,14 +130,22 @@ def test_votes(tmp_path, seed):
     case("votes", count)
 
 
-KIND = st.sampled_from(["local", "endpoint", "reward", "votes", "x.py", "longest", "", "vader"])
+KIND = st.sampled_from(
+    ["local", "endpoint", "rubric", "panel", "panel:mean", "reward", "votes", "x.py", "longest", "", "vader"]
+)
 REST = st.sampled_from(
     [*ODD_NAMES, *ODD_TEXTS, "m@http://h", "m@http://h:x", "m@http://[::1", "m@ftp://h", "@", "m@http://u:p@h/v1"]
 )
+
+
+def unreachable(*args):
+    """No server is there."""
+    raise Unanswered("no connection")
 
 
 @fuzzed(20, 300, kind=KIND, rest=REST)
 def test_names_of_judges(tmp_path, monkeypatch, kind, rest):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("mlxdpo_eval.judges.endpoint.find_rung", unreachable)
     case("judge names", lambda: open_judge(f"{kind}:{rest}"))

@@ -1,14 +1,13 @@
 """A judge of every kind, small enough to open in a test: its name, what it must refuse, what it must know."""
 
 import contextlib
-import http.server
 import json
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from judge_servers import MODEL, openai_chat, serving
 from tiny_models import write_model
 from tiny_runs import finish, recipe
 from tiny_tokenizers import chatml_tokenizer
@@ -39,31 +38,22 @@ def local(folder: Path, stack: ExitStack) -> Specimen:
     return Specimen(f"local:{folder / 'judge'}", f"local:{folder / 'nothing'}")
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Says A where the first answer speaks of the sun, else B; no log-probs."""
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][0]["content"]
-        first = "sun" in text and ("trains" not in text or text.index("sun") < text.index("trains"))
-        reply = {"choices": [{"message": {"content": "A" if first else "B"}}]}
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(reply).encode())
-
-    def log_message(self, *args):
-        pass
+def sun(body):
+    """Answers like an older chat model; the answer that speaks of the sun is the better one."""
+    text = body["messages"][0]["content"].replace("The sun is up.", "good")
+    return openai_chat(body | {"messages": [{"role": "user", "content": text}]})
 
 
 def endpoint(folder: Path, stack: ExitStack) -> Specimen:
     """A server on the loopback."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    stack.callback(thread.join)
-    stack.callback(server.server_close)
-    stack.callback(server.shutdown)
-    return Specimen(f"endpoint:m@http://127.0.0.1:{server.server_port}/v1", "endpoint:no-url", "The sun is up.")
+    server = stack.enter_context(serving(sun))
+    return Specimen(f"endpoint:{MODEL}@{server.url}", "endpoint:no-url", "The sun is up.")
+
+
+def rubric(folder: Path, stack: ExitStack) -> Specimen:
+    """The same, grading."""
+    server = stack.enter_context(serving(sun))
+    return Specimen(f"rubric:{MODEL}@{server.url}", f"rubric:absent@{server.url}", "The sun is up.")
 
 
 def reward(folder: Path, stack: ExitStack) -> Specimen:
@@ -82,6 +72,7 @@ def votes(folder: Path, stack: ExitStack) -> Specimen:
 SPECIMENS: dict[str, Callable[[Path, ExitStack], Specimen]] = {
     "local": local,
     "endpoint": endpoint,
+    "rubric": rubric,
     "reward": reward,
     "votes": votes,
 }
