@@ -25,6 +25,7 @@ from mlxdpo import (
     open_trained_run,
     write_json,
 )
+from mlxdpo_eval.judged_answers import judge_answers, win_rate
 from mlxdpo_eval.judges import Judge
 from mlxdpo_eval.metrics.intervals import Interval, clustered_mean
 from mlxdpo_eval.results import to_json
@@ -37,7 +38,6 @@ from mlxdpo_eval.sampling import (
     sample_start,
     sample_tuned,
 )
-from mlxdpo_eval.winrate import judge_answers, win_rate
 
 Say = Callable[[str], None]
 FINAL = "adapter"

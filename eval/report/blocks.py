@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from mlxdpo_eval.heldout import BestOfKReport, Heldout
+from mlxdpo_eval.judged_answers import WinRate
 from mlxdpo_eval.report.plots import Figure
 from mlxdpo_eval.voting import VoteRun
-from mlxdpo_eval.winrate import WinRate
 
 Verdict = Literal["better", "worse", "cannot tell yet", "no difference shown"]
 

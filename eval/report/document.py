@@ -20,6 +20,7 @@ from mlxdpo_eval.report.blocks import (
     share,
 )
 from mlxdpo_eval.report.plots import evaluation_plots, reward_over_drift
+from mlxdpo_eval.report.retained import retained_part
 from mlxdpo_eval.results import to_json
 from mlxdpo_eval.sweep import read_frontier
 
@@ -40,6 +41,7 @@ def build_document(
             if results["best_of"] is None
             else [Part("Best of several", _best_of_k_tables(results["best_of"], results))]
         ),
+        *([] if results.get("retained") is None else [retained_part(results["retained"])]),
         Part("Held-out pairs", [*_pair_tables(results), *plots.get("pairs", [])]),
         Part("Drift", _drift_tables(results) + ([] if frontier is None else _frontier_blocks(frontier))),
         Part("Samples", _sample_blocks(samples)),
