@@ -159,8 +159,8 @@ def _arena_hard(rows: Sequence[Row], model: str | None, scorer: str | None) -> R
     found: list[Annotation] = []
     for row in (row for row in rows if row["model"] == chosen):
         prompt = str(row.get("uid", row.get("question_id")))
-        labels = [None if game is None else game["score"] for game in row["games"]]
-        if len(labels) != 2 or None in labels or not all(label in ARENA for label in labels):
+        labels = [str(game["score"]) for game in row["games"] if game is not None]
+        if len(labels) != 2 or not all(label in ARENA for label in labels):
             found.append(Annotation(prompt, None, "no verdict"))
             continue
         second, first = 1 - ARENA[labels[0]], ARENA[labels[1]]
