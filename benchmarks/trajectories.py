@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten
 from mlxdpo.config import LoraConfig, LossConfig, ModelConfig
 from mlxdpo.data import batching
 from mlxdpo.data.batching import collate
-from mlxdpo.data.distinct_rows import DistinctRow, distinct_rows
+from mlxdpo.data.distinct_rows import DistinctRow
 from mlxdpo.losses import resolve
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
@@ -50,9 +50,14 @@ def conversation(steps: int, alternatives: int, prompt: int, turn: int, tool: in
 
 
 def each_row_alone(pairs: Sequence[Example]) -> tuple[list[DistinctRow], np.ndarray]:
-    """`distinct_rows` in which every row has a prompt of its own, so that nothing is shared."""
-    rows, place = distinct_rows(pairs)
-    return [row._replace(group=i) for i, row in enumerate(rows)], place
+    """`distinct_rows` that shares nothing: a prompt for each row, rows in the order of the pairs."""
+    both = [
+        (pair, *side)
+        for pair in pairs
+        for side in ((pair.chosen, pair.chosen_mask), (pair.rejected, pair.rejected_mask))
+    ]
+    rows = [DistinctRow(pair.prompt, ids, mask, i) for i, (pair, ids, mask) in enumerate(both)]
+    return rows, np.arange(len(rows), dtype=np.int32).reshape(-1, 2)
 
 
 def as_one_pair(pair: Example) -> Example:

@@ -28,7 +28,7 @@ PAGES = (
     "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "docs/contributing/*.md", "docs/evidence/*.md",
     "examples/README.md",
 )  # fmt: skip
-FILES = ("docs/*.png", "docs/*.svg", "docs/evidence/*.svg", "examples/*.yaml")
+FILES = ("docs/*.png", "docs/*.svg", "docs/evidence/*.svg", "examples/*.yaml", "examples/*.ipynb")
 ROOMS = {"losses": "mlxdpo.losses", "data": "mlxdpo.data", "model": "mlxdpo.model", "export": "mlxdpo.exporters"}
 GUIDES = (
     "docs/README", "docs/data", "docs/objectives", "docs/stages", "docs/evaluation", "docs/app", "docs/rounds",

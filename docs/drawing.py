@@ -156,7 +156,7 @@ def _floor(plan: House, level: int, at: dict[str, int], side: int) -> list[str]:
     """The box of a floor, from its first room to its last, and what it is."""
     rooms = [room for room in plan.rooms if plan.floor[room] == level]
     y, height = TOP + CELL * at[rooms[0]], CELL * len(rooms)
-    title, says = ("annex", "only by the front door") if level == -1 else (TITLES[level], SAYS[level])
+    title, says = ("annex", "only by the doors") if level == -1 else (TITLES[level], SAYS[level])
     return [
         f'<rect x="10" y="{y + 1}" width="{LEFT - WIDTH - 14}" height="{height - 2}" rx="4" fill="{COLOURS[level]}"/>',
         _text(18, y + 13, title, 12, weight="bold", fill="#fff"),

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlxdpo import Run, UserError, as_written, read_json, read_lines
+from mlxdpo import Run, UserError
+from mlxdpo.inner import as_written, read_json, read_lines
 from mlxdpo_eval.metrics.intervals import Interval, paired_difference
 from mlxdpo_eval.metrics.rewards import mcnemar
 

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlxdpo import (
-    Run,
+from mlxdpo import Run, UserError
+from mlxdpo.inner import (
     TrainedRun,
-    UserError,
     at_strengths,
     distinct_prompts,
     encode_pairs,

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlxdpo import BestOfK, PairLogps, Preference, TrainedRun, prompt_name, prompt_text
+from mlxdpo import Preference
+from mlxdpo.inner import BestOfK, PairLogps, TrainedRun, prompt_name, prompt_text
 from mlxdpo_eval.metrics.best_of_k import BestOf, Ties, best_of, first_is_right, ties_score
 from mlxdpo_eval.metrics.calibration import Calibration, calibration_report
 from mlxdpo_eval.metrics.length import LengthReport, length_report

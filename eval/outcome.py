@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from mlxdpo import Run, distinct_prompts, heldout_pairs, open_trained_run, read_preferences
+from mlxdpo import Run
+from mlxdpo.inner import distinct_prompts, heldout_pairs, open_trained_run, read_preferences
 from mlxdpo_eval.sampling import Sampling, on_policy_kl, sample_answers
 
 PROMPTS, LONGEST = 8, 48

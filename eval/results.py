@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mlxdpo import Run, TrainedRun, write_json, write_text
+from mlxdpo import Run
+from mlxdpo.inner import TrainedRun, write_json, write_text
 from mlxdpo_eval.judges import BothOrders
 from mlxdpo_eval.metrics.intervals import clustered_mean
 from mlxdpo_eval.metrics.texts import length_ratio, text_report

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mlxdpo import Preference, TrainedRun
+from mlxdpo import Preference
+from mlxdpo.inner import TrainedRun
 from mlxdpo_eval.judges import AnswerPair, Judge, Scalar, ask_both
 from mlxdpo_eval.metrics.drift import text_stats
 from mlxdpo_eval.metrics.intervals import Interval, clustered_mean, paired_difference

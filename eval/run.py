@@ -15,11 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxdpo import (
+from mlxdpo import Preference, Run
+from mlxdpo.inner import (
     BestOfK,
     PairLogps,
-    Preference,
-    Run,
     TrainedRun,
     distinct_prompts,
     encode_pairs,

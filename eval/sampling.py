@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlxdpo import Example, Preference, TrainedRun, UserError, encode_prompt, generate, prompt_name, prompt_text
+from mlxdpo import Preference, UserError
+from mlxdpo.inner import Example, TrainedRun, encode_prompt, generate, prompt_name, prompt_text
 from mlxdpo_eval.metrics.drift import sequence_kl
 
 NUMBERS = 1 << 28  # logits of policy and reference together that a forward pass may hold: 1 GB in float32

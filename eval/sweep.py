@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxdpo import (
-    Run,
+from mlxdpo import Run
+from mlxdpo.inner import (
     TrainedRun,
     at_checkpoints,
     at_strengths,

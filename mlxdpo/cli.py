@@ -13,9 +13,9 @@ SHORTHAND = {"--model": "--model.path", "--data": "--data.path", "--adapter": "-
 SHORTHAND |= {"--rounds": "--rounds.count", "--every": "--rounds.every", "--reference": "--rounds.reference"}
 
 
-def build_app() -> Any:
-    """The application with all its commands."""
-    from cyclopts import App
+def build_app(everything: bool = False) -> Any:
+    """The application with all its commands; `everything` puts all settings on the pages of `--help`."""
+    from cyclopts import App, Group
 
     app = App(
         name="mlxdpo",
@@ -23,17 +23,30 @@ def build_app() -> Any:
         version_flags=["--version"],
         result_action="return_value",
         suppress_keyboard_interrupt=False,  # it would exit without a word
+        group_commands=Group("Commands", sort_key=len(COMMANDS)),
+        **_page("", everything),
     )
-    data = App(name="data", help="Look at preference data before training on it.")
+    data = App(name="data", help="Look at preference data before training on it.", **_page("data", everything))
     app.command(data)
     for name, help_text in COMMANDS.items():
-        target = data if name.startswith("data ") else app
-        short = name.removeprefix("data ")
-        where = ELSEWHERE.get(name, f"{name.replace(' ', '_')}:run")
-        target.command(f"mlxdpo.commands.{where}", name=short, help=help_text)
+        target, short = (data if name.startswith("data ") else app), name.removeprefix("data ")
+        module = f"mlxdpo.commands.{ELSEWHERE.get(name, name.translate(UNDERSCORES) + ':run')}"
+        target.command(module, name=short, help=help_text, **_page(name, everything))
     return app
 
 
+def _page(command: str, everything: bool) -> dict[str, Any]:
+    """How the page of `--help` of a command looks."""
+    from mlxdpo.commands.help_page import examples_of, group_of, help_formatter
+
+    found = {"help_formatter": help_formatter(command, SHORTHAND, everything), "help_epilogue": examples_of(command)}
+    if not command:
+        return found
+    alone = {} if " " in command else {"group": group_of(command)}
+    return found | alone | {"group_parameters": "Options", "version_flags": []}
+
+
+UNDERSCORES = str.maketrans(" -", "__")
 ELSEWHERE = {
     "import": "import_:run",
     "data formats": "data_check:list_formats",
@@ -54,12 +67,14 @@ COMMANDS = {
     "collect": "New pairs from a run's own answers, ranked by a judge, a reward or the app's votes.",
     "iterate": "Collect, train, evaluate, in rounds; stops by itself when its judge is being gamed.",
     "constitution": "Let a model revise or compare its own answers by written principles: pairs without a human label.",
+    "chat": "Talk to a run's model in the terminal, as it was before tuning and after.",
     "generate": "Answer a prompt with a run's model, tuned or as it was before.",
     "app": "See a model before and after tuning, vote blind, teach the next round.",
     "data check": "Say what is in a preference file, what is wrong with it, and show a pair as the model sees it.",
     "data formats": "List the row shapes that are understood.",
     "export": "Write a run as adapter, fused weights or GGUF, prove each one on held-out pairs, push to the Hub.",
     "import": "Turn a PEFT adapter into one that training starts from.",
+    "import-recipe": "Turn a recipe of TRL, Axolotl, LLaMA-Factory or mlx-lm into one that `mlxdpo train` takes.",
     "pull": "Bring a run or an adapter back from the Hub, as a run directory.",
     "objectives": "List the objectives with their papers and knobs.",
     "doctor": "What this machine and installation can do.",
@@ -75,16 +90,17 @@ def run(arguments: list[str]) -> int:
     """Run a command and return its exit status."""
     from cyclopts import CycloptsError
 
-    words = [_expand(word) for word in arguments]
+    from mlxdpo.commands.guesses import understood
+
+    words = ["--help" if word == "--help-all" else _expand(word) for word in arguments]
     try:
         _refuse_launched(words)
-        return build_app()(words, exit_on_error=False, print_error=False) or 0
+        words = understood(words, COMMANDS)
+        return build_app("--help-all" in arguments)(words, exit_on_error=False, print_error=False) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _print_refusal(error)
     except CycloptsError as error:
-        print(f"error: {UserError(_cyclopts_message(error))}", file=sys.stderr)
-        return 2
+        return _print_refusal(UserError(*_cyclopts_message(error)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -113,7 +129,15 @@ def _expand(word: str) -> str:
     return SHORTHAND.get(name, name) + equals + value
 
 
-def _cyclopts_message(error: Any) -> str:
+def _print_refusal(error: UserError) -> int:
+    """Print what is wrong, a line for each thing, and give the exit status."""
+    for sentence in str(error).splitlines():
+        print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _cyclopts_message(error: Any) -> list[str]:
+    from cyclopts.exceptions import MissingArgumentError, UnknownOptionError
     from pydantic import ValidationError
 
     cause = error.__cause__
@@ -121,7 +145,15 @@ def _cyclopts_message(error: Any) -> str:
         from mlxdpo.config import Config, explain
 
         return explain(cause, "command line", Config)
-    return " ".join(str(error).split())
+    if isinstance(error, UnknownOptionError):
+        from mlxdpo.commands.guesses import unknown_options
+
+        return unknown_options(error)
+    if isinstance(error, MissingArgumentError):
+        from mlxdpo.commands.guesses import missing_argument
+
+        return [missing_argument(error)]
+    return [" ".join(str(error).split())]
 
 
 if __name__ == "__main__":

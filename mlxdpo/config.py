@@ -1,6 +1,6 @@
 """Every knob of a run, once: the schema is the YAML recipe, the command-line help and the saved `config.yaml`.
 
-The text under a field is its help. Unknown keys are refused with the nearest right name. `model: M` and `data: D`
+The text under a field is its help. Unknown keys are refused, all at once, with the right name. `model: M` and `data: D`
 are short for `model: {path: M}` and `data: {path: D}`.
 """
 
@@ -164,7 +164,7 @@ class RoundsConfig(Section):
     """How rounds follow one another, and when they stop by themselves (`mlxdpo iterate`)."""
 
     count: int = Field(default=3, ge=1)
-    """Rounds; short: --rounds."""
+    """Rounds."""
     reference: Literal["first", "previous"] = "first"
     """What each round's rewards are measured against: where round 1 started, or where the round itself starts."""
     every: int | None = Field(default=None, ge=1)
@@ -293,7 +293,7 @@ class LoraConfig(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapters' input while training."""
     keys: list[str] | None = None
-    """Which linear layers, e.g. self_attn.q_proj; unset means all in the blocks."""
+    """Which linear layers, e.g. self_attn.q_proj or q_proj; unset means all in the blocks."""
     layers: int = Field(default=-1, ge=-1)
     """How many blocks, counted from the top; -1 means all."""
 
@@ -406,7 +406,7 @@ class Config(Section):
     reference: ReferenceConfig = ReferenceConfig()
     log: LogConfig = LogConfig()
     out: str | None = None
-    """Run directory; unset means runs/<model>-<data>-<number>."""
+    """Run directory; unset means runs/MODEL-DATA-NUMBER."""
 
     @model_validator(mode="before")
     @classmethod
@@ -451,7 +451,10 @@ def load_config(recipe: str | Path | None = None, overrides: Mapping[str, Any] |
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(explain(error, str(recipe) if recipe else "configuration", Config)) from None
+        wrong = explain(error, str(recipe) if recipe else "configuration", Config)
+        if recipe and sum("unknown key" in sentence for sentence in wrong) > 2:
+            wrong.append(f"is {recipe} a recipe of another trainer? mlxdpo import-recipe {recipe}")
+        raise UserError(*wrong) from None
 
 
 def dump_config(config: Config) -> str:

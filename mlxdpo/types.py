@@ -25,16 +25,20 @@ LONGEST_SENTENCE = 480  # characters
 
 
 class UserError(Exception):
-    """The user's input is wrong: one sentence with the values and the next step. The CLI prints it and exits 2.
+    """The user's input is wrong: a sentence with the values and the next step. The CLI prints it and exits 2.
 
-    Values come from files and strangers: line ends, control and half characters are escaped, and of a sentence that
-    they make very long the middle is left out.
+    Where several things are wrong, such as keys of a recipe, it has a sentence for each, one a line. Values come from
+    files and strangers: line ends, control and half characters are escaped, and of a sentence that they make very long
+    the middle is left out.
     """
 
-    def __init__(self, sentence: str):
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence.strip())
-        cut = f"{line[:260]} … {line[-200:]}" if len(line) > LONGEST_SENTENCE else line
-        super().__init__(cut)
+    def __init__(self, *sentences: str):
+        super().__init__("\n".join(_escaped_line(sentence) for sentence in sentences))
+
+
+def _escaped_line(sentence: str) -> str:
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence.strip())
+    return f"{line[:260]} … {line[-200:]}" if len(line) > LONGEST_SENTENCE else line
 
 
 class Message(NamedTuple):

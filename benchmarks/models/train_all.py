@@ -26,7 +26,7 @@ from mlxdpo.config import load_config
 from mlxdpo.training.run import train
 from mlxdpo.types import UserError
 
-LARGEST = 80_000_000  # parameters
+LARGEST = 450_000_000  # parameters
 WORDS = [f"w{i}" for i in range(20)]
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import special
 
-from mlxdpo import append_line, cache_folder
+from mlxdpo.inner import append_line, cache_folder
 from mlxdpo_eval.judges.protocol import Judge, Question, Scalar, Verdict
 
 Texts = Sequence[str]

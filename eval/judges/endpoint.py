@@ -25,7 +25,8 @@ from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 
-from mlxdpo import UserError, is_loopback
+from mlxdpo import UserError
+from mlxdpo.inner import is_loopback
 from mlxdpo_eval.judges.protocol import LABELS, WORDING, Judge, Question, Verdict, certain, invalid, judge_prompt
 
 KEY = "MLXDPO_JUDGE_KEY"

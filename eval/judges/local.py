@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mlxdpo import UserError, encode_prompt, load_config, load_policy, next_logits
+from mlxdpo import UserError, load_config, load_policy
+from mlxdpo.inner import encode_prompt, next_logits
 from mlxdpo_eval.judges.protocol import LABELS, WORDING, Judge, Question, Verdict, judge_prompt
 
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxdpo import Message, UserError, prompt_name, prompt_text
+from mlxdpo import Message, UserError
+from mlxdpo.inner import prompt_name, prompt_text
 from mlxdpo_eval.judges.protocol import Judge, Question, Verdict, certain
 
 OUTCOMES = {"a": 1, "b": -1, "tie": 0, "both_bad": 0}

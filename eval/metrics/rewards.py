@@ -15,7 +15,7 @@ from scipy import special, stats
 from mlxdpo_eval.metrics.intervals import Interval, clustered_mean, clustered_share
 
 if TYPE_CHECKING:
-    from mlxdpo import PairLogps
+    from mlxdpo.inner import PairLogps
 
 
 class MeanAndQuartiles(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxdpo import as_written, read_json, write_text
+from mlxdpo.inner import as_written, read_json, write_text
 from mlxdpo_eval.report.blocks import Document, Part, SampleBlock, Table, bounded, bounds, decimal
 from mlxdpo_eval.report.plots import scores_over_rounds
 from mlxdpo_eval.report.write import html_page, markdown_page

@@ -15,7 +15,8 @@ from typing import Any
 
 from jinja2 import Environment
 
-from mlxdpo import Run, UserError, as_written, read_json, read_lines, write_text
+from mlxdpo import Run, UserError
+from mlxdpo.inner import as_written, read_json, read_lines, write_text
 from mlxdpo_eval.compare import latest_results
 from mlxdpo_eval.report.blocks import Document, Part, SampleBlock, Table
 from mlxdpo_eval.report.document import build_document

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import special
 
-from mlxdpo import Preference, TrainedRun, encode_pairs, encode_prompt, generate, pair_logps
+from mlxdpo import Preference
+from mlxdpo.inner import TrainedRun, encode_pairs, encode_prompt, generate, pair_logps
 from mlxdpo_eval.metrics.areas import Changes, area_changes, area_scores
 from mlxdpo_eval.retained.checks import RetainedCheck, retained_checks
 from mlxdpo_eval.retained.texts import PASSAGE_AREA

@@ -41,6 +41,7 @@ from mlxdpo.data.template import on_day, template_digest
 from mlxdpo.distributed.launcher import process_count
 from mlxdpo.forward.reward_head import normed_states
 from mlxdpo.io.checksum import load_checksummed, save_checksummed
+from mlxdpo.io.words import counted
 from mlxdpo.model.adapters import adapters_off, attach_lora, load_adapter, save_adapter, with_adapter
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.runs import Run
@@ -110,7 +111,9 @@ def tune_on_samples(
     if resume and (run.path / "manifest.json").exists():
         check_same(run.manifest(), manifest, run.path)
     if prompts.dropped:
-        yield Event("note", 0, {"text": f"left out {prompts.dropped} prompts: no room for rollout.max_tokens"})
+        yield Event(
+            "note", 0, {"text": f"left out {counted(prompts.dropped, 'prompt')}: no room for rollout.max_tokens"}
+        )
     with run.exclusive():
         run.write_manifest(manifest)
         if config.model.adapter is None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from cyclopts import Parameter, validators
 
 from mlxdpo.config import LoraConfig, LossConfig, ModelConfig, OptimConfig, Section
+from mlxdpo.io.words import counted
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
@@ -245,7 +246,8 @@ def show_speed(found: dict[str, Any]) -> None:
     machine = found["machine"]
     console.print(f"{machine['kind']}: {machine['name']}; {found['model']}")
     console.print(
-        f"{found['pairs']} pairs, prompts of {found['prompt']} and completions of {found['completion']} tokens, "
+        f"{counted(found['pairs'], 'pair')}, prompts of {found['prompt']} and completions of "
+        f"{found['completion']} tokens, "
         f"{found['distinct_tokens']} distinct; medians of {found['repeats']}"
     )
     table = Table("", "s", "pairs/s", "tokens/s", "GFLOP/s", f"{found['matmul_dtype']} matmul", "share", "peak GB")

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from mlxdpo.config import Config, DataConfig, Drawing, load_config
 from mlxdpo.io.atomic import write_json, write_text
 from mlxdpo.io.json_file import json_lines, read_lines
+from mlxdpo.io.words import counted
 from mlxdpo.runs import Run
 from mlxdpo.types import Event, UserError
 
@@ -58,7 +59,10 @@ def run(
     return write_pairs(
         lambda should_stop: _collecting(path, before, asked, should_stop),
         "collected",
-        lambda report: [f"{out}: {report['rows']} rows of {report['answers']} answers", *collection_sentences(report)],
+        lambda report: [
+            f"{out}: {counted(report['rows'], 'row')} of {counted(report['answers'], 'answer')}",
+            *collection_sentences(report),
+        ],
         f"train on it: mlxdpo train --model ... --data {out}",
         json,
     )
@@ -173,7 +177,7 @@ def voted_pairs(votes: Path, out: Path, heldout: frozenset[bytes], source: Mappi
     pairs, left_out = pairs_of(lines, heldout, problem_with)
     if not pairs:
         why = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
-        raise UserError(f"{votes}: none of its {len(known.votes)} votes gives a pair ({why})")
+        raise UserError(f"{votes}: none of its {counted(len(known.votes), 'vote')} gives a pair ({why})")
     digest = hashlib.sha256(votes.read_bytes()).hexdigest()
     made = {**source, "judge": f"votes:{votes.name}", "judge_digest": digest[:16]}
     turns = any(not isinstance(pair.prompt, str) for pair in pairs)

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from mlxdpo.commands.collect import open_recipe_or_run, prompts_for, source_at, write_pairs
 from mlxdpo.config import ModelConfig, load_config
+from mlxdpo.io.words import counted
 from mlxdpo.online.constitution.schema import SamplingSettings
 from mlxdpo.types import Event, UserError
 
@@ -50,7 +51,7 @@ def run(
         lambda should_stop: _applying(path, prompts, out, chosen, asking, should_stop),
         "talked",
         lambda found: [
-            f"{out}: {found['rows']} pairs from {found['prompts']} prompts",
+            f"{out}: {counted(found['rows'], 'pair')} from {counted(found['prompts'], 'prompt')}",
             *constitution_sentences(found),
         ],
         f"train on it: mlxdpo train {out / RECIPE} --model ...",

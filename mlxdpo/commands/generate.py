@@ -1,4 +1,4 @@
-"""`mlxdpo generate RUN --prompt "..." [--before]`"""
+"""`mlxdpo generate RUN "..." [--before]`"""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 def run(
     path: Path,
     /,
-    *,
-    prompt: list[str],
+    *prompts: Annotated[str, Parameter(allow_leading_hyphen=False)],
+    prompt: list[str] | None = None,
     before: bool = False,
     strength: Strength = 1.0,
     max_tokens: Count = 256,
@@ -34,7 +34,8 @@ def run(
 
     Args:
         path: Run directory.
-        prompt: What to answer; repeat it for several prompts.
+        prompts: What to answer; several are answered at once.
+        prompt: The same as an option; repeat it for several.
         before: Answer with the model as it was before tuning.
         strength: How much of the tuning: 0 is the model before it, 1 as trained, 2 twice as far.
         max_tokens: Longest answer, in tokens.
@@ -49,11 +50,14 @@ def run(
     from mlxdpo.inference.mixtures import run_at
     from mlxdpo.model.adapters import load_run, load_start
 
+    asked = [*prompts, *(prompt or [])]
+    if not asked:
+        raise UserError(f'nothing to answer; add a prompt: mlxdpo generate {path} "Name a fruit."')
     if before and strength != 1:
         raise UserError(f"--before is strength 0; drop it or --strength {strength:g}")
     source = run_at(Run.open(path), strength)
     policy = load_start(source) if before else load_run(source)
-    ids = [encode_prompt(text, policy.tokenizer, source.config().data).tolist() for text in prompt]
+    ids = [encode_prompt(text, policy.tokenizer, source.config().data).tolist() for text in asked]
     answers = generate(
         policy.model,
         ids,
@@ -63,12 +67,12 @@ def run(
         top_p=top_p,
         seed=seed,
     )
-    for text, answer in zip(prompt, answers, strict=True):
+    for text, answer in zip(asked, answers, strict=True):
         written = policy.tokenizer.decode(answer.tokens)
         if json:
             row = {"prompt": text, "text": written, "tokens": len(answer.tokens), "finish": answer.finish}
             print(jsonlib.dumps(row, ensure_ascii=False))
         else:
-            if len(prompt) > 1:
+            if len(asked) > 1:
                 console.print(text, style="bold", markup=False)
             console.print(written, markup=False)

@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from mlxdpo.config import ModelConfig, Section
+from mlxdpo.io.words import counted
 
 
 class ImportConfig(Section):
@@ -33,7 +34,8 @@ def run(*, peft: Path, config: Annotated[ImportConfig, Parameter(name="*")] = UN
     found = import_peft(peft, config.model, out)
     lora = found.lora
     console.print(
-        f"{found.modules} modules: {lora.method}, rank {lora.rank}, scale {lora.multiplier:g} -> {out}", markup=False
+        f"{counted(found.modules, 'module')}: {lora.method}, rank {lora.rank}, scale {lora.multiplier:g} -> {out}",
+        markup=False,
     )
     for line in found.changes:
         console.print(line, style="yellow", markup=False)

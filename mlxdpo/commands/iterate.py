@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from mlxdpo.commands.train import NOTHING, Overrides
 from mlxdpo.config import Config, load_config
+from mlxdpo.io.words import counted
 from mlxdpo.types import Event, UserError
 
 WIDE = 150  # columns in which the rounds fit side by side
@@ -51,7 +52,8 @@ def run(
         for event in iterate(asked, _stages(asked, json), should_stop):
             if event.kind == "begin":
                 folder = event.values["folder"]
-                text = f"{folder}: {event.values['prompts']} prompts to learn from, {event.values['heldout']} held out"
+                learning, heldout = counted(event.values["prompts"], "prompt"), event.values["heldout"]
+                text = f"{folder}: {learning} to learn from, {heldout} held out"
                 (terminal.warn if json else terminal.console.print)(text)
             elif event.kind == "round" and not json:
                 _show_rounds(event.values["rows"])
@@ -108,7 +110,11 @@ def _stages(config: Config, quiet: bool) -> Any:
 
     def measure(opened: Any, rows: Any, start: Any) -> Any:
         """Answers of the held-out prompts."""
-        _say(quiet, f"measuring {opened.run.path.name}: {rounds.heldout_samples} answers to {len(rows)} prompts")
+        _say(
+            quiet,
+            f"measuring {opened.run.path.name}: {counted(rounds.heldout_samples, 'answer')} to "
+            f"{counted(len(rows), 'prompt')}",
+        )
         return measure_round(opened, rows, judges, sampling, start)
 
     def training(*asked: Any) -> Iterator[Event]:

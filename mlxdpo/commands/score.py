@@ -52,6 +52,7 @@ def run(
     from mlxdpo.data.read import read_pairs
     from mlxdpo.inference.trained_run import model_logps
     from mlxdpo.io.atomic import write_text
+    from mlxdpo.io.words import counted
     from mlxdpo.model.adapters import load_adapter, read_settings
     from mlxdpo.model.limits import check_takes
     from mlxdpo.model.policy import load_policy
@@ -72,7 +73,7 @@ def run(
         tuned = model_logps(policy.model, examples, config.data.group, batch_size, progress)
     lines = (json.dumps(row) for row in _score_rows(examples, base, tuned, beta))
     write_text(out, "\n".join(lines) + "\n")
-    console.print(f"{len(examples)} pairs scored -> {out}")
+    console.print(f"{counted(len(examples), 'pair')} scored -> {out}")
 
 
 def _score_rows(examples: list, base: Any, tuned: Any, beta: float) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ from rich.text import Text
 from mlxdpo.commands.interrupt import outliving_the_terminal
 from mlxdpo.config import Config
 from mlxdpo.data.encode import Shown, shown_example
+from mlxdpo.io.words import counted
 from mlxdpo.training.plan import clock, plan_sentence
 from mlxdpo.types import Event
 
@@ -64,7 +65,7 @@ def show_training(events: Iterable[Event]) -> Iterator[Event]:
 
 def _print_step(event: Event, steps: int) -> None:
     left = clock(event.values["seconds_left"])
-    console.print(f"step {event.step}/{steps}  {numbers(event.values)}  {left} left")
+    console.print(_fit_line(f"step {event.step}/{steps}", event.values, f"{left} left"))
 
 
 def _print_probe(event: Event, steps: int) -> None:
@@ -77,13 +78,13 @@ def _print_probe(event: Event, steps: int) -> None:
 
 def _print_eval(event: Event, steps: int) -> None:
     held = {name.removeprefix("eval_"): value for name, value in event.values.items()}
-    console.print(f"held-out at step {event.step}/{steps}  {numbers(held)}", style="bold")
+    console.print(_fit_line(f"held-out at step {event.step}/{steps}", held), style="bold")
 
 
 LINES = {
     "start": lambda event, steps: _introduce(event.values),
     "referenced": lambda event, steps: console.print(
-        f"reference: log-probs of {event.values['total']} {event.values['part']} pairs are ready"
+        f"reference: log-probs of {counted(event.values['total'], event.values['part'] + ' pair')} ready"
     ),
     "probe": _print_probe,
     "resumed": lambda event, steps: console.print(f"going on from step {event.step}/{steps}"),
@@ -99,18 +100,33 @@ def numbers(values: Mapping[str, Any]) -> str:
     return "  ".join(form.format(round(values[name], 9) + 0.0) for name, form in SHOWN.items() if name in values)
 
 
+LEAST = ("peak_memory_gb", "learning_rate", "grad_norm", "tokens_per_second", "rewards/rejected", "rewards/chosen")
+"""What a line leaves out first where it would be longer than the terminal; `metrics.jsonl` has everything."""
+
+
+def _fit_line(start: str, values: Mapping[str, Any], end: str = "") -> str:
+    """A line of metrics that fits the terminal; whole where the output is no terminal."""
+    left, leaving = dict(values), iter(LEAST)
+    while True:
+        line = "  ".join(part for part in (start, numbers(left), end) if part)
+        name = next(leaving, None) if console.is_terminal and len(line) > console.width else None
+        if name is None:
+            return line
+        left.pop(name, None)
+
+
 def _introduce(values: dict[str, Any]) -> None:
     data, config, policy = values["data"], values["config"], values["policy"]
     identity = policy.identity
     bits = f", {identity['quantization']['bits']} bits" if identity["quantization"] else ""
     console.print(f"{config.model.path} ({identity['dtype']}{bits}) -> {values['run'].path}")
-    console.print(f"{len(data.train)} training pairs, {len(data.heldout)} held out")
+    console.print(f"{counted(len(data.train), 'training pair')}, {len(data.heldout)} held out")
     console.print(plan_sentence(values["plan"]))
     for name, report in data.reports.items():
         for line in report.lines():
             console.print(f"{name}: {line}", style="yellow")
     if data.overlap:
-        console.print(f"{data.overlap} prompts are in both training and held-out pairs", style="yellow")
+        console.print(f"{counted(data.overlap, 'prompt')} in both training and held-out pairs", style="yellow")
     example, names = values["shown"]
     console.print("the first row, as the model sees it (scored tokens underlined, or between [[ ]]):")
     show_pair(shown_example(example, policy.tokenizer), names)
@@ -147,5 +163,5 @@ def show_progress(events: Iterable[Event], kind: str, quiet: bool = False) -> It
             if event.kind == kind:
                 bar.update(task, completed=event.values["done"], total=event.values["total"])
                 if not quiet and not console.is_terminal:
-                    console.print(f"{did} {event.values['done']} of {event.values['total']} prompts")
+                    console.print(f"{did} {event.values['done']} of {counted(event.values['total'], 'prompt')}")
             yield event

@@ -20,6 +20,7 @@ from mlxdpo.data.formats import FORMATS
 from mlxdpo.data.read import prompt_key, prompts_in_both
 from mlxdpo.data.report import Report
 from mlxdpo.data.transforms import balance
+from mlxdpo.io.words import counted
 from mlxdpo.types import Preference, Text, UnpairedExample
 
 Rows = Sequence[Preference] | Sequence[UnpairedExample]
@@ -179,7 +180,7 @@ def finding_lines(found: DataFindings) -> list[str]:
     report = Report(found.read, found.kept, found.refused, found.changed, found.first, found.format, found.unread)
     report.notes = found.notes
     said = [
-        f"{found.source}: {found.kept} {found.kind} from {found.read} rows, read as {_format(found.format)}.",
+        f"{found.source}: {_kept(found)} from {counted(found.read, 'row')}, read as {_format(found.format)}.",
         *(f"{line[0].upper()}{line[1:]}." for line in report.lines()),
         *_swapped(found),
         _prompts(found),
@@ -189,6 +190,10 @@ def finding_lines(found: DataFindings) -> list[str]:
     if found.tokens:
         said.append(_length_line("Tokens", found.tokens))
     return [*said, *_limits(found), *_bias(found), *_overlap(found)]
+
+
+def _kept(found: DataFindings) -> str:
+    return counted(found.kept, found.kind.removesuffix("s"))
 
 
 def _format(name: str) -> str:
@@ -203,16 +208,15 @@ def _swapped(found: DataFindings) -> list[str]:
         return []
     swap = "--data.columns.chosen rejected --data.columns.rejected chosen"
     return [
-        f"The scores say the opposite of the labels in {inverted} of {found.kept} pairs; if the better answer is in "
-        f"the other column, train with {swap}, which exchanges the two."
+        f"The scores say the opposite of the labels in {inverted} of {_kept(found)}; if the better answer "
+        f"is in the other column, train with {swap}, which exchanges the two."
     ]
 
 
 def _prompts(found: DataFindings) -> str:
     mean = found.kept / found.prompts
-    return (
-        f"{found.prompts} distinct prompts, {mean:.2f} {found.kind} each on average, {found.most_per_prompt} at most."
-    )
+    prompts = counted(found.prompts, "distinct prompt")
+    return f"{prompts}, {mean:.2f} {found.kind} each on average, {found.most_per_prompt} at most."
 
 
 FEW_PROMPTS = 100
@@ -239,7 +243,7 @@ def _length_line(unit: str, spreads: dict[str, LengthSpread]) -> str:
 def _limits(found: DataFindings) -> list[str]:
     if found.over_limit is None:
         return []
-    return [f"{found.over_limit} of {found.kept} {found.kind} are longer than {found.limit} tokens."]
+    return [f"{found.over_limit} of {_kept(found)} are longer than {found.limit} tokens."]
 
 
 def _bias(found: DataFindings) -> list[str]:

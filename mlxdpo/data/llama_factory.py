@@ -56,8 +56,18 @@ def described_files(place: Path) -> list[Path]:
 
 
 def entry_of(file: Path) -> Entry | None:
-    """What the `dataset_info.json` beside a file says of it, if anything."""
-    return next((entry for entry in _described_sets(file.parent).values() if entry.get("file_name") == file.name), None)
+    """What the `dataset_info.json` beside a file says of it, if anything. Raises `UserError` where it asks for a sample
+    of the rows: which ones LLaMA-Factory draws is not known here."""
+    entries = _described_sets(file.parent)
+    name = next((name for name, entry in entries.items() if entry.get("file_name") == file.name), None)
+    if name is None:
+        return None
+    if wanted := entries[name].get("num_samples"):
+        raise UserError(
+            f'{file.parent / INFO}: "num_samples": {wanted} of {name} cannot be followed; remove it to train on all '
+            f"rows of {file.name}, or write the rows that you want into a file"
+        )
+    return entries[name]
 
 
 def in_their_names(row: Mapping[str, Any], entry: Entry) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from mlxdpo.data.fields import Row, as_turns, column_names, describe_type, print
 from mlxdpo.data.formats import Format, check_columns, convert, detect, detect_by_names, named_format
 from mlxdpo.data.report import BadRow, Report
 from mlxdpo.data.sources import READERS, Found, heldout_split, is_hub_dataset, read_rows
+from mlxdpo.io.words import counted
 from mlxdpo.types import LONGEST_SENTENCE, Preference, Text, UnpairedExample, UserError
 
 Item = Preference | UnpairedExample
@@ -77,7 +78,7 @@ def _counted_kept(items: Iterable[Any], report: Report, source: str) -> Iterator
         yield item
     if not report.kept:
         first = next(iter(report.first.values()), "nothing to read")
-        raise UserError(f"{source}: none of its {report.read} rows can be used; the first says: {first}")
+        raise UserError(f"{source}: none of its {counted(report.read, 'row')} can be used; the first says: {first}")
 
 
 def read_preferences(

@@ -48,7 +48,7 @@ def place_lora(model: nn.Module, lora: LoraConfig, seed: int = 0) -> None:
     """`attach_lora` without computing anything: shapes can be looked at before there is an array of them."""
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    check_trainable(model, lora)
+    lora = checked_lora(model, lora)
     if lora.method == "full":
         model.unfreeze()
         model.train()
@@ -62,12 +62,15 @@ def place_lora(model: nn.Module, lora: LoraConfig, seed: int = 0) -> None:
     model.train()
 
 
-def check_trainable(model: nn.Module, lora: LoraConfig) -> None:
-    """Raise `UserError` for what `attach_lora` would refuse, before anything is changed."""
+def checked_lora(model: nn.Module, lora: LoraConfig) -> LoraConfig:
+    """`lora` with its layers under their full names. Raises `UserError` for what `attach_lora` would refuse, before
+    anything is changed."""
     if lora.method == "full":
         _check_full(model)
-    else:
-        _check_names(model, lora)
+        return lora
+    lora = _with_full_names(model, lora)
+    _check_names(model, lora)
+    return lora
 
 
 def _check_full(model: nn.Module) -> None:
@@ -91,6 +94,17 @@ def _check_names(model: nn.Module, lora: LoraConfig) -> None:
         raise UserError(f"lora.keys: the model reads the weights of `{taken[0]}` itself; leave it out")
     if unknown := sorted(set(lora.keys or ()) - known):
         raise UserError(f"lora.keys: the model has no layer `{unknown[0]}`; in its blocks: {', '.join(sorted(inside))}")
+
+
+def _with_full_names(model: nn.Module, lora: LoraConfig) -> LoraConfig:
+    """`lora` with layers that are named by their last word (PEFT's habit: q_proj) under their names in the blocks."""
+    if lora.keys is None:
+        return lora
+    blocks: list[nn.Module] = model.layers  # type: ignore[assignment]
+    inside = {name for block in blocks for name, module in block.named_modules() if hasattr(module, "weight")}
+    meant = {key: {name for name in inside if name.endswith(f".{key}")} - {key} for key in lora.keys}
+    keys = sorted({name for key in lora.keys for name in (meant[key] if key not in inside and meant[key] else {key})})
+    return lora if keys == sorted(lora.keys) else lora.model_copy(update={"keys": keys})
 
 
 def adaptable(model: nn.Module, lora: LoraConfig) -> LoraConfig:
@@ -250,8 +264,8 @@ def with_adapter(config: Config, model: nn.Module) -> Config:
     Raises `UserError` for a `lora` setting that contradicts the adapter or that the model cannot take.
     """
     if config.model.adapter is None:
-        check_trainable(model, config.lora)
-        return config.model_copy(update={"lora": adaptable(model, config.lora)})
+        lora = checked_lora(model, config.lora)
+        return config.model_copy(update={"lora": adaptable(model, lora)})
     own = read_settings(Path(config.model.adapter))
     for name in config.lora.model_fields_set & {"method", "rank", "keys", "layers", "alpha", "scale"}:
         asked = config.lora.multiplier if name in ("alpha", "scale") else getattr(config.lora, name)

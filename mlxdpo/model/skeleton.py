@@ -21,7 +21,7 @@ from mlxdpo.config import LoraConfig, ModelConfig
 from mlxdpo.io.json_file import as_written, parse_object
 from mlxdpo.io.weight_files import check_weight_files, missing_files
 from mlxdpo.machine.device import default_dtype
-from mlxdpo.model.adapters import attach_lora, check_trainable
+from mlxdpo.model.adapters import attach_lora, checked_lora
 from mlxdpo.model.corrections import model_classes
 from mlxdpo.model.model_config import ModelReading, read_model_config
 from mlxdpo.model.policy import BUILTIN, cast, check_packing, find_model, strangers_files, why_no_weights
@@ -85,7 +85,7 @@ def make_trainable(model: nn.Module, lora: LoraConfig) -> None:
 
     DoRA measures the frozen weights, which are not there: its adapters are LoRA's, and `dora_extra` counts the rest.
     """
-    check_trainable(model, lora)
+    lora = checked_lora(model, lora)
     attach_lora(model, lora.model_copy(update={"method": "lora"}) if lora.method == "dora" else lora)
 
 

@@ -14,6 +14,7 @@ from mlxdpo.types import UserError
 
 COUNTED = re.compile(r"layer|block|expert|depth")
 USUAL = 1000  # of a kind; the largest models have a hundred layers and half a thousand experts
+ROPE_BY_LAYER = {"step3p5"}  # definitions that take a list of `rope_theta`, a number for each layer
 NUMBER = re.compile(r"(?:^|\.)(\d{1,6})(?=\.|$)")
 
 
@@ -33,7 +34,9 @@ def check_kinds(config: Mapping[str, Any], name: str) -> None:
     """Raise `UserError` for a number of `config` that is none, or no token id, and is used once the model computes."""
     for key in ("rope_theta", "rope_local_base_freq"):
         value = config.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        by_layer = isinstance(value, list) and config.get("model_type") in ROPE_BY_LAYER
+        bases = value if by_layer else [] if value is None else [value]
+        if any(isinstance(base, bool) or not isinstance(base, int | float) for base in bases):
             raise UserError(f"{name}: config.json says `{key}` {str(value)[:40]!r}, expected a number")
     ends = config.get("eos_token_id")
     for end in ends if isinstance(ends, list) else [ends]:

@@ -17,6 +17,7 @@ from mlxdpo.inference.run_prompts import gallery, text_from_json, text_to_json
 from mlxdpo.inference.trained_run import heldout_pairs
 from mlxdpo.io.atomic import write_text
 from mlxdpo.io.json_file import json_lines, read_lines
+from mlxdpo.io.words import counted
 from mlxdpo.model.adapters import read_settings
 from mlxdpo.runs import Run
 from mlxdpo.types import Message, Text, UserError
@@ -113,7 +114,7 @@ def export_votes(run: Run, problem_with: ProblemWith) -> Export:
     if not pairs:
         out = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise UserError(
-            f"none of the {len(votes)} votes gives a training pair ({out or 'there are none yet'}); "
+            f"none of {counted(len(votes), 'vote')} gives a training pair ({out or 'there are none yet'}); "
             f"vote on your own prompts or on training prompts"
         )
     folder = run.path / FOLDER

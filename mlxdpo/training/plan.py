@@ -28,6 +28,7 @@ from mlxdpo.data.planning import (
     steps_per_epoch,
 )
 from mlxdpo.forward.levels import Level
+from mlxdpo.io.words import counted
 from mlxdpo.types import Example
 
 
@@ -144,9 +145,9 @@ def planned_batches(
 def plan_sentence(summary: PlanSummary) -> str:
     """What a person wants to know of a plan before it is carried out."""
     return (
-        f"a pass: {summary.pairs} pairs as {summary.rows} distinct rows of at most {2 * summary.pairs}, "
-        f"{summary.tokens} distinct tokens; {summary.waste:.1%} of what is computed is padding or repeated; "
-        f"{summary.shapes} batch shapes"
+        f"a pass: {counted(summary.pairs, 'pair')} as {counted(summary.rows, 'distinct row')} of at most "
+        f"{2 * summary.pairs}, {counted(summary.tokens, 'distinct token')}; "
+        f"{summary.waste:.1%} of what is computed is padding or repeated; {counted(summary.shapes, 'batch shape')}"
     )
 
 
@@ -186,19 +187,14 @@ def length_note(train: TrainConfig, plan: TrainPlan) -> str:
     if train.epochs != "auto":
         asked = steps_asked(train.model_copy(update={"steps": None}), plan.steps_per_epoch)
         return (
-            f"asked for: train.steps {train.steps} and train.epochs {train.epochs:g}, which is {_step_count(asked)}; "
-            f"the fewer will run, {_step_count(plan.steps)}"
+            f"asked for: train.steps {train.steps} and train.epochs {train.epochs:g}, which is "
+            f"{counted(asked, 'step')}; the fewer will run, {counted(plan.steps, 'step')}"
         )
     if train.steps <= plan.steps_per_epoch:
         return ""
     passes = train.steps / plan.steps_per_epoch
-    return (
-        f"train.steps {train.steps} takes {passes:.3g} passes over the pairs, {_step_count(plan.steps_per_epoch)} each"
-    )
-
-
-def _step_count(count: int) -> str:
-    return f"{count} step" if count == 1 else f"{count} steps"
+    each = counted(plan.steps_per_epoch, "step")
+    return f"train.steps {train.steps} takes {passes:.3g} passes over the pairs, {each} each"
 
 
 ENOUGH_STEPS, MOST_EPOCHS = 50, 3

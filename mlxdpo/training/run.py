@@ -24,6 +24,7 @@ from mlxdpo.data.transforms import Transform
 from mlxdpo.distributed.group import ALONE, Group
 from mlxdpo.forward.choose_forward import ForwardFns
 from mlxdpo.forward.patch_mlx_lm import chunked_attention_on
+from mlxdpo.io.words import counted
 from mlxdpo.losses import Loss
 from mlxdpo.machine.memory_guard import MemoryGuard
 from mlxdpo.model.adapters import attach_lora, dropout_off, load_arrays, save_adapter, with_adapter
@@ -31,6 +32,7 @@ from mlxdpo.model.policy import Policy, load_policy, tokenizer_of
 from mlxdpo.runs import INPUTS, LENGTH, Run
 from mlxdpo.training import checkpoint, distributed, preflight
 from mlxdpo.training.checkpoint import Progress
+from mlxdpo.training.given import config_of
 from mlxdpo.training.loop import run_loop
 from mlxdpo.training.manifest import describe_run
 from mlxdpo.training.pace import measure_pace, within_minutes
@@ -47,15 +49,21 @@ Fits = Callable[[Config, Dataset], None]
 
 
 def train(
-    config: Config,
+    config: Config | None = None,
     *,
+    model: Any = None,
+    data: Any = None,
     resume: Run | None = None,
     warm: Path | None = None,
     should_stop: Stop = lambda: False,
     group: Group = ALONE,
     fits: Fits | None = None,
+    **settings: Any,
 ) -> Iterator[Event]:
     """Run a recipe, or go on with `resume`; yields what happens and writes the run directory.
+
+    Without a `config` the recipe is made of `model`, `data` (a path, a Hub id or rows: dicts in any row shape) and
+    `settings` by name (`given.config_of`): train(model="smollm2", data=rows, **{"optim.lr": 1e-4}).
 
     `warm` is another run's checkpoint whose optimizer state the first step starts from (rounds of one training).
     Of several processes in `group` each must call this alike; process 0 alone writes. `fits` is called before the model
@@ -64,6 +72,16 @@ def train(
     Raises `UserError` when the recipe, the data or a changed input stops it; nothing is written before the model
     and the data are read.
     """
+    if config is None:
+        config = config_of(model, data, None, settings)
+    elif model is not None or data is not None or settings:
+        raise UserError("give a config, or model, data and settings; config.model_copy changes single settings")
+    return _carry_out(config, resume, warm, should_stop, group, fits)
+
+
+def _carry_out(
+    config: Config, resume: Run | None, warm: Path | None, should_stop: Stop, group: Group, fits: Fits | None
+) -> Iterator[Event]:
     if resume is not None and group.first:
         resume.check_trained()
         resume.need(*INPUTS)
@@ -114,7 +132,7 @@ def _check_length(run: Run, state: TrainState, progress: Progress) -> None:
     """Raise `UserError` where a run is to end before the steps that it has done."""
     if progress.step > state.plan.steps:
         raise UserError(
-            f"{run.path}: {progress.step} steps are done, and what was asked for ends after {state.plan.steps}; "
+            f"{run.path}: {counted(progress.step, 'step')} done, and what was asked for ends after {state.plan.steps}; "
             f"ask for more with --train.epochs or --train.steps"
         )
 
@@ -133,7 +151,7 @@ def _make_longer(run: Run, state: TrainState, step: int) -> str:
     optim = state.config.optim
     rate = learning_rate(optim, step, total)
     return (
-        f"{step} steps are done, {total - step} follow; the learning rate goes on at {rate:.3g}, as the "
+        f"{counted(step, 'step')} done, {total - step} to go; the learning rate goes on at {rate:.3g}, as the "
         f"{optim.schedule} schedule over all {total} steps has it"
     )
 

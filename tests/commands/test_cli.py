@@ -38,7 +38,7 @@ MISTAKES = {
     "train --data pairs.jsonl": "no model given; pass --model",
     "train --model model": "no data given; pass --data",
     "train --model model --data pairs.jsonl --loss.name dpo": "loss.name `dpo` is unknown; known: sigmoid, ipo, hinge",
-    "train --model model --data pairs.jsonl --loss.bta 1": "Unknown option: --loss.bta. Did you mean --loss.beta?",
+    "train --model model --data pairs.jsonl --loss.bta 1": "unknown option --loss.bta; did you mean --loss.beta?",
     "train --model model --data pairs.jsonl --loss.beta -1": "`loss.beta` is '-1': Input should be greater than 0",
     "train --model model --data pairs.jsonl --optim.name adamx": "optim.name `adamx` is unknown; known: adamw",
     "train --model model --data pairs.jsonl --loss.name ipo --loss.label-smoothing 0.1": "has no effect on `ipo`",
@@ -51,7 +51,7 @@ MISTAKES = {
     "score --model model --data pairs.jsonl --adapter nope --out s.jsonl": "nope: no adapter there; expected",
     "data check nope.jsonl": "nope.jsonl: no such file or folder",
     "demo --shuffle-labels --flip-labels": "are two different controls; give one",
-    "objectivs": "Unknown command",
+    "objectivs": "unknown command objectivs; did you mean: mlxdpo objectives",
 }
 
 
@@ -135,7 +135,7 @@ def test_data_check_counts_tokens_and_shows_what_is_scored(place, capsys):
     assert found["tokens"]["chosen"]["median"] == len(chatml_tokenizer().encode("An apple.")) + 1
     (place / "thumbs.jsonl").write_text('{"prompt": "Hi", "completion": "Hello", "label": true}\n')
     assert run(["data", "check", "thumbs.jsonl"]) == 0
-    assert "1 opinions from 1 rows" in capsys.readouterr().out
+    assert "1 opinion from 1 row" in capsys.readouterr().out
     assert run(["data", "check", "thumbs.jsonl", "--model", "model"]) == 0
     shown = capsys.readouterr().out
     assert "completion: " in shown and "[[Hello<|im_end|>]]" in shown and "rejected" not in shown

@@ -253,6 +253,14 @@ def test_llama_factorys_folder_is_read_as_its_dataset_info_says(described):
     assert read_preferences(DataConfig(path=f"{described}:sft"))[1].format == "alpaca_output"
 
 
+def test_a_sample_that_llama_factory_would_draw_is_refused(described):
+    entries = INFO | {"mine": INFO["mine"] | {"num_samples": 50}}
+    (described / "dataset_info.json").write_text(json.dumps(entries))
+    for path in (f"{described}:mine", str(described / "a.json")):
+        with pytest.raises(UserError, match=r'"num_samples": 50 of mine cannot be followed; remove it to train on all'):
+            read_preferences(DataConfig(path=path))
+
+
 def test_data_sets_that_llama_factory_has_elsewhere(described):
     with pytest.raises(UserError, match="no data set is called nope; it has mine, other, liked, sft, far"):
         read_preferences(DataConfig(path=f"{described}:nope"))

@@ -413,14 +413,23 @@ def test_real_templates_score_the_judged_turns_alone(name):
     assert found == [[two, three], [one], [two], [three]]
 
 
-@pytest.mark.tokenizers
-def test_tool_calls_are_scored():
+def pair_with_calls():
     calls = [{"type": "function", "function": {"name": "calc", "arguments": {"a": n}}} for n in (3, 4)]
     act = lambda call: Message("assistant", "", {"tool_calls": [call]})  # noqa: E731
     chosen = (act(calls[0]), Message("tool", "12"), Message("assistant", "It is 12."))
     rejected = (act(calls[1]), Message("tool", "13"), Message("assistant", "It is 13."))
     tools = ({"type": "function", "function": {"name": "calc", "description": "", "parameters": {}}},)
-    pair = Preference((Message("user", "What?"),), chosen, rejected, "x", tools, context=0)
-    examples, _ = encode_all([pair], load("qwen3"), DataConfig())
+    return Preference((Message("user", "What?"),), chosen, rejected, "x", tools, context=0)
+
+
+def test_calls_that_the_template_does_not_print_are_refused_by_name():
+    """ChatML alone has no tools: the turn would be an empty answer, and the model would learn to say nothing."""
+    with pytest.raises(UserError, match="does not print the call of calc"):
+        encode_all([pair_with_calls()], tiny.chatml_tokenizer(), DataConfig())
+
+
+@pytest.mark.tokenizers
+def test_tool_calls_are_scored():
+    examples, _ = encode_all([pair_with_calls()], load("qwen3"), DataConfig())
     call, answer = (text for text, scored in shown_example(examples[0], load("qwen3")).chosen if scored)
     assert '"calc"' in call and "3" in call and call.endswith("<|im_end|>") and answer.endswith("It is 12.<|im_end|>")

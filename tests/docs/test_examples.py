@@ -12,6 +12,7 @@ from tiny_tokenizers import chatml_tokenizer
 from mlxdpo.cli import run
 from mlxdpo.config import load_config
 from mlxdpo.data.formats import detect
+from mlxdpo.losses import LOSSES
 from mlxdpo.runs import Run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -81,3 +82,18 @@ def test_tone_runs_where_it_stands(tmp_path, monkeypatch):
     assert run(["train", "examples/tone.yaml", *words]) == 0
     steps = [line for line in Run.open(tmp_path / "run").metrics() if "loss" in line]
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-3) and len(steps) == 2
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, cache, monkeypatch):
+    """On a tiny model; its cells are plain Python, so that no kernel is needed."""
+    write_model(tmp_path / "tiny", chatml_tokenizer())
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((EXAMPLES / "pairs_to_verdict.ipynb").read_text("utf-8"))
+    names: dict = {}
+    try:
+        for cell in (cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
+            exec("".join(cell["source"]).replace('"smollm2"', '"tiny"'), names)
+    finally:
+        LOSSES.pop("squared", None)
+    assert names["again"].same and "polite" in " ".join(names["found"]["sentences"])
+    assert "<svg" in names["run"]._repr_html_() and names["other"].config().loss.name == "squared"

@@ -12,6 +12,7 @@ import mlxdpo
 
 PROMISED = ["Pairs", "Unpaired", "LOSSES", "load_policy", "attach_lora", "encode", "completion_logps"]
 PROMISED += ["with_reference", "train", "Config", "load_config", "Run", "generate", "export"]
+PROMISED += ["tune", "evaluate", "open_run", "objective"]
 
 
 def test_every_promised_name_is_there_and_is_no_module():
@@ -33,8 +34,25 @@ def test_importing_it_loads_nothing_heavy():
     assert done.stdout.strip() == "set()"
 
 
+def test_the_door_is_small_and_teaches_itself():
+    assert len(mlxdpo.__all__) <= 24
+    for name in ("tune", "evaluate", "generate", "train", "open_run"):
+        assert f"mlxdpo.{name}(" in mlxdpo.__doc__
+    assert "@mlxdpo.objective" in mlxdpo.__doc__
+
+
+def test_the_inner_door_has_other_names_and_former_ones_are_found():
+    from mlxdpo import inner
+
+    assert set(inner.NAMES) & set(mlxdpo.__all__) == {"generate"}  # token ids there, texts here
+    assert all(getattr(inner, name) is not None for name in inner.NAMES)
+    assert mlxdpo.TrainedRun is inner.TrainedRun
+    with pytest.raises(AttributeError, match=r"mlxdpo\.inner has no `x`"):
+        _ = inner.x
+
+
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(AttributeError, match="mlxdpo has no `tran`; it has BestOfK, Config, Example"):
+    with pytest.raises(AttributeError, match="mlxdpo has no `tran`; it has Config, LOSSES, Message"):
         _ = mlxdpo.tran
 
 

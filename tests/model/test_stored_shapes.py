@@ -31,6 +31,13 @@ def test_what_the_arrays_have_passes():
     check_counts({"num_hidden_layers": 3001, "layer_types": ["x"] * 9}, {"model.layers.3000.w": (2,)}, "m")
 
 
+def test_a_rotary_base_for_each_layer_is_taken_where_the_definition_takes_it():
+    check_counts({"rope_theta": [5e6, 1e4], "model_type": "step3p5"}, STORED, "m")
+    for config in ({"rope_theta": [1e4, "x"], "model_type": "step3p5"}, {"rope_theta": [1e4], "model_type": "llama"}):
+        with pytest.raises(UserError, match=r"config.json says `rope_theta` .*, expected a number"):
+            check_counts(config, STORED, "m")
+
+
 @pytest.mark.parametrize("command", ["plan", "score"])
 def test_a_billion_layers_are_a_sentence(own, capsys, command):
     change(own / "config.json", num_hidden_layers=10**9)

@@ -9,18 +9,18 @@ ROOT = Path(__file__).parents[2]
 FLOORS = {
     "types": 0, "machine": 0,
     "io": 1, "distributed": 1,
-    "config": 2, "__init__": 2,
+    "config": 2, "__init__": 2, "inner": 2,
     "runs": 3,
     "data": 4, "losses": 4, "model": 4,
-    "forward": 5,
+    "forward": 5, "recipes": 5,
     "training": 6,
     "inference": 7, "estimate": 7, "selfcheck": 7,
     "online": 8, "exporters": 8, "baselines": 8,
     "demo": 9, "ui": 9,
-    "commands": 10,
+    "commands": 10, "api": 10,
     "cli": 11,
 }  # fmt: skip
-ROOF = {"cli", "commands", "demo", "ui"}
+ROOF = {"api", "cli", "commands", "demo", "ui"}
 
 
 class Import(NamedTuple):

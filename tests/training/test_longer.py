@@ -97,7 +97,7 @@ def test_the_rate_goes_on_where_the_schedule_over_the_new_total_has_it(tmp_path)
     rates = {event.step: event.values["learning_rate"] for event in events if event.kind == "step"}
     assert rates == {step + 1: learning_rate(config.optim, step, 15) for step in range(5, 15)}
     rate = learning_rate(config.optim, 5, 15)
-    said = f"5 steps are done, 10 follow; the learning rate goes on at {rate:.3g}, as the cosine schedule over all 15"
+    said = f"5 steps done, 10 to go; the learning rate goes on at {rate:.3g}, as the cosine schedule over all 15"
     assert any(text.startswith(said) for text in notes(events))
 
 
@@ -133,7 +133,7 @@ REFUSED = {
     "--loss.beta 0.2": "drop --loss.beta (only train.epochs, train.steps, train.patience may change)",
     "--train.epochs 3 --train.seed 1": "drop --train.seed (only",
     "--out other": "drop --out (only",
-    "--train.steps 3": "5 steps are done, and what was asked for ends after 3; ask for more with --train.epochs",
+    "--train.steps 3": "5 steps done, and what was asked for ends after 3; ask for more with --train.epochs",
 }
 
 

@@ -21,6 +21,7 @@ from mlxdpo.data.template import template_digest
 from mlxdpo.io.atomic import write_json, write_text
 from mlxdpo.io.json_file import as_written, json_lines, read_json, read_lines
 from mlxdpo.io.staging import single_process
+from mlxdpo.io.words import counted
 from mlxdpo.io.yaml_file import yaml_text
 from mlxdpo.model.policy import Policy
 from mlxdpo.online.collect import Asked, PolicySource, Prompts
@@ -186,7 +187,7 @@ def recipe(out: Path, identity: Mapping[str, Any], how: SamplingSettings) -> str
 
 def constitution_sentences(report: Mapping[str, Any]) -> list[str]:
     """What was left out, and what the labels look like, in words with counts."""
-    lines = [f"{count} prompts left out: {why}" for why, count in report["prompts_left_out"].items()]
+    lines = [f"{counted(count, 'prompt')} left out: {why}" for why, count in report["prompts_left_out"].items()]
     lines += [f"{count} without a pair: {why}" for why, count in report["left_out"].items()]
     if report["critiques_cut"]:
         lines.append(f"{report['critiques_cut']} critiques cut off at critique_tokens")

@@ -27,6 +27,7 @@ from mlxdpo.inference.trained_run import ModelContext, TrainedRun
 from mlxdpo.io.atomic import write_json, write_text
 from mlxdpo.io.json_file import as_written, read_json
 from mlxdpo.io.staging import single_process
+from mlxdpo.io.words import counted
 from mlxdpo.model.adapters import adapters_off, load_run, read_settings
 from mlxdpo.online.collect.run import report_file
 from mlxdpo.online.partial_output import LOCK, changed_setting
@@ -258,8 +259,8 @@ def split_prompts(config: Config) -> tuple[Prompts, list[Asked]]:
     kept = [one for one in prompts.asked if prompt_key(one.prompt) not in keys]
     if not kept or len(heldout) < 2:
         raise UserError(
-            f"{config.data.path}: {len(kept)} prompts to learn from and {len(heldout)} held out; rounds need at least "
-            f"1 and 2: give data.eval, or raise data.eval_fraction"
+            f"{config.data.path}: {counted(len(kept), 'prompt')} to learn from and {len(heldout)} held out; rounds "
+            f"need at least 1 and 2: give data.eval, or raise data.eval_fraction"
         )
     out = len(prompts.asked) - len(kept)
     left_out = prompts.left_out | ({"held out, to measure with": out} if out else {})

@@ -17,9 +17,10 @@ from pydantic import Field, ValidationError
 from mlxdpo.config import Section, explain
 from mlxdpo.data.encode import encode_prompt
 from mlxdpo.data.template import probe, unwrap
+from mlxdpo.inference.conversation import asked_after
 from mlxdpo.inference.generate import stepwise
 from mlxdpo.model.ends import turn_end
-from mlxdpo.types import Message, Text, UserError
+from mlxdpo.types import Text, UserError
 from mlxdpo.ui.variants import RunVariants, Variant
 from mlxdpo_eval.metrics.drift import sequence_kl
 
@@ -45,7 +46,7 @@ def settings_from(**values: Any) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        raise UserError(explain(error, "settings", Settings)) from None
+        raise UserError(*explain(error, "settings", Settings)) from None
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,7 @@ def chat_prompt(loaded: RunVariants, before: Sequence[tuple[str, str]], text: st
         raise UserError("the prompt is empty; write something to answer, or pick a held-out prompt")
     if len(text) + len(system) > LONGEST_PROMPT:
         raise UserError(f"the prompt has {len(text) + len(system):,} characters; at most {LONGEST_PROMPT:,} are read")
-    if not loaded.chat:
-        return "".join(asked + answer for asked, answer in before) + text
-    turns = [turn for asked, answer in before for turn in (Message("user", asked), Message("assistant", answer))]
-    opening = [Message("system", system)] if system.strip() else []
-    if not before and not opening:
-        return text
-    return (*opening, *turns, Message("user", text))
+    return asked_after(before, text, loaded.chat, system)
 
 
 def ids_of(loaded: RunVariants, prompt: Text, room: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mlxdpo.io.words import counted
 from mlxdpo.ui.compare.answers import Answer, Score, TokenPiece
 
 ENDS = {
@@ -82,7 +83,7 @@ def answer_html(answer: Answer, score: Score | None, scale: float) -> str:
 
 
 def _answer_numbers(answer: Answer, score: Score | None) -> str:
-    chips = [_chip(f"{len(answer.tokens)} tokens", ENDS[answer.finish])]
+    chips = [_chip(counted(len(answer.tokens), "token"), ENDS[answer.finish])]
     if answer.seconds:
         chips.append(_chip(f"{answer.speed:.1f} tokens/s", "tokens over the time of this column's own turns"))
     if score:

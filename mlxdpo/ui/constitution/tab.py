@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxdpo.io.json_file import as_written, read_json, read_lines
+from mlxdpo.io.words import counted
 from mlxdpo.online.constitution.run import REPORT, RULES, SETTINGS, TALKS, constitution_sentences
 from mlxdpo.online.constitution.schema import Constitution, load_constitution
 from mlxdpo.types import UserError
@@ -214,7 +215,7 @@ def talk_html(talks: Sequence[Talk], number: int, rules: Constitution) -> str:
 
 def _remark(reply: Mapping[str, Any]) -> str:
     cut = ", cut off" if reply["finish"] == "length" else ""
-    return f": {reply['tokens']} tokens{cut}"
+    return f": {counted(reply['tokens'], 'token')}{cut}"
 
 
 def _part(title: str, text: str, request: str = "") -> str:
@@ -242,7 +243,10 @@ def summary_html(folder: Path) -> str:
     else:
         report = read_json(file)
         with as_written(file):
-            lines = [f"{report['rows']} pairs from {report['prompts']} prompts", *constitution_sentences(report)]
+            lines = [
+                f"{counted(report['rows'], 'pair')} from {counted(report['prompts'], 'prompt')}",
+                *constitution_sentences(report),
+            ]
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     rows = [[one.name, one.critique, one.revision, one.comparison] for one in rules_of(folder).principles]
     return f"<ul>{items}</ul>{html_table('The constitution', ['name', 'critique', 'revision', 'comparison'], rows)}"

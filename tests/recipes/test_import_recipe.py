@@ -1,0 +1,252 @@
+"""Recipes as users of other trainers write them: imported in one go, every key accounted for, trained."""
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+from tiny_models import write_model
+from tiny_runs import write_pairs
+from tiny_tokenizers import chatml_tokenizer
+
+from mlxdpo.cli import run
+from mlxdpo.config import load_config
+from mlxdpo.losses import LOSSES
+from mlxdpo.recipes.hugging_face import OTHER_NAMES
+from mlxdpo.recipes.read_foreign import TOOLS, read_foreign, recipe_text
+from mlxdpo.runs import Run
+from mlxdpo.types import UserError
+
+RECIPES = {
+    "trl": """\
+model_name_or_path: wide
+dataset_name: pairs.jsonl
+learning_rate: 5.0e-6
+num_train_epochs: 1
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 2
+gradient_checkpointing: true
+beta: 0.2
+loss_type: sigmoid
+max_length: 512
+max_prompt_length: 256
+logging_steps: 25
+eval_strategy: "no"
+output_dir: wide-DPO
+report_to: none
+use_peft: true
+lora_r: 4
+lora_alpha: 16
+lora_target_modules: [q_proj, v_proj]
+no_such_key: 3
+""",
+    "axolotl": """\
+base_model: wide
+load_in_8bit: false
+load_in_4bit: true
+strict: false
+rl: dpo
+rl_beta: 0.3
+datasets:
+  - path: pairs.jsonl
+    type: chatml.intel
+    split: train
+val_set_size: 0.2
+output_dir: ./outputs/lora-out
+sequence_len: 512
+sample_packing: false
+adapter: qlora
+lora_r: 4
+lora_alpha: 2
+lora_dropout: 0.05
+lora_target_linear: true
+gradient_accumulation_steps: 2
+micro_batch_size: 2
+num_epochs: 4
+optimizer: paged_adamw_8bit
+lr_scheduler: cosine
+learning_rate: 2e-4
+wandb_project: my
+bf16: auto
+flash_attention: true
+warmup_steps: 1
+evals_per_epoch: 2
+""",
+    "llamafactory": """\
+model_name_or_path: wide
+stage: dpo
+do_train: true
+finetuning_type: lora
+lora_rank: 4
+lora_target: all
+pref_beta: 0.1
+pref_loss: sigmoid
+pref_ftx: 0.5
+dataset: mine
+dataset_dir: .
+template: qwen
+cutoff_len: 512
+max_samples: 1000
+output_dir: saves/lora/dpo
+logging_steps: 10
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 2
+learning_rate: 5.0e-6
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+""",
+    "mlx-lm": """\
+model: wide
+train: true
+train_mode: dpo
+train_type: lora
+data: folder
+beta: 0.1
+dpo_cpo_loss_type: sigmoid
+batch_size: 2
+gradient_accumulation_steps: 2
+iters: 8
+learning_rate: 1e-5
+steps_per_report: 10
+steps_per_eval: 200
+adapter_path: adapters
+max_seq_length: 512
+num_layers: 2
+lora_parameters: {rank: 4, dropout: 0.0, scale: 10.0}
+lr_schedule: {name: cosine_decay, warmup: 2, arguments: [1e-5, 8]}
+""",
+}
+
+
+@pytest.fixture
+def place(tmp_path, cache, monkeypatch):
+    """A folder with a model that can be quantised, and pairs as each of the trainers keeps them."""
+    write_model(tmp_path / "wide", chatml_tokenizer(), hidden_size=64, head_dim=16)
+    write_pairs(tmp_path / "pairs.jsonl")
+    (tmp_path / "folder").mkdir()
+    write_pairs(tmp_path / "folder" / "train.jsonl")
+    write_pairs(tmp_path / "folder" / "valid.jsonl", 4, seed=1)
+    described = '{"mine": {"file_name": "pairs.jsonl", "ranking": true, "columns": {"prompt": "prompt", "chosen": '
+    (tmp_path / "dataset_info.json").write_text(described + '"chosen", "rejected": "rejected"}}}')
+    monkeypatch.chdir(tmp_path)
+    for name, text in RECIPES.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_imported_in_one_go_and_trains(name, place, capsys):
+    assert run(["import-recipe", f"{name}.yaml"]) == 0
+    said = capsys.readouterr().out
+    assert f"a recipe of {TOOLS[name].title}" in said and "comment for each key" in said
+    text = (place / f"{name}-mlxdpo.yaml").read_text()
+    theirs = yaml.safe_load(RECIPES[name])
+    assert [key for key in theirs if f"{key}: " not in text] == []
+    assert run(["train", f"{name}-mlxdpo.yaml", "--train.steps", "2", "--out", "run"]) == 0
+    assert Run.open("run").metrics()[-1]["step"] == 2
+
+
+def test_values_keep_their_meaning(place):
+    found = {name: read_foreign(place / f"{name}.yaml") for name in RECIPES}
+    config = {name: load_config(None, yaml.safe_load(recipe_text(one))) for name, one in found.items()}
+    assert config["trl"].loss.beta == 0.2 and config["trl"].train.eval_every == 0 and config["trl"].optim.lr == 5e-6
+    assert config["trl"].lora.keys == ["q_proj", "v_proj"] and config["trl"].lora.multiplier == 4
+    assert config["trl"].optim.schedule == "linear"  # TRL's default, which the file does not say
+    assert config["axolotl"].model.quantize == 4 and config["axolotl"].optim.warmup == 1
+    assert config["axolotl"].data.eval_fraction == 0.2 and config["axolotl"].lora.multiplier == 0.5
+    both = config["llamafactory"].loss
+    assert both.name == "sigmoid+sft" and both.weights == [1, 0.5] and config["llamafactory"].lora.multiplier == 2
+    lm = config["mlx-lm"]
+    assert lm.train.steps == 4 and lm.optim.schedule == "cosine" and lm.optim.warmup == 1
+    assert lm.optim.max_grad_norm == 0 and lm.optim.name == "adam" and lm.lora.layers == 2
+
+
+def test_what_is_not_taken_over_says_what_it_changes(place, capsys):
+    run(["import-recipe", "trl.yaml"])
+    out = capsys.readouterr().out
+    assert "no_such_key: unknown to import-recipe" in out and "max_prompt_length: prompt and completion share" in out
+    text = (place / "trl-mlxdpo.yaml").read_text()
+    assert text.index("# Not needed:") < text.index("report_to: none") < text.index("# Not supported")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("pref_loss: kto_pair\nstage: dpo\n", "pref_loss: kto_pair has no counterpart here"),
+        ("rl: grpo\nbase_model: x\n", "rl: grpo has no counterpart here; import-recipe reads rl: dpo"),
+        ("train_mode: grpo\niters: 3\n", "train_mode: grpo has no counterpart"),
+        ("model: {path: x}\nloss: {beta: 1}\n", "is a recipe of mlxdpo already"),
+        ("colour: red\n", "it is not clear which trainer"),
+    ],
+)
+def test_what_cannot_be_imported_is_one_sentence_and_writes_nothing(text, sentence, place, capsys):
+    (place / "odd.yaml").write_text(text)
+    assert run(["import-recipe", "odd.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1 and not (place / "odd-mlxdpo.yaml").exists()
+
+
+def test_keyword_arguments_of_python_are_read_as_json(place):
+    (place / "args.json").write_text(
+        '{"DPOConfig": {"beta": 0.5, "learning_rate": 1e-6, "use_liger_kernel": true, "disable_dropout": false},'
+        ' "LoraConfig": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"},'
+        ' "ModelConfig": {"model_name_or_path": "wide"}, "ScriptArguments": {"dataset_name": "pairs.jsonl"}}'
+    )
+    config = load_config(None, yaml.safe_load(recipe_text(read_foreign(place / "args.json"))))
+    assert (config.loss.beta, config.lora.rank, config.lora.multiplier) == (0.5, 4, 2)
+    assert config.lora.keys is None and config.lora.dropout == 0.1 and config.train.batch_size == 8
+
+
+def test_trl_without_adapters_trains_every_weight(place):
+    (place / "full.yaml").write_text("model_name_or_path: wide\ndataset_name: a.jsonl\nloss_type: [sigmoid, sft]\n")
+    config = load_config(None, yaml.safe_load(recipe_text(read_foreign(place / "full.yaml"))))
+    assert config.lora.method == "full" and config.model.dtype == "float32" and config.loss.name == "sigmoid+sft"
+
+
+def test_every_setting_of_mlx_lm_has_a_rule():
+    from mlx_lm.lora import CONFIG_DEFAULTS
+
+    assert CONFIG_DEFAULTS.keys() - TOOLS["mlx-lm"].rules.keys() == set()
+
+
+def test_objectives_with_another_name_exist():
+    assert set(OTHER_NAMES.values()) <= LOSSES.keys()
+
+
+def test_every_wrong_key_is_reported_with_the_right_name(place, capsys):
+    (place / "bad.yaml").write_text(
+        "model: wide\ndata: pairs.jsonl\nlr: 1e-5\noutput_dir: x\nloss: {bta: 1}\ntrain: {num_train_epochs: 1}\n"
+    )
+    assert run(["train", "bad.yaml"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    pairs = dict(re.findall(r"`(\S+)`; did you mean `(\S+)`", " ".join(lines)))
+    assert pairs == {
+        "lr": "optim.lr", "output_dir": "out", "loss.bta": "loss.beta", "train.num_train_epochs": "train.epochs"
+    }  # fmt: skip
+    assert len(lines) == 5 and "mlxdpo import-recipe bad.yaml" in lines[-1]
+
+
+def test_every_wrong_option_is_reported_with_the_right_name(place, capsys):
+    line = "train --model wide --data pairs.jsonl --beta 0.1 --learning-rate 1e-5 --output_dir x --lora_dropout=0.1"
+    assert run(line.split()) == 2
+    pairs = dict(re.findall(r"option (\S+); did you mean (\S+)\?", capsys.readouterr().err))
+    assert pairs == {
+        "--beta": "--loss.beta", "--learning-rate": "--optim.lr", "--output_dir": "--out",
+        "--lora_dropout": "--lora.dropout",
+    }  # fmt: skip
+
+
+def test_an_unknown_tool_is_refused_with_the_known_ones(place):
+    with pytest.raises(UserError, match="--from torchtune: known are trl, axolotl"):
+        read_foreign(place / "trl.yaml", "torchtune")
+
+
+@pytest.mark.parity
+def test_every_field_of_trl_has_a_rule():
+    from trl import DPOConfig, ModelConfig
+    from trl.scripts.utils import ScriptArguments
+
+    fields = {field.name for kind in (DPOConfig, ModelConfig, ScriptArguments) for field in dataclasses.fields(kind)}
+    assert fields - TOOLS["trl"].rules.keys() == set()
