@@ -29,9 +29,9 @@ from mlxdpo.io.json_file import read_lines
 from mlxdpo.online.collect import read_prompts
 from mlxdpo.runs import Run
 from mlxdpo.types import Message, Preference
+from mlxdpo_eval.judged_answers import WinRate, judge_answers, win_rate
 from mlxdpo_eval.judges import AnswerPair, Judge, ask_both, open_judge
 from mlxdpo_eval.sampling import Answers, Sampling, first_answers, sample_before_after
-from mlxdpo_eval.winrate import WinRate, judge_answers, win_rate
 
 MARK = ("<!-- generated: constitution begin -->\n", "<!-- generated: constitution end -->\n")
 JUDGES = ("longest", "shortest", "vader", "local:smollm2")

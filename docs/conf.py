@@ -21,6 +21,7 @@ myst_heading_anchors = 4
 autodoc_member_order = "bysource"
 autodoc_default_options = {"no-value": True}  # a registry printed whole is no documentation
 add_module_names = False
+autodoc_mock_imports = ["inspect_ai"]  # its scorer is documented where it is not installed
 # A type that is imported for type checkers alone is known by its last word, which two rooms may share.
 suppress_warnings = ["ref.python"]
 python_display_short_literal_types = True

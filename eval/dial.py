@@ -22,6 +22,7 @@ from mlxdpo.inner import (
     prompt_name,
     write_json,
 )
+from mlxdpo_eval.judged_answers import VerdictCounts, count_verdicts, judge_answers
 from mlxdpo_eval.judges import Judge
 from mlxdpo_eval.metrics.intervals import Interval, clustered_mean, clustered_share, paired_difference
 from mlxdpo_eval.metrics.rewards import margins, outcomes
@@ -35,7 +36,6 @@ from mlxdpo_eval.sampling import (
     sample_start,
     sample_tuned,
 )
-from mlxdpo_eval.winrate import VerdictCounts, count_verdicts, judge_answers
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 Say = Callable[[str], None]

@@ -2,6 +2,7 @@
 
 RUN/eval/results_<time>.json   every number, with its settings
 RUN/eval/eval_pairs.jsonl      per held-out pair: what the pair metrics are made of
+RUN/eval/eval_retained.jsonl   per retained check: the scores before and after, and written answers
 RUN/eval/eval_samples.jsonl    per pair of answers: texts, KL, every verdict in both orders
 RUN/report.html, RUN/report.md
 """
@@ -18,6 +19,7 @@ from mlxdpo import Preference, Run
 from mlxdpo.inner import (
     BestOfK,
     PairLogps,
+    TrainedRun,
     distinct_prompts,
     encode_pairs,
     folder_digest,
@@ -38,6 +40,7 @@ from mlxdpo_eval.heldout import (
     pair_records,
 )
 from mlxdpo_eval.judge_quality import ask_again, human_agreement
+from mlxdpo_eval.judged_answers import WinRate, answer_pairs, judge_answers, win_rate
 from mlxdpo_eval.judges import BothOrders, Judge
 from mlxdpo_eval.judges.program import LENGTH_REWARDS, reward_judge
 from mlxdpo_eval.judges.protocol import Metered
@@ -45,10 +48,11 @@ from mlxdpo_eval.judges.votes import Ballots, read_ballots
 from mlxdpo_eval.metrics.length import length_baseline
 from mlxdpo_eval.metrics.slices import select_columns, slice_columns
 from mlxdpo_eval.report.blocks import Headline, answers_headline, best_of_k_headline, pairs_headline, votes_headline
+from mlxdpo_eval.report.retained import first_screen
 from mlxdpo_eval.results import FORMAT, drift_report, identify_run, sample_lines, write_lines, write_results
+from mlxdpo_eval.retained.run import Retained, check_retained
 from mlxdpo_eval.sampling import Answers, Sampling, default_max_tokens, first_answers, on_policy_kl, sample_before_after
 from mlxdpo_eval.voting import VoteRun, vote_run
-from mlxdpo_eval.winrate import WinRate, answer_pairs, judge_answers, win_rate
 
 Say = Callable[[str], None]
 Columns = Mapping[str, Sequence[Hashable]]
@@ -59,7 +63,8 @@ class EvalOptions:
     """What to evaluate besides the run itself: other `data`, a file of human `votes`, columns to slice by.
 
     `retest` comparisons are asked of each judge a second time. A judge of whose verdicts a larger share than
-    `max_invalid` is invalid has given no verdict.
+    `max_invalid` is invalid has given no verdict. With `retained` the bundled checks are made before and after, `limit`
+    of each area.
     """
 
     data: str | None = None
@@ -67,6 +72,8 @@ class EvalOptions:
     slices: tuple[str, ...] = ()
     retest: int = 0
     max_invalid: float = 0.1
+    retained: bool = False
+    limit: int | None = None
 
 
 class Judged(NamedTuple):
@@ -134,6 +141,7 @@ def evaluate(
     say("measuring drift")
     kl_of = first_answers(after)
     kl = on_policy_kl(opened, kl_of, sampling.temperature)
+    retained = _retained(opened, options, say)
     by_answer = _columns_of_answers(select_columns(columns, data.rows, prompts), prompts, before)
     inputs = _JudgeInputs(run, before, after, control, ballots, by_answer, options.retest, say)
     judged = [_run_judge(judge, inputs) for judge in judges]
@@ -151,12 +159,15 @@ def evaluate(
         "data": {"source": data.source, "pairs": len(rows), "left_out": data.left_out + encoding.lines()},
         **_findings(found, before, after, options.max_invalid),
         "drift": drift_report(before, after, kl_of, kl),
+        "retained": retained,
         "versions": versions(),
     }
     write_lines(run.path / "eval" / "eval_pairs.jsonl", pair_lines(opened, rows, logps))
     verdicts = {j.result.judge: j.found for j in judged}
     lines = sample_lines(before, after, dict(zip(kl_of.names, kl, strict=True)), verdicts)
     write_lines(run.path / "eval" / "eval_samples.jsonl", lines)
+    if retained is not None:
+        results["sentences"] = first_screen(results["headline"], retained, results["sentences"])
     spent = {judge.name: judge.spent() for judge in judges if isinstance(judge, Metered)}
     file, written = write_results(run, results, time.monotonic() - started, spent)
     failed = [j.result for j in judged if j.result.failed(options.max_invalid)]
@@ -165,6 +176,14 @@ def evaluate(
 
 def _asked_options(options: EvalOptions) -> dict[str, Any]:
     return {"slices": list(options.slices), "retest": options.retest, "max_invalid": options.max_invalid}
+
+
+def _retained(opened: TrainedRun, options: EvalOptions, say: Say) -> Retained | None:
+    if not options.retained:
+        return None
+    found, lines = check_retained(opened, options.limit, say)
+    write_lines(opened.run.path / "eval" / "eval_retained.jsonl", lines)
+    return found
 
 
 def _heldout_data(run: Run, data: str | None) -> HeldoutData:

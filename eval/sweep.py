@@ -24,6 +24,7 @@ from mlxdpo.inner import (
     open_trained_run,
     write_json,
 )
+from mlxdpo_eval.judged_answers import WinRate, judge_answers, win_rate
 from mlxdpo_eval.judges import Judge
 from mlxdpo_eval.metrics.frontier import Point
 from mlxdpo_eval.metrics.intervals import clustered_mean
@@ -37,7 +38,6 @@ from mlxdpo_eval.sampling import (
     sample_start,
     sample_tuned,
 )
-from mlxdpo_eval.winrate import WinRate, judge_answers, win_rate
 
 Say = Callable[[str], None]
 FINAL = "adapter"

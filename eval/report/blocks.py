@@ -13,8 +13,8 @@ from mlxdpo_eval.report.plots import Figure
 
 if TYPE_CHECKING:  # the first loads MLX
     from mlxdpo_eval.heldout import BestOfKReport, Heldout
+    from mlxdpo_eval.judged_answers import WinRate
     from mlxdpo_eval.voting import VoteRun
-    from mlxdpo_eval.winrate import WinRate
 
 Verdict = Literal["better", "worse", "cannot tell yet", "no difference shown", "no verdict"]
 

@@ -22,6 +22,7 @@ from mlxdpo_eval.report.blocks import (
 )
 from mlxdpo_eval.report.cost import cost_sentences
 from mlxdpo_eval.report.plots import evaluation_plots, reward_over_drift
+from mlxdpo_eval.report.retained import retained_part
 from mlxdpo_eval.report.samples import more_samples, three_samples
 from mlxdpo_eval.results import to_json
 
@@ -44,6 +45,7 @@ def build_document(
             if results["best_of"] is None
             else [Part("Best of several", _best_of_k_tables(results["best_of"], results))]
         ),
+        *([] if results.get("retained") is None else [retained_part(results["retained"])]),
         Part("Held-out pairs", [*_pair_tables(results), *plots.get("pairs", [])]),
         Part("Drift", _drift_tables(results) + ([] if frontier is None else _frontier_blocks(frontier))),
         Part("More answers", more_samples(samples)),

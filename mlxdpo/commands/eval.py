@@ -13,6 +13,7 @@ from pydantic import Field
 from mlxdpo.commands.generate import Strength
 from mlxdpo.config import DataConfig, Section
 from mlxdpo.runs import Run
+from mlxdpo.types import UserError
 
 Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 Share = Annotated[float, Parameter(validator=validators.Number(gte=0, lte=1))]
@@ -51,6 +52,7 @@ def run(
     votes: Path | None = None,
     slices: Annotated[list[str] | None, Parameter(name="--slice")] = None,
     retest: Count | None = None,
+    retained: Annotated[bool, Parameter(negative="")] = False,
     answering: Annotated[Answering, Parameter(name="*")] = AS_IT_IS,
     max_invalid: Share = 0.1,
     tasks: str | None = None,
@@ -75,9 +77,10 @@ def run(
         retest: Comparisons to ask each judge a second time, past the cache.
         max_invalid: Largest share of a judge's verdicts that may be invalid, of those asked for; above it there is no
             verdict.
+        retained: Check what the tune cost elsewhere, too: 963 small items with exact answers, before and after.
         tasks: Capability checks instead, before and after: tasks of lm-evaluation-harness, such as arc_easy,hellaswag.
         include: Folder with task files of your own.
-        limit: Questions of each task.
+        limit: Questions of each task, or retained checks of each area.
         json: Print the results as JSON.
     """
     from mlxdpo.commands.terminal import console, warn
@@ -87,10 +90,14 @@ def run(
     source = run_at(Run.open(path), strength)
     path = source.path
     say: Callable[[str], None] = warn if json else (lambda text: console.print(text, style="dim", markup=False))
+    if limit and not tasks and not retained:
+        raise UserError(f"--limit {limit} is of --tasks or --retained, and neither is given; add one, or leave it out")
+    if tasks and retained:
+        raise UserError("--tasks runs lm-evaluation-harness instead of an evaluation; run --retained without it")
     if tasks:
         return _capability(source, tasks.split(","), (limit, include), say, json)
     file = votes or next((f for f in (path / "votes.jsonl",) if f.exists()), None)
-    wanted = EvalOptions(data, file, tuple(slices or ()), retest or 0, max_invalid)
+    wanted = EvalOptions(data, file, tuple(slices or ()), retest or 0, max_invalid, retained, limit)
     found = _evaluate(source, judge or [], answering, wanted, say)
     _show_results(found, path, json)
     return _exit_status(found)

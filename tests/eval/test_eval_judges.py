@@ -7,11 +7,11 @@ import pytest
 from planted_judges import Planted, always_first, answers, coin, good_and_bad, longest_wins, mumbles, oracle
 
 from mlxdpo import UserError
+from mlxdpo_eval.judged_answers import judge_answers, win_rate
 from mlxdpo_eval.judges import AnswerPair, BothOrders, Question, Verdict, ask_both, open_judge
 from mlxdpo_eval.judges.kept import cache_file
 from mlxdpo_eval.judges.protocol import CERTAIN, invalid
 from mlxdpo_eval.report.blocks import answers_headline
-from mlxdpo_eval.winrate import judge_answers, win_rate
 
 
 def judged(verdict, before, after):

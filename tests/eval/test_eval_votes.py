@@ -9,11 +9,11 @@ from planted_judges import Planted, coin, good_and_bad, oracle
 
 from mlxdpo import Message, Run, UserError, prompt_name
 from mlxdpo_eval.judge_quality import human_agreement
+from mlxdpo_eval.judged_answers import judge_answers
 from mlxdpo_eval.judges.votes import read_ballots
 from mlxdpo_eval.metrics.sequential import anytime_interval, log_e_value, votes_needed
 from mlxdpo_eval.report.blocks import roughly, votes_headline
 from mlxdpo_eval.voting import vote_run
-from mlxdpo_eval.winrate import judge_answers
 
 
 def vote(prompt="p", winner="a", tuned="a", a="x", b="y", **more):

@@ -12,6 +12,7 @@ from mutating import ODD_NAMES, ODD_TEXTS, ODD_VALUES, SEEDS, dumped, mutate_byt
 from planted_judges import Planted, good_and_bad
 from votes import VOTE
 
+from mlxdpo_eval.judged_answers import judge_answers, win_rate
 from mlxdpo_eval.judges import open_judge
 from mlxdpo_eval.judges.ladder import COMPARING, NO_COMPLETION, read_reply
 from mlxdpo_eval.judges.program import reward_judge
@@ -19,7 +20,6 @@ from mlxdpo_eval.judges.protocol import invalid
 from mlxdpo_eval.judges.server import Unanswered
 from mlxdpo_eval.judges.votes import read_ballots, votes_judge
 from mlxdpo_eval.voting import vote_run
-from mlxdpo_eval.winrate import judge_answers, win_rate
 
 pytestmark = pytest.mark.fuzz
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from mlxdpo import PairLogps
+from mlxdpo_eval import winrate
 from mlxdpo_eval.metrics.best_of_k import best_of, ties_score
 from mlxdpo_eval.metrics.length import fit_length_effect, length_controlled, length_term
 from mlxdpo_eval.metrics.rewards import margins, reward_report
@@ -80,6 +81,22 @@ def annotations(seed, theta, phi, soft):
         for i, (w, b, m) in enumerate(zip(won, baseline, model, strict=True))
     ]  # fmt: skip
     return rows, won, (model - baseline).astype(np.float64)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_a_file_of_annotations_has_alpaca_evals_win_rate(glm, soft):
+    """Their own `get_winrate` on the same rows: rate, standard error, counts; a null preference is left out by both."""
+    rows, _, _ = annotations(5, 0.3, 1.0, soft)
+    rows += [rows[0] | {"preference": value} for value in (0, 1.5, float("nan"))]
+    rows = [row | {"instruction": f"q{i}"} for i, row in enumerate(rows)]
+    theirs = importlib.import_module("alpaca_eval.metrics.winrate").get_winrate(rows)
+    ours = winrate(rows)
+    assert 100 * ours.rate == pytest.approx(theirs["win_rate"], abs=1e-9)
+    assert 100 * (ours.theirs.high - ours.theirs.low) / 2 / 1.959964 == pytest.approx(
+        theirs["standard_error"], abs=1e-9
+    )
+    assert (ours.wins, ours.losses, ours.ties) == (theirs["n_wins"], theirs["n_wins_base"], theirs["n_draws"])
+    assert ours.invalid == {"no verdict": 1}
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])

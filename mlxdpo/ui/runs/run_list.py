@@ -134,7 +134,7 @@ def summary(name: str, path: Path) -> list[str]:
         str(int(last.get("step", 0))),
         _formatted(number_in(last, "loss"), "{:.4f}"),
         _formatted(number_in(held, "eval_rewards/accuracies"), "{:.1%}"),
-        _formatted(winrate(path), "{:.1%}"),
+        _formatted(newest_winrate(path), "{:.1%}"),
     ]
 
 
@@ -211,7 +211,7 @@ def number_in(values: Mapping[str, Any], name: str) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
-def winrate(path: Path) -> float | None:
+def newest_winrate(path: Path) -> float | None:
     """The first judge's win-rate at the newest evaluation; None where there is none, or its file is damaged."""
     try:
         rate = newest_evaluation(path)["winrates"][0]["rate"]
