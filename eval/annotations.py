@@ -94,10 +94,12 @@ def _read(path: Path) -> list[Row]:
         whole = json.loads(text)
         return whole if isinstance(whole, list) else [whole]
     except ValueError:
-        return [_line(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        return [
+            _object_of(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()
+        ]
 
 
-def _line(line: str, where: str) -> Row:
+def _object_of(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
     except ValueError as error:

@@ -22,12 +22,12 @@ def elsewhere(changes: Result) -> str:
     if changes["verdict"] == "unchanged":
         return f"unchanged elsewhere: all {n} checks are answered exactly as before."
     if changes["verdict"] == "worse":
-        fallen = [f"{a['area']} by {-_points(a['change']):.1f} points" for a in changes["areas"] if a["worse"]]
+        fallen = [f"{a['area']} by {-_in_points(a['change']):.1f} points" for a in changes["areas"] if a["worse"]]
         where = f"; most in {', '.join(fallen)}" if fallen else ""
-        return f"worse elsewhere: {_points(changes['change']):+.1f} points over {n} checks ({span}){where}."
+        return f"worse elsewhere: {_in_points(changes['change']):+.1f} points over {n} checks ({span}){where}."
     seen = changes["detectable"]
-    least = "" if seen is None else f"; a drop of {_points(seen):.1f} points would have been found (power 0.8)"
-    return f"no worse elsewhere: {_points(changes['change']):+.1f} points over {n} checks ({span}){least}."
+    least = "" if seen is None else f"; a drop of {_in_points(seen):.1f} points would have been found (power 0.8)"
+    return f"no worse elsewhere: {_in_points(changes['change']):+.1f} points over {n} checks ({span}){least}."
 
 
 def retained_part(retained: Result) -> Part:
@@ -38,8 +38,8 @@ def retained_part(retained: Result) -> Part:
         (
             "all exact answers",
             "",
-            f"{_points(changes['change']):+.1f} ({_points_span(changes['interval'])})",
-            "–" if changes["detectable"] is None else f"{_points(changes['detectable']):.1f}",
+            f"{_in_points(changes['change']):+.1f} ({_points_span(changes['interval'])})",
+            "–" if changes["detectable"] is None else f"{_in_points(changes['detectable']):.1f}",
             str(changes["n"]),
         )
     )
@@ -55,12 +55,12 @@ def retained_part(retained: Result) -> Part:
 
 def _area_row(area: Result) -> tuple[str, ...]:
     name = f"{area['area']} (worse)" if area["worse"] else area["area"]
-    change = f"{_points(area['change']):+.1f} ({_points_span(area['interval'])})"
-    seen = "–" if area["detectable"] is None else f"{_points(area['detectable']):.1f}"
-    return name, f"{_points(area['before']):.1f} to {_points(area['after']):.1f}", change, seen, str(area["n"])
+    change = f"{_in_points(area['change']):+.1f} ({_points_span(area['interval'])})"
+    seen = "–" if area["detectable"] is None else f"{_in_points(area['detectable']):.1f}"
+    return name, f"{_in_points(area['before']):.1f} to {_in_points(area['after']):.1f}", change, seen, str(area["n"])
 
 
-def _points(share: float) -> float:
+def _in_points(share: float) -> float:
     return 100 * share
 
 
