@@ -78,13 +78,14 @@ def _judge_of(judge: Any, run: Run, number: int) -> Any:
         if hasattr(judge, "ask") and hasattr(judge, "identity"):
             return judge
         raise UserError(f"judge is a {type(judge).__name__}; expected a name, a function or a list of these")
+    function: Any = judge
     names = [p for p in inspect.signature(judge).parameters.values() if p.default is p.empty]
     name = getattr(judge, "__name__", type(judge).__name__)
     name = f"judge {number}" if name == "<lambda>" else name
     if len(names) == 2:
-        return reward_judge(name, judge)
+        return reward_judge(name, function)
     if len(names) == 3:
-        return ComparingFunction(name, judge)
+        return ComparingFunction(name, function)
     raise UserError(f"judge {name} takes {len(names)} arguments; expected (prompt, answer) or (prompt, first, second)")
 
 

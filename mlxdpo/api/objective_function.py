@@ -15,7 +15,7 @@ from mlxdpo.losses.objective import Objective
 from mlxdpo.types import Pairs, UserError
 
 OWN_TITLE = "own objective"
-MODIFIERS = ("f_divergence", "reference_free", "ld_alpha", "wpo", "probability", "margin")
+MODIFIERS: tuple[str, ...] = ("f_divergence", "reference_free", "ld_alpha", "wpo", "probability", "margin")
 
 
 def objective(function: Callable[..., mx.array] | None = None, *, reference: bool = True, name: str = "") -> Any:

@@ -139,9 +139,10 @@ def with_loss(loss: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
         from mlxdpo.api.objective_function import OWN_TITLE, objective
         from mlxdpo.losses import LOSSES
 
-        name = loss.__name__
+        function: Any = loss
+        name = function.__name__
         if name not in LOSSES or LOSSES[name].title != OWN_TITLE or name == "<lambda>":
-            objective(loss, name="own_loss" if name == "<lambda>" else name)
+            objective(function, name="own_loss" if name == "<lambda>" else name)
         loss = "own_loss" if name == "<lambda>" else name
     return {**settings, "loss.name": loss}
 

@@ -50,7 +50,7 @@ def dotted_names(schema: type[BaseModel]) -> list[str]:
     """Every setting of a schema by its dotted name: `out`, `loss.beta`."""
     names: list[str] = []
     for name, info in schema.model_fields.items():
-        inner = info.annotation
+        inner: Any = info.annotation
         is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
         names += [f"{name}.{below}" for below in dotted_names(inner)] if is_section else [name]
     return names
