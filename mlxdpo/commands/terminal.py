@@ -71,7 +71,7 @@ def _print_probe(event: Event, steps: int) -> None:
     values = event.values
     console.print(
         f"probe {values['done']}/{values['total']}  lr {values['lr']:.2g}  "
-        f"rewards differ by {values['rewards']:.4f}  held-out loss {values['loss']:.4f}"
+        f"rewards differ by {values['rewards']:.4f}  loss of unseen pairs {values['loss']:.4f}"
     )
 
 
