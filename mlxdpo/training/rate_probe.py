@@ -78,17 +78,19 @@ def probe_plan(state: TrainState) -> ProbePlan | str:
     """The probes of a run, or why there are none: `SHARE` of the run pays for fewer than `FEWEST` steps, or fewer than
     `FEWEST_MEASURED` of its pairs have other prompts than those steps.
 
-    A pair's step counts as three of its forward passes.
+    A pair's step counts as three of its forward passes. Steps are left out before fewer than `MEASURED` pairs are
+    scored after each.
     """
     passes = sum(len(batch) for step in range(state.plan.steps) for batch in state.plan.batches(step))
-    train, few = state.config.train, False
+    few = False
     for steps in range(min(MOST, state.plan.steps), FEWEST - 1, -1):
-        taken = [state.plan.batches(step)[0] for step in range(steps)]
-        unseen = _unseen_batches(state, taken)
-        measured = sum(map(len, unseen))
-        if steps * (3 * train.batch_size + max(measured, FEWEST_MEASURED)) > SHARE * 3 * passes:
+        wanted = MEASURED if steps > FEWEST else FEWEST_MEASURED
+        affordable = int(SHARE * 3 * passes / steps) - 3 * state.config.train.batch_size
+        if affordable < wanted:
             continue
-        if measured >= FEWEST_MEASURED:
+        taken = [state.plan.batches(step)[0] for step in range(steps)]
+        unseen = _unseen_batches(state, taken, min(MEASURED, affordable))
+        if sum(map(len, unseen)) >= FEWEST_MEASURED:
             return ProbePlan(taken, unseen)
         few = True
     if few:
@@ -96,15 +98,16 @@ def probe_plan(state: TrainState) -> ProbePlan | str:
     return f"{state.plan.steps} steps are too few to pay for probes"
 
 
-def _unseen_batches(state: TrainState, taken: Sequence[Indices]) -> list[Indices]:
-    """Batches of the first pass, its last first, without the prompts of the batches `taken`, up to `MEASURED` pairs."""
+def _unseen_batches(state: TrainState, taken: Sequence[Indices], most: int) -> list[Indices]:
+    """Batches of the first pass, its last first, without the prompts of the batches `taken`: `most` pairs or fewer."""
     prompts = Examples.of(state.train.examples).prompt_numbers
     seen = {prompts[pair] for batch in taken for pair in batch}
     found: list[Indices] = []
     for batch in reversed(state.plan.training):
-        left = tuple(pair for pair in batch if prompts[pair] not in seen)
-        if left and sum(map(len, found)) < MEASURED:
+        left = tuple(pair for pair in batch if prompts[pair] not in seen)[:most]
+        if left:
             found.append(left)
+            most -= len(left)
     return found
 
 
