@@ -48,6 +48,7 @@ MEASURED, FEWEST_MEASURED = 16, 4  # pairs that are scored after each: wanted, a
 FIRST = {"lora": 2e-5, "dora": 2e-5, "full": 1e-6}  # rate of the first step
 USUAL = {"lora": 2e-3, "dora": 2e-3, "full": 1e-4}  # rates added up over a run that is too short for probes
 """What an untried run of LoRA adds up to: 1e-4 over 40 steps of a cosine, the middle of published LoRA-DPO recipes."""
+FAR = 10.0  # times usual, or less than it by as much: SmolLM2 answered as before at 1/50, and broke at 10 and more
 LEAST_RATE, LARGEST_RATE = 1e-7, 2e-3
 
 
@@ -149,6 +150,17 @@ def choose_rate(state: TrainState, should_stop: Callable[[], bool]) -> Generator
 def usual_rate(config: Config, steps: int) -> float:
     """The peak rate of a run of so many steps that is not probed: its rates add up to `USUAL`."""
     return _within(USUAL[config.lora.method] / _schedule_sum(config, steps))
+
+
+def rates_note(config: Config, steps: int) -> str:
+    """Whether steps times rate can move a model at all; empty where the rate is still open or within what is usual."""
+    if config.optim.lr == "auto" or config.optim.name == "sgd":
+        return ""
+    total, usual = config.optim.lr * _schedule_sum(config, steps), USUAL[config.lora.method]
+    said = f"{steps} steps at {config.optim.lr:g} add up to {total:.2g}, usual is about {usual:g}"
+    if total < usual / FAR:
+        return f"{said}: expect no visible change; optim.lr auto finds a rate, more epochs help too"
+    return f"{said}: expect broken answers; optim.lr auto finds a rate" if total > usual * FAR else ""
 
 
 def _schedule_sum(config: Config, steps: int) -> float:

@@ -12,7 +12,7 @@ from mlxdpo.config import OptimConfig, TrainConfig, load_config
 from mlxdpo.runs import Run
 from mlxdpo.training import rate_probe
 from mlxdpo.training.plan import chosen_epochs, schedule_share, settled
-from mlxdpo.training.rate_probe import GOAL, MOST_DRIFT, PROBED, Moved, next_rate, rates_to_goal, way
+from mlxdpo.training.rate_probe import GOAL, MOST_DRIFT, PROBED, Moved, next_rate, rates_note, rates_to_goal, way
 from mlxdpo.training.run import train
 
 AUTO = {"lr": "auto", "warmup": 0.1}
@@ -199,3 +199,10 @@ def test_epochs_of_a_run_are_written_as_a_number(tmp_path, cache):
     config = recipe(tmp_path, "open", train={"epochs": "auto"})
     finish(config)
     assert load_config(tmp_path / "open" / "config.yaml").train.epochs == 3.0
+
+
+def test_steps_times_rate_that_cannot_move_a_model_or_break_it_are_said():
+    note = lambda lr, steps: rates_note(load_config(None, {"optim": {"lr": lr}}), steps)  # noqa: E731
+    assert "17 steps at 5e-06 add up to 4.5e-05" in note(5e-6, 17) and "no visible change" in note(5e-6, 17)
+    assert note(1e-4, 40) == note("auto", 17) == ""
+    assert "broken answers" in note(1e-2, 40)
