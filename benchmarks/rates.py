@@ -22,6 +22,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from mlxdpo.data.read import read_pairs
 from mlxdpo.inference.trained_run import TrainedRun, model_logps
 from mlxdpo.io.atomic import append_line, write_text
 from mlxdpo.io.json_file import read_lines
+from mlxdpo.model.adapters import adapters_off
 from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.training.run import train
 from mlxdpo_eval.results import write_lines
@@ -91,15 +93,19 @@ def run_cell(cell: Cell, weights: str, out: Path) -> dict[str, Any]:
     assert config.out is not None
     shutil.rmtree(config.out, ignore_errors=True)  # an unfinished one
     started, probing, steps = time.perf_counter(), 0.0, 0.0
-    then = started
+    then, policy = started, None
     for event in train(config):
+        if event.kind == "start":
+            policy = event.values["policy"]
         now = time.perf_counter()
         probing, steps = probing + (now - then) * (event.kind == "probe"), steps + (now - then) * (event.kind == "step")
         then = now
+    assert policy is not None  # every run begins with a "start"
     run = Run.open(config.out)
     found = {**cell._asdict(), "lr": run.config().optim.lr, "probe_share": probing / (probing + steps)}
     found |= {"reason": run.manifest().get("rate", {}).get("reason")}
-    found |= measure(open_trained_run(run), cell, out)
+    start = partial(adapters_off, policy.model)  # the model is measured as it stands: loading it again takes seconds
+    found |= measure(TrainedRun(run, run.config(), policy, start, start), cell, out)
     shutil.rmtree(config.out)
     return found | {"seconds": time.perf_counter() - started}
 
@@ -194,7 +200,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         for rate in [*rates, AUTO]:
             lines = [line for line in own if line["rate"] == rate]
             values = [_percent(mean_of(lines, task, "accuracy"), mean_of(lines, task, "win_rate")) for task in tasks]
-            means = [np.mean([v for t in tasks if (v := mean_of(lines, t, name)) is not None] or [np.nan])
+            means = [float(np.mean([v for t in tasks if (v := mean_of(lines, t, name)) is not None] or [np.nan]))
                      for name in ("accuracy", "win_rate")]  # fmt: skip
             far = [
                 float(np.mean([line[name] for line in lines] or [np.nan])) for name in ("rewards_apart", "nats_a_token")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it
     from mlxdpo.exporters import export as export
     from mlxdpo.forward.logprobs import completion_logps as completion_logps
     from mlxdpo.forward.next_token import next_logits as next_logits
+    from mlxdpo.inference.generate import finished as finished
     from mlxdpo.inference.generate import generate as generate
     from mlxdpo.inference.mixtures import at_strengths as at_strengths
     from mlxdpo.inference.mixtures import average_runs as average_runs
@@ -49,6 +50,7 @@ if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it
     from mlxdpo.io.json_file import read_json as read_json
     from mlxdpo.io.json_file import read_lines as read_lines
     from mlxdpo.io.names import is_loopback as is_loopback
+    from mlxdpo.io.progress import time_left as time_left
     from mlxdpo.losses import LOSSES as LOSSES
     from mlxdpo.machine.device import cache_folder as cache_folder
     from mlxdpo.machine.device import versions as versions
@@ -87,6 +89,8 @@ _DOOR = {
     "at_strengths": "mlxdpo.inference.mixtures",
     "average_runs": "mlxdpo.inference.mixtures",
     "run_at": "mlxdpo.inference.mixtures",
+    "finished": "mlxdpo.inference.generate",
+    "time_left": "mlxdpo.io.progress",
     "BestOfK": "mlxdpo.data.best_of_k",
     "encode_prompt": "mlxdpo.data.encode",
     "read_preferences": "mlxdpo.data.read",

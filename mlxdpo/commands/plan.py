@@ -38,7 +38,7 @@ def run(
         return 0
     show_forecast(found)
     if seconds is not None:
-        from mlxdpo.training.plan import clock
+        from mlxdpo.io.progress import clock
 
         console.print(f"training takes about {clock(seconds)} here, measured on its first batch")
     return 0
@@ -59,7 +59,7 @@ def show_prospects(found: Forecast) -> None:
     from mlxdpo.training.rate_probe import rates_note
     from mlxdpo_eval.metrics.sequential import minimum_detectable
 
-    data, prompts = found.data, heldout_prompts(found)
+    data, prompts = found.data, prompts_held_out(found)
     console.print(f"{len(data.train)} training pairs; {len(data.heldout)} held-out pairs of {prompts} prompts")
     if prompts:
         least = minimum_detectable(prompts)
@@ -71,7 +71,7 @@ def show_prospects(found: Forecast) -> None:
         console.print(note, style="yellow", markup=False)
 
 
-def heldout_prompts(found: Forecast) -> int:
+def prompts_held_out(found: Forecast) -> int:
     """Distinct prompts of the held-out pairs."""
     return len(set(Examples.of(found.data.heldout).prompt_numbers.tolist()))
 
@@ -81,7 +81,7 @@ def forecast_json(found: Forecast, seconds: float | None = None) -> dict[str, An
     from mlxdpo.training.rate_probe import rates_note
     from mlxdpo_eval.metrics.sequential import minimum_detectable
 
-    memory, summary, prompts = found.memory, found.summary, heldout_prompts(found)
+    memory, summary, prompts = found.memory, found.summary, prompts_held_out(found)
     return {
         "pairs": len(found.data.train),
         "heldout": len(found.data.heldout),

@@ -17,10 +17,11 @@ import numpy as np
 
 from mlxdpo.config import Config
 from mlxdpo.data.dataset import Dataset
+from mlxdpo.io.progress import clock
 from mlxdpo.model.adapters import attach_lora, with_adapter
 from mlxdpo.model.policy import load_policy
 from mlxdpo.training import preflight
-from mlxdpo.training.plan import clock, make_plan
+from mlxdpo.training.plan import make_plan
 from mlxdpo.training.stages import stage_of
 from mlxdpo.training.step import (
     CompiledFns,
