@@ -137,7 +137,7 @@ def evaluate(
     sampling = sampling if sampling.max_tokens else replace(sampling, max_tokens=default_max_tokens(examples))
     prompts = distinct_prompts(rows, sampling.prompts)
     say(f"answering {len(prompts)} prompts, {sampling.samples} x before and after, to {sampling.max_tokens} tokens")
-    before, after, control = sample_before_after(opened, prompts, sampling)
+    before, after, control = sample_before_after(opened, prompts, sampling, say)
     say("measuring drift")
     kl_of = first_answers(after)
     kl = on_policy_kl(opened, kl_of, sampling.temperature)

@@ -7,7 +7,7 @@ difference between it and the first one see things.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,11 +15,20 @@ import mlx.core as mx
 import numpy as np
 
 from mlxdpo import Preference, UserError
-from mlxdpo.inner import Example, TrainedRun, encode_prompt, generate, prompt_name, prompt_text
+from mlxdpo.inner import (
+    Example,
+    TrainedRun,
+    encode_prompt,
+    finished,
+    prompt_name,
+    prompt_text,
+    time_left,
+)
 from mlxdpo_eval.metrics.drift import sequence_kl
 
 NUMBERS = 1 << 28  # logits of policy and reference together that a forward pass may hold: 1 GB in float32
 ROWS = 32
+Say = Callable[[str], None]
 LONGEST = 256  # tokens of an answer when the data decides
 
 
@@ -53,42 +62,53 @@ def default_max_tokens(examples: Sequence[Example]) -> int:
 
 
 def sample_before_after(
-    opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling
+    opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling, say: Say = lambda text: None
 ) -> tuple[Answers, Answers, Answers]:
     """(before, after, control): `samples` answers a prompt before and after, one more from before as control.
 
     The k-th answer to a prompt meets the same noise before and after. Raises `UserError` as `sample_answers`.
     """
-    before, control = sample_start(opened, rows, sampling)
-    return before, sample_tuned(opened, rows, sampling), control
+    before, control = sample_start(opened, rows, sampling, say)
+    return before, sample_tuned(opened, rows, sampling, say), control
 
 
-def sample_start(opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling) -> tuple[Answers, Answers]:
+def sample_start(
+    opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling, say: Say = lambda text: None
+) -> tuple[Answers, Answers]:
     """Before and control of `sample_before_after`."""
     k = sampling.samples
     with opened.start() as model:
-        drawn = sample_answers(opened, model, rows, k + 1, sampling)
+        drawn = sample_answers(opened, model, rows, k + 1, sampling, say, "answers before")
     last = [i % (k + 1) == k for i in range(len(drawn.names))]
     return _select_answers(drawn, [not x for x in last]), _select_answers(drawn, last)
 
 
-def sample_tuned(opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling) -> Answers:
+def sample_tuned(
+    opened: TrainedRun, rows: Sequence[Preference], sampling: Sampling, say: Say = lambda text: None
+) -> Answers:
     """After of `sample_before_after`: answers of the weights that are in `opened.policy` now."""
-    return sample_answers(opened, opened.policy.model, rows, sampling.samples, sampling)
+    return sample_answers(opened, opened.policy.model, rows, sampling.samples, sampling, say, "answers after")
 
 
 def sample_answers(
-    opened: TrainedRun, model: Any, rows: Sequence[Preference], count: int, sampling: Sampling
+    opened: TrainedRun,
+    model: Any,
+    rows: Sequence[Preference],
+    count: int,
+    sampling: Sampling,
+    say: Say = lambda text: None,
+    called: str = "answers",
 ) -> Answers:
     """`count` answers of `model` to the prompt of each row, those to one prompt next to one another.
 
-    The k-th answer to a prompt meets the same noise whatever the model. Raises `UserError` for a prompt that the
+    The k-th answer to a prompt meets the same noise whatever the model. `say` is told every ten seconds how many
+    answers, by the name `called`, are done and how long the rest will take. Raises `UserError` for a prompt that the
     template refuses.
     """
     data, tokenizer = opened.config.data, opened.policy.tokenizer
     ids = [encode_prompt(row.prompt, tokenizer, data, row.tools).tolist() for row in rows]
     repeated = [(row, one) for row, one in zip(rows, ids, strict=True) for _ in range(count)]
-    done = generate(
+    steps = finished(
         model,
         [one for _, one in repeated],
         max_tokens=sampling.max_tokens,
@@ -97,6 +117,8 @@ def sample_answers(
         seed=sampling.seed,
         batch_size=sampling.batch_size,
     )
+    found = dict(time_left(steps, len(repeated), called, say))
+    done = [found[i] for i in range(len(repeated))]
     return Answers(
         [prompt_name(row.prompt) for row, _ in repeated],
         [prompt_text(row.prompt) for row, _ in repeated],

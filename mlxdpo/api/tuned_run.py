@@ -148,7 +148,7 @@ def with_loss(loss: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _printed(events: Any, config: Config) -> Any:
-    from mlxdpo.training.plan import clock
+    from mlxdpo.io.progress import clock
 
     for event in events:
         if event.kind == "step":

@@ -39,7 +39,7 @@ def run(*, seed: Seed = 0, shuffle_labels: bool = False, flip_labels: bool = Fal
     if status := follow_training(prepare_demo(folder, seed, labels), None):
         return status
     terminal.console.print("sampling before and after ...")
-    result, before, after = measure_demo(Run.open(folder), seed)
+    result, before, after = measure_demo(Run.open(folder), seed, terminal.console.print)
     terminal.console.print(figures_table(result))
     terminal.console.print(f"the first {SHOWN} held-out openings (not a selection):", style="bold")
     terminal.console.print(side_by_side(before, after))

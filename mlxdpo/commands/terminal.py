@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ from rich.text import Text
 from mlxdpo.commands.interrupt import outliving_the_terminal
 from mlxdpo.config import Config
 from mlxdpo.data.encode import Shown, shown_example
+from mlxdpo.io.progress import clock
 from mlxdpo.io.words import counted
-from mlxdpo.training.plan import clock, plan_sentence
+from mlxdpo.training.plan import plan_sentence
 from mlxdpo.types import Event
 
 console = Console(soft_wrap=True, highlight=False)
@@ -72,7 +74,7 @@ def _print_probe(event: Event, steps: int) -> None:
     values = event.values
     console.print(
         f"probe {values['done']}/{values['total']}  lr {values['lr']:.2g}  "
-        f"rewards differ by {values['rewards']:.4f}  held-out loss {values['loss']:.4f}"
+        f"rewards differ by {values['rewards']:.4f}  loss of unseen pairs {values['loss']:.4f}"
     )
 
 
@@ -153,15 +155,17 @@ COUNTED = {"collected": ("answering", "answered"), "talked": ("talking", "talked
 def show_progress(events: Iterable[Event], kind: str, quiet: bool = False) -> Iterator[Event]:
     """Show how far along prompts are, by events of `kind` (a key of `COUNTED`), and hand all events on.
 
-    A bar with the time left on a terminal, plain lines elsewhere, nothing when `quiet`.
+    A bar on a terminal, plain lines elsewhere, both with the time left; nothing when `quiet`.
     """
     doing, did = COUNTED[kind]
     columns = (TextColumn(doing), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(doing, total=None)
+        task, started = bar.add_task(doing, total=None), time.monotonic()
         for event in events:
             if event.kind == kind:
-                bar.update(task, completed=event.values["done"], total=event.values["total"])
+                done, total = event.values["done"], event.values["total"]
+                bar.update(task, completed=done, total=total)
                 if not quiet and not console.is_terminal:
-                    console.print(f"{did} {event.values['done']} of {counted(event.values['total'], 'prompt')}")
+                    left = clock((time.monotonic() - started) / done * (total - done)) if done else "?"
+                    console.print(f"{did} {done} of {counted(total, 'prompt')}, {left} left")
             yield event

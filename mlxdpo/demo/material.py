@@ -95,19 +95,21 @@ class DemoResult(NamedTuple):
     after: TextStats
 
 
-def measure_demo(run: Run, seed: int) -> tuple[DemoResult, Answers, Answers]:
+def measure_demo(
+    run: Run, seed: int, say: Callable[[str], None] = lambda text: None
+) -> tuple[DemoResult, Answers, Answers]:
     """Sample before and after, judge, score the held-out pairs; writes `eval/demo.json` and `samples/`."""
     opened, sampling = open_trained_run(run), Sampling(OPENINGS, SAMPLES, MAX_TOKENS, seed=seed, batch_size=BATCH)
     lines = list(read_lines(run.path / "data" / "prompts.jsonl"))[:OPENINGS]
     prompts = [Preference(line["prompt"], "", "", "prompts.jsonl") for line in lines]
     with opened.start() as model:
-        before = sample_answers(opened, model, prompts, SAMPLES, sampling)
-    after = sample_answers(opened, opened.policy.model, prompts, SAMPLES, sampling)
+        before = sample_answers(opened, model, prompts, SAMPLES, sampling, say, "continuations before")
+    after = sample_answers(opened, opened.policy.model, prompts, SAMPLES, sampling, say, "continuations after")
     kl = on_policy_kl(opened, after, sampling.temperature)
     margin, openings = heldout_margins(opened)
     result = DemoResult(
         {name: judge_change(name, before, after) for name in REWARDS},
-        cluster_bootstrap(outcomes(margin), openings),
+        cluster_bootstrap(outcomes(np.array(margin)), openings),
         cluster_bootstrap(margin, openings),
         cluster_bootstrap(kl, after.prompts),
         text_stats(before.tokens, before.stopped),

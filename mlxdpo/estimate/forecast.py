@@ -38,8 +38,10 @@ from mlxdpo.training.plan import (
     BatchLayout,
     PlanSummary,
     checked_pairs,
+    epochs_for,
     make_plan,
     planned_batches,
+    settled,
     summarize_plan,
 )
 from mlxdpo.training.stages import stage_of
@@ -95,8 +97,13 @@ class Parts(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """What a run costs. `machine` is this machine's memory in bytes; `advice` is empty when it fits."""
+    """What a run costs. `machine` is this machine's memory in bytes; `advice` is empty when it fits.
 
+    `config` is the recipe with the epochs that it leaves open as a number, `data` its pairs.
+    """
+
+    config: Config
+    data: Dataset
     memory: Memory
     summary: PlanSummary
     machine: int
@@ -132,7 +139,8 @@ def _forecast(config: Config, skeleton: Skeleton, data: Dataset, machine: int | 
     parts, summary = gather(config, skeleton, data)
     memory, size = parts.memory(), machine or this_machine().memory
     fits = not size or memory.peak <= fitting_bytes(size)  # 0: unknown
-    return Forecast(memory, summary, size, fits, () if fits else advise(config, parts, data))
+    config = settled(config, stage_of(config).rate, epochs_for(config, data.train))
+    return Forecast(config, data, memory, summary, size, fits, () if fits else advise(config, parts, data))
 
 
 def fitting_bytes(machine: int) -> float:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mlxdpo.data.encode import encode_prompt as encode_prompt
     from mlxdpo.data.read import read_preferences as read_preferences
     from mlxdpo.forward.next_token import next_logits as next_logits
+    from mlxdpo.inference.generate import finished as finished
     from mlxdpo.inference.generate import generate as generate
     from mlxdpo.inference.mixtures import at_strengths as at_strengths
     from mlxdpo.inference.mixtures import average_runs as average_runs
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from mlxdpo.io.json_file import read_json as read_json
     from mlxdpo.io.json_file import read_lines as read_lines
     from mlxdpo.io.names import is_loopback as is_loopback
+    from mlxdpo.io.progress import time_left as time_left
     from mlxdpo.machine.device import cache_folder as cache_folder
     from mlxdpo.machine.device import versions as versions
     from mlxdpo.types import Example as Example
@@ -66,9 +68,11 @@ NAMES = {
     "read_json": "mlxdpo.io.json_file",
     "read_lines": "mlxdpo.io.json_file",
     "is_loopback": "mlxdpo.io.names",
+    "time_left": "mlxdpo.io.progress",
     "cache_folder": "mlxdpo.machine.device",
     "versions": "mlxdpo.machine.device",
     "Example": "mlxdpo.types",
+    "finished": "mlxdpo.inference.generate",
     "generate": "mlxdpo.inference.generate",
 }
 __all__ = sorted(NAMES)  # pyright: ignore[reportUnsupportedDunderAll]

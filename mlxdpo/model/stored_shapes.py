@@ -34,8 +34,9 @@ def check_kinds(config: Mapping[str, Any], name: str) -> None:
     """Raise `UserError` for a number of `config` that is none, or no token id, and is used once the model computes."""
     for key in ("rope_theta", "rope_local_base_freq"):
         value = config.get(key)
-        by_layer = isinstance(value, list) and config.get("model_type") in ROPE_BY_LAYER
-        bases = value if by_layer else [] if value is None else [value]
+        bases = [] if value is None else [value]
+        if isinstance(value, list) and config.get("model_type") in ROPE_BY_LAYER:
+            bases = value
         if any(isinstance(base, bool) or not isinstance(base, int | float) for base in bases):
             raise UserError(f"{name}: config.json says `{key}` {str(value)[:40]!r}, expected a number")
     ends = config.get("eos_token_id")

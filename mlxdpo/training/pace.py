@@ -10,10 +10,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
-from mlxdpo.training.plan import clock, make_plan
-from mlxdpo.training.step import CompiledFns, TrainState, make_optimizer, train_step, weights_restored
+import numpy as np
+
+from mlxdpo.config import Config
+from mlxdpo.data.dataset import Dataset
+from mlxdpo.io.progress import clock
+from mlxdpo.model.adapters import attach_lora, with_adapter
+from mlxdpo.model.policy import load_policy
+from mlxdpo.training import preflight
+from mlxdpo.training.plan import make_plan
+from mlxdpo.training.stages import stage_of
+from mlxdpo.training.step import (
+    CompiledFns,
+    ReferencedPairs,
+    TrainState,
+    make_optimizer,
+    train_step,
+    weights_restored,
+)
 
 MEASURED = 2  # steps of one batch that are timed
 SPENT = 0.9  # of the minutes that steps may take; probes, evaluations and checkpoints take the rest
@@ -44,6 +61,29 @@ def measure_pace(state: TrainState, should_stop: Callable[[], bool]) -> Pace | N
     pairs = [sum(map(len, state.plan.batches(step))) for step in range(state.plan.steps)]
     a_pair = seconds / len(batch[0])
     return Pace(a_pair * pairs[0], a_pair * sum(pairs))
+
+
+def pace_of(config: Config, data: Dataset) -> Pace:
+    """The pace of a recipe whose epochs are numbers, without a run: the model is loaded, no reference is scored.
+
+    Raises the `UserError`s of loading a model.
+    """
+    stage, policy = stage_of(config), load_policy(config.model)
+    config = with_adapter(config, policy.model)
+    loss, plan = stage.loss(config), make_plan(config, data.train, data.heldout)
+    forward, _ = preflight.choose_forward(policy.model, data, plan, config)
+    if config.model.adapter is None:
+        attach_lora(policy.model, config.lora, config.train.seed)
+    stage.attach(policy.model)
+    forward = stage.forward(preflight.with_details(forward, loss, config), config)
+    columns = 4 if "shared" in loss.needs else 2
+    pairs = ReferencedPairs(data.train, np.zeros((len(data.train), columns), np.float32), plan.shapes)
+    optimizer = make_optimizer(config.optim)
+    found = measure_pace(
+        TrainState(config, stage, policy.model, optimizer, loss, plan, pairs, pairs, Path(), forward), lambda: False
+    )
+    assert found is not None  # nobody asked it to stop
+    return found
 
 
 def within_minutes(state: TrainState, pace: Pace) -> tuple[TrainState, str]:

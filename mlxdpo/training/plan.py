@@ -282,10 +282,3 @@ class BatchLayout(NamedTuple):
         if self.whole:
             return self.rows * (self.shared + self.width)
         return self.prompts * self.shared + (self.rest if self.packed else self.rows * self.width)
-
-
-def clock(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

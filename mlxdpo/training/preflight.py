@@ -19,12 +19,13 @@ from mlxdpo.forward.levels import PLAIN, Level, offered_levels
 from mlxdpo.forward.logprobs import float32_activations, rounding_tolerance, score_pairs
 from mlxdpo.forward.patch_mlx_lm import unrolled_in
 from mlxdpo.forward.router_balance import check_routers
+from mlxdpo.io.progress import clock
 from mlxdpo.losses import Loss
 from mlxdpo.model.adapters import adapters_off, dropout_off
 from mlxdpo.model.limits import check_takes
 from mlxdpo.model.policy import Policy
 from mlxdpo.training.distributed import first_pairs
-from mlxdpo.training.plan import PlanSummary, TrainPlan, checked_pairs, clock, planned_batches, summarize_plan
+from mlxdpo.training.plan import PlanSummary, TrainPlan, checked_pairs, planned_batches, summarize_plan
 from mlxdpo.training.step import TrainState
 from mlxdpo.types import Batch, Example, Pairs, UserError
 

@@ -3,8 +3,9 @@
 An optimizer of Adam's kind moves each weight by about the rate at every step, whatever the gradient's size. So how far
 a run takes a model from its reference follows from its rates added up and from how well its steps agree. Both are
 measured here: a few steps on the run's own first batches, each rate chosen from what the ones before have moved, and
-after each the rewards of held-out pairs. Then everything is put back, and the run begins as if its recipe had named the
-rate.
+after each the rewards of training pairs that none of these steps takes. Held-out pairs are not looked at: `eval` scores
+them, and a rate that was chosen on them would flatter the run. Then everything is put back, and the run begins as if
+its recipe had named the rate.
 
 How far is far enough: an implicit reward is beta nats (arXiv 2305.18290 section 5), and the logistic loss tells two
 answers apart where their rewards differ by about 1. Rewards that differ by much less leave answers as they were; much
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlxdpo.config import Config
+from mlxdpo.data.examples import Examples
 from mlxdpo.data.planning import Indices
 from mlxdpo.training.loop import evaluate_heldout
 from mlxdpo.training.metrics import Scored, token_means
@@ -28,7 +30,6 @@ from mlxdpo.training.plan import schedule_share
 from mlxdpo.training.step import (
     CompiledFns,
     NonFiniteError,
-    ReferencedPairs,
     TrainState,
     make_optimizer,
     train_step,
@@ -36,22 +37,23 @@ from mlxdpo.training.step import (
 )
 from mlxdpo.types import Event
 
-GOAL = 1.0  # root mean square of held-out pairs' reward differences at the end of a run
-MOST_DRIFT = 0.3  # nats a token: root mean square of the log-ratios of held-out answers, about 0.05 nats of KL
+GOAL = 1.0  # root mean square of unseen pairs' reward differences at the end of a run
+MOST_DRIFT = 0.3  # nats a token: root mean square of the log-ratios of unseen answers, about 0.05 nats of KL
 SHARE = 0.15  # of the run's work that probes may take
 FEWEST, MOST = 3, 8  # probe steps
 PROBED = 0.15  # of the way that probes go
-WORSE = 0.01  # nats: a rise of held-out loss within the probes that is no noise
+WORSE = 0.01  # nats: a rise of the unseen pairs' loss within the probes that is no noise
 STEEPEST = 10.0  # times the rate before
-MEASURED = 16  # pairs that are scored after each
+MEASURED, FEWEST_MEASURED = 16, 4  # pairs that are scored after each: wanted, and at least
 FIRST = {"lora": 2e-5, "dora": 2e-5, "full": 1e-6}  # rate of the first step
 USUAL = {"lora": 2e-3, "dora": 2e-3, "full": 1e-4}  # rates added up over a run that is too short for probes
 """What an untried run of LoRA adds up to: 1e-4 over 40 steps of a cosine, the middle of published LoRA-DPO recipes."""
+FAR = 10.0  # times usual, or less than it by as much: SmolLM2 answered as before at 1/50, and broke at 10 and more
 LEAST_RATE, LARGEST_RATE = 1e-7, 2e-3
 
 
 class Moved(NamedTuple):
-    """What held-out pairs show after steps whose rates add up to `rates`.
+    """What unseen pairs show after steps whose rates add up to `rates`.
 
     `rewards` is the root mean square of their reward differences, `per_token` of their log-ratios a token, nats;
     `loss` their mean loss.
@@ -64,29 +66,50 @@ class Moved(NamedTuple):
 
 
 class ProbePlan(NamedTuple):
-    """Steps of one batch each, and the batches of the pairs that are scored after each."""
+    """The batch of each probe step, and batches of training pairs that are scored after each.
 
-    steps: int
-    measured: ReferencedPairs
-    batches: list[Indices]
-
-
-def probe_plan(state: TrainState) -> ProbePlan | None:
-    """The probes that `SHARE` of the run pays for; None where it pays for fewer than `FEWEST` steps.
-
-    A pair's step counts as three of its forward passes.
+    No prompt is in both.
     """
-    source, batches = (
-        (state.heldout, state.plan.heldout) if state.heldout.examples else (state.train, state.plan.training)
-    )
-    taken: list[Indices] = []
-    while batches and sum(map(len, taken)) < MEASURED and len(taken) < len(batches):
-        taken.append(batches[-1 - len(taken)])  # of training pairs the last: probe steps take the first
-    measured = sum(map(len, taken))
+
+    steps: list[Indices]
+    measured: list[Indices]
+
+
+def probe_plan(state: TrainState) -> ProbePlan | str:
+    """The probes of a run, or why there are none: `SHARE` of the run pays for fewer than `FEWEST` steps, or fewer than
+    `FEWEST_MEASURED` of its pairs have other prompts than those steps.
+
+    A pair's step counts as three of its forward passes. Steps are left out before fewer than `MEASURED` pairs are
+    scored after each.
+    """
     passes = sum(len(batch) for step in range(state.plan.steps) for batch in state.plan.batches(step))
-    each = 3 * state.config.train.batch_size + measured
-    steps = min(MOST, int(SHARE * 3 * passes / each))
-    return None if steps < FEWEST else ProbePlan(steps, source, taken)
+    few = False
+    for steps in range(min(MOST, state.plan.steps), FEWEST - 1, -1):
+        wanted = MEASURED if steps > FEWEST else FEWEST_MEASURED
+        affordable = int(SHARE * 3 * passes / steps) - 3 * state.config.train.batch_size
+        if affordable < wanted:
+            continue
+        taken = [state.plan.batches(step)[0] for step in range(steps)]
+        unseen = _unseen_batches(state, taken, min(MEASURED, affordable))
+        if sum(map(len, unseen)) >= FEWEST_MEASURED:
+            return ProbePlan(taken, unseen)
+        few = True
+    if few:
+        return f"too few training pairs to measure probes on, {FEWEST_MEASURED} with other prompts than theirs"
+    return f"{state.plan.steps} steps are too few to pay for probes"
+
+
+def _unseen_batches(state: TrainState, taken: Sequence[Indices], most: int) -> list[Indices]:
+    """Batches of the first pass, its last first, without the prompts of the batches `taken`: `most` pairs or fewer."""
+    prompts = Examples.of(state.train.examples).prompt_numbers
+    seen = {prompts[pair] for batch in taken for pair in batch}
+    found: list[Indices] = []
+    for batch in reversed(state.plan.training):
+        left = tuple(pair for pair in batch if prompts[pair] not in seen)[:most]
+        if left:
+            found.append(left)
+            most -= len(left)
+    return found
 
 
 class ChosenRate(NamedTuple):
@@ -113,8 +136,8 @@ def choose_rate(state: TrainState, should_stop: Callable[[], bool]) -> Generator
     call this alike.
     """
     plan, usual = probe_plan(state), usual_rate(state.config, state.plan.steps)
-    if plan is None:
-        return ChosenRate(usual, (), f"what is usual for {state.plan.steps} steps, too few to pay for probes")
+    if isinstance(plan, str):
+        return ChosenRate(usual, (), f"what is usual for {state.plan.steps} steps, because {plan}")
     probes = yield from _probe_steps(state, plan, should_stop)
     if probes is None:
         return None
@@ -127,6 +150,17 @@ def choose_rate(state: TrainState, should_stop: Callable[[], bool]) -> Generator
 def usual_rate(config: Config, steps: int) -> float:
     """The peak rate of a run of so many steps that is not probed: its rates add up to `USUAL`."""
     return _within(USUAL[config.lora.method] / _schedule_sum(config, steps))
+
+
+def rates_note(config: Config, steps: int) -> str:
+    """Whether steps times rate can move a model at all; empty where the rate is still open or within what is usual."""
+    if config.optim.lr == "auto" or config.optim.name == "sgd":
+        return ""
+    total, usual = config.optim.lr * _schedule_sum(config, steps), USUAL[config.lora.method]
+    said = f"{steps} steps at {config.optim.lr:g} add up to {total:.2g}, usual is about {usual:g}"
+    if total < usual / FAR:
+        return f"{said}: expect no visible change; optim.lr auto finds a rate, more epochs help too"
+    return f"{said}: expect broken answers; optim.lr auto finds a rate" if total > usual * FAR else ""
 
 
 def _schedule_sum(config: Config, steps: int) -> float:
@@ -142,26 +176,25 @@ def _within(rate: float) -> float:
 def _probe_steps(
     state: TrainState, plan: ProbePlan, should_stop: Callable[[], bool]
 ) -> Generator[Event, None, list[Moved] | None]:
-    heldout = replace(state.plan, heldout=plan.batches)
-    probing = replace(state, plan=heldout, heldout=plan.measured, optimizer=make_optimizer(state.config.optim))
+    measured = replace(state.plan, heldout=plan.measured)
+    probing = replace(state, plan=measured, heldout=state.train, optimizer=make_optimizer(state.config.optim))
     rate, total = FIRST[state.config.lora.method], 0.0
     found: list[Moved] = []
     with weights_restored(state.model):
         fns = CompiledFns(probing)
         before = measure(probing, fns) if "reference" not in state.loss.needs else None
-        for step in range(plan.steps):
-            batches = state.plan.batches(step % state.plan.steps)[:1]
+        for step, batch in enumerate(plan.steps):
             total += rate
             try:
-                if train_step(probing, fns, batches, step, rate, should_stop) is None:
+                if train_step(probing, fns, [batch], step, rate, should_stop) is None:
                     return None
                 found.append(_moved(probing, measure(probing, fns), before, total))
             except NonFiniteError:
                 if not found:
                     raise
                 break  # too far; the steps before have shown enough
-            yield Event("probe", 0, {"done": step + 1, "total": plan.steps, "lr": rate, **found[-1]._asdict()})
-            rate = next_rate(found, plan.steps)
+            yield Event("probe", 0, {"done": step + 1, "total": len(plan.steps), "lr": rate, **found[-1]._asdict()})
+            rate = next_rate(found, len(plan.steps))
     return found
 
 
@@ -186,11 +219,11 @@ def rates_to_goal(found: Sequence[Moved]) -> tuple[float, str]:
     Distance is taken to grow in proportion to them: on SmolLM2 it grows with a power of them, 0.85 (near) to 1.1 (far).
     """
     last, goal = found[-1], 1.0
-    why = f"rewards of held-out pairs come to differ by about {GOAL:g}"
+    why = f"rewards of pairs it has not trained on come to differ by about {GOAL:g}"
     if last.per_token / MOST_DRIFT > last.rewards / GOAL:
-        why = f"held-out answers come to be about {MOST_DRIFT:g} nats a token from the reference"
+        why = f"answers it has not trained on come to be about {MOST_DRIFT:g} nats a token from the reference"
     if last.loss > found[0].loss + WORSE:
-        goal, why = 0.5, f"{why}, half of that because held-out loss rose from {found[0].loss:.3f} to {last.loss:.3f}"
+        goal, why = 0.5, f"{why}, half of that because their loss rose from {found[0].loss:.3f} to {last.loss:.3f}"
     return last.rates * goal / way(last), f"at it {why} ({len(found)} probe steps)"
 
 

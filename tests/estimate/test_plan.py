@@ -25,6 +25,7 @@ from mlxdpo.model.policy import load_policy
 from mlxdpo.model.skeleton import dora_extra, make_trainable, read_header, read_skeleton
 from mlxdpo.training.plan import BatchLayout, planned_batch
 from mlxdpo.types import Example, UserError
+from mlxdpo_eval.metrics.sequential import minimum_detectable
 
 METHODS = [{}, {"rank": 3, "layers": 1, "keys": ["self_attn.q_proj"]}, {"method": "full"}]
 
@@ -156,6 +157,24 @@ def test_on_the_command_line(tmp_path, cache, capsys):
     assert run([*line, "--train.batch-size", "1"]) == 0
     said = capsys.readouterr().out
     assert "optimizer steps; longest row" in said and "it fits" in said and "distinct rows" in said
+
+
+def test_it_says_what_held_out_prompts_can_show_and_how_long_it_takes(tmp_path, cache, capsys):
+    write_model(tmp_path / "model", chatml_tokenizer())
+    write_pairs(tmp_path / "pairs.jsonl", 40)
+    line = ["plan", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "pairs.jsonl")]
+    line += ["--data.eval-fraction", "0.5", "--optim.lr", "5e-6", "--train.epochs", "1"]
+    assert run([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pairs"] + found["heldout"] == 40 and found["seconds"] is None
+    assert found["detectable"] == minimum_detectable(found["heldout_prompts"])
+    assert run([*line, "--measure"]) == 0
+    said = capsys.readouterr().out
+    assert f"they can show an accuracy or win rate of {found['detectable']:.2f}" in said
+    assert "expect no visible change" in said and "training takes about 0:0" in said
+    assert run([*line[:5], "--data.eval-fraction", "0", "--measure", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["detectable"] is None and found["warning"] is None and found["seconds"] > 0
 
 
 def test_advice_is_printed(tmp_path, cache, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """`optim.lr: auto`: what probes find, that they leave nothing behind, that the recipe they settle repeats the run."""
 
+import json
 import math
 from collections import Counter
 
@@ -11,7 +12,7 @@ from mlxdpo.config import OptimConfig, TrainConfig, load_config
 from mlxdpo.runs import Run
 from mlxdpo.training import rate_probe
 from mlxdpo.training.plan import chosen_epochs, schedule_share, settled
-from mlxdpo.training.rate_probe import GOAL, MOST_DRIFT, PROBED, Moved, next_rate, rates_to_goal, way
+from mlxdpo.training.rate_probe import GOAL, MOST_DRIFT, PROBED, Moved, next_rate, rates_note, rates_to_goal, way
 from mlxdpo.training.run import train
 
 AUTO = {"lr": "auto", "warmup": 0.1}
@@ -51,8 +52,56 @@ def test_probes_cost_no_more_than_their_share(found):
     probes = [event.values for event in found[1] if event.kind == "probe"]
     assert rate_probe.FEWEST <= kinds["probe"] == probes[0]["total"] <= rate_probe.MOST
     pairs = found[2].manifest()["data"]
-    each = 3 * found[0].train.batch_size + min(rate_probe.MEASURED, pairs["heldout"])
+    each = 3 * found[0].train.batch_size + rate_probe.FEWEST_MEASURED
     assert kinds["probe"] * each <= rate_probe.SHARE * 3 * pairs["pairs"] * LONG["epochs"]
+
+
+@pytest.fixture
+def watched(tmp_path, cache, monkeypatch):
+    """What probes of a run are given: a function from a recipe to pairs of each step, pairs measured, all events."""
+    seen = {"steps": [], "measured": []}
+    step, evaluate = rate_probe.train_step, rate_probe.evaluate_heldout
+
+    def watched_step(state, fns, batches, *rest):
+        seen["steps"] += [state.train.examples[i] for batch in batches for i in batch]
+        return step(state, fns, batches, *rest)
+
+    def watched_evaluation(state, fns):
+        seen["measured"] += [state.heldout.examples[i] for batch in state.plan.heldout for i in batch]
+        seen["training"] = state.heldout is state.train
+        return evaluate(state, fns)
+
+    monkeypatch.setattr(rate_probe, "train_step", watched_step)
+    monkeypatch.setattr(rate_probe, "evaluate_heldout", watched_evaluation)
+    return lambda config: (seen, finish(config))
+
+
+@pytest.mark.parametrize("data", [{}, {"group": "none"}])
+def test_probes_measure_training_pairs_that_no_probe_step_has_seen(tmp_path, watched, data):
+    """Neither the pairs that `eval` scores nor those that the steps took, nor others of their prompts."""
+    rows = [json.loads(line) for line in write_pairs(tmp_path / "pairs.jsonl", 40).read_text().splitlines()]
+    for number, row in enumerate(rows):  # two pairs of each prompt
+        row["prompt"] = rows[number // 2 * 2]["prompt"]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = recipe(tmp_path, "run", optim=AUTO, data={"eval_fraction": 0.2} | data, train=LONG)
+    seen, events = watched(config)
+    assert seen["training"] and Counter(event.kind for event in events)["probe"] >= rate_probe.FEWEST
+    text = lambda examples: {tuple(example.prompt) for example in examples}  # noqa: E731
+    assert seen["steps"] and len(seen["measured"]) >= rate_probe.FEWEST_MEASURED
+    assert not text(seen["steps"]) & text(seen["measured"])
+
+
+def test_too_few_training_pairs_to_measure_on_mean_the_usual_rate(tmp_path, watched):
+    """Twelve pairs in steps of four: three probe steps would take them all."""
+    write_pairs(tmp_path / "pairs.jsonl", 12)
+    config = recipe(tmp_path, "few", optim=AUTO, train={"epochs": 20.0, "eval_every": 0, "gradient_accumulation": 1})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": 4})})
+    seen, events = watched(config)
+    assert not seen["steps"]
+    notes = [e.values["text"] for e in events if e.kind == "note"]
+    assert any("too few training pairs to measure probes on" in text for text in notes)
+    run = Run.open(config.out)
+    assert run.config().optim.lr == rate_probe.usual_rate(config, 60) == run.manifest()["rate"]["lr"]
 
 
 def test_the_goal_is_met_within_a_factor(tmp_path, cache):
@@ -66,7 +115,7 @@ def test_a_run_too_short_for_probes_takes_what_is_usual_and_says_so(tmp_path, ca
     config = auto(tmp_path, "short", train={"epochs": 1.0})
     events = finish(config)
     assert not [event for event in events if event.kind == "probe"]
-    assert any("too few to pay for probes" in e.values["text"] for e in events if e.kind == "note")
+    assert any("are too few to pay for probes" in e.values["text"] for e in events if e.kind == "note")
     run = Run.open(config.out)
     assert run.config().optim.lr == run.manifest()["rate"]["lr"] <= rate_probe.LARGEST_RATE
 
@@ -150,3 +199,10 @@ def test_epochs_of_a_run_are_written_as_a_number(tmp_path, cache):
     config = recipe(tmp_path, "open", train={"epochs": "auto"})
     finish(config)
     assert load_config(tmp_path / "open" / "config.yaml").train.epochs == 3.0
+
+
+def test_steps_times_rate_that_cannot_move_a_model_or_break_it_are_said():
+    note = lambda lr, steps: rates_note(load_config(None, {"optim": {"lr": lr}}), steps)  # noqa: E731
+    assert "17 steps at 5e-06 add up to 4.5e-05" in note(5e-6, 17) and "no visible change" in note(5e-6, 17)
+    assert note(1e-4, 40) == note("auto", 17) == ""
+    assert "broken answers" in note(1e-2, 40)

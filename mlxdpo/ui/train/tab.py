@@ -14,7 +14,7 @@ from typing import Any
 
 from mlxdpo.config import Config, load_config
 from mlxdpo.estimate.forecast import PARTS
-from mlxdpo.training.plan import clock
+from mlxdpo.io.progress import clock
 from mlxdpo.types import UserError
 from mlxdpo.ui import choices
 from mlxdpo.ui.guard import Guard

@@ -1,0 +1,37 @@
+"""How far along a long loop is, and how long the rest will take, said now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+EVERY = 10.0  # seconds between two lines
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def time_left(
+    items: Iterable[Item],
+    total: int,
+    doing: str,
+    say: Callable[[str], None],
+    now: Callable[[], float] = time.monotonic,
+) -> Iterator[Item]:
+    """Hand on `items`, of which there are `total`, and say "DOING: 40 of 240, about 1:10 left" every `EVERY` seconds.
+
+    The time left is what the rest takes at the pace so far. Nothing is said of a loop that is done sooner.
+    """
+    started = said = now()
+    for done, item in enumerate(items, 1):
+        yield item
+        here = now()
+        if done < total and here - said >= EVERY:
+            said = here
+            say(f"{doing}: {done} of {total}, about {clock((here - started) / done * (total - done))} left")
