@@ -33,8 +33,10 @@ class Making(Section):
     """Bits of the target `quantized`."""
     group_size: Literal[32, 64, 128] = 64
     """Weights that share a scale in the target `quantized`."""
-    gguf_type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
-    """Number type of the target `gguf`; auto is that of the weights."""
+    gguf_type: Literal[
+        "auto", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k"
+    ] = "auto"
+    """Number type of the target `gguf`; auto is that of the weights. Those with a k are packed by `llama-quantize`."""
 
     @field_validator("bits", "group_size", mode="before")
     @classmethod

@@ -46,6 +46,7 @@ EXPORTERS = {
     "fused": Exporter(_accepts, mlx.write_fused, mlx.reload_model, "finetune"),
     "quantized": Exporter(mlx.refuse_quantized, mlx.write_quantized, mlx.reload_model, "quantized"),
     "gguf": Exporter(gguf.refuse_gguf, gguf.write_gguf, gguf.reload_gguf, "quantized"),
+    "gguf-lora": Exporter(gguf.refuse_lora, gguf.write_lora, gguf.reload_lora, "adapter"),
 }
 # The Hub's libraries look at the root of a repository: transformers first (it would take a PEFT adapter beside its own
 # weights for the thing to load), then PEFT. Everything else is asked for by its folder.

@@ -126,7 +126,9 @@ def _replaced(by: mx.array, weight: mx.array) -> mx.array:
     return by.astype(mx.float32)
 
 
-GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
+GgufType = Literal[
+    "auto", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k"
+]
 # What travels with weights besides weights: never code, never what some tool left in the folder.
 SIDE = ("*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja", f"{NAMED_FOLDER}/*.jinja", "LICENSE*", "NOTICE*")
 NOT_SIDE = ("*.index.json", "adapter_config.json", "export.json", "hf_quant_config.json")
