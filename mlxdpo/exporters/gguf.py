@@ -93,7 +93,9 @@ def pack(plain: Path, target: Path, kind: str) -> None:
     done = subprocess.run([QUANTIZER, str(plain), str(target), kind.upper()], capture_output=True, text=True)
     if done.returncode or not target.is_file():
         last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
-        raise UserError(f"{QUANTIZER} stopped with status {done.returncode}: {last[0][:200]}; choose another --gguf-type")
+        raise UserError(
+            f"{QUANTIZER} stopped with status {done.returncode}: {last[0][:200]}; choose another --gguf-type"
+        )
 
 
 def convert_to_gguf(source: Path, target: Path, kind: str, name: str) -> str:
@@ -114,24 +116,26 @@ def convert_to_gguf(source: Path, target: Path, kind: str, name: str) -> str:
     write_shape(writer, model)
     write_tokenizer(writer, source, raw, model.config["vocab_size"])
     for stored, own in tensor_names(model.family.architecture, model.config["num_hidden_layers"], arrays).items():
-        exact = np.array(_there(model, stored, own, arrays.pop(stored)))
-        packs = exact.ndim > 1 and "ffn_gate_inp" not in own and (kind in KINDS.values() or exact.shape[-1] % BLOCK == 0)
+        exact = np.array(_to_llama_cpp(model, stored, own, arrays.pop(stored)))
+        packs = (
+            exact.ndim > 1 and "ffn_gate_inp" not in own and (kind in KINDS.values() or exact.shape[-1] % BLOCK == 0)
+        )
         number = getattr(gguf.GGMLQuantizationType, kind.upper() if packs else "F32")
         writer.add_tensor(own, gguf.quants.quantize(exact, number), raw_dtype=number)
     if (factors := frequency_factors(model.raw)) is not None:
         writer.add_tensor(ROPE_FACTORS, factors)
-    _finish(writer)
+    _write_file(writer)
     return kind
 
 
-def _finish(writer: Any) -> None:
+def _write_file(writer: Any) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _there(model: Described, stored: str, own: str, array: mx.array) -> mx.array:
+def _to_llama_cpp(model: Described, stored: str, own: str, array: mx.array) -> mx.array:
     """A parameter of mlx-lm's in llama.cpp's order and offset, float32."""
     array = array.astype(mx.float32)
     if heads := reordered_heads(model.family, model.config, own):
@@ -141,8 +145,8 @@ def _there(model: Described, stored: str, own: str, array: mx.array) -> mx.array
     return array + model.family.offset if stored.endswith("norm.weight") else array
 
 
-def _back(config: Mapping[str, Any], stored: str, own: str, array: mx.array) -> mx.array:
-    """The inverse of `_there`."""
+def _from_llama_cpp(config: Mapping[str, Any], stored: str, own: str, array: mx.array) -> mx.array:
+    """The inverse of `_to_llama_cpp`."""
     family = FAMILIES[config["model_type"]]
     if heads := reordered_heads(family, config, own):
         array = unpermute(array, heads)
@@ -173,7 +177,7 @@ def read_gguf(file: Path, original: Mapping[str, Any]) -> nn.Module:
         wanted = [name for name in wanted if not name.endswith("lm_head.weight")]
         model.sanitize({}) if "lm_head" in model else None  # gemma 3 drops its head when it sees no weights of one
     names = tensor_names(FAMILIES[config["model_type"]].architecture, config["num_hidden_layers"], wanted)
-    found = [(name, _back(config, name, own, arrays.pop(own))) for name, own in names.items()]
+    found = [(name, _from_llama_cpp(config, name, own, arrays.pop(own))) for name, own in names.items()]
     if arrays:
         raise UserError(f"{file}: no place for {', '.join(sorted(arrays)[:3])} in a {config['model_type']} model")
     model.load_weights(found)
@@ -220,7 +224,7 @@ def write_lora(source: ExportSource, folder: Path) -> str | None:
             b = permute(b, heads)
         writer.add_tensor(f"{own}.lora_a", np.array(a))
         writer.add_tensor(f"{own}.lora_b", np.array(b))
-    _finish(writer)
+    _write_file(writer)
     note = f"goes on top of a GGUF of {source.base_name}; nothing is rounded"
     return f"{note} (trained on packed weights, measured on unpacked ones)" if source.quantised else note
 

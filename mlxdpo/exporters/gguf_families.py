@@ -1,8 +1,8 @@
 """What llama.cpp calls a model's settings and tensors: one table of keys, and per family what it takes for granted.
 
 Tensor names are those of the gguf package's own map, asked with mlx-lm's names. The same names and keys serve writing
-and reading back. Where llama.cpp computes with a value that a file has no place for, the family `assumes` it: a model
-with another value is refused, and a file is read back with that one.
+and reading back. Where llama.cpp computes with a value that a file has no place for, the family lists it as assumed: a
+model with another value is refused, and a file is read back with that one.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ FAMILIES = {
     "gemma": Family("gemma", offset=1.0),
     "gemma2": Family("gemma2", (*WINDOW, *CAPS), _head, offset=1.0),
     "gemma3_text": Family(
-        "gemma3", (*WINDOW, "sliding_window_pattern"), lambda c: _head(c) | {"rope_local_base_freq": 10000.0}, offset=1.0
+        "gemma3",
+        (*WINDOW, "sliding_window_pattern"),
+        lambda c: _head(c) | {"rope_local_base_freq": 10000.0},
+        offset=1.0,
     ),
     "phi3": Family("phi3", ("original_max_position_embeddings", *WINDOW)),
 }

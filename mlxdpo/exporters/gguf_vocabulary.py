@@ -57,12 +57,15 @@ def _split_step(step: Mapping[str, Any]) -> str:
 def is_sentencepiece(specification: Mapping[str, Any]) -> bool:
     """Whether a parsed `tokenizer.json` is SentencePiece's pairs: bytes as a last resort, spaces as U+2581."""
     model = specification["model"]
-    return model["type"] == "BPE" and bool(model.get("byte_fallback")) and "\u2581" in json.dumps(
-        [specification.get("normalizer"), specification.get("pre_tokenizer")], ensure_ascii=False
+    return (
+        model["type"] == "BPE"
+        and bool(model.get("byte_fallback"))
+        and "\u2581"
+        in json.dumps([specification.get("normalizer"), specification.get("pre_tokenizer")], ensure_ascii=False)
     )
 
 
-def load_tokenizer(folder: Path) -> tuple[Any, dict[str, Any]]:
+def tokenizer_and_rules(folder: Path) -> tuple[Any, dict[str, Any]]:
     """A folder's tokenizer, and its parsed `tokenizer.json` (made by transformers where only another form is there)."""
     from transformers import AutoTokenizer
 
@@ -73,7 +76,7 @@ def load_tokenizer(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 def refuse_tokenizer(folder: Path, name: str) -> None:
     """Raise `UserError` for a tokenizer that cannot be written so that llama.cpp splits text as it does."""
-    specification = load_tokenizer(folder)[1]
+    specification = tokenizer_and_rules(folder)[1]
     if rule_name(specification) is None and not is_sentencepiece(specification):
         raise UserError(
             f"gguf: the tokenizer of {name} splits text by a rule without a name in this converter (known: "
@@ -86,7 +89,7 @@ def write_tokenizer(writer: Any, folder: Path, raw: Mapping[str, Any], size: int
 
     `raw` is the folder's config.json.
     """
-    tokenizer, specification = load_tokenizer(folder)
+    tokenizer, specification = tokenizer_and_rules(folder)
     tokens, kinds = vocabulary(specification, size)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)

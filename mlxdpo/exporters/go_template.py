@@ -1,6 +1,6 @@
 """A chat template in the language of Ollama's Modelfile (Go's text/template), found by asking the Jinja template.
 
-Jinja cannot be translated line by line: Ollama's language has neither `trim` nor `raise_exception`. So the template is
+Jinja cannot be translated line by line: Ollama's language can neither trim nor refuse. So the template is
 asked to write small conversations; what it prints around the contents makes a `TurnTemplate`; and that is held against
 the template on random conversations. Where they differ in one, there is no Go template, and a sentence says where.
 
@@ -9,7 +9,6 @@ Turns alternate, as Ollama joins neighbours of one role before it fills a templa
 
 from __future__ import annotations
 
-import os.path
 import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,7 +21,20 @@ Render = Callable[[Sequence[Message]], str]
 
 MARKS = [f"Mark{i}kraM" for i in range(6)]
 CONVERSATIONS = 200
-WORDS = ("red", "Überraschung", "4:", "{{ .Content }}", '"quoted"', '"""', "a\nb", "\n\nlist:\n- 1", "`x`", "\\n", "%s", "文")
+WORDS = (
+    "red",
+    "Überraschung",
+    "4:",
+    "{{ .Content }}",
+    '"quoted"',
+    '"""',
+    "a\nb",
+    "\n\nlist:\n- 1",
+    "`x`",
+    "\\n",
+    "%s",
+    "文",
+)
 
 
 class TurnTemplate(NamedTuple):
@@ -53,7 +65,7 @@ class TurnTemplate(NamedTuple):
 def learn_template(render: Render, seed: int = 0) -> TurnTemplate:
     """What `render` writes around contents. Raises `UserError` where that is not all that it does."""
     try:
-        found = _learn(render)
+        found = _learn_turns(render)
     except BadRow as bad:
         raise UserError(f"ollama: {bad.sentence}; there is no Go template for it, export --to gguf") from None
     for turns in random_conversations(CONVERSATIONS, found, seed):
@@ -62,7 +74,7 @@ def learn_template(render: Render, seed: int = 0) -> TurnTemplate:
         except BadRow as bad:
             raise UserError(f"ollama: {bad.sentence}; there is no Go template for it, export --to gguf") from None
         if (got := found.render(turns)) != wanted:
-            at = len(os.path.commonprefix([got, wanted]))
+            at = len(_shared_start([got, wanted]))
             raise UserError(
                 f"ollama: the chat template does more than to put text around turns (it writes "
                 f"{wanted[at : at + 40]!r} where {got[at : at + 40]!r} was expected), which has no form in a "
@@ -71,16 +83,15 @@ def learn_template(render: Render, seed: int = 0) -> TurnTemplate:
     return found
 
 
-def _learn(render: Render) -> TurnTemplate:
+def _learn_turns(render: Render) -> TurnTemplate:
     roles = ["user", "assistant", "user", "assistant", "user"]
-    first, answer, second, _, last = _between(render, roles)[:5]
-    end = _between(render, roles)[5]
+    first, answer, second, _, _, end = _around_contents(render, roles)
     try:
-        outside, inside = _between(render, ["system", "user"])[:2]
+        outside, inside = _around_contents(render, ["system", "user"])[:2]
     except BadRow:
         outside = inside = None
     same = [first, second] + ([inside] if inside is not None else [])
-    shared = _common_suffix(same)
+    shared = _shared_end(same)
     after_answer = second.removesuffix(shared)
     # Where to cut between a question's end and the answer's header is free: at the end of a turn, where it is the same.
     after_question = after_answer if answer.startswith(after_answer) and end.startswith(after_answer) else ""
@@ -96,7 +107,7 @@ def _learn(render: Render) -> TurnTemplate:
     )
 
 
-def _between(render: Render, roles: Sequence[str]) -> list[str]:
+def _around_contents(render: Render, roles: Sequence[str]) -> list[str]:
     """What is printed before, between and after the contents of turns of these roles."""
     text = render([Message(role, MARKS[i]) for i, role in enumerate(roles)])
     parts = []
@@ -108,24 +119,29 @@ def _between(render: Render, roles: Sequence[str]) -> list[str]:
     return [*parts, text]
 
 
-def _common_suffix(texts: Sequence[str]) -> str:
-    return os.path.commonprefix([text[::-1] for text in texts])[::-1]
+def _shared_start(texts: Sequence[str]) -> str:
+    count = next((i for i, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1), None)
+    return texts[0][: min(map(len, texts)) if count is None else count]
+
+
+def _shared_end(texts: Sequence[str]) -> str:
+    return _shared_start([text[::-1] for text in texts])[::-1]
 
 
 def random_conversations(count: int, template: TurnTemplate, seed: int) -> list[list[Message]]:
     """Conversations that end with a question: of 1 to 4 questions, half with a system turn where there may be one."""
     rng = random.Random(seed)
-    return [_conversation(rng, template) for _ in range(count)]
+    return [_random_turns(rng, template) for _ in range(count)]
 
 
-def _conversation(rng: random.Random, template: TurnTemplate) -> list[Message]:
-    turns = [Message("system", _words(rng))] if template.system and rng.random() < 0.5 else []
+def _random_turns(rng: random.Random, template: TurnTemplate) -> list[Message]:
+    turns = [Message("system", _random_text(rng))] if template.system and rng.random() < 0.5 else []
     for _ in range(rng.randrange(4)):
-        turns += [Message("user", _words(rng)), Message("assistant", _words(rng))]
-    return [*turns, Message("user", _words(rng))]
+        turns += [Message("user", _random_text(rng)), Message("assistant", _random_text(rng))]
+    return [*turns, Message("user", _random_text(rng))]
 
 
-def _words(rng: random.Random) -> str:
+def _random_text(rng: random.Random) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 6))).strip()
 
 
@@ -135,14 +151,17 @@ def go_template(template: TurnTemplate) -> str:
     A system message goes before the first question where the model's own template has no place for one: Go's language
     has no way to refuse it.
     """
-    start, header = _literal(template.start), _literal(template.header)
-    user, answer = (tuple(map(_literal, around)) for around in (template.user, template.assistant))
+    start, header = _go_literal(template.start), _go_literal(template.header)
+    user, answer = (tuple(map(_go_literal, around)) for around in (template.user, template.assistant))
     if template.system is None:
-        system, lead = "", "{{ if and $.System (eq $i 1) (eq (index $.Messages 0).Role `system`) }}{{ $.System }}\n\n{{ end }}"
+        system, lead = (
+            "",
+            "{{ if and $.System (eq $i 1) (eq (index $.Messages 0).Role `system`) }}{{ $.System }}\n\n{{ end }}",
+        )
         begin = start
         question = f"{user[0]}{lead}{{{{ .Content }}}}{user[1]}"
     else:
-        before, after = map(_literal, template.system)
+        before, after = map(_go_literal, template.system)
         system = f"{{{{ if eq .Role `system` }}}}{before}{{{{ .Content }}}}{after}{{{{ end }}}}"
         begin = f"{{{{ if ne (index .Messages 0).Role `system` }}}}{start}{{{{ end }}}}" if start else ""
         question = f"{user[0]}{{{{ .Content }}}}{user[1]}"
@@ -156,10 +175,10 @@ def go_template(template: TurnTemplate) -> str:
     )
 
 
-def _literal(text: str) -> str:
+def _go_literal(text: str) -> str:
     """Text as a template prints it; what the language or the Modelfile would read otherwise, as a quoted string."""
     plain = all(letter.isprintable() or letter == "\n" for letter in text) and "{{" not in text and '"""' not in text
     if plain or not text:
         return text
     quoted = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return "{{ \"" + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted) + '" }}'
+    return '{{ "' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted) + '" }}'

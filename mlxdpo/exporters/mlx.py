@@ -44,6 +44,16 @@ def reload_adapter(source: ExportSource, folder: Path) -> nn.Module:
     return load(str(source.folder), adapter_path=str(folder), lazy=True)[0]
 
 
+def write_served(source: ExportSource, folder: Path) -> str | None:
+    """What `mlx_lm.server` loads: the adapter, or after full fine-tuning the whole model."""
+    return write_fused(source, folder) if source.method == "full" else write_adapter(source, folder)
+
+
+def reload_served(source: ExportSource, folder: Path) -> nn.Module:
+    """The same, by the loader that the server has."""
+    return reload_model(source, folder) if source.method == "full" else reload_adapter(source, folder)
+
+
 def write_fused(source: ExportSource, folder: Path) -> str | None:
     """One MLX model with the tune inside; packed layers that were not trained keep their codes, byte for byte."""
     model, config = fused(source)

@@ -45,10 +45,10 @@ def turn_template(source: ExportSource) -> TurnTemplate:
     writer = writer_of(source)
     if not writer.chat or source.trained.config.data.template == "plain":
         raise UserError("ollama: the run was trained without a chat template; export --to gguf")
-    return without_bos(learn_template(partial(_prompt, writer)), writer)
+    return without_bos(learn_template(partial(_rendered_prompt, writer)), writer)
 
 
-def _prompt(writer: Writer, turns: Sequence[Message]) -> str:
+def _rendered_prompt(writer: Writer, turns: Sequence[Message]) -> str:
     return writer.render(turns, (), generate=True)
 
 
@@ -84,7 +84,9 @@ def write_ollama(source: ExportSource, folder: Path) -> str | None:
     text = modelfile(weights, template, stop_texts(source))
     (folder / MODELFILE).write_text(text, "utf-8")
     check_modelfile(text, template, stop_texts(source))
-    return f"{note}; not asked: files read back by Ollama's rules" + ("; contents are not trimmed" if template.trims else "")
+    return f"{note}; not asked: files read back by Ollama's rules" + (
+        "; contents are not trimmed" if template.trims else ""
+    )
 
 
 def modelfile(weights: Sequence[str], template: TurnTemplate, stops: Sequence[str]) -> str:
@@ -120,14 +122,14 @@ def parse_modelfile(text: str) -> list[Instruction]:
             if parameter is None:
                 raise UserError("Modelfile: PARAMETER without a name")
             name, rest = parameter[1], rest[parameter.end() :]
-        value, rest = _value(rest)
+        value, rest = _modelfile_value(rest)
         found.append(Instruction(name, value))
     if "from" not in (one.name for one in found):
         raise UserError("Modelfile: no FROM")
     return found
 
 
-def _value(rest: str) -> tuple[str, str]:
+def _modelfile_value(rest: str) -> tuple[str, str]:
     """A value, unquoted, and what follows. It ends at the first line end where its quotes are closed."""
     for at, letter in enumerate(rest + "\n"):
         if letter != "\n":
@@ -158,7 +160,9 @@ def create_command(folder: Path, name: str) -> list[str]:
 def refuse_run_without_tool() -> None:
     """Raise `UserError` where `--run` is asked for and there is no `ollama`."""
     if shutil.which(TOOL) is None:
-        raise UserError("--run: `ollama` is not on the PATH; install it, or drop --run and run the printed command later")
+        raise UserError(
+            "--run: `ollama` is not on the PATH; install it, or drop --run and run the printed command later"
+        )
 
 
 def create_model(folder: Path, name: str) -> None:

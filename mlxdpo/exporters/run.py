@@ -12,11 +12,13 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxdpo.exporters import gguf, hf, mlx, peft
+from mlxdpo.exporters import gguf, hf, lmstudio, mlx, modelfile, peft
+from mlxdpo.exporters.ask import ClientPrompt, ask_client, questions_of
 from mlxdpo.exporters.card import write_card
 from mlxdpo.exporters.record import CARD, RECORD, Exported, Target, write_record
-from mlxdpo.exporters.sections import REPO, Licences
+from mlxdpo.exporters.sections import Licences
 from mlxdpo.exporters.source import Choices, ExportSource
+from mlxdpo.exporters.usage import REPO
 from mlxdpo.exporters.verify import RunReference, measure_fidelity, run_reference
 from mlxdpo.inference.trained_run import TrainedRun, encode_pairs, heldout_pairs, open_trained_run
 from mlxdpo.io.atomic import asking_why
@@ -47,11 +49,15 @@ EXPORTERS = {
     "quantized": Exporter(mlx.refuse_quantized, mlx.write_quantized, mlx.reload_model, "quantized"),
     "gguf": Exporter(gguf.refuse_gguf, gguf.write_gguf, gguf.reload_gguf, "quantized"),
     "gguf-lora": Exporter(gguf.refuse_lora, gguf.write_lora, gguf.reload_lora, "adapter"),
+    "ollama": Exporter(modelfile.refuse_ollama, modelfile.write_ollama, modelfile.reload_ollama, "quantized"),
+    "lmstudio": Exporter(lmstudio.refuse_lmstudio, lmstudio.write_lmstudio, lmstudio.reload_lmstudio, "finetune"),
+    "server": Exporter(_accepts, mlx.write_served, mlx.reload_served, "adapter"),
 }
 # The Hub's libraries look at the root of a repository: transformers first (it would take a PEFT adapter beside its own
 # weights for the thing to load), then PEFT. Everything else is asked for by its folder.
 AT_ROOT = ("hf", "peft")
 DEFAULT_PAIRS = 32
+ALWAYS_ASKED, PROMPTS = ("server",), 20
 WAS = ".was"  # the earlier export, while a new one takes its place
 
 
@@ -62,6 +68,7 @@ def export(
     *,
     data: str | None = None,
     pairs: int = DEFAULT_PAIRS,
+    ask: int = 0,
     choices: Choices = Choices(),  # noqa: B008 (frozen)
     licences: Licences = Licences(),  # noqa: B008
     repo: str | None = None,
@@ -70,9 +77,10 @@ def export(
 ) -> Exported:
     """Write a run as the targets `to` below `out`, each reloaded and measured on held-out pairs before it is kept.
 
-    `pairs` held-out pairs (0: all) of `data`, or of the run's own. A target that fails the gate leaves no files unless
-    `force` is set; the record says so either way. `out` appears whole, in place of an earlier export, or not at all. It
-    holds a model card too, for the Hub repository `repo`; what the user wrote in an earlier card stays.
+    `pairs` held-out pairs (0: all) of `data`, or of the run's own. The client of each target is asked `ask` of their
+    prompts, where it is on this machine (`server` always; `exporters.ask`). A target that fails the gate leaves no
+    files unless `force` is set; the record says so either way. `out` appears whole, in place of an earlier export, or
+    not at all. It holds a model card too, for the Hub repository `repo`; what the user wrote in an earlier card stays.
     Raises `UserError`, before anything is written, for a target that this run cannot become.
     """
     names, out = _known_targets(to), Path(out)
@@ -82,14 +90,18 @@ def export(
     source = ExportSource(trained, choices)
     for name in names:
         EXPORTERS[name].refuse(source)
-    examples = _some(trained, rows, pairs)
+    rows, examples = _some(trained, rows, pairs)
+    questions = questions_of(source, rows, examples)
     say(f"measuring the run on {len(examples)} pairs of {where}")
     reference = run_reference(trained, examples)
     with staged_export(out) as folder:
         targets = {}
         for name in names:
             say(f"{name}: writing, loading again, measuring")
-            targets[name] = _make(name, source, reference, folder / target_folder(name, names), force)
+            count = ask or (PROMPTS if name in ALWAYS_ASKED else 0)
+            targets[name] = _make(
+                name, source, reference, folder / target_folder(name, names), force, questions[:count]
+            )
         exported = _describe(source, out, where, targets)
         write_record(exported, folder)
         if (out / CARD).exists():
@@ -120,10 +132,10 @@ def _check_out(out: Path) -> None:
         raise UserError(f"{out} holds something that is no earlier export; choose another --out")
 
 
-def _some(trained: TrainedRun, rows: list, pairs: int) -> list[Example]:
+def _some(trained: TrainedRun, rows: list, pairs: int) -> tuple[list, list[Example]]:
     """Every k-th of the held-out pairs, so that a sorted file is met all over."""
     chosen = rows if not pairs or pairs >= len(rows) else [rows[i * len(rows) // pairs] for i in range(pairs)]
-    return encode_pairs(trained, chosen)[1]
+    return encode_pairs(trained, chosen)[:2]
 
 
 def staged_export(out: Path) -> contextlib.AbstractContextManager[Path]:
@@ -140,7 +152,14 @@ def staged_export(out: Path) -> contextlib.AbstractContextManager[Path]:
     return staging_folder(out.parent, f".{out.name}-draft-", rescue)
 
 
-def _make(name: str, source: ExportSource, reference: RunReference, folder: Path, force: bool) -> Target:
+def _make(
+    name: str,
+    source: ExportSource,
+    reference: RunReference,
+    folder: Path,
+    force: bool,
+    questions: Sequence[ClientPrompt],
+) -> Target:
     folder.mkdir(exist_ok=True)
     before = set(_files(folder))
     exporter = EXPORTERS[name]
@@ -150,15 +169,18 @@ def _make(name: str, source: ExportSource, reference: RunReference, folder: Path
     fidelity = measure_fidelity(reference, artefact, force)
     del artefact
     mx.clear_cache()
+    asked = ask_client(source, name, folder, questions) if fidelity.passed else None
+    if asked is not None and asked.reason is not None:
+        fidelity = fidelity._replace(passed=False, reason=asked.reason, forced=force)
     files = {path: size for path, size in _files(folder).items() if path not in before}
     at = folder.name if folder.name == name else "."
     if fidelity.passed or fidelity.forced:
-        return Target(at, files, _relation(name, source), fidelity, note)
+        return Target(at, files, _relation(name, source), fidelity, note, asked=asked and asked._asdict())
     for path in files:
         (folder / path).unlink()
     if at != ".":
         shutil.rmtree(folder)
-    return Target(at, {}, _relation(name, source), fidelity, note, kept=False)
+    return Target(at, {}, _relation(name, source), fidelity, note, False, asked and asked._asdict())
 
 
 def _files(folder: Path) -> dict[str, int]:

@@ -190,12 +190,16 @@ def _array_digest(array: mx.array) -> bytes:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user may choose. `base` is the full-precision model that a quantised run is put onto."""
+    """What the user may choose. `base` is the full-precision model that a quantised run is put onto; `ollama_base` one
+    of Ollama's, for the adapter alone; `publisher` the folder of LM Studio's that a model lies in."""
 
     base: str | None = None
     bits: int = 4
     group_size: int = 64
     gguf_type: GgufType = "auto"
+    ollama_base: str | None = None
+    lmstudio: Literal["mlx", "gguf"] = "mlx"
+    publisher: str = "mlxdpo"
 
 
 @dataclass(frozen=True)
