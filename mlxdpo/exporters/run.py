@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,11 +15,11 @@ import mlx.nn as nn
 from mlxdpo.exporters import gguf, hf, lmstudio, mlx, modelfile, peft
 from mlxdpo.exporters.ask import ClientPrompt, ask_client, questions_of
 from mlxdpo.exporters.card import write_card
-from mlxdpo.exporters.record import CARD, RECORD, Exported, Target, write_record
+from mlxdpo.exporters.record import CARD, RECORD, Exported, Fidelity, Target, write_record
 from mlxdpo.exporters.sections import Licences
 from mlxdpo.exporters.source import Choices, ExportSource
 from mlxdpo.exporters.usage import REPO
-from mlxdpo.exporters.verify import RunReference, measure_fidelity, run_reference
+from mlxdpo.exporters.verify import RunReference, measure_fidelity, measure_on_packed_base, run_reference
 from mlxdpo.inference.trained_run import TrainedRun, encode_pairs, heldout_pairs, open_trained_run
 from mlxdpo.io.atomic import asking_why
 from mlxdpo.io.staging import publish_folder, staging_folder
@@ -27,14 +27,21 @@ from mlxdpo.machine.device import versions
 from mlxdpo.runs import Run
 from mlxdpo.types import Example, UserError
 
+Write = Callable[[ExportSource, Path], str | None]
+
 
 class Exporter(NamedTuple):
-    """One kind of artefact: what it refuses, how it is written into an empty folder, how it is loaded back."""
+    """One kind of artefact: what it refuses, how it is written into an empty folder, how it is loaded back.
+
+    `others` are further ways to write it, by name, tried when the gate (`measure`) refuses the first.
+    """
 
     refuse: Callable[[ExportSource], None]
-    write: Callable[[ExportSource, Path], str | None]
+    write: Write
     reload: Callable[[ExportSource, Path], nn.Module]
     relation: str
+    others: Callable[[ExportSource], Mapping[str, Write]] = lambda source: {}
+    measure: Callable[[RunReference, nn.Module, bool], Fidelity] = measure_fidelity
 
 
 def _accepts(source: ExportSource) -> None:
@@ -46,7 +53,14 @@ EXPORTERS = {
     "peft": Exporter(peft.refuse_peft, peft.write_peft, peft.reload_peft, "adapter"),
     "hf": Exporter(hf.refuse_hf, hf.write_hf, hf.reload_hf, "finetune"),
     "fused": Exporter(_accepts, mlx.write_fused, mlx.reload_model, "finetune"),
-    "quantized": Exporter(mlx.refuse_quantized, mlx.write_quantized, mlx.reload_model, "quantized"),
+    "quantized": Exporter(mlx.refuse_quantized, mlx.write_quantized, mlx.reload_model, "quantized", mlx.other_packings),
+    "packed-base": Exporter(
+        mlx.refuse_packed_base,
+        mlx.write_packed_base,
+        mlx.reload_packed_base,
+        "quantized",
+        measure=measure_on_packed_base,
+    ),
     "gguf": Exporter(gguf.refuse_gguf, gguf.write_gguf, gguf.reload_gguf, "quantized"),
     "gguf-lora": Exporter(gguf.refuse_lora, gguf.write_lora, gguf.reload_lora, "adapter"),
     "ollama": Exporter(modelfile.refuse_ollama, modelfile.write_ollama, modelfile.reload_ollama, "quantized"),
@@ -162,13 +176,7 @@ def _make(
 ) -> Target:
     folder.mkdir(exist_ok=True)
     before = set(_files(folder))
-    exporter = EXPORTERS[name]
-    with asking_why(folder):
-        note = exporter.write(source, folder)
-    artefact = exporter.reload(source, folder)
-    fidelity = measure_fidelity(reference, artefact, force)
-    del artefact
-    mx.clear_cache()
+    note, fidelity = _written_and_measured(name, source, reference, folder, force)
     asked = ask_client(source, name, folder, questions) if fidelity.passed else None
     if asked is not None and asked.reason is not None:
         fidelity = fidelity._replace(passed=False, reason=asked.reason, forced=force)
@@ -181,6 +189,33 @@ def _make(
     if at != ".":
         shutil.rmtree(folder)
     return Target(at, {}, _relation(name, source), fidelity, note, False, asked and asked._asdict())
+
+
+def _written_and_measured(
+    name: str, source: ExportSource, reference: RunReference, folder: Path, force: bool
+) -> tuple[str | None, Fidelity]:
+    """Write a target the first way that the gate lets pass; of several refused ones the last stays."""
+    exporter, before, refused = EXPORTERS[name], set(_files(folder)), []
+    ways = {"": exporter.write, **exporter.others(source)}
+    for way, write in ways.items():
+        for path in set(_files(folder)) - before:
+            (folder / path).unlink()
+        with asking_why(folder):
+            note = write(source, folder)
+        artefact = exporter.reload(source, folder)
+        fidelity = exporter.measure(reference, artefact, force)
+        del artefact
+        mx.clear_cache()
+        if fidelity.passed:
+            break
+        slope = "none" if fidelity.slope is None else f"{fidelity.slope:.2f}"
+        refused.append(f"{way or 'rounded to the nearest'}: slope {slope}, token KL {fidelity.token_kl:.3g} nats")
+    if len(ways) == 1 or not refused:
+        return note, fidelity
+    if fidelity.passed:
+        return f"{note} ({'; '.join(refused)}: refused)", fidelity
+    hint = "" if source.method == "full" else "; --to packed-base keeps the adapter in floating point"
+    return note, fidelity._replace(reason=f"{fidelity.reason} ({'; '.join(refused)}){hint}")
 
 
 def _files(folder: Path) -> dict[str, int]:

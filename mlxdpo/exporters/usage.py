@@ -65,10 +65,17 @@ def _server(record: Exported, target: Target) -> str:
     return _mlx(record, target).replace("mlx_lm.generate", "mlx_lm.server").replace(" --prompt '...'", "")
 
 
+def _packed_base(record: Exported, target: Target) -> str:
+    at = f"here/{target.folder}"
+    run = f"mlx_lm.generate --model {at} --adapter-path {at}/adapter --prompt '...'"
+    return code_block("sh", f"hf download {REPO} --local-dir here\n{run}")
+
+
 USAGE = {
     "mlx": _mlx,
     "fused": _mlx,
     "quantized": _mlx,
+    "packed-base": _packed_base,
     "peft": _peft,
     "hf": _hf,
     "gguf": _gguf,
