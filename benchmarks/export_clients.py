@@ -1,6 +1,6 @@
 """Every export target of six models, and what its own client answers: the table of docs/evidence/clients.md.
 
-    python -m benchmarks.export_clients [MODEL ...] [--prompts 20]
+    python -m benchmarks.export_clients [MODEL ...] [--targets gguf,server] [--prompts 20]
 
 The tiny models are made by transformers (random weights, a few DPO steps) with SmolLM2's own tokenizer and template;
 `smollm2` is the real one. It runs where torch, transformers, PEFT, gguf and xllamacpp are installed; a client that is
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mlxdpo import train
 from mlxdpo.config import Config
-from mlxdpo.exporters import export
+from mlxdpo.exporters import Target, export
 from mlxdpo.exporters.source import Choices
 from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.runs import Run
@@ -41,7 +41,20 @@ MODELS = {
     "qwen3_moe": ("Qwen3MoeConfig", EXPERTS | {"norm_topk_prob": True}),
     "smollm2": (None, {}),
 }
-TARGETS = ("mlx", "server", "fused", "peft", "hf", "gguf", "gguf-lora", "ollama", "lmstudio", "quantized")
+TARGETS = (
+    "mlx",
+    "server",
+    "fused",
+    "peft",
+    "hf",
+    "gguf",
+    "gguf-lora",
+    "ollama",
+    "lmstudio",
+    "quantized",
+    "packed-base",
+)
+PACKED = ("quantized", "packed-base")
 TOPICS = ("rivers", "bread", "chess", "the moon", "bicycles", "tea", "maps", "rain")
 
 
@@ -76,7 +89,7 @@ def pairs(count: int, start: int) -> str:
 
 def trained(name: str, folder: Path, prompts: int) -> Run:
     """A run of a few DPO steps, with as many held-out prompts as are asked."""
-    (folder / "pairs.jsonl").write_text(pairs(32, 0))
+    (folder / "pairs.jsonl").write_text(pairs(8 if name == "smollm2" else 32, 0))
     (folder / "heldout.jsonl").write_text(pairs(prompts, 1000))
     config = Config.model_validate(
         {
@@ -93,41 +106,38 @@ def trained(name: str, folder: Path, prompts: int) -> Run:
     return Run.open(folder / "run")
 
 
-def rows_of(name: str, prompts: int) -> list[str]:
+def rows_of(name: str, targets: list[str], prompts: int) -> list[str]:
     """A row of the table for each target of a model."""
-    folder, rows = Path(tempfile.mkdtemp(prefix="clients-")), []
-    run = trained(name, folder, prompts)
-    for target in TARGETS:
-        choices = Choices(bits=8, group_size=32)
-        made = export(run, [target], folder / "out", ask=prompts, choices=choices, force=True).targets[target]
-        slope = f"{made.fidelity.slope:.4f}" if made.fidelity.slope is not None else "none"
-        label = f"{target}, 8 bits" if target == "quantized" else target
-        if made.asked is None:
-            told = ("not asked", "", "")
-        else:
-            worst = made.asked["worst_logp"]
-            told = (
-                made.asked["client"],
-                f"{made.asked['equal']} of {made.asked['prompts']}",
-                "none" if worst is None else f"{worst:.1e}",
-            )
-        verdict = "passed" if made.fidelity.passed else f"refused: {made.fidelity.reason}"
-        rows.append(f"| {name} | `{label}` | " + " | ".join([*told, slope, verdict]) + " |")
-        print(rows[-1], flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="clients-"))
+    run, choices = trained(name, folder, prompts), Choices(bits=8, group_size=32)
+    made = export(run, targets, folder / "out", pairs=0, ask=prompts, choices=choices, force=True)
     shutil.rmtree(folder)
-    return rows
+    return [row_of(name, target, found) for target, found in made.targets.items()]
+
+
+def row_of(name: str, target: str, found: Target) -> str:
+    """One target: client, greedy answers, worst log-prob difference, slope, verdict."""
+    slope = "none" if found.fidelity.slope is None else f"{found.fidelity.slope:.4f}"
+    label = f"{target}, 8 bits" if target in PACKED else target
+    told = ("not asked", "", "")
+    if found.asked is not None:
+        worst = "none" if found.asked["worst_logp"] is None else f"{found.asked['worst_logp']:.1e}"
+        told = (found.asked["client"], f"{found.asked['equal']} of {found.asked['prompts']}", worst)
+    verdict = "passed" if found.fidelity.passed else f"refused: {found.fidelity.reason}"
+    return f"| {name} | `{label}` | " + " | ".join([*told, slope, verdict]) + " |"
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=list(MODELS), choices=[*MODELS, []])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", choices=[*MODELS, []])
+    parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--prompts", type=int, default=20)
     asked = parser.parse_args()
     print("| model | target | client | greedy answers equal | worst log-prob difference, nats | margin slope | gate |")
     print("|---|---|---|---|---|---|---|")
     for name in asked.models or list(MODELS):
-        rows_of(name, asked.prompts)
+        print("\n".join(rows_of(name, asked.targets.split(","), asked.prompts)), flush=True)
 
 
 if __name__ == "__main__":

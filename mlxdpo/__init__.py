@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it
     from mlxdpo.forward.next_token import next_logits as next_logits
     from mlxdpo.inference.generate import generate as generate
     from mlxdpo.inference.mixtures import at_strengths as at_strengths
-    from mlxdpo.inference.mixtures import average_runs as average_runs
+    from mlxdpo.inference.mixtures import merge_runs as merge_runs
     from mlxdpo.inference.mixtures import run_at as run_at
     from mlxdpo.inference.reward_model import open_reward_model as open_reward_model
     from mlxdpo.inference.trained_run import PairLogps as PairLogps
@@ -85,7 +85,7 @@ _DOOR = {
     "open_reward_model": "mlxdpo.inference.reward_model",
     # what the evaluation (eval/) needs besides
     "at_strengths": "mlxdpo.inference.mixtures",
-    "average_runs": "mlxdpo.inference.mixtures",
+    "merge_runs": "mlxdpo.inference.mixtures",
     "run_at": "mlxdpo.inference.mixtures",
     "BestOfK": "mlxdpo.data.best_of_k",
     "encode_prompt": "mlxdpo.data.encode",

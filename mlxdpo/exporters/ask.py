@@ -10,6 +10,7 @@ of log-probabilities over the tokens up to the first that differs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import json
@@ -35,6 +36,7 @@ from mlxdpo.inference.generate import generate
 from mlxdpo.types import Example, Message, Preference, UserError
 
 TOKENS = 32  # of each answer
+ALWAYS_ASKED, PROMPTS = ("server",), 20
 PATIENCE = 300.0  # seconds until a server has loaded the model
 MOST_APART = 0.5  # nats: an answer whose log-probs differ by less is the run's, rounded otherwise
 
@@ -89,32 +91,53 @@ def questions_of(source: ExportSource, rows: Sequence[Preference], examples: Seq
     return list(found.values())
 
 
-def ask_client(source: ExportSource, name: str, folder: Path, questions: Sequence[ClientPrompt]) -> ClientReport | None:
-    """Ask the client of target `name`, written in `folder`; None where it cannot be asked on this machine."""
-    client = CLIENTS.get(name)
-    if client is None or not questions:
-        return None
-    found = client(source, folder)
-    if found is None:
-        return None
-    called, opened = found
-    with opened as answer:
-        return compare_answers(source, called, questions, [answer(question) for question in questions])
+def own_answers(source: ExportSource, questions: Sequence[ClientPrompt]) -> list[tuple[int, ...]]:
+    """The run's own greedy answers, as token ids."""
+    policy, prompts = source.trained.policy, [question.ids for question in questions]
+    made = generate(policy.model, prompts, max_tokens=TOKENS, eos_ids=policy.eos_ids, temperature=0)
+    return [tuple(one.tokens) for one in made]
+
+
+def asker(
+    source: ExportSource, questions: Sequence[ClientPrompt], count: int
+) -> Callable[[str, Path], ClientReport | None]:
+    """What asks the client of a target, written in a folder, `count` of the questions; it gives None where the client
+    is not asked, or not on this machine.
+
+    The clients of `ALWAYS_ASKED` are asked `PROMPTS` of them when `count` is 0. The run is asked once for all.
+    """
+    own = functools.cache(lambda: own_answers(source, questions[: count or PROMPTS]))
+
+    def ask_of(name: str, folder: Path) -> ClientReport | None:
+        """How the client of target `name` answers."""
+        chosen = questions[: count or (PROMPTS if name in ALWAYS_ASKED else 0)]
+        found = CLIENTS[name](source, folder) if name in CLIENTS and chosen else None
+        if found is None:
+            return None
+        client, opened = found
+        with opened as answer:
+            answers = [answer(question) for question in chosen]
+        return compare_answers(source, client, chosen, answers, own())
+
+    return ask_of
 
 
 def compare_answers(
-    source: ExportSource, client: str, questions: Sequence[ClientPrompt], answers: Sequence[ClientAnswer]
+    source: ExportSource,
+    client: str,
+    questions: Sequence[ClientPrompt],
+    answers: Sequence[ClientAnswer],
+    own: Sequence[Sequence[int]],
 ) -> ClientReport:
     """A client's answers beside the run's own greedy ones."""
     policy = source.trained.policy
-    own = generate(policy.model, [q.ids for q in questions], max_tokens=TOKENS, eos_ids=policy.eos_ids, temperature=0)
     equal, unlike, worst = 0, 0, []
-    for question, answer, said in zip(questions, answers, own, strict=True):
-        said_ids = [token for token in said.tokens if token not in policy.eos_ids]
+    for question, answer, said in zip(questions, answers, own, strict=False):
+        said_ids = [token for token in said if token not in policy.eos_ids]
         text = policy.tokenizer.decode(said_ids, skip_special_tokens=True)
         kept = [token for token in answer.ids if token not in policy.eos_ids]
         same = kept == said_ids if answer.ids else answer.text.strip() == text.strip()
-        apart = _worst_difference(source, question, answer, said.tokens)
+        apart = _worst_difference(source, question, answer, said)
         equal += same
         unlike += not same and (apart is None or apart > MOST_APART)
         worst += [] if apart is None else [apart]

@@ -96,7 +96,7 @@ class Exported(NamedTuple):
     versions: dict[str, str]
     targets: dict[str, Target]
     made_of: Mapping[str, Any] | None = None
-    """Of a run that was not trained but made of others (`inference.mixtures`): strength or average, and of which."""
+    """Of a run that was not trained but made of others (`inference.mixtures`): strength or merge, and of which."""
 
     @property
     def strength(self) -> float:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxdpo.exporters import gguf, hf, lmstudio, mlx, modelfile, peft
-from mlxdpo.exporters.ask import ClientPrompt, ask_client, questions_of
+from mlxdpo.exporters.ask import ClientReport, asker, questions_of
 from mlxdpo.exporters.card import write_card
 from mlxdpo.exporters.record import CARD, RECORD, Exported, Fidelity, Target, write_record
 from mlxdpo.exporters.sections import Licences
@@ -71,7 +71,6 @@ EXPORTERS = {
 # weights for the thing to load), then PEFT. Everything else is asked for by its folder.
 AT_ROOT = ("hf", "peft")
 DEFAULT_PAIRS = 32
-ALWAYS_ASKED, PROMPTS = ("server",), 20
 WAS = ".was"  # the earlier export, while a new one takes its place
 
 
@@ -105,17 +104,14 @@ def export(
     for name in names:
         EXPORTERS[name].refuse(source)
     rows, examples = _some(trained, rows, pairs)
-    questions = questions_of(source, rows, examples)
+    ask_of = asker(source, questions_of(source, rows, examples), ask)
     say(f"measuring the run on {len(examples)} pairs of {where}")
     reference = run_reference(trained, examples)
     with staged_export(out) as folder:
         targets = {}
         for name in names:
             say(f"{name}: writing, loading again, measuring")
-            count = ask or (PROMPTS if name in ALWAYS_ASKED else 0)
-            targets[name] = _make(
-                name, source, reference, folder / target_folder(name, names), force, questions[:count]
-            )
+            targets[name] = _make(name, source, reference, folder / target_folder(name, names), force, ask_of)
         exported = _describe(source, out, where, targets)
         write_record(exported, folder)
         if (out / CARD).exists():
@@ -172,12 +168,12 @@ def _make(
     reference: RunReference,
     folder: Path,
     force: bool,
-    questions: Sequence[ClientPrompt],
+    ask_of: Callable[[str, Path], ClientReport | None],
 ) -> Target:
     folder.mkdir(exist_ok=True)
     before = set(_files(folder))
     note, fidelity = _written_and_measured(name, source, reference, folder, force)
-    asked = ask_client(source, name, folder, questions) if fidelity.passed else None
+    asked = ask_of(name, folder) if fidelity.passed else None
     if asked is not None and asked.reason is not None:
         fidelity = fidelity._replace(passed=False, reason=asked.reason, forced=force)
     files = {path: size for path, size in _files(folder).items() if path not in before}

@@ -361,9 +361,9 @@ def _made_of(manifest: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if made and "strength" in made:
         name, factor = made["runs"][0]["run"], f"{made['strength']:g}"
         yield "strength", f"strength {factor} of {name}: {factor} times what training changed in the weights"
-    if made and "average" in made:
-        shares = ", ".join(f"{w:g} {one['run']}" for w, one in zip(made["average"], made["runs"], strict=True))
-        yield "average", f"of the adapters of {len(made['runs'])} runs ({shares}); the rows below are the first one's"
+    if made and "merge" in made:
+        shares = ", ".join(f"{w:g} {one['run']}" for w, one in zip(made["weights"], made["runs"], strict=True))
+        yield "merge", f"{made['merge']}, of {len(made['runs'])} runs' adapters ({shares}); the rows below: the first's"
 
 
 def _ends(metrics: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
