@@ -17,10 +17,12 @@ from pathlib import Path
 
 from mlxdpo import train
 from mlxdpo.config import Config
-from mlxdpo.exporters import Target, export
-from mlxdpo.exporters.source import Choices
+from mlxdpo.exporters import EXPORTERS, Target, export
+from mlxdpo.exporters.source import Choices, ExportSource
+from mlxdpo.inference.trained_run import open_trained_run
 from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.runs import Run
+from mlxdpo.types import UserError
 
 SHAPE = {
     "hidden_size": 64,
@@ -110,9 +112,16 @@ def rows_of(name: str, targets: list[str], prompts: int) -> list[str]:
     """A row of the table for each target of a model."""
     folder = Path(tempfile.mkdtemp(prefix="clients-"))
     run, choices = trained(name, folder, prompts), Choices(bits=8, group_size=32)
-    made = export(run, targets, folder / "out", pairs=0, ask=prompts, choices=choices, force=True)
+    source, rows, possible = ExportSource(open_trained_run(run), choices), [], []
+    for target in targets:
+        try:
+            EXPORTERS[target].refuse(source)
+            possible.append(target)
+        except UserError as error:
+            rows.append(f"| {name} | `{target}` | | | | | no form: {error} |")
+    made = export(run, possible, folder / "out", pairs=0, ask=prompts, choices=choices, force=True)
     shutil.rmtree(folder)
-    return [row_of(name, target, found) for target, found in made.targets.items()]
+    return [row_of(name, target, found) for target, found in made.targets.items()] + rows
 
 
 def row_of(name: str, target: str, found: Target) -> str:

@@ -4,8 +4,9 @@ llama.cpp reads the *name* of a byte-level tokenizer's splitting rule, not the r
 for the same text and looks like a model that got worse, so the rule in `tokenizer.json` must be one of those written
 out here, to the letter.
 
-A SentencePiece tokenizer joins the neighbours whose piece has the highest score. The scores are those of
-`tokenizer.model`; where only `tokenizer.json` is there, the merges' order, which transformers made from the scores.
+A SentencePiece tokenizer joins the neighbours whose piece has the highest score. The scores written are the order of
+the merges in `tokenizer.json`, not those of `tokenizer.model`: the run saw the token ids of transformers, which differ
+for runs of spaces where it made the merges itself (Mistral's first tokenizer gives runs of spaces the lowest score).
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def write_tokenizer(writer: Any, folder: Path, raw: Mapping[str, Any], size: int
     else:
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_token_scores(piece_scores(folder / "tokenizer.model", tokens, merges))
+        writer.add_token_scores(piece_scores(tokens, merges))
         writer.add_add_space_prefix(puts_a_space_first(specification))
     _write_special(writer, tokenizer, folder, raw)
 
@@ -146,17 +147,12 @@ def vocabulary(specification: Mapping[str, Any], size: int) -> tuple[list[str], 
     return tokens, kinds
 
 
-def piece_scores(file: Path, tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """A score for each of `tokens`: the highest is joined first. From tokenizer.model, else from the merges' order."""
+def piece_scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
+    """A score for each of `tokens`: the highest is joined first, in the merges' order."""
     scores = dict.fromkeys(tokens, LAST)
     for rank, pair in enumerate(merges):
         made = "".join(pair)
         scores[made] = max(scores.get(made, LAST), -float(rank))
-    if file.is_file():
-        from sentencepiece import SentencePieceProcessor
-
-        pieces = SentencePieceProcessor(model_file=str(file))
-        scores |= {pieces.IdToPiece(i): pieces.GetScore(i) for i in range(pieces.GetPieceSize())}
     return [scores[token] for token in tokens]
 
 

@@ -219,3 +219,23 @@ def test_rope_is_read_as_the_model_is():
     assert (both[0] == both[1]).all()
     with pytest.raises(UserError, match="rope scaling `dynamic` is not known"):
         rope_of(shape | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}})
+
+
+TEXTS = ("the user 123 red\n\n blue", "Überraschung 4: it's  two  spaces", "你好 world", "def f(x):\n    return x", "a\tb")
+
+
+@needs_llama_cpp
+@pytest.mark.tokenizers
+@pytest.mark.parametrize("name", ["mistral", "qwen3", "llama3", "gemma3"])
+def test_llama_cpp_reads_real_tokenizers_as_transformers_does(name, tmp_path):
+    from llama_cpp_side import LlamaCpp
+    from real_tokenizers import from_mistral_common, from_npm
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(from_mistral_common() if name == "mistral" else from_npm(name))
+    small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "head_dim": 4}
+    write_model(tmp_path / "model", tokenizer, "llama", **small)
+    convert_to_gguf(tmp_path / "model", tmp_path / "model.gguf", "f16", "tiny")
+    with LlamaCpp(tmp_path / "model.gguf") as server:
+        for text in TEXTS:
+            assert server.tokens(text) == tokenizer.encode(text), text

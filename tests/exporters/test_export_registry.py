@@ -33,7 +33,9 @@ def run(tmp_path_factory):
         yield trained_run(folder, data={"template": "auto"})
 
 
-@pytest.mark.parametrize("name", EXPORTERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.processes if name == "server" else ()) for name in EXPORTERS]
+)
 def test_every_target_is_an_export_by_itself(name, run, tmp_path):
     """Written, loaded again, measured; its card says how to load it. In 4 bits the tiny run is lost: 8.
 
