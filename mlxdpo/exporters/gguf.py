@@ -252,5 +252,5 @@ def reload_lora(source: ExportSource, folder: Path) -> nn.Module:
         if heads := reordered_heads(model.family, model.config, own):
             b = unpermute(b, heads)
         module.scale = alpha / b.shape[-1]
-        module.lora_a, module.lora_b = (a.reshape(-1, a.shape[-1]), b) if b.ndim == 3 else (a.T, b.T)
+        module.lora_a, module.lora_b = (a.reshape(module.lora_a.shape), b) if b.ndim == 3 else (a.T, b.T)
     return policy.model

@@ -20,7 +20,15 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxdpo.data.read import read_pairs, split_heldout
-from mlxdpo.exporters.source import ExportSource, base_of, copy_side_files, hub_name, plain_weight, tuned
+from mlxdpo.exporters.source import (
+    ExportSource,
+    base_of,
+    copy_side_files,
+    ends_beside_base,
+    hub_name,
+    plain_weight,
+    tuned,
+)
 from mlxdpo.inference.trained_run import encode_pairs
 from mlxdpo.io.atomic import write_json
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, adapter_settings, read_settings
@@ -39,6 +47,8 @@ def write_adapter(source: ExportSource, folder: Path) -> str | None:
     if source.quantised and not source.stored_quantised:
         bits = source.trained.policy.identity["quantization"]["bits"]
         return f"trained on weights packed to {bits} bits when loading; here measured on the unpacked ones"
+    if ends := ends_beside_base(source):
+        return f"ends answers with {', '.join(ends)}, which the base's files do not name: have the client stop there"
     return source.remark_on_base
 
 
@@ -49,14 +59,19 @@ def reload_adapter(source: ExportSource, folder: Path) -> nn.Module:
     return load(str(source.folder), adapter_path=str(folder), lazy=True)[0]
 
 
+def served_whole(source: ExportSource) -> bool:
+    """Whether a server needs the whole model: every weight was trained, or the base's files end answers elsewhere."""
+    return source.method == "full" or bool(ends_beside_base(source))
+
+
 def write_served(source: ExportSource, folder: Path) -> str | None:
-    """What `mlx_lm.server` loads: the adapter, or after full fine-tuning the whole model."""
-    return write_fused(source, folder) if source.method == "full" else write_adapter(source, folder)
+    """What `mlx_lm.server` loads: the adapter, or the whole model where that is not enough."""
+    return write_fused(source, folder) if served_whole(source) else write_adapter(source, folder)
 
 
 def reload_served(source: ExportSource, folder: Path) -> nn.Module:
     """The same, by the loader that the server has."""
-    return reload_model(source, folder) if source.method == "full" else reload_adapter(source, folder)
+    return reload_model(source, folder) if served_whole(source) else reload_adapter(source, folder)
 
 
 def write_fused(source: ExportSource, folder: Path) -> str | None:

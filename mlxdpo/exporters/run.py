@@ -220,8 +220,9 @@ def _files(folder: Path) -> dict[str, int]:
 
 def _relation(name: str, source: ExportSource) -> str:
     """The Hub's `base_model_relation` of one target."""
-    packed = name == "fused" and source.quantised
-    return "quantized" if packed else EXPORTERS[name].relation
+    if name in ("fused", "server") and (name == "fused" or mlx.served_whole(source)):
+        return "quantized" if source.quantised else "finetune"
+    return EXPORTERS[name].relation
 
 
 def _describe(source: ExportSource, out: Path, where: str, targets: dict[str, Target]) -> Exported:

@@ -300,9 +300,20 @@ def copy_side_files(source: ExportSource, base: Path, folder: Path) -> None:
 
 def _write_ends(source: ExportSource, folder: Path) -> None:
     """Let an export's generation_config.json end answers where training taught them to end, too."""
+    said, listed, taught = _ends_said_in(source, folder)
+    if taught:
+        write_json(folder / "generation_config.json", said | {"eos_token_id": [*listed, *taught]})
+
+
+def _ends_said_in(source: ExportSource, folder: Path) -> tuple[dict[str, Any], list[int], list[int]]:
+    """A folder's generation settings, the ends that they or the base's config.json name, and those taught besides."""
     file, raw = folder / "generation_config.json", source.raw_config
     said = read_json(file) if file.is_file() else {k: raw[k] for k in ("bos_token_id", "pad_token_id") if raw.get(k)}
     own = said.get("eos_token_id", raw.get("eos_token_id"))
     listed = [own] if isinstance(own, int) else list(own or ())
-    if taught := sorted(source.trained.policy.eos_ids - set(listed)):
-        write_json(file, said | {"eos_token_id": [*listed, *taught]})
+    return said, listed, sorted(source.trained.policy.eos_ids - set(listed))
+
+
+def ends_beside_base(source: ExportSource) -> list[str]:
+    """Tokens that training taught as ends and that the base's own files, which an adapter is used with, do not name."""
+    return source.trained.policy.tokenizer.convert_ids_to_tokens(_ends_said_in(source, source.folder)[2])

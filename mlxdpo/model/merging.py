@@ -77,13 +77,14 @@ def _merge_module(
         a, b, kept, whole = _nearest(merge(deltas), rank)
         return (mx.array(a), mx.array(b)), kept, whole
     found = []
-    for e in range(len(parts[0][2])):  # A is kept as (E * r, in), B as (E, out, r)
+    for e in range(len(parts[0][2])):  # A is kept as (E, r, in) or (E * r, in), B as (E, out, r)
         deltas = [
             scale * (np.array(b[e], np.float32) @ np.array(a.reshape(len(b), -1, a.shape[-1])[e], np.float32)).T
             for scale, a, b in parts
         ]
         found.append(_nearest(merge(deltas), rank))
-    a, b = np.concatenate([one[0].T for one in found]), np.stack([one[1].T for one in found])
+    join = np.concatenate if parts[0][1].ndim == 2 else np.stack
+    a, b = join([one[0].T for one in found]), np.stack([one[1].T for one in found])
     return (mx.array(a), mx.array(b)), sum(one[2] for one in found), sum(one[3] for one in found)
 
 

@@ -168,7 +168,7 @@ def test_other_families_settings_and_rules_are_refused_in_a_sentence(tmp_path, c
     monkeypatch.setitem(CONFIGS, "olmo2", SHAPES["olmo2"])
     cases = {
         "olmo2": ({}, "is a olmo2 model"),
-        "gemma2": ({"query_pre_attn_scalar": 16}, "llama.cpp computes a gemma2 model with 8"),
+        "gemma2": ({"query_pre_attn_scalar": 16, "sliding_window": 128}, "llama.cpp computes a gemma2 model with 8"),
         "llama": ({}, "a rule without a name"),
     }
     for kind, (changes, sentence) in cases.items():
@@ -221,7 +221,13 @@ def test_rope_is_read_as_the_model_is():
         rope_of(shape | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}})
 
 
-TEXTS = ("the user 123 red\n\n blue", "Überraschung 4: it's  two  spaces", "你好 world", "def f(x):\n    return x", "a\tb")
+TEXTS = (
+    "the user 123 red\n\n blue",
+    "Überraschung 4: it's  two  spaces",
+    "你好 world",
+    "def f(x):\n    return x",
+    "a\tb",
+)
 
 
 @needs_llama_cpp
