@@ -60,8 +60,9 @@ def reload_adapter(source: ExportSource, folder: Path) -> nn.Module:
 
 
 def served_whole(source: ExportSource) -> bool:
-    """Whether a server needs the whole model: every weight was trained, or the base's files end answers elsewhere."""
-    return source.method == "full" or bool(ends_beside_base(source))
+    """Whether a server needs the whole model: every weight was trained, the base's files end answers elsewhere, or its
+    config.json has names that mlx-lm does not read (transformers 5 writes some), which a fused export translates."""
+    return source.method == "full" or bool(ends_beside_base(source)) or for_mlx_lm(source) != source.raw_config
 
 
 def write_served(source: ExportSource, folder: Path) -> str | None:
