@@ -50,7 +50,7 @@ UNDERSCORES = str.maketrans(" -", "__")
 ELSEWHERE = {
     "import": "import_:run",
     "data formats": "data_check:list_formats",
-    "average": "dial:average",
+    "merge": "dial:merge",
 }  # a keyword names no module
 COMMANDS = {
     "demo": "Tune a real model in minutes, offline, and show what changed.",
@@ -63,7 +63,7 @@ COMMANDS = {
     "compare": "Hold one evaluated run against another; exit 1 when something got worse.",
     "frontier": "What reward each checkpoint of one or several runs bought with how much drift.",
     "dial": "What a run is worth at each strength of its adapter, and which one to take.",
-    "average": "Average the adapters of several runs, exactly, as a run.",
+    "merge": "Merge the adapters of several runs, or a run with its base, as a run.",
     "collect": "New pairs from a run's own answers, ranked by a judge, a reward or the app's votes.",
     "iterate": "Collect, train, evaluate, in rounds; stops by itself when its judge is being gamed.",
     "constitution": "Let a model revise or compare its own answers by written principles: pairs without a human label.",

@@ -1,15 +1,16 @@
-"""`mlxdpo dial RUN [--judge NAME] [--strength S ...]`, `mlxdpo average RUN RUN --out RUN`"""
+"""`mlxdpo dial RUN [--judge NAME] [--strength S ...]`, `mlxdpo merge RUN RUN --out RUN`"""
 
 from __future__ import annotations
 
 import json as jsonlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from mlxdpo.commands.eval import AS_IT_IS, Answering, Data, rewards_of
 from mlxdpo.runs import Run
+from mlxdpo.types import UserError
 
 HEADERS = {
     "strength": "strength",
@@ -68,21 +69,35 @@ def run(
         console.print(f"see it: mlxdpo generate {path} --strength {found.recommended:g} --prompt '...'", markup=False)
 
 
-def average(*paths: Path, out: Path, weight: list[float] | None = None) -> None:
-    """Average the LoRA adapters of several runs (seeds, rounds) exactly, as a run directory; nothing is trained.
+def merge(
+    *paths: Path,
+    out: Path,
+    weight: list[float] | None = None,
+    method: Literal["linear", "ties", "dare_linear", "dare_ties"] = "linear",
+    density: float = 0.5,
+    seed: int = 0,
+) -> None:
+    """Merge the LoRA adapters of several runs, or a run with its base, as a run directory; nothing is trained.
 
     Args:
-        paths: Run directories with one base model, two or more.
+        paths: Run directories with one base model; one alone with --weight is the run at that strength.
         out: Run directory to make.
-        weight: Share of each run, in their order, 1 in all; repeat it. Unset: equal shares.
+        weight: Weight of each run, in their order; repeat it. Unset: equal shares, 1 in all (1 each for ties and dare).
+        method: linear is the exact weighted sum; ties, dare_linear and dare_ties are PEFT's.
+        density: Share of the entries that ties and dare keep.
+        seed: Seed of dare's random choice.
     """
     from mlxdpo.commands.terminal import console
-    from mlxdpo.inference.mixtures import average_runs
+    from mlxdpo.inference.mixtures import merge_runs
     from mlxdpo.model.adapters import read_settings
 
-    made = average_runs([Run.open(path) for path in paths], out, weight)
-    rank = read_settings(made.adapter).rank
-    console.print(f"{out} holds the average of {len(paths)} runs, rank {rank}", markup=False)
+    if not paths:
+        raise UserError("no run named; expected mlxdpo merge RUN RUN --out RUN")
+    made = merge_runs([Run.open(path) for path in paths], out, weight, method, density, seed)
+    rank, kept = read_settings(made.adapter).rank, made.manifest()["made_of"].get("kept")
+    words = "" if kept is None else f", which keeps {kept:.1%} of the {method} merge"
+    console.print(f"{out} holds {len(paths)} runs, merged: rank {rank}{words}", markup=False)
     if not made.config().data.eval and not made.config().data.eval_fraction:
         console.print("the runs held out different pairs; evaluate it with --data", style="yellow", markup=False)
     console.print(f"see it: mlxdpo generate {out} --prompt '...'", markup=False)
+    console.print(f"ship it: mlxdpo export {out} --to mlx,gguf --out DIR", markup=False)

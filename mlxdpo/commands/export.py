@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json as jsonlib
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter, validators
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from mlxdpo.commands.generate import Strength
 from mlxdpo.config import Section
@@ -18,6 +19,7 @@ from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
     from mlxdpo.exporters import Exported, Fidelity
+    from mlxdpo.exporters.source import Choices
 
 Pairs = Annotated[int, Parameter(validator=validators.Number(gte=0))]
 # The command line writes --data out as --data.path, which has to stand first.
@@ -33,10 +35,34 @@ class Making(Section):
     """Bits of the target `quantized`."""
     group_size: Literal[32, 64, 128] = 64
     """Weights that share a scale in the target `quantized`."""
-    gguf_type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
-    """Number type of the target `gguf`; auto is that of the weights."""
+    gguf_type: Literal[
+        "auto",
+        "f32",
+        "f16",
+        "bf16",
+        "q8_0",
+        "q5_1",
+        "q5_0",
+        "q4_1",
+        "q4_0",
+        "q6_k",
+        "q5_k_m",
+        "q4_k_m",
+        "q3_k_m",
+        "q2_k",
+    ] = "auto"
+    """Number type of the target `gguf`; auto is that of the weights. Those with a k are packed by `llama-quantize`."""
 
-    @field_validator("bits", "group_size", mode="before")
+    ollama_base: str | None = None
+    """Model of Ollama's (such as llama3.2:1b) that the target `ollama` puts the adapter alone onto."""
+    lmstudio: Literal["mlx", "gguf"] = "mlx"
+    """Weights of the target `lmstudio`."""
+    ask: Annotated[int, Field(ge=0)] = 0
+    """Ask each target's client, where it is installed, so many held-out prompts; `server` is asked 20 anyway."""
+    run: bool = False
+    """Run `ollama create` on the finished target `ollama`."""
+
+    @field_validator("bits", "group_size", "ask", mode="before")
     @classmethod
     def _number(cls, value: Any) -> Any:
         # The command line brings text, and a Literal, unlike an int, takes none.
@@ -84,7 +110,9 @@ def run(
     """Write a run in forms that others load, and show on held-out pairs that each one behaves like the run.
 
     Targets: mlx (adapter for mlx_lm), peft (adapter for torch), hf (fused Hugging Face weights), fused (fused MLX
-    weights), quantized (fused, then packed again), gguf (llama.cpp). Exit status 1: a target lost the tune.
+    weights), quantized (fused, then packed again), gguf (llama.cpp), gguf-lora (the adapter alone for llama.cpp),
+    ollama (Modelfile and weights), lmstudio (the folder that it scans, and a preset), server (what mlx_lm.server
+    serves). Exit status 1: a target lost the tune.
 
     Args:
         path: Run directory.
@@ -99,33 +127,59 @@ def run(
     from mlxdpo.commands.terminal import console, warn
     from mlxdpo.exporters import export
     from mlxdpo.exporters.sections import Licences
-    from mlxdpo.exporters.source import Choices
     from mlxdpo.inference.mixtures import run_at
 
-    check_publishing(publishing)
+    check_switches(making, publishing, to)
     if strength == 0:
         raise UserError("--strength 0 is the model before tuning; there is nothing of the run to export")
+    source = run_at(Run.open(path), strength)
     # mlx-lm prints a line when it packs weights, where a machine reads JSON.
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
         exported = export(
-            run_at(Run.open(path), strength),
+            source,
             [name for name in to.replace(" ", "").split(",") if name],
             out,
             data=data,
             pairs=pairs,
-            choices=Choices(**making.model_dump()),
+            ask=making.ask,
+            choices=_choices(making, publishing),
             licences=Licences(publishing.license, publishing.data_license),
             repo=publishing.push,
             force=force,
             say=warn if json else (lambda text: console.print(text, style="dim", markup=False)),
         )
-    show_export(exported, json)
+    show_export(exported, json, source.config().model.path)
+    _create_model(exported, making)
     if exported.passed and publishing.push:
         publish_export(out, publishing, json)
     return 0 if exported.passed else 1
 
 
-def show_export(exported: Exported, json: bool) -> None:
+def _choices(making: Making, publishing: Publishing) -> Choices:
+    from mlxdpo.exporters.source import Choices
+
+    publisher = {"publisher": publishing.push.split("/")[0]} if publishing.push else {}
+    return Choices(**making.model_dump(exclude={"ask", "run"}), **publisher)
+
+
+def _check_ollama(making: Making, to: str) -> None:
+    from mlxdpo.exporters.modelfile import refuse_run_without_tool
+
+    if not making.run:
+        return
+    if "ollama" not in to.split(","):
+        raise UserError("--run makes a model of the target ollama; add it to --to, or drop --run")
+    refuse_run_without_tool()
+
+
+def _create_model(exported: Exported, making: Making) -> None:
+    from mlxdpo.exporters.modelfile import create_model
+
+    if making.run and exported.passed:
+        create_model(exported.out / exported.targets["ollama"].folder, exported.run)
+
+
+def show_export(exported: Exported, json: bool, base: str) -> None:
     """The figures on standard output, failures on standard error."""
     from mlxdpo.commands.terminal import console, warn
 
@@ -133,16 +187,18 @@ def show_export(exported: Exported, json: bool) -> None:
         print((exported.out / "export.json").read_text("utf-8"), end="")
     else:
         console.print(gate_table(exported))
-        show_files(exported, console)
+        show_files(exported, console, base)
     for name, target in exported.targets.items():
         if target.fidelity.reason:
             kept = "kept by --force" if target.kept else "its files are not kept"
             warn(f"{name}: {target.fidelity.reason}; {kept}")
 
 
-def check_publishing(publishing: Publishing) -> None:
+def check_switches(making: Making, publishing: Publishing, to: str) -> None:
     """Raise `UserError` for a switch that has nothing to act on, before the work begins."""
     from mlxdpo.exporters.client import check_repo_id
+
+    _check_ollama(making, to)
 
     if publishing.push:
         check_repo_id(publishing.push)
@@ -158,12 +214,31 @@ def gate_table(exported: Exported) -> Any:
     from rich import box
     from rich.table import Table
 
-    sheet = Table("target", "MB", "token KL", "lost", "slope", "corr.", "accuracy", "gate", box=box.SIMPLE)
+    from mlxdpo.exporters.usage import client_words
+
+    sheet = Table("target", "MB", "token KL", "lost", "slope", "corr.", "accuracy", "gate", "client", box=box.SIMPLE)
     for name, target in exported.targets.items():
         verdict = "passed" if target.fidelity.passed else "forced" if target.kept else "FAILED"
         size = f"{sum(target.files.values()) / 1e6:.1f}" if target.kept else "-"
-        sheet.add_row(name, size, *gate_figures(target.fidelity), verdict)
+        sheet.add_row(name, size, *gate_figures(target.fidelity), verdict, client_words(target))
     return sheet
+
+
+def next_command(exported: Exported, name: str, base: str) -> str | None:
+    """The command that starts the target's client, where it takes one; `base` is the model under an adapter."""
+    from mlxdpo.exporters.modelfile import create_command
+    from mlxdpo.model.policy import find_model
+
+    folder = exported.out / exported.targets[name].folder
+    if name == "ollama":
+        return shlex.join(create_command(folder, exported.run))
+    if name == "server":
+        adapter = "adapters.safetensors" in exported.targets[name].files
+        model = (
+            ["--model", str(find_model(base)), "--adapter-path", str(folder)] if adapter else ["--model", str(folder)]
+        )
+        return shlex.join(["mlx_lm.server", *model])
+    return None
 
 
 def gate_figures(fidelity: Fidelity) -> list[str]:
@@ -180,8 +255,8 @@ def gate_figures(fidelity: Fidelity) -> list[str]:
     ]
 
 
-def show_files(exported: Exported, console: Any) -> None:
-    """What was measured on what, and what stands where, with the remarks of the exporters."""
+def show_files(exported: Exported, console: Any, base: str) -> None:
+    """What was measured on what, and what stands where, with the remarks of the exporters and the next command."""
     first = next(iter(exported.targets.values())).fidelity
     console.print(
         f"on {first.pairs} pairs, {first.tokens} tokens of {exported.data}; lost: token KL to the run as a share of "
@@ -192,6 +267,8 @@ def show_files(exported: Exported, console: Any) -> None:
         if target.kept:
             note = f": {target.note}" if target.note else ""
             console.print(f"{name} -> {exported.out / target.folder}{note}", markup=False)
+            if command := next_command(exported, name, base):
+                console.print(f"    {command}", markup=False, soft_wrap=True)
     console.print(f"model card -> {exported.out / 'README.md'}", markup=False)
 
 

@@ -23,4 +23,21 @@ def run(repo: str, /, *, revision: str | None = None, out: Path | None = None, b
         console.print(f"{found.base} is not on this machine: it is downloaded, and checked, when first used")
     if found.kind == "adapter":
         console.print("its objective and data are not known: beta is assumed to be the default, name pairs with --data")
+    else:
+        console.print(heldout_words(found.path), markup=False)
     console.print(f"try it: mlxdpo generate {found.path} --prompt '...'", markup=False)
+
+
+def heldout_words(path: Path) -> str:
+    """How a pulled run is evaluated: its held-out pairs are on the Hub, or stayed where it was trained."""
+    from mlxdpo.data.sources import is_hub_dataset
+    from mlxdpo.runs import Run
+
+    run = Run.open(path)
+    data, counted = run.config().data, run.manifest()["data"].get("heldout")
+    if is_hub_dataset(data.eval or data.path):
+        return f"evaluate it: mlxdpo eval {path}"
+    return (
+        f"its held-out pairs ({counted or 'not counted'}, of {data.eval or data.path}) are not in the repository; ask "
+        f"who published it for that file, or take your own: mlxdpo eval {path} --data PAIRS.jsonl"
+    )

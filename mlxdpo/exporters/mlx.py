@@ -7,16 +7,29 @@ files asks for `quantized`, is shown what it cost, and is refused when that was 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxdpo.exporters.source import ExportSource, base_of, copy_side_files, hub_name, plain_weight, tuned
+from mlxdpo.data.read import read_pairs, split_heldout
+from mlxdpo.exporters.source import (
+    ExportSource,
+    base_of,
+    copy_side_files,
+    ends_beside_base,
+    hub_name,
+    plain_weight,
+    tuned,
+)
+from mlxdpo.inference.trained_run import encode_pairs
 from mlxdpo.io.atomic import write_json
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, adapter_settings, read_settings
 from mlxdpo.model.config_rules import ALIASES
@@ -34,6 +47,8 @@ def write_adapter(source: ExportSource, folder: Path) -> str | None:
     if source.quantised and not source.stored_quantised:
         bits = source.trained.policy.identity["quantization"]["bits"]
         return f"trained on weights packed to {bits} bits when loading; here measured on the unpacked ones"
+    if ends := ends_beside_base(source):
+        return f"ends answers with {', '.join(ends)}, which the base's files do not name: have the client stop there"
     return source.remark_on_base
 
 
@@ -42,6 +57,22 @@ def reload_adapter(source: ExportSource, folder: Path) -> nn.Module:
     from mlx_lm.utils import load
 
     return load(str(source.folder), adapter_path=str(folder), lazy=True)[0]
+
+
+def served_whole(source: ExportSource) -> bool:
+    """Whether a server needs the whole model: every weight was trained, the base's files end answers elsewhere, or its
+    config.json has names that mlx-lm does not read (transformers 5 writes some), which a fused export translates."""
+    return source.method == "full" or bool(ends_beside_base(source)) or for_mlx_lm(source) != source.raw_config
+
+
+def write_served(source: ExportSource, folder: Path) -> str | None:
+    """What `mlx_lm.server` loads: the adapter, or the whole model where that is not enough."""
+    return write_fused(source, folder) if served_whole(source) else write_adapter(source, folder)
+
+
+def reload_served(source: ExportSource, folder: Path) -> nn.Module:
+    """The same, by the loader that the server has."""
+    return reload_model(source, folder) if served_whole(source) else reload_adapter(source, folder)
 
 
 def write_fused(source: ExportSource, folder: Path) -> str | None:
@@ -72,6 +103,79 @@ def write_quantized(source: ExportSource, folder: Path) -> str | None:
     model, config = quantize_model(model, config, group, bits)
     _save_model(source, model, config, folder)
     return f"packed to {bits} bits in groups of {group} after fusing"
+
+
+CALIBRATION = (64, 256)  # rows of tokens that GPTQ sees, and their length
+GPTQ_BITS = (2, 4, 8)
+
+
+def other_packings(source: ExportSource) -> dict[str, Callable[[ExportSource, Path], str | None]]:
+    """Ways to pack a model that rounding to the nearest code loses, by name."""
+    bits, group = source.choices.bits, source.choices.group_size
+    layers = [m for m in source.model.modules() if type(m) is nn.Linear] + [base_of(m) for m in source.adapted.values()]
+    if source.quantised or bits not in GPTQ_BITS or any(layer.weight.shape[-1] % group for layer in layers):
+        return {}
+    return {"GPTQ": write_gptq}
+
+
+def write_gptq(source: ExportSource, folder: Path) -> str | None:
+    """The fused model, packed so that each column's rounding error is made good by the columns after it (GPTQ,
+    arXiv 2210.17323), over the run's own training pairs; what GPTQ does not know is packed to 8 bits."""
+    from mlx_lm.quant.gptq import gptq_quantize
+
+    bits, group = source.choices.bits, source.choices.group_size
+    model, config = fused(source)
+    model.set_dtype(mx.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        model, config["quantization"] = gptq_quantize(model, _training_tokens(source), bits, group, 8, group)
+    kind = getattr(mx, source.trained.policy.identity["dtype"])
+    model.set_dtype(kind)
+    _save_model(source, model, config, folder)
+    return f"packed to {bits} bits in groups of {group} by GPTQ after fusing, embeddings to 8"
+
+
+def _training_tokens(source: ExportSource) -> mx.array:
+    """(N, L) tokens of training prompts with their chosen completions, one after the other."""
+    trained, (count, length) = source.trained, CALIBRATION
+    trained.run.need("data.path", instead=", or export without the target quantized")
+    config = trained.config
+    rows = split_heldout(read_pairs(config.data)[0], config.data.eval_fraction, config.train.seed)[0]
+    examples = encode_pairs(trained, rows[: 4 * count])[1]
+    tokens = np.concatenate([np.concatenate([e.prompt, e.chosen]) for e in examples])[: count * length]
+    length = min(length, len(tokens))
+    return mx.array(tokens[: len(tokens) // length * length].reshape(-1, length))
+
+
+ADAPTER_FOLDER = "adapter"
+
+
+def refuse_packed_base(source: ExportSource) -> None:
+    """Raise `UserError` for a run that is no adapter on a plain base, or has nothing to pack."""
+    if source.method == "full":
+        raise UserError("packed-base: the run trained every weight, so there is no adapter; export --to quantized")
+    if source.quantised:
+        raise UserError("packed-base: the run trained on packed weights; --to mlx is its adapter on them")
+    refuse_quantized(source)
+
+
+def write_packed_base(source: ExportSource, folder: Path) -> str | None:
+    """The base, packed to `--bits`, and the adapter in floating point beside it: no code holds the tune."""
+    from mlx_lm.utils import quantize_model
+
+    bits, group = source.choices.bits, source.choices.group_size
+    model = load_folder(source.folder, source.base_name, source.trained.config.model.trust_remote_code)[0]
+    model, config = quantize_model(model, for_mlx_lm(source), group, bits)
+    _save_model(source, model, config, folder)
+    (folder / ADAPTER_FOLDER).mkdir()
+    write_adapter(source, folder / ADAPTER_FOLDER)
+    return f"the base packed to {bits} bits in groups of {group}, the adapter in {ADAPTER_FOLDER}/ as trained"
+
+
+def reload_packed_base(source: ExportSource, folder: Path) -> nn.Module:
+    """Both, by mlx-lm's own loader."""
+    from mlx_lm.utils import load
+
+    return load(str(folder), adapter_path=str(folder / ADAPTER_FOLDER), lazy=True)[0]
 
 
 def reload_model(source: ExportSource, folder: Path) -> nn.Module:

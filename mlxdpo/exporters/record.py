@@ -4,7 +4,8 @@
      "data": what the gate measured on, "beta": ..., "versions": {...},
      "strength": 1.0, "made_of": null or what the run was made of,
      "targets": {name: {"folder": "." or "mlx", "files": {name below the folder: bytes}, "relation": ..., "note": ...,
-                        "kept": true,
+                        "kept": true, "asked": null, or {"client": ..., "prompts": n, "equal": n, "worst_logp": nats,
+                                                        "unlike": n},
                         "fidelity": {"pairs": n, "tokens": n, "token_kl": nats, "policy_reference_kl": nats,
                                      "slope": ..., "correlation": ..., "accuracy_run": ..., "accuracy_artefact": ...,
                                      "passed": true, "forced": false, "reason": null or a sentence}}}}
@@ -68,7 +69,10 @@ class Fidelity(NamedTuple):
 
 
 class Target(NamedTuple):
-    """One written artefact: its folder below the export ("." is the export itself) and its files with their sizes."""
+    """One written artefact: its folder below the export ("." is the export itself) and its files with their sizes.
+
+    `asked` is how its client answered (`exporters.ask.ClientReport`), None where it was not asked.
+    """
 
     folder: str
     files: dict[str, int]
@@ -76,6 +80,7 @@ class Target(NamedTuple):
     fidelity: Fidelity
     note: str | None = None
     kept: bool = True
+    asked: Mapping[str, Any] | None = None
 
 
 class Exported(NamedTuple):
@@ -91,7 +96,7 @@ class Exported(NamedTuple):
     versions: dict[str, str]
     targets: dict[str, Target]
     made_of: Mapping[str, Any] | None = None
-    """Of a run that was not trained but made of others (`inference.mixtures`): strength or average, and of which."""
+    """Of a run that was not trained but made of others (`inference.mixtures`): strength or merge, and of which."""
 
     @property
     def strength(self) -> float:
@@ -140,7 +145,10 @@ def _target(*, folder: str, files: dict[str, int], fidelity: dict[str, Any], **o
 
 CARD, CURVE, RUN = "README.md", "training.png", "run"
 ADAPTER = r"adapters\.safetensors|adapter_model\.safetensors|adapter_config\.json"
-MODEL = r"model[\w.-]*\.safetensors(\.index\.json)?|[\w.-]+\.gguf|config\.json|generation_config\.json"
+MODEL = (
+    r"model[\w.-]*\.safetensors(\.index\.json)?|[\w.-]+\.gguf|Modelfile|[\w.-]+\.preset\.json|"
+    r"config\.json|generation_config\.json"
+)
 TOKENIZER = (
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json|"
     r"tokenizer\.model|vocab\.txt|merges\.txt|chat_template\.jinja|[\w.-]+\.tiktoken"

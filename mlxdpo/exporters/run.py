@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxdpo.exporters import gguf, hf, mlx, peft
+from mlxdpo.exporters import gguf, hf, lmstudio, mlx, modelfile, peft
+from mlxdpo.exporters.ask import ClientReport, asker, questions_of
 from mlxdpo.exporters.card import write_card
-from mlxdpo.exporters.record import CARD, RECORD, Exported, Target, write_record
-from mlxdpo.exporters.sections import REPO, Licences
+from mlxdpo.exporters.record import CARD, RECORD, Exported, Fidelity, Target, write_record
+from mlxdpo.exporters.sections import Licences
 from mlxdpo.exporters.source import Choices, ExportSource
-from mlxdpo.exporters.verify import RunReference, measure_fidelity, run_reference
+from mlxdpo.exporters.usage import REPO
+from mlxdpo.exporters.verify import RunReference, measure_fidelity, measure_on_packed_base, run_reference
 from mlxdpo.inference.trained_run import TrainedRun, encode_pairs, heldout_pairs, open_trained_run
 from mlxdpo.io.atomic import asking_why
 from mlxdpo.io.staging import publish_folder, staging_folder
@@ -25,14 +27,21 @@ from mlxdpo.machine.device import versions
 from mlxdpo.runs import Run
 from mlxdpo.types import Example, UserError
 
+Write = Callable[[ExportSource, Path], str | None]
+
 
 class Exporter(NamedTuple):
-    """One kind of artefact: what it refuses, how it is written into an empty folder, how it is loaded back."""
+    """One kind of artefact: what it refuses, how it is written into an empty folder, how it is loaded back.
+
+    `others` are further ways to write it, by name, tried when the gate (`measure`) refuses the first.
+    """
 
     refuse: Callable[[ExportSource], None]
-    write: Callable[[ExportSource, Path], str | None]
+    write: Write
     reload: Callable[[ExportSource, Path], nn.Module]
     relation: str
+    others: Callable[[ExportSource], Mapping[str, Write]] = lambda source: {}
+    measure: Callable[[RunReference, nn.Module, bool], Fidelity] = measure_fidelity
 
 
 def _accepts(source: ExportSource) -> None:
@@ -44,8 +53,19 @@ EXPORTERS = {
     "peft": Exporter(peft.refuse_peft, peft.write_peft, peft.reload_peft, "adapter"),
     "hf": Exporter(hf.refuse_hf, hf.write_hf, hf.reload_hf, "finetune"),
     "fused": Exporter(_accepts, mlx.write_fused, mlx.reload_model, "finetune"),
-    "quantized": Exporter(mlx.refuse_quantized, mlx.write_quantized, mlx.reload_model, "quantized"),
+    "quantized": Exporter(mlx.refuse_quantized, mlx.write_quantized, mlx.reload_model, "quantized", mlx.other_packings),
+    "packed-base": Exporter(
+        mlx.refuse_packed_base,
+        mlx.write_packed_base,
+        mlx.reload_packed_base,
+        "quantized",
+        measure=measure_on_packed_base,
+    ),
     "gguf": Exporter(gguf.refuse_gguf, gguf.write_gguf, gguf.reload_gguf, "quantized"),
+    "gguf-lora": Exporter(gguf.refuse_lora, gguf.write_lora, gguf.reload_lora, "adapter"),
+    "ollama": Exporter(modelfile.refuse_ollama, modelfile.write_ollama, modelfile.reload_ollama, "quantized"),
+    "lmstudio": Exporter(lmstudio.refuse_lmstudio, lmstudio.write_lmstudio, lmstudio.reload_lmstudio, "finetune"),
+    "server": Exporter(_accepts, mlx.write_served, mlx.reload_served, "adapter"),
 }
 # The Hub's libraries look at the root of a repository: transformers first (it would take a PEFT adapter beside its own
 # weights for the thing to load), then PEFT. Everything else is asked for by its folder.
@@ -61,6 +81,7 @@ def export(
     *,
     data: str | None = None,
     pairs: int = DEFAULT_PAIRS,
+    ask: int = 0,
     choices: Choices = Choices(),  # noqa: B008 (frozen)
     licences: Licences = Licences(),  # noqa: B008
     repo: str | None = None,
@@ -69,9 +90,10 @@ def export(
 ) -> Exported:
     """Write a run as the targets `to` below `out`, each reloaded and measured on held-out pairs before it is kept.
 
-    `pairs` held-out pairs (0: all) of `data`, or of the run's own. A target that fails the gate leaves no files unless
-    `force` is set; the record says so either way. `out` appears whole, in place of an earlier export, or not at all. It
-    holds a model card too, for the Hub repository `repo`; what the user wrote in an earlier card stays.
+    `pairs` held-out pairs (0: all) of `data`, or of the run's own. The client of each target is asked `ask` of their
+    prompts, where it is on this machine (`server` always; `exporters.ask`). A target that fails the gate leaves no
+    files unless `force` is set; the record says so either way. `out` appears whole, in place of an earlier export, or
+    not at all. It holds a model card too, for the Hub repository `repo`; what the user wrote in an earlier card stays.
     Raises `UserError`, before anything is written, for a target that this run cannot become.
     """
     names, out = _known_targets(to), Path(out)
@@ -81,14 +103,15 @@ def export(
     source = ExportSource(trained, choices)
     for name in names:
         EXPORTERS[name].refuse(source)
-    examples = _some(trained, rows, pairs)
+    rows, examples = _some(trained, rows, pairs)
+    ask_of = asker(source, questions_of(source, rows, examples), ask)
     say(f"measuring the run on {len(examples)} pairs of {where}")
     reference = run_reference(trained, examples)
     with staged_export(out) as folder:
         targets = {}
         for name in names:
             say(f"{name}: writing, loading again, measuring")
-            targets[name] = _make(name, source, reference, folder / target_folder(name, names), force)
+            targets[name] = _make(name, source, reference, folder / target_folder(name, names), force, ask_of)
         exported = _describe(source, out, where, targets)
         write_record(exported, folder)
         if (out / CARD).exists():
@@ -119,10 +142,10 @@ def _check_out(out: Path) -> None:
         raise UserError(f"{out} holds something that is no earlier export; choose another --out")
 
 
-def _some(trained: TrainedRun, rows: list, pairs: int) -> list[Example]:
+def _some(trained: TrainedRun, rows: list, pairs: int) -> tuple[list, list[Example]]:
     """Every k-th of the held-out pairs, so that a sorted file is met all over."""
     chosen = rows if not pairs or pairs >= len(rows) else [rows[i * len(rows) // pairs] for i in range(pairs)]
-    return encode_pairs(trained, chosen)[1]
+    return encode_pairs(trained, chosen)[:2]
 
 
 def staged_export(out: Path) -> contextlib.AbstractContextManager[Path]:
@@ -139,25 +162,56 @@ def staged_export(out: Path) -> contextlib.AbstractContextManager[Path]:
     return staging_folder(out.parent, f".{out.name}-draft-", rescue)
 
 
-def _make(name: str, source: ExportSource, reference: RunReference, folder: Path, force: bool) -> Target:
+def _make(
+    name: str,
+    source: ExportSource,
+    reference: RunReference,
+    folder: Path,
+    force: bool,
+    ask_of: Callable[[str, Path], ClientReport | None],
+) -> Target:
     folder.mkdir(exist_ok=True)
     before = set(_files(folder))
-    exporter = EXPORTERS[name]
-    with asking_why(folder):
-        note = exporter.write(source, folder)
-    artefact = exporter.reload(source, folder)
-    fidelity = measure_fidelity(reference, artefact, force)
-    del artefact
-    mx.clear_cache()
+    note, fidelity = _written_and_measured(name, source, reference, folder, force)
+    asked = ask_of(name, folder) if fidelity.passed else None
+    if asked is not None and asked.reason is not None:
+        fidelity = fidelity._replace(passed=False, reason=asked.reason, forced=force)
     files = {path: size for path, size in _files(folder).items() if path not in before}
     at = folder.name if folder.name == name else "."
     if fidelity.passed or fidelity.forced:
-        return Target(at, files, _relation(name, source), fidelity, note)
+        return Target(at, files, _relation(name, source), fidelity, note, asked=asked and asked._asdict())
     for path in files:
         (folder / path).unlink()
     if at != ".":
         shutil.rmtree(folder)
-    return Target(at, {}, _relation(name, source), fidelity, note, kept=False)
+    return Target(at, {}, _relation(name, source), fidelity, note, False, asked and asked._asdict())
+
+
+def _written_and_measured(
+    name: str, source: ExportSource, reference: RunReference, folder: Path, force: bool
+) -> tuple[str | None, Fidelity]:
+    """Write a target the first way that the gate lets pass; of several refused ones the last stays."""
+    exporter, before, refused = EXPORTERS[name], set(_files(folder)), []
+    ways = {"": exporter.write, **exporter.others(source)}
+    for way, write in ways.items():
+        for path in set(_files(folder)) - before:
+            (folder / path).unlink()
+        with asking_why(folder):
+            note = write(source, folder)
+        artefact = exporter.reload(source, folder)
+        fidelity = exporter.measure(reference, artefact, force)
+        del artefact
+        mx.clear_cache()
+        if fidelity.passed:
+            break
+        slope = "none" if fidelity.slope is None else f"{fidelity.slope:.2f}"
+        refused.append(f"{way or 'rounded to the nearest'}: slope {slope}, token KL {fidelity.token_kl:.3g} nats")
+    if len(ways) == 1 or not refused:
+        return note, fidelity
+    if fidelity.passed:
+        return f"{note} ({'; '.join(refused)}: refused)", fidelity
+    hint = "" if source.method == "full" else "; --to packed-base keeps the adapter in floating point"
+    return note, fidelity._replace(reason=f"{fidelity.reason} ({'; '.join(refused)}){hint}")
 
 
 def _files(folder: Path) -> dict[str, int]:
@@ -166,8 +220,9 @@ def _files(folder: Path) -> dict[str, int]:
 
 def _relation(name: str, source: ExportSource) -> str:
     """The Hub's `base_model_relation` of one target."""
-    packed = name == "fused" and source.quantised
-    return "quantized" if packed else EXPORTERS[name].relation
+    if name in ("fused", "server") and (name == "fused" or mlx.served_whole(source)):
+        return "quantized" if source.quantised else "finetune"
+    return EXPORTERS[name].relation
 
 
 def _describe(source: ExportSource, out: Path, where: str, targets: dict[str, Target]) -> Exported:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from mlxdpo.config import Config, names_of
 from mlxdpo.exporters.record import CURVE, RUN, Exported, Target, card_metadata, command, public_name, without_paths
+from mlxdpo.exporters.usage import REPO, USAGE, client_words, code_block
 from mlxdpo.io.json_file import as_written, read_json
 from mlxdpo.io.names import is_hub_id
 from mlxdpo.losses import LOSSES
@@ -220,9 +221,6 @@ def _licence_of(card: Path | None) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-REPO = "USER/REPO"  # in the commands of a card that is not meant for a known repository
-
-
 def cell(text: Any) -> str:
     """Text that cannot break out of a table's cell, nor carry markup of its own."""
     plain = " ".join(str(text).split())
@@ -277,53 +275,13 @@ def contents(record: Exported, repo: str) -> str:
     parts = [
         card_table(("folder", "target", "relation to the base", "note"), rows),
         *snippets,
-        _code_block("sh", pull),
+        code_block("sh", pull),
     ]
     return "## What is here\n\n" + "\n\n".join(parts)
 
 
 def _folder_of(target: Target) -> str:
     return "(root)" if target.folder == "." else f"{target.folder}/"
-
-
-def _code_block(language: str, text: str) -> str:
-    return f"```{language}\n{text}\n```"
-
-
-def _subfolder(target: Target) -> str:
-    return "" if target.folder == "." else f', subfolder="{target.folder}"'
-
-
-def _mlx(record: Exported, target: Target) -> str:
-    at = "." if target.folder == "." else target.folder
-    adapter = "adapters.safetensors" in target.files
-    model = f"{record.base_model} --adapter-path here/{at}" if adapter else f"here/{at}"
-    return _code_block("sh", f"hf download {REPO} --local-dir here\nmlx_lm.generate --model {model} --prompt '...'")
-
-
-def _peft(record: Exported, target: Target) -> str:
-    return _code_block(
-        "python",
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{record.base_model}")\n'
-        f'model = PeftModel.from_pretrained(base, "{REPO}"{_subfolder(target)})',
-    )
-
-
-def _hf(record: Exported, target: Target) -> str:
-    load = f'"{REPO}"{_subfolder(target)}'
-    return _code_block(
-        "python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({load})\ntokenizer = AutoTokenizer.from_pretrained({load})",
-    )
-
-
-def _gguf(record: Exported, target: Target) -> str:
-    return _code_block("sh", f"llama-cli -hf {REPO}")
-
-
-USAGE = {"mlx": _mlx, "fused": _mlx, "quantized": _mlx, "peft": _peft, "hf": _hf, "gguf": _gguf}
 
 
 def base(record: Exported, manifest: Mapping[str, Any], licences: Licences) -> str:
@@ -392,7 +350,7 @@ def training(config: Config, manifest: Mapping[str, Any], metrics: Sequence[Mapp
         "## Training",
         card_table(("", ""), rows),
         "The command, on the data named above:",
-        _code_block("sh", command(config)),
+        code_block("sh", command(config)),
     ]
     return "\n\n".join([*parts, f"![loss, reward accuracy and margin over the steps]({CURVE})"] if steps else parts)
 
@@ -403,9 +361,9 @@ def _made_of(manifest: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if made and "strength" in made:
         name, factor = made["runs"][0]["run"], f"{made['strength']:g}"
         yield "strength", f"strength {factor} of {name}: {factor} times what training changed in the weights"
-    if made and "average" in made:
-        shares = ", ".join(f"{w:g} {one['run']}" for w, one in zip(made["average"], made["runs"], strict=True))
-        yield "average", f"of the adapters of {len(made['runs'])} runs ({shares}); the rows below are the first one's"
+    if made and "merge" in made:
+        shares = ", ".join(f"{w:g} {one['run']}" for w, one in zip(made["weights"], made["runs"], strict=True))
+        yield "merge", f"{made['merge']}, of {len(made['runs'])} runs' adapters ({shares}); the rows below: the first's"
 
 
 def _ends(metrics: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
@@ -451,8 +409,9 @@ def fidelity(record: Exported) -> str:
         )
         change = f"{f.accuracy_run:.3f} to {f.accuracy_artefact:.3f}"
         n = f"{f.pairs} pairs, {f.tokens} tokens"
-        rows.append((name, *figures, _card_value(f.correlation, ".4f"), change, n, verdict))
+        rows.append((name, *figures, _card_value(f.correlation, ".4f"), change, n, verdict, client_words(target)))
     header = ("target", "KL(run, artefact)", "KL(run, reference)", "slope", "correlation", "accuracy", "n", "gate")
+    header = (*header, "client: greedy answers that are the run's")
     note = (
         "Each artefact was loaded again and held against the run on held-out pairs: mean KL per token in nats, slope "
         f"and correlation of its DPO margins over the run's. Pairs: {cell(without_paths(record.data))}."

@@ -126,7 +126,9 @@ def _replaced(by: mx.array, weight: mx.array) -> mx.array:
     return by.astype(mx.float32)
 
 
-GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
+GgufType = Literal[
+    "auto", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k"
+]
 # What travels with weights besides weights: never code, never what some tool left in the folder.
 SIDE = ("*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja", f"{NAMED_FOLDER}/*.jinja", "LICENSE*", "NOTICE*")
 NOT_SIDE = ("*.index.json", "adapter_config.json", "export.json", "hf_quant_config.json")
@@ -188,12 +190,16 @@ def _array_digest(array: mx.array) -> bytes:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user may choose. `base` is the full-precision model that a quantised run is put onto."""
+    """What the user may choose. `base` is the full-precision model that a quantised run is put onto; `ollama_base` one
+    of Ollama's, for the adapter alone; `publisher` the folder of LM Studio's that a model lies in."""
 
     base: str | None = None
     bits: int = 4
     group_size: int = 64
     gguf_type: GgufType = "auto"
+    ollama_base: str | None = None
+    lmstudio: Literal["mlx", "gguf"] = "mlx"
+    publisher: str = "mlxdpo"
 
 
 @dataclass(frozen=True)
@@ -294,9 +300,20 @@ def copy_side_files(source: ExportSource, base: Path, folder: Path) -> None:
 
 def _write_ends(source: ExportSource, folder: Path) -> None:
     """Let an export's generation_config.json end answers where training taught them to end, too."""
+    said, listed, taught = _ends_said_in(source, folder)
+    if taught:
+        write_json(folder / "generation_config.json", said | {"eos_token_id": [*listed, *taught]})
+
+
+def _ends_said_in(source: ExportSource, folder: Path) -> tuple[dict[str, Any], list[int], list[int]]:
+    """A folder's generation settings, the ends that they or the base's config.json name, and those taught besides."""
     file, raw = folder / "generation_config.json", source.raw_config
     said = read_json(file) if file.is_file() else {k: raw[k] for k in ("bos_token_id", "pad_token_id") if raw.get(k)}
     own = said.get("eos_token_id", raw.get("eos_token_id"))
     listed = [own] if isinstance(own, int) else list(own or ())
-    if taught := sorted(source.trained.policy.eos_ids - set(listed)):
-        write_json(file, said | {"eos_token_id": [*listed, *taught]})
+    return said, listed, sorted(source.trained.policy.eos_ids - set(listed))
+
+
+def ends_beside_base(source: ExportSource) -> list[str]:
+    """Tokens that training taught as ends and that the base's own files, which an adapter is used with, do not name."""
+    return source.trained.policy.tokenizer.convert_ids_to_tokens(_ends_said_in(source, source.folder)[2])

@@ -8,6 +8,7 @@ Their correlation: how much of it is noise. The limits stand here and nowhere el
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from mlxdpo.forward.elementwise import exp
 from mlxdpo.forward.next_token import Logits, logits_at
 from mlxdpo.inference.trained_run import TrainedRun
 from mlxdpo.machine.device import this_machine
+from mlxdpo.model.adapters import adapters_off
 from mlxdpo.model.policy import cast
 from mlxdpo.types import Example, UserError
 
@@ -71,16 +73,44 @@ def run_reference(trained: TrainedRun, examples: Sequence[Example]) -> RunRefere
 
 def measure_fidelity(reference: RunReference, artefact: nn.Module, force: bool = False) -> Fidelity:
     """How an artefact behaves; it is run in the run's number type, so that only what was written differs."""
+    artefact = _as_the_run(reference, artefact)
+    logps, kl = _artefact_logps(reference, artefact)
+    own, other = (_margins(values, reference.ref_logps, reference.beta) for values in (reference.logps, logps))
+    slope, _ = slope_and_correlation(own, other)
+    return _fidelity(reference, kl, own, other, why_failed(kl, reference.kl, slope, ROUNDING[reference.dtype]), force)
+
+
+def measure_on_packed_base(reference: RunReference, artefact: nn.Module, force: bool = False) -> Fidelity:
+    """The same of an adapter on a packed base, with that base as the artefact's reference.
+
+    What packing did to the base is no loss of the tune, so the slope alone decides; the token KL, which holds both, is
+    shown.
+    """
+    artefact = _as_the_run(reference, artefact)
+    logps, kl = _artefact_logps(reference, artefact)
+    with adapters_off(artefact):
+        base = _artefact_logps(reference, artefact)[0]
+    own, other = (_margins(reference.logps, reference.ref_logps, reference.beta), _margins(logps, base, reference.beta))
+    slope, _ = slope_and_correlation(own, other)
+    return _fidelity(reference, kl, own, other, why_failed(0.0, reference.kl, slope), force)
+
+
+def _as_the_run(reference: RunReference, artefact: nn.Module) -> nn.Module:
     cast(artefact, reference.dtype)
     if this_machine().kind == "cpu":  # its packed matmuls are fifty times slower, and give the same numbers
         artefact = _unpacked(artefact)
-    artefact.train()  # as the run was scored; only dropout would differ, and it is off
-    logps, kl = _diverge(
-        reference.batches, reference.logits, lambda rows: _scored_logits(artefact, rows), len(reference.logps) // 2
-    )
-    own, other = (_margins(values, reference.ref_logps, reference.beta) for values in (reference.logps, logps))
+    return artefact.train()  # as the run was scored; only dropout would differ, and it is off
+
+
+def _artefact_logps(reference: RunReference, artefact: nn.Module) -> tuple[np.ndarray, float]:
+    scored: Callable[[VerifiedRows], mx.array] = partial(_scored_logits, artefact)
+    return _diverge(reference.batches, reference.logits, scored, len(reference.logps) // 2)
+
+
+def _fidelity(
+    reference: RunReference, kl: float, own: np.ndarray, other: np.ndarray, reason: str | None, force: bool
+) -> Fidelity:
     slope, correlation = slope_and_correlation(own, other)
-    reason = why_failed(kl, reference.kl, slope, ROUNDING[reference.dtype])
     return Fidelity(
         pairs=len(own),
         tokens=reference.tokens,

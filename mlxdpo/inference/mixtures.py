@@ -1,10 +1,11 @@
-"""Runs made of runs: one at another strength, the average of several. A run directory like any other, not trained.
+"""Runs made of runs: one at another strength, several merged. A run directory like any other, not trained.
 
 `manifest.json` says under `made_of` from what, so that it is not taken for a training and not trained on.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from mlxdpo.io.digest import folder_digest
 from mlxdpo.io.json_file import read_json
 from mlxdpo.io.staging import publish_new, staging_folder
 from mlxdpo.model.adapters import SETTINGS, WEIGHTS, adapter_settings, load_start, read_settings
+from mlxdpo.model.merging import MergeMethod, merge_adapters
 from mlxdpo.model.strength import check_strength, interpolated, refuse_dora, scaled, weighted_sum
 from mlxdpo.runs import PATHS, Run, input_paths
 from mlxdpo.types import UserError
@@ -51,12 +53,8 @@ def run_at(run: Run, strength: float) -> Run:
         shutil.rmtree(place)
     if settings.method == "full":
         lora, arrays = settings, _full_at(run, strength)
-    elif config.model.adapter is None:
-        lora, arrays = weighted_sum([(run.adapter, strength)])
     else:
-        start = Path(config.model.adapter)
-        terms = [(start, 1.0)] if strength == 0 else [(start, 1 - strength), (run.adapter, strength)]
-        lora, arrays = weighted_sum(terms)
+        lora, arrays = weighted_sum(_terms_at(run, strength))
     return _write_mixture(run, config, (lora, arrays), made_of, place)
 
 
@@ -84,30 +82,57 @@ def at_strengths(run: Run, strengths: Sequence[float]) -> Iterator[tuple[float, 
             yield strength, opened
 
 
-def average_runs(runs: Sequence[Run], out: Path, weights: Sequence[float] | None = None) -> Run:
-    """The weighted average of several runs' LoRA adapters (equal weights when not given), as a run directory `out`.
+def merge_runs(
+    runs: Sequence[Run],
+    out: Path,
+    weights: Sequence[float] | None = None,
+    method: MergeMethod = "linear",
+    density: float = 0.5,
+    seed: int = 0,
+) -> Run:
+    """Several runs' LoRA adapters in one, or one run at the strength of its weight, as a run directory `out`.
 
-    Exact: the ranks add up. What it is measured against, and on, is the first run's. Raises `UserError` for runs of
-    unlike base models or layers, DoRA, every-weight runs, and weights that do not add up to 1.
+    `linear` is the exact weighted sum (the ranks add up; equal weights of 1 in all when not given), the others are
+    PEFT's (weights of 1 each; `model.merging`). What the result is measured against, and on, is the first run's. Raises
+    `UserError` for runs of unlike base models or layers, DoRA, and every-weight runs.
     """
-    if len(runs) < 2:
-        raise UserError("one run has no average; name two or more")
-    shares = list(weights) if weights is not None else [1 / len(runs)] * len(runs)
-    if len(shares) != len(runs) or abs(sum(shares) - 1) > 1e-6:
-        raise UserError(f"--weight: {len(shares)} that add up to {sum(shares):g}; give one for each run, 1 in all")
+    equal = 1 / len(runs) if method == "linear" else 1.0
+    shares = list(weights) if weights is not None else [equal] * len(runs)
+    if len(shares) != len(runs) or not all(math.isfinite(share) for share in shares):
+        raise UserError(f"--weight: {len(shares)} for {len(runs)} runs; give a number for each run, in their order")
+    if len(runs) == 1 and (method != "linear" or weights is None):
+        raise UserError("one run alone has nothing to merge with; name another, or its strength with --weight 0.5")
     if out.exists():
         raise UserError(f"{out} is already there; choose another --out")
+    _check_alike(runs)
+    named = [{"run": run.path.resolve().name, "adapter": folder_digest(run.adapter)} for run in runs]
+    if len(runs) == 1:
+        made = weighted_sum(_terms_at(runs[0], shares[0]))
+        return _write_mixture(runs[0], runs[0].config(), made, {"strength": shares[0], "runs": named}, out)
+    terms = [(run.adapter, share) for run, share in zip(runs, shares, strict=True)]
+    lora, arrays, kept = merge_adapters(terms, method, density, seed)
+    settings = {} if method == "linear" else {"density": density, "seed": seed, "kept": kept}
+    made_of = {"merge": method, "weights": shares, **settings, "runs": named}
+    return _write_mixture(runs[0], _without_seen(runs), (lora, arrays), made_of, out)
+
+
+def _check_alike(runs: Sequence[Run]) -> None:
+    """Raise `UserError` for runs on unlike base models, and for one that trained every weight."""
     first, rest = runs[0].manifest()["model"], [run.manifest()["model"] for run in runs[1:]]
     for run, model in zip(runs[1:], rest, strict=True):
         for name in ("digest", "dtype", "quantization"):
             if model[name] != first[name]:
                 raise UserError(f"{run.path}: was trained on another base model than {runs[0].path} ({name} differs)")
     if full := [run for run in runs if read_settings(run.adapter).method == "full"]:
-        raise UserError(f"{full[0].path}: trained every weight (lora.method full); only LoRA adapters are averaged")
-    made = weighted_sum([(run.adapter, share) for run, share in zip(runs, shares, strict=True)])
-    named = [{"run": run.path.resolve().name, "adapter": folder_digest(run.adapter)} for run in runs]
-    made_of = {"average": shares, "runs": named}
-    return _write_mixture(runs[0], _without_seen(runs), made, made_of, out)
+        raise UserError(f"{full[0].path}: trained every weight (lora.method full); only LoRA adapters are merged")
+
+
+def _terms_at(run: Run, strength: float) -> list[tuple[Path, float]]:
+    """What adds up to a LoRA run at a strength: its adapter alone, or the line from the one that it started from."""
+    start = run.config().model.adapter
+    if start is None:
+        return [(run.adapter, strength)]
+    return [(Path(start), 1.0)] if strength == 0 else [(Path(start), 1 - strength), (run.adapter, strength)]
 
 
 def _without_seen(runs: Sequence[Run]) -> Config:

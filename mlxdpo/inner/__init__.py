@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mlxdpo.inference.generate import finished as finished
     from mlxdpo.inference.generate import generate as generate
     from mlxdpo.inference.mixtures import at_strengths as at_strengths
-    from mlxdpo.inference.mixtures import average_runs as average_runs
+    from mlxdpo.inference.mixtures import merge_runs as merge_runs
     from mlxdpo.inference.mixtures import run_at as run_at
     from mlxdpo.inference.trained_run import PairLogps as PairLogps
     from mlxdpo.inference.trained_run import TrainedRun as TrainedRun
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 NAMES = {
     "at_strengths": "mlxdpo.inference.mixtures",
-    "average_runs": "mlxdpo.inference.mixtures",
+    "merge_runs": "mlxdpo.inference.mixtures",
     "run_at": "mlxdpo.inference.mixtures",
     "BestOfK": "mlxdpo.data.best_of_k",
     "encode_prompt": "mlxdpo.data.encode",

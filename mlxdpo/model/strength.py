@@ -99,12 +99,14 @@ def _alone(lora: LoraConfig, arrays: Arrays, weight: float) -> tuple[LoraConfig,
 
 
 def _side_by_side(a: Sequence[mx.array], b: Sequence[mx.array], factors: Sequence[float]) -> tuple[mx.array, mx.array]:
-    """A and B of the sum: A (in, r), B (r, out); of E experts A (E * r, in), B (E, out, r)."""
+    """A and B of the sum: A (in, r), B (r, out); of E experts A (E, r, in) or flat (E * r, in), B (E, out, r)."""
     scaled_b = [one.astype(mx.float32) * factor for one, factor in zip(b, factors, strict=True)]
     wide = [one.astype(mx.float32) for one in a]
     if b[0].ndim == 3:
         experts = [one.reshape(b[0].shape[0], -1, one.shape[-1]) for one in wide]
-        return mx.concatenate(experts, axis=1).reshape(-1, a[0].shape[-1]), mx.concatenate(scaled_b, axis=2)
+        joined = mx.concatenate(experts, axis=1)
+        flat = a[0].ndim == 2
+        return joined.reshape(-1, a[0].shape[-1]) if flat else joined, mx.concatenate(scaled_b, axis=2)
     return mx.concatenate(wide, axis=1), mx.concatenate(scaled_b, axis=0)
 
 

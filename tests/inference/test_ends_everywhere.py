@@ -108,3 +108,18 @@ def test_exports_stop_in_mlx_lm(sft, trained, ids, tmp_path):
         ends = json.loads((done.out / target.folder / "generation_config.json").read_text("utf-8"))["eos_token_id"]
         assert set(ends) == trained.policy.eos_ids
         assert AutoTokenizer.from_pretrained(done.out / target.folder).eos_token == END
+
+
+@pytest.mark.processes
+def test_mlx_lm_s_server_stops_at_the_turn_s_end(sft, tmp_path):
+    heldout = str(sft.path.parent / "heldout.jsonl")
+    asked = export(sft, ["server"], tmp_path / "out", data=heldout).targets["server"].asked
+    assert asked["client"] == "mlx_lm.server" and asked["equal"] == asked["prompts"] == 4
+
+
+def test_lm_studio_is_told_both_ends(sft, tmp_path):
+    heldout = str(sft.path.parent / "heldout.jsonl")
+    out = export(sft, ["lmstudio"], tmp_path / "out", data=heldout).out
+    preset = json.loads((out / "lmstudio" / "run.preset.json").read_text("utf-8"))
+    stops = next(f["value"] for f in preset["operation"]["fields"] if f["key"] == "llm.prediction.stopStrings")
+    assert set(stops) == {END, TURN}

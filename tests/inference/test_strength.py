@@ -7,7 +7,7 @@ from mlx.utils import tree_flatten
 from tiny_runs import adapter_bytes, finish, recipe, trained
 
 from mlxdpo.cli import run as command
-from mlxdpo.inference.mixtures import at_strengths, average_runs, run_at
+from mlxdpo.inference.mixtures import at_strengths, merge_runs, run_at
 from mlxdpo.inference.trained_run import open_trained_run
 from mlxdpo.io.json_file import read_json
 from mlxdpo.model.adapters import load_run, load_start, read_settings
@@ -94,7 +94,7 @@ def test_dora_has_no_strength(tmp_path):
     for refused in (
         lambda: run_at(run, 0.5),
         lambda: next(at_strengths(run, [0.5])),
-        lambda: average_runs([run] * 2, tmp_path / "a"),
+        lambda: merge_runs([run] * 2, tmp_path / "a"),
     ):
         with pytest.raises(UserError, match=r"lora\.method dora trains the length of each row beside the product"):
             refused()
@@ -117,7 +117,7 @@ def test_trained_on_the_strength_is_made_again(run, tmp_path):
 def test_an_average_is_the_weighted_sum_of_what_the_runs_add(tmp_path, run):
     others = [trained(tmp_path, f"seed{n}", train={"seed": n}, lora={"rank": 2 + n}, **FAST) for n in (1, 2)]
     runs, shares = [run, *others], [0.5, 0.3, 0.2]
-    made = average_runs(runs, tmp_path / "average", shares)
+    made = merge_runs(runs, tmp_path / "average", shares)
     own = [deltas(one) for one in runs]
     for name, delta in deltas(made).items():
         expected = sum(share * one[name] for share, one in zip(shares, own, strict=True))
@@ -125,8 +125,29 @@ def test_an_average_is_the_weighted_sum_of_what_the_runs_add(tmp_path, run):
     assert read_settings(made.adapter).rank == 4 + 3 + 4
     assert [one["run"] for one in made.manifest()["made_of"]["runs"]] == ["run", "seed1", "seed2"]
     assert open_trained_run(made).run.path == made.path
-    again = average_runs([run, run], tmp_path / "twice")
+    again = merge_runs([run, run], tmp_path / "twice")
     np.testing.assert_allclose(logits(load_run(again).model), logits(load_run(run).model), atol=1e-5)
+
+
+def test_one_run_with_its_base_is_that_run_at_a_strength(tmp_path, run):
+    made = merge_runs([run], tmp_path / "half", [0.5])
+    assert made.manifest()["made_of"]["strength"] == 0.5
+    assert np.array_equal(logits(load_run(made).model), logits(load_run(run_at(run, 0.5)).model))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties"])
+def test_merges_by_name_are_peft_s_own(method, tmp_path, run):
+    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("peft.utils.merge_utils")
+    runs = [run, trained(tmp_path, "seed1", train={"seed": 1}, **FAST)]
+    made = merge_runs(runs, tmp_path / "merged", [1.0, 0.5], method, density=1.0)
+    own, kept = [deltas(one) for one in runs], made.manifest()["made_of"]["kept"]
+    far = whole = 0.0
+    for name, delta in deltas(made).items():
+        tensors = [torch.from_numpy(np.array(one[name])) for one in own]
+        expected = getattr(theirs, method)(tensors, torch.tensor([1.0, 0.5]), 1.0).numpy()
+        far, whole = far + float(((delta - expected) ** 2).sum()), whole + float((expected**2).sum())
+    assert 0 < kept <= 1 + 1e-6 and far / whole == pytest.approx(1 - kept, abs=1e-4)
 
 
 def test_what_cannot_be_averaged(tmp_path, run):
@@ -135,14 +156,16 @@ def test_what_cannot_be_averaged(tmp_path, run):
     plain = trained(tmp_path, "plain", model={"dtype": "float32"})
     refusals = {
         "adapts other layers than": [run, other],
-        "one run has no average": [run],
+        "one run alone has nothing to merge with": [run],
         "trained every weight": [plain, full],
     }
     for words, runs in refusals.items():
         with pytest.raises(UserError, match=words):
-            average_runs(runs, tmp_path / "no")
-    with pytest.raises(UserError, match=r"2 that add up to 1.5; give one for each run, 1 in all"):
-        average_runs([run, run], tmp_path / "no", [1.0, 0.5])
+            merge_runs(runs, tmp_path / "no")
+    with pytest.raises(UserError, match=r"--weight: 1 for 2 runs; give a number for each run"):
+        merge_runs([run, run], tmp_path / "no", [1.0])
+    with pytest.raises(UserError, match=r"--density is 0; expected a share"):
+        merge_runs([run, run], tmp_path / "no", method="ties", density=0)
     assert not (tmp_path / "no").exists()
 
 
@@ -158,8 +181,8 @@ def test_runs_that_held_out_different_pairs_hold_out_none_together(tmp_path):
         config = recipe(tmp_path, f"seed{seed}", data={"eval_fraction": 0.4}, train={"seed": seed})
         finish(config)
         runs.append(Run.open(config.out))
-    assert average_runs(runs, tmp_path / "average").config().data.eval_fraction == 0
-    assert average_runs([runs[0]] * 2, tmp_path / "same").config().data.eval_fraction == 0.4
+    assert merge_runs(runs, tmp_path / "average").config().data.eval_fraction == 0
+    assert merge_runs([runs[0]] * 2, tmp_path / "same").config().data.eval_fraction == 0.4
 
 
 SHORT = ["--prompts", "3", "--samples", "1", "--max-tokens", "3"]

@@ -11,7 +11,7 @@ FLOAT32 = 0  # ggml's number for it
 class LlamaCpp:
     """A GGUF file behind llama.cpp's HTTP server on a free port of this machine; a context manager."""
 
-    def __init__(self, file):
+    def __init__(self, file, lora=None):
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(file)
         parameters.n_ctx, parameters.n_parallel, parameters.warmup = 512, 1, False
@@ -20,6 +20,10 @@ class LlamaCpp:
         # As shipped it keeps keys and values in 16 bits, and its fused attention rounds: 3e-3 nats on SmolLM2.
         parameters.cache_type_k = parameters.cache_type_v = FLOAT32
         parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if lora is not None:
+            one = xllamacpp.CommonAdapterLoraInfo()
+            one.path, one.scale = str(lora), 1.0
+            parameters.lora_adapters = [one]
         self.server = xllamacpp.Server(parameters)
 
     def __enter__(self):

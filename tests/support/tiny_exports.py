@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from mlxdpo.config import LoraConfig
-from mlxdpo.exporters.gguf import RULES
+from mlxdpo.exporters.gguf_vocabulary import RULES
 from mlxdpo.model.adapters import attach_lora, save_adapter
 from mlxdpo.model.policy import load_policy
 from mlxdpo.runs import Run
