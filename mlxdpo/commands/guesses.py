@@ -52,7 +52,7 @@ OTHER_WORDS = {
     "generate": "infer inference predict sample ask complete prompt",
     "chat": "talk repl",
     "app": "ui gui serve server web studio webui",
-    "export": "merge fuse convert quantize quantise push upload gguf",
+    "export": "fuse convert quantize quantise push upload gguf",
     "pull": "download",
     "data check": "check validate inspect",
     "plan": "estimate memory",

@@ -9,7 +9,7 @@ GROUPS = {
     "Start": "demo tune app doctor",
     "Train": "train plan bench objectives data iterate collect constitution import-recipe import",
     "Judge": "eval compare generate chat score dial frontier",
-    "Leave": "export average pull",
+    "Leave": "export merge pull",
 }
 """The commands of the first page, each where a reader looks for it."""
 
