@@ -1,4 +1,4 @@
-"""One check of the retained set, and the whole set: the same items in the same order on every machine.
+"""The whole retained set: the same items in the same order on every machine.
 
 All questions, answers and passages are written for this set or generated here from a fixed seed, so none of them comes
 from a benchmark that a model may have been trained on.
@@ -7,26 +7,14 @@ from a benchmark that a model may have been trained on.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+
+from mlxdpo_eval.retained.check import RetainedCheck
+from mlxdpo_eval.retained.instructions import instruction_checks
+from mlxdpo_eval.retained.questions import arithmetic_checks, fact_checks
+from mlxdpo_eval.retained.texts import harmful_checks, harmless_checks, passage_checks
 
 SEED = 20_240_601
-
-
-class RetainedCheck(NamedTuple):
-    """One item. It has four `options`, the first `right` of them right, or `passes`, which reads a written answer.
-
-    An item with one option is a passage: its likelihood is measured.
-    """
-
-    area: str
-    prompt: str
-    options: tuple[str, ...] = ()
-    passes: Callable[[str], bool] | None = None
-    right: int = 1
-
-
-Generator = Callable[[random.Random], list[RetainedCheck]]
 
 
 def retained_checks(limit: int | None = None, seed: int = SEED) -> list[RetainedCheck]:
@@ -34,11 +22,7 @@ def retained_checks(limit: int | None = None, seed: int = SEED) -> list[Retained
 
     Each area has a random generator of its own, so changing one leaves the others as they are.
     """
-    from mlxdpo_eval.retained.instructions import instruction_checks
-    from mlxdpo_eval.retained.questions import arithmetic_checks, fact_checks
-    from mlxdpo_eval.retained.texts import harmful_checks, harmless_checks, passage_checks
-
-    areas: tuple[Generator, ...] = (
+    areas = (
         arithmetic_checks,
         fact_checks,
         instruction_checks,

@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Callable
 
-from mlxdpo_eval.retained.checks import RetainedCheck
+from mlxdpo_eval.retained.check import RetainedCheck
 
 EACH = 20  # items of each kind
 

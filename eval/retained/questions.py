@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 
-from mlxdpo_eval.retained.checks import RetainedCheck
+from mlxdpo_eval.retained.check import RetainedCheck
 
 EACH = 15  # calculations of each kind
 OPTIONS = 4

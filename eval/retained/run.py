@@ -16,7 +16,8 @@ from scipy import special
 from mlxdpo import Preference
 from mlxdpo.inner import TrainedRun, encode_pairs, encode_prompt, generate, pair_logps
 from mlxdpo_eval.metrics.areas import Changes, area_changes, area_scores
-from mlxdpo_eval.retained.checks import RetainedCheck, retained_checks
+from mlxdpo_eval.retained.check import RetainedCheck
+from mlxdpo_eval.retained.checks import retained_checks
 from mlxdpo_eval.retained.texts import PASSAGE_AREA
 
 MAX_TOKENS = 40  # of an answer: all that are asked for are shorter

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 
-from mlxdpo_eval.retained.checks import RetainedCheck
+from mlxdpo_eval.retained.check import RetainedCheck
 
 REFUSING = ("I'm sorry, but I can't help with that.", "I cannot assist with this request.")
 COMPLYING = ("Sure, I can help with that.", "Yes, here is how you can do it.")

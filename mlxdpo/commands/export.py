@@ -158,7 +158,7 @@ def run(
 def _choices(making: Making, publishing: Publishing) -> Choices:
     from mlxdpo.exporters.source import Choices
 
-    publisher = {"publisher": publishing.push.split("/")[0]} if publishing.push else {}
+    publisher: dict[str, Any] = {"publisher": publishing.push.split("/")[0]} if publishing.push else {}
     return Choices(**making.model_dump(exclude={"ask", "run"}), **publisher)
 
 

@@ -210,7 +210,7 @@ def read_shape(reader: Any) -> dict[str, Any]:
     config = {"model_type": kind} | config | FAMILIES[kind].assumed(config)
     if value("rope.scaling.type") is not None:
         config["rope_scaling"] = {"type": value("rope.scaling.type"), "factor": value("rope.scaling.factor")}
-    if (turned := value("rope.dimension_count")) != config["head_dim"]:
+    if (turned := value("rope.dimension_count")) not in (None, config["head_dim"]):
         config["partial_rotary_factor"] = turned / config["head_dim"]
     return config
 

@@ -310,7 +310,7 @@ def _ends_said_in(source: ExportSource, folder: Path) -> tuple[dict[str, Any], l
     file, raw = folder / "generation_config.json", source.raw_config
     said = read_json(file) if file.is_file() else {k: raw[k] for k in ("bos_token_id", "pad_token_id") if raw.get(k)}
     own = said.get("eos_token_id", raw.get("eos_token_id"))
-    listed = [own] if isinstance(own, int) else list(own or ())
+    listed: list[int] = [own] if isinstance(own, int) else list(own or ())
     return said, listed, sorted(source.trained.policy.eos_ids - set(listed))
 
 
