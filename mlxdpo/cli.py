@@ -66,6 +66,7 @@ COMMANDS = {
     "merge": "Merge the adapters of several runs, or a run with its base, as a run.",
     "collect": "New pairs from a run's own answers, ranked by a judge, a reward or the app's votes.",
     "iterate": "Collect, train, evaluate, in rounds; stops by itself when its judge is being gamed.",
+    "pairs": "Pairs without a judge: chosen answers from one model, server or file, rejected ones from another.",
     "constitution": "Let a model revise or compare its own answers by written principles: pairs without a human label.",
     "chat": "Talk to a run's model in the terminal, as it was before tuning and after.",
     "generate": "Answer a prompt with a run's model, tuned or as it was before.",

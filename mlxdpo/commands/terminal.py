@@ -149,7 +149,11 @@ def warn(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-COUNTED = {"collected": ("answering", "answered"), "talked": ("talking", "talked over")}
+COUNTED = {
+    "collected": ("answering", "answered", "prompt"),
+    "talked": ("talking", "talked over", "prompt"),
+    "answered": ("answering", "got", "answer"),
+}
 
 
 def show_progress(events: Iterable[Event], kind: str, quiet: bool = False) -> Iterator[Event]:
@@ -157,7 +161,7 @@ def show_progress(events: Iterable[Event], kind: str, quiet: bool = False) -> It
 
     A bar on a terminal, plain lines elsewhere, both with the time left; nothing when `quiet`.
     """
-    doing, did = COUNTED[kind]
+    doing, did, noun = COUNTED[kind]
     columns = (TextColumn(doing), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task, started = bar.add_task(doing, total=None), time.monotonic()
@@ -167,5 +171,5 @@ def show_progress(events: Iterable[Event], kind: str, quiet: bool = False) -> It
                 bar.update(task, completed=done, total=total)
                 if not quiet and not console.is_terminal:
                     left = clock((time.monotonic() - started) / done * (total - done)) if done else "?"
-                    console.print(f"{did} {done} of {counted(total, 'prompt')}, {left} left")
+                    console.print(f"{did} {done} of {counted(total, noun)}, {left} left")
             yield event

@@ -6,7 +6,7 @@ answers the prompts that are missing, and ends in the same bytes as one that was
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +31,27 @@ def answer_missing(
     asked: Sequence[Asked],
     size: int,
     done: set[str],
-    answer: Callable[[Sequence[Asked]], Sequence[Mapping[str, Any]] | None],
+    answer: Callable[[Sequence[Asked]], Iterable[Mapping[str, Any]] | None],
     file: Path,
     kind: str,
 ) -> Generator[Event, None, bool]:
-    """Answer the prompts that are not in `done`, `size` at once, and append their lines to `file`.
+    """Answer the prompts that are not in `done`, `size` at once, and append their lines to `file` as they come.
 
     A chunk of which some prompts are missing is answered as a whole, as it was the first time. Yields an event of
-    `kind` after each chunk and returns True; where `answer` gives None, yields "interrupted" and returns False.
+    `kind` after each chunk and returns True; where `answer` gives None or leaves some out, yields "interrupted" and
+    returns False.
     """
     for at in range(0, len(asked), size):
         chunk = asked[at : at + size]
         missing = {key for one in chunk if (key := prompt_key(one.prompt).hex()) not in done}
         if missing:
-            lines = answer(chunk)
-            if lines is None:
-                yield Event("interrupted", len(done), {"file": file})
-                return False
-            for line in lines:
+            for line in answer(chunk) or ():
                 if line["prompt_id"] in missing:
                     append_line(file, line)
-            done |= missing
+                    missing.remove(line["prompt_id"])
+                    done.add(line["prompt_id"])
+            if missing:
+                yield Event("interrupted", len(done), {"file": file})
+                return False
         yield Event(kind, len(done), {"done": len(done), "total": len(asked)})
     return True

@@ -1,0 +1,189 @@
+"""`mlxdpo pairs --chosen SOURCE --rejected SOURCE --prompts FILE --out pairs.jsonl`"""
+
+from __future__ import annotations
+
+import http.client
+import json as jsonlib
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from cyclopts import Parameter
+
+from mlxdpo.config import DataConfig
+from mlxdpo.io.names import is_loopback
+from mlxdpo.online.contrast.run import AnswerSettings
+from mlxdpo.types import Event, UserError
+
+AS_IT_IS = AnswerSettings()
+KEYS = {"chosen": "MLXDPO_CHOSEN_KEY", "rejected": "MLXDPO_REJECTED_KEY"}
+TRIES, PAUSE = 4, 1.0  # requests for one answer; seconds before the second, doubled each time
+WORDS = 300  # characters of what a server says
+
+
+def run(
+    *,
+    chosen: str,
+    rejected: str,
+    prompts: str,
+    out: Path,
+    asking: Annotated[AnswerSettings, Parameter(name="*")] = AS_IT_IS,
+    json: bool = False,
+) -> int:
+    """Write preference pairs without a judge: chosen answers from one source, rejected ones from another.
+
+    Take a model that is somewhat stronger for chosen and a weaker one for rejected: it is the difference that teaches,
+    not how good chosen is (delta learning, arXiv 2507.06187). The same command goes on with what was stopped; an answer
+    that was given is never asked for again.
+
+    Args:
+        chosen: Who gives the chosen answers: a model's folder or Hub id, smollm2, a run (RUN or RUN@STRENGTH), an
+            OpenAI-compatible server (http://localhost:1234/v1#MODEL; its key in $MLXDPO_CHOSEN_KEY), or a file of
+            answers.
+        rejected: Who gives the rejected ones, likewise; a key in $MLXDPO_REJECTED_KEY.
+        prompts: Prompts that both answer: rows with a prompt, with or without answers; a data file, a folder or a Hub
+            id.
+        out: File of pairs, JSON lines.
+        asking: How the sources are asked, and what is left out.
+        json: Print the report as JSON.
+    """
+    from mlxdpo.commands.collect import write_pairs
+    from mlxdpo.online.contrast.run import contrast_sentences
+
+    names = {"chosen": chosen, "rejected": rejected}
+    if chosen == rejected and not _is_file(chosen):
+        raise UserError(f"--chosen and --rejected are both {chosen}; two samples of one model have no better one")
+    return write_pairs(
+        lambda should_stop: _contrasting(names, prompts, asking, out, should_stop),
+        "answered",
+        lambda report: [f"{out}: {report['rows']} pairs of {report['prompts']} prompts", *contrast_sentences(report)],
+        f"train on it: mlxdpo train --model ... --data {out}",
+        json,
+    )
+
+
+def _is_file(name: str) -> bool:
+    from mlxdpo.online.contrast.sources import is_answer_file
+
+    return is_answer_file(name)
+
+
+def _contrasting(
+    names: Mapping[str, str], prompts: str, how: AnswerSettings, out: Path, should_stop: Callable[[], bool]
+) -> Iterator[Event]:
+    from mlxdpo.online.contrast import contrast_sources
+    from mlxdpo.online.prompts import read_prompts
+
+    openers = {side: source_opener(name, side, how) for side, name in names.items()}
+    return contrast_sources(names, openers, read_prompts(DataConfig(), prompts), how, out, should_stop)
+
+
+def source_opener(name: str, side: str, how: AnswerSettings) -> Callable[[], Any]:
+    """What opens a source when its turn comes. Raises `UserError` now where its name is wrong already."""
+    from mlxdpo.online.contrast.sources import check_model, is_answer_file, open_file, open_model
+
+    if name.startswith(("http://", "https://")):
+        return partial(_open_server, *server_address(name, side), side, how)
+    if is_answer_file(name):
+        source = open_file(name, side, DataConfig())
+        return lambda: source
+    check_model(name, side)
+    return partial(open_model, name, side, how)
+
+
+def server_address(name: str, side: str) -> tuple[str, str]:
+    """(URL, model) of `URL#MODEL`. Raises `UserError` for another form, a key in the URL, and one sent in the clear."""
+    url, _, model = name.partition("#")
+    try:
+        parts = urlsplit(url)
+        sound = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        parts, sound = urlsplit(""), False
+    if not sound:
+        raise UserError(f"--{side} {name}: no address; expected a server as http://localhost:1234/v1#MODEL")
+    if parts.username or parts.password or parts.query:
+        raise UserError(f"--{side}: no key in the URL, it would be saved; put it into ${KEYS[side]}")
+    if os.environ.get(KEYS[side]) and parts.scheme == "http" and not is_loopback(parts.hostname):
+        raise UserError(f"--{side} {name}: ${KEYS[side]} would go to {parts.hostname} in the clear; use https")
+    if not model:
+        raise UserError(
+            f"--{side} {name}: name the model behind #, such as {url.rstrip('/')}#{_first_model(url, side)}"
+        )
+    return url.rstrip("/"), model
+
+
+def _first_model(url: str, side: str) -> str:
+    """A model that the server lists, or a placeholder."""
+    try:
+        found = _sent(f"{url.rstrip('/')}/models", None, side, 5.0)
+        return str(jsonlib.loads(found)["data"][0]["id"])
+    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
+        return "MODEL"
+
+
+def _open_server(url: str, model: str, side: str, how: AnswerSettings) -> Any:
+    from mlxdpo.online.contrast.chat_server import server_answers
+
+    made = {"server": url, "model": model}
+    return server_answers(f"--{side} {url}#{model}", made, partial(complete, url, side, how.timeout), model, how)
+
+
+def complete(url: str, side: str, timeout: float, body: Mapping[str, Any]) -> bytes:
+    """The answer to one chat completion, as it came, after at most `TRIES` requests.
+
+    Raises `RequestRefused` with the server's own words, and `NoAnswer` when none came in `timeout` seconds, each try.
+    """
+    from mlxdpo.online.contrast.chat_server import NoAnswer, RequestRefused
+    from mlxdpo_eval.judges.endpoint import TRY_AGAIN
+
+    reason = ""
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(PAUSE * 2 ** (attempt - 1))
+        try:
+            return _sent(f"{url}/chat/completions", jsonlib.dumps(body).encode(), side, timeout)
+        except urllib.error.HTTPError as error:
+            words = _words_of(error)
+            if error.code not in TRY_AGAIN:
+                raise RequestRefused(error.code, words) from None
+            reason = f"HTTP {error.code}"
+        except TimeoutError:
+            reason = f"none in {timeout:g} s"
+        except ValueError as error:
+            raise NoAnswer(f"the reply has {error}") from None
+        except (OSError, http.client.HTTPException) as error:
+            timed_out = isinstance(getattr(error, "reason", None), TimeoutError)
+            reason = f"none in {timeout:g} s" if timed_out else "no connection"
+    raise NoAnswer(reason)
+
+
+def _sent(url: str, body: bytes | None, side: str, timeout: float) -> bytes:
+    from mlxdpo_eval.judges.endpoint import read_answer
+
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get(KEYS[side]):
+        headers["Authorization"] = f"Bearer {key}"
+    return read_answer(urllib.request.Request(url, body, headers), timeout)
+
+
+def _words_of(error: urllib.error.HTTPError) -> str:
+    """What a server says to a refusal, wherever it puts it, bounded."""
+    try:
+        text = error.read(10_000).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return ""
+    finally:
+        error.close()
+    try:
+        found = jsonlib.loads(text)
+        found = found.get("error", found) if isinstance(found, dict) else found
+        text = found.get("message") or found.get("detail") or text if isinstance(found, dict) else str(found)
+    except (ValueError, RecursionError):
+        pass
+    return " ".join(str(text).split())[:WORDS]
