@@ -24,6 +24,7 @@ OWN: Mapping[str, Mapping[str, float]] = {
     "sigmoid_norm": {"beta": 5.0},
     "exo_pair": {"label_smoothing": 1e-3},
     "robust": {"label_smoothing": 0.1},
+    "fa_dpo": {"label_smoothing": 0.1},
     "dpop": {"beta": 0.3},
     "simpo": {"beta": 2.0, "gamma": 1.0},
     "alphapo": {"beta": 2.5, "gamma": 0.25},

@@ -55,9 +55,10 @@ def run(
     """
     from mlxdpo.commands.collect import write_pairs
     from mlxdpo.online.contrast.run import contrast_sentences
+    from mlxdpo.online.contrast.sources import is_answer_file
 
     names = {"chosen": chosen, "rejected": rejected}
-    if chosen == rejected and not _is_file(chosen):
+    if chosen == rejected and not is_answer_file(chosen):
         raise UserError(f"--chosen and --rejected are both {chosen}; two samples of one model have no better one")
     return write_pairs(
         lambda should_stop: _contrasting(names, prompts, asking, out, should_stop),
@@ -66,12 +67,6 @@ def run(
         f"train on it: mlxdpo train --model ... --data {out}",
         json,
     )
-
-
-def _is_file(name: str) -> bool:
-    from mlxdpo.online.contrast.sources import is_answer_file
-
-    return is_answer_file(name)
 
 
 def _contrasting(

@@ -61,7 +61,7 @@ class Loss:
                 value = objective.function(modified, **knobs, step_statistics=own)
             else:
                 value = objective.function(modified, **knobs)
-                if "probability" in self.extra_columns and objective.paired:
+                if "probability" in self.extra_columns and objective.paired and not objective.reads_label:
                     opposite = objective.function(swapped_pairs(modified), **knobs)
                     value = pairs.label * value + (1 - pairs.label) * opposite  # type: ignore[operator]
             if self.config.wpo and term.name != "sft":
@@ -73,6 +73,8 @@ class Loss:
         """The pairs as the term's objective gets them, under the modifiers; imitation gets them whole."""
         if "margin" not in self.extra_columns:
             pairs = pairs._replace(margin=None)
+        if "probability" not in self.extra_columns:
+            pairs = pairs._replace(label=None)
         if term.name == "sft":
             return pairs
         if not term.objective.paired:

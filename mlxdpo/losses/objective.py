@@ -29,6 +29,7 @@ class Objective:
     lifts            it pulls the chosen completion's likelihood up, or holds it: it counters falling chosen log-probs
     per_token        it compares means over tokens
     mismatched       it needs completions of other prompts (the KL term of KTO)
+    reads_label      a row's probability stands in its formula; for others the loss is the expectation over the label
     reports          what it logs besides rewards and log-probs
     refuses          modifiers that make no sense for it, with the reason
     """
@@ -46,6 +47,7 @@ class Objective:
     lifts: bool = False
     per_token: bool = False
     mismatched: bool = False
+    reads_label: bool = False
     reports: Callable[[Any], dict[str, float]] | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
 

@@ -107,6 +107,29 @@ def robust(pairs: Pairs, *, beta: Number, label_smoothing: Number = 0.1) -> mx.a
     return (e * nn.log_sigmoid(-logit) - (1 - e) * nn.log_sigmoid(logit)) / (1 - 2 * e)
 
 
+def fa_dpo(pairs: Pairs, *, beta: Number, label_smoothing: Number = 0.1) -> mx.array:
+    """-log((1-e) s(beta d) + e s(-beta d)): FA-DPO, arXiv 2512.00709, the likelihood of a label that was flipped with
+    probability e after a Bradley-Terry choice.
+
+    Other than conservative DPO it mixes inside the logarithm: a pair lost by far loses its slope, one with e above 1/2
+    pulls the other way. The paper fits e to features of each pair; here rows bring it.
+
+    Args:
+        pairs: summed log-probs of policy and reference for both completions, each (B,), nats; `label` (B,) where rows
+            say with which probability chosen is the better completion, 1 - e; `margin` (B,) where rows have one.
+        beta: strength of the pull towards the reference, above 0.
+        label_smoothing: e of all pairs, in [0, 0.5); with `label` the chance that what it says is wrong once more.
+
+    Returns:
+        (B,) one loss per pair, nats, at least 0; log 2 while policy and reference agree, without margins.
+    """
+    logit = reward_lead(pairs, beta)
+    label = mx.ones_like(logit) if pairs.label is None else pairs.label
+    right = (1 - label_smoothing) * label + label_smoothing * (1 - label)
+    # log 0 = -inf is what a certain label gives, and drops out with a slope of 0.
+    return -mx.logaddexp(mx.log(right) + nn.log_sigmoid(logit), mx.log(1 - right) + nn.log_sigmoid(-logit))
+
+
 def discopop(pairs: Pairs, *, beta: Number, discopop_tau: Number = 0.05) -> mx.array:
     """-(1-m) log s(beta d) + m e^(-beta d) with m = s(beta d / tau): log-ratio modulated loss, arXiv 2406.08414 eq. 5.
 

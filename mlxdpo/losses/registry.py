@@ -116,6 +116,16 @@ LOSSES: dict[str, Objective] = {
         "labels of which a known share is flipped",
         opposite=True,
     ),
+    "fa_dpo": Objective(
+        pairwise.fa_dpo,
+        "FA-DPO: the likelihood of labels that may be flipped",
+        "2512.00709",
+        "difference",
+        _fixed(LN2),
+        "each row brings the probability that its label is right (`mlxdpo data audit` estimates it)",
+        opposite=True,
+        reads_label=True,
+    ),
     "discopop": Objective(
         pairwise.discopop,
         "DiscoPOP: log-ratio modulated loss",

@@ -57,6 +57,11 @@ def penalised(p, beta, weight):
     return beta * (d(p) - weight * np.maximum(0, p.ref_chosen - p.chosen)) - p.margin
 
 
+def right(p, k):
+    """The probability that a label is right, under FA-DPO."""
+    return (1 - k.label_smoothing) * p.label + k.label_smoothing * (1 - p.label)
+
+
 def discopop(x, tau):
     m = s(x / tau)
     return -(1 - m) * ls(x) + m * np.exp(-x)
@@ -88,6 +93,7 @@ FORMULAS = {
         (-(1 - k.label_smoothing) * ls(lead(p, k.beta)) + k.label_smoothing * ls(-lead(p, k.beta)))
         / (1 - 2 * k.label_smoothing)
     ),
+    "fa_dpo": lambda p, k, _: -np.log(right(p, k) * s(lead(p, k.beta)) + (1 - right(p, k)) * s(-lead(p, k.beta))),
     "discopop": lambda p, k, _: discopop(lead(p, k.beta), k.discopop_tau),
     "dpop": lambda p, k, _: -ls(penalised(p, k.beta, k.dpop_lambda)),
     "r_dpo": lambda p, k, _: -ls(lead(p, k.beta) + k.length_alpha * (p.chosen_len - p.rejected_len)),
@@ -156,7 +162,7 @@ def term(name, p, k, fixed, said):
         return FORMULAS[name](p, k, fixed)
     seen, frozen = viewed(p, k), viewed(fixed, k)
     value = FORMULAS[name](seen, k, frozen)
-    if "probability" in said:
+    if "probability" in said and name != "fa_dpo":  # whose formula has the probability in it
         value = p.label * value + (1 - p.label) * FORMULAS[name](exchanged(seen), k, exchanged(frozen))
     if k.wpo:
         w = np.exp((fixed.chosen - fixed.squares[0]) / fixed.chosen_len)
@@ -168,6 +174,8 @@ def total(p, k, fixed, said=()):
     """The whole loss of a recipe, one number per pair."""
     if "margin" not in said:
         p, fixed = (x._replace(margin=np.zeros_like(x.chosen)) for x in (p, fixed))
+    if "probability" not in said:
+        p, fixed = (x._replace(label=np.ones_like(x.chosen)) for x in (p, fixed))
     names = k.name.split("+")
     value = sum(w * term(n, p, k, fixed, said) for n, w in zip(names, k.weights or [1] * len(names), strict=True))
     return value * p.weight if "weight" in said else value

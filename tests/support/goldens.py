@@ -38,6 +38,14 @@ GOLDENS = {
     "exo_pair": [Golden({"beta": 0.5, "label_smoothing": 0.1}, 0.11408211, -0.11769432, 0.11769432)],
     # (.9 * .3132617 - .1 * 1.3132617) / .8; slope -(.9 s(-1) + .1 s(1)) / .8 / 2
     "robust": [Golden({"beta": 0.5, "label_smoothing": 0.1}, 0.18826169, -0.19697071, 0.19697071)],
+    # .9 s(1) + .1 s(-1) = .6848469; -log; slope -.5 (.9 - .1) s(1) s(-1) / .6848469, s(1) s(-1) = .1966119;
+    # with e = .1 and a row that is right with .75: (.9*.75 + .1*.25) = .7, so .7 s(1) + .3 s(-1) = .5924234;
+    # a row that is right with 0, e = 0: the swapped pair, -log s(-1)
+    "fa_dpo": [
+        Golden({"beta": 0.5, "label_smoothing": 0.1}, 0.37855994, -0.11483551, 0.11483551),
+        Golden({"beta": 0.5, "label_smoothing": 0.1}, 0.52353370, -0.06637548, 0.06637548, {"label": 0.75}),
+        Golden({"beta": 0.5, "label_smoothing": 0.0}, 1.31326169, 0.36552929, -0.36552929, {"label": 0.0}),
+    ],
     # m = s(1/.5) = .8807971, m' = m (1-m) / .5 = .2099872; (1-m) .3132617 + m e^-1;
     # slope (m' log s(1) - (1-m) s(-1) + m' e^-1 - m e^-1) / 2
     "discopop": [Golden({"beta": 0.5, "discopop_tau": 0.5}, 0.36136885, -0.17230836, 0.17230836)],

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from mlxdpo.online.collect.rows import EMPTY
-from mlxdpo.online.contrast.sources import Answer, AnswerSource, ShouldStop
+from mlxdpo.online.contrast.sources import SourceAnswer, AnswerSource, ShouldStop
 from mlxdpo.online.prompts import Asked
 from mlxdpo.types import UserError
 
@@ -47,7 +47,7 @@ def server_answers(name: str, made: Mapping[str, Any], complete: Complete, model
     """A server as a source; `how` are `AnswerSettings`, `name` is what messages call it, `made` what rows say of it."""
     asking = _Asking(name, complete, {"model": model, **_sampling(how)})
 
-    def answer(chunk: Sequence[Asked], should_stop: ShouldStop) -> Iterator[tuple[Asked, Answer]]:
+    def answer(chunk: Sequence[Asked], should_stop: ShouldStop) -> Iterator[tuple[Asked, SourceAnswer]]:
         """Asked a few at a time; those on their way when asked to stop are waited for."""
         pool = ThreadPoolExecutor(how.requests)
         try:
@@ -75,7 +75,7 @@ class _Asking:
         self.name, self.complete, self.body = name, complete, body
         self.lock, self.silent = threading.Lock(), 0
 
-    def one(self, asked: Asked) -> Answer:
+    def one(self, asked: Asked) -> SourceAnswer:
         """The answer to one prompt. Raises `UserError` when the server refuses whatever is asked, or is gone."""
         prompt = asked.prompt
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [t.as_dict() for t in prompt]
@@ -99,7 +99,7 @@ class _Asking:
                 self.silent = 0
             return found
 
-    def _failed(self, why: str, words: str) -> Answer:
+    def _failed(self, why: str, words: str) -> SourceAnswer:
         with self.lock:
             self.silent += 1
             gone = self.silent >= GIVE_UP
@@ -108,7 +108,7 @@ class _Asking:
                 f"{self.name}: {GIVE_UP} prompts in a row had no answer ({words}); mend the server, then give the same "
                 f"command: what was answered is kept"
             )
-        return Answer(left_out=why, failed=True)
+        return SourceAnswer(left_out=why, failed=True)
 
     def _adapted(self, body: Mapping[str, Any], words: str) -> bool:
         """Leave out or rename the first parameter that a refusal names; False where it names none of ours."""
@@ -131,7 +131,7 @@ def hint_for(status: int) -> str:
     return "check the model's name and the URL, which mostly ends in /v1"
 
 
-def read_chat_answer(body: bytes) -> Answer:
+def read_chat_answer(body: bytes) -> SourceAnswer:
     """The answer in a chat completion, without reasoning before it; tokens as the server counts them."""
     try:
         reply = json.loads(body)
@@ -142,15 +142,15 @@ def read_chat_answer(body: bytes) -> Answer:
         tokens, prompt_tokens = (_count(usage.get(name)) for name in ("completion_tokens", "prompt_tokens"))
         called = bool(message.get("tool_calls"))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return Answer(left_out=NO_COMPLETION, failed=True)
+        return SourceAnswer(left_out=NO_COMPLETION, failed=True)
     if not isinstance(text, str):
-        return Answer(left_out=NO_COMPLETION, failed=True)
+        return SourceAnswer(left_out=NO_COMPLETION, failed=True)
     text = THOUGHT.sub("", text, count=1) if THOUGHT.match(text) else text
     why = TOOL_CALL if called else "" if text.strip() else EMPTY
     known = finish if finish in ("stop", "length") else ""
     if known == "length":
         why = ""  # cut off inside its reasoning, perhaps: unfinished says more than empty
-    return Answer(text.strip(), known, tokens, prompt_tokens, why)
+    return SourceAnswer(text.strip(), known, tokens, prompt_tokens, why)
 
 
 def _count(value: Any) -> int | None:

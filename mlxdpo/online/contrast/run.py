@@ -28,7 +28,7 @@ from mlxdpo.io.settings import Section
 from mlxdpo.io.staging import single_process
 from mlxdpo.online.collect import rows
 from mlxdpo.online.collect.run import collection_sentences, report_file, samples_file
-from mlxdpo.online.contrast.sources import Answer, AnswerSource
+from mlxdpo.online.contrast.sources import SourceAnswer, AnswerSource
 from mlxdpo.online.partial_output import answer_missing, changed_setting
 from mlxdpo.online.prompts import Asked, Prompts
 from mlxdpo.types import Event, UserError
@@ -172,7 +172,7 @@ def _ask_side(
     yield from answer_missing(asked, source.size, done, answer, partial, "answered")
 
 
-def answer_line(side: str, one: Asked, got: Answer) -> Row:
+def answer_line(side: str, one: Asked, got: SourceAnswer) -> Row:
     """The line of an answer in the partial output."""
     return {"side": side, "prompt_id": prompt_key(one.prompt).hex(), "where": one.where, **got._asdict()}
 
@@ -245,7 +245,7 @@ def write_contrast(partial: Path, out: Path, identity: Row, prompts: Prompts, ho
         write_json(report_file(out), report)
         why = "; ".join(collection_sentences(report))
         raise UserError(f"{out}: no prompt gave a pair ({why}); the answers are in {partial.name}")
-    by = {side: {"source": identity[side], **_short(made[side])} for side in SIDES}
+    by = {side: {"source": identity[side], **_in_rows(made[side])} for side in SIDES}
     turns = any(not isinstance(one.prompt, str) for one in prompts.asked)
     drawn = {"made": by | {name: identity["asking"][name] for name in ("max_tokens", "temperature", "top_p", "seed")}}
     text = json_lines(rows.written(row, turns) | drawn for row in pairs)
@@ -278,7 +278,7 @@ def _contrast_row(one: Asked, chosen: Row, rejected: Row) -> Row:
     return row
 
 
-def _short(made: Mapping[str, Any]) -> Row:
+def _in_rows(made: Mapping[str, Any]) -> Row:
     """What a row says of a source: of a model its digest alone."""
     model = made.get("model")
     return {**made, "model": model["digest"]} if isinstance(model, Mapping) else dict(made)

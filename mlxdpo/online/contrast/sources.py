@@ -26,7 +26,7 @@ NOT_IN_FILE = "no answer to the prompt in the file"
 ShouldStop = Callable[[], bool]
 
 
-class Answer(NamedTuple):
+class SourceAnswer(NamedTuple):
     """An answer. `finish` is "stop", "length" or "" where nobody knows; tokens are None where the source counts none;
     `left_out` says why it cannot stand in a pair, `failed` that the source gave none and may be asked again."""
 
@@ -51,7 +51,7 @@ class AnswerSource(NamedTuple):
     made: Mapping[str, Any]
     size: int
     whole: bool
-    answer: Callable[[Sequence[Asked], ShouldStop], Iterator[tuple[Asked, Answer]]]
+    answer: Callable[[Sequence[Asked], ShouldStop], Iterator[tuple[Asked, SourceAnswer]]]
 
 
 def is_answer_file(name: str) -> bool:
@@ -73,11 +73,11 @@ def open_file(file: str, side: str, data: DataConfig) -> AnswerSource:
         answer = getattr(row, side) if isinstance(row, Preference) else row.completion
         texts.setdefault(prompt_key(row.prompt), text_of(answer))
 
-    def answer(chunk: Sequence[Asked], should_stop: ShouldStop) -> Iterator[tuple[Asked, Answer]]:
+    def answer(chunk: Sequence[Asked], should_stop: ShouldStop) -> Iterator[tuple[Asked, SourceAnswer]]:
         """The answers that the file has."""
         for one in chunk:
             text = texts.get(prompt_key(one.prompt))
-            yield one, Answer(left_out=NOT_IN_FILE) if text is None else Answer(text)
+            yield one, SourceAnswer(left_out=NOT_IN_FILE) if text is None else SourceAnswer(text)
 
     return AnswerSource({"file": Path(file).name, "sha256": file_digest(Path(file))}, 1_000, False, answer)
 
@@ -125,7 +125,7 @@ def policy_answers(source: PolicySource, how: Any, more: Mapping[str, Any]) -> A
     policy, data = source.policy, source.data
     special = frozenset(policy.tokenizer.all_special_ids)
 
-    def answer(chunk: Sequence[Asked], should_stop: ShouldStop) -> Iterator[tuple[Asked, Answer]]:
+    def answer(chunk: Sequence[Asked], should_stop: ShouldStop) -> Iterator[tuple[Asked, SourceAnswer]]:
         """Drawn by the policy, with noise that belongs to seed and prompt."""
         ids = [encode_prompt(one.prompt, policy.tokenizer, data, one.tools).tolist() for one in chunk]
         stream = finished(
@@ -145,6 +145,6 @@ def policy_answers(source: PolicySource, how: Any, more: Mapping[str, Any]) -> A
             before = ids[place] if is_plain(one.prompt, policy.tokenizer, data) else []
             text = continued(policy.tokenizer, before, drawn.tokens)
             why = rows.fault(text, drawn.tokens, True, True, special)
-            yield one, Answer(text, drawn.finish, len(drawn.tokens), len(ids[place]), why)
+            yield one, SourceAnswer(text, drawn.finish, len(drawn.tokens), len(ids[place]), why)
 
     return AnswerSource({**source.made, **more}, 2 * how.batch_size, True, answer)
