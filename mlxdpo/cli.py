@@ -72,6 +72,7 @@ COMMANDS = {
     "generate": "Answer a prompt with a run's model, tuned or as it was before.",
     "app": "See a model before and after tuning, vote blind, teach the next round.",
     "data check": "Say what is in a preference file, what is wrong with it, and show a pair as the model sees it.",
+    "data audit": "Say what a model sees in each pair: likely flips, near-duplicates, shortcuts; drop, flip, select.",
     "data formats": "List the row shapes that are understood.",
     "export": "Write a run as adapter, fused weights or GGUF, prove each one on held-out pairs, push to the Hub.",
     "import": "Turn a PEFT adapter into one that training starts from.",

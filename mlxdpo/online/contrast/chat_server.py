@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from mlxdpo.online.collect.rows import EMPTY
-from mlxdpo.online.contrast.sources import SourceAnswer, AnswerSource, ShouldStop
+from mlxdpo.online.contrast.sources import AnswerSource, ShouldStop, SourceAnswer
 from mlxdpo.online.prompts import Asked
 from mlxdpo.types import UserError
 

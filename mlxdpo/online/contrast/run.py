@@ -28,7 +28,7 @@ from mlxdpo.io.settings import Section
 from mlxdpo.io.staging import single_process
 from mlxdpo.online.collect import rows
 from mlxdpo.online.collect.run import collection_sentences, report_file, samples_file
-from mlxdpo.online.contrast.sources import SourceAnswer, AnswerSource
+from mlxdpo.online.contrast.sources import AnswerSource, SourceAnswer
 from mlxdpo.online.partial_output import answer_missing, changed_setting
 from mlxdpo.online.prompts import Asked, Prompts
 from mlxdpo.types import Event, UserError
