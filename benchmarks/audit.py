@@ -35,15 +35,17 @@ from mlxdpo.types import Preference
 
 OUT = Path(".bench/audit.jsonl")
 SHARE, SEEDS, FOLDS, LONGEST = 0.2, 5, 5, 192
-MODULES = (
-    "statistics textwrap random fractions heapq bisect string shutil os.path json csv calendar datetime difflib copy "
-    "collections functools itertools pathlib re glob tempfile inspect ast tokenize zipfile tarfile gzip socket "
-    "http.client urllib.parse email.utils html base64 binascii hashlib hmac secrets math cmath decimal operator types "
-    "typing dataclasses enum argparse logging threading subprocess queue contextlib unittest.mock locale gettext struct "
-    "codecs unicodedata stat filecmp fileinput fnmatch linecache pickle zlib bz2 lzma configparser plistlib platform io "
-    "os time getpass sched select signal mimetypes wave colorsys shlex cmd doctest pdb timeit trace dis numbers "
-    "ipaddress uuid"
-).split()
+MODULES = [
+    "statistics", "textwrap", "random", "fractions", "heapq", "bisect", "string", "shutil", "os.path", "json", "csv",
+    "calendar", "datetime", "difflib", "copy", "collections", "functools", "itertools", "pathlib", "re", "glob",
+    "tempfile", "inspect", "ast", "tokenize", "zipfile", "tarfile", "gzip", "socket", "http.client", "urllib.parse",
+    "email.utils", "html", "base64", "binascii", "hashlib", "hmac", "secrets", "math", "cmath", "decimal", "operator",
+    "types", "typing", "dataclasses", "enum", "argparse", "logging", "threading", "subprocess", "queue", "contextlib",
+    "unittest.mock", "locale", "gettext", "struct", "codecs", "unicodedata", "stat", "filecmp", "fileinput",
+    "fnmatch", "linecache", "pickle", "zlib", "bz2", "lzma", "configparser", "plistlib", "platform", "io", "os",
+    "time", "getpass", "sched", "select", "signal", "mimetypes", "wave", "colorsys", "shlex", "cmd", "doctest", "pdb",
+    "timeit", "trace", "dis", "numbers", "ipaddress", "uuid",
+]  # fmt: skip
 
 
 def tone(count: int) -> list[Preference]:
