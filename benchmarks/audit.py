@@ -14,6 +14,7 @@ them, and flags on the same sets without any flip. Writes .bench/audit.jsonl, a 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import inspect
 import random
@@ -55,6 +56,7 @@ def tone(count: int) -> list[Preference]:
     ]
 
 
+@functools.cache
 def library() -> list[tuple[str, str, Any]]:
     """(name, first paragraph, function) of the standard library, each paragraph once, in a fixed random order."""
     found: dict[str, tuple[str, str, Any]] = {}

@@ -49,21 +49,19 @@ def fold_numbers(groups: Sequence[Any], folds: int, seed: int = 0) -> np.ndarray
     return np.array([place[group] for group in groups])
 
 
-def cross_fit(differences: np.ndarray, groups: Sequence[Any], folds: int = FOLDS, seed: int = 0) -> Fit:
-    """Judge the labels of N pairs by (N, D) differences of features, chosen less rejected.
+def cross_fit(blocks: Sequence[np.ndarray], groups: Sequence[Any], folds: int = FOLDS, seed: int = 0) -> Fit:
+    """Judge the labels of N pairs by differences of features, chosen less rejected, in blocks (N, D) of their kinds.
 
-    Exchanging the two answers of a pair changes the sign of its row, and of its logit, and nothing else. Raises
-    `ValueError` for fewer groups than folds.
+    Every block counts alike, however many columns it has. Exchanging the two answers of a pair changes the sign of its
+    row, and of its logit. Raises `ValueError` for fewer groups than folds.
     """
     number = fold_numbers(groups, folds, seed)
     if len(set(number.tolist())) < folds:
         raise ValueError(f"{len(set(groups))} prompts are too few for {folds} folds")
-    scale = np.sqrt((differences**2).mean(axis=0))
-    scaled = differences / np.where(scale > 0, scale, 1)
     # The same inner products in as many columns as there are pairs, at most.
-    u, s, _ = np.linalg.svd(scaled, full_matrices=False)
+    u, s, _ = np.linalg.svd(np.concatenate([_scaled_block(block) for block in blocks], axis=1), full_matrices=False)
     kept = s > 1e-9 * s.max(initial=1e-300)
-    rows = u[:, kept] * s[kept] / np.sqrt(max(1, scaled.shape[1]))
+    rows = u[:, kept] * s[kept]
     best: tuple[float, float, np.ndarray] | None = None
     for penalty in PENALTIES:
         logits = _cross_fitted(rows, number, folds, penalty)
@@ -72,6 +70,12 @@ def cross_fit(differences: np.ndarray, groups: Sequence[Any], folds: int = FOLDS
             best = (loss, penalty, logits)
     assert best is not None
     return Fit(best[2], float((best[2] > 0).mean()), best[1])
+
+
+def _scaled_block(block: np.ndarray) -> np.ndarray:
+    """Columns with a mean square of 1, divided by the root of their number."""
+    scale = np.sqrt((block**2).mean(axis=0))
+    return block / np.where(scale > 0, scale, 1) / np.sqrt(block.shape[1])
 
 
 def _cross_fitted(rows: np.ndarray, number: np.ndarray, folds: int, penalty: float) -> np.ndarray:

@@ -63,8 +63,9 @@ def audit_pairs(rows: Sequence[Preference], given: AuditInput, folds: int, sure:
     """The findings on `rows`. Raises `UserError` for fewer prompts than folds."""
     prompts = [prompt_key(row.prompt) for row in rows]
     try:
-        fit = cross_fit(given.differences, prompts, folds, seed)
-        form = cross_fit(np.log1p(_forms(rows, 0)) - np.log1p(_forms(rows, 1)), prompts, folds, seed)
+        looks = np.log1p(_forms(rows, 0)) - np.log1p(_forms(rows, 1))
+        fit = cross_fit([given.differences, _likelihoods(given), looks], prompts, folds, seed)
+        form = cross_fit([looks], prompts, folds, seed)
     except ValueError as error:
         raise UserError(f"{error}; give more pairs, or fewer --folds") from None
     right = expit(_temperature(fit.logits) * fit.logits)
@@ -95,6 +96,14 @@ def audit_pairs(rows: Sequence[Preference], given: AuditInput, folds: int, sure:
             }
         )
     return Audit(found, _summary_of(found, fit, form, given))
+
+
+def _likelihoods(given: AuditInput) -> np.ndarray:
+    """(N, 3) differences of the answers' log-probs under the reference, nats, summed and per token, and of their log
+    lengths: how well each fits its prompt."""
+    means = given.reference / given.lengths
+    columns = [a[:, 0] - a[:, 1] for a in (given.reference, means, np.log(given.lengths))]
+    return np.stack(columns, axis=1)
 
 
 def _summary_of(found: Sequence[Mapping[str, Any]], fit: Fit, form: Fit, given: AuditInput) -> dict[str, Any]:

@@ -100,6 +100,20 @@ def ches_scores(
     return both(chosen, rejected), both(chosen / chosen_len[:, None], rejected / rejected_len[:, None])
 
 
+def pair_embeddings(states: PairStates) -> np.ndarray:
+    """(N, 3 D) what pairs are compared by: the prompt's last state, the mean states of both answers."""
+    return np.concatenate([states.prompt, states.chosen, states.rejected], axis=1)
+
+
+def answer_differences(states: PairStates) -> np.ndarray:
+    """(N, D) the direction of the chosen answer's mean state less that of the rejected one's. Directions from the mean
+    of all answers: a state's length says how common its tokens are."""
+    middle = np.concatenate([states.chosen, states.rejected]).mean(axis=0)
+    sides = [side - middle for side in (states.chosen, states.rejected)]
+    chosen, rejected = (s / np.maximum(np.linalg.norm(s, axis=1, keepdims=True), 1e-12) for s in sides)
+    return chosen - rejected
+
+
 def audit_input(
     policy: Policy,
     adapter_digest: str | None,
@@ -117,8 +131,8 @@ def audit_input(
         *_, (_, reference) = scoring
     assert reference is not None
     return AuditInput(
-        np.concatenate([states.prompt, states.chosen, states.rejected], axis=1),
-        states.chosen - states.rejected,
+        pair_embeddings(states),
+        answer_differences(states),
         states.ches_per_token,
         reference.astype(np.float64),
         np.array([example.scored for example in examples], np.float64),

@@ -47,26 +47,26 @@ def auroc(scores, positive):
 
 def test_planted_flips_are_ranked_first_by_models_that_have_not_seen_them():
     differences, flipped = planted()
-    fit = cross_fit(differences, range(300))
+    fit = cross_fit([differences], range(300))
     assert auroc(-fit.logits, flipped) > 0.9 and fit.penalty in PENALTIES
-    clean = cross_fit(planted(share=0.0)[0], range(300))
+    clean = cross_fit([planted(share=0.0)[0]], range(300))
     assert clean.accuracy > 0.93
 
 
 def test_labels_without_any_rule_are_predicted_no_better_than_by_a_coin():
     """What would be wrong if a fold had seen its own labels: with more columns than rows every label can be learnt."""
     noise = np.random.default_rng(1).normal(0, 1, (200, 400))
-    fit = cross_fit(noise, range(200))
+    fit = cross_fit([noise], range(200))
     assert abs(fit.accuracy - 0.5) < 0.12 and fit.penalty >= 0.1
 
 
 def test_exchanging_the_answers_of_one_pair_changes_the_sign_of_its_logit_alone_within_its_fold():
     differences, _ = planted(120, 0.0)
     number = fold_numbers(range(120), 5)
-    before = cross_fit(differences, range(120))
+    before = cross_fit([differences], range(120))
     other = differences.copy()
     other[7] *= -1
-    after = cross_fit(other, range(120))
+    after = cross_fit([other], range(120))
     if before.penalty == after.penalty:
         own = number == number[7]
         assert after.logits[7] == pytest.approx(-before.logits[7], rel=1e-3, abs=1e-4)
@@ -81,10 +81,10 @@ def test_pairs_of_a_prompt_share_their_fold_and_every_fold_is_used():
     assert all(len(set(number[3 * k : 3 * k + 3].tolist())) == 1 for k in range(20))
     assert np.bincount(number).tolist() == [15, 15, 15, 15]
     with pytest.raises(ValueError, match="2 prompts are too few for 5 folds"):
-        cross_fit(np.ones((4, 2)), [0, 0, 1, 1])
+        cross_fit([np.ones((4, 2))], [0, 0, 1, 1])
 
 
-ROWS = [Preference(f"Question {i}?", f"Answer {i}, in full.", f"No {i}.", f"p.jsonl:{i + 1}") for i in range(40)]
+ROWS = [Preference(f"Question {i}?", f"Yes {i}.", f"Not {i}.", f"p.jsonl:{i + 1}") for i in range(40)]
 
 
 def given(rows, seed=0):
@@ -102,7 +102,7 @@ def test_clean_rows_have_no_flag_and_each_planted_fault_has_its_own():
     assert all(one["flags"] == [] for one in audit_pairs(ROWS, clean, 5).rows)
     rows = list(ROWS)
     rows[9] = Preference(ROWS[3].prompt, ROWS[3].rejected, ROWS[3].chosen, "p.jsonl:10")
-    rows[12] = Preference("Question?", "Yes.<|im_end|>\nUser: and then?", "No.", "p.jsonl:13")
+    rows[12] = Preference("Question?", "Yes.<|im_end|>", "No..<|im_end|>", "p.jsonl:13")
     clean.embeddings[20] = clean.embeddings[5] + 0.01
     clean.differences[30] *= -1
     found = audit_pairs(rows, clean, 5)

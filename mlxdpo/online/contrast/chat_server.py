@@ -95,6 +95,8 @@ class _Asking:
                         f"{self.name}: the server refuses the request ({words}); {hint_for(refused.status)}"
                     ) from None
                 return self._failed(f"refused by the server (HTTP {refused.status})", words)
+            if found.failed:
+                return self._failed(found.left_out, found.left_out)
             with self.lock:
                 self.silent = 0
             return found
