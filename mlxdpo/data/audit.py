@@ -52,24 +52,22 @@ def fold_numbers(groups: Sequence[Any], folds: int, seed: int = 0) -> np.ndarray
 def cross_fit(blocks: Sequence[np.ndarray], groups: Sequence[Any], folds: int = FOLDS, seed: int = 0) -> Fit:
     """Judge the labels of N pairs by differences of features, chosen less rejected, in blocks (N, D) of their kinds.
 
-    Every block counts alike, however many columns it has. Exchanging the two answers of a pair changes the sign of its
-    row, and of its logit. Raises `ValueError` for fewer groups than folds.
+    Every block counts alike, however many columns it has. The last ones are left out where the cross-fitted loss is
+    lower without them; by that loss the penalty is chosen too. Exchanging the two answers of a pair changes the sign of
+    its row, and of its logit. Raises `ValueError` for fewer groups than folds.
     """
     number = fold_numbers(groups, folds, seed)
     if len(set(number.tolist())) < folds:
         raise ValueError(f"{len(set(groups))} prompts are too few for {folds} folds")
-    # The same inner products in as many columns as there are pairs, at most.
-    u, s, _ = np.linalg.svd(np.concatenate([_scaled_block(block) for block in blocks], axis=1), full_matrices=False)
-    kept = s > 1e-9 * s.max(initial=1e-300)
-    rows = u[:, kept] * s[kept]
-    best: tuple[float, float, np.ndarray] | None = None
-    for penalty in PENALTIES:
-        logits = _cross_fitted(rows, number, folds, penalty)
-        loss = float(np.logaddexp(0, -logits).mean())
-        if best is None or loss < best[0]:
-            best = (loss, penalty, logits)
-    assert best is not None
-    return Fit(best[2], float((best[2] > 0).mean()), best[1])
+    scaled = [_scaled_block(block) for block in blocks]
+    tried = []
+    for count in range(1, len(blocks) + 1):
+        # The same inner products in as many columns as there are pairs, at most.
+        u, s, _ = np.linalg.svd(np.concatenate(scaled[:count], axis=1), full_matrices=False)
+        kept = s > 1e-9 * s.max(initial=1e-300)
+        tried += [(_cross_fitted(u[:, kept] * s[kept], number, folds, penalty), penalty) for penalty in PENALTIES]
+    logits, penalty = min(tried, key=lambda one: np.logaddexp(0, -one[0]).mean())
+    return Fit(logits, float((logits > 0).mean()), penalty)
 
 
 def _scaled_block(block: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ FLAGS = {
 }
 SURE = 0.75
 """Probability, by the other pairs, that a label is wrong from which it counts as flipped."""
-SIMILAR = 0.97
+SIMILAR = 0.85
 """Cosine of two pairs' centred embeddings from which the later one counts as a near-duplicate."""
 MARKS = re.compile(
     r"<\|[\w-]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
