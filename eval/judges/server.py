@@ -113,13 +113,17 @@ def read_price(model: str) -> tuple[float, float] | None:
 
 @dataclass
 class Server:
-    """One model on one server. `timeout`: seconds for a whole answer, each try; `retries` follow the first one."""
+    """One model on one server. `timeout`: seconds for a whole answer, each try; `retries` follow the first one.
+
+    `key` is the environment variable that the key is read from.
+    """
 
     model: str
     url: str
     timeout: float = 120.0
     retries: int = 3
     usage: Usage = field(default_factory=Usage)
+    key: str = KEY
     down: str = ""
     _in_a_row: int = 0
     _client: Any = field(default=None, repr=False)
@@ -134,7 +138,7 @@ class Server:
             raw = self._connected().chat.completions.with_raw_response.create(**body)
             content, retries = raw.http_response.content, raw.retries_taken
         except openai.APIStatusError as error:
-            refused = _refusal(error)
+            refused = _refusal(error, self.key)
             self._note_failure(f"HTTP {refused.status}", alive=refused.status in (400, 413, 422))
             if refused.status in OVERLOADED:
                 raise Unanswered(": ".join(filter(None, (f"HTTP {refused.status}", refused.words)))) from None
@@ -168,7 +172,7 @@ class Server:
 
     def _connected(self) -> Any:
         if self._client is None:
-            self._client = _open_client(self.url)
+            self._client = _open_client(self.url, self.key)
         return self._client.with_options(timeout=self.timeout, max_retries=self.retries)
 
     def patient(self, seconds: float) -> Server:
@@ -177,11 +181,11 @@ class Server:
         return replace(self, timeout=seconds)
 
 
-def _open_client(url: str) -> Any:
+def _open_client(url: str, variable: str) -> Any:
     import httpx2
     from openai import OpenAI
 
-    key, parts = os.environ.get(KEY), urlsplit(url)
+    key, parts = os.environ.get(variable), urlsplit(url)
     bounded: Any = BoundedTransport(bool(key), is_loopback(parts.hostname), parts.scheme == "https")
     return OpenAI(
         api_key=key or "none",
@@ -255,24 +259,23 @@ class BoundedTransport:
         self.inner.close()
 
 
-def _refusal(error: Any) -> Refused:
+def _refusal(error: Any, variable: str) -> Refused:
     """A refusal with the server's own words, wherever this server puts them."""
     body = error.body
     if isinstance(body, Mapping) and "error" in body:
         body = body["error"]
     parameter = body.get("param") if isinstance(body, Mapping) else None
-    words = _words_in(body)
+    words = _words_in(body, os.environ.get(variable))
     if 300 <= error.status_code < 400:
         where = f"it redirects to {error.response.headers.get('location', 'elsewhere')}"
         words = f"{where}; {words}" if words else where
     return Refused(error.status_code, words, parameter if isinstance(parameter, str) else "")
 
 
-def _words_in(body: Any) -> str:
+def _words_in(body: Any, key: str | None) -> str:
     if isinstance(body, Mapping):
         body = next((body[name] for name in ("message", "detail", "error", "msg") if body.get(name)), body)
     text = body if isinstance(body, str) else "" if body is None else json.dumps(body)
-    key = os.environ.get(KEY)
     text = text.replace(key, "***") if key else text
     text = re.sub(r"(?i)\b(sk|key)-[\w*-]{4,}", r"\1-***", text)  # some repeat a key, half of it struck out
     return " ".join(re.sub(r"<[^>]*>", " ", text).split())[:LONGEST_WORDS]

@@ -7,7 +7,7 @@ from typing import Any
 
 GROUPS = {
     "Start": "demo tune app doctor",
-    "Train": "train plan bench objectives data iterate collect constitution import-recipe import",
+    "Train": "train plan bench objectives data iterate collect pairs constitution import-recipe import",
     "Judge": "eval compare generate chat score dial frontier",
     "Leave": "export merge pull",
 }
@@ -49,6 +49,8 @@ EXAMPLES = {
     "export": ("mlxdpo export runs/mine --to gguf --out exported",),
     "plan": ("mlxdpo plan --model smollm2 --data pairs.jsonl",),
     "data": ("mlxdpo data check pairs.jsonl --model smollm2",),
+    "data audit": ("mlxdpo data audit pairs.jsonl --model smollm2 --flip --out mended.jsonl",),
+    "pairs": ("mlxdpo pairs --chosen runs/mine --rejected smollm2 --prompts prompts.jsonl --out new.jsonl",),
 }
 
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import http.client
-import json as jsonlib
 import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,8 +18,7 @@ from mlxdpo.types import Event, UserError
 
 AS_IT_IS = AnswerSettings()
 KEYS = {"chosen": "MLXDPO_CHOSEN_KEY", "rejected": "MLXDPO_REJECTED_KEY"}
-TRIES, PAUSE = 4, 1.0  # requests for one answer; seconds before the second, doubled each time
-WORDS = 300  # characters of what a server says
+RETRIES = 3  # requests for one answer after the first
 
 
 def run(
@@ -84,7 +78,8 @@ def source_opener(name: str, side: str, how: AnswerSettings) -> Callable[[], Any
     from mlxdpo.online.contrast.sources import check_model, is_answer_file, open_file, open_model
 
     if name.startswith(("http://", "https://")):
-        return partial(_open_server, *server_address(name, side), side, how)
+        url, model = server_address(name, side)
+        return partial(_open_server, _server(model, url, side, how.timeout), side, how)
     if is_answer_file(name):
         source = open_file(name, side, DataConfig())
         return lambda: source
@@ -115,70 +110,39 @@ def server_address(name: str, side: str) -> tuple[str, str]:
 
 def _first_model(url: str, side: str) -> str:
     """A model that the server lists, or a placeholder."""
-    try:
-        found = _sent(f"{url.rstrip('/')}/models", None, side, 5.0)
-        return str(jsonlib.loads(found)["data"][0]["id"])
-    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
-        return "MODEL"
+    return next(iter(_server("", url, side, 5.0).models()), "MODEL")
 
 
-def _open_server(url: str, model: str, side: str, how: AnswerSettings) -> Any:
+def _server(model: str, url: str, side: str, timeout: float) -> Any:
+    """The client. Raises `UserError` where its library is not installed."""
+    import importlib.util
+
+    from mlxdpo_eval.judges.server import Server
+
+    if importlib.util.find_spec("openai") is None:
+        raise UserError(f"--{side} {url}: needs the openai client; install it: pip install 'mlxdpo[judges]'")
+    return Server(model, url, timeout, RETRIES, key=KEYS[side])
+
+
+def _open_server(server: Any, side: str, how: AnswerSettings) -> Any:
     from mlxdpo.online.contrast.chat_server import server_answers
 
-    made = {"server": url, "model": model}
-    return server_answers(f"--{side} {url}#{model}", made, partial(complete, url, side, how.timeout), model, how)
+    made = {"server": server.url, "model": server.model}
+    name = f"--{side} {server.url}#{server.model}"
+    return server_answers(name, made, partial(complete, server), server.model, how)
 
 
-def complete(url: str, side: str, timeout: float, body: Mapping[str, Any]) -> bytes:
-    """The answer to one chat completion, as it came, after at most `TRIES` requests.
+def complete(server: Any, body: Mapping[str, Any]) -> bytes:
+    """The answer to one chat completion, as it came.
 
-    Raises `RequestRefused` with the server's own words, and `NoAnswer` when none came in `timeout` seconds, each try.
+    Raises `RequestRefused` with the server's own words, and `NoAnswer` when none came, after a few tries.
     """
     from mlxdpo.online.contrast.chat_server import NoAnswer, RequestRefused
-    from mlxdpo_eval.judges.endpoint import TRY_AGAIN
+    from mlxdpo_eval.judges.server import Refused, Unanswered
 
-    reason = ""
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(PAUSE * 2 ** (attempt - 1))
-        try:
-            return _sent(f"{url}/chat/completions", jsonlib.dumps(body).encode(), side, timeout)
-        except urllib.error.HTTPError as error:
-            words = _words_of(error)
-            if error.code not in TRY_AGAIN:
-                raise RequestRefused(error.code, words) from None
-            reason = f"HTTP {error.code}"
-        except TimeoutError:
-            reason = f"none in {timeout:g} s"
-        except ValueError as error:
-            raise NoAnswer(f"the reply has {error}") from None
-        except (OSError, http.client.HTTPException) as error:
-            timed_out = isinstance(getattr(error, "reason", None), TimeoutError)
-            reason = f"none in {timeout:g} s" if timed_out else "no connection"
-    raise NoAnswer(reason)
-
-
-def _sent(url: str, body: bytes | None, side: str, timeout: float) -> bytes:
-    from mlxdpo_eval.judges.endpoint import read_answer
-
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(KEYS[side]):
-        headers["Authorization"] = f"Bearer {key}"
-    return read_answer(urllib.request.Request(url, body, headers), timeout)
-
-
-def _words_of(error: urllib.error.HTTPError) -> str:
-    """What a server says to a refusal, wherever it puts it, bounded."""
     try:
-        text = error.read(10_000).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
-        return ""
-    finally:
-        error.close()
-    try:
-        found = jsonlib.loads(text)
-        found = found.get("error", found) if isinstance(found, dict) else found
-        text = found.get("message") or found.get("detail") or text if isinstance(found, dict) else str(found)
-    except (ValueError, RecursionError):
-        pass
-    return " ".join(str(text).split())[:WORDS]
+        return server.complete(body)
+    except Refused as error:
+        raise RequestRefused(error.status, " ".join(filter(None, (error.words, error.parameter)))) from None
+    except Unanswered as error:
+        raise NoAnswer(str(error)) from None

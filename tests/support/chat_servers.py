@@ -24,7 +24,7 @@ def chat_server(reply, host="127.0.0.1"):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
                 seen[body["messages"][-1]["content"]] += 1
-                bodies.append((body, dict(self.headers)))
+                bodies.append((body, {name.lower(): value for name, value in self.headers.items()}))
             self.answered(*reply(body))
 
         def do_GET(self):
