@@ -79,7 +79,7 @@ def source_opener(name: str, side: str, how: AnswerSettings) -> Callable[[], Any
 
     if name.startswith(("http://", "https://")):
         url, model = server_address(name, side)
-        return partial(_open_server, _server(model, url, side, how.timeout), side, how)
+        return partial(_open_server, _chat_client(model, url, side, how.timeout), side, how)
     if is_answer_file(name):
         source = open_file(name, side, DataConfig())
         return lambda: source
@@ -110,10 +110,10 @@ def server_address(name: str, side: str) -> tuple[str, str]:
 
 def _first_model(url: str, side: str) -> str:
     """A model that the server lists, or a placeholder."""
-    return next(iter(_server("", url, side, 5.0).models()), "MODEL")
+    return next(iter(_chat_client("", url, side, 5.0).models()), "MODEL")
 
 
-def _server(model: str, url: str, side: str, timeout: float) -> Any:
+def _chat_client(model: str, url: str, side: str, timeout: float) -> Any:
     """The client. Raises `UserError` where its library is not installed."""
     import importlib.util
 
