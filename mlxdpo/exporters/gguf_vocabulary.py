@@ -104,22 +104,23 @@ def write_tokenizer(writer: Any, folder: Path, raw: Mapping[str, Any], size: int
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(piece_scores(tokens, merges))
         writer.add_add_space_prefix(puts_a_space_first(specification))
-    _write_special(writer, tokenizer, folder, raw)
+    _write_special(writer, tokenizer, folder, raw, size)
 
 
-def _write_special(writer: Any, tokenizer: Any, folder: Path, raw: Mapping[str, Any]) -> None:
-    """The special tokens, the end of a turn beside the end of a text, and the template."""
+def _write_special(writer: Any, tokenizer: Any, folder: Path, raw: Mapping[str, Any], size: int) -> None:
+    """The special tokens, the end of a turn beside the end of a text, and the template. llama.cpp loads no file that
+    names an id beyond the vocabulary of `size` tokens, which a config.json may do."""
     for end, add in {
         "bos": writer.add_bos_token_id,
         "eos": writer.add_eos_token_id,
         "unk": writer.add_unk_token_id,
         "pad": writer.add_pad_token_id,
     }.items():
-        if (token := getattr(tokenizer, f"{end}_token_id")) is not None:
+        if (token := getattr(tokenizer, f"{end}_token_id")) is not None and token < size:
             add(token)
     generation = folder / "generation_config.json"
     ends = end_tokens(tokenizer, {**raw, **(read_json(generation) if generation.is_file() else {})})
-    if others := sorted(ends - {tokenizer.eos_token_id}):
+    if others := sorted(end for end in ends - {tokenizer.eos_token_id} if end < size):
         writer.add_eot_token_id(turn if (turn := turn_end(tokenizer)) in others else others[0])
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)

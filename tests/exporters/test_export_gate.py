@@ -147,7 +147,7 @@ def test_the_command_prints_figures_and_its_status_is_the_verdict(tmp_path, cach
 
 
 MISTAKES = {
-    "export run --to onnx --out o": "`onnx` is no target; known: mlx, peft, hf, fused, quantized, gguf",
+    "export run --to onnx --out o": "`onnx` is no target; known: mlx, peft, hf, fused, quantized, packed-base, gguf",
     "export run --to , --out o": "no target given",
     "export run --to mlx --out o --public": "--public needs --push USER/REPO",
     "export run --to mlx --out o --push me": "me",

@@ -248,7 +248,7 @@ def test_it_is_a_judge(trained):
     assert first.logit == second.logit == pytest.approx(values[0] - values[1])
     trio = AnswerPair(row["prompt"], row["rejected"], row["chosen"])
     both, same = ask_both(judge, [trio, trio._replace(before=row["chosen"])])
-    assert both.logit == pytest.approx(values[0] - values[1]) and same.same
+    assert both.logit == pytest.approx(values[0] - values[1]) and same.equal
     assert judge.ask([]) == [] and judge.name == "reward:run"
 
 

@@ -167,7 +167,7 @@ def test_votes_train_the_next_round(desk, place, monkeypatch):
 
 
 def test_no_pair_no_file(desk, place):
-    with pytest.raises(UserError, match="none of the 0 votes gives a training pair"):
+    with pytest.raises(UserError, match="none of 0 votes gives a training pair"):
         export_votes(Run.open(place / "runs/one"), problem_with)
     assert not (place / "runs/one/next-round").exists()
 
