@@ -90,7 +90,7 @@ def audit_pairs(rows: Sequence[Preference], given: AuditInput, folds: int, sure:
                 "ches_per_token": round(float(given.ches[i]), 4),
                 "similarity": round(float(similarity[i]), 4),
                 "similar_to": rows[of[i]].where if of[i] >= 0 else None,
-                "contradicted_by": None if against[i] is None else rows[against[i]].where,
+                "contradicted_by": None if (other := against[i]) is None else rows[other].where,
                 "chosen_tokens": int(given.lengths[i, 0]),
                 "rejected_tokens": int(given.lengths[i, 1]),
             }
@@ -122,7 +122,8 @@ def _summary_of(found: Sequence[Mapping[str, Any]], fit: Fit, form: Fit, given: 
 def _temperature(logits: np.ndarray) -> float:
     """The factor under which cross-fitted log-odds are calibrated: the one with the lowest loss."""
     loss = lambda log_factor: np.logaddexp(0, -np.exp(log_factor) * logits).mean()  # noqa: E731
-    return float(np.exp(minimize_scalar(loss, bounds=(-4, 4), method="bounded").x))
+    best: Any = minimize_scalar(loss, bounds=(-4, 4), method="bounded")
+    return float(np.exp(best.x))
 
 
 def nearest_earlier(embeddings: np.ndarray, block: int = 512) -> tuple[np.ndarray, np.ndarray]:

@@ -70,8 +70,8 @@ def open_file(file: str, side: str, data: DataConfig) -> AnswerSource:
     found, _ = read_preferences(data.model_copy(update={"columns": {}, "format": "auto"}), file)
     texts: dict[bytes, str] = {}
     for row in found:
-        answer = getattr(row, side) if isinstance(row, Preference) else row.completion
-        texts.setdefault(prompt_key(row.prompt), text_of(answer))
+        said = getattr(row, side) if isinstance(row, Preference) else row.completion
+        texts.setdefault(prompt_key(row.prompt), text_of(said))
 
     def answer(chunk: Sequence[Asked], should_stop: ShouldStop) -> Iterator[tuple[Asked, SourceAnswer]]:
         """The answers that the file has."""
