@@ -54,13 +54,25 @@ class Comparison(NamedTuple):
         return [change.measure for change in self.changes if change.verdict == "worse"]
 
 
-def compare_runs(first: Run, second: Run) -> Comparison:
-    """Hold the second run against the first. Raises `UserError` when one is not evaluated or they share nothing."""
+def compare_runs(first: Run, second: Run, level: float = 0.95) -> Comparison:
+    """Hold the second run against the first, with intervals of `level`.
+
+    Raises `UserError` when one is not evaluated or they share nothing.
+    """
     with as_written(first.path / "eval", f"run `mlxdpo eval` on {first.path} and {second.path} again"):
-        return _compare_files(first, second)
+        return _compare_files(first, second, level)
 
 
-def _compare_files(first: Run, second: Run) -> Comparison:
+def compare_with_first(runs: Sequence[Run]) -> tuple[list[Comparison], float]:
+    """Each further run against the first, and the level of their intervals: 95 % for all of a measure at once.
+
+    Bonferroni over the runs that are compared. Raises `UserError` as `compare_runs`.
+    """
+    level = 1 - 0.05 / (len(runs) - 1)
+    return [compare_runs(runs[0], run, level) for run in runs[1:]], level
+
+
+def _compare_files(first: Run, second: Run, level: float) -> Comparison:
     pairs = [_keyed(run, "eval_pairs.jsonl", ("pair_id",)) for run in (first, second)]
     samples = [_keyed(run, "eval_samples.jsonl", ("prompt_id", "sample")) for run in (first, second)]
     pair_keys, sample_keys = (sorted(a.keys() & b.keys()) for a, b in (pairs, samples))
@@ -72,14 +84,14 @@ def _compare_files(first: Run, second: Run) -> Comparison:
     if pair_keys:
         outcomes = [[_sign(side[key]["margin"]) for key in pair_keys] for side in pairs]
         changes.append(
-            _paired_measure("held-out accuracy", outcomes, [pairs[0][key]["prompt_id"] for key in pair_keys])
+            _paired_measure("held-out accuracy", outcomes, [pairs[0][key]["prompt_id"] for key in pair_keys], level)
         )
         flips += _flips("held-out accuracy", outcomes, [pairs[0][key] for key in pair_keys])
     for judge in _judges(samples):
         usable = [key for key in sample_keys if all(_logit(side[key], judge) is not None for side in samples)]
         if usable:
             outcomes = [[_sign(_logit(side[key], judge)) for key in usable] for side in samples]
-            changes.append(_paired_measure(f"win-rate, {judge}", outcomes, [key[0] for key in usable]))
+            changes.append(_paired_measure(f"win-rate, {judge}", outcomes, [key[0] for key in usable], level))
             flips += _flips(f"win-rate, {judge}", outcomes, [samples[1][key] for key in usable])
     only = {
         "pairs": len(pairs[0].keys() ^ pairs[1].keys()),
@@ -120,10 +132,10 @@ def _sign(value: float | None) -> float:
     return 0.5 * (1 + np.sign(value or 0.0))
 
 
-def _paired_measure(measure: str, outcomes: list[list[float]], prompts: list[str]) -> MeasureChange:
+def _paired_measure(measure: str, outcomes: list[list[float]], prompts: list[str], level: float) -> MeasureChange:
     first, second = (np.array(side) for side in outcomes)
     gained, lost = int((second > first).sum()), int((second < first).sum())
-    interval = paired_difference(first.tolist(), second.tolist(), prompts)
+    interval = paired_difference(first.tolist(), second.tolist(), prompts, level=level)
     verdict = "cannot tell yet"
     if interval is not None and not interval.low <= 0 <= interval.high:
         verdict = "better" if interval.estimate > 0 else "worse"

@@ -26,10 +26,12 @@ def build_app(everything: bool = False) -> Any:
         group_commands=Group("Commands", sort_key=len(COMMANDS)),
         **_page("", everything),
     )
-    data = App(name="data", help="Look at preference data before training on it.", **_page("data", everything))
-    app.command(data)
+    parents = {name: App(name=name, help=text, **_page(name, everything)) for name, text in PARENTS.items()}
+    for parent in parents.values():
+        app.command(parent)
     for name, help_text in COMMANDS.items():
-        target, short = (data if name.startswith("data ") else app), name.removeprefix("data ")
+        first, _, second = name.partition(" ")
+        target, short = (parents[first], second) if second else (app, name)
         module = f"mlxdpo.commands.{ELSEWHERE.get(name, name.translate(UNDERSCORES) + ':run')}"
         target.command(module, name=short, help=help_text, **_page(name, everything))
     return app
@@ -51,16 +53,23 @@ ELSEWHERE = {
     "import": "import_:run",
     "data formats": "data_check:list_formats",
     "merge": "dial:merge",
+    "runs list": "runs:list_runs",
+    "runs diff": "runs:diff",
 }  # a keyword names no module
+PARENTS = {
+    "data": "Look at preference data before training on it.",
+    "runs": "List the runs of a folder, or what differs between two.",
+}
 COMMANDS = {
     "demo": "Tune a real model in minutes, offline, and show what changed.",
     "tune": "From preference pairs to a verdict in one command: check, plan, probe, train, evaluate, report.",
     "train": "Tune a model on preference pairs.",
+    "sweep": "Train a recipe under several settings and seeds; say which are best and which cannot be told apart.",
     "plan": "What a run will need, before any weight is loaded: memory by part, steps, padding.",
     "bench": "Speed of training on this machine, beside its own matmul rate.",
     "score": "Log-probs, implicit rewards and margins of every row.",
     "eval": "Say whether a run's model is better than it was, with intervals, and write a report.",
-    "compare": "Hold one evaluated run against another; exit 1 when something got worse.",
+    "compare": "Hold evaluated runs against the first of them; exit 1 when something got worse.",
     "frontier": "What reward each checkpoint of one or several runs bought with how much drift.",
     "dial": "What a run is worth at each strength of its adapter, and which one to take.",
     "merge": "Merge the adapters of several runs, or a run with its base, as a run.",
@@ -74,6 +83,8 @@ COMMANDS = {
     "data check": "Say what is in a preference file, what is wrong with it, and show a pair as the model sees it.",
     "data audit": "Say what a model sees in each pair: likely flips, near-duplicates, shortcuts; drop, flip, select.",
     "data formats": "List the row shapes that are understood.",
+    "runs list": "The runs of a folder: state, settings, steps, held-out figures.",
+    "runs diff": "The settings in which two runs differ.",
     "export": "Write a run as adapter, fused weights or GGUF, prove each one on held-out pairs, push to the Hub.",
     "import": "Turn a PEFT adapter into one that training starts from.",
     "import-recipe": "Turn a recipe of TRL, Axolotl, LLaMA-Factory or mlx-lm into one that `mlxdpo train` takes.",

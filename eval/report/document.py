@@ -243,7 +243,7 @@ def _frontier_blocks(found: Result) -> list[Any]:
     ]
     note = f"{found['prompts']} prompts, {found['samples']} answers each, the same noise at every point."
     header = ("checkpoint", "KL, nats", f"win rate, {found['judge']}", "no other beats it")
-    return [Table(header, rows, note), reward_over_drift(points, best, found["judge"])]
+    return [Table(header, rows, note), reward_over_drift(points, best, f"win rate, {found['judge']}")]
 
 
 def _objective(loss: Result, chosen: Result) -> str:

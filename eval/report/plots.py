@@ -121,10 +121,11 @@ def running_votes(votes: Mapping[str, Any]) -> Figure:
     )
 
 
-def reward_over_drift(points: Sequence[Any], best: Sequence[Any], judge: str) -> Figure:
-    """Points of a frontier with their intervals; the line joins those that no other beats."""
+def reward_over_drift(points: Sequence[Any], best: Sequence[Any], label: str, even: float | None = 0.5) -> Figure:
+    """Points of a frontier with their intervals; the line joins those that no other beats. `even`: no difference."""
     figure, axes = _new_axes(3.6)
-    axes.axhline(0.5, **DOTTED)
+    if even is not None:
+        axes.axhline(even, **DOTTED)
     for p in points:
         colour = ACCENT if p in best else MUTED
         x, y = p.kl_interval or (p.kl, p.kl, p.kl), p.reward_interval or (p.reward, p.reward, p.reward)
@@ -134,7 +135,7 @@ def reward_over_drift(points: Sequence[Any], best: Sequence[Any], judge: str) ->
         _annotate(axes, p.name, (p.kl, p.reward))
     axes.plot([p.kl for p in best], [p.reward for p in best], color=ACCENT, linewidth=1.5)
     axes.set_xlabel("sequence KL to the reference, nats")
-    axes.set_ylabel(f"win rate, {_shorten(judge)}")
+    axes.set_ylabel(_shorten(label, 36))
     words = "; ".join(f"{p.name} {p.kl:.2f} nats, {p.reward:.3f}" for p in points)
     return Figure(
         _svg(figure, "frontier"), f"Reward against drift; the line joins points that no other beats: {words}."
@@ -159,6 +160,23 @@ def scores_over_rounds(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xlabel("round (0 is the start)")
     axes.set_ylabel("mean score")
     return Figure(_svg(figure, "rounds"), f"Mean held-out score by round, with 95 % intervals: {'; '.join(words)}.")
+
+
+def heldout_curves(curves: Mapping[str, Sequence[tuple[float, float]]], best: str | None, measure: str) -> Figure:
+    """A held-out measure over the share of steps, a line for each setting; the best one in colour."""
+    figure, axes = _new_axes(3.2)
+    words = []
+    for name, curve in curves.items():
+        if curve:
+            shares, values = zip(*curve, strict=True)
+            axes.plot(shares, values, color=ACCENT if name == best else MUTED, linewidth=2 if name == best else 1)
+            _annotate(axes, name, curve[-1])
+            words.append(f"{name} {values[0]:.3f} to {values[-1]:.3f}")
+    axes.set_xlim(0, 1.25)  # room for names
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.set_xlabel("share of steps")
+    axes.set_ylabel(f"held-out {measure}")
+    return Figure(_svg(figure, "curves"), f"Held-out {measure} while training, mean of seeds: {'; '.join(words)}.")
 
 
 def _shorten(name: str, most: int = 26) -> str:

@@ -1,26 +1,71 @@
-"""`mlxdpo compare RUN_A RUN_B`"""
+"""`mlxdpo compare RUN_A RUN_B [RUN_C ...]`"""
 
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlxdpo.runs import Run
+from mlxdpo.types import UserError
 
 FLIPS = 10
 
 
-def run(first: Path, second: Path, /, *, json: bool = False) -> int:
-    """Hold an evaluated run against another, pair by pair and prompt by prompt.
+def run(*paths: Path, json: bool = False) -> int:
+    """Hold evaluated runs against the first of them, pair by pair and prompt by prompt.
 
-    Exit status 1: something got significantly worse.
+    Of three runs or more the intervals of a measure hold at once with 95 % (Bonferroni). Exit status 1: something got
+    significantly worse.
 
     Args:
-        first: Run directory that is the yardstick.
-        second: Run directory that is compared with it.
+        paths: Run directories, the one to compare with first.
         json: Print the comparison as JSON, every flip included.
     """
+    if len(paths) < 2:
+        raise UserError(f"compare needs two runs or more, and got {len(paths)}: mlxdpo compare RUN_A RUN_B")
+    if len({path.resolve() for path in paths}) < len(paths) > 2:
+        raise UserError("compare got a run twice; name each once")
+    return _show_pair(*paths, json=json) if len(paths) == 2 else _show_several(paths, json=json)
+
+
+def _show_several(paths: Sequence[Path], *, json: bool) -> int:
+    from rich.table import Table
+
+    from mlxdpo.commands.terminal import console
+    from mlxdpo_eval.compare import compare_with_first, comparison_sentence
+    from mlxdpo_eval.results import to_json
+
+    comparisons, level = compare_with_first([Run.open(path) for path in paths])
+    found = list(zip(map(str, paths[1:]), comparisons, strict=True))
+    regressed = any(comparison.regressed for comparison in comparisons)
+    if json:
+        rows = [{"run": name, **to_json(c), "sentence": comparison_sentence(c)} for name, c in found]
+        print(jsonlib.dumps({"first": str(paths[0]), "level": level, "runs": rows}, ensure_ascii=False))
+        return int(regressed)
+    for measure in dict.fromkeys(change.measure for comparison in comparisons for change in comparison.changes):
+        table = Table("run", "value", f"change from {paths[0]}", "", title=f"{measure}, {100 * level:.1f} % intervals")
+        for name, comparison in found:
+            for change in comparison.changes:
+                if change.measure == measure:
+                    table.add_row(name, f"{change.second:.3f}", _change_with_bounds(change), change.verdict)
+        console.print(table)
+    for name, comparison in found:
+        if not comparison.same_start:
+            console.print(
+                f"{name} started from another model: win-rates are each against its own start", style="yellow"
+            )
+        console.print(f"{name}: {comparison_sentence(comparison)}", style="bold", markup=False)
+    return int(regressed)
+
+
+def _change_with_bounds(change: Any) -> str:
+    bounds = "no interval" if change.interval is None else f"[{change.interval.low:+.3f}, {change.interval.high:+.3f}]"
+    return f"{change.change:+.3f} {bounds} n={change.items}".replace("[", r"\[")
+
+
+def _show_pair(first: Path, second: Path, *, json: bool) -> int:
     from mlxdpo.commands.terminal import console
     from mlxdpo_eval.compare import compare_runs, comparison_sentence
     from mlxdpo_eval.results import to_json
@@ -53,9 +98,8 @@ def _changes_table(found: Any) -> Any:
 
     sheet = Table("", "first", "second", "change [95 % interval]", "gained / lost", "sign test p", "")
     for c in found.changes:
-        bounds = "no interval" if c.interval is None else f"[{c.interval.low:+.3f}, {c.interval.high:+.3f}]"
-        change, flips = f"{c.change:+.3f} {bounds} n={c.items}", f"{c.gained} / {c.lost}"
+        flips = f"{c.gained} / {c.lost}"
         sheet.add_row(
-            c.measure, f"{c.first:.3f}", f"{c.second:.3f}", change.replace("[", r"\["), flips, f"{c.p:.3g}", c.verdict
+            c.measure, f"{c.first:.3f}", f"{c.second:.3f}", _change_with_bounds(c), flips, f"{c.p:.3g}", c.verdict
         )
     return sheet

@@ -32,11 +32,11 @@ def run(
         json: Print the points as JSON.
     """
     from mlxdpo.commands.terminal import console, warn
+    from mlxdpo_eval.checkpoints import measure_checkpoints, name_points
     from mlxdpo_eval.judges import open_judge
     from mlxdpo_eval.metrics.frontier import pareto_front
     from mlxdpo_eval.results import to_json
     from mlxdpo_eval.sampling import Sampling
-    from mlxdpo_eval.sweep import measure_checkpoints, name_points
 
     if not paths:
         raise UserError("no run given; name one or more run directories")

@@ -20,7 +20,7 @@ def unknown_options(error: Any) -> list[str]:
     own = str(error.token.value).partition("=")[0]
     found = [word for word in dict.fromkeys(words) if word == own or not _is_known(word, known)]
     command = " ".join(error.command_chain or ())
-    return [_option_sentence(word, known, command) for word in found or [own]]
+    return [option_sentence(word, known, command) for word in found or [own]]
 
 
 def option_names(argument: Any) -> Iterator[str]:
@@ -35,7 +35,8 @@ def _is_known(word: str, known: set[str]) -> bool:
     return word in ("--help", "--version", "--help-all") or plain in known or inside
 
 
-def _option_sentence(word: str, known: set[str], command: str) -> str:
+def option_sentence(word: str, known: Collection[str], command: str) -> str:
+    """That an option is unknown, with the one of `known` that is probably meant."""
     dotted = {name.removeprefix("--").replace("-", "_"): name for name in known}
     meant = right_name(word.removeprefix("--"), dotted)
     hint = f"did you mean {dotted[meant]}?" if meant else f"see mlxdpo {command} --help-all"
@@ -58,10 +59,13 @@ OTHER_WORDS = {
     "plan": "estimate memory",
     "import-recipe": "import_recipe migrate convert-recipe",
     "objectives": "losses list-losses",
+    "sweep": "tune-hyperparameters hpo grid search grid-search hyperparameters",
+    "runs list": "ls list history",
+    "runs diff": "diff",
 }
 """Commands by what people call them elsewhere."""
 
-TAKES_RECIPE = ("train", "plan", "iterate")
+TAKES_RECIPE = ("train", "plan", "iterate", "sweep")
 
 
 def understood(words: list[str], commands: Collection[str]) -> list[str]:
@@ -71,6 +75,8 @@ def understood(words: list[str], commands: Collection[str]) -> list[str]:
     """
     if not words or words[0].startswith("-") or words[0] == "data":
         return words
+    if words[0] == "runs":
+        return words if words[1:2] and words[1] in ("list", "diff", "--help") else ["runs", "list", *words[1:]]
     first, rest = words[0], words[1:]
     if first not in commands:
         raise UserError(_unknown_command(first, rest, commands))

@@ -7,8 +7,8 @@ from typing import Any
 
 GROUPS = {
     "Start": "demo tune app doctor",
-    "Train": "train plan bench objectives data iterate collect pairs constitution import-recipe import",
-    "Judge": "eval compare generate chat score dial frontier",
+    "Train": "train sweep plan bench objectives data iterate collect pairs constitution import-recipe import",
+    "Judge": "eval compare runs generate chat score dial frontier",
     "Leave": "export merge pull",
 }
 """The commands of the first page, each where a reader looks for it."""
@@ -41,6 +41,12 @@ EXAMPLES = {
         "mlxdpo train recipe.yaml --loss.beta 0.3 --out runs/b",
         "mlxdpo train --resume runs/b --train.epochs 3",
     ),
+    "sweep": (
+        "mlxdpo sweep recipe.yaml --loss.beta 0.05,0.1,0.3 --seeds 3 --out runs/sweep",
+        "mlxdpo sweep --model smollm2 --data pairs.jsonl --optim.lr auto,1e-4 --out runs/rates",
+    ),
+    "compare": ("mlxdpo compare runs/a runs/b", "mlxdpo compare runs/a runs/b runs/c --json"),
+    "runs": ("mlxdpo runs", "mlxdpo runs runs/sweep --by accuracy", "mlxdpo runs diff runs/a runs/b"),
     "tune": ("mlxdpo tune pairs.jsonl --model smollm2 --time 1h",),
     "eval": ("mlxdpo eval runs/mine --judge longest", "mlxdpo eval runs/mine --judge local:smollm2"),
     "generate": ('mlxdpo generate runs/mine "Name a fruit."', 'mlxdpo generate runs/mine "Name a fruit." --before'),

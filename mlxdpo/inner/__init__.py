@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mlxdpo.io.progress import time_left as time_left
     from mlxdpo.machine.device import cache_folder as cache_folder
     from mlxdpo.machine.device import versions as versions
+    from mlxdpo.training.step import NonFiniteError as NonFiniteError
     from mlxdpo.types import Example as Example
 
 NAMES = {
@@ -71,6 +72,7 @@ NAMES = {
     "time_left": "mlxdpo.io.progress",
     "cache_folder": "mlxdpo.machine.device",
     "versions": "mlxdpo.machine.device",
+    "NonFiniteError": "mlxdpo.training.step",
     "Example": "mlxdpo.types",
     "finished": "mlxdpo.inference.generate",
     "generate": "mlxdpo.inference.generate",

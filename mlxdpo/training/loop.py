@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from mlxdpo.data.planning import Indices
 from mlxdpo.distributed.group import PeerLost
 from mlxdpo.machine.device import memory_use
@@ -18,7 +20,7 @@ from mlxdpo.model.adapters import dropout_off
 from mlxdpo.training import checkpoint, distributed
 from mlxdpo.training.checkpoint import Progress, SaveClock
 from mlxdpo.training.distributed import first_pairs, gather_pairs
-from mlxdpo.training.metrics import LikelihoodWatch, Scored
+from mlxdpo.training.metrics import LikelihoodWatch, Scored, pair_values
 from mlxdpo.training.plan import learning_rate
 from mlxdpo.training.step import CompiledFns, TrainState, check_finite, scored_pairs, train_step
 from mlxdpo.types import Event
@@ -37,7 +39,7 @@ def run_loop(state: TrainState, progress: Progress, should_stop: Callable[[], bo
     if progress.step:
         fns.reference.restore(checkpoint.folder_of(state.checkpoints, progress.step))
     elif state.heldout.examples:
-        yield Event("eval", 0, measures(state, evaluate_heldout(state, fns), "eval_"))
+        yield _eval_event(state, 0, evaluate_heldout(state, fns))
     while progress.step < plan.steps and not _patience_over(state, progress):
         started, batches = time.perf_counter(), plan.batches(progress.step)
         lr = learning_rate(config.optim, progress.step, plan.steps)
@@ -56,9 +58,9 @@ def run_loop(state: TrainState, progress: Progress, should_stop: Callable[[], bo
         if state.heldout.examples and _due(progress.step, config.train.eval_every, plan.steps):
             found = evaluate_heldout(state, fns)
             warning = watch.evaluation(found)
-            values = measures(state, found, "eval_")
-            progress = _compare(progress, values["eval_loss"])
-            yield Event("eval", progress.step, values)
+            event = _eval_event(state, progress.step, found)
+            progress = _compare(progress, event.values["eval_loss"])
+            yield event
         if warning:
             yield Event("note", progress.step, {"text": warning})
         last = progress.step == plan.steps or _patience_over(state, progress)
@@ -86,6 +88,13 @@ def measures(state: TrainState, pairs: Scored, prefix: str = "") -> dict[str, fl
     """The stage's metrics of pairs that were scored."""
     found = state.stage.metrics(pairs, state.loss, state.config.loss.beta)
     return {f"{prefix}{name}": value for name, value in found.items()}
+
+
+def _eval_event(state: TrainState, step: int, found: Scored) -> Event:
+    """Means, and the numbers of each pair in the data's order, not the batches'."""
+    order = np.argsort([i for indices in state.plan.heldout for i in indices])
+    pairs = {name: values[order] for name, values in pair_values(found, state.loss).items()}
+    return Event("eval", step, measures(state, found, "eval_"), pairs)
 
 
 def evaluate_heldout(state: TrainState, fns: CompiledFns) -> Scored:

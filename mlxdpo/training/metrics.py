@@ -42,8 +42,23 @@ def concatenate_scored(parts: Iterable[Scored | None]) -> Scored:
 
 def accuracy(scored: Scored) -> float:
     """Share of pairs whose chosen completion gained more over the reference than the rejected one; a tie is 1/2."""
+    return float(_ranked_right(scored).mean())
+
+
+def _ranked_right(scored: Scored) -> np.ndarray:
     chosen, rejected = scored.chosen - scored.ref_chosen, scored.rejected - scored.ref_rejected
-    return float(((chosen > rejected) + 0.5 * (chosen == rejected)).mean())
+    return (chosen > rejected) + 0.5 * (chosen == rejected)
+
+
+def pair_values(scored: Scored, loss: Loss) -> dict[str, np.ndarray]:
+    """(B,) numbers of single pairs: `loss`, and `accuracy` where the objective compares two completions."""
+    found = {"loss": scored.losses}
+    return found | ({"accuracy": _ranked_right(_as_rewarded(scored, loss))} if loss.paired else {})
+
+
+def _as_rewarded(scored: Scored, loss: Loss) -> Scored:
+    """Log-probs as the objective's rewards are made of them: per token where there is no reference and it says so."""
+    return token_means(scored) if loss.per_token and "reference" not in loss.needs else scored
 
 
 def token_means(scored: Scored) -> Scored:
@@ -54,8 +69,7 @@ def token_means(scored: Scored) -> Scored:
 def preference_metrics(scored: Scored, loss: Loss, beta: float) -> dict[str, float]:
     """TRL's metrics of pairs, or of unpaired rows where the loss reads those, and what its objectives report."""
     if loss.paired:
-        means = loss.per_token and "reference" not in loss.needs
-        found = pair_metrics(token_means(scored) if means else scored, beta)
+        found = pair_metrics(_as_rewarded(scored, loss), beta)
         found |= {f"logps/{side}": float(getattr(scored, side).mean()) for side in ("chosen", "rejected")}
     else:
         found = unpaired_metrics(scored, beta)

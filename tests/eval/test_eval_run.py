@@ -13,13 +13,13 @@ from tiny_runs import recipe, trained, untrain
 from mlxdpo import UserError, at_checkpoints, open_trained_run
 from mlxdpo.cli import run as cli
 from mlxdpo.io.atomic import write_json
+from mlxdpo_eval.checkpoints import measure_checkpoints
 from mlxdpo_eval.compare import compare_runs, comparison_sentence, latest_results
 from mlxdpo_eval.dial import sweep_strengths
 from mlxdpo_eval.judges.protocol import invalid
 from mlxdpo_eval.report.write import write_report
 from mlxdpo_eval.run import evaluate
 from mlxdpo_eval.sampling import Sampling
-from mlxdpo_eval.sweep import measure_checkpoints
 
 SMALL = Sampling(prompts=6, samples=2, max_tokens=5)
 

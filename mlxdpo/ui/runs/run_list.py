@@ -118,24 +118,38 @@ def busy(lock: Path) -> bool:
     return False
 
 
-def summary(name: str, path: Path) -> list[str]:
-    """A run in one line of text, for the columns of `HEADERS`; of a long `metrics.jsonl` only the end is read.
+def figures(name: str, path: Path) -> dict[str, Any]:
+    """A run by the columns of `HEADERS`; of a long `metrics.jsonl` only the end is read.
 
     Accuracy is the share of held-out pairs ranked right at the newest evaluation, the win-rate the share of pairs of
-    answers in which the first judge prefers the tuned one; a dash where it was not measured (yet).
+    answers in which the first judge prefers the tuned one; None where it was not measured (yet).
     """
     settings = raw_settings(path)
     last, held = newest(path / "metrics.jsonl")
-    return [
+    values = (
         name,
         state(path),
         _source_name(settings.get("model")),
         _source_name(settings.get("data")),
-        str(int(last.get("step", 0))),
-        _formatted(number_in(last, "loss"), "{:.4f}"),
-        _formatted(number_in(held, "eval_rewards/accuracies"), "{:.1%}"),
-        _formatted(newest_winrate(path), "{:.1%}"),
-    ]
+        int(last.get("step", 0)),
+        number_in(last, "loss"),
+        number_in(held, "eval_rewards/accuracies"),
+        newest_winrate(path),
+    )
+    return dict(zip(HEADERS, values, strict=True))
+
+
+FORMS = {"loss": "{:.4f}", "held-out accuracy": "{:.1%}", "win-rate": "{:.1%}"}
+
+
+def formatted_row(row: Mapping[str, Any]) -> list[str]:
+    """`figures` as text, a dash where there is none."""
+    return [_formatted(row[name], FORMS[name]) if name in FORMS else str(row[name]) for name in HEADERS]
+
+
+def summary(name: str, path: Path) -> list[str]:
+    """A run in one line of text, for the columns of `HEADERS`."""
+    return formatted_row(figures(name, path))
 
 
 def raw_settings(path: Path) -> dict[str, Any]:
