@@ -88,9 +88,8 @@ def _candidate(folder: Path, found: Mapping[str, Any], name: str, items: Items) 
         if record["state"] == "finished":
             items[seed] = (prompts, seen[-1].values)
             drift = record.get("drift") or {"nats": [], "prompts": []}
-            for column, values in zip(
-                nats, (drift["nats"], drift["prompts"], [seed] * len(drift["nats"])), strict=True
-            ):
+            seeds: list[Any] = [seed] * len(drift["nats"])
+            for column, values in zip(nats, (drift["nats"], drift["prompts"], seeds), strict=True):
                 column.extend(values)
     by_seed = [float(np.mean(values)) for _, values in items.values()]
     flat = [(v, p, seed) for seed, (prompts, values) in items.items() for p, v in zip(prompts, values, strict=True)]

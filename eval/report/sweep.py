@@ -81,7 +81,7 @@ def _sweep_document(found: SweepResults) -> Document:
         Part("Settings side by side", [Table(SWEEP_COLUMNS, sweep_cells(found), f"{POOLED} {CHOSEN}")]),
         Part("Which can be told apart", [_pairs_table(found)]),
         Part("Held-out curves", [curves]),
-        Part("Held-out reward against KL", _frontier_of(found)),
+        Part("Held-out reward against KL", [*_frontier_of(found)]),
         Part("How runs are stopped", [RULE, _why_measure(found)]),
     ]
     seeds = f"{found.seeds} seed{'s' * (found.seeds > 1)} each"
