@@ -109,7 +109,7 @@ def _read_as(kind: str, word: str, option: str) -> list[str]:
 def _unknown_command(first: str, rest: list[str], commands: Collection[str]) -> str:
     place = Path(first)
     meant = next((command for command, names in OTHER_WORDS.items() if first.lower() in names.split()), None)
-    if meant is None:
+    if meant is None and not first.lower().endswith((*ENDINGS_OF_DATA, ".yaml", ".yml")):  # pairs.jsonl is no `pairs`
         near = difflib.get_close_matches(first.lower(), commands, n=1)
         meant = near[0] if near else None
     if meant is not None:
