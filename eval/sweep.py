@@ -30,8 +30,8 @@ SWEPT = ("loss", "reward", "lora", "optim", "train", "reference")
 RESCALES = ("loss.", "reward.", "reference.")
 """Settings that change what a loss of 0.6 means: runs that differ in one are compared by accuracy."""
 RULE = (
-    "At each held-out evaluation between a quarter and the end of its steps a run is held against the best finished run "
-    "of its seed at the same share of steps, pair by pair. It is stopped when the 99 % interval of the difference, "
+    "At each held-out evaluation between a quarter and the end of its steps a run is held against the best finished "
+    "run of its seed at the same share of steps, pair by pair. It is stopped when the 99 % interval of the difference, "
     "clustered by prompt, lies wholly on the worse side; a finished run that fails the same test gets no further seeds."
 )
 
@@ -92,8 +92,8 @@ def _check_settings(settings: Mapping[str, Sequence[str]]) -> None:
             continue
         if name.split(".")[0] not in SWEPT:
             raise UserError(
-                f"--{name} has several values, and runs that differ in it have no common held-out pairs; sweep settings "
-                f"of {', '.join(SWEPT)}, and make a sweep for each {name}"
+                f"--{name} has several values, and runs that differ in it have no common held-out pairs; sweep "
+                f"settings of {', '.join(SWEPT)}, and make a sweep for each {name}"
             )
         if name in ("train.seed", "train.eval_every"):
             instead = "--seeds N trains N seeds" if name == "train.seed" else "give one value"
@@ -173,9 +173,8 @@ def run_sweep(plan: SweepPlan, train: Train, should_stop: Stop, drift: Drift, sa
         for candidate in still_in(plan, records, seed):
             name = run_name(candidate, seed)
             if name not in records:
-                say(
-                    f"{name} ({list(plan.configs).index(candidate) + 1}/{len(plan.configs)}, seed {seed + 1}/{plan.seeds})"
-                )
+                number = list(plan.configs).index(candidate) + 1
+                say(f"{name} ({number}/{len(plan.configs)}, seed {seed + 1}/{plan.seeds})")
                 record = _train_one(plan, records, candidate, seed, train, should_stop)
                 if record is None:
                     return False

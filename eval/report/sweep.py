@@ -15,8 +15,8 @@ from mlxdpo_eval.sweep import RULE, ending
 from mlxdpo_eval.sweep_results import CandidateResult, SweepResults, not_told_apart, sweep_results, sweep_sentence
 
 POOLED = (
-    "Intervals are 95 %, for new prompts and, with several seeds, new seeds: the variance is clustered by prompt and by "
-    "seed. With one seed they hold for the trained models as they are."
+    "Intervals are 95 %, for new prompts and, with several seeds, new seeds: the variance is clustered by prompt and "
+    "by seed. With one seed they hold for the trained models as they are."
 )
 CHOSEN = (
     "The held-out pairs chose the best setting, so its figure flatters it. Judge it on pairs that no run has seen: "
@@ -92,8 +92,8 @@ def _why_measure(found: SweepResults) -> str:
     if found.measure == "loss":
         return "Runs share their objective and are compared by held-out loss."
     return (
-        "Runs differ in their objective, whose losses have different scales, and are compared by held-out accuracy: the "
-        "share of pairs in which chosen gained more over the reference than rejected."
+        "Runs differ in their objective, whose losses have different scales, and are compared by held-out accuracy: "
+        "the share of pairs in which chosen gained more over the reference than rejected."
     )
 
 
@@ -105,8 +105,8 @@ def _pairs_table(found: SweepResults) -> str | Table:
         for p in found.pairs
     ]
     note = (
-        f"Difference in held-out {found.measure}, pair by pair on common seeds; positive: the first is better. Intervals "
-        f"of {100 * found.level:.1f} % each, so that all {len(rows)} hold at once with 95 % (Bonferroni)."
+        f"Difference in held-out {found.measure}, pair by pair on common seeds; positive: the first is better. "
+        f"Intervals of {100 * found.level:.1f} % each, so that all {len(rows)} hold at once with 95 % (Bonferroni)."
     )
     return Table(("settings", "difference", "verdict"), rows, note)
 
