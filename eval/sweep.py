@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlxdpo import Config, Run, UserError
-from mlxdpo.inner import NonFiniteError, append_line, as_written, read_json, read_lines, write_json
+from mlxdpo.inner import append_line, as_written, read_json, read_lines, write_json
 from mlxdpo_eval.metrics.intervals import Interval, clustered_mean
 from mlxdpo_eval.results import to_json
 
@@ -255,6 +255,8 @@ def _train_one(
     plan: SweepPlan, records: Mapping[str, Any], candidate: str, seed: int, train: Train, should_stop: Stop
 ) -> dict[str, Any] | None:
     """How the run ended; None when asked to stop."""
+    from mlxdpo.inner import NonFiniteError  # it loads MLX
+
     path, leader = plan.folder / run_name(candidate, seed), _leader(plan, records, seed)
     resume = Run.open(path) if (path / "config.yaml").exists() else None
     config = resume.config() if resume else _seeded(plan, candidate, seed)
