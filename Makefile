@@ -36,7 +36,7 @@ fuzz: $(VENV)/.dev
 
 # A hundred killed processes and thousands of flipped bits: a quarter of an hour. More: docs/reliability.md.
 faults: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/faults -s -m "faults or processes"
+	$(BIN)/python -m pytest tests/faults tests/online -s -m "faults or processes"
 
 parity: $(PARITY)/.ready
 	$(PARITY)/bin/python -m pytest -m parity

@@ -242,9 +242,12 @@ def test_what_is_no_completion_is_no_answer(body):
     assert read_chat_answer(body).failed
 
 
-@pytest.mark.processes
-def test_killed_twenty_times_nothing_is_lost_and_nothing_is_there_twice(place):
-    prompts = [f"Question {n}?" for n in range(400)]
+@pytest.mark.parametrize(
+    ("times", "count"),
+    [pytest.param(4, 80, marks=pytest.mark.processes), pytest.param(20, 400, marks=pytest.mark.faults)],
+)
+def test_killed_again_and_again_nothing_is_lost_and_nothing_is_there_twice(place, times, count):
+    prompts = [f"Question {n}?" for n in range(count)]
     write_prompts(place, prompts)
     draw = random.Random(7)
 
@@ -254,7 +257,7 @@ def test_killed_twenty_times_nothing_is_lost_and_nothing_is_there_twice(place):
     with chat_server(slow(strong)) as (one, first, _), chat_server(slow(weak)) as (two, second, _):
         command_line = [sys.executable, str(LAUNCH), "cli", *words(f"{one}#big", f"{two}#small", "--requests", "4")]
         kept, kills = 0, 0
-        while kills < 20:
+        while kills < times:
             process = subprocess.Popen(command_line, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             until = time.monotonic() + 120
             while process.poll() is None and count_answers(place) <= kept and time.monotonic() < until:
@@ -270,9 +273,9 @@ def test_killed_twenty_times_nothing_is_lost_and_nothing_is_there_twice(place):
     assert [row["prompt"] for row in rows] == prompts
     assert all(row["chosen"].endswith(row["prompt"]) and row["rejected"].endswith(row["prompt"]) for row in rows)
     lines = [line for line in read_lines(place / "pairs.samples.jsonl") if "prompt_id" in line]
-    assert len(lines) == len({(line["side"], line["prompt_id"]) for line in lines}) == 800
+    assert len(lines) == len({(line["side"], line["prompt_id"]) for line in lines}) == 2 * count
     # what was on its way when the process was killed is asked again: at most `requests` a kill
-    assert sum(first.values()) + sum(second.values()) <= 800 + 20 * 2 * 4
+    assert sum(first.values()) + sum(second.values()) <= 2 * count + times * 2 * 4
 
 
 def count_answers(place):
