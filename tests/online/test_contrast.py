@@ -244,7 +244,7 @@ def test_what_is_no_completion_is_no_answer(body):
 
 @pytest.mark.parametrize(
     ("times", "count"),
-    [pytest.param(4, 80, marks=pytest.mark.processes), pytest.param(20, 400, marks=pytest.mark.faults)],
+    [pytest.param(4, 160, marks=pytest.mark.processes), pytest.param(20, 400, marks=pytest.mark.faults)],
 )
 def test_killed_again_and_again_nothing_is_lost_and_nothing_is_there_twice(place, times, count):
     prompts = [f"Question {n}?" for n in range(count)]
