@@ -176,13 +176,13 @@ def commands() -> str:
     from mlxdpo.cli import COMMANDS, run
 
     parts = [
-        "# Commands\n\nWhat `mlxdpo COMMAND --help` prints. Exit status: 0 done, 2 the input is wrong, 130 interrupted"
+        "# Commands\n\nWhat `mlxdpo COMMAND --help-all` prints. Exit status: 0 done, 2 the input is wrong, "
+        "130 interrupted after saving, 1 anything else.\n"
     ]
-    parts[0] += " after saving, 1 anything else.\n"
     os.environ["COLUMNS"] = "100"
     for name, about in COMMANDS.items():
         with contextlib.redirect_stdout(io.StringIO()) as shown:
-            run([*name.split(), "--help"])
+            run([*name.split(), "--help-all"])
         text = "\n".join(line.rstrip() for line in shown.getvalue().strip().splitlines())
         parts.append(f"## mlxdpo {name}\n\n{about}\n\n```text\n{text}\n```\n")
     return "\n".join(parts)

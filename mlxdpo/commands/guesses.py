@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
 import sys
 from collections.abc import Collection, Iterator
@@ -91,18 +92,20 @@ def understood(words: list[str], commands: Collection[str]) -> list[str]:
 def _as_option(command: str, word: str) -> list[str]:
     """What a file or folder by position stands for."""
     place = Path(word)
+    if not word.strip() or not word.isprintable():  # Path("") is the working folder
+        return [word]
     if word.lower().endswith(ENDINGS_OF_DATA):
         return _read_as("data", word, "--data.path")
-    if (place / "config.json").is_file():
+    if os.path.isfile(place / "config.json"):
         return _read_as("a model", word, "--model.path")
-    if (place / "config.yaml").is_file():
+    if os.path.isfile(place / "config.yaml"):
         if command != "train":
             return [str(place / "config.yaml")]
         raise UserError(
             f"{word} is a run: `mlxdpo train --resume {word}` goes on with it, "
             f"`mlxdpo train {place / 'config.yaml'} --out NEW` trains anew from its recipe"
         )
-    if place.is_dir():
+    if os.path.isdir(place):
         return _read_as("data", word, "--data.path")
     return [word]
 
@@ -125,7 +128,7 @@ def _unknown_command(first: str, rest: list[str], commands: Collection[str]) -> 
         return f"unknown command {first}; to tune on it: mlxdpo tune {first} --model smollm2"
     if first.lower().endswith((".yaml", ".yml")):
         return f"unknown command {first}; to train with it: mlxdpo train {first}"
-    if (place / "config.yaml").is_file():
+    if os.path.isfile(place / "config.yaml"):
         return f"unknown command {first}; it is a run: mlxdpo eval {first}, or mlxdpo chat {first}"
     return f"unknown command {first}; known: {', '.join(name for name in commands)}"
 

@@ -23,7 +23,7 @@ COPIED = ("mlxdpo", "eval", "tests", "docs", "README.md", "CHANGELOG.md", "CONTR
 HOUSE = (
     "test_imports_point_down",
     "test_small_and_documented",
-    "test_the_evaluation_enters_by_the_front_door",
+    "test_the_evaluation_enters_by_the_doors",
     "test_heavy_libraries_are_imported_inside_functions",
 )
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -68,7 +68,7 @@ def test_every_command_is_in_the_reference_with_its_help(build, monkeypatch):
     text = build.commands()
     parts = re.split(r"^## mlxdpo ", text, flags=re.MULTILINE)[1:]
     assert [part.splitlines()[0] for part in parts] == list(COMMANDS)
-    assert all(f"Usage: mlxdpo {part.splitlines()[0]}" in part for part in parts)
+    assert all(f"```text\nmlxdpo {part.splitlines()[0]}" in part for part in parts)
 
 
 def test_links_to_the_readme_lead_to_the_index_and_those_to_other_readmes_stay(build):

@@ -37,9 +37,10 @@ def case(target, call):
 
 
 def check_sentence(said):
-    """One line that any terminal can print, not a page."""
-    assert said.strip() and len(said) < 500, f"{len(said)} characters: {said[:600]}"
-    assert said.isprintable(), repr(said)
+    """A line for each thing that is wrong, which any terminal can print, not a page."""
+    for line in said.split("\n"):
+        assert line.strip() and len(line) < 500, f"{len(line)} characters: {line[:600]}"
+        assert line.isprintable(), repr(line)
 
 
 def balanced(read, kept, refused):
