@@ -35,7 +35,7 @@ def planted(losses, started, prompts=lambda config: HELDOUT):
                 yield Event("interrupted", max(0, step - 2), {})  # the last whole step
                 return
             loss = 0.7 + (losses(config) - 0.7) * step / STEPS
-            noise = np.random.default_rng(int(1e6 * losses(config))).normal(0, 0.02, PAIRS)
+            noise = np.random.default_rng([7, int(1e6 * losses(config))]).normal(0, 0.02, PAIRS)
             pairs = {"loss": loss + noise, "accuracy": (noise + 0.7 > loss + 0.02) * 1.0}
             yield Event("eval", step, {}, pairs)
         write_text(run.path / "trained", "")
@@ -127,12 +127,23 @@ def test_an_interval_over_seeds_knows_how_far_they_lie_apart():
     assert apart.high - apart.low > 4 * (by_prompt.high - by_prompt.low)
     assert alike.high - alike.low >= by_prompt.high - by_prompt.low - 1e-12
     assert pooled_mean(noise[:50], prompts[:50], seeds[:50]) == clustered_mean(noise[:50], prompts[:50])
-    # V_prompt = V_both = 0 beside seeds of means 0 and 1: V = s²/S = 1/4 with one degree of freedom, t = 12.706
+    # Prompts alike, seeds of means 0 and 1: V = s²/S = 1/4 with one degree of freedom, Student's t is 12.7062.
     by_seed = pooled_mean([0.0, 1e-9, 1.0, 1.0], ["a", "b", "a", "b"], [0, 0, 1, 1])
-    assert by_seed.high - by_seed.estimate > 1
+    assert by_seed.high - by_seed.estimate == pytest.approx(12.7062 / 2, rel=1e-4)
     right = (noise > 0) * 1.0
     share = pooled_share(right, prompts, seeds)
     assert 0 <= share.low < right.mean() < share.high <= 1
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.02])
+def test_an_interval_over_three_seeds_covers_as_often_as_it_says(spread):
+    draw, hits = np.random.default_rng(3), 0
+    prompts, seeds = [i // 2 for i in range(PAIRS)] * 3, np.repeat(range(3), PAIRS)
+    for _ in range(400):
+        items = np.tile(draw.normal(0, 0.014, PAIRS), 3) + draw.normal(0, 0.02, 3 * PAIRS)
+        found = pooled_mean(items + np.repeat(draw.normal(0, spread, 3), PAIRS), prompts, seeds.tolist())
+        hits += found.low <= 0 <= found.high
+    assert 0.92 <= hits / 400 <= 0.99
 
 
 def test_a_sweep_of_real_runs_on_the_command_line(tmp_path, cache, capsys):
