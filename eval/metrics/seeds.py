@@ -15,20 +15,18 @@ def pooled_mean(
 ) -> Interval | None:
     """Mean of values that share prompts and seeds, with a t interval for new prompts and new seeds.
 
-    The variance is clustered both ways, V = max(V_prompt, V_prompt + V_seed - V_both) (Cameron, Gelbach and Miller
-    2011, equation 2.5; never below the prompts' own). Satterthwaite's degrees of freedom: V² / (V_prompt² / (P - 1) +
-    (V - V_prompt)² / (S - 1)), with P prompts and S seeds. With one seed it is `clustered_mean`, which is for the
-    trained models as they are. None as there. Raises `ValueError` for a level outside (0, 1).
+    V = V_prompt + V_seed, each clustered (two-way clustering of Cameron, Gelbach and Miller 2011 without the third term
+    that they take away: with it the interval covers too little with few seeds). Satterthwaite's degrees of freedom:
+    V² / (V_prompt² / (P - 1) + V_seed² / (S - 1)), with P prompts and S seeds. Where seeds differ it covers 0.94 to
+    0.96 of 0.95 with three seeds or five, and 0.88 to 0.90 with two. With one seed it is `clustered_mean`, which is for
+    the trained models as they are. None as there. Raises `ValueError` for a level outside (0, 1).
     """
     by_prompt = clustered_mean(values, prompts, level)
     if by_prompt is None or len(set(seeds)) < 2:
         return by_prompt
-    both = [(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-    errors = [clustered_se(values, clusters) for clusters in (prompts, seeds, both)]
-    by_prompts, by_seeds, by_both = ((error or 0.0) ** 2 for error in errors)
-    extra = max(0.0, by_seeds - by_both)
-    total = by_prompts + extra
-    freedom = total**2 / (by_prompts**2 / (len(set(prompts)) - 1) + extra**2 / (len(set(seeds)) - 1))
+    by_prompts, by_seeds = ((clustered_se(values, clusters) or 0.0) ** 2 for clusters in (prompts, seeds))
+    total = by_prompts + by_seeds
+    freedom = total**2 / (by_prompts**2 / (len(set(prompts)) - 1) + by_seeds**2 / (len(set(seeds)) - 1))
     half = float(special.stdtrit(freedom, (1 + level) / 2) * np.sqrt(total))
     mean = float(np.mean(values))
     return Interval(mean, mean - half, mean + half, len(set(prompts)))

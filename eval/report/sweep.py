@@ -15,8 +15,9 @@ from mlxdpo_eval.sweep import RULE, ending
 from mlxdpo_eval.sweep_results import CandidateResult, SweepResults, not_told_apart, sweep_results, sweep_sentence
 
 POOLED = (
-    "Intervals are 95 %, for new prompts and, with several seeds, new seeds: the variance is clustered by prompt and "
-    "by seed. With one seed they hold for the trained models as they are."
+    "Intervals are 95 %, for new prompts and, with several seeds, new seeds (clustered by prompt plus by seed). With "
+    "two seeds they are too narrow where seeds differ; use three or more. With one seed they hold for the trained models "
+    "as they are."
 )
 CHOSEN = (
     "The held-out pairs chose the best setting, so its figure flatters it. Judge it on pairs that no run has seen: "

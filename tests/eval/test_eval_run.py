@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import mlx.core as mx
@@ -189,6 +190,14 @@ def test_compare_pairs_by_item_and_fails_on_a_regression_only(run, tmp_path, cap
     assert "Worse: held-out accuracy" in capsys.readouterr().out
     assert cli(["compare", str(worse.path), str(run.path), "--json"]) == 0
     assert "held-out accuracy" in json.loads(capsys.readouterr().out)["sentence"]
+    third = tmp_path / "third"
+    shutil.copytree(run.path, third)
+    assert cli(["compare", str(run.path), str(worse.path), str(third), "--json"]) == 1
+    several = json.loads(capsys.readouterr().out)
+    assert several["level"] == 0.975 and [one["run"] for one in several["runs"]] == [str(worse.path), str(third)]
+    wide, narrow = several["runs"][0]["changes"][0]["interval"], accuracy.interval
+    assert wide["low"] <= narrow.low and wide["high"] >= narrow.high and several["runs"][1]["flips"] == []
+    assert cli(["compare", str(run.path)]) == 2
 
 
 def test_a_win_that_becomes_a_tie_is_lost_and_counts_in_the_p_value(run, tmp_path):
