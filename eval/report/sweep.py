@@ -16,8 +16,8 @@ from mlxdpo_eval.sweep_results import CandidateResult, SweepResults, not_told_ap
 
 POOLED = (
     "Intervals are 95 %, for new prompts and, with several seeds, new seeds (clustered by prompt plus by seed). With "
-    "two seeds they are too narrow where seeds differ; use three or more. With one seed they hold for the trained models "
-    "as they are."
+    "two seeds they are too narrow where seeds differ; use three or more. With one seed they hold for the trained "
+    "models as they are."
 )
 CHOSEN = (
     "The held-out pairs chose the best setting, so its figure flatters it. Judge it on pairs that no run has seen: "
