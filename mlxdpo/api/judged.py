@@ -132,25 +132,11 @@ def generate(
     `temperature` 0 takes the likeliest token; `max_tokens` bounds an answer. Raises `UserError` for a run without
     adapter and for an empty prompt.
     """
-    from mlxdpo.data.encode import encode_prompt
-    from mlxdpo.inference.generate import generate as sample
-    from mlxdpo.inference.mixtures import run_at
-    from mlxdpo.model.adapters import load_run, load_start
+    from mlxdpo.inference.conversation import answer_prompts
 
-    source = run_at(_as_run(run), strength)
     asked = [_as_text(one) for one in ([prompts] if isinstance(prompts, str) else prompts)]
-    policy = load_start(source) if before else load_run(source)
-    ids = [encode_prompt(one, policy.tokenizer, source.config().data).tolist() for one in asked]
-    found = sample(
-        policy.model,
-        ids,
-        max_tokens=max_tokens,
-        eos_ids=policy.eos_ids,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
-    texts = [policy.tokenizer.decode(answer.tokens) for answer in found]
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    texts = [text for text, _ in answer_prompts(_as_run(run), asked, before=before, strength=strength, **sampling)]
     return texts[0] if isinstance(prompts, str) else texts
 
 

@@ -45,30 +45,16 @@ def run(
         json: One JSON object per prompt.
     """
     from mlxdpo.commands.terminal import console
-    from mlxdpo.data.encode import encode_prompt
-    from mlxdpo.inference.generate import generate
-    from mlxdpo.inference.mixtures import run_at
-    from mlxdpo.model.adapters import load_run, load_start
+    from mlxdpo.inference.conversation import answer_prompts
 
     asked = [*prompts, *(prompt or [])]
     if not asked:
         raise UserError(f'nothing to answer; add a prompt: mlxdpo generate {path} "Name a fruit."')
     if before and strength != 1:
         raise UserError(f"--before is strength 0; drop it or --strength {strength:g}")
-    source = run_at(Run.open(path), strength)
-    policy = load_start(source) if before else load_run(source)
-    ids = [encode_prompt(text, policy.tokenizer, source.config().data).tolist() for text in asked]
-    answers = generate(
-        policy.model,
-        ids,
-        max_tokens=max_tokens,
-        eos_ids=policy.eos_ids,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
-    for text, answer in zip(asked, answers, strict=True):
-        written = policy.tokenizer.decode(answer.tokens)
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    answers = answer_prompts(Run.open(path), asked, before=before, strength=strength, **sampling)
+    for text, (written, answer) in zip(asked, answers, strict=True):
         if json:
             row = {"prompt": text, "text": written, "tokens": len(answer.tokens), "finish": answer.finish}
             print(jsonlib.dumps(row, ensure_ascii=False))

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+from mlxdpo.data.encode import encode_prompt
 from mlxdpo.data.template import probe
-from mlxdpo.inference.generate import stepwise
+from mlxdpo.inference.generate import Completion, generate, stepwise
+from mlxdpo.inference.mixtures import run_at
 from mlxdpo.inference.trained_run import ModelContext, TrainedRun
+from mlxdpo.model.adapters import load_run, load_start
+from mlxdpo.runs import Run
 from mlxdpo.types import Message, Text
+
+
+def answer_prompts(
+    run: Run, prompts: Sequence[Text], *, before: bool, strength: float, **sampling: Any
+) -> list[tuple[str, Completion]]:
+    """A run's answers, each as text and tokens; `sampling` is what `generate` takes beside its model and ends.
+
+    Raises `UserError` for a run without adapter and for an empty prompt.
+    """
+    source = run_at(run, strength)
+    policy = load_start(source) if before else load_run(source)
+    ids = [encode_prompt(prompt, policy.tokenizer, source.config().data).tolist() for prompt in prompts]
+    answers = generate(policy.model, ids, eos_ids=policy.eos_ids, **sampling)
+    return [(policy.tokenizer.decode(answer.tokens), answer) for answer in answers]
 
 
 def talks_in_turns(trained: TrainedRun) -> bool:
