@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 from mlxdpo.config import Config
+from mlxdpo.io.atomic import write_text
 from mlxdpo.types import Event, UserError
 
 
@@ -32,15 +35,28 @@ def _tensorboard(path: str, config: Config) -> Tracker:
 def _wandb(path: str, config: Config) -> Tracker:
     import wandb
 
-    run = wandb.init(project="mlxdpo", name=path, config=config.model_dump(mode="json"))
+    run_id, _ = _tracked_as(path, "wandb")
+    run = wandb.init(project="mlxdpo", name=path, id=run_id, resume="allow", config=config.model_dump(mode="json"))
     return Tracker(lambda values, step: run.log(values, step=step), run.finish)
 
 
 def _trackio(path: str, config: Config) -> Tracker:
     import trackio
 
-    trackio.init(project="mlxdpo", name=path, config=config.model_dump(mode="json"))
-    return Tracker(lambda values, step: trackio.log({**values, "step": step}), trackio.finish)
+    _, known = _tracked_as(path, "trackio")
+    resume = "allow" if known else "never"
+    trackio.init(project="mlxdpo", name=path, resume=resume, config=config.model_dump(mode="json"))
+    return Tracker(lambda values, step: trackio.log(values, step=step), trackio.finish)
+
+
+def _tracked_as(path: str, tracker: str) -> tuple[str, bool]:
+    """The id of this run at a tracker and whether it has one already: a resumed run continues its curves."""
+    file = Path(path) / f"{tracker}_run_id.txt"
+    if file.exists():
+        return file.read_text("utf-8").strip(), True
+    run_id = uuid4().hex
+    write_text(file, run_id + "\n")
+    return run_id, False
 
 
 TRACKERS: dict[str, Callable[[str, Config], Tracker]] = {

@@ -35,10 +35,3 @@ def test_a_missing_library_is_named_with_the_command_that_brings_it(monkeypatch)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"log.trackers has wandb, but wandb is not installed: pip install wandb"):
         trackers.check_trackers(load_config(None, {"log": {"trackers": ["wandb"]}}))
-
-
-def test_tensorboard_writes_its_own_files(tmp_path):
-    pytest.importorskip("tensorboardX")
-    config = load_config(None, {"log": {"trackers": ["tensorboard"]}})
-    list(trackers.tracked([Event("start", 0, {"run": Run(tmp_path)}), Event("step", 1, {"loss": 0.5})], config))
-    assert list((tmp_path / "tensorboard").glob("events*"))
