@@ -187,6 +187,15 @@ def run_sweep(plan: SweepPlan, train: Train, should_stop: Stop, drift: Drift, sa
     return True
 
 
+def drift_of(run: Run, answers: int) -> Mapping[str, Any] | None:
+    """The KL of a finished run on `answers` prompts; None where it is not asked for, or its model writes no answers."""
+    from mlxdpo_eval.checkpoints import measure_drift  # it loads MLX
+
+    if not answers or run.config().stage not in ("dpo", "sft"):
+        return None
+    return measure_drift(run, answers)
+
+
 def run_name(candidate: str, seed: int) -> str:
     """The folder of a run in its sweep."""
     return f"{candidate}-seed{seed}"

@@ -19,6 +19,10 @@ An objective of your own, one loss per pair:
         return (1 - beta * lead) ** 2
     mlxdpo.tune("smollm2", "pairs.jsonl", loss=squared, beta=0.2, steps=100)
 
+Several settings, with what can be told apart:
+
+    mlxdpo.sweep("smollm2", rows, beta=[0.05, 0.1, 0.3], seeds=3, out="runs/betas")
+
 Events one by one, from a recipe or from settings:
 
     for event in mlxdpo.train(mlxdpo.load_config("recipe.yaml")):
@@ -47,6 +51,7 @@ if TYPE_CHECKING:  # what type checkers see; `_DOOR` is what is imported when it
     from mlxdpo.api.judged import evaluate as evaluate
     from mlxdpo.api.judged import generate as generate
     from mlxdpo.api.objective_function import objective as objective
+    from mlxdpo.api.swept import sweep as sweep
     from mlxdpo.api.tuned_run import open_run as open_run
     from mlxdpo.api.tuned_run import tune as tune
     from mlxdpo.config import Config as Config
@@ -73,6 +78,7 @@ _DOOR = {
     "evaluate": "mlxdpo.api.judged",
     "generate": "mlxdpo.api.judged",
     "open_run": "mlxdpo.api.tuned_run",
+    "sweep": "mlxdpo.api.swept",
     "objective": "mlxdpo.api.objective_function",
     "export": "mlxdpo.exporters",
     "load_config": "mlxdpo.config",

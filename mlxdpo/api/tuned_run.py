@@ -128,7 +128,7 @@ def tune(
     """
     config = config_of(model, data, eval_data, with_loss(loss, settings))
     events = train(config)
-    return finished_run(events if quiet else _printed(events, config))
+    return finished_run(events if quiet else printed(events, config))
 
 
 def with_loss(loss: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +147,8 @@ def with_loss(loss: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "loss.name": loss}
 
 
-def _printed(events: Any, config: Config) -> Any:
+def printed(events: Any, config: Config) -> Any:
+    """Hand events on and print steps with the time left, held-out losses and notes."""
     from mlxdpo.io.progress import clock
 
     for event in events:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,17 +44,18 @@ def run(
     """
     from mlxdpo.commands import terminal
     from mlxdpo.commands.interrupt import stop_flag
+    from mlxdpo.estimate.forecast import planned_steps
     from mlxdpo_eval.report.sweep import write_sweep
-    from mlxdpo_eval.sweep import plan_sweep, run_sweep
+    from mlxdpo_eval.sweep import drift_of, plan_sweep, run_sweep
 
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}; give 1 or more")
     recipe, settings = read_words(words)
-    plan = plan_sweep(lambda given: load_config(recipe, given), settings, seeds, out, _steps_of)
+    plan = plan_sweep(lambda given: load_config(recipe, given), settings, seeds, out, planned_steps)
     say = terminal.warn if json else lambda text: terminal.console.print(text, style="bold", markup=False)
     say(f"{len(plan.configs)} settings, {seeds} seeds; compared by held-out {plan.measure}")
     with stop_flag() as should_stop:
-        done = run_sweep(plan, _trainer(json), should_stop, lambda found: _drift_of(found, answers), say)
+        done = run_sweep(plan, _trainer(json), should_stop, lambda found: drift_of(found, answers), say)
     if not done:
         terminal.warn("stopped; the same command continues")
         return 130
@@ -97,16 +98,6 @@ def _values_of(text: str) -> list[str]:
     return [text] if len(values) == 1 or os.path.exists(text) else [value for value in values if value]
 
 
-def _steps_of(config: Config) -> int | None:
-    """The optimizer steps of a run; None for a model whose memory cannot be planned."""
-    from mlxdpo.estimate.forecast import CannotPlan, forecast
-
-    try:
-        return forecast(config).summary.steps
-    except CannotPlan:
-        return None
-
-
 def _trainer(quiet: bool) -> Any:
     from mlxdpo.commands.terminal import show_training
     from mlxdpo.commands.trackers import check_trackers, tracked
@@ -120,15 +111,6 @@ def _trainer(quiet: bool) -> Any:
         return tracked(events if quiet else show_training(events), config)
 
     return one
-
-
-def _drift_of(run: Run, answers: int) -> Mapping[str, Any] | None:
-    """The KL of a finished run; None where it is not asked for, or its model writes no answers."""
-    from mlxdpo_eval.checkpoints import measure_drift
-
-    if not answers or run.config().stage not in ("dpo", "sft"):
-        return None
-    return measure_drift(run, answers)
 
 
 def _show_sweep(found: SweepResults, out: Path, json: bool) -> None:

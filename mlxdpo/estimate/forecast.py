@@ -135,6 +135,14 @@ def forecast(config: Config, machine: int | None = None) -> Forecast:
     return _forecast(config, skeleton, data, machine)
 
 
+def planned_steps(config: Config) -> int | None:
+    """The optimizer steps of a run; None for a model whose memory cannot be planned."""
+    try:
+        return forecast(config).summary.steps
+    except CannotPlan:
+        return None
+
+
 def _forecast(config: Config, skeleton: Skeleton, data: Dataset, machine: int | None = None) -> Forecast:
     parts, summary = gather(config, skeleton, data)
     memory, size = parts.memory(), machine or this_machine().memory

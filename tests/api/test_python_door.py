@@ -149,3 +149,23 @@ def test_a_judge_that_is_none_is_refused(place):
             mlxdpo.evaluate(run, judge=judge)
     with pytest.raises(mlxdpo.UserError, match="a prompt is a int"):
         mlxdpo.generate(run, [3])
+
+
+def test_a_sweep_takes_lists_of_values_and_shows_what_can_be_told_apart(place, capsys):
+    rows, asked = some_rows(), {"loss": ["sigmoid", squared], "lr": [1e-3, 1e-4], "answers": 0, "quiet": True}
+    swept = mlxdpo.sweep("m", rows, seeds=1, **asked, **SHORT)
+    assert capsys.readouterr().out == ""
+    assert swept.results.settings == {"loss.name": ["sigmoid", "squared"], "optim.lr": ["0.001", "0.0001"]}
+    assert len(swept.runs) == 4 and swept.best is not None
+    assert {(run.config().loss.name, run.config().optim.lr) for run in swept.runs} == {
+        (name, rate) for name in ("sigmoid", "squared") for rate in (1e-3, 1e-4)
+    }
+    shown = swept._repr_html_()
+    assert "<svg" in shown and swept.sentence() and all(c.name in shown for c in swept.results.candidates)
+    times = {run.path: (run.path / "adapter" / "adapters.safetensors").stat().st_mtime_ns for run in swept.runs}
+    again = mlxdpo.sweep("m", rows, seeds=1, **asked, **SHORT)  # nothing is trained twice
+    assert {run.path: (run.path / "adapter" / "adapters.safetensors").stat().st_mtime_ns for run in again.runs} == times
+    with pytest.raises(mlxdpo.UserError, match=r"--seeds N|one value"):
+        mlxdpo.sweep("m", rows, out="runs/other", seed=[1, 2], **SHORT)
+    with pytest.raises(mlxdpo.UserError, match=r"unknown setting learning_rate; did you mean optim\.lr"):
+        mlxdpo.sweep("m", rows, out="runs/other", learning_rate=[1, 2], **SHORT)
