@@ -71,6 +71,14 @@ def tokenizers_of_friends():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_power_cuts():
+    """Nothing is flushed to the disk: 40 times in a tiny run, milliseconds each, against what no test can bring about."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def streams_here(monkeypatch):
     """Batches are computed whole, as on a Mac, whatever cores are here; called with a number, in so many streams."""
