@@ -145,7 +145,7 @@ _lock = threading.Lock()
 
 
 def layer_types(model: nn.Module) -> set[type]:
-    """The classes of the model and of all its layers. `model.modules()` takes milliseconds, and each batch asks."""
+    """The classes of the model and of all its layers. MLX's `modules()` takes milliseconds, and each batch asks."""
     found, left = set(), [model]
     while left:
         part = left.pop()
