@@ -34,7 +34,7 @@ from mlxdpo.training.plan import planned_batch
 from mlxdpo.training.step import make_gradient, make_scorer
 from mlxdpo.types import Example
 
-LONG = ((45, 75, 30), ((20, 17, 11), (11, 15, 21), (30, 17, 7)))
+LONG = ((90, 150, 60), ((40, 35, 21), (22, 30, 41), (60, 33, 13)))
 
 
 def cut(streams_here, number, *shape):

@@ -66,6 +66,7 @@ def room_of(path):
     return "eval" if parts[0] == "eval" else parts[1]
 
 
+@cache
 def imports(path):
     """Every import of a file, relative ones spelled out; those for type checkers alone are left out."""
     package = ("mlxdpo_eval" if room_of(path) == "eval" else "mlxdpo", *path.relative_to(ROOT).parts[1:-1])

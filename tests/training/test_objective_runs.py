@@ -43,7 +43,7 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path, name, cache, monkeypatch
         train = {"batch_size": size, "gradient_accumulation": accumulate, "epochs": 1}
         config = recipe(tmp_path, f"{size}", loss={"name": name}, train=train, optim={"name": "sgd", "lr": 1e-2})
         found.append(steps_of(finish(config)))
-    assert len(found[0]) == 3
+    assert len(found[0]) >= 3
     for a, b in zip(*found, strict=True):
         for key in ("loss", "grad_norm", "rewards/chosen"):
             if key in a:
