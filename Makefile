@@ -22,7 +22,8 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(WORKERS)
 
-# The same on a Mac that the tests make up: bfloat16, Metal's branches, and attention that raises where Metal's does.
+# On a Mac that the tests make up: bfloat16, Metal's branches, and attention that raises where Metal's does. Without the
+# folders that no machine changes (tests/conftest.py).
 test-mac: $(VENV)/.dev
 	$(BIN)/python -m pytest $(WORKERS) --mac
 
@@ -39,7 +40,7 @@ faults: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/faults tests/online -s -m "faults or processes"
 
 parity: $(PARITY)/.ready
-	$(PARITY)/bin/python -m pytest -m parity
+	$(PARITY)/bin/python -m pytest $(REAL_WORKERS) -m parity
 
 # Which architectures compute what transformers computes, and how far the fast way reaches in each of mlx-lm's: the
 # tables of docs/models.md. Two minutes on one core each.

@@ -92,7 +92,9 @@ def code(count: int) -> list[Preference]:
             draw.shuffle(other)
         answers = "\n".join(lines), "\n".join([lines[0], *other])
         rows.append(Preference(f"Write the Python function {name}.", *answers, f"code:{name}"))
-    return rows[:count]
+        if len(rows) == count:
+            break
+    return rows
 
 
 SETS: dict[str, tuple[Callable[[int], list[Preference]], str]] = {

@@ -15,11 +15,16 @@ from hypothesis import HealthCheck, settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's
 
 import mlxdpo  # noqa: F401
 
 settings.register_profile("mlxdpo", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("mac", settings.get_profile("mlxdpo"), max_examples=20)
 settings.load_profile("mlxdpo")
+
+# Folders of tests that no machine changes: they do not run a second time on the Mac that the tests make up.
+ANYWHERE = {"benchmarks", "house", "io"}
 
 
 def pytest_addoption(parser):
@@ -31,6 +36,12 @@ def pytest_configure(config):
         import fake_mac
 
         fake_mac.install()
+        settings.load_profile("mac")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `--mac`, whether a folder is one of `ANYWHERE`."""
+    return True if config.getoption("mac") and collection_path.name in ANYWHERE and collection_path.is_dir() else None
 
 
 def pytest_collection_modifyitems(config, items):
@@ -68,6 +79,14 @@ def tokenizers_of_friends():
     """The tiny tokenizers do no harm, and a process for each of them would take long; `test_trial` undoes this."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mlxdpo.model.policy.try_tokenizer", lambda folder, name: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_power_cuts():
+    """Nothing is flushed to the disk: a tiny run does it 40 times, milliseconds each, and no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda handle: None)
         yield
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -29,7 +28,7 @@ from mlxdpo.io.atomic import naming, write_text
 from mlxdpo.io.checksum import read_checksummed_json, with_checksum
 from mlxdpo.io.digest import json_digest
 from mlxdpo.io.staging import publish_folder, staging_folder
-from mlxdpo.machine.device import cache_folder
+from mlxdpo.machine.device import cache_folder, version_of
 from mlxdpo.types import Example, Extras, Message, Preference, Text, UnpairedExample, UserError
 
 # Clean rows between reading and encoding, in a nameless temporary file.
@@ -109,7 +108,7 @@ def source_key(data: DataConfig, seed: int) -> str | None:
     sources = [fingerprint(data.path, data.split), [] if named is None else fingerprint(*named)]
     if None in sources:
         return None
-    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    libraries = {name: version_of(name) for name in LIBRARIES}
     drawn = named is None and data.eval_fraction > 0
     # A day changes tokens only where a template asks for it, and is in the template's digest then.
     settings = data.model_dump(mode="json", exclude={"path", "eval", "group", "date"})

@@ -144,13 +144,27 @@ _users: Counter[ModuleType] = Counter()
 _lock = threading.Lock()
 
 
+def layer_types(model: nn.Module) -> set[type]:
+    """The classes of the model and of all its layers. MLX's `modules()` takes milliseconds, and each batch asks."""
+    found, left = set(), [model]
+    while left:
+        part = left.pop()
+        if isinstance(part, nn.Module):
+            found.add(type(part))
+        if isinstance(part, dict):  # a module is one
+            left.extend(part.values())
+        elif isinstance(part, list):
+            left.extend(part)
+    return found
+
+
 def attention_files(model: nn.Module) -> list[ModuleType]:
     """The mlx-lm model files whose layers `model` is made of and that call `scaled_dot_product_attention` by name.
 
     Not a file that defines another function under that name, nor one that writes its attention out (gemma2): their
     attention stays what it is.
     """
-    names = {parent.__module__ for layer in model.modules() for parent in type(layer).__mro__}
+    names = {parent.__module__ for layer in layer_types(model) for parent in layer.__mro__}
     ours = (base.scaled_dot_product_attention, own_attention)
     files = [sys.modules[name] for name in sorted(names)]
     return [file for file in files if file is not base and vars(file).get(NAME) in ours]
@@ -158,7 +172,7 @@ def attention_files(model: nn.Module) -> list[ModuleType]:
 
 def unrolled_in(model: nn.Module) -> str | None:
     """The file of `UNROLLED` that layers of `model` come from, or None."""
-    return min(UNROLLED & {type(module).__module__.rpartition(".")[2] for module in model.modules()}, default=None)
+    return min(UNROLLED & {layer.__module__.rpartition(".")[2] for layer in layer_types(model)}, default=None)
 
 
 @contextmanager

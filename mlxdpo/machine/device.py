@@ -189,4 +189,10 @@ def macos_version() -> str:
 def versions() -> dict[str, str]:
     """Versions of what shapes a number."""
     names = ("mlxdpo", "mlx", "mlx-lm", "transformers", "numpy")
-    return {"python": machine.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+    return {"python": machine.python_version(), **{name: version_of(name) for name in names}}
+
+
+@functools.cache
+def version_of(name: str) -> str:
+    """The version of a package that is installed; its metadata is read and parsed once."""
+    return importlib.metadata.version(name)

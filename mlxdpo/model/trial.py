@@ -8,14 +8,13 @@ limits (`machine.limited`), over texts that bring out what is slow; that they pa
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.digest import file_digest, json_digest
-from mlxdpo.machine.device import cache_folder
+from mlxdpo.machine.device import cache_folder, version_of
 from mlxdpo.machine.limited import LimitReached, call_limited, start_limits
 from mlxdpo.model.chat_template import template_settings
 from mlxdpo.types import UserError
@@ -52,7 +51,7 @@ def try_tokenizer(folder: Path, name: str) -> None:
 def _tokenizer_digest(folder: Path) -> str:
     """All that shapes what the tokenizer does: its files, and the libraries that run them."""
     files = sorted({file for pattern in FILES for file in folder.glob(pattern) if file.is_file()})
-    libraries = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
+    libraries = [version_of(name) for name in ("transformers", "tokenizers", "jinja2")]
     return json_digest([[(file.name, file_digest(file)) for file in files], libraries])[:32]
 
 

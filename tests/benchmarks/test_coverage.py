@@ -11,7 +11,7 @@ import pytest
 from benchmarks.coverage import __main__
 from benchmarks.coverage.studies import STUDIES
 
-RUNS = 150
+RUNS = 60
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The frontier benchmark: areas with known answers, the page from made-up points, and all of it on a tiny model."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,13 @@ def made_up(tmp_path, ours=0.1, theirs=0.05, seeds=(0, 1, 2)):
     return points.measured(tmp_path)
 
 
+@pytest.fixture
+def few_resamples(monkeypatch):
+    """Gaps with intervals of a hundred resamples."""
+    monkeypatch.setattr(page, "gap", partial(gap, n=100))
+
+
+@pytest.mark.usefixtures("few_resamples")
 @pytest.mark.parametrize(("ours", "theirs", "said"), [
     (0.1, 0.05, "**DPO's frontier lies above PPO's**"),
     (0.05, 0.1, "**DPO's frontier lies below PPO's**"),
@@ -113,6 +121,7 @@ def test_the_page_says_in_words_whose_frontier_is_higher(tmp_path, ours, theirs,
     assert said in page.verdict(made_up(tmp_path, ours, theirs))
 
 
+@pytest.mark.usefixtures("few_resamples")
 def test_one_seed_carries_no_interval_and_no_points_no_verdict(tmp_path):
     assert "one seed carries no interval" in page.verdict(made_up(tmp_path, seeds=(0,)))
     far = [
@@ -123,6 +132,7 @@ def test_one_seed_carries_no_interval_and_no_points_no_verdict(tmp_path):
     assert page.verdict([]) == "Not enough has been measured to compare DPO with PPO."
 
 
+@pytest.mark.usefixtures("few_resamples")
 def test_page_and_figure_come_from_the_points(tmp_path):
     lines, file = made_up(tmp_path), tmp_path / "frontier.md"
     file.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")

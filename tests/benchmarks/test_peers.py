@@ -363,6 +363,7 @@ def test_a_peer_gets_each_step_as_a_data_set(tmp_path, monkeypatch):
 ALL_SWITCHES = ["no-packing", "chunked-head", "ungrouped", "mlx-attention", "mlx-swiglu", "checkpoint", "no-lanes"]
 
 
+@pytest.mark.processes
 def test_our_side_computes_the_same_whatever_is_switched_off(tmp_path):
     """Three real processes over a tiny model: as it is, plain, and everything else off at once."""
     switched = {"mlxdpo": [], "plain": ["plain"], "all": ALL_SWITCHES}

@@ -26,19 +26,14 @@ def test_a_missing_column_of_any_shape_is_named(name, missing):
 DIRTY = [None, 7, [1, 2], {}, [], [None], [[]], "\ud800", b"bytes"]
 NUMBERS = ("helpfulness", "preference_strength", "overall_preference", "score_0", "score_1")
 SOUND = [("system", None), *((name, 7) for name in NUMBERS), ("scores", [1, 2]), ("ratings", [1, 2])]
-SPOILED = [
-    (name, column, value)
-    for name, shape in FORMATS.items()
-    for column in shape.columns
-    for value in DIRTY
-    if (column, value) not in SOUND
-]
 
 
-@pytest.mark.parametrize(("name", "column", "value"), SPOILED, ids=repr)
-def test_a_wrong_value_in_any_column_of_any_shape_is_a_bad_row(name, column, value):
-    rows = [with_column(row, column, value) for row in FIXTURES[name]]
-    assert refusal(rows, name)[0] in (reasons.WRONG_TYPE, reasons.INVALID_UTF8)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_wrong_value_in_any_column_of_the_shape_is_a_bad_row(name):
+    spoiled = [(c, value) for c in FORMATS[name].columns for value in DIRTY if (c, value) not in SOUND]
+    for column, value in spoiled:
+        rows = [with_column(row, column, value) for row in FIXTURES[name]]
+        assert refusal(rows, name)[0] in (reasons.WRONG_TYPE, reasons.INVALID_UTF8), (column, value)
 
 
 @pytest.mark.parametrize(

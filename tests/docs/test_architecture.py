@@ -13,22 +13,29 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 
 
-@pytest.fixture
-def drawing(monkeypatch):
+@pytest.fixture(scope="module")
+def drawing():
     """docs/drawing.py as a module."""
     spec = importlib.util.spec_from_file_location("drawing", ROOT / "docs" / "drawing.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "drawing", module)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "drawing", module)
+        spec.loader.exec_module(module)
     return module
 
 
-def test_the_committed_drawing_is_the_one_that_the_imports_make(drawing):
+@pytest.fixture(scope="module")
+def plan(drawing):
+    """What it draws of this house."""
+    return drawing.house()
+
+
+def test_the_committed_drawing_is_the_one_that_the_imports_make(drawing, plan):
     """When stale: `python docs/drawing.py`."""
-    assert drawing.TARGET.read_text("utf-8") == drawing.draw(drawing.house())
+    assert drawing.TARGET.read_text("utf-8") == drawing.draw(plan)
 
 
-def test_the_drawing_sees_what_the_test_of_the_house_sees(drawing):
+def test_the_drawing_sees_what_the_test_of_the_house_sees(plan):
     """Two walkers over the same files, written apart, find the same imports between rooms."""
     found = {}
     for path in house.FILES:
@@ -39,7 +46,6 @@ def test_the_drawing_sees_what_the_test_of_the_house_sees(drawing):
             if room == "eval" and first == "mlxdpo":
                 others = {"inner"} if statement.module == "mlxdpo.inner" else {"__init__"}
             found.setdefault(room, set()).update(others - {room})
-    plan = drawing.house()
     assert plan.below == {room: found.get(room, set()) for room in plan.rooms}
     assert plan.floor == {room: house.FLOORS.get(room, -1) for room in plan.rooms}
 

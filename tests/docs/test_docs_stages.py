@@ -47,7 +47,11 @@ def test_the_page_runs(place, capsys):
     commands = [shlex.split(line)[1:] for block in blocks("sh") for line in block.splitlines() if line]
     assert {words[0] for words in commands} == {"train", "generate", "eval", "data"}
     for words in commands:
-        more = {"train": QUICK, "eval": ["--prompts", "3", "--samples", "1", "--max-tokens", "4"]}.get(words[0], [])
+        more = {
+            "train": QUICK,
+            "generate": ["--max-tokens", "4"],
+            "eval": ["--prompts", "3", "--samples", "1", "--max-tokens", "4"],
+        }.get(words[0], [])
         assert run([*words, *more]) == 0, (words, capsys.readouterr())
     [results] = (place / "runs/dpo/eval").glob("results_*.json")
     assert "reward:rm" in results.read_text()

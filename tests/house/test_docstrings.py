@@ -5,12 +5,9 @@ import io
 import re
 import tokenize
 from functools import cache
-from pathlib import Path
 
-import pytest
+from house import FILES, ROOT, each_file
 
-ROOT = Path(__file__).parents[2]
-FILES = sorted(path for folder in ("mlxdpo", "eval") for path in (ROOT / folder).rglob("*.py"))
 NAMED = re.compile(r"(?<!`)`([A-Za-z_][\w./]*?)(?:\(\))?`(?!`)")
 OUTSIDE = {
     "process_single_model", "glm_winrate",  # functions and files of evaluations that ours are compared with
@@ -63,16 +60,24 @@ def known():
     everywhere, inside = set(OUTSIDE), {}
     for path in FILES:
         tree = parsed(path)
-        everywhere |= names_in(tree) | set(path.relative_to(ROOT).with_suffix("").parts)
-        inside.setdefault(path.stem if path.stem != "__init__" else path.parent.name, set()).update(names_in(tree))
+        names = names_in(tree)
+        everywhere |= names | set(path.relative_to(ROOT).with_suffix("").parts)
+        inside.setdefault(path.stem if path.stem != "__init__" else path.parent.name, set()).update(names)
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef) and not node.bases:
                 inside.setdefault(node.name, set()).update(names_in(node))
     return everywhere, inside
 
 
+@cache
+def paths():
+    """Every file, but not what lies in environments and other hidden folders."""
+    folders = [folder for folder in ROOT.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+    return [path.as_posix() for folder in folders for path in folder.rglob("*")]
+
+
 def is_file(name):
-    return any(path.as_posix().endswith(f"/{name}") for path in ROOT.rglob(Path(name).name))
+    return any(path.endswith(f"/{name}") for path in paths())
 
 
 def missing(name):
@@ -89,11 +94,11 @@ def missing(name):
     return any(part not in everywhere for part in (first, *rest))
 
 
-@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+@each_file
 def test_every_name_in_backticks_is_found(path):
     texts = [*docstrings(parsed(path)), *comments(path)]
     lost = [f"{line}: `{name}`" for line, text in texts for name in NAMED.findall(text) if missing(name)]
-    assert not lost, f"{path.relative_to(ROOT)} names what is not there: {', '.join(lost)}"
+    assert not lost, f"names what is not there: {', '.join(lost)}"
 
 
 def test_a_name_that_is_not_there_is_noticed():

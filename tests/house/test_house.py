@@ -5,17 +5,12 @@ A file imports its own room and the rooms of strictly lower floors.
 
 import ast
 
-import pytest
-from house import FILES, FLOORS, ROOF, ROOT, imports, own_rooms, room_of, tree_of
+from house import FILES, FLOORS, ROOF, ROOT, each_file, imports, own_rooms, room_of, tree_of
 
 COUNTERPARTS = {"main", "run", "build"}  # of a program, a command, a tab of the app
 COUNTERPARTS |= {"__getattr__", "evaluate", "generate", "objective", "open_run"}  # of the doors
 HEAVY = {"gradio", "matplotlib", "datasets", "huggingface_hub", "transformers", "torch"}
 MAY_IMPORT_MLX_LM = {"model", "forward", "inference", "exporters", "selfcheck"}
-
-
-IDS = [str(path.relative_to(ROOT)) for path in FILES]
-each_file = pytest.mark.parametrize("path", FILES, ids=IDS)
 
 
 def test_every_file_of_mlxdpo_has_a_floor():

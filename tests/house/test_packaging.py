@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 FOLDERS = {"mlxdpo": ROOT / "mlxdpo", "mlxdpo_eval": ROOT / "eval"}
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
 WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8"))
-SCRIPTS = [path for path in (ROOT / ".ci").iterdir() if path.read_bytes().startswith(b"#!")]
+SCRIPTS = [path for path in (ROOT / ".ci").iterdir() if path.is_file() and path.read_bytes().startswith(b"#!")]
 
 
 def script(name):

@@ -54,9 +54,9 @@ def dangers(tree):
                 yield f"{knob}=True"
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=[str(path.relative_to(ROOT)) for path in SHIPPED])
-def test_nothing_that_is_read_can_run(path):
-    assert list(dangers(ast.parse(path.read_text("utf-8")))) == []
+def test_nothing_that_is_read_can_run():
+    found = {path: list(dangers(ast.parse(path.read_text("utf-8")))) for path in SHIPPED}
+    assert {path: lines for path, lines in found.items() if lines} == {}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from tiny_runs import adapter_bytes, finish, recipe, trained
+from tiny_runs import adapter_bytes, copied, finish, recipe, trained
 
 from mlxdpo.cli import run as command
 from mlxdpo.inference.mixtures import at_strengths, merge_runs, run_at
@@ -33,9 +33,20 @@ def deltas(run):
     return {name: scale * arrays[f"{name}lora_a"] @ arrays[f"{name}lora_b"] for name in ends}
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A folder with a run, trained once."""
+    folder = tmp_path_factory.mktemp("once")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDPO_CACHE", str(folder.with_name("once-cache")))
+        trained(folder, **FAST)
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path):
-    return trained(tmp_path, **FAST)
+def run(once, tmp_path):
+    """A copy to change."""
+    return copied(once, tmp_path)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.7])

@@ -42,7 +42,7 @@ def chat_server(reply, host="127.0.0.1"):
 
     server = ThreadingHTTPServer((host, 0), Handler)
     server.handle_error = lambda *args: None  # a client that was killed
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
         yield f"http://{host}:{server.server_port}/v1", seen, bodies
     finally:

@@ -305,7 +305,8 @@ def connected(tmp_path, monkeypatch):
         }.items():
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("huggingface_hub.utils._http.time", clock)
+        for module in ("utils._http", "file_download"):
+            monkeypatch.setattr(f"huggingface_hub.{module}.time", clock)
         monkeypatch.setattr(client, "time", clock)
         yield hub
         close_session()

@@ -6,6 +6,7 @@ RMSNorm arXiv 1910.07467 eq. 4, rotary positions 2104.09864 eq. 34 (halves, as L
 SwiGLU 2002.05202 eq. 5, LoRA 2106.09685 eq. 3, DPO 2305.18290 eq. 7. Gradients are central differences.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -132,6 +133,7 @@ def slope(w, ref, key, at):
     return (ends[0] - ends[1]) / (2 * STEP)
 
 
+@functools.cache
 def golden():
     """What golden.json holds."""
     w = weights()

@@ -39,6 +39,22 @@ def files():
 FILES = files()
 
 
+def each_file(check):
+    """A test that makes `check` of every file and tells at once what is wrong with which: a test a file takes long."""
+
+    def test():
+        wrong = []
+        for path in FILES:
+            try:
+                check(path)
+            except AssertionError as error:
+                wrong.append(f"{path.relative_to(ROOT)}: {error}")
+        assert not wrong, "\n".join(wrong)
+
+    test.__name__, test.__doc__ = check.__name__, check.__doc__
+    return test
+
+
 @cache
 def tree_of(path):
     return ast.parse(path.read_text("utf-8"))
@@ -50,6 +66,7 @@ def room_of(path):
     return "eval" if parts[0] == "eval" else parts[1]
 
 
+@cache
 def imports(path):
     """Every import of a file, relative ones spelled out; those for type checkers alone are left out."""
     package = ("mlxdpo_eval" if room_of(path) == "eval" else "mlxdpo", *path.relative_to(ROOT).parts[1:-1])

@@ -153,10 +153,10 @@ def test_from_the_command_line_a_finished_run_trains_on(done, capsys):
     assert "step 10/10  " not in capsys.readouterr().out
 
 
-def test_thirty_three_pairs_and_a_hundred_steps(tmp_path, monkeypatch, capsys):
+def test_thirty_three_pairs_and_twenty_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     recipe(tmp_path)
     write_pairs(tmp_path / "few.jsonl", 33)
-    words = "train --model llama --data few.jsonl --data.template plain --data.eval-fraction 0 --train.steps 100"
-    assert command([*words.split(), "--lora.layers", "1", "--log.every-steps", "50", "--out", "r"]) == 0
-    assert "step 100/100" in capsys.readouterr().out
+    words = "train --model llama --data few.jsonl --data.template plain --data.eval-fraction 0 --train.steps 20"
+    assert command([*words.split(), "--lora.layers", "1", "--log.every-steps", "10", "--out", "r"]) == 0
+    assert "step 20/20" in capsys.readouterr().out

@@ -36,18 +36,18 @@ COUPLED = sorted(name for name, objective in LOSSES.items() if objective.step_st
 
 @pytest.mark.parametrize("name", [*COUPLED, "sigmoid+sft"])
 def test_a_step_is_the_same_however_it_is_cut(tmp_path, name, cache, monkeypatch):
-    """Also where pairs are sorted, or a mean is taken, over the step: 8 x 1, 2 x 4 and 3 x 3 against one another."""
+    """Also where pairs are sorted, or a mean is taken, over the step: 8 x 1 against 2 x 4, and a last step of 2."""
     found = []
-    for size, accumulate in ((8, 1), (2, 4), (4, 2)):
+    for size, accumulate in ((8, 1), (2, 4)):
         monkeypatch.setenv("MLXDPO_CACHE", str(cache / str(size)))
-        train = {"batch_size": size, "gradient_accumulation": accumulate, "epochs": 2}
+        train = {"batch_size": size, "gradient_accumulation": accumulate, "epochs": 1}
         config = recipe(tmp_path, f"{size}", loss={"name": name}, train=train, optim={"name": "sgd", "lr": 1e-2})
         found.append(steps_of(finish(config)))
-    for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
-            for key in ("loss", "grad_norm", "rewards/chosen"):
-                if key in a:
-                    assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), key
+    assert len(found[0]) >= 3
+    for a, b in zip(*found, strict=True):
+        for key in ("loss", "grad_norm", "rewards/chosen"):
+            if key in a:
+                assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), key
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_a_run_with_a_moving_reference_goes_on_to_the_bit(tmp_path, start):
             finish(recipe(tmp_path, "refused", **sections))
         sections["reference"] = {"sync_every": 2, "sync_alpha": 1.0}
     straight = finish(recipe(tmp_path, "straight", **sections))
-    for calls in (2, 5):
+    for calls in (2, 5) if start == "fresh" else (5,):
         config = recipe(tmp_path, f"broken-{calls}", **sections)
         finish(config, stop=stop_after(calls + 8))
         finish(config, Run.open(config.out))
@@ -265,7 +265,7 @@ def test_falling_chosen_log_probs_are_told_once_with_what_counters_them():
 
 
 def test_a_run_whose_chosen_answers_sink_says_so_once(tmp_path):
-    sections = {"optim": {"lr": 0.05}, "loss": {"beta": 0.01}, "train": {"epochs": 6, "eval_every": 1}, "data": HELDOUT}
+    sections = {"optim": {"lr": 0.05}, "loss": {"beta": 0.01}, "train": {"epochs": 3, "eval_every": 1}, "data": HELDOUT}
     notes = [text for text in notes_of(finish(recipe(tmp_path, **sections))) if "less likely" in text]
     assert len(notes) == 1 and "dpop" in notes[0]
 

@@ -24,13 +24,26 @@ def auto(folder, out="auto", **sections):
     return recipe(folder, out, optim=AUTO, data={"eval_fraction": 0.2}, **sections)
 
 
-@pytest.fixture
-def found(tmp_path, cache):
-    config = auto(tmp_path)
-    return config, finish(config), Run.open(config.out)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """A recipe with an open rate, all events of its run, and the run; nobody changes them."""
+    folder = tmp_path_factory.mktemp("found")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDPO_CACHE", str(folder / "cache"))
+        config = auto(folder)
+        return config, finish(config), Run.open(config.out)
 
 
-def test_the_recipe_that_is_written_repeats_the_run_to_the_bit(tmp_path, found):
+def until_trained(config):
+    """Everything that happens up to the first step: the probes, and what comes before them."""
+    seen = []
+    for event in train(config, should_stop=lambda: bool(seen) and seen[-1].kind == "step"):
+        seen.append(event)
+    assert event.kind == "interrupted"
+    return seen
+
+
+def test_the_recipe_that_is_written_repeats_the_run_to_the_bit(tmp_path, cache, found):
     config, events, run = found
     written = load_config(run.path / "config.yaml")
     assert config.optim.lr == "auto" and 1e-7 < written.optim.lr < 1
@@ -58,7 +71,7 @@ def test_probes_cost_no_more_than_their_share(found):
 
 @pytest.fixture
 def watched(tmp_path, cache, monkeypatch):
-    """What probes of a run are given: a function from a recipe to pairs of each step, pairs measured, all events."""
+    """What probes of a run are given: a function from a recipe to pairs of each step, pairs measured, events."""
     seen = {"steps": [], "measured": []}
     step, evaluate = rate_probe.train_step, rate_probe.evaluate_heldout
 
@@ -73,7 +86,7 @@ def watched(tmp_path, cache, monkeypatch):
 
     monkeypatch.setattr(rate_probe, "train_step", watched_step)
     monkeypatch.setattr(rate_probe, "evaluate_heldout", watched_evaluation)
-    return lambda config: (seen, finish(config))
+    return lambda config: (seen, until_trained(config))
 
 
 @pytest.mark.parametrize("data", [{}, {"group": "none"}])
@@ -113,14 +126,14 @@ def test_the_goal_is_met_within_a_factor(tmp_path, cache):
 
 def test_a_run_too_short_for_probes_takes_what_is_usual_and_says_so(tmp_path, cache):
     config = auto(tmp_path, "short", train={"epochs": 1.0})
-    events = finish(config)
+    events = until_trained(config)
     assert not [event for event in events if event.kind == "probe"]
     assert any("are too few to pay for probes" in e.values["text"] for e in events if e.kind == "note")
     run = Run.open(config.out)
     assert run.config().optim.lr == run.manifest()["rate"]["lr"] <= rate_probe.LARGEST_RATE
 
 
-def test_stopped_in_the_probes_and_gone_on_is_the_same_run(tmp_path, found):
+def test_stopped_in_the_probes_and_gone_on_is_the_same_run(tmp_path, cache, found):
     config, _, run = found
     cut = config.model_copy(update={"out": str(tmp_path / "cut")})
     seen: list[str] = []
@@ -145,14 +158,14 @@ def test_probes_that_overflow_end_there(tmp_path, cache, monkeypatch):
 
     monkeypatch.setattr(rate_probe, "train_step", overflowing)
     config = auto(tmp_path, "edge")
-    finish(config)
+    until_trained(config)
     assert len(Run.open(config.out).manifest()["rate"]["probes"]) == 2
 
 
 def test_every_kind_of_loss_is_probed(tmp_path, cache):
     for name in ("sigmoid", "simpo", "ipo", "kto", "orpo"):
         config = auto(tmp_path, name, loss={"name": name}, train=LONG)
-        probes = [event.values for event in finish(config) if event.kind == "probe"]
+        probes = [event.values for event in until_trained(config) if event.kind == "probe"]
         assert len(probes) >= rate_probe.FEWEST and all(np.isfinite(p["rewards"]) and p["rewards"] > 0 for p in probes)
 
 
@@ -197,7 +210,7 @@ def test_an_open_rate_is_never_trained_with():
 def test_epochs_of_a_run_are_written_as_a_number(tmp_path, cache):
     write_pairs(tmp_path / "pairs.jsonl")
     config = recipe(tmp_path, "open", train={"epochs": "auto"})
-    finish(config)
+    until_trained(config)
     assert load_config(tmp_path / "open" / "config.yaml").train.epochs == 3.0
 
 

@@ -204,6 +204,7 @@ WRITER = """
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("after", [3, 17])
 def test_kill_minus_9_loses_no_vote_and_doubles_none(tmp_path, after):
     """What was reported as written is there once; a torn last line is cut off by the next vote."""
