@@ -67,13 +67,13 @@ def read_annotations(
     if not rows:
         raise UserError(f"{name} holds no rows; a file of verdicts has at least one")
     if bad := [i for i, row in enumerate(rows, 1) if not isinstance(row, Mapping)]:
-        raise UserError(f"{name}: entry {bad[0]} is no object; a file of verdicts is a list of objects")
+        raise UserError(f"{name}: entry {bad[0]} is not an object; a file of verdicts is a list of objects")
     found = _detect(rows[0]) if format == "auto" else format
     if found not in FORMATS:
         asked = (
-            f"format {format!r} is not known" if format != "auto" else f"{name}: columns {', '.join(rows[0])} are no"
+            f"unknown format {format!r}" if format != "auto" else f"{name}: columns {', '.join(rows[0])} match none"
         )
-        raise UserError(f"{asked} shape of verdicts; the formats are {', '.join(FORMATS)}")
+        raise UserError(f"{asked}; the formats of verdicts are {', '.join(FORMATS)}")
     try:
         verdicts, theirs = FORMATS[found](rows, model, scorer)
     except (KeyError, TypeError, IndexError) as error:
@@ -103,9 +103,9 @@ def _object_of(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where}: no JSON ({error}); mend the line") from None
+        raise UserError(f"{where}: not JSON ({error}); fix the line") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}; mend the line")
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}; fix the line")
     return row
 
 

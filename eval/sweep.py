@@ -30,9 +30,9 @@ SWEPT = ("loss", "reward", "lora", "optim", "train", "reference")
 RESCALES = ("loss.", "reward.", "reference.")
 """Settings that change what a loss of 0.6 means: runs that differ in one are compared by accuracy."""
 RULE = (
-    "At each held-out evaluation between a quarter and the end of its steps a run is held against the best finished "
+    "At each held-out evaluation between a quarter and the end of its steps a run is compared with the best finished "
     "run of its seed at the same share of steps, pair by pair. It is stopped when the 99 % interval of the difference, "
-    "clustered by prompt, lies wholly on the worse side; a finished run that fails the same test gets no further seeds."
+    "clustered by prompt, is entirely on the worse side; a finished run that fails the same test gets no further seeds."
 )
 
 Make = Callable[[Mapping[str, Any]], Config]

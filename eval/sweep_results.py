@@ -151,4 +151,4 @@ def sweep_sentence(results: SweepResults) -> str:
         return f"Cannot tell yet: {best.name} has the best {figure}; not told apart from it: {', '.join(same)}."
     if len(results.candidates) == 1:
         return f"{best.name}: {figure}."
-    return f"Better: {best.name}, {figure}; each other setting is surely worse, was stopped or diverged."
+    return f"Better: {best.name}, {figure}; every other setting is significantly worse, was stopped, or diverged."

@@ -66,7 +66,7 @@ COMMANDS = {
     "train": "Tune a model on preference pairs.",
     "sweep": "Train a recipe under several settings and seeds; say which are best and which cannot be told apart.",
     "plan": "What a run will need, before any weight is loaded: memory by part, steps, padding.",
-    "bench": "Speed of training on this machine, beside its own matmul rate.",
+    "bench": "Speed of training on this machine, with its matmul rate for comparison.",
     "score": "Log-probs, implicit rewards and margins of every row.",
     "eval": "Say whether a run's model is better than it was, with intervals, and write a report.",
     "compare": "Hold evaluated runs against the first of them; exit 1 when something got worse.",

@@ -45,7 +45,7 @@ class LossConfig(Section):
     weights: list[float] = Field(default_factory=list)
     """Weights of the objectives of a sum, in their order; unset means 1 each."""
     beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull towards the reference; where there is none, scale of the rewards."""
+    """Strength of the pull towards the reference; without a reference, scale of the rewards."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of flipped labels (sigmoid: conservative DPO)."""
     discopop_tau: float = Field(default=0.05, gt=0)
@@ -135,7 +135,7 @@ class Drawing(Section):
     batch_size: int = Field(default=64, ge=1)
     """Answers sampled at once."""
     pairs: Literal["best-worst", "all", "margin", "ranked"] = "best-worst"
-    """best-worst: one pair for each prompt; all: every two answers with different scores; margin: every two that lie
+    """best-worst: one pair for each prompt; all: every two answers with different scores; margin: every two that are
     at least `margin` apart; ranked: one row for each prompt with all its answers and scores, which trains as all."""
     margin: float = Field(default=0.0, ge=0)
     """Least difference of the scores of a pair (pairs: best-worst, margin)."""
@@ -169,13 +169,13 @@ class RoundsConfig(Section):
     reference: Literal["first", "previous"] = "first"
     """What each round's rewards are measured against: where round 1 started, or where the round itself starts."""
     every: int | None = Field(default=None, ge=1)
-    """Online: rounds of this many optimizer steps on fresh pairs; optimizer and schedule go on from round to round."""
+    """Online: rounds of this many optimizer steps on fresh pairs; optimizer and schedule continue from round to round."""
     prompts: int | None = Field(default=None, ge=1)
     """Prompts a round answers, the next ones each time; unset: all (with `every`: as many as its steps take)."""
     second: str = ""
-    """A judge that never ranks: when the first one rises and it surely falls, the first one is being gamed."""
+    """A judge that never ranks: when the first one rises and it significantly falls, the first one is being gamed."""
     max_kl: float = Field(default=0.5, gt=0)
-    """Stop when the KL from where round 1 started is surely above this, nats per token of the answers."""
+    """Stop when the KL from the start of round 1 is significantly above this, nats per token of the answers."""
     heldout: int = Field(default=100, ge=2)
     """Held-out prompts to measure with, at most."""
     heldout_samples: int = Field(default=2, ge=1)
@@ -238,12 +238,12 @@ class DataConfig(Section):
     format: str = "auto"
     """Row shape; auto detects it from columns and types. `mlxdpo data formats` lists them."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Rename columns before detection, e.g. {prompt: question, chosen: good}. Three more names say of a
+    """Rename columns before detection, e.g. {prompt: question, chosen: good}. Three more names describe a
     pair: probability (that chosen is better), weight (of its loss), margin (of reward that chosen should lead by)."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """Stop at the first bad row, or skip bad rows and report how many for which reason."""
     template: Literal["auto", "chat", "plain"] = "auto"
-    """How plain-text rows are written: as a chat turn, or as they stand. auto: chat where the tokenizer has one."""
+    """How plain-text rows are written: as a chat turn, or unchanged. auto: chat if the tokenizer has a template."""
     eos: Literal["score", "leave"] = "score"
     """The token that ends a completion: score it (added to plain text), or leave it out, where answers are cut off."""
     thinking: bool = False
@@ -262,7 +262,7 @@ class DataConfig(Section):
     max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and completion together."""
     on_long_prompt: Literal["trim", "drop", "stop"] = "trim"
-    """A prompt that does not fit beside its completions: cut its beginning, drop the pair, or stop."""
+    """A prompt that does not fit with its completions: cut its beginning, drop the pair, or stop."""
     on_long_completion: Literal["drop", "truncate", "stop"] = "drop"
     """A completion that fills the limit by itself: drop the pair, cut its end (and its end-of-turn), or stop."""
 
@@ -337,7 +337,7 @@ class TrainConfig(Section):
     """How long, in what portions, and what is kept."""
 
     epochs: PositiveFloat | Literal["auto"] = "auto"
-    """Passes over the pairs. auto: as many as train.steps takes, else one, and up to three where that takes fewer than
+    """Passes over the pairs. auto: as many as train.steps takes, otherwise one, and up to three if that takes fewer than
     about fifty steps."""
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; where train.epochs is given too, the fewer of both."""

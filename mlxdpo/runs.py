@@ -40,12 +40,12 @@ def check_manifest(found: Mapping[str, Any]) -> None:
     """Raise `KeyError` or `TypeError` naming the first thing that is missing in a manifest or of another kind."""
     for part, fields in MANIFEST.items():
         if not isinstance(found[part], dict):
-            raise TypeError(f"{part} is no object")
+            raise TypeError(f"{part} is not an object")
         for field, kind in fields.items():
             if not isinstance(found[part][field], kind):
                 raise TypeError(f"{part}.{field} is {type(found[part][field]).__name__}")
     if not isinstance(found["template"], str) or not isinstance(found["seed"], int):
-        raise TypeError("template is no text, or seed no number")
+        raise TypeError("template is not text, or seed is not a number")
     for report in found["data"]["reports"].values():
         if not all(isinstance(report.get(part, {}), dict) for part in ("refused", "changed")):
             raise TypeError("data.reports holds something else than reports")
@@ -233,7 +233,7 @@ class Run:
         for name, place in self._places(config).items():
             if name in names and place.find(_input(config, name), self.path) is None:
                 raise UserError(
-                    f"{self.path}: its {name} is gone: the run was made in {place.made} with {place.absolute}; put it "
+                    f"{self.path}: its {name} no longer exists: the run was made in {place.made} with {place.absolute}; put it "
                     f"back there, or to {place.relative} from the run{instead}"
                 )
 
@@ -311,7 +311,7 @@ class Run:
             if not isinstance(line.get("resumed_from", line.get("step")), int):
                 raise UserError(f"{self.path / 'metrics.jsonl'}:{number}: says no step; take the line out")
             if other := next((n for n, v in line.items() if not isinstance(v, int | float | None)), None):
-                raise UserError(f"{self.path / 'metrics.jsonl'}:{number}: `{other}` is no number; take the line out")
+                raise UserError(f"{self.path / 'metrics.jsonl'}:{number}: `{other}` is not a number; remove the line")
             if "resumed_from" in line:
                 back = line["resumed_from"]  # from 0 everything is done again, the evaluation of step 0 too
                 kept = [old for old in kept if old["step"] <= back] if back else []

@@ -198,7 +198,7 @@ def clustered_share(values: Values, clusters: Clusters, level: float = 0.95) -> 
     """
     data, labels = number_clusters(values, clusters)
     if len(data) and (data.min() < 0 or data.max() > 1):
-        raise ValueError(f"values lie in [{data.min()}, {data.max()}]; a share needs values between 0 and 1")
+        raise ValueError(f"values are in [{data.min()}, {data.max()}]; a share needs values between 0 and 1")
     error = _se(data, labels)
     if error is None:
         return None

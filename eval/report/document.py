@@ -154,7 +154,7 @@ def _pair_tables(results: Result) -> list[Any]:
     )
     groups = [(g["name"], bounded(g["accuracy"], g["interval"]), str(g["n"])) for g in length["groups"] if g["n"]]
     blocks = [
-        Table(("held-out pairs", "value", "beside it"), rows, note),
+        Table(("held-out pairs", "value", "details"), rows, note),
         Table(("accuracy by length", "accuracy", "pairs"), groups),
     ]
     return blocks + _slice_tables("accuracy by {}", results["pairs"]["slices"], results)
@@ -222,7 +222,7 @@ def _drift_tables(results: Result) -> list[Any]:
     note = (
         f"KL is summed over the vocabulary at each step of {drift['answers']} of the tuned model's own answers, "
         "the first to each prompt. "
-        "Drift is no judgement: a model that moves without getting better drifts too."
+        "Drift is not quality: a model can drift without getting better."
     )
     return [
         Table(("answers", "before", "after"), rows, note),
@@ -268,7 +268,7 @@ def _settings_table(results: Result) -> list[Any]:
         ("versions", ", ".join(f"{k} {v}" for k, v in results["versions"].items())),
         ("took", f"{results['when']['seconds']:.0f} s"),
     ]
-    files = "Every number can be computed again from eval_pairs.jsonl and eval_samples.jsonl beside the results file."
+    files = "Every number can be recomputed from eval_pairs.jsonl and eval_samples.jsonl in the folder of the results file."
     return [Table(("setting", "value"), rows), *results["data"]["left_out"], files]
 
 
@@ -357,7 +357,7 @@ def votes_table(found: Result) -> list[Any]:
         ("votes still needed at this rate", told),
     ]
     note = (
-        "The interval and the e-value hold at every look, so stopping when one likes is no cheating. The first vote on "
+        "The interval and the e-value are valid at every look, so you may stop at any time. The first vote on "
         f"each prompt counts, a tie as one half. {said}"
     )
     return [Table((f"{found['n']} votes from {found['file']}", "value"), rows, note)]

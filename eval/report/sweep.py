@@ -48,7 +48,7 @@ def _sweep_row(c: CandidateResult, found: SweepResults, same: list[str]) -> tupl
     words = "best" if c.name == found.best else "not told apart from the best" if c.name in same else ""
     others = [ending(record) for record in c.endings if record["state"] != "finished"]
     if not words and not others:
-        words = "surely worse" if c.seeds else "not trained yet"
+        words = "significantly worse" if c.seeds else "not trained yet"
     rates = ", ".join(dict.fromkeys(f"{rate:g}" if isinstance(rate, float) else str(rate) for rate in c.lr))
     return (
         c.name,

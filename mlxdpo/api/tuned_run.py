@@ -37,7 +37,7 @@ class TunedRun(Run):
     def reproduce(self, out: str | Path | None = None) -> Reproduction:
         """Train again from the run's configuration into `out` (RUN-again) and compare the adapters' files.
 
-        Raises `UserError` where `out` holds a run, or an input is gone.
+        Raises `UserError` if `out` contains a run, or an input no longer exists.
         """
         place = Path(out) if out is not None else self.path.with_name(f"{self.path.name}-again")
         config = self.config()

@@ -1,4 +1,4 @@
-"""`mlxdpo bench [--model M] [--json]`: speed of training on this machine, beside the machine's own matmul rate."""
+"""`mlxdpo bench [--model M] [--json]`: speed of training on this machine, with its matmul rate for comparison."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NOTHING = BenchConfig()  # no setting given
 
 
 class Published(NamedTuple):
-    """A figure that somebody else published for a Mac."""
+    """A figure that someone else published for a Mac."""
 
     machine: str
     work: str

@@ -28,7 +28,7 @@ def run(
 ) -> int:
     """Talk to a run's model. Type /before, /after or /both to choose who answers, /new to start again, /quit to end.
 
-    Ctrl-C stops an answer. The conversation goes on from the answer of the tuned model where both answer.
+    Ctrl-C stops an answer. When both answer, the conversation continues from the tuned model's answer.
 
     Args:
         path: Run directory.

@@ -38,9 +38,9 @@ def run(
 ) -> int:
     """Draw answers from a run's model, have them ranked, and write preference pairs.
 
-    The file trains as it stands: mlxdpo train --data OUT. Beside it stand every answer with its score
-    (OUT's .samples.jsonl) and what was left out, counted (OUT's .report.json). The same command goes on with a
-    collection that was stopped.
+    Train on the file with mlxdpo train --data OUT. Next to it are every answer with its score
+    (OUT's .samples.jsonl) and what was left out, counted (OUT's .report.json). The same command resumes a
+    stopped collection.
 
     Args:
         path: Run directory, or a recipe: the model as it is before any training.
@@ -77,7 +77,7 @@ def write_pairs(
 ) -> int:
     """Show how far along the prompts are (events of `kind`), then the report; 0 when done, 130 when interrupted.
 
-    `begin` gives the events, asked whether the user wants to stop; `sentences` puts the report into words.
+    `begin` gives the events and is passed a check for the user's stop; `sentences` puts the report into words.
     """
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.commands.terminal import console, show_progress
@@ -87,7 +87,7 @@ def write_pairs(
         for event in show_progress(begin(should_stop), kind, json):
             report = event.values["report"] if event.kind == "done" else None
     if report is None:
-        console.print("stopped; the same command goes on from here")
+        console.print("stopped; run the same command again to resume")
         return 130
     if json:
         print(jsonlib.dumps(report, ensure_ascii=False))
@@ -133,7 +133,7 @@ def open_recipe_or_run(path: Path) -> tuple[Config, Run | None]:
 
 
 def prompts_for(config: Config, file: str) -> Any:
-    """The prompts of a file, read as the settings read data but for its shape."""
+    """The prompts of a file, read as the settings read data except for its shape."""
     from mlxdpo.online.prompts import read_prompts
 
     return read_prompts(config.data.model_copy(update={"columns": {}, "format": "auto"}), file)

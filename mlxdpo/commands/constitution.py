@@ -32,7 +32,7 @@ def run(
     """Let a model criticise and revise its own answers, or compare two of them, by written principles.
 
     Everything that was said is kept in the folder for reading (the app's Constitution tab shows it); its pairs.jsonl
-    and recipe.yaml train as they stand. The same command goes on with a folder that was not finished.
+    and recipe.yaml are ready to train on. The same command resumes an unfinished folder.
 
     Args:
         path: Run directory, recipe, or model: a Hugging Face folder, a Hub id, or smollm2.
@@ -75,7 +75,7 @@ def _applying(
     known = recipe or (Path(path) / "config.yaml").exists()
     config, run = open_recipe_or_run(Path(path)) if known else (load_config(None, {"model": {"path": path}}), None)
     if before and run is None:
-        raise UserError(f"--before is for runs, and {path} is none; drop it")
+        raise UserError(f"--before is for runs, and {path} is not a run; drop it")
     if feedback is not None and asking.labels == "none":
         raise UserError(f"--feedback {feedback} has nothing to compare with --labels none; drop one of them")
     found, source = prompts_for(config, prompts), source_at(config, run, Path(path).name, before)

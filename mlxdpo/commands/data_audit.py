@@ -44,7 +44,7 @@ def run(
     Args:
         path: File, folder or Hub dataset id of pairs.
         config: Settings; --model is needed.
-        findings: Where the findings go, JSON lines, a line for each pair; beside the data file when not given.
+        findings: Where the findings go, JSON lines, a line for each pair; next to the data file by default.
         out: Write the pairs that are left by --drop, --flip and --select to this file, JSON lines.
         drop: Leave out pairs with this flag: flip, near-duplicate, contradictory, off-template; repeat it for several.
         flip: Exchange the answers of pairs flagged flip.
@@ -84,7 +84,7 @@ def run(
 
 def _findings_file(path: str, findings: Path | None, out: Path | None) -> Path:
     if findings is None and not Path(path).is_file():
-        raise UserError(f"{path} is no file that findings could stand beside; name one with --findings")
+        raise UserError(f"{path} is not a file, so there is no default place for the findings; name one with --findings")
     place = findings or Path(path).with_suffix(".audit.jsonl")
     for one in filter(None, (place, out)):
         if one.exists() and one != place:

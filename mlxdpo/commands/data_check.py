@@ -118,7 +118,7 @@ def _show_findings(sentences: list[str], seen: Seen | None, bad: int, path: str)
     if bad:
         rows = "1 bad row would stop" if bad == 1 else f"{bad} bad rows would stop"
         command = f"mlxdpo data check {shlex.quote(path)} --data.on-bad-row skip"
-        remedy = f"mend what is said above, or leave such rows out: `{command}`; train takes the same option"
+        remedy = f"fix the rows above, or skip them: `{command}`; train takes the same option"
         console.print(f"{rows} a training: {remedy}", style="yellow", soft_wrap=True)
 
 

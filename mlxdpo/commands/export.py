@@ -70,7 +70,7 @@ class Making(Section):
 
 
 class Publishing(Section):
-    """Where it goes, and what the card says of licences."""
+    """Where it goes, and what the card says about licences."""
 
     push: str | None = None
     """Upload to this repository, USER/REPO, when every target passed."""
@@ -79,7 +79,7 @@ class Publishing(Section):
     dry_run: bool = False
     """With --push: list what would be uploaded, with sizes, and upload nothing."""
     revision: str | None = None
-    """Branch to upload to, or a pull request of yours to go on with (refs/pr/3)."""
+    """Branch to upload to, or a pull request of yours to continue (refs/pr/3)."""
     tag: str | None = None
     """Tag for the uploaded commit."""
     pull_request: bool = False
@@ -118,7 +118,7 @@ def run(
         path: Run directory.
         to: Targets, separated by commas.
         out: Folder to make; an earlier export there is replaced.
-        strength: Export the run at this strength (mlxdpo dial); the gate holds the files against the run at it.
+        strength: Export the run at this strength (mlxdpo dial); the gate compares the files with the run at that strength.
         data: Held-out pairs to measure on; those of the run's recipe when not given.
         pairs: How many of them; 0 takes all.
         force: Keep targets that failed, too. They are never pushed.
@@ -256,7 +256,7 @@ def gate_figures(fidelity: Fidelity) -> list[str]:
 
 
 def show_files(exported: Exported, console: Any, base: str) -> None:
-    """What was measured on what, and what stands where, with the remarks of the exporters and the next command."""
+    """What was measured on which data, where the files are, the exporters' remarks, and the next command."""
     first = next(iter(exported.targets.values())).fidelity
     console.print(
         f"on {first.pairs} pairs, {first.tokens} tokens of {exported.data}; lost: token KL to the run as a share of "

@@ -33,7 +33,7 @@ def run(
     """Write preference pairs without a judge: chosen answers from one source, rejected ones from another.
 
     Take a model that is somewhat stronger for chosen and a weaker one for rejected: it is the difference that teaches,
-    not how good chosen is (delta learning, arXiv 2507.06187). The same command goes on with what was stopped; an answer
+    not how good chosen is (delta learning, arXiv 2507.06187). The same command resumes after a stop; an answer
     that was given is never asked for again.
 
     Args:
@@ -103,7 +103,7 @@ def server_address(name: str, side: str) -> tuple[str, str]:
         raise UserError(f"--{side} {name}: ${KEYS[side]} would go to {parts.hostname} in the clear; use https")
     if not model:
         raise UserError(
-            f"--{side} {name}: name the model behind #, such as {url.rstrip('/')}#{_first_model(url, side)}"
+            f"--{side} {name}: name the model after #, such as {url.rstrip('/')}#{_first_model(url, side)}"
         )
     return url.rstrip("/"), model
 

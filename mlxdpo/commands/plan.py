@@ -125,7 +125,7 @@ def show_forecast(found: Forecast) -> None:
     if found.fits:
         console.print("it fits")
         return
-    console.print("it does not fit beside the system and other programs; what helps, most first:", style="yellow")
+    console.print("it does not fit with the system and other programs; what helps, most first:", style="yellow")
     for change in found.advice:
         console.print(f"  {change.setting}: {_gb(change.peak)} GB", style="yellow")
 

@@ -79,7 +79,7 @@ SAME_AS_SETTINGS = ("template", "data.reports")  # long texts, which follow from
 
 
 def run_differences(first: Run, second: Run) -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> the two values, of settings and of the manifests; not where the runs lie."""
+    """Dotted name -> the two values, of settings and of the manifests; not the location of the runs."""
     sides = []
     for run in (first, second):
         settings = run.config().model_dump(mode="json", exclude={"out"})

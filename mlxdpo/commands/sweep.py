@@ -29,7 +29,7 @@ def run(
 
     Any setting of `mlxdpo train` is an option here, with one value or several: --loss.beta 0.05,0.1,0.3 (settings that
     are lists belong in the recipe). The runs share one data set, its encoding and the reference's log-probs. At each
-    held-out evaluation from a quarter of its steps on, a run stops when it is surely worse (99 %) than the best
+    held-out evaluation from a quarter of its steps on, a run stops when it is significantly worse (99 %) than the best
     finished run of its seed at the same share of steps; a setting that lost gets no further seeds.
 
     Writes OUT/report.html, OUT/results.json and a run directory for each setting and seed. Given again, the same

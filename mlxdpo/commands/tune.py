@@ -116,5 +116,5 @@ def next_step(run: Run, changed: int, judges: list[str]) -> str:
     if not changed:
         return f"mlxdpo train --resume {run.path} --train.epochs 6 (no answer changed)"
     if not judges:
-        return f"mlxdpo app {run.path} (vote blind: length is no judge of quality), or eval with --judge local:MODEL"
+        return f"mlxdpo app {run.path} (blind votes: length does not measure quality), or eval with --judge local:MODEL"
     return f"mlxdpo app {run.path} (see it), mlxdpo export {run.path} --to mlx,hf --out exported (take it along)"

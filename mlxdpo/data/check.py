@@ -230,7 +230,7 @@ def _size(found: DataFindings) -> list[str]:
     held = "1 prompt is held out" if found.heldout_prompts == 1 else f"{found.heldout_prompts} prompts are held out"
     if found.detectable is None:
         return [f"{held}: too few to show any effect; give more data, or a data.eval of other prompts."]
-    seen = f"{held}: a win-rate has to be {found.detectable:.0%} to be told from 50% (power 0.8, level 0.05)"
+    seen = f"{held}: the smallest win rate distinguishable from 50% is {found.detectable:.0%} (power 0.8, level 0.05)"
     few = found.heldout_prompts < FEW_PROMPTS
     return [f"{seen}; a smaller effect needs more prompts or a larger data.eval_fraction." if few else f"{seen}."]
 

@@ -317,7 +317,7 @@ def conversation(name: str) -> Converter:
         asked = next((i for i, turn in enumerate(turns) if turn.role == "user"), len(turns))
         at = [i for i, turn in enumerate(turns) if turn.role == "assistant" and i > asked]
         if not at:
-            raise BadRow(reasons.NOT_ONE_ANSWER, f'"{name}" has no assistant turn behind a user turn; expected one')
+            raise BadRow(reasons.NOT_ONE_ANSWER, f'"{name}" has no assistant turn after a user turn; expected one')
         said = [one_answer(turns[i : i + 1], name) for i in at]
         return [UnpairedExample(prompt_turns(turns[:i]), one, True, row.where) for i, one in zip(at, said, strict=True)]
 

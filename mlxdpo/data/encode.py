@@ -279,7 +279,7 @@ def split_completion(
         raise BadRow("empty prompt", "the prompt has no tokens, so the completion's first token has no context")
     completions = [_ended(full[boundary:], writer) for full in fulls]
     if not all(map(len, completions)):
-        raise BadRow("no scored token", "a completion has no token of its own; it would train nothing")
+        raise BadRow("no scored token", "a completion adds no token to its prompt, so there is nothing to train on")
     if any(np.isin(completion[:-1], list(writer.ends)).any() for completion in completions):
         raise BadRow("end-of-sequence inside", "a completion has an end-of-sequence token before its end")
     return prompt[:boundary], completions

@@ -77,7 +77,7 @@ def opinions(items: Iterable[Item], report: Report) -> Iterator[UnpairedExample]
 
 def _kept_once(items: Iterable[UnpairedExample], report: Report) -> Iterator[UnpairedExample]:
     """A completion may stand in several pairs of its prompt."""
-    return distinct_pairs(items, report, "the same completion stands in an earlier pair")  # type: ignore[return-value]
+    return distinct_pairs(items, report, "the same completion as in an earlier pair")  # type: ignore[return-value]
 
 
 def mismatched(

@@ -164,7 +164,7 @@ def check_fits(config: Config, data: Dataset) -> None:
     ways = f"set {helps}{'' if enough else ', not enough alone'}, or " if helps else ""
     raise UserError(
         f"this run needs about {found.memory.peak / 1e9:.1f} GB, and this machine has {found.machine / 1e9:.1f} GB for "
-        f"it and everything else; {ways}try it all the same with --train.allow_over_memory true"
+        f"it and everything else; {ways}try anyway with --train.allow_over_memory true"
     )
 
 

@@ -94,7 +94,7 @@ def check_repo_id(repo_id: str) -> None:
     else:
         allowed = repo_id.count("/") == 1
     if not allowed:
-        raise UserError(f"{redact(repr(repo_id))} is no repository id; expected owner/name, such as jane/smollm2-dpo")
+        raise UserError(f"{redact(repr(repo_id))} is not a repository id; expected owner/name, such as jane/smollm2-dpo")
 
 
 def ask(about: About, call: Callable[[], T], say: Say) -> T:
@@ -307,7 +307,7 @@ def check_name(name: str, repo: str) -> None:
     if not all(map(is_plain_name, name.split("/"))) or len(name.encode()) > LONGEST_PATH:
         shown = repr(name if len(name) <= 80 else f"{name[:80]}…")
         raise UserError(
-            f"{repo} lists a file named {shown}, which leaves its folder or is no name on some system; "
+            f"{repo} lists a file named {shown}, which is outside its folder or invalid on some systems; "
             "nothing was taken from it"
         )
 

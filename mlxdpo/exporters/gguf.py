@@ -225,7 +225,7 @@ def write_lora(source: ExportSource, folder: Path) -> str | None:
         writer.add_tensor(f"{own}.lora_a", np.array(a))
         writer.add_tensor(f"{own}.lora_b", np.array(b))
     _write_file(writer)
-    note = f"goes on top of a GGUF of {source.base_name}; nothing is rounded"
+    note = f"load it on top of a GGUF of {source.base_name}; lossless"
     return f"{note} (trained on packed weights, measured on unpacked ones)" if source.quantised else note
 
 

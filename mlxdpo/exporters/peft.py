@@ -191,7 +191,7 @@ def read_peft(folder: Path) -> Adapter:
     for name, array in stored.items():
         end = next((part for part in known if name.endswith("." + part)), None)
         if end is None or not name.startswith(PREFIX):
-            raise UserError(f"{folder / WEIGHTS}: `{name}` is no LoRA array of a causal language model")
+            raise UserError(f"{folder / WEIGHTS}: `{name}` is not a LoRA array of a causal language model")
         modules.setdefault(name[len(PREFIX) : -len(end) - 1], {})[known[end]] = array
     return Adapter(folder, raw, modules)
 

@@ -185,7 +185,7 @@ def outgoing(out: Path) -> tuple[list[Outgoing], list[LeftOut]]:
     named = {f"{'' if t.folder == '.' else t.folder + '/'}{file}" for t in record.targets.values() for file in t.files}
     files = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() or p.is_symlink())
     for name in sorted(named.difference(files)):
-        raise UserError(f"{out}: {RECORD} names {name}, which is not there; export again")
+        raise UserError(f"{out}: {RECORD} names {name}, which does not exist; export again")
     if CARD not in files:
         raise UserError(f"{out}: no {CARD} there; a model without a card is not pushed, export again")
     reasons = {name: _why_not(out, name, named) for name in files}

@@ -315,7 +315,7 @@ def data(config: Config, manifest: Mapping[str, Any], licences: Licences) -> str
         ("training pairs", found["pairs"]),
         ("held-out pairs", found["heldout"]),
         ("digest", found["digest"]),
-        ("licence", licences.data or "not known: whoever publishes this model should find out"),
+        ("licence", licences.data or "unknown: check before publishing this model"),
     ]
     lines = [f"- {cell(line)}" for line in _left_out(found["reports"])]
     rest = "\n\nRows left out or changed:\n\n" + "\n".join(lines) if lines else ""
@@ -382,7 +382,7 @@ def evaluation_section(findings: CardNumbers | None) -> str:
         f"Held-out pairs: {cell(without_paths(findings.data))}. Intervals are 95 %, clustered by prompt; "
         f"`none` means that the data could not carry one. Source: eval/{cell(findings.file)} of the run."
     )
-    parts = ["## Evaluation", card_table(("number", "value", "95 % interval", "n", "beside it"), rows), note]
+    parts = ["## Evaluation", card_table(("number", "value", "95 % interval", "n", "details"), rows), note]
     parts += [f"### Judge: {cell(c.judge)}\n\n{card_table(('', ''), without_paths(c.rows))}" for c in findings.cards]
     if not findings.cards:
         parts.append("No judge was asked, so whether its answers are better is not known.")
@@ -413,7 +413,7 @@ def fidelity(record: Exported) -> str:
     header = ("target", "KL(run, artefact)", "KL(run, reference)", "slope", "correlation", "accuracy", "n", "gate")
     header = (*header, "client: greedy answers that are the run's")
     note = (
-        "Each artefact was loaded again and held against the run on held-out pairs: mean KL per token in nats, slope "
+        "Each artefact was loaded again and compared with the run on held-out pairs: mean KL per token in nats, slope "
         f"and correlation of its DPO margins over the run's. Pairs: {cell(without_paths(record.data))}."
     )
     return f"## Fidelity of the export\n\n{card_table(header, rows)}\n\n{note}"

@@ -72,7 +72,7 @@ def load_checksummed(path: Path) -> dict[str, mx.array]:
     """The arrays of a safetensors file, read. Raises `UserError` as `read_tensors`, and where the checksum differs."""
     arrays, stored = read_tensors(path), _stored_checksum(path)
     if stored is not None and stored != checksum_of(arrays):
-        raise DamagedError(f"{path}: damaged, its numbers are not those that were written; restore it")
+        raise DamagedError(f"{path}: corrupted (checksum mismatch); restore it")
     return arrays
 
 

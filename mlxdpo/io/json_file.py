@@ -59,11 +59,11 @@ def bounded_lines(file: IO[AnyStr], name: str) -> Iterator[AnyStr]:
 def _need_file(path: Path) -> None:
     """Raise `UserError` for what is there and no file: a folder, or a pipe, which would be waited for."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path}: cannot be read (it is no file); move it away")
+        raise UserError(f"{path}: cannot be read (not a file); move it away")
 
 
 def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON, and never written here")
+    raise ValueError(f"{name} is not JSON")
 
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mlxdpo.losses.objective import Objective
 
 TOKEN_MEANS = "it compares means over tokens, which the longer completion's tail does not inflate"
 ALONE = "it weighs each log-ratio by itself, and without a reference those have no zero"
-IMITATES = "it holds an imitation term, which is no comparison"
+IMITATES = "it has an imitation term, which is not a comparison"
 SORTED = "it sorts the pairs of a step, which belong to no pair any more"
 SINGLE = "it reads single completions"
 NO_REFERENCE = "it has no log-ratio to a reference"
@@ -74,7 +74,7 @@ LOSSES: dict[str, Objective] = {
         "2310.12036",
         "difference",
         lambda *, beta: 1 / (4 * beta**2),
-        "little or clean data: it stops at a margin of 1/(2 beta) nats a token instead of growing it for ever",
+        "little or clean data: it stops at a margin of 1/(2 beta) nats a token instead of growing it indefinitely",
         per_token=True,
         refuses=DIFFERENCE_OF_TOKENS | {"margin": "its target 1/(2 beta) is the margin"},
     ),
@@ -212,7 +212,7 @@ LOSSES: dict[str, Objective] = {
         "2406.05882",
         "ranked",
         _fixed(LN2),
-        "the preference should hold in distribution; wants many pairs a step",
+        "the preference should hold in distribution; needs many pairs a step",
         step_statistics=pairwise.aot_matches,
         over="log-probs",
         opposite=True,
@@ -224,7 +224,7 @@ LOSSES: dict[str, Objective] = {
         "2406.05882",
         "ranked",
         _fixed(LN2),
-        "chosen and rejected answers of different prompts; wants many pairs a step",
+        "chosen and rejected answers of different prompts; needs many pairs a step",
         step_statistics=pairwise.aot_unpaired_matches,
         entries=2,
         over="log-probs",
@@ -236,7 +236,7 @@ LOSSES: dict[str, Objective] = {
         "2404.19733",
         "reference-free",
         None,
-        "a term beside another objective (RPO, MPO), which keeps the chosen answers likely",
+        "a term added to another objective (RPO, MPO), which keeps the chosen answers likely",
         step_statistics=reference_free.mean_length,
         over="lengths",
         reports=reference_free.imitation,

@@ -116,4 +116,4 @@ def _given_options(words: Sequence[str]) -> Iterator[tuple[str, str, str]]:
 
 def resume_hint(run: Path) -> str:
     """The command that goes on with a run."""
-    return f"go on from the last checkpoint with: {shlex.join(['mlxdpo', 'train', '--resume', str(run)])}"
+    return f"resume from the last checkpoint with: {shlex.join(['mlxdpo', 'train', '--resume', str(run)])}"

@@ -189,7 +189,7 @@ def load_policy(config: ModelConfig) -> Policy:
     """Load weights and tokenizer, all weights frozen.
 
     The adapter named in `config` is not attached here: see `adapters.with_adapter`.
-    Raises `UserError` for a folder that is no model or one that mlx-lm has no definition for.
+    Raises `UserError` for a folder that is not a model or one that mlx-lm has no definition for.
     """
     from mlx_lm.utils import quantize_model
 

@@ -79,7 +79,7 @@ def pairs_of(
     prompts: dict[bytes, Text] = {}
     for vote in votes:
         if problem := problem_with(vote):
-            left_out[f"that are no votes ({problem})"] += 1
+            left_out[f"that are not votes ({problem})"] += 1
             continue
         prompt = text_from_json(vote["prompt"])
         key = prompt_key(prompt)

@@ -126,7 +126,7 @@ RULES: Mapping[str, Rule] = {
            "log.trackers: tensorboard, wandb or trackio"),
     **lost("evals_per_epoch saves_per_epoch", "set train.eval_every and train.save_every, in steps"),
     **lost("chat_template_jinja", "the model's own chat template is used"),
-    **lost("excess_length_strategy", "data.on_long_prompt and data.on_long_completion say what becomes of long rows"),
+    **lost("excess_length_strategy", "data.on_long_prompt and data.on_long_completion decide what happens to long rows"),
     **lost("unfrozen_parameters relora_steps", "not done here"),
 }  # fmt: skip
 

@@ -116,7 +116,7 @@ def recipe_text(found: ForeignRecipe) -> str:
         lines.append(f"{section}:")
         lines += ["  " + _line(name, inner[name], found.settings[f"{section}.{name}"][1]) for name in inner]
     said = " ".join(told for _, told in found.settings.values())
-    kinds = ("taken", "Without effect beside the others:"), ("not needed", "Not needed:")
+    kinds = ("taken", "No effect in combination with other keys:"), ("not needed", "Not needed:")
     for kind, title in (*kinds, ("not supported", "Not supported, and what that changes:")):
         rest = [(key, outcome) for key, outcome in found.outcomes.items() if outcome.kind == kind]
         rest = [(key, outcome) for key, outcome in rest if kind != "taken" or f"{key}: " not in said]

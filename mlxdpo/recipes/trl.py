@@ -124,7 +124,7 @@ RULES: Mapping[str, Rule] = {
     "reference_free": to("loss.reference_free", bool),
     **lost("max_prompt_length max_completion_length",
            "prompt and completion share data.max_length; a long prompt loses its beginning (data.on_long_prompt)"),
-    **lost("truncation_mode", "data.on_long_prompt and data.on_long_completion say what becomes of long rows"),
+    **lost("truncation_mode", "data.on_long_prompt and data.on_long_completion decide what happens to long rows"),
     **lost("model_init_kwargs ref_model_init_kwargs dataset_mixer", "not read; set what it says under model and data"),
 }  # fmt: skip
 

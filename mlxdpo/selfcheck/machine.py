@@ -54,7 +54,7 @@ def unmet() -> Iterator[str]:
 @self_check(
     "device",
     "on a Mac use macOS 14 or newer and a native arm64 Python, not one under Rosetta: brew install python@3.12, or uv "
-    "python install 3.12; beside an NVIDIA GPU: pip install 'mlx[cuda13]'",
+    "python install 3.12; with an NVIDIA GPU: pip install 'mlx[cuda13]'",
 )
 def device() -> Finding:
     """MLX computes on the GPU that the machine has."""

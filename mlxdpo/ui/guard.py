@@ -193,7 +193,7 @@ class Gate:
                 return await _answer(send, 403, f"refused: {reason}")
             size = headers.get("content-length") or "0"
             if not (size.isascii() and size.isdigit()):
-                return await _answer(send, 400, "content-length is no number")
+                return await _answer(send, 400, "content-length is not a number")
             if len(size) > 18 or int(size) > LARGEST_BODY:
                 return await _answer(send, 413, f"too large; at most {LARGEST_BODY:,} bytes")
         send = self._dressed(scope, send)

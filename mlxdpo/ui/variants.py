@@ -128,7 +128,7 @@ class LoadedVariants:
         if method == "full" or loaded.config.model.adapter is not None:
             kind = "trained every weight" if method == "full" else "began from an adapter"
             raise UserError(
-                f"{loaded.run.path.name} {kind}, so another strength needs weights of its own; use a terminal: "
+                f"{loaded.run.path.name} {kind}, so another strength needs separate weights; use a terminal: "
                 f"mlxdpo generate {loaded.run.path} --strength {strength:g} --prompt '...'"
             )
         return loaded.after._replace(enter=partial(_scaled_context, loaded.after.enter, strength))
@@ -155,7 +155,7 @@ class LoadedVariants:
 def _stamp(folder: Path) -> int:
     file = folder / WEIGHTS
     if not file.exists():
-        raise UserError(f"{folder.parent}: no adapter there yet; wait until training has finished, or go on with it")
+        raise UserError(f"{folder.parent}: no adapter there yet; wait until training has finished, or resume it")
     return file.stat().st_mtime_ns
 
 

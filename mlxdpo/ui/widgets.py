@@ -16,7 +16,7 @@ from mlxdpo.machine.errors import error_message
 from mlxdpo.types import UserError
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-"""An event that shows no progress of its own and is no part of the API."""
+"""An event without a progress bar that is not part of the API."""
 MANY = QUIET | {"concurrency_limit": 8}
 """The same for several users at once."""
 STYLE = """<style>

@@ -216,7 +216,7 @@ def test_content_in_parts_is_their_text_and_an_image_is_refused():
     split = row(said(parts("So", " it is.")), (Message("user", parts("Wh", "y?")),))
     assert one(chatml, split)[0] == one(chatml, row(said("So it is.")))[0]
     image = (Message("user", [{"type": "image", "image": "cat.png"}, *parts("Why?")]),)
-    assert refusal(chatml, row(said("So."), image))[1] == "content that is no text"
+    assert refusal(chatml, row(said("So."), image))[1] == "content that is not text"
 
 
 def test_a_key_that_nobody_prints_and_a_turn_that_is_printed_twice_are_counted():

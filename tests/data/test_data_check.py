@@ -36,7 +36,7 @@ REPORT = Report(
     read=8,
     kept=4,
     refused={reasons.DUPLICATE: 3, reasons.TIED: 1},
-    first={reasons.DUPLICATE: "x:5: the same pair stands in an earlier row", reasons.TIED: "x:8: both 4"},
+    first={reasons.DUPLICATE: "x:5: the same pair as in an earlier row", reasons.TIED: "x:8: both 4"},
     format="text",
 )
 
@@ -70,7 +70,7 @@ def test_sentences_of_pairs():
     heldout = [Preference("aaaa ", "q", "r", "y:1")]
     assert finding_lines(check_rows(ROWS, REPORT, "x.jsonl", heldout, tokens, 7)) == [
         "x.jsonl: 4 pairs from 8 rows, read as text (a prompt and two texts).",
-        "Left out 3 rows that repeat earlier pairs (first: x:5: the same pair stands in an earlier row).",
+        "Left out 3 rows that repeat earlier pairs (first: x:5: the same pair as in an earlier row).",
         "Left out 1 row whose answers are rated equal (first: x:8: both 4).",
         "3 distinct prompts, 1.33 pairs each on average, 2 at most.",
         "Characters (median / 95 % / longest): prompt 3 / 4 / 4, chosen 2 / 4 / 4, rejected 1 / 5 / 5.",

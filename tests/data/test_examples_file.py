@@ -101,7 +101,7 @@ def test_a_damaged_file_is_named(tmp_path, name):
     file = tmp_path / "part" / name
     size = file.stat().st_size // 2 // 16 * 16 if name != "where" else 3
     os.truncate(file, size)
-    with pytest.raises(UserError, match=rf"part: the kept tokens are damaged \(`{name}` is not what was written\)$"):
+    with pytest.raises(UserError, match=rf"part: the cached tokens are corrupted \(checksum mismatch in `{name}`\)$"):
         open_examples(tmp_path / "part")
 
 

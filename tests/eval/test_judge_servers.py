@@ -144,7 +144,7 @@ def test_a_rubric_gives_points_and_reasons_and_asks_once(kind):
 def test_a_server_without_a_verdict_is_refused_with_what_each_method_brought():
     with serving(lambda body: completion("I would rather not say.")) as server, pytest.raises(UserError) as error:
         opened(server)
-    assert "the test question got no verdict (log-probs of the labels: the answer is no label; structured" in str(
+    assert "the test question got no verdict (log-probs of the labels: the answer is not a label; structured" in str(
         error.value
     )
     assert len(server.seen) == 3
@@ -354,7 +354,7 @@ def test_what_is_no_chat_completion_is_none(body):
 
 @pytest.mark.parametrize("text", ["Answer A is better", "AB", "", "I cannot judge", "a tie"])
 def test_text_around_a_label_is_invalid(text):
-    assert read_label_odds(read_reply(chat(text))) == invalid("the answer is no label")
+    assert read_label_odds(read_reply(chat(text))) == invalid("the answer is not a label")
 
 
 def test_a_label_that_is_not_listed_lies_below_the_least_that_is():

@@ -123,7 +123,7 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path, cache, squ
     assert (tmp_path / "out/mlx").is_dir() and not (tmp_path / "out/model.safetensors").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="holds something that is no earlier export"):
+    with pytest.raises(UserError, match="exists and is not an earlier export"):
         export(run, ["mlx"], tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
@@ -147,7 +147,7 @@ def test_the_command_prints_figures_and_its_status_is_the_verdict(tmp_path, cach
 
 
 MISTAKES = {
-    "export run --to onnx --out o": "`onnx` is no target; known: mlx, peft, hf, fused, quantized, packed-base, gguf",
+    "export run --to onnx --out o": "`onnx` is not a target; known: mlx, peft, hf, fused, quantized, packed-base, gguf",
     "export run --to , --out o": "no target given",
     "export run --to mlx --out o --public": "--public needs --push USER/REPO",
     "export run --to mlx --out o --push me": "me",

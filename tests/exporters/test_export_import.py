@@ -144,7 +144,7 @@ HOSTILE = {
     "alpha infinite": ({"lora_alpha": 10**400}, "no settings of PEFT's"),
     "patterns no object": ({"alpha_pattern": [1]}, "no settings of PEFT's"),
     "a pattern without end": ({"alpha_pattern": {"((.+)+)+!": 1}}, "took more than 2 s to match"),
-    "a broken pattern": ({"alpha_pattern": {"(": 1}}, "is no pattern of module names"),
+    "a broken pattern": ({"alpha_pattern": {"(": 1}}, "is not a pattern of module names"),
 }
 
 

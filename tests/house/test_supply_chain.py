@@ -140,7 +140,7 @@ OUT_OF_IT = [
 @pytest.mark.parametrize("name", OUT_OF_IT)
 def test_an_index_cannot_lead_out_of_the_models_folder(own, name):
     (own / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
-    with pytest.raises(UserError, match="is no name of a file beside it"):
+    with pytest.raises(UserError, match="is not the name of a file in the same folder"):
         read_skeleton(ModelConfig(path=str(own)))
 
 

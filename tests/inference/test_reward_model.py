@@ -149,7 +149,7 @@ def test_the_head_starts_at_zero_and_so_do_all_rewards(examples):
 
 
 def test_a_soft_label_has_no_place():
-    with pytest.raises(UserError, match=r"data\.columns probability makes no sense in stage reward"):
+    with pytest.raises(UserError, match=r"data\.columns probability does not apply in stage reward"):
         reward_loss(0.0, 0.0, ["probability"])
 
 

@@ -96,7 +96,7 @@ def test_dora_has_no_strength(tmp_path):
         lambda: next(at_strengths(run, [0.5])),
         lambda: merge_runs([run] * 2, tmp_path / "a"),
     ):
-        with pytest.raises(UserError, match=r"lora\.method dora trains the length of each row beside the product"):
+        with pytest.raises(UserError, match=r"lora\.method dora trains row magnitudes separately from the product"):
             refused()
     assert run_at(run, 1.0) is run
 

@@ -131,7 +131,7 @@ def test_modifiers_equal_their_formulas_or_are_refused_with_the_reason(name, mod
     for knobs in MODIFIED[modifier]:
         config = with_beta(name, 0.1).config.model_copy(update=knobs)
         if reason := refused(name, modifier):
-            with pytest.raises(UserError, match=rf"{modifier}.* makes no sense for {name}: {re.escape(reason)}"):
+            with pytest.raises(UserError, match=rf"{modifier}.* does not apply to {name}: {re.escape(reason)}"):
                 resolve(config, said)
             continue
         assert compare(config, said) <= TOLERANCE, knobs

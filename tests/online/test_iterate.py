@@ -107,7 +107,7 @@ def test_stopped_anywhere_and_going_on_is_straight(place, monkeypatch, capsys):
         folder = place / f"stop-{calls}"
         if status == 130:
             stages.add((len(list(folder.glob("round-*"))), (folder / "round-1" / "config.yaml").exists()))
-            assert "go on with: mlxdpo iterate --resume" in capsys.readouterr().err
+            assert "resume with: mlxdpo iterate --resume" in capsys.readouterr().err
         assert cli(["iterate", "--resume", f"stop-{calls}"]) == 0
         for n in (1, 2):
             assert adapter_bytes(folder / f"round-{n}") == adapter_bytes(place / "straight" / f"round-{n}")
@@ -207,7 +207,7 @@ def test_the_kl_stops_the_rounds(place):
     words = ["iterate", "r.yaml", "--out", "out", "--optim.lr", "0.05", "--rounds.max-kl", "1e-3"]
     assert cli(words) == 0
     found = results(place / "out")
-    assert "surely above rounds.max_kl 0.001" in found["stopped"] and found["kept"] == 0
+    assert "significantly above rounds.max_kl 0.001" in found["stopped"] and found["kept"] == 0
     assert rounds_verdict(found)[0] == "cannot tell yet"
 
 
@@ -307,4 +307,4 @@ def test_the_app_shows_rounds_side_by_side(after_one_round, monkeypatch):
     monkeypatch.chdir(after_one_round)
     shown = rounds(Path("out/round-1"))
     assert 'class="chosen" aria-current="true"><th scope="row">round-1' in shown and "longest" in shown
-    assert "is no round of several" in rounds(Path("out"))
+    assert "is not one of several rounds" in rounds(Path("out"))

@@ -174,7 +174,7 @@ def test_a_hub_id_is_taken_and_nothing_chosen_is_said(place):
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "", "a b", "-x", "x" * 81, "a\nb"])
 def test_a_run_has_a_plain_name(tmp_path, name):
-    with pytest.raises(UserError, match="is no name for a run"):
+    with pytest.raises(UserError, match="is not a valid name for a run"):
         process.run_path(tmp_path, name)
 
 
@@ -275,7 +275,7 @@ def test_started_by_an_app_that_is_killed_stopped_and_resumed_it_reaches_the_sam
     assert wait_for(path, ("interrupted", "finished")) == "interrupted", "too short a run to be stopped"
     with pytest.raises(UserError, match="nothing to stop"):
         process.stop_training(path)
-    assert process.log_tail(path).endswith("stopped; go on with: mlxdpo train --resume runs/one")
+    assert process.log_tail(path).endswith("stopped; resume with: mlxdpo train --resume runs/one")
     process.resume_training(path)
     with pytest.raises(UserError, match="being trained already"):
         process.resume_training(path)

@@ -102,7 +102,7 @@ def _begun(partial: Path, identity: Mapping[str, Any]) -> set[str]:
         return set()
     if changed := changed_setting(then["identity"], identity):
         raise UserError(
-            f"{partial} was begun with another {changed}; put it back, remove the file, or choose another --out"
+            f"{partial} was started with a different {changed}; restore it, remove the file, or choose another --out"
         )
     return {line["prompt_id"] for line in lines}
 

@@ -112,7 +112,7 @@ def _begun_folder(out: Path, identity: Mapping[str, Any], rules: Constitution) -
         write_json(file, identity)
         return set()
     if changed := changed_setting(read_json(file), identity):
-        raise UserError(f"{out} was begun with another {changed}; put it back, or choose another --out")
+        raise UserError(f"{out} was started with a different {changed}; restore it, or choose another --out")
     with as_written(out / TALKS):
         return {line["prompt_id"] for line in read_lines(out / TALKS)}
 

@@ -117,7 +117,7 @@ def _check_begun(partial: Path, identity: Row) -> None:
         append_line(partial, {"identity": identity})
     elif changed := changed_setting(then["identity"], identity):
         raise UserError(
-            f"{partial} was begun with another {changed}; put it back, remove the file, or choose another --out"
+            f"{partial} was started with a different {changed}; restore it, remove the file, or choose another --out"
         )
 
 

@@ -121,8 +121,8 @@ def _row_opened(gr: Any, runs: Path, name: str | None, number: int | None) -> An
     fields = view.fields_of(book, row)
     boxes = [gr.update(visible=True, label=label, value=value) for label, value in fields]
     target = view.target_of(book.path)
-    words = "Goes on in" if target == book.path else "Saving makes the new file"
-    into = f"<p>{words} <code>{escape(str(target))}</code>; every other row is copied as it stands.</p>"
+    words = "Saving continues in" if target == book.path else "Saving makes the new file"
+    into = f"<p>{words} <code>{escape(str(target))}</code>; every other row is copied unchanged.</p>"
     button = gr.update(visible=True, value=f"Save into {target.name}")
     return (where, row), into, button, *boxes, *none[len(boxes) :]
 
@@ -153,7 +153,7 @@ def _sound_row(runs: Path, name: str, number: int) -> tuple[view.Book, str, Mapp
     book = view.open_book(_path(runs, name))
     where, row = view.row_at(book, number)
     if isinstance(row, BadRow):
-        raise UserError(f"{where}: {row.sentence}; mend it in a text editor")
+        raise UserError(f"{where}: {row.sentence}; fix it in a text editor")
     return book, where, row
 
 

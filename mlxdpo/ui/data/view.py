@@ -53,7 +53,7 @@ class Book(NamedTuple):
 def open_book(path: Path) -> Book:
     """The first `MOST` rows of a file. Raises `UserError` for one that cannot be read."""
     if not path.is_file():
-        raise UserError(f"{path}: the file is gone; choose another, or reload the page")
+        raise UserError(f"{path}: the file no longer exists; choose another, or reload the page")
     about = path.stat()
     return _read_book(path, about.st_mtime_ns, about.st_size)
 
@@ -143,7 +143,7 @@ def preference(book: Book, where: str, row: Mapping[str, Any]) -> tuple[Preferen
         raise UserError(f"{where}: {bad.sentence}") from None
     pairs = [item for item in items if isinstance(item, Preference)]
     if not pairs:
-        raise UserError(f"{where}: this row alone is no pair (shape {book.shape.name}: {book.shape.about})")
+        raise UserError(f"{where}: this row alone is not a pair (shape {book.shape.name}: {book.shape.about})")
     return pairs[0], len(pairs)
 
 
@@ -257,5 +257,5 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         return
     for where, row in read_rows(str(path)):
         if isinstance(row, BadRow):
-            raise UserError(f"{where}: {row.sentence}; mend that in the file before you edit it here")
+            raise UserError(f"{where}: {row.sentence}; fix that in the file before you edit it here")
         yield number_of(where), _json_line(row)

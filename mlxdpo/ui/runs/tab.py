@@ -109,7 +109,7 @@ def rounds(path: Path) -> str:
     """The rounds around the run at `path`, its own marked; or how there would be some."""
     file = path.parent / "rounds.json"
     if not file.exists():
-        return "<p>This run is no round of several. In a terminal: <code>mlxdpo iterate RECIPE --rounds 3</code></p>"
+        return "<p>This run is not one of several rounds. In a terminal: <code>mlxdpo iterate RECIPE --rounds 3</code></p>"
     found = read_json(file)
     with as_written(file, "run `mlxdpo iterate` again"):
         why = f"<p>Stopped by itself: {escape(found['stopped'])}.</p>" if found["stopped"] else ""
@@ -152,7 +152,7 @@ def charts(tail: Tail, results: Mapping[str, Any]) -> str:
         figures.append(chart(title, series, KL_EMPTY if title.startswith("KL") else "Nothing measured yet."))
     note = "<p>This file is long: the curves are a sample of its lines.</p>" if tail.sampled else ""
     if tail.damaged:
-        note += f'<p role="alert">{tail.damaged:,} lines of metrics.jsonl are damaged and left out.</p>'
+        note += f'<p role="alert">{tail.damaged:,} lines of metrics.jsonl are corrupted and skipped.</p>'
     return f'{STYLE}{note}<div class="charts">{"".join(figures)}</div>'
 
 

@@ -116,7 +116,7 @@ def _watch_panel(runs: Path, guard: Guard) -> tuple[Any, Any]:
         guard(request)
         with show_errors():
             process.resume_training(choose(runs, which))
-        return f"<p>{escape(str(which))} goes on from its last checkpoint.</p>"
+        return f"<p>{escape(str(which))} continues from its last checkpoint.</p>"
 
     page, timer = gr.context.Context.root_block, gr.Timer(EVERY)
     for happening in (page.load, timer.tick):
@@ -268,11 +268,11 @@ STYLE = """<style>
 </style>"""
 SAYS = {
     "starting": "loading the model, reading the data and scoring the reference; this page may be closed",
-    "training": "this page may be closed, the training goes on",
+    "training": "you may close this page; training continues",
     "finished": "see it in the Compare tab",
-    "interrupted": "Resume goes on from its last checkpoint",
-    "failed": "it stopped before its first step; the last lines say why. Mend that and start it again under its name",
-    "unreadable": "its config.yaml is damaged, or no file; restore it, or remove the folder",
+    "interrupted": "Resume continues from its last checkpoint",
+    "failed": "it stopped before its first step; the last lines say why. Fix that and start it again under its name",
+    "unreadable": "its config.yaml is corrupted, or not a file; restore it, or remove the folder",
 }
 
 
@@ -332,7 +332,7 @@ def complaint(said: str) -> str:
 def estimate_html(plan: dict[str, Any]) -> str:
     """Whether it fits, the memory by part, the steps, and what would help."""
     summary, machine = plan["plan"], plan["machine"]
-    verdict = "It fits this machine." if plan["fits"] else "It does not fit beside the system and other programs."
+    verdict = "It fits this machine." if plan["fits"] else "It does not fit with the system and other programs."
     of = f" of {size(machine)}" if machine else ""
     head = f"Peak memory {size(plan['peak'])}{of}, in the {escape(plan['phase'])} phase."
     steps = (

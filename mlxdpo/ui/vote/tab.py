@@ -63,10 +63,10 @@ def record(loaded: RunVariants, game: Round, winner: str, session: str) -> dict[
 def append_vote(run: Run, line: dict[str, Any]) -> None:
     """Write a vote to disk. Raises `UserError` for an unknown winner and for a round that has its vote already."""
     if line["winner"] not in WINNERS:
-        raise UserError(f"{line['winner']!r} is no vote; known: {', '.join(WINNERS)}")
+        raise UserError(f"{line['winner']!r} is not a vote; known: {', '.join(WINNERS)}")
     with FileLock(run.path / f".{FILE}.lock"):  # one writer at a time, in this process and among others
         if any(old.get("id") == line["id"] for old in read_lines(run.path / FILE)):
-            raise UserError("this pair has its vote already; go on to the next pair")
+            raise UserError("this pair already has a vote; continue with the next pair")
         append_line(run.path / FILE, line)
 
 
@@ -90,7 +90,7 @@ def standing_html(file: Path) -> str:
     found, trained = standing(file)
     if found is None or found.n + trained == 0:
         return '<p class="standing">No votes yet. The win rate appears here after the first one.</p>'
-    extra = f" {count_of_votes(trained)} on training prompts: they teach, but are no evidence." if trained else ""
+    extra = f" {count_of_votes(trained)} on training prompts: used for the next round, not as evidence." if trained else ""
     if found.n == 0:
         return f'<p class="standing">{escape(extra.strip())}</p>'
     last = found.looks[-1]
@@ -106,7 +106,7 @@ def standing_html(file: Path) -> str:
     repeated = sum(found.uncounted.values())
     extra += f" {count_of_votes(repeated)} on prompts voted on before: they do not count twice." if repeated else ""
     if broken := sum(found.left_out.values()):
-        extra += f" {broken} lines of {file.name} are no votes and are left out."
+        extra += f" {broken} lines of {file.name} are not votes and are skipped."
     return (
         f'<div class="standing" role="status"><strong>{escape(verdict)}</strong>{_bar(last.low, last.rate, last.high)}'
         f"<span>Tuned preferred in {last.rate:.0%} of {count_of_votes(found.n)} ({found.wins} won, "
@@ -154,7 +154,7 @@ def cast_vote(app: AppState, game: Round | None, winner: str, session: str) -> R
     if game is None:
         raise UserError("there is nothing to vote on yet; press “Next pair” first")
     if game.winner:
-        raise UserError("this pair has its vote already; go on to the next pair")
+        raise UserError("this pair already has a vote; continue with the next pair")
     loaded = app.load(game.run)
     append_vote(loaded.run, record(loaded, game, winner, session))
     return judged(app, loaded, game, winner)
