@@ -135,7 +135,7 @@ def _drift_against(over: Interval | None, per_token: float, max_kl: float) -> st
         return ""
     return (
         f"the KL from the start is {per_token:.3f} nats per token, significantly above rounds.max_kl {max_kl:g}: "
-        f"what the judge still gains is bought with drift"
+        f"further gains by the judge come from drift"
     )
 
 

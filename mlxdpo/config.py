@@ -41,7 +41,7 @@ class LossConfig(Section):
     """The objective."""
 
     name: str = "sigmoid"
-    """Objective, or a sum: sigmoid+sft, in YAML also [sigmoid, sft]; `mlxdpo objectives` lists them."""
+    """Objective, or a sum: sigmoid+sft, in YAML also [sigmoid, sft]; see `mlxdpo objectives`."""
     weights: list[float] = Field(default_factory=list)
     """Weights of the objectives of a sum, in their order; unset means 1 each."""
     beta: float = Field(default=0.1, gt=0)
@@ -65,7 +65,7 @@ class LossConfig(Section):
     undesirable_weight: float = Field(default=1.0, ge=0)
     """kto, apo_zero_unpaired: weight of thumbs down."""
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    """Divergence that holds the policy at its reference (f-DPO)."""
+    """Divergence that keeps the policy near its reference (f-DPO)."""
     f_alpha: float = 0.5
     """Order of alpha_divergence."""
     ld_alpha: float | None = Field(default=None, ge=0, le=1)
@@ -73,7 +73,7 @@ class LossConfig(Section):
     wpo: bool = False
     """Weight each pair by how likely the policy is to write it (WPO)."""
     reference_free: bool = False
-    """Compare log-probs instead of log-ratios; nothing holds the policy at its reference then."""
+    """Compare log-probs instead of log-ratios; nothing then keeps the policy near its reference."""
 
     @field_validator("name", mode="before")
     @classmethod
@@ -147,7 +147,7 @@ class Drawing(Section):
     @model_validator(mode="after")
     def _margin_is_used(self) -> Drawing:
         if self.pairs == "margin" and not self.margin:
-            raise ValueError("pairs margin needs a margin above 0; pairs all takes every difference")
+            raise ValueError("pairs margin needs a margin above 0; pairs all accepts any difference")
         if self.pairs in ("all", "ranked") and self.margin:
             raise ValueError(f"margin {self.margin:g} has no effect with pairs {self.pairs}; use pairs margin")
         return self
@@ -169,7 +169,7 @@ class RoundsConfig(Section):
     reference: Literal["first", "previous"] = "first"
     """What each round's rewards are measured against: where round 1 started, or where the round itself starts."""
     every: int | None = Field(default=None, ge=1)
-    """Online: rounds of this many optimizer steps on fresh pairs; optimizer and schedule continue from round to round."""
+    """Online: rounds of this many optimizer steps on fresh pairs; optimizer and schedule continue across rounds."""
     prompts: int | None = Field(default=None, ge=1)
     """Prompts a round answers, the next ones each time; unset: all (with `every`: as many as its steps take)."""
     second: str = ""
@@ -276,7 +276,7 @@ class DataConfig(Section):
     @classmethod
     def _distinct(cls, value: dict[str, str]) -> dict[str, str]:
         if len(set(value.values())) != len(value):
-            raise ValueError("two names read the same column")
+            raise ValueError("two names map to the same column")
         return value
 
 
@@ -337,8 +337,8 @@ class TrainConfig(Section):
     """How long, in what portions, and what is kept."""
 
     epochs: PositiveFloat | Literal["auto"] = "auto"
-    """Passes over the pairs. auto: as many as train.steps takes, otherwise one, and up to three if that takes fewer than
-    about fifty steps."""
+    """Passes over the pairs. auto: as many as train.steps takes, otherwise one, or up to three if one takes fewer
+    than about fifty steps."""
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; where train.epochs is given too, the fewer of both."""
     minutes: float | None = Field(default=None, gt=0)
@@ -435,7 +435,7 @@ def _spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
         given = found.get(section)
         if isinstance(given, Mapping) and key in given:
             if name in given:
-                raise UserError(f"`{former}` is the former name of `{section}.{name}`; give one of them")
+                raise UserError(f"`{former}` is the old name of `{section}.{name}`; give one of them")
             found[section] = {name if k == key else k: v for k, v in given.items()}
     return found
 
@@ -448,7 +448,7 @@ def load_config(recipe: str | Path | None = None, overrides: Mapping[str, Any] |
     base = {} if recipe is None else read_recipe(Path(recipe))
     values = merged(_spelled_out(base), _spelled_out(overrides or {}))
     if (key := key_with_nul(values)) is not None:
-        raise UserError(f"{recipe or 'configuration'}: `{key}` holds a NUL character, which no name may; take it out")
+        raise UserError(f"{recipe or 'configuration'}: `{key}` contains a NUL character; remove it")
     try:
         return Config.model_validate(values)
     except ValidationError as error:

@@ -112,7 +112,7 @@ def read_label_odds(reply: Reply) -> Verdict:
         return _bare_label(reply.text) or invalid(_why_no_label(reply, "the answer is not a label"))
     most, least = max(p for _, p in reply.logps), min(p for _, p in reply.logps) - BELOW
     if np.logaddexp.reduce([p for one in found for p in one]) < min(most, 0.0) + math.log(LEAST_SHARE):
-        return invalid("the labels are improbable answers")
+        return invalid("the labels are improbable")
     a, b = (float(np.logaddexp.reduce(one)) if one else least for one in found)
     return Verdict(a - b)
 

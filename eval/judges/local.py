@@ -61,7 +61,7 @@ def local_judge(model: str) -> Judge:
     judge = LocalJudge(f"local:{model}", identity | {"wording": WORDING, "labels": labels}, policy, labels)  # type: ignore[arg-type]
     (verdict,) = judge.ask([TEST_QUESTION])
     if verdict.logit is None:
-        raise UserError(f"--judge local:{model}: it answers no test question, {verdict.reason}; take another model")
+        raise UserError(f"--judge local:{model}: it failed the test question ({verdict.reason}); use another model")
     return judge
 
 

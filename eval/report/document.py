@@ -111,7 +111,7 @@ def _answer_tables(results: Result) -> list[Any]:
     for w in judged:
         blocks += _slice_tables("win rate by {}, " + w["judge"], w["slices"], results)
     if not judged:
-        blocks.insert(0, "No judge was named, so whether the answers are better was not measured: add --judge.")
+        blocks.insert(0, "No judge was named, so it was not measured whether the answers are better: add --judge.")
     return blocks
 
 
@@ -201,7 +201,7 @@ def _slice_table(title: str, found: Result, items: str) -> Table:
         else f"Worst: {worst['name']}, {decimal(worst['share'])}. "
     )
     note = (
-        f"{said}Intervals hold for all slices at once; q is corrected for looking at all. "
+        f"{said}Intervals are simultaneous for all slices; q is corrected for multiple comparisons. "
         f"{found['hidden']} slices with {found['hidden_rows']} {items} are too small to show."
     )
     return Table((title, "share", items, "q against the rest"), rows, note)
@@ -268,7 +268,9 @@ def _settings_table(results: Result) -> list[Any]:
         ("versions", ", ".join(f"{k} {v}" for k, v in results["versions"].items())),
         ("took", f"{results['when']['seconds']:.0f} s"),
     ]
-    files = "Every number can be recomputed from eval_pairs.jsonl and eval_samples.jsonl in the folder of the results file."
+    files = (
+        "Every number can be recomputed from eval_pairs.jsonl and eval_samples.jsonl in the folder of the results file."
+    )
     return [Table(("setting", "value"), rows), *results["data"]["left_out"], files]
 
 

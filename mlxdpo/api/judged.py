@@ -112,7 +112,7 @@ class ComparingFunction:
             raise
         except Exception as error:  # it is the user's code: whatever it raises is one comparison without a verdict
             return invalid(f"the judge raised {type(error).__name__}")
-        return certain(value) if value == value else invalid("the judge gave no number")
+        return certain(value) if value == value else invalid("the judge returned no number")
 
 
 def generate(

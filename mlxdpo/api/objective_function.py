@@ -40,7 +40,7 @@ def objective(function: Callable[..., mx.array] | None = None, *, reference: boo
     bare = _with_settings_alone(function, name)
     _check_function(bare, name)
     family = "difference" if reference else "reference-free"
-    refuses = dict.fromkeys(MODIFIERS, "what it does to an own objective is not known")
+    refuses = dict.fromkeys(MODIFIERS, "its effect on a custom objective is unknown")
     LOSSES[name] = Objective(bare, OWN_TITLE, "", family, None, "", refuses=refuses)
     return function
 
@@ -79,6 +79,6 @@ def _check_function(function: Callable[..., mx.array], name: str) -> None:
     found = function(pairs, **knobs)
     if not isinstance(found, mx.array) or found.shape != (3,):
         shape = tuple(found.shape) if isinstance(found, mx.array) else type(found).__name__
-        raise UserError(f"{name} gives {shape} for 3 pairs; expected one loss per pair, (3,): leave out the mean")
+        raise UserError(f"{name} gives {shape} for 3 pairs; expected one loss per pair, (3,): do not take the mean")
     if not mx.isfinite(found).all().item() or not mx.isfinite(mx.grad(summed)(pairs.chosen)).all().item():
         raise UserError(f"{name} gives a loss or gradient that is not finite on ordinary log-probs; check its domain")

@@ -104,7 +104,7 @@ def finished_run(events: Any) -> TunedRun:
         last = event
         run = event.values["run"] if event.kind in ("start", "done") else run
     if not isinstance(last, Event) or last.kind != "done" or run is None:
-        raise UserError("the training stopped before its end; see the events of mlxdpo.train for where")
+        raise UserError("training stopped early; see the events of mlxdpo.train")
     return TunedRun(run.path)
 
 

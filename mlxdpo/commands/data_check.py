@@ -97,7 +97,7 @@ def _as_seen(rows: Sequence[Preference | UnpairedExample], data: DataConfig, mod
     unlimited, _ = encode_all(rows, tokenizer, data.model_copy(update={"max_length": NO_LIMIT}))
     limited, report = encode_all(rows, tokenizer, data)
     if not limited:
-        raise UserError(f"{data.path}: no row is left after encoding ({'; '.join(report.lines())})")
+        raise UserError(f"{data.path}: no rows left after encoding ({'; '.join(report.lines())})")
     names = ("chosen", "rejected") if isinstance(rows[0], Preference) else ("completion",)
     counts = [lengths[: 1 + len(names)] for lengths in token_counts(unlimited)]
     return Seen(counts, shown_example(limited[0], tokenizer), report, names)

@@ -91,9 +91,9 @@ def run(
     path = source.path
     say: Callable[[str], None] = warn if json else (lambda text: console.print(text, style="dim", markup=False))
     if limit and not tasks and not retained:
-        raise UserError(f"--limit {limit} is of --tasks or --retained, and neither is given; add one, or leave it out")
+        raise UserError(f"--limit {limit} applies to --tasks or --retained; add one of them, or drop it")
     if tasks and retained:
-        raise UserError("--tasks runs lm-evaluation-harness instead of an evaluation; run --retained without it")
+        raise UserError("--tasks runs lm-evaluation-harness instead of the evaluation; run --retained separately")
     if tasks:
         return _capability(source, tasks.split(","), (limit, include), say, json)
     file = votes or next((f for f in (path / "votes.jsonl",) if f.exists()), None)
@@ -107,7 +107,7 @@ def _exit_status(found: Any) -> int:
     from mlxdpo.commands.terminal import warn
 
     for sentence in found.failures:
-        warn(f"error: {sentence} Ask another judge, or allow it with --max-invalid")
+        warn(f"error: {sentence} Use another judge, or raise --max-invalid")
     return 1 if found.failures else 0
 
 

@@ -118,7 +118,7 @@ def run(
         path: Run directory.
         to: Targets, separated by commas.
         out: Folder to make; an earlier export there is replaced.
-        strength: Export the run at this strength (mlxdpo dial); the gate compares the files with the run at that strength.
+        strength: Export the run at this strength (mlxdpo dial); the gate compares with the run at that strength.
         data: Held-out pairs to measure on; those of the run's recipe when not given.
         pairs: How many of them; 0 takes all.
         force: Keep targets that failed, too. They are never pushed.
@@ -131,7 +131,7 @@ def run(
 
     check_switches(making, publishing, to)
     if strength == 0:
-        raise UserError("--strength 0 is the model before tuning; there is nothing of the run to export")
+        raise UserError("--strength 0 is the model before tuning; there is nothing to export")
     source = run_at(Run.open(path), strength)
     # mlx-lm prints a line when it packs weights, where a machine reads JSON.
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
@@ -190,7 +190,7 @@ def show_export(exported: Exported, json: bool, base: str) -> None:
         show_files(exported, console, base)
     for name, target in exported.targets.items():
         if target.fidelity.reason:
-            kept = "kept by --force" if target.kept else "its files are not kept"
+            kept = "kept by --force" if target.kept else "its files were deleted"
             warn(f"{name}: {target.fidelity.reason}; {kept}")
 
 

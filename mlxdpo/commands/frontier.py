@@ -53,4 +53,4 @@ def run(
         bounds = "" if p.reward_interval is None else f" [{p.reward_interval.low:.3f}, {p.reward_interval.high:.3f}]"
         mark = "*" if p in best else " "
         console.print(f"{mark} KL {p.kl:8.3f} nats  win rate {p.reward:.3f}{bounds}  {p.name}", markup=False)
-    console.print("* no other point has as little KL and as high a win rate")
+    console.print("* no other point has both less KL and a higher win rate")

@@ -49,7 +49,7 @@ def run(
 
     asked = [*prompts, *(prompt or [])]
     if not asked:
-        raise UserError(f'nothing to answer; add a prompt: mlxdpo generate {path} "Name a fruit."')
+        raise UserError(f'no prompt given: mlxdpo generate {path} "Name a fruit."')
     if before and strength != 1:
         raise UserError(f"--before is strength 0; drop it or --strength {strength:g}")
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}

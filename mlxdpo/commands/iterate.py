@@ -33,7 +33,7 @@ def run(
     command resumes where it stopped.
 
     Args:
-        recipe: YAML file with any of the settings below; the command line wins over it.
+        recipe: YAML file with any of the settings below; the command line takes precedence.
         config: Settings of the rounds. Short: --rounds N, --reference first|previous, --every K.
         resume: Folder of rounds to resume; with --rounds N, up to more of them.
         json: Print the rounds as JSON.
@@ -76,7 +76,7 @@ def _rounds_config(recipe: Path | None, config: Config, resume: Path | None) -> 
         raise UserError(f"--resume {resume} uses the settings of its rounds; drop {what} (only --rounds may change)")
     file = resume / "rounds.yaml"
     if not file.exists():
-        raise UserError(f"{resume}: no rounds.yaml there; expected a folder of rounds that mlxdpo iterate made")
+        raise UserError(f"{resume}: no rounds.yaml in it; expected a folder written by mlxdpo iterate")
     return load_config(file, given | {"out": str(resume)})
 
 
@@ -95,7 +95,7 @@ def _stages(config: Config, quiet: bool) -> Any:
     names = [name for name in (how.judge, rounds.second) if name and not name.startswith("votes:")]
     judges = [open_judge(name, named_rewards(config.data)) for name in names]
     if not judges:
-        raise UserError("votes rank the pairs, but who measures the rounds? name a judge with --rounds.second")
+        raise UserError("votes rank the pairs, but nothing measures the rounds; name a judge with --rounds.second")
     sampling = Sampling(rounds.heldout, rounds.heldout_samples, how.max_tokens, seed=how.seed)
 
     def gather(source: Any, prompts: Any, drawing: Any, out: Path, stop: Callable[[], bool]) -> Iterator[Event]:
@@ -169,7 +169,7 @@ def _show_verdict(folder: Any, done: Any, json: bool) -> None:
         print(jsonlib.dumps(found, ensure_ascii=False))
         return
     if done["reason"]:
-        console.print(f"stopped by itself: {done['reason']}", style="bold", markup=False)
+        console.print(f"stopped: {done['reason']}", style="bold", markup=False)
     console.print(rounds_verdict(found)[1], style="bold", markup=False)
     if found["kept"]:
         console.print(f"keep: {folder / found['rounds'][found['kept']]['run']}", markup=False)

@@ -53,7 +53,7 @@ def run(
 
     names = {"chosen": chosen, "rejected": rejected}
     if chosen == rejected and not is_answer_file(chosen):
-        raise UserError(f"--chosen and --rejected are both {chosen}; two samples of one model have no better one")
+        raise UserError(f"--chosen and --rejected are both {chosen}; use two different sources")
     return write_pairs(
         lambda should_stop: _contrasting(names, prompts, asking, out, should_stop),
         "answered",
@@ -98,13 +98,11 @@ def server_address(name: str, side: str) -> tuple[str, str]:
     if not sound:
         raise UserError(f"--{side} {name}: no address; expected a server as http://localhost:1234/v1#MODEL")
     if parts.username or parts.password or parts.query:
-        raise UserError(f"--{side}: no key in the URL, it would be saved; put it into ${KEYS[side]}")
+        raise UserError(f"--{side}: do not put the key in the URL, because the URL is saved; set ${KEYS[side]}")
     if os.environ.get(KEYS[side]) and parts.scheme == "http" and not is_loopback(parts.hostname):
-        raise UserError(f"--{side} {name}: ${KEYS[side]} would go to {parts.hostname} in the clear; use https")
+        raise UserError(f"--{side} {name}: ${KEYS[side]} would be sent to {parts.hostname} unencrypted; use https")
     if not model:
-        raise UserError(
-            f"--{side} {name}: name the model after #, such as {url.rstrip('/')}#{_first_model(url, side)}"
-        )
+        raise UserError(f"--{side} {name}: name the model after #, such as {url.rstrip('/')}#{_first_model(url, side)}")
     return url.rstrip("/"), model
 
 

@@ -67,7 +67,7 @@ def diff(first: Path, second: Path, /, *, json: bool = False) -> None:
         print(jsonlib.dumps(found, ensure_ascii=False))
         return
     if not found:
-        console.print("no setting differs, nor model, data or versions")
+        console.print("no difference in settings, model, data or versions")
         return
     table = Table("", str(first), str(second))
     for name, (a, b) in found.items():

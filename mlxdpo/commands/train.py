@@ -28,7 +28,7 @@ def run(
     """Tune a model on preference pairs.
 
     Args:
-        recipe: YAML file with any of the settings below; the command line wins over it.
+        recipe: YAML file with any of the settings below; the command line takes precedence.
         config: Settings of the run.
         resume: Run directory to resume from its last checkpoint; the result is bit-identical. With --train.epochs,
             --train.steps or --train.patience it trains longer, a finished one too.
@@ -133,7 +133,7 @@ def go_on_once(path: Path, error: RuntimeError) -> None:
     from mlxdpo.machine.errors import error_message
 
     if os.environ.get(WENT_ON):
-        error.add_note("this was the second time, and the run has gone on by itself once")
+        error.add_note("the run was already resumed automatically once")
         return
     warn(f"{error_message(error)}; resuming from the last checkpoint in a new process, once")
     sys.stdout.flush()

@@ -117,4 +117,4 @@ def next_step(run: Run, changed: int, judges: list[str]) -> str:
         return f"mlxdpo train --resume {run.path} --train.epochs 6 (no answer changed)"
     if not judges:
         return f"mlxdpo app {run.path} (blind votes: length does not measure quality), or eval with --judge local:MODEL"
-    return f"mlxdpo app {run.path} (see it), mlxdpo export {run.path} --to mlx,hf --out exported (take it along)"
+    return f"mlxdpo app {run.path} (try it), mlxdpo export {run.path} --to mlx,hf --out exported"

@@ -47,7 +47,7 @@ def in_context(items: Sequence[Item], values: Mapping[str, Any], own: Collection
         if name in beside:
             raise BadRow(
                 reasons.NOT_TEXT,
-                f'"{name}" holds {describe_type(beside[name])}; only text is trained on, so leave such rows out, or '
+                f'"{name}" holds {describe_type(beside[name])}; only text is supported, so skip such rows, or '
                 "take the column out if the texts make sense alone",
             )
     _check_template_settings(beside.get(TEMPLATE_SETTINGS), data)

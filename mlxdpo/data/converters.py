@@ -99,7 +99,7 @@ def contest(asked: Asked, first: str, second: str, lead: Callable[[Values], floa
 def _winner_first(values: Values, first: str, second: str, lead: Callable[[Values], float]) -> tuple[str, str]:
     ahead = lead(values)
     if ahead == 0:
-        raise BadRow(reasons.TIED, f'neither of "{first}" and "{second}" is called better')
+        raise BadRow(reasons.TIED, f'neither "{first}" nor "{second}" is marked better')
     return (second, first) if ahead > 0 else (first, second)
 
 

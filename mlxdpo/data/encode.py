@@ -247,7 +247,7 @@ def _mask_of_rest(mask: np.ndarray | None, length: int) -> np.ndarray | None:
     if mask is None or mask.all():
         return None
     if not mask[:length].any():
-        raise BadRow("no scored token", "what is left of a completion at data.max_length has no scored token")
+        raise BadRow("no scored token", "a completion truncated at data.max_length has no scored token")
     return mask[:length]
 
 
@@ -292,7 +292,7 @@ def _ended(completion: np.ndarray, writer: Writer) -> np.ndarray:
     if has_end:
         return completion
     if writer.eos is None:
-        raise UserError("neither the tokenizer nor the model names an end-of-sequence token; set eos_token_id")
+        raise UserError("neither the tokenizer nor the model defines an end-of-sequence token; set eos_token_id")
     return np.append(completion, np.int32(writer.eos))
 
 

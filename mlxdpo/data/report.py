@@ -36,9 +36,7 @@ class Report:
     def refuse(self, where: str, bad: BadRow, policy: Literal["stop", "skip"]) -> None:
         """Count a refused row, or raise `UserError` when the policy is to stop."""
         if policy == "stop":
-            raise UserError(
-                f"{where}: {bad.sentence}; fix the row, or set data.on_bad_row to skip"
-            )
+            raise UserError(f"{where}: {bad.sentence}; fix the row, or set data.on_bad_row to skip")
         self.refused[bad.reason] = self.refused.get(bad.reason, 0) + 1
         self.first.setdefault(bad.reason, f"{where}: {bad.sentence}")
 

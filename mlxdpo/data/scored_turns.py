@@ -173,7 +173,7 @@ def _with_end(full: np.ndarray, writer: Writer) -> np.ndarray:
     if int(full[-1]) in writer.ends or not writer.scores_end:
         return full
     if writer.eos is None:
-        raise UserError("neither the tokenizer nor the model names an end-of-sequence token; set eos_token_id")
+        raise UserError("neither the tokenizer nor the model defines an end-of-sequence token; set eos_token_id")
     return np.append(full, np.int32(writer.eos))
 
 

@@ -130,7 +130,7 @@ def balance(desirable: np.ndarray, up: float, down: float) -> str:
     ups, downs = int((desirable > 0.5).sum()), int((desirable <= 0.5).sum())
     counted = f"{ups} thumbs up and {downs} down"
     if not (ups and downs and up and down):
-        return f"{counted}: with one kind alone, or one that weighs nothing, there is nothing to tell apart"
+        return f"{counted}: KTO needs both kinds with weights above 0"
     ratio = up * ups / (down * downs)
     said = f"{counted}; with loss.desirable_weight {up:g} and undesirable_weight {down:g} they weigh {ratio:.2f} to 1"
     if 1 <= ratio <= 1.5:

@@ -165,7 +165,5 @@ def folded(turns: Sequence[Message]) -> tuple[Message, ...]:
         else:
             found.append(turn)
     if waiting:
-        raise BadRow(
-            "system turn without a user turn after it", "no user turn follows the system turn to fold it into"
-        )
+        raise BadRow("system turn without a user turn after it", "no user turn follows the system turn to fold it into")
     return tuple(found)

@@ -104,7 +104,7 @@ def own_part(file: Path) -> str:
         return OFFER
     if (found := between_marks(file.read_text("utf-8"))) is None:
         raise UserError(
-            f"{file} was not written by mlxdpo, or its marks are missing: `{BEGIN}` and `{END}`; put them back or move it"
+            f"{file} was not written by mlxdpo, or lacks its marks `{BEGIN}` and `{END}`; restore them or move it"
         )
     return found
 

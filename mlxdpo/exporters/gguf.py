@@ -206,7 +206,7 @@ def refuse_lora(source: ExportSource) -> None:
     describe_model(read_json(source.base / "config.json"), source.base_name)
     for name, module in source.adapted.items():
         if "embedding" in module:
-            raise UserError(f"gguf-lora: `{name}` is adapted, and llama.cpp would leave the head as it was; --to gguf")
+            raise UserError(f"gguf-lora: `{name}` is adapted, and llama.cpp would not change the head; use --to gguf")
 
 
 def write_lora(source: ExportSource, folder: Path) -> str | None:

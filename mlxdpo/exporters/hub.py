@@ -209,5 +209,5 @@ def _tag(session: _Session, tag: str, commit: str) -> None:
         if ref.name == tag:
             if ref.target_commit == commit:
                 return
-            raise UserError(f"{session.repo} has a tag {tag} already, on another commit; take another --tag")
+            raise UserError(f"{session.repo} already has a tag {tag} on another commit; choose another --tag")
     session.ask("tagging the commit", lambda: session.api.create_tag(session.repo, tag=tag, revision=commit))

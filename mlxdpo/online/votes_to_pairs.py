@@ -24,7 +24,7 @@ from mlxdpo.types import Message, Text, UserError
 
 FILE = "votes.jsonl"
 FOLDER = "next-round"
-HELDOUT = "on held-out prompts, which must stay unseen: they measure, they do not teach"
+HELDOUT = "on held-out prompts, which are never trained on"
 
 
 ProblemWith = Callable[[Mapping[str, Any]], str | None]

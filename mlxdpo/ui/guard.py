@@ -156,7 +156,9 @@ class Shutter:
         """Answer 403 to other pages; allow none to read what is answered."""
         headers = _headers_of(scope)
         if scope["type"] in ("http", "websocket") and foreign(headers):
-            return await _answer(send, 403, "refused: another page asks; open the app and use its buttons")
+            return await _answer(
+                send, 403, "refused: the request comes from another page; open the app and use its buttons"
+            )
 
         async def sent(message: MutableMapping[str, Any]) -> None:
             """`send`, without what allows other pages to read."""

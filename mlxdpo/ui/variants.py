@@ -119,14 +119,14 @@ class LoadedVariants:
     def at_strength(self, loaded: RunVariants, strength: float) -> Variant:
         """The tuned model at a strength: 1 is as trained, 0 the model before tuning.
 
-        Raises `UserError` for what has no strength here: DoRA, every-weight runs, and runs that began from an adapter.
+        Raises `UserError` for what has no strength here: DoRA, every-weight runs, and runs started from an adapter.
         """
         if strength == 1:
             return loaded.after
         check_strength(strength)
         refuse_dora(method := read_settings(loaded.run.adapter).method, loaded.run.adapter)
         if method == "full" or loaded.config.model.adapter is not None:
-            kind = "trained every weight" if method == "full" else "began from an adapter"
+            kind = "trained every weight" if method == "full" else "started from an adapter"
             raise UserError(
                 f"{loaded.run.path.name} {kind}, so another strength needs separate weights; use a terminal: "
                 f"mlxdpo generate {loaded.run.path} --strength {strength:g} --prompt '...'"
@@ -146,8 +146,8 @@ class LoadedVariants:
         for name in ("digest", "dtype", "quantization"):
             if then[name] != loaded.policy.identity[name]:
                 raise UserError(
-                    f"{other.path.name} was trained on another base model than {loaded.run.path.name} ({name} "
-                    f"differs); open it by itself instead"
+                    f"{other.path.name} was trained on a different base model from {loaded.run.path.name} ({name} "
+                    f"differs); open it separately instead"
                 )
         return self._adapted(other.path.name, loaded.policy, other, other.adapter)
 

@@ -74,13 +74,13 @@ def refusal(tokenizer, row, **data):
 def test_a_call_is_no_empty_answer_where_the_template_prints_no_calls():
     sentence, reason = refusal(tiny.chatml_tokenizer(), row(said("", tool_calls=[CALL])))
     assert "p.jsonl:1: the chat template does not print the call of clock; use a model whose" in sentence
-    assert reason == "tool call that the chat template leaves out"
+    assert reason == "tool call that the chat template omits"
 
 
 def test_tools_that_the_template_does_not_print():
     sentence, reason = refusal(tiny.chatml_tokenizer(), row(said("So."), tools=(TOOL,)))
     assert "does not print the name clock of the 1 tools" in sentence and "take `tools` out of the rows" in sentence
-    assert reason == "tools that the chat template leaves out"
+    assert reason == "tools that the chat template omits"
     with pytest.raises(UserError, match=r"^prompt: the chat template does not print the name clock"):
         encode_prompt(USER, tiny.chatml_tokenizer(), DataConfig(), (TOOL,))
     sentence, _ = refusal(tiny.base_tokenizer(), Preference("Why?", " So.", " No.", "p.jsonl:1", (TOOL,)))

@@ -77,7 +77,7 @@ def test_sentences_of_pairs():
         "Tokens (median / 95 % / longest): prompt 4 / 4 / 4, chosen 1 / 6 / 6, rejected 3 / 3 / 3.",
         "1 of 4 pairs are longer than 7 tokens.",
         "The chosen completion is the longer one in 25% of the pairs (tokens); always choosing the shorter one is "
-        "right in 75%, so an accuracy near that may be length alone.",
+        "right in 75%, so an accuracy near that may reflect length alone.",
         "Also among the 1 held-out pairs: 1 of the prompts; held-out numbers will be too good, so take these prompts "
         "out of one side, or let data.eval_fraction split by prompt.",
     ]
@@ -126,7 +126,7 @@ def test_the_length_rule_that_is_right_more_often_is_named():
 @pytest.mark.parametrize(
     ("held", "detectable", "said"),
     [
-        (1, None, "1 prompt is held out: too few to show any effect; give more data, or a data.eval of other prompts."),
+        (1, None, "1 prompt is held out: too few to show any effect; add data, or set data.eval to other prompts."),
         (30, 0.75, "30 prompts are held out: a win-rate has to be 75% to be told from 50% (power 0.8, level 0.05); a "
          "smaller effect needs more prompts or a larger data.eval_fraction."),
         (783, 0.55, "783 prompts are held out: a win-rate has to be 55% to be told from 50% (power 0.8, level 0.05)."),

@@ -85,7 +85,7 @@ def test_equal_answers_dilute_neither_what_was_won_nor_what_failed():
     assert won.rate == 1.0 and won.prompts == 9 and won.overall == pytest.approx((9 + 95 / 2) / 104)
     said = answers_headline(won, 0.1)
     assert said.verdict == "better" and "100.0 % of the 9 pairs it judged" in said.sentence
-    assert "95 of 104 pairs of answers are equal word for word" in said.sentence
+    assert "95 of 104 pairs of answers are identical" in said.sentence
 
 
 def test_a_judge_that_never_answers_gives_no_verdict():

@@ -239,7 +239,7 @@ def test_what_is_packed_is_not_unpacked():
     with serving(lambda body: (200, b"x", {"Content-Encoding": "gzip"}) if odd else ollama(body)) as server:
         judge = opened(server)
         odd.append(True)
-        assert judge.ask(ONE) == [invalid("the reply is compressed, which was not asked for")]
+        assert judge.ask(ONE) == [invalid("the reply is compressed, which was not requested")]
     assert server.seen[-1][1]["Accept-Encoding"] == "identity"
 
 
@@ -359,9 +359,7 @@ def test_text_around_a_label_is_invalid(text):
 
 def test_a_label_that_is_not_listed_lies_below_the_least_that_is():
     assert read_label_odds(read_reply(chat("A", {"A": -0.1, "x": -5.0}))).logit == pytest.approx(-0.1 + 7.0)
-    assert read_label_odds(read_reply(chat("x", {"x": -0.1, "A": -5.0}))) == invalid(
-        "the labels are improbable answers"
-    )
+    assert read_label_odds(read_reply(chat("x", {"x": -0.1, "A": -5.0}))) == invalid("the labels are improbable")
 
 
 @pytest.mark.parametrize(

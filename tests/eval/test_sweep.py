@@ -74,7 +74,7 @@ def test_a_loser_is_stopped_and_gets_no_further_seed(tmp_path):
     found = write_sweep(asked.folder)
     assert found.best == "lr1e-3" and "not told apart from it: lr9.99e-4." in sweep_sentence(found)
     page = (asked.folder / "report.html").read_text()
-    assert "stopped at step 2 of 8" in page and "cannot be told apart" in page and "99&nbsp;% interval" in page
+    assert "stopped at step 2 of 8" in page and "are indistinguishable" in page and "99&nbsp;% interval" in page
 
 
 def test_a_finished_loser_gets_no_further_seed(tmp_path):

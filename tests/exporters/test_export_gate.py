@@ -136,7 +136,7 @@ def test_the_command_prints_figures_and_its_status_is_the_verdict(tmp_path, cach
     assert "1.0000" in said and "10 pairs" in said and "passed" in said
     assert command(["export", "run", "--to", "quantized", "--bits", "4", "--out", "small"]) == 1
     said = capsys.readouterr()
-    assert "FAILED" in said.out and "its files are not kept" in said.err
+    assert "FAILED" in said.out and "its files were deleted" in said.err
     assert json.loads((tmp_path / "small/export.json").read_text())["targets"]["quantized"]["kept"] is False
     assert command(["export", "run", "--to", "quantized", "--bits", "4", "--out", "small", "--force", "--json"]) == 0
     said = capsys.readouterr()
@@ -155,8 +155,8 @@ MISTAKES = {
     "export run --to mlx --out o --data none.jsonl": "none.jsonl: no such file",
     "export run --to mlx --out o --bits 7": "bits",
     "import --peft nope --model llama --out o": "nope: no PEFT adapter there",
-    "import --peft run/adapter --model llama --out o": "no PEFT adapter there; expected",
-    "import --peft p --model llama --out run": "run is already there; choose another --out",
+    "import --peft run/adapter --model llama --out o": "no PEFT adapter in it; expected",
+    "import --peft p --model llama --out run": "run already exists; choose another --out",
 }
 
 

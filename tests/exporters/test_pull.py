@@ -80,7 +80,7 @@ def test_pull_by_command(hub, trained, tmp_path, monkeypatch, capsys):
     assert cli(["pull", NAME, "--base", base_of(trained)]) == 0
     assert "runs/tiny-dpo (run)" in capsys.readouterr().out
     assert cli(["pull", NAME, "--base", base_of(trained)]) == 2
-    assert "exists; give another --out" in capsys.readouterr().err
+    assert "exists; choose another --out" in capsys.readouterr().err
 
 
 def test_a_revision(hub, trained, tmp_path):

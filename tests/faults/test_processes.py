@@ -130,7 +130,7 @@ def test_refusals_exit_2_with_one_sentence(place):
     done = resume(place)
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: {place.own}/run: no config.yaml there; expected a run directory such as runs/NAME\n"
+        f"error: {place.own}/run: no config.yaml in it; expected a run directory such as runs/NAME\n"
     )
     straight = place.base / "straight"
     (place.own / "recipe.yaml").write_text(dump_config(recipe(place.base, "straight", **SECTIONS)))

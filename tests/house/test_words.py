@@ -17,7 +17,11 @@ import mlxdpo
 
 ROOT = Path(__file__).parents[2]
 CONTRIBUTORS = {"architecture.md", "decisions.md", "testing.md"}  # of docs/: not read to use mlxdpo
-MEASURED = ("eval/retained/", "eval/judges/protocol.py", "eval/judges/rubric.py")  # items and prompts: figures hang on them
+MEASURED = (
+    "eval/retained/",
+    "eval/judges/protocol.py",
+    "eval/judges/rubric.py",
+)  # items and prompts: figures depend on them
 HELP = ("mlxdpo/commands/", "mlxdpo/cli.py", "mlxdpo/api/", "mlxdpo/config.py")  # their docstrings are printed
 
 BANNED = {
@@ -37,8 +41,7 @@ BANNED = {
     r"\banew\b": "again",
     r"\b(?<!-)lies?\b": "is",
     r"\b[Pp]erhaps\b": "optionally; maybe",
-    r"\b(?:Scored|Shown|Held out|[Hh]eld out are|Reported|Refused|Left out|Missing|Kept|Asked|Counted|Tested|Read) (?:is|are)\b":
-        "subject first",
+    r"\b(?:Scored|Shown|Held out|[Hh]eld out are|Reported|Refused|Left out|Kept|Counted|Tested|Read) (?:is|are)\b": "subject first",
     r"\bdamaged\b": "corrupted",
     r"\bsomebody\b": "someone",
     r"\bbut for\b": "except",
@@ -84,13 +87,22 @@ def doc_ids(tree: ast.AST) -> set[int]:
 
 
 def literals(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
-    """(line, text, whether it is a docstring) of every string with a space in it; an f-string with {} for its values."""
+    """(line, text, whether a docstring) of every string with a space in it; an f-string with {} for its values."""
     docs, inner = doc_ids(tree), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             inner.update(id(part) for part in node.values)
-            yield node.lineno, "".join(str(getattr(p, "value", "{}")) if isinstance(p, ast.Constant) else "{}" for p in node.values), False
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner and " " in node.value:
+            yield (
+                node.lineno,
+                "".join(str(getattr(p, "value", "{}")) if isinstance(p, ast.Constant) else "{}" for p in node.values),
+                False,
+            )
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in inner
+            and " " in node.value
+        ):
             yield node.lineno, node.value, id(node) in docs
 
 
@@ -123,7 +135,9 @@ def test_no_banned_turn(turn):
 
 
 def test_the_banned_turns_are_found_where_they_are():
-    sample = "X is no Y, a file of its own; it goes on beside others, held against them, perhaps damaged, else it stands."
+    sample = (
+        "X is no Y, a file of its own; it goes on beside others, held against them, perhaps damaged, else it stands."
+    )
     assert sum(bool(re.search(turn, sample)) for turn in BANNED) == 8
 
 
@@ -136,5 +150,7 @@ def words(text: str) -> int:
 def test_the_pages_stay_short():
     """The README with everything in it; the pages for users together, by running text. Say things once; link."""
     assert len(pages()["/README.md"].split()) <= 900
-    used = {name: words(text) for name, text in pages().items() if name not in CONTRIBUTORS | {"/README.md", "CHANGELOG.md"}}
+    used = {
+        name: words(text) for name, text in pages().items() if name not in CONTRIBUTORS | {"/README.md", "CHANGELOG.md"}
+    }
     assert sum(used.values()) <= 9000, used

@@ -147,7 +147,7 @@ def test_of_two_that_publish_at_once_one_is_refused(tmp_path):
     threads = [threading.Thread(target=publish, args=(number,)) for number in range(2)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert len(said) == 1 and "is already there, another process was faster; choose another --out" in said[0]
+    assert len(said) == 1 and "was just created by another process; choose another --out" in said[0]
     assert (target / "whose").read_text() in "01" and len(list(tmp_path.iterdir())) == 1
 
 

@@ -218,7 +218,7 @@ def test_a_file_of_answers_and_a_model_of_this_machine(place, cache):
         ("http://localhost:9/v1", "name the model after #, such as http://localhost:9/v1#MODEL"),
         ("http://a:b@localhost/v1#m", "--chosen: no key in the URL, it would be saved; put it into $MLXDPO_CHOSEN_KEY"),
         ("http://[::1#m", "--chosen http://[::1#m: no address; expected a server as http://localhost:1234/v1#MODEL"),
-        ("smollm2", "--chosen and --rejected are both smollm2; two samples of one model have no better one"),
+        ("smollm2", "--chosen and --rejected are both smollm2; use two different sources"),
     ],
 )
 def test_wrong_sources_are_one_sentence_before_anything_is_asked(place, capsys, chosen, sentence):

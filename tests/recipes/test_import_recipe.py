@@ -175,7 +175,7 @@ def test_what_is_not_taken_over_says_what_it_changes(place, capsys):
     ("text", "sentence"),
     [
         ("pref_loss: kto_pair\nstage: dpo\n", "pref_loss: kto_pair has no counterpart here"),
-        ("rl: grpo\nbase_model: x\n", "rl: grpo has no counterpart here; import-recipe reads rl: dpo"),
+        ("rl: grpo\nbase_model: x\n", "rl: grpo is not supported; import-recipe reads rl: dpo"),
         ("train_mode: grpo\niters: 3\n", "train_mode: grpo has no counterpart"),
         ("model: {path: x}\nloss: {beta: 1}\n", "is a recipe of mlxdpo already"),
         ("colour: red\n", "it is not clear which trainer"),

@@ -220,7 +220,7 @@ def test_a_living_training_shows_what_memory_it_holds_and_keeps(place, monkeypat
     line = {"step": 3, "loss": 0.5, "tokens_per_second": 70.0, "active_memory_gb": 1.25, "cache_memory_gb": 0.5}
     (path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     monkeypatch.setattr(process, "state", lambda path: "training")
-    assert "1.25 GB in use, 0.50 GB kept for reuse" in tab.training_html("going", process.watch(path))
+    assert "1.25 GB in use, 0.50 GB cached" in tab.training_html("going", process.watch(path))
     monkeypatch.setattr(process, "state", lambda path: "interrupted")
     assert "GB" not in tab.training_html("going", process.watch(path))
     monkeypatch.setattr(process, "state", lambda path: "training")

@@ -61,7 +61,7 @@ def collect(
     """
     partial = out.with_name(f"{out.name}.partial")
     if out.exists() and not partial.exists():
-        raise UserError(f"{out} is there already; choose another --out, or remove it")
+        raise UserError(f"{out} already exists; choose another --out, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     identity = _identity(source, prompts, ranker, how)
     size = max(1, CHUNKS_OF * how.batch_size // how.samples)

@@ -130,7 +130,7 @@ def hint_for(status: int) -> str:
     """What to do about a refusal."""
     if status in (401, 403):
         return "put the key into $MLXDPO_CHOSEN_KEY or $MLXDPO_REJECTED_KEY"
-    return "check the model's name and the URL, which mostly ends in /v1"
+    return "check the model's name and the URL, which usually ends in /v1"
 
 
 def read_chat_answer(body: bytes) -> SourceAnswer:

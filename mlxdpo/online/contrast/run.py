@@ -81,7 +81,7 @@ def contrast_sources(
     """
     partial = out.with_name(f"{out.name}.partial")
     if out.exists() and not partial.exists():
-        raise UserError(f"{out} is there already; choose another --out, or remove it")
+        raise UserError(f"{out} already exists; choose another --out, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     identity = json.loads(json.dumps(_settings_of(names, prompts, how)))  # as it will be read back
     lock = out.with_name(f"{out.name}.lock")

@@ -63,7 +63,7 @@ def _folder(runs: Path, name: str | None) -> Path:
     """The chosen folder, when it is one of those that were found. Raises `UserError` otherwise."""
     offered = found(runs, Path.cwd())
     if not name or name not in offered:
-        raise UserError(f"there is no such folder {str(name)[:80]!r} here; choose one of the list")
+        raise UserError(f"there is no such folder {str(name)[:80]!r} here; choose one from the list")
     return offered[name]
 
 

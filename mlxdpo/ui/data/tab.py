@@ -55,7 +55,7 @@ def build(runs: Path, guard: Guard) -> None:
         guard(request)
         with show_errors():
             target = _save_edit(runs, name, row, texts)
-        words = f"<p role='status'>Saved in {escape(str(target))}; the original is as it was.</p>"
+        words = f"<p role='status'>Saved in {escape(str(target))}; the original is unchanged.</p>"
         files = choices.data_files(runs, Path.cwd())
         mine = next((one for one in files if Path(one).resolve() == target.resolve()), None)
         return gr.update(choices=files, value=mine), words
@@ -73,7 +73,7 @@ def build(runs: Path, guard: Guard) -> None:
 def _path(runs: Path, name: str | None) -> Path:
     """The chosen file, when it is one of those that were found. Raises `UserError` otherwise."""
     if not name or name not in choices.data_files(runs, Path.cwd()):
-        raise UserError(f"there is no data file {str(name)[:80]!r} here; choose one of the list")
+        raise UserError(f"there is no data file {str(name)[:80]!r} here; choose one from the list")
     if not Path(name).is_file():
         raise UserError(f"{name} is on the Hub; look at it with: mlxdpo data check {name}")
     return Path(name)

@@ -156,7 +156,7 @@ def as_seen(pair: Preference, count: int, data: DataConfig, tokenizer: Any) -> s
     remarks = "".join(f"<li>{escape(line)}</li>" for line in report.lines())
     said = f"<ul>{remarks}</ul>" if remarks else ""
     if example is None:
-        return f"<p>This pair would be left out.</p>{said}"
+        return f"<p>This pair would be skipped.</p>{said}"
     parts = zip(("chosen", "rejected"), shown_example(example, tokenizer), example.scored, strict=True)
     sides = "".join(_seen_side(name, segments, len(example.prompt), scored) for name, segments, scored in parts)
     more = f"<p>The first of this row's {count} pairs.</p>" if count > 1 else ""
@@ -203,7 +203,7 @@ def _json(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise UserError(f"{name} is not valid JSON any more ({error}); it holds messages or numbers") from None
+        raise UserError(f"{name} is no longer valid JSON ({error}); it holds messages or numbers") from None
 
 
 def target_of(path: Path) -> Path:
@@ -235,7 +235,7 @@ def save_row(path: Path, where: str, before: Mapping[str, Any], new: Mapping[str
                         line, changed = _json_line(new), True
                     out.write(line.rstrip(b"\r\n") + b"\n")
             if not changed:
-                raise UserError(f"{where} is not what was shown any more; show the row again and repeat the change")
+                raise UserError(f"{where} has changed since it was shown; open the row again and repeat the edit")
 
         write_atomic(target, write)
         return target
@@ -245,7 +245,7 @@ def _json_line(row: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
-        raise UserError(f"this row cannot be written as JSON ({error}); edit the file by hand") from None
+        raise UserError(f"this row cannot be written as JSON ({error}); edit the file in a text editor") from None
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:

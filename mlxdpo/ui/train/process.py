@@ -93,9 +93,7 @@ def resume_training(path: Path) -> None:
     if now == "unreadable":
         raise UserError(f"{path.name}: its config.yaml cannot be read; restore it, or remove the folder")
     if now == "failed":
-        raise UserError(
-            f"{path.name} stopped before there was anything to resume; fix what its log says, and start it"
-        )
+        raise UserError(f"{path.name} stopped before there was anything to resume; fix what its log says, and start it")
     if now == "finished":
         raise UserError(f"{path.name} is finished; start a new run, or one from its adapter")
     model = raw_settings(path).get("model")
