@@ -46,7 +46,7 @@ def facts(name: str) -> dict[str, Any]:
 
 def objectives_table() -> str:
     """Every objective in Markdown."""
-    head = ("loss.name", "what", "paper", "knobs and their defaults", "at the start", "reference", "holds chosen up")
+    head = ("loss.name", "what", "paper", "settings and their defaults", "at the start", "reference", "holds chosen up")
     return _markdown(head, [_objective_row(facts(name)) for name in LOSSES])
 
 
