@@ -41,7 +41,7 @@ BANNED = {
     r"\banew\b": "again",
     r"\b(?<!-)lies?\b": "is",
     r"\b[Pp]erhaps\b": "optionally; maybe",
-    r"\b(?:Scored|Shown|[Hh]eld out|Reported|Refused|Left out|Kept|Counted|Tested|Read) are\b(?! never)": "subject first",
+    r"\b(?:Scored|Shown|[Hh]eld out|Reported|Refused|Left out|Kept|Counted|Tested) are\b(?! never)": "subject first",
     r"\b(?:Scored|Shown|Reported|Refused|Left out|Kept|Counted|Tested) is\b": "subject first",
     r"\bdamaged\b": "corrupted",
     r"\bsomebody\b": "someone",
