@@ -48,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> int:
             page.write_page(lines, budget)
             page.write_figure(lines)
     if not done:
-        print(f"stopped; the same command goes on with {asked.out}")
+        print(f"stopped; resume with {asked.out}")
     return 0 if done else 130
 
 

@@ -32,7 +32,7 @@ GUESSES = {
     "pairs.jsonl": ["unknown command pairs.jsonl; to tune on it: mlxdpo tune pairs.jsonl --model smollm2"],
     "runs/mine": ["unknown command runs/mine; it is a run: mlxdpo eval runs/mine, or mlxdpo chat runs/mine"],
     "recipe.yaml": ["to train with it: mlxdpo train recipe.yaml"],
-    "train runs/mine": ["`mlxdpo train --resume runs/mine` goes on with it", "trains anew from its recipe"],
+    "train runs/mine": ["`mlxdpo train --resume runs/mine` resumes it", "trains again from its recipe"],
     "train pairs.jsonl --lr 1e-5": [
         "pairs.jsonl is data: read as --data pairs.jsonl", "unknown option --lr; did you mean --optim.lr?"
     ],

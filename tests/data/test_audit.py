@@ -205,13 +205,16 @@ def test_the_command_writes_findings_and_a_smaller_set_that_trains(words, tmp_pa
         (["pairs.jsonl"], "no model given; pass --model"),
         (
             ["pairs.jsonl", "--model", "m", "--out", "o.jsonl"],
-            "--out FILE and one of --drop, --flip and --select belong",
+            "--out FILE requires --drop, --flip or --select",
         ),
         (
             ["pairs.jsonl", "--model", "m", "--flip"],
-            "--out FILE and one of --drop, --flip and --select belong together",
+            "--out FILE requires --drop, --flip or --select, and vice versa",
         ),
-        (["owner/name", "--model", "m"], "owner/name is no file that findings could stand beside; name one with"),
+        (
+            ["owner/name", "--model", "m"],
+            "owner/name is not a file, so there is no default place for the findings; name one with",
+        ),
         (["pairs.jsonl", "--model", "m", "--drop", "odd", "--out", "o.jsonl"], "--drop odd: no such flag"),
     ],
 )

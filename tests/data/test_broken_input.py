@@ -291,7 +291,7 @@ def test_an_exported_adapter_is_one_to_start_from(trained, tmp_path):
 def test_a_damaged_export_record_is_named(tmp_path, values):
     small_export(tmp_path)
     change(tmp_path / "export.json", **values)
-    with pytest.raises(UserError, match=r"export\.json: is not as mlxdpo wrote it .*; export again"):
+    with pytest.raises(UserError, match=r"export\.json: is not what mlxdpo wrote .*; export again"):
         read_record(tmp_path)
 
 

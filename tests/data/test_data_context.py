@@ -262,7 +262,7 @@ def test_a_sample_that_llama_factory_would_draw_is_refused(described):
 
 
 def test_data_sets_that_llama_factory_has_elsewhere(described):
-    with pytest.raises(UserError, match="no data set is called nope; it has mine, other, liked, sft, far"):
+    with pytest.raises(UserError, match="no data set named nope; it has mine, other, liked, sft, far"):
         read_preferences(DataConfig(path=f"{described}:nope"))
     with pytest.raises(UserError, match="far has no file_name; give its Hub dataset id"):
         read_preferences(DataConfig(path=f"{described}:far"))

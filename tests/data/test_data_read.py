@@ -50,7 +50,7 @@ def test_every_shape_is_read_from_a_file(read, name):
     assert rows[0].where == "pairs.jsonl:1"
 
 
-STOP = "; mend the row, or set data.on_bad_row to skip to leave such rows out"
+STOP = "; fix the row, or set data.on_bad_row to skip"
 
 
 def test_the_first_bad_row_stops_with_its_line(read):

@@ -350,7 +350,7 @@ def test_refused_data_are_refused_again(tmp_path):
         path=str(write(tmp_path / "pairs.jsonl", [("p " * 99, "a", "b")])), max_length=16, on_long_prompt="drop"
     )
     for _ in range(2):
-        with pytest.raises(UserError, match=r"no pair is left to train on .*prompt too long"):
+        with pytest.raises(UserError, match=r"no pairs left to train on .*prompt too long"):
             made(data, base_tokenizer())
     assert files_in(pairs_folder()) == []
 

@@ -150,8 +150,8 @@ REFUSED = {
             ],
         },
         None,
-        '"rejected" of step 1 lists turns that are not the assistant\'s; expected alternatives, one that goes on for '
-        "several turns as a list of its own",
+        '"rejected" of step 1 lists turns that are not the assistant\'s; expected alternatives, one of '
+        "several turns as a nested list",
     ),
     "tool turn as choice": (
         {"prompt": "u", "steps": [{"chosen": {"role": "tool", "content": "t"}, "rejected": "b"}]},

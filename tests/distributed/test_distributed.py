@@ -133,7 +133,7 @@ def test_a_batch_that_two_computed_or_none_is_noticed():
     once = gather_table(Pairs, parts, [2, 1])
     assert np.array_equal(split_table(mx.array(once))[0], np.concatenate([np.array(p.chosen) for p in parts]))
     for wrong in (gather_table(Pairs, [parts[0], None], [2, 1]), once + gather_table(Pairs, [parts[0], None], [2, 1])):
-        with pytest.raises(RuntimeError, match="computed by two processes or by none"):
+        with pytest.raises(RuntimeError, match="computed twice or not at all"):
             split_table(mx.array(wrong))
 
 
@@ -354,5 +354,5 @@ def test_another_machine_s_trouble_is_told_once(place, tmp_path):
     (other / "own.jsonl").write_text(rows.replace("red", "rad"))
     differs = ended(start_group(place, 2, code, {0: there, 1: other}))
     assert [status for status, _, _ in differs] == [2, 2] and differs[1][2] == []
-    assert "process 1 of 2 has another data than process 0" in differs[0][2][-1]
+    assert "process 1 of 2 has a different data from process 0" in differs[0][2][-1]
     assert not (place / "elsewhere").exists()

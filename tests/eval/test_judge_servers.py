@@ -144,7 +144,7 @@ def test_a_rubric_gives_points_and_reasons_and_asks_once(kind):
 def test_a_server_without_a_verdict_is_refused_with_what_each_method_brought():
     with serving(lambda body: completion("I would rather not say.")) as server, pytest.raises(UserError) as error:
         opened(server)
-    assert "the test question got no verdict (log-probs of the labels: the answer is not a label; structured" in str(
+    assert "no verdict for the test question (log-probs of the labels: the answer is not a label; structured" in str(
         error.value
     )
     assert len(server.seen) == 3
@@ -174,7 +174,7 @@ def test_a_budget_that_is_too_large_is_made_smaller():
 
 @pytest.mark.parametrize(
     "status, hint",
-    [(401, r"put the key into \$MLXDPO_JUDGE_KEY"), (404, "mostly ends in /v1"), (302, "it redirects to")],
+    [(401, r"put the key into \$MLXDPO_JUDGE_KEY"), (404, "usually ends in /v1"), (302, "it redirects to")],
 )
 def test_a_refusal_of_the_test_question_stops_before_anything_is_sampled(status, hint):
     def behave(body):
@@ -279,7 +279,7 @@ def test_a_key_that_a_server_repeats_is_struck_out(monkeypatch):
 def test_a_key_goes_over_https_or_to_this_machine(url, monkeypatch):
     assert parse_address("endpoint", f"m@{url}") == ("m", url)
     monkeypatch.setenv("MLXDPO_JUDGE_KEY", "secret-key")
-    with pytest.raises(UserError, match=r"JUDGE_KEY would go to .* in the clear; use https, or unset") as refused:
+    with pytest.raises(UserError, match=r"JUDGE_KEY would be sent to .* unencrypted; use https, or unset") as refused:
         open_judge(f"rubric:m@{url}")
     assert "secret-key" not in str(refused.value)
     for safe in (
@@ -327,7 +327,9 @@ def test_a_slow_test_question_says_that_no_answer_came(monkeypatch):
         return ollama(body)
 
     with serving(behave) as server:
-        with pytest.raises(UserError, match=r"the test question got no answer \(timeout\); is the server running"):
+        with pytest.raises(
+            UserError, match=r"no answer to the test question \(timeout\); check that the server is running"
+        ):
             opened(server)
         released.set()
 

@@ -136,8 +136,8 @@ def test_files_are_read_as_they_lie(tmp_path):
     ("rows", "given", "words"),
     [
         ([], {}, "no rows"),
-        ([3], {}, "entry 1 is no object"),
-        ([{"question": 1}], {}, "the formats are alpaca_eval"),
+        ([3], {}, "entry 1 is not an object"),
+        ([{"question": 1}], {}, "the formats of verdicts are alpaca_eval"),
         (LINES, {"format": "csv"}, "unknown format 'csv'"),
         (LINES, {"model": "c"}, "name one of the two"),
         (MT_BENCH, {}, "the file has base, m"),

@@ -151,10 +151,10 @@ MISTAKES = {
     "export run --to , --out o": "no target given",
     "export run --to mlx --out o --public": "--public needs --push USER/REPO",
     "export run --to mlx --out o --push me": "me",
-    "export nope --to mlx --out o": "nope: no config.yaml there",
+    "export nope --to mlx --out o": "nope: no config.yaml in it",
     "export run --to mlx --out o --data none.jsonl": "none.jsonl: no such file",
     "export run --to mlx --out o --bits 7": "bits",
-    "import --peft nope --model llama --out o": "nope: no PEFT adapter there",
+    "import --peft nope --model llama --out o": "nope: no PEFT adapter in it",
     "import --peft run/adapter --model llama --out o": "no PEFT adapter in it; expected",
     "import --peft p --model llama --out run": "run already exists; choose another --out",
 }

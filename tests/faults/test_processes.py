@@ -222,7 +222,9 @@ def test_memory_runs_out_between_two_steps(place):
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 1 and "Traceback" not in said, said
     line = said.rstrip().splitlines()[-1]
-    assert "the next step may need" in line and "MB of memory more than there is; close some programs, or lower" in line
+    assert (
+        "the next step may need" in line and "MB more memory than is available; close some programs, or lower" in line
+    )
     assert line.endswith(f"then resume from the last checkpoint with: mlxdpo train --resume {place.own / 'run'}")
     assert check_run(place.own / "run") == 2  # nothing is lost
     arrived(place)
@@ -244,7 +246,7 @@ def test_room_is_asked_for_and_not_taken():
         (RuntimeError("[malloc] Unable to allocate 99 bytes."), "not enough memory ([malloc] Unable"),
         (MemoryError(), "not enough memory (Python could not allocate)"),
         (OSError(28, "No space left on device", "a/b"), "a/b: No space left on device; free some space"),
-        (OSError(5, "Input/output error"), "standard output: Input/output error; look at the disk"),
+        (OSError(5, "Input/output error"), "standard output: Input/output error; check the disk"),
     ],
 )
 def test_what_the_machine_says_is_one_sentence(error, begins):

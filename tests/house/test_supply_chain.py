@@ -152,7 +152,7 @@ def test_an_export_record_cannot_lead_out_of_its_folder(tmp_path, name):
         if name == "a/b.safetensors":  # a folder within is one
             continue
         (tmp_path / "export.json").write_text(json.dumps(raw | {"targets": {"mlx": raw["targets"]["mlx"] | bad}}))
-        with pytest.raises(UserError, match="leads out of the export"):
+        with pytest.raises(UserError, match="points outside the export"):
             read_record(tmp_path)
 
 

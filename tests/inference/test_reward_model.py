@@ -255,5 +255,5 @@ def test_it_is_a_judge(trained):
 def test_what_is_no_reward_model_is_refused(tmp_path, cache):
     write_pairs(tmp_path / "pairs.jsonl", 4)
     finish(recipe(tmp_path))
-    with pytest.raises(UserError, match="a run of stage dpo gives no rewards"):
+    with pytest.raises(UserError, match="a run of stage dpo is not a reward model"):
         open_reward_model(Run(tmp_path / "run"))

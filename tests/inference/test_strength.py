@@ -156,7 +156,7 @@ def test_what_cannot_be_averaged(tmp_path, run):
     plain = trained(tmp_path, "plain", model={"dtype": "float32"})
     refusals = {
         "adapts other layers than": [run, other],
-        "one run alone has nothing to merge with": [run],
+        "one run is not enough to merge": [run],
         "trained every weight": [plain, full],
     }
     for words, runs in refusals.items():

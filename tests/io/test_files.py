@@ -94,7 +94,9 @@ def test_a_nul_in_a_field_is_a_sentence(tmp_path, key, capsys):
     base[section] = base.get(section, {}) | {name: odd} if name else odd
     file.write_text(json.dumps(base))
     assert cli(["train", str(file)]) == 2
-    assert f"`{key}" in (said := capsys.readouterr().err) and "holds a NUL character" in said and said.count("\n") == 1
+    assert (
+        f"`{key}" in (said := capsys.readouterr().err) and "contains a NUL character" in said and said.count("\n") == 1
+    )
 
 
 def test_aliases_that_stand_for_themselves_are_looked_at_once(tmp_path):

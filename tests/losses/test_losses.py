@@ -306,7 +306,7 @@ def test_margins_raise_the_bar():
             {"reference_free": True, "f_divergence": "js_divergence"},
             "loss.f_divergence scores log-ratios to a reference; drop it or loss.reference_free",
         ),
-        ({"name": "sigmoid+aot", "wpo": True}, "loss.wpo True makes no sense for aot: it sorts the pairs of a step"),
+        ({"name": "sigmoid+aot", "wpo": True}, "loss.wpo True does not apply to aot: it sorts the values of a step"),
     ],
 )
 def test_what_has_no_effect_or_makes_no_sense_is_refused(knobs, sentence):

@@ -107,7 +107,7 @@ def test_a_token_beyond_the_embedding(own, cache):
 def test_the_pattern_of_layers():
     assert period(["sliding_attention", "sliding_attention", "full_attention"] * 2) == 3
     assert period(["full_attention"] * 4) == 1
-    with pytest.raises(UserError, match="no repeated pattern"):
+    with pytest.raises(UserError, match="not a repeated pattern"):
         period(["full_attention", "sliding_attention"])
 
 

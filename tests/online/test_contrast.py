@@ -177,7 +177,7 @@ def test_a_key_goes_to_its_own_source_and_a_refusal_is_told_in_the_servers_words
         assert cli(words(f"{one}#big", f"{one}#small", out="b.jsonl")) == 2
     assert "HTTP 401: no such key); put the key into $MLXDPO_CHOSEN_KEY" in capsys.readouterr().err
     assert cli(words("http://example.com/v1#m", "smollm2", out="c.jsonl")) == 2
-    assert "$MLXDPO_CHOSEN_KEY would go to example.com in the clear; use https" in capsys.readouterr().err
+    assert "$MLXDPO_CHOSEN_KEY would be sent to example.com unencrypted; use https" in capsys.readouterr().err
 
 
 def test_a_file_of_answers_and_a_model_of_this_machine(place, cache):
@@ -211,12 +211,15 @@ def test_a_file_of_answers_and_a_model_of_this_machine(place, cache):
 @pytest.mark.parametrize(
     ("chosen", "sentence"),
     [
-        ("nowhere", "--chosen nowhere: no folder, no Hub id and no file of answers"),
-        ("smollm2@2", "--chosen smollm2@2: only a run has a strength, and smollm2 is none; drop @2"),
-        ("run@much", "--chosen run@much: 'much' is no strength; expected RUN@0.5"),
+        ("nowhere", "--chosen nowhere: not a folder, a Hub id or a file of answers"),
+        ("smollm2@2", "--chosen smollm2@2: only a run has a strength, and smollm2 is not a run; drop @2"),
+        ("run@much", "--chosen run@much: 'much' is not a strength; expected RUN@0.5"),
         ("gone.jsonl", "--chosen gone.jsonl: there is no such file"),
         ("http://localhost:9/v1", "name the model after #, such as http://localhost:9/v1#MODEL"),
-        ("http://a:b@localhost/v1#m", "--chosen: no key in the URL, it would be saved; put it into $MLXDPO_CHOSEN_KEY"),
+        (
+            "http://a:b@localhost/v1#m",
+            "--chosen: do not put the key in the URL, because the URL is saved; set $MLXDPO_CHOSEN_KEY",
+        ),
         ("http://[::1#m", "--chosen http://[::1#m: no address; expected a server as http://localhost:1234/v1#MODEL"),
         ("smollm2", "--chosen and --rejected are both smollm2; use two different sources"),
     ],

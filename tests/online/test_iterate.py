@@ -133,15 +133,15 @@ class Flag:
 def test_other_settings_are_refused_by_name(after_one_round, monkeypatch, capsys):
     monkeypatch.chdir(after_one_round)
     assert cli(["iterate", "r.yaml", "--out", "out", "--rounds", "1", "--loss.beta", "0.2"]) == 2
-    assert "out holds rounds with another loss.beta (0.1 then, 0.2 now)" in capsys.readouterr().err
+    assert "out contains rounds with a different loss.beta (0.1 then, 0.2 now)" in capsys.readouterr().err
 
 
 MISTAKES = {
     "--collect.judge": ("", "no judge ranks the answers"),
-    "--rounds.second": ("longest", "rounds.second longest is the judge that ranks"),
-    "--stage": ("sft", "stage sft cannot be done in rounds"),
+    "--rounds.second": ("longest", "rounds.second longest is also the ranking judge"),
+    "--stage": ("sft", "stage sft does not support rounds"),
     "--data.eval-fraction": ("0", "30 prompts to learn from and 0 held out"),
-    "--resume": ("out", "--resume out goes on with its own settings; drop r.yaml"),
+    "--resume": ("out", "--resume out uses the settings of its rounds; drop r.yaml"),
 }
 
 
@@ -196,7 +196,7 @@ def test_a_gamed_judge_stops_the_rounds(place, capsys):
     assert cli([*words, "--rounds.heldout-samples", "6"]) == 0
     found, said = results(place / "out"), capsys.readouterr().out
     assert "longest is being gamed" in found["stopped"] and len(found["rounds"]) < 5
-    assert found["kept"] == len(found["rounds"]) - 2 and "stopped by itself: round" in said
+    assert found["kept"] == len(found["rounds"]) - 2 and "stopped: round" in said
     first, second = found["rounds"][-1]["judges"]
     base = next(b for b in ("from_previous", "from_start") if second[b] and second[b]["high"] < 0)
     assert first[base]["estimate"] > 0

@@ -113,7 +113,7 @@ def test_prompts_come_in_turn_and_from_the_right_side(place):
     assert {prompt_key(r.prompt) for r in found.train}.isdisjoint(found.heldout_keys)
     assert pick_prompt(found, "heldout", "", 1) == found.heldout[1].prompt
     assert pick_prompt(found, "train", "", len(found.train)) == found.train[0].prompt
-    with pytest.raises(UserError, match="write a prompt of your own first"):
+    with pytest.raises(UserError, match="write a prompt first"):
         pick_prompt(found, "own", " ", 0)
 
 
