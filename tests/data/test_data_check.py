@@ -127,9 +127,10 @@ def test_the_length_rule_that_is_right_more_often_is_named():
     ("held", "detectable", "said"),
     [
         (1, None, "1 prompt is held out: too few to show any effect; add data, or set data.eval to other prompts."),
-        (30, 0.75, "30 prompts are held out: the smallest win rate distinguishable from 50% is 75% (power 0.8, level 0.05); a "
-         "smaller effect needs more prompts or a larger data.eval_fraction."),
-        (783, 0.55, "783 prompts are held out: the smallest win rate distinguishable from 50% is 55% (power 0.8, level 0.05)."),
+        (30, 0.75, "30 prompts are held out: the smallest win rate distinguishable from 50% is 75% "
+         "(power 0.8, level 0.05); a smaller effect needs more prompts or a larger data.eval_fraction."),
+        (783, 0.55, "783 prompts are held out: the smallest win rate distinguishable from 50% is 55% "
+         "(power 0.8, level 0.05)."),
     ],
 )  # fmt: skip
 def test_how_small_the_data_are_and_what_they_can_show(held, detectable, said):

@@ -168,8 +168,8 @@ def test_the_command_s_file_is_checked_and_trains_unedited(place, capsys):
 
 
 MISTAKES = {
-    "collect run --prompts prompts.jsonl --out p.jsonl": "name a judge to rank the answers",
-    "collect run --prompts prompts.jsonl --out p.jsonl --judge longest --reward longest": "name a judge to rank the answers",
+    "collect run --prompts prompts.jsonl --out p.jsonl": "name a judge to rank",
+    "collect run --prompts prompts.jsonl --out p.jsonl --judge longest --reward longest": "name a judge to rank",
     "collect run --out p.jsonl --judge longest": "no prompts given",
     "collect run --prompts prompts.jsonl --out p.jsonl --judge best": "no such judge",
     "collect run --prompts prompts.jsonl --out p.jsonl --judge longest --pairs margin": "needs a margin above 0",

@@ -415,7 +415,7 @@ def test_command_to_training(folder, tmp_path, cache, monkeypatch, capsys):
     assert read_prompts(DataConfig(), "o/pairs.jsonl").asked  # its prompts can be asked again
     for wrong, sentence in {
         f"constitution {folder} --prompts p.jsonl --out r": "r holds",
-        f"constitution {folder} --prompts p.jsonl --out n --labels none --feedback x": "has no effect with --labels none",
+        f"constitution {folder} --prompts p.jsonl --out n --labels none --feedback x": "no effect with --labels none",
         f"constitution {folder} --prompts p.jsonl --out n --pairs samples --critique-tokens 9": "9 has no effect",
         f"constitution {folder} --prompts p.jsonl --out n --before": "--before is for runs",
         f"constitution {folder} --prompts p.jsonl --out n --pairs samples --labels none": "leaves two samples unjudged",
