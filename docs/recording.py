@@ -1,6 +1,6 @@
-"""Draw a terminal transcript as the picture of the README: `python docs/recording.py < TRANSCRIPT > docs/quickstart.svg`.
+"""Draw a terminal transcript for the README: `python docs/recording.py < TRANSCRIPT > docs/quickstart.svg`.
 
-The transcript is what the commands printed at 80 columns; lines starting with `$ ` are the commands, `...` marks omissions.
+The transcript is what the commands printed at 80 columns; `$ ` begins a command, `...` marks omitted lines.
 """
 
 import io

@@ -36,11 +36,11 @@ def run(
     Args:
         path: Run directory to open first; its parent is the folder of runs.
         runs: Folder of run directories.
-        host: Address to listen on; any other than this machine's own needs --auth.
+        host: Address to listen on; addresses reachable by others require --auth.
         port: Port; the first free one from 7860 when not given.
         auth: User name. The password comes from $MLXDPO_APP_PASSWORD or is asked for; it is never printed.
         share: Open a public link through Gradio's relay; needs --auth.
-        name: Further host name the app answers to, for one behind a proxy.
+        name: Additional host name for the app, for use with a proxy.
         open_browser: Open the page in the browser.
     """
     from mlxdpo.machine.openblas import preload_blas

@@ -36,21 +36,21 @@ def run(
     before: bool = False,
     json: bool = False,
 ) -> int:
-    """Draw answers from a run's model, have them ranked, and write preference pairs.
+    """Sample answers from a run's model, rank them, and write preference pairs.
 
     Train on the file with mlxdpo train --data OUT. Next to it are every answer with its score
     (OUT's .samples.jsonl) and what was left out, counted (OUT's .report.json). The same command resumes a
     stopped collection.
 
     Args:
-        path: Run directory, or a recipe: the model as it is before any training.
+        path: Run directory, or a recipe (the model before training).
         prompts: Prompts to answer: rows with a prompt, with or without answers; a data file, a folder or a Hub id.
-        judge: Who ranks: as for mlxdpo eval. Judges that compare are asked in both orders; votes:FILE takes the pairs
-            that the app's votes decide, and draws nothing.
-        reward: The same for what gives each answer a number: vader, textblob, longest, reward:RUN, FILE.py:FUNCTION.
+        judge: Judge that ranks, as for mlxdpo eval. Comparing judges see both orders; votes:FILE takes the pairs
+            decided by the app's votes and samples nothing.
+        reward: The same for judges that score each answer: vader, textblob, longest, reward:RUN, FILE.py:FUNCTION.
         out: File of pairs, JSON lines.
-        drawing: How answers are drawn and paired.
-        before: Draw from the model as the run found it.
+        drawing: How answers are sampled and paired.
+        before: Sample from the model before training.
         json: Print the report as JSON.
     """
     from mlxdpo.online.collect.run import collection_sentences

@@ -36,21 +36,21 @@ def run(
     batch_size: Count = 8,
     json: bool = False,
 ) -> None:
-    """Say of every pair what a model sees in it: a label that the other pairs contradict, a near-duplicate, and more.
+    """Audit every pair with a model: labels that the other pairs contradict, near-duplicates, and more.
 
-    One pass over the data with the model's own hidden states, one for the reference's log-probs, which a training then
-    finds in the cache. Nothing is left out unless asked for.
+    One pass over the data for the model's hidden states, one for the reference's log-probs, which training reuses from
+    the cache. Nothing is removed unless requested.
 
     Args:
         path: File, folder or Hub dataset id of pairs.
         config: Settings; --model is needed.
-        findings: Where the findings go, JSON lines, a line for each pair; next to the data file by default.
-        out: Write the pairs that are left by --drop, --flip and --select to this file, JSON lines.
-        drop: Leave out pairs with this flag: flip, near-duplicate, contradictory, off-template; repeat it for several.
+        findings: Output file of findings, JSON lines, a line for each pair; next to the data file by default.
+        out: Output file of the pairs after --drop, --flip and --select, JSON lines.
+        drop: Drop pairs with this flag: flip, near-duplicate, contradictory, off-template; repeat it for several.
         flip: Exchange the answers of pairs flagged flip.
         select: Keep a share of the pairs by a rule NAME:SHARE: agreed, hard, easy, low-ches, diverse.
-        folds: Parts of the data; labels of each are judged by what the others teach.
-        sure: Probability that a label is wrong, by the other parts, from which it is flagged.
+        folds: Parts of the data; each part's labels are judged by a model fitted on the others.
+        sure: Flag a label from this probability of being wrong.
         batch_size: Pairs computed at once.
         json: Print the summary as JSON.
     """

@@ -30,9 +30,9 @@ NOTHING = CheckConfig()  # no setting given
 
 
 def run(path: str, /, *, config: Annotated[CheckConfig, Parameter(name="*")] = NOTHING, json: bool = False) -> int:
-    """Say what is in preference data and what is wrong with it; with a model also lengths in tokens and one pair.
+    """Describe preference data and its problems; with a model also lengths in tokens and one pair.
 
-    Exit status 2 when a bad row would stop `mlxdpo train`, among the held-out ones too.
+    Exit status 2 if a bad row would stop `mlxdpo train`, held-out rows included.
 
     Args:
         path: File, folder or Hub dataset id.
@@ -123,7 +123,7 @@ def _show_findings(sentences: list[str], seen: Seen | None, bad: int, path: str)
 
 
 def list_formats(*, json: bool = False) -> None:
-    """List the row shapes that are understood, in the order of detection.
+    """List the supported row shapes, in the order of detection.
 
     Args:
         json: Machine-readable.

@@ -107,21 +107,21 @@ def run(
     force: bool = False,
     json: bool = False,
 ) -> int:
-    """Write a run in forms that others load, and show on held-out pairs that each one behaves like the run.
+    """Write a run in formats that other programs load, and verify each on held-out pairs.
 
     Targets: mlx (adapter for mlx_lm), peft (adapter for torch), hf (fused Hugging Face weights), fused (fused MLX
     weights), quantized (fused, then packed again), gguf (llama.cpp), gguf-lora (the adapter alone for llama.cpp),
-    ollama (Modelfile and weights), lmstudio (the folder that it scans, and a preset), server (what mlx_lm.server
-    serves). Exit status 1: a target lost the tune.
+    ollama (Modelfile and weights), lmstudio (the folder that it scans, and a preset), server (for
+    mlx_lm.server). Exit status 1: a target lost the tuning.
 
     Args:
         path: Run directory.
         to: Targets, separated by commas.
-        out: Folder to make; an earlier export there is replaced.
+        out: Folder to create; an earlier export in it is replaced.
         strength: Export the run at this strength (mlxdpo dial); the gate compares with the run at that strength.
-        data: Held-out pairs to measure on; those of the run's recipe when not given.
-        pairs: How many of them; 0 takes all.
-        force: Keep targets that failed, too. They are never pushed.
+        data: Held-out pairs to measure on; default: those of the run's recipe.
+        pairs: Number of pairs; 0 uses all.
+        force: Also keep targets that failed. They are never pushed.
         json: Print the record as JSON.
     """
     from mlxdpo.commands.terminal import console, warn

@@ -25,11 +25,11 @@ def run(
     resume: Annotated[Path | None, Parameter(name="--resume")] = None,
     json: bool = False,
 ) -> int:
-    """Collect answers, train on their ranking, measure on held-out prompts; again, from what came out.
+    """Collect answers, train on their ranking, measure on held-out prompts; repeat from the result.
 
     The prompts are those of the recipe's data (answers in it are ignored). Each round is a run directory
-    OUT/round-N; OUT/rounds.json and OUT/report.html hold them side by side. Stops by itself when a second judge
-    (--rounds.second) or the KL (--rounds.max-kl) says that the first judge is being gamed (exit status 0). The same
+    OUT/round-N; OUT/rounds.json and OUT/report.html compare them. It stops when a second judge
+    (--rounds.second) or the KL (--rounds.max-kl) shows that the first judge is being gamed (exit status 0). The same
     command resumes where it stopped.
 
     Args:

@@ -32,19 +32,18 @@ def run(
 ) -> int:
     """Write preference pairs without a judge: chosen answers from one source, rejected ones from another.
 
-    Take a model that is somewhat stronger for chosen and a weaker one for rejected: it is the difference that teaches,
-    not how good chosen is (delta learning, arXiv 2507.06187). The same command resumes after a stop; an answer
-    that was given is never asked for again.
+    Use a slightly stronger model for chosen and a weaker one for rejected: the difference teaches, not the quality of
+    chosen (delta learning, arXiv 2507.06187). The same command resumes after a stop; no answer is requested twice.
 
     Args:
-        chosen: Who gives the chosen answers: a model's folder or Hub id, smollm2, a run (RUN or RUN@STRENGTH), an
+        chosen: Source of the chosen answers: a model's folder or Hub id, smollm2, a run (RUN or RUN@STRENGTH), an
             OpenAI-compatible server (http://localhost:1234/v1#MODEL; its key in $MLXDPO_CHOSEN_KEY), or a file of
             answers.
-        rejected: Who gives the rejected ones, likewise; a key in $MLXDPO_REJECTED_KEY.
+        rejected: Source of the rejected answers, likewise; a key in $MLXDPO_REJECTED_KEY.
         prompts: Prompts that both answer: rows with a prompt, with or without answers; a data file, a folder or a Hub
             id.
         out: File of pairs, JSON lines.
-        asking: How the sources are asked, and what is left out.
+        asking: How the sources are queried, and what is excluded.
         json: Print the report as JSON.
     """
     from mlxdpo.commands.collect import write_pairs

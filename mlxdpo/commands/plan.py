@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 def run(
     recipe: Path | None = None, /, *, config: Overrides = NOTHING, measure: bool = False, json: bool = False
 ) -> int:
-    """Say what a run will need, before any weight is loaded: memory by part, steps, padding, and what to change; how
-    small an effect its held-out prompts can show, and whether its steps and rate can move the model.
+    """Estimate a run without loading the model: memory by part, steps, padding, and what to change; the smallest effect
+    that its held-out prompts can show, and whether its steps and rate can move the model.
 
     Args:
         recipe: YAML file with any of the settings below; the command line takes precedence.
         config: Settings of the run.
-        measure: Load the model, take three steps that are thrown away, and say how long training will take here.
+        measure: Load the model, take three steps and discard them, to estimate the training time on this machine.
         json: Machine-readable; sizes are bytes.
     """
     from mlxdpo.estimate.forecast import forecast

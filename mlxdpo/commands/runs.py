@@ -51,7 +51,7 @@ def _ordered(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
 
 
 def diff(first: Path, second: Path, /, *, json: bool = False) -> None:
-    """Show the settings in which two runs differ, and what else they were made of: model, data, versions.
+    """Show the settings, model, data and versions in which two runs differ.
 
     Args:
         first: Run directory.

@@ -25,15 +25,15 @@ def run(
     answers: int = 50,
     json: bool = False,
 ) -> int:
-    """Train a recipe under every combination of settings, and say which are best and which are indistinguishable.
+    """Train a recipe under every combination of settings; report which are best and which are indistinguishable.
 
     Any setting of `mlxdpo train` is an option here, with one value or several: --loss.beta 0.05,0.1,0.3 (settings that
     are lists belong in the recipe). The runs share one data set, its encoding and the reference's log-probs. At each
     held-out evaluation from a quarter of its steps on, a run stops when it is significantly worse (99 %) than the best
     finished run of its seed at the same share of steps; a setting that lost gets no further seeds.
 
-    Writes OUT/report.html, OUT/results.json and a run directory for each setting and seed. Given again, the same
-    command keeps finished runs and continues an interrupted one; with a larger --seeds it adds seeds.
+    Writes OUT/report.html, OUT/results.json and a run directory for each setting and seed. Rerunning the
+    command keeps finished runs and resumes an interrupted one; a larger --seeds adds seeds.
 
     Args:
         words: YAML file with any settings of a run, and options such as --loss.beta 0.05,0.1.

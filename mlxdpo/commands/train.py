@@ -31,8 +31,8 @@ def run(
         recipe: YAML file with any of the settings below; the command line takes precedence.
         config: Settings of the run.
         resume: Run directory to resume from its last checkpoint; the result is bit-identical. With --train.epochs,
-            --train.steps or --train.patience it trains longer, a finished one too.
-        keep_awake: The Mac does not sleep while this trains, its display may; on macOS alone.
+            --train.steps or --train.patience it trains longer, even if finished.
+        keep_awake: Keep the Mac awake while this trains (the display may sleep); macOS only.
     """
     from mlxdpo.distributed.group import joined
     from mlxdpo.machine.errors import error_message

@@ -44,11 +44,11 @@ class AnswerSettings(Section):
     """How both sources are asked, and which answers are left out."""
 
     max_tokens: int = Field(default=512, ge=1)
-    """Longest answer, in tokens."""
+    """Maximum answer length, tokens."""
     temperature: float = Field(default=0.7, ge=0)
     """Of sampling; 1 is the model itself, 0 takes the likeliest token."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the likeliest tokens that hold this share of the probability."""
+    """Sample from the most likely tokens that sum to this probability."""
     seed: int = Field(default=0, ge=0)
     """Noise of sampling; a server may not heed it."""
     batch_size: int = Field(default=16, ge=1)
