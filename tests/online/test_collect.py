@@ -174,7 +174,7 @@ MISTAKES = {
     "collect run --prompts prompts.jsonl --out p.jsonl --judge best": "no such judge",
     "collect run --prompts prompts.jsonl --out p.jsonl --judge longest --pairs margin": "needs a margin above 0",
     "collect run --prompts nope.jsonl --out p.jsonl --judge longest": "nope.jsonl: no such file",
-    "collect run --prompts prompts.jsonl --out p.jsonl --judge votes:v.jsonl": "draws nothing",
+    "collect run --prompts prompts.jsonl --out p.jsonl --judge votes:v.jsonl": "samples nothing",
     "collect run --out p.jsonl --judge votes:v.jsonl": "v.jsonl: no such file of votes",
 }
 
