@@ -128,7 +128,7 @@ def figure(rate: WinRate) -> dict[str, Any]:
 def verdict(found: dict[str, Any]) -> str:
     """In words; one half inside the interval is no difference that could be told."""
     if found["interval"] is None:
-        return "cannot tell: too little data for an interval"
+        return "cannot tell: too few data for an interval"
     low, high = found["interval"]
     return "better" if low > 0.5 else "worse" if high < 0.5 else "no difference that could be told"
 

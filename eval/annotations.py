@@ -67,13 +67,11 @@ def read_annotations(
     if not rows:
         raise UserError(f"{name} holds no rows; a file of verdicts has at least one")
     if bad := [i for i, row in enumerate(rows, 1) if not isinstance(row, Mapping)]:
-        raise UserError(f"{name}: entry {bad[0]} is no object; a file of verdicts is a list of objects")
+        raise UserError(f"{name}: entry {bad[0]} is not an object; a file of verdicts is a list of objects")
     found = _detect(rows[0]) if format == "auto" else format
     if found not in FORMATS:
-        asked = (
-            f"format {format!r} is not known" if format != "auto" else f"{name}: columns {', '.join(rows[0])} are no"
-        )
-        raise UserError(f"{asked} shape of verdicts; the formats are {', '.join(FORMATS)}")
+        asked = f"unknown format {format!r}" if format != "auto" else f"{name}: columns {', '.join(rows[0])} match none"
+        raise UserError(f"{asked}; the formats of verdicts are {', '.join(FORMATS)}")
     try:
         verdicts, theirs = FORMATS[found](rows, model, scorer)
     except (KeyError, TypeError, IndexError) as error:
@@ -89,7 +87,7 @@ def _read(path: Path) -> list[Row]:
                 return [{"samples": [json.loads(archive.read(name)) for name in sorted(names)]}]
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); name a JSON, JSON lines or .eval file") from None
+        raise UserError(f"{path}: cannot be read ({error}); give a JSON, JSON lines or .eval file") from None
     try:
         whole = json.loads(text)
         return whole if isinstance(whole, list) else [whole]
@@ -103,9 +101,9 @@ def _object_of(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where}: no JSON ({error}); mend the line") from None
+        raise UserError(f"{where}: not JSON ({error}); fix the line") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}; mend the line")
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}; fix the line")
     return row
 
 
@@ -128,7 +126,7 @@ def _choose(given: str | None, known: Iterable[str], what: str) -> str:
     if given is None and len(names) == 1:
         return names[0]
     if given not in names:
-        raise UserError(f"{what} is {given!r}; the file has {', '.join(names)}, name one of them")
+        raise UserError(f"{what} is {given!r}; the file has {', '.join(names)}, choose one of them")
     return given
 
 

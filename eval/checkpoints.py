@@ -63,7 +63,7 @@ def measure_checkpoints(
         say(f"{run.path.name}: {name}")
         found, won = _measure_point(opened, judge, name, before, sample_tuned(opened, prompts, sampling), sampling)
         if won.invalid:
-            left = "" if found else ", so it has no point"
+            left = "" if found else ", so it is not plotted"
             say(f"{run.path.name}: {name}: {won.invalid} of {won.asked} verdicts asked for are invalid{left}")
         return found
 

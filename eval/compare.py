@@ -107,7 +107,9 @@ def check_same_sampling(first: Run, second: Run) -> None:
     for name in ("max_tokens", "temperature", "seed"):
         a, b = (s[name] for s in settings)
         if a != b:
-            raise UserError(f"{first.path} and {second.path} answered with {name} {a} and {b}; evaluate both alike")
+            raise UserError(
+                f"{first.path} and {second.path} were evaluated with {name} {a} and {b}; use the same value for both"
+            )
 
 
 def _keyed(run: Run, name: str, fields: Sequence[str]) -> dict[tuple, dict[str, Any]]:

@@ -97,7 +97,7 @@ def sweep_strengths(
     """
     wanted = sorted(set(strengths))
     if len(wanted) < 2:
-        raise UserError("--strength: one strength is no sweep; give two or more, or none for the usual ones")
+        raise UserError("--strength: give at least two strengths, or none for the defaults")
     rows, _, where = heldout_pairs(run, data)
     found: list[_Measured] = []
     before: Answers | None = None
@@ -165,17 +165,22 @@ def _recommend(found: Sequence[_Measured], judge: Judge | None) -> tuple[float, 
     """
     usable = [one for one in found if not np.isnan(one.costs).all()]
     if not usable:
-        raise UserError(f"{judge.name if judge else 'the data'} gave no valid verdict; nothing can be recommended")
+        raise UserError(
+            f"{judge.name if judge else 'the data'} returned no valid verdict, so nothing can be recommended"
+        )
     best = min(usable, key=lambda one: float(np.nanmean(one.costs)))
     chosen = next(one for one in usable if one is best or not _surely_worse(one, best))
     what, value = ("win rate", "win_rate") if judge is not None else ("held-out loss", "loss")
     here, top = getattr(chosen.point, value), getattr(best.point, value)
     kl = f"KL {chosen.point.kl:.3g} nats a sequence"
     if chosen is best:
-        return chosen.point.strength, f"{what} is best there ({here:.3f}, {kl}), and surely worse at every smaller one"
+        return (
+            chosen.point.strength,
+            f"{what} is best there ({here:.3f}, {kl}) and significantly worse at every smaller one",
+        )
     return chosen.point.strength, (
         f"{what} there is {here:.3f} ({kl}); the best of all, {top:.3f} at {best.point.strength:g} (KL "
-        f"{best.point.kl:.3g}), is not surely better, and this moves the model less"
+        f"{best.point.kl:.3g}), is not significantly better, and this moves the model less"
     )
 
 

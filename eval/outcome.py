@@ -52,7 +52,7 @@ def outcome_sentences(outcome: Outcome, heldout: Mapping[str, float], run: Run) 
             f"{heldout['eval_rewards/accuracies']:.2f} (untuned: 0.50), {_displacement(run, heldout)}"
         )
     if changed:
-        sentences.append(f"is it better? mlxdpo eval {run.path} --judge longest (or another judge: mlxdpo eval --help)")
+        sentences.append(f"evaluate: mlxdpo eval {run.path} --judge longest (or another judge: mlxdpo eval --help)")
     else:
         sentences.append(
             "the model answers as before, so it cannot be better: train longer (--train.epochs 3) or faster "

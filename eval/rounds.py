@@ -134,8 +134,8 @@ def _drift_against(over: Interval | None, per_token: float, max_kl: float) -> st
     if over is None or over.low <= 0:
         return ""
     return (
-        f"the KL from the start is {per_token:.3f} nats per token, surely above rounds.max_kl {max_kl:g}: "
-        f"what the judge still gains is bought with drift"
+        f"the KL from the start is {per_token:.3f} nats per token, significantly above rounds.max_kl {max_kl:g}: "
+        f"further gains by the judge come from drift"
     )
 
 

@@ -147,7 +147,7 @@ def on_policy_kl(opened: TrainedRun, answers: Answers, temperature: float) -> li
     ones compared. Raises `UserError` at 0, where the policy is no distribution.
     """
     if temperature <= 0:
-        raise UserError("the KL of greedy answers is no divergence of the policy; sample at --temperature 1")
+        raise UserError("the KL of greedy answers is not a divergence of the policy; sample at --temperature 1")
     result = [0.0] * len(answers.ids)
     vocabulary = int(opened.policy.model(mx.array([[0]])).shape[-1])
     order = sorted(range(len(answers.ids)), key=lambda i: -_token_count(answers, i))

@@ -30,9 +30,9 @@ SWEPT = ("loss", "reward", "lora", "optim", "train", "reference")
 RESCALES = ("loss.", "reward.", "reference.")
 """Settings that change what a loss of 0.6 means: runs that differ in one are compared by accuracy."""
 RULE = (
-    "At each held-out evaluation between a quarter and the end of its steps a run is held against the best finished "
+    "At each held-out evaluation between a quarter and the end of its steps a run is compared with the best finished "
     "run of its seed at the same share of steps, pair by pair. It is stopped when the 99 % interval of the difference, "
-    "clustered by prompt, lies wholly on the worse side; a finished run that fails the same test gets no further seeds."
+    "clustered by prompt, is entirely on the worse side; a finished run that fails the same test gets no further seeds."
 )
 
 Make = Callable[[Mapping[str, Any]], Config]
@@ -75,7 +75,9 @@ def plan_sweep(
         given = _nested(chosen)
         config = make(given)
         if config.train.minutes is not None:
-            raise UserError("a sweep compares runs step by step and takes no train.minutes; give train.steps instead")
+            raise UserError(
+                "a sweep compares runs step by step and does not support train.minutes; use train.steps instead"
+            )
         if "eval_every" not in config.train.model_fields_set and (steps := steps_of(config)):
             given.setdefault("train", {})["eval_every"] = math.ceil(steps / LOOKS)
             config = make(given)
@@ -135,7 +137,7 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     """OUT/sweep.json. Raises `UserError` where it is missing or damaged."""
     file = folder / "sweep.json"
     if not file.exists():
-        raise UserError(f"{folder}: no sweep.json there; expected a folder that mlxdpo sweep made")
+        raise UserError(f"{folder}: no sweep.json in it; expected a folder written by mlxdpo sweep")
     return read_json(file)
 
 

@@ -127,15 +127,15 @@ def _compare_settings(first: str, second: str, items: Mapping[str, Items], sign:
         prompts += names
         seeds += [seed] * len(names)
     interval = pooled_mean(differences, prompts, seeds, level)
-    verdict = "cannot be told apart"
+    verdict = "are indistinguishable"
     if interval is not None and not interval.low <= 0 <= interval.high:
         verdict = f"{first if interval.estimate > 0 else second} is better"
     return PairResult(first, second, float(np.mean(differences)), interval, verdict)
 
 
 def not_told_apart(results: SweepResults) -> list[str]:
-    """The settings that cannot be told apart from the best one."""
-    sides = [(pair.first, pair.second) for pair in results.pairs if pair.verdict == "cannot be told apart"]
+    """The settings that are indistinguishable from the best one."""
+    sides = [(pair.first, pair.second) for pair in results.pairs if pair.verdict == "are indistinguishable"]
     return [other for a, b in sides for this, other in ((a, b), (b, a)) if this == results.best]
 
 
@@ -148,7 +148,7 @@ def sweep_sentence(results: SweepResults) -> str:
     figure = f"held-out {results.measure} {best.mean:.3f}{bounds}, {results.seeds} seed{'s' * (results.seeds > 1)}"
     same = not_told_apart(results)
     if same:
-        return f"Cannot tell yet: {best.name} has the best {figure}; not told apart from it: {', '.join(same)}."
+        return f"Cannot tell yet: {best.name} has the best {figure}; indistinguishable from it: {', '.join(same)}."
     if len(results.candidates) == 1:
         return f"{best.name}: {figure}."
-    return f"Better: {best.name}, {figure}; each other setting is surely worse, was stopped or diverged."
+    return f"Better: {best.name}, {figure}; every other setting is significantly worse, was stopped, or diverged."

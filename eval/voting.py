@@ -97,7 +97,7 @@ def _votes_that_count(votes: tuple[Vote, ...], adapter: str | None) -> tuple[lis
     uncounted: Counter[str] = Counter()
     for vote in votes:
         if vote.tuned is None:
-            uncounted["it is not said which answer is the tuned model's"] += 1
+            uncounted["the tuned model's answer is not marked"] += 1
         elif not is_about(vote, adapter):
             uncounted["the tuned answer is of another adapter or checkpoint"] += 1
         elif vote.prompt_id in trained:

@@ -41,11 +41,11 @@ class LossConfig(Section):
     """The objective."""
 
     name: str = "sigmoid"
-    """Objective, or a sum: sigmoid+sft, in YAML also [sigmoid, sft]; `mlxdpo objectives` lists them."""
+    """Objective, or a sum: sigmoid+sft, in YAML also [sigmoid, sft]; see `mlxdpo objectives`."""
     weights: list[float] = Field(default_factory=list)
     """Weights of the objectives of a sum, in their order; unset means 1 each."""
     beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull towards the reference; where there is none, scale of the rewards."""
+    """Strength of the pull towards the reference; without a reference, scale of the rewards."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of flipped labels (sigmoid: conservative DPO)."""
     discopop_tau: float = Field(default=0.05, gt=0)
@@ -65,7 +65,7 @@ class LossConfig(Section):
     undesirable_weight: float = Field(default=1.0, ge=0)
     """kto, apo_zero_unpaired: weight of thumbs down."""
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    """Divergence that holds the policy at its reference (f-DPO)."""
+    """Divergence that keeps the policy near its reference (f-DPO)."""
     f_alpha: float = 0.5
     """Order of alpha_divergence."""
     ld_alpha: float | None = Field(default=None, ge=0, le=1)
@@ -73,7 +73,7 @@ class LossConfig(Section):
     wpo: bool = False
     """Weight each pair by how likely the policy is to write it (WPO)."""
     reference_free: bool = False
-    """Compare log-probs instead of log-ratios; nothing holds the policy at its reference then."""
+    """Compare log-probs instead of log-ratios; nothing then keeps the policy near its reference."""
 
     @field_validator("name", mode="before")
     @classmethod
@@ -91,26 +91,26 @@ class LossConfig(Section):
 
 
 class RolloutConfig(Section):
-    """Stages ppo and rloo: what is drawn at each step, and what is made of it. Defaults are TRL's."""
+    """Stages ppo and rloo: sampling and updates of each step. Defaults are TRL's."""
 
     samples: int = Field(default=2, ge=1)
     """Completions drawn for each prompt; a step takes train.batch_size * train.gradient_accumulation prompts."""
     max_tokens: int = Field(default=64, ge=1)
-    """Longest completion."""
+    """Maximum completion length, tokens."""
     kl: float = Field(default=0.05, ge=0)
-    """What a nat of distance from the reference costs in reward."""
+    """Cost in reward of a nat of KL from the reference."""
     kl_estimator: Literal["k1", "k3"] = "k1"
-    """How that distance is read off a sampled token: the log-ratio, or an estimate that is never negative."""
+    """Estimator of the KL from a sampled token: the log-ratio, or an estimate that is never negative."""
     missing_eos_penalty: float = Field(default=0.0, ge=0)
-    """Reward that a completion loses which does not end by itself."""
+    """Penalty for a completion without an end token."""
     epochs: int = Field(default=4, ge=1)
-    """ppo: how often each batch of completions is used."""
+    """ppo: passes over each batch of completions."""
     minibatches: int = Field(default=1, ge=1)
     """ppo: optimizer steps in each of those passes."""
     clip: float = Field(default=0.2, gt=0)
-    """ppo: how far the probability ratio may go and still be rewarded for it."""
+    """ppo: clipping range of the probability ratio."""
     value_clip: float = Field(default=0.2, gt=0)
-    """ppo: how far a value may move in one step and still be rewarded for it."""
+    """ppo: clipping range of the values."""
     value_coef: float = Field(default=0.1, ge=0)
     """ppo: weight of the value loss."""
     gamma: float = Field(default=1.0, gt=0, le=1)
@@ -120,66 +120,66 @@ class RolloutConfig(Section):
 
 
 class Drawing(Section):
-    """How answers are drawn from a policy, which are left out, and which two make a pair."""
+    """How answers are sampled from a policy, filtered and paired."""
 
     samples: int = Field(default=8, ge=2)
-    """Answers drawn to each prompt."""
+    """Answers sampled for each prompt."""
     max_tokens: int = Field(default=256, ge=1)
-    """Longest answer, in tokens."""
+    """Maximum answer length, tokens."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of sampling; 1 is the model itself."""
+    """Sampling temperature; 1 is the model's distribution."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the likeliest tokens that hold this share of the probability."""
+    """Sample from the most likely tokens that sum to this probability."""
     seed: int = Field(default=0, ge=0)
-    """Noise of sampling: the same seed gives the same rows."""
+    """Sampling seed: the same seed gives the same rows."""
     batch_size: int = Field(default=64, ge=1)
     """Answers sampled at once."""
     pairs: Literal["best-worst", "all", "margin", "ranked"] = "best-worst"
-    """best-worst: one pair for each prompt; all: every two answers with different scores; margin: every two that lie
+    """best-worst: one pair for each prompt; all: every two answers with different scores; margin: every two that are
     at least `margin` apart; ranked: one row for each prompt with all its answers and scores, which trains as all."""
     margin: float = Field(default=0.0, ge=0)
     """Least difference of the scores of a pair (pairs: best-worst, margin)."""
     unfinished: Literal["auto", "drop", "keep"] = "auto"
-    """Answers cut off at max_tokens: drop them or keep them; auto keeps them where data.eos is leave."""
+    """Answers truncated at max_tokens: drop or keep them; auto keeps them if data.eos is leave."""
     near: float = Field(default=0.9, gt=0, le=1)
-    """Leave out an answer that shares this much of its word triples with an earlier one (Jaccard); 1: equal words."""
+    """Drop an answer that shares this much of its word triples with an earlier one (Jaccard); 1: identical words."""
 
     @model_validator(mode="after")
     def _margin_is_used(self) -> Drawing:
         if self.pairs == "margin" and not self.margin:
-            raise ValueError("pairs margin needs a margin above 0; pairs all takes every difference")
+            raise ValueError("pairs margin needs a margin above 0; pairs all accepts any difference")
         if self.pairs in ("all", "ranked") and self.margin:
             raise ValueError(f"margin {self.margin:g} has no effect with pairs {self.pairs}; use pairs margin")
         return self
 
 
 class CollectConfig(Drawing):
-    """How a round's pairs come about (`mlxdpo iterate`)."""
+    """How a round's pairs are collected (`mlxdpo iterate`)."""
 
     judge: str = ""
-    """Who ranks the answers: vader, textblob, longest, local:MODEL, reward:RUN, endpoint:MODEL@URL, FILE.py:FUNCTION;
-    votes:FILE takes the app's votes instead of drawing answers."""
+    """Judge that ranks: vader, textblob, longest, local:MODEL, reward:RUN, endpoint:MODEL@URL, FILE.py:FUNCTION;
+    votes:FILE uses the app's votes instead of sampling."""
 
 
 class RoundsConfig(Section):
-    """How rounds follow one another, and when they stop by themselves (`mlxdpo iterate`)."""
+    """Number and order of rounds, and when they stop automatically (`mlxdpo iterate`)."""
 
     count: int = Field(default=3, ge=1)
-    """Rounds."""
+    """Number of rounds."""
     reference: Literal["first", "previous"] = "first"
     """What each round's rewards are measured against: where round 1 started, or where the round itself starts."""
     every: int | None = Field(default=None, ge=1)
-    """Online: rounds of this many optimizer steps on fresh pairs; optimizer and schedule go on from round to round."""
+    """Online: rounds of this many optimizer steps on fresh pairs; optimizer and schedule continue across rounds."""
     prompts: int | None = Field(default=None, ge=1)
-    """Prompts a round answers, the next ones each time; unset: all (with `every`: as many as its steps take)."""
+    """Prompts per round, the next ones each time; unset: all (with `every`: as many as its steps take)."""
     second: str = ""
-    """A judge that never ranks: when the first one rises and it surely falls, the first one is being gamed."""
+    """A judge that never ranks: when the first one rises and it significantly falls, the first one is being gamed."""
     max_kl: float = Field(default=0.5, gt=0)
-    """Stop when the KL from where round 1 started is surely above this, nats per token of the answers."""
+    """Stop when the KL from the start of round 1 is significantly above this, nats per token of the answers."""
     heldout: int = Field(default=100, ge=2)
-    """Held-out prompts to measure with, at most."""
+    """Maximum number of held-out prompts to measure with."""
     heldout_samples: int = Field(default=2, ge=1)
-    """Answers to each of them."""
+    """Answers per held-out prompt."""
 
 
 class ModelConfig(Section):
@@ -196,7 +196,7 @@ class ModelConfig(Section):
     quantize: Literal[4, 8] | None = None
     """Quantise the frozen weights to this many bits when loading (QLoRA)."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model, where it needs that; read that code first."""
+    """Run Python code that comes with the model if it needs it; read that code first."""
 
     @field_validator("quantize", mode="before")
     @classmethod
@@ -206,14 +206,14 @@ class ModelConfig(Section):
 
 
 class ReferenceConfig(Section):
-    """Another reference than the weights that training starts from."""
+    """A reference other than the starting weights."""
 
     model: str | None = None
     """Hugging Face folder or Hub id of the reference; empty means the starting weights."""
     adapter: str | None = None
     """Adapter folder on top of the reference model."""
     sync_every: int | None = Field(default=None, ge=1)
-    """TR-DPO: steps after which the reference takes over part of the policy; unset leaves it where training starts."""
+    """TR-DPO: steps between updates of the reference towards the policy; unset: never."""
     sync_alpha: float = Field(default=0.6, gt=0, le=1)
     """TR-DPO: the policy's share in the reference's new weights; 1 replaces them."""
 
@@ -225,7 +225,7 @@ class ReferenceConfig(Section):
 
 
 class DataConfig(Section):
-    """What the pairs are and how they become tokens."""
+    """The data and how they are encoded."""
 
     path: str = ""
     """JSONL, JSON, CSV or Parquet file, a folder of them, or a Hub dataset id."""
@@ -238,33 +238,33 @@ class DataConfig(Section):
     format: str = "auto"
     """Row shape; auto detects it from columns and types. `mlxdpo data formats` lists them."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Rename columns before detection, e.g. {prompt: question, chosen: good}. Three more names say of a
+    """Rename columns before detection, e.g. {prompt: question, chosen: good}. Three more names describe a
     pair: probability (that chosen is better), weight (of its loss), margin (of reward that chosen should lead by)."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """Stop at the first bad row, or skip bad rows and report how many for which reason."""
     template: Literal["auto", "chat", "plain"] = "auto"
-    """How plain-text rows are written: as a chat turn, or as they stand. auto: chat where the tokenizer has one."""
+    """How plain-text rows are written: as a chat turn, or unchanged. auto: chat if the tokenizer has a template."""
     eos: Literal["score", "leave"] = "score"
-    """The token that ends a completion: score it (added to plain text), or leave it out, where answers are cut off."""
+    """The token that ends a completion: score it (added to plain text), or leave it out, for truncated answers."""
     thinking: bool = False
-    """`enable_thinking` for templates that know it."""
+    """`enable_thinking` for templates that support it."""
     reasoning: Literal["stop", "keep", "drop"] = "stop"
-    """Reasoning of an answer that the chat template strips: a bad row, trained before the answer, or left out."""
+    """Reasoning that the chat template removes from an answer: a bad row, trained before the answer, or dropped."""
     system: Literal["template", "fold"] = "template"
     """System turns: as the chat template writes them, or folded into the next user turn, for templates without them."""
     date: str | None = None
-    """The day that chat templates are told when they ask for today's, e.g. 2026-12-01; unset: the day a run begins."""
+    """The date given to chat templates that print today's, e.g. 2026-12-01; unset: the day the run starts."""
     group: Literal["prompt", "none"] = "prompt"
     """prompt: the pairs of a prompt stay together, so each of its completions is computed once; none: pairs mix."""
     credit: Literal["turn", "trajectory"] | None = None
-    """Trajectories: compare the turn where two part (Step-DPO), or all assistant turns from there on (ETO). Unset: as
+    """Trajectories: compare the first differing turn (Step-DPO), or all assistant turns from it on (ETO). Unset: as
     the rows are judged, whole or turn by turn."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens of prompt and completion together."""
     on_long_prompt: Literal["trim", "drop", "stop"] = "trim"
-    """A prompt that does not fit beside its completions: cut its beginning, drop the pair, or stop."""
+    """A prompt that does not fit with its completions: cut its beginning, drop the pair, or stop."""
     on_long_completion: Literal["drop", "truncate", "stop"] = "drop"
-    """A completion that fills the limit by itself: drop the pair, cut its end (and its end-of-turn), or stop."""
+    """A completion that exceeds the limit alone: drop the pair, cut its end (and its end-of-turn), or stop."""
 
     @field_validator("date", mode="before")
     @classmethod
@@ -276,7 +276,7 @@ class DataConfig(Section):
     @classmethod
     def _distinct(cls, value: dict[str, str]) -> dict[str, str]:
         if len(set(value.values())) != len(value):
-            raise ValueError("two names read the same column")
+            raise ValueError("two names map to the same column")
         return value
 
 
@@ -290,13 +290,13 @@ class LoraConfig(Section):
     alpha: float | None = Field(default=None, gt=0)
     """The update is multiplied by alpha / rank; unset means alpha = rank."""
     scale: float | None = Field(default=None, gt=0)
-    """The multiplier itself, instead of alpha."""
+    """The multiplier, instead of alpha."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapters' input while training."""
     keys: list[str] | None = None
     """Which linear layers, e.g. self_attn.q_proj or q_proj; unset means all in the blocks."""
     layers: int = Field(default=-1, ge=-1)
-    """How many blocks, counted from the top; -1 means all."""
+    """Number of blocks, counted from the top; -1 means all."""
 
     @model_validator(mode="after")
     def _one_scale(self) -> LoraConfig:
@@ -315,41 +315,41 @@ class LoraConfig(Section):
 
 
 class OptimConfig(Section):
-    """How the weights move."""
+    """The optimizer."""
 
     name: str = "adamw"
     """Optimizer: adamw, adam, sgd, rmsprop, lion, adafactor or muon."""
     lr: PositiveFloat | Literal["auto"] = "auto"
-    """Peak learning rate. auto: what short probes on the pairs find (stage dpo); 1e-4 in stages sft and reward."""
+    """Peak learning rate. auto: measured by short probes on the pairs (stage dpo); 1e-4 in stages sft and reward."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up."""
+    """Learning-rate schedule after the warm-up."""
     warmup: float = Field(default=0.1, ge=0)
-    """Warm-up: a share of all steps below 1, a number of steps from 1 on."""
+    """Warm-up: below 1 a share of all steps, from 1 on a number of steps."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay (adamw, lion, sgd, muon, adafactor)."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Averaging factors of adam, adamw and lion."""
+    """Betas of adam, adamw and lion."""
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """Largest gradient norm; 0 turns clipping off."""
+    """Maximum gradient norm; 0 disables clipping."""
 
 
 class TrainConfig(Section):
-    """How long, in what portions, and what is kept."""
+    """Length of training, batches and checkpoints."""
 
     epochs: PositiveFloat | Literal["auto"] = "auto"
-    """Passes over the pairs. auto: as many as train.steps takes, else one, and up to three where that takes fewer than
-    about fifty steps."""
+    """Passes over the pairs. auto: as many as train.steps takes, otherwise one, or up to three if one takes fewer
+    than about fifty steps."""
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps; where train.epochs is given too, the fewer of both."""
+    """Optimizer steps; with train.epochs, the smaller of both applies."""
     minutes: float | None = Field(default=None, gt=0)
-    """Longest training, minutes: fewer steps where more would take longer, measured on the first three of them."""
+    """Maximum training time in minutes: steps are reduced to fit, measured on the first three."""
     batch_size: int = Field(default=4, ge=1)
     """Pairs computed at once; of prompts with several pairs, as many as have twice that many distinct completions."""
     gradient_accumulation: int = Field(default=4, ge=1)
     """Batches of a step: it takes batch_size * gradient_accumulation pairs, or whole prompts with about as many, and
     equals one large batch."""
     gradient_checkpointing: bool = False
-    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
+    """Keep only each layer's input for the backward pass and recompute the rest: less memory, more time."""
     router_aux_loss_coef: float = Field(default=0.0, ge=0)
     """Mixtures of experts: weight of the routers' balancing loss (Switch Transformers); 0.001 is usual, 0 is off."""
     seed: int = Field(default=0, ge=0)
@@ -359,19 +359,19 @@ class TrainConfig(Section):
     save_every: int = Field(default=50, ge=1)
     """Steps between checkpoints."""
     save_minutes: float = Field(default=10.0, ge=0)
-    """Minutes after which a checkpoint is kept between those of save_every too, the newest of them; 0: none."""
+    """Minutes without a checkpoint after which one is written (the newest of these is kept); 0: off."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Newest checkpoints kept, besides the best."""
+    """Number of newest checkpoints to keep, in addition to the best."""
     allow_over_memory: bool = False
-    """Train although the plan says that this machine's memory will not do."""
+    """Train even if the plan exceeds this machine's memory."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after this many evaluations without a lower held-out loss."""
     keep_model: Literal["last", "best"] = "last"
-    """What `adapter/` holds at the end: the last step, or the step with the lowest held-out loss."""
+    """What `adapter/` contains at the end: the last step, or the step with the lowest held-out loss."""
 
 
 class LogConfig(Section):
-    """Where the numbers go besides the terminal and `metrics.jsonl`."""
+    """Logging in addition to the terminal and `metrics.jsonl`."""
 
     every_steps: int = Field(default=1, ge=1)
     """Steps between lines on the terminal."""
@@ -383,7 +383,7 @@ class RewardConfig(Section):
     """The objective of `stage: reward`."""
 
     margin: float = Field(default=0.0, ge=0)
-    """By how much the reward of the better completion should lead (Llama 2's margin)."""
+    """Required lead of the better completion's reward (Llama 2's margin)."""
     center: float = Field(default=0.0, ge=0)
     """Weight of the squared sum of a pair's rewards, which keeps them around 0; 0.01 is usual."""
 
@@ -393,7 +393,7 @@ class Config(Section):
 
     stage: Literal["dpo", "sft", "reward", "ppo", "rloo"] = "dpo"
     """dpo: tune on preferences; sft: imitate the chosen completions; reward: train a reward model on the pairs; ppo,
-    rloo: tune on own samples against a reward (from Python: `mlxdpo.baselines`)."""
+    rloo: tune on the policy's samples with a reward (from Python: `mlxdpo.baselines`)."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
@@ -435,7 +435,7 @@ def _spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
         given = found.get(section)
         if isinstance(given, Mapping) and key in given:
             if name in given:
-                raise UserError(f"`{former}` is the former name of `{section}.{name}`; give one of them")
+                raise UserError(f"`{former}` is the old name of `{section}.{name}`; give one of them")
             found[section] = {name if k == key else k: v for k, v in given.items()}
     return found
 
@@ -448,7 +448,7 @@ def load_config(recipe: str | Path | None = None, overrides: Mapping[str, Any] |
     base = {} if recipe is None else read_recipe(Path(recipe))
     values = merged(_spelled_out(base), _spelled_out(overrides or {}))
     if (key := key_with_nul(values)) is not None:
-        raise UserError(f"{recipe or 'configuration'}: `{key}` holds a NUL character, which no name may; take it out")
+        raise UserError(f"{recipe or 'configuration'}: `{key}` contains a NUL character; remove it")
     try:
         return Config.model_validate(values)
     except ValidationError as error:

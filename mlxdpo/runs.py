@@ -40,15 +40,15 @@ def check_manifest(found: Mapping[str, Any]) -> None:
     """Raise `KeyError` or `TypeError` naming the first thing that is missing in a manifest or of another kind."""
     for part, fields in MANIFEST.items():
         if not isinstance(found[part], dict):
-            raise TypeError(f"{part} is no object")
+            raise TypeError(f"{part} is not an object")
         for field, kind in fields.items():
             if not isinstance(found[part][field], kind):
                 raise TypeError(f"{part}.{field} is {type(found[part][field]).__name__}")
     if not isinstance(found["template"], str) or not isinstance(found["seed"], int):
-        raise TypeError("template is no text, or seed no number")
+        raise TypeError("template is not text, or seed is not a number")
     for report in found["data"]["reports"].values():
         if not all(isinstance(report.get(part, {}), dict) for part in ("refused", "changed")):
-            raise TypeError("data.reports holds something else than reports")
+            raise TypeError("data.reports contains something other than reports")
 
 
 @contextlib.contextmanager
@@ -165,7 +165,7 @@ class Run:
         try:
             write_first(path / "config.yaml", dump_config(config))
         except FileExistsError:
-            raise UserError(f"{path}: another process has just begun a run there; choose another --out") from None
+            raise UserError(f"{path}: another process just started a run there; choose another --out") from None
         write_json(path / PATHS, input_paths(config, path))
         return cls(path)
 
@@ -174,7 +174,7 @@ class Run:
         """An existing run. Raises `UserError` when the directory holds none."""
         run = cls(Path(path))
         if not os.path.exists(run.path / "config.yaml"):  # unlike Path.exists, it answers for every name
-            raise UserError(f"{path}: no config.yaml there; expected a run directory such as runs/NAME")
+            raise UserError(f"{path}: no config.yaml in it; expected a run directory such as runs/NAME")
         return run
 
     @contextlib.contextmanager
@@ -233,8 +233,8 @@ class Run:
         for name, place in self._places(config).items():
             if name in names and place.find(_input(config, name), self.path) is None:
                 raise UserError(
-                    f"{self.path}: its {name} is gone: the run was made in {place.made} with {place.absolute}; put it "
-                    f"back there, or to {place.relative} from the run{instead}"
+                    f"{self.path}: its {name} no longer exists: the run was made in {place.made} with "
+                    f"{place.absolute}; restore it there, or at {place.relative} relative to the run{instead}"
                 )
 
     def _places(self, config: Config) -> dict[str, InputPlace]:
@@ -309,9 +309,9 @@ class Run:
         kept: list[dict[str, Any]] = []
         for number, line in enumerate(read_lines(self.path / "metrics.jsonl"), 1):
             if not isinstance(line.get("resumed_from", line.get("step")), int):
-                raise UserError(f"{self.path / 'metrics.jsonl'}:{number}: says no step; take the line out")
+                raise UserError(f"{self.path / 'metrics.jsonl'}:{number}: has no step; remove the line")
             if other := next((n for n, v in line.items() if not isinstance(v, int | float | None)), None):
-                raise UserError(f"{self.path / 'metrics.jsonl'}:{number}: `{other}` is no number; take the line out")
+                raise UserError(f"{self.path / 'metrics.jsonl'}:{number}: `{other}` is not a number; remove the line")
             if "resumed_from" in line:
                 back = line["resumed_from"]  # from 0 everything is done again, the evaluation of step 0 too
                 kept = [old for old in kept if old["step"] <= back] if back else []

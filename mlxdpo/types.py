@@ -216,7 +216,7 @@ class Batch(NamedTuple):
 class Pairs(NamedTuple):
     """What a paired objective sees: each (B,), log-probs in nats summed over the completion, lengths in tokens.
 
-    The first six are always there; the others where data or a modifier brings them, else None:
+    The first six are always there; the others where data or a modifier provides them, otherwise None:
 
     label, weight, margin, desirable  see `Extras`
     shared    (2, B) log-probs of the first min(|chosen|, |rejected|) tokens of both completions; ref_shared likewise

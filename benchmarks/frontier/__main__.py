@@ -48,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> int:
             page.write_page(lines, budget)
             page.write_figure(lines)
     if not done:
-        print(f"stopped; the same command goes on with {asked.out}")
+        print(f"stopped; resume with {asked.out}")
     return 0 if done else 130
 
 
@@ -86,7 +86,7 @@ def check_same(out: Path, budget: Budget, model: str) -> None:
     then = json.loads(file.read_text("utf-8")) if file.exists() else None
     if then is not None and then != now:
         changed = [k for k in now if then.get(k) != now[k]]
-        raise UserError(f"{out} was begun with another {', '.join(changed)}; choose another --out")
+        raise UserError(f"{out} was started with a different {', '.join(changed)}; choose another --out")
     if then is None:
         write_json(file, now)
 

@@ -71,7 +71,7 @@ def probe_server(
         rung, _ = find_rung(ladder, server.patient(FIRST_ANSWER).complete, server.model, ask)
     except NoRung as error:
         raise UserError(
-            f"{name}: the test question got no verdict ({error}); take another model{_listed(server)}"
+            f"{name}: no verdict for the test question ({error}); use another model{_listed(server)}"
         ) from None
     except Refused as error:
         said = f": {error.words}" if error.words else ""
@@ -80,7 +80,7 @@ def probe_server(
         ) from None
     except Unanswered as error:
         raise UserError(
-            f"{name}: the test question got no answer ({error}); is the server running, and not busy?"
+            f"{name}: no answer to the test question ({error}); check that the server is running and not busy"
         ) from None
     return server.patient(REASONING if rung.dialect.reasoning else server.timeout), rung
 
@@ -88,7 +88,7 @@ def probe_server(
 def _hint(status: int, server: Server) -> str:
     if status in (401, 403):
         return f"put the key into ${KEY}"
-    return f"check the model's name and the URL, which mostly ends in /v1{_listed(server)}"
+    return f"check the model's name and the URL, which usually ends in /v1{_listed(server)}"
 
 
 def _listed(server: Server) -> str:

@@ -30,7 +30,7 @@ BELOW = 2.0  # a label missing from the top list is at least this unlikely again
 LEAST_SHARE = 0.1  # of the probability on the labels: a model that begins otherwise has not been asked for its verdict
 MANY_TOKENS = 16_384  # for a model that reasons first
 FEWEST_TOKENS = 1_024  # below it a budget that a server finds too large is left out instead
-NO_COMPLETION = "the reply is no chat completion"
+NO_COMPLETION = "the reply is not a chat completion"
 
 
 class Reply(NamedTuple):
@@ -109,10 +109,10 @@ def read_label_odds(reply: Reply) -> Verdict:
     """Log-odds of the labels; one that is not in the list lies below its least member. A bare label does as well."""
     found = [[p for token, p in reply.logps if token == label] for label in LABELS]
     if not any(found):
-        return _bare_label(reply.text) or invalid(_why_no_label(reply, "the answer is no label"))
+        return _bare_label(reply.text) or invalid(_why_no_label(reply, "the answer is not a label"))
     most, least = max(p for _, p in reply.logps), min(p for _, p in reply.logps) - BELOW
     if np.logaddexp.reduce([p for one in found for p in one]) < min(most, 0.0) + math.log(LEAST_SHARE):
-        return invalid("the labels are improbable answers")
+        return invalid("the labels are improbable")
     a, b = (float(np.logaddexp.reduce(one)) if one else least for one in found)
     return Verdict(a - b)
 

@@ -46,7 +46,7 @@ class LocalJudge:
         first, second = self.labels
         logits = next_logits(self.policy.model, rows, [*first, *second]).astype(np.float64)
         odds = np.logaddexp.reduce(logits[:, : len(first)], 1) - np.logaddexp.reduce(logits[:, len(first) :], 1)
-        return [Verdict(float(o)) if math.isfinite(o) else invalid("its logits are no numbers") for o in odds]
+        return [Verdict(float(o)) if math.isfinite(o) else invalid("its logits are not finite") for o in odds]
 
 
 def local_judge(model: str) -> Judge:
@@ -61,7 +61,7 @@ def local_judge(model: str) -> Judge:
     judge = LocalJudge(f"local:{model}", identity | {"wording": WORDING, "labels": labels}, policy, labels)  # type: ignore[arg-type]
     (verdict,) = judge.ask([TEST_QUESTION])
     if verdict.logit is None:
-        raise UserError(f"--judge local:{model}: it answers no test question, {verdict.reason}; take another model")
+        raise UserError(f"--judge local:{model}: it failed the test question ({verdict.reason}); use another model")
     return judge
 
 

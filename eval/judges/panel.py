@@ -76,7 +76,7 @@ def panel_judge(rest: str, open_member: Callable[[str], Judge]) -> Judge:
             f"--judge panel:{rest}: no such rule; expected panel:RULE:JUDGE,JUDGE, RULE one of {', '.join(RULES)}"
         )
     if len(set(specs)) < 2 or len(set(specs)) < len(specs):
-        raise UserError(f"--judge panel:{rest}: a panel has two different judges or more, separated by commas")
+        raise UserError(f"--judge panel:{rest}: a panel needs at least two different judges, separated by commas")
     members = tuple(open_member(spec) for spec in specs)
     identity = {"kind": "panel", "rule": rule, "members": [dict(member.identity) for member in members]}
     return PanelJudge(f"panel:{rule} of {', '.join(member.name for member in members)}", identity, rule, members)

@@ -37,7 +37,7 @@ class RewardModelJudge:
 
 
 def _verdict(difference: float) -> Verdict:
-    return Verdict(difference) if math.isfinite(difference) else invalid("an answer that the reward model cannot read")
+    return Verdict(difference) if math.isfinite(difference) else invalid("an answer that cannot be scored")
 
 
 def reward_model_judge(run: str) -> Judge:

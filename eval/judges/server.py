@@ -218,7 +218,7 @@ class BoundedTransport:
         try:
             found = came.get(timeout=seconds)
         except queue.Empty:
-            raise httpx2.ReadTimeout(f"no whole answer within {seconds:g} s", request=request) from None
+            raise httpx2.ReadTimeout(f"no complete answer within {seconds:g} s", request=request) from None
         if isinstance(found, Exception):
             raise found
         return found
@@ -243,13 +243,13 @@ class BoundedTransport:
         response, body = self.inner.send(bare, stream=True), bytearray()
         try:
             if response.headers.get("content-encoding", "identity") != "identity":
-                raise OpenAIError("the reply is compressed, which was not asked for")
+                raise OpenAIError("the reply is compressed, which was not requested")
             for part in response.iter_raw():
                 body += part
                 if len(body) > LARGEST_ANSWER:
                     raise OpenAIError(f"the reply has more than {LARGEST_ANSWER:,} bytes")
                 if time.monotonic() > until:
-                    raise httpx2.ReadTimeout("nobody waits any more", request=request)
+                    raise httpx2.ReadTimeout("no longer needed", request=request)
         finally:
             response.close()
         return httpx2.Response(response.status_code, headers=response.headers, content=bytes(body), request=request)
@@ -299,10 +299,12 @@ def parse_address(kind: str, rest: str) -> tuple[str, str]:
             f"--judge {kind}:{rest}: expected {kind}:MODEL@URL, such as {kind}:qwen3@http://localhost:8080/v1"
         )
     if parts.username or parts.password or parts.query:
-        raise UserError(f"--judge {kind}:{model}@...: no key in the URL, it would be saved; put it into ${KEY}")
+        raise UserError(
+            f"--judge {kind}:{model}@...: do not put the key in the URL, because the URL is saved; set ${KEY}"
+        )
     if os.environ.get(KEY) and parts.scheme == "http" and not is_loopback(parts.hostname):
         raise UserError(
-            f"--judge {kind}:{rest}: ${KEY} would go to {parts.hostname} in the clear; use https, or unset {KEY}"
+            f"--judge {kind}:{rest}: ${KEY} would be sent to {parts.hostname} unencrypted; use https, or unset {KEY}"
         )
     return model, url.rstrip("/")
 

@@ -122,7 +122,7 @@ def _parse_line(line: bytes) -> Mapping[str, Any]:
     except (ValueError, RecursionError):  # also what is no UTF-8; the last line may be torn by a killed writer
         raise NoVote("a line that is not JSON") from None
     if not isinstance(found, Mapping):
-        raise NoVote("a line that is no object")
+        raise NoVote("a line that is not an object")
     return found
 
 
@@ -147,7 +147,7 @@ def _vote_of_line(line: Mapping[str, Any]) -> Vote:
 
     winner, tuned = line.get("winner"), line.get("tuned")
     if not isinstance(winner, str) or winner not in OUTCOMES:
-        raise NoVote(f'a vote whose "winner" is none of {", ".join(OUTCOMES)}')
+        raise NoVote(f'a vote whose "winner" is not one of {", ".join(OUTCOMES)}')
     if tuned not in (None, *SIDES):
         raise NoVote('a vote whose "tuned" is neither a nor b')
     prompt = _vote_prompt(line.get("prompt"))

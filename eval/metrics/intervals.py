@@ -90,7 +90,7 @@ def number_clusters(values: Values, clusters: Clusters) -> tuple[np.ndarray, np.
         raise ValueError(f"{data.shape} values and {len(clusters)} cluster names; expected one name per value")
     if not np.isfinite(data).all():
         first = int(np.argmin(np.isfinite(data)))
-        raise ValueError(f"value {first} is {data[first]}; leave invalid results out and count them")
+        raise ValueError(f"value {first} is {data[first]}; drop invalid results and count them")
     numbers = {name: i for i, name in enumerate(sorted(dict.fromkeys(clusters), key=str))}
     return data, np.array([numbers[name] for name in clusters], np.int64)
 
@@ -198,7 +198,7 @@ def clustered_share(values: Values, clusters: Clusters, level: float = 0.95) -> 
     """
     data, labels = number_clusters(values, clusters)
     if len(data) and (data.min() < 0 or data.max() > 1):
-        raise ValueError(f"values lie in [{data.min()}, {data.max()}]; a share needs values between 0 and 1")
+        raise ValueError(f"values are in [{data.min()}, {data.max()}]; a share needs values between 0 and 1")
     error = _se(data, labels)
     if error is None:
         return None

@@ -105,7 +105,7 @@ def _verdicts(values: Sequence[int] | np.ndarray) -> np.ndarray:
     found = np.asarray(values)
     if not np.isin(found, (-1, 0, 1)).all():
         first = found[~np.isin(found, (-1, 0, 1))][0]
-        raise ValueError(f"a verdict is {first}; expected 1, 0 or -1: leave invalid ones out and count them")
+        raise ValueError(f"a verdict is {first}; expected 1, 0 or -1: drop invalid ones and count them")
     return found.astype(np.int64) + 1
 
 

@@ -103,9 +103,9 @@ def check_logps(logps: PairLogps, prompts: np.ndarray) -> None:
     for name in ("chosen", "rejected", "ref_chosen", "ref_rejected"):
         finite = np.isfinite(getattr(logps, name))
         if not finite.all():
-            raise ValueError(f"{name}[{int(np.argmin(finite))}] is not finite; leave such pairs out and count them")
+            raise ValueError(f"{name}[{int(np.argmin(finite))}] is not finite; drop such pairs and count them")
     if min(np.min(logps.chosen_len), np.min(logps.rejected_len)) < 1:
-        raise ValueError("a completion has no tokens; leave such pairs out and count them")
+        raise ValueError("a completion has no tokens; drop such pairs and count them")
 
 
 def margins(logps: PairLogps, beta: float) -> np.ndarray:

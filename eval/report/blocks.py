@@ -40,7 +40,7 @@ def answers_headline(result: WinRate, max_invalid: float) -> Headline:
     """What one judge's win rate says: no verdict where a larger share of what was asked than `max_invalid` failed."""
     if result.failed(max_invalid):
         return Headline("no verdict", f"No verdict: {_why_no_verdict_on_answers(result, max_invalid)}.")
-    equal = f"{result.equal} of {result.n} pairs of answers are equal word for word"
+    equal = f"{result.equal} of {result.n} pairs of answers are identical"
     if not result.answered:
         text = f"No difference shown: all {result.n} pairs of answers are the same before and after."
         return Headline("no difference shown", text)
@@ -59,7 +59,7 @@ def answers_headline(result: WinRate, max_invalid: float) -> Headline:
 
 def _why_no_verdict_on_answers(result: WinRate, max_invalid: float) -> str:
     """Why a judge has no verdict, with the four numbers."""
-    equal = f"{result.equal} of {result.n} pairs of answers are equal and were not asked about"
+    equal = f"{result.equal} of {result.n} pairs of answers are identical and were not judged"
     if not result.asked:
         return f"{result.judge} has no vote on any of {result.n} pairs of answers ({equal})"
     reasons = ", ".join(f"{count} {reason}" for reason, count in result.reasons.items())
@@ -81,9 +81,11 @@ def pairs_headline(result: Heldout, unchanged: int = 0) -> Headline:
         text = f"No difference shown: on all {rewards.n} held-out pairs the model is its reference (accuracy 0.5)."
         return Headline("no difference shown", text)
     interval = rewards.accuracy_interval
-    facts = f"the tuned model ranks {share(rewards.accuracy)} of {rewards.n} held-out pairs rightly ({span(interval)})"
+    facts = (
+        f"the tuned model ranks {share(rewards.accuracy)} of {rewards.n} held-out pairs correctly ({span(interval)})"
+    )
     if unchanged:
-        text = f"No difference shown: {facts}, and writes all {unchanged} answers word for word as before."
+        text = f"No difference shown: {facts}, and writes all {unchanged} answers exactly as before."
         return Headline("no difference shown", text)
     if interval is None or interval.low <= 0.5 <= interval.high:
         return Headline(
@@ -120,8 +122,10 @@ def votes_headline(result: VoteRun) -> Headline:
         f"({span(now)} whenever one looks; e-value {e_value_text(result.e_value)})"
     )
     if result.verdict == "cannot tell yet":
-        more = "more votes than anyone has" if result.needed is None else f"about {roughly(result.needed)} more votes"
-        return Headline("cannot tell yet", f"Cannot tell yet: {facts}; at this rate {more} would tell.")
+        more = (
+            "an impractical number of votes" if result.needed is None else f"about {roughly(result.needed)} more votes"
+        )
+        return Headline("cannot tell yet", f"Cannot tell yet: {facts}; at this rate {more} would decide.")
     verdict: Verdict = "better" if result.verdict == "better" else "worse"
     return Headline(verdict, f"{verdict.capitalize()}: {facts}; decided at vote {result.decided_at}.")
 

@@ -17,7 +17,7 @@ def cost_sentences(results: Result) -> list[str]:
     return [
         *_about_texts(drift["before"], drift["after"], drift["length_ratio"]["value"]),
         f"The model is {drift['kl']:.2f} nats an answer from its reference (KL); "
-        f"{100 * drift['same']:.0f} % of its answers are word for word as before.",
+        f"{100 * drift['same']:.0f} % of its answers are identical to before.",
         *_about_pairs(results["pairs"]["rewards"]["displacement"]["mean"]),
         *(sentence for name, spent in results["when"]["judges"].items() for sentence in _about_judge(name, spent)),
     ]
@@ -29,7 +29,7 @@ def _about_texts(before: Result, after: Result, ratio: float | None) -> Iterator
         yield f"Answers are {ratio:.2f} times as long as before: {old:.0f} tokens became {new:.0f}."
     ends, loops = ([side[name]["value"] for side in (before, after)] for name in ("stopped", "repetition"))
     if None not in ends:
-        yield f"{100 * ends[1]:.0f} % of them end by themselves, {100 * ends[0]:.0f} % before."
+        yield f"{100 * ends[1]:.0f} % of them end with an end token, {100 * ends[0]:.0f} % before."
     if None not in loops and max(loops) > 0:
         yield f"{100 * loops[1]:.1f} % of their 3-grams are repetitions, {100 * loops[0]:.1f} % before."
 

@@ -111,7 +111,7 @@ def _answer_tables(results: Result) -> list[Any]:
     for w in judged:
         blocks += _slice_tables("win rate by {}, " + w["judge"], w["slices"], results)
     if not judged:
-        blocks.insert(0, "No judge was named, so whether the answers are better was not measured: add --judge.")
+        blocks.insert(0, "No judge was named, so it was not measured whether the answers are better: add --judge.")
     return blocks
 
 
@@ -154,7 +154,7 @@ def _pair_tables(results: Result) -> list[Any]:
     )
     groups = [(g["name"], bounded(g["accuracy"], g["interval"]), str(g["n"])) for g in length["groups"] if g["n"]]
     blocks = [
-        Table(("held-out pairs", "value", "beside it"), rows, note),
+        Table(("held-out pairs", "value", "details"), rows, note),
         Table(("accuracy by length", "accuracy", "pairs"), groups),
     ]
     return blocks + _slice_tables("accuracy by {}", results["pairs"]["slices"], results)
@@ -201,7 +201,7 @@ def _slice_table(title: str, found: Result, items: str) -> Table:
         else f"Worst: {worst['name']}, {decimal(worst['share'])}. "
     )
     note = (
-        f"{said}Intervals hold for all slices at once; q is corrected for looking at all. "
+        f"{said}Intervals are simultaneous for all slices; q is corrected for multiple comparisons. "
         f"{found['hidden']} slices with {found['hidden_rows']} {items} are too small to show."
     )
     return Table((title, "share", items, "q against the rest"), rows, note)
@@ -222,7 +222,7 @@ def _drift_tables(results: Result) -> list[Any]:
     note = (
         f"KL is summed over the vocabulary at each step of {drift['answers']} of the tuned model's own answers, "
         "the first to each prompt. "
-        "Drift is no judgement: a model that moves without getting better drifts too."
+        "Drift is not quality: a model can drift without getting better."
     )
     return [
         Table(("answers", "before", "after"), rows, note),
@@ -268,7 +268,9 @@ def _settings_table(results: Result) -> list[Any]:
         ("versions", ", ".join(f"{k} {v}" for k, v in results["versions"].items())),
         ("took", f"{results['when']['seconds']:.0f} s"),
     ]
-    files = "Every number can be computed again from eval_pairs.jsonl and eval_samples.jsonl beside the results file."
+    files = (
+        "Every number can be recomputed from eval_pairs.jsonl and eval_samples.jsonl in the folder of the results file."
+    )
     return [Table(("setting", "value"), rows), *results["data"]["left_out"], files]
 
 
@@ -357,7 +359,7 @@ def votes_table(found: Result) -> list[Any]:
         ("votes still needed at this rate", told),
     ]
     note = (
-        "The interval and the e-value hold at every look, so stopping when one likes is no cheating. The first vote on "
+        "The interval and the e-value are valid at every look, so you may stop at any time. The first vote on "
         f"each prompt counts, a tie as one half. {said}"
     )
     return [Table((f"{found['n']} votes from {found['file']}", "value"), rows, note)]

@@ -97,7 +97,7 @@ def reliability_plot(bins: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_ylabel("share right")
     return Figure(
         _svg(figure, "reliability"),
-        "Calibration: share of pairs ranked rightly against confidence; the dotted line is perfect.",
+        "Calibration: share of pairs ranked correctly against confidence; the dotted line is perfect.",
     )
 
 

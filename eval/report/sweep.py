@@ -1,4 +1,4 @@
-"""The page of a sweep: which setting is best, which cannot be told apart, curves, and reward against KL."""
+"""The page of a sweep: which setting is best, which are indistinguishable, curves, and reward against KL."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POOLED = (
     "models as they are."
 )
 CHOSEN = (
-    "The held-out pairs chose the best setting, so its figure flatters it. Judge it on pairs that no run has seen: "
+    "The held-out pairs chose the best setting, so its figure is optimistic. Evaluate it on unseen pairs: "
     "mlxdpo eval RUN --data OTHER."
 )
 
@@ -45,10 +45,10 @@ def sweep_cells(found: SweepResults) -> list[tuple[str, ...]]:
 
 
 def _sweep_row(c: CandidateResult, found: SweepResults, same: list[str]) -> tuple[str, ...]:
-    words = "best" if c.name == found.best else "not told apart from the best" if c.name in same else ""
+    words = "best" if c.name == found.best else "indistinguishable from the best" if c.name in same else ""
     others = [ending(record) for record in c.endings if record["state"] != "finished"]
     if not words and not others:
-        words = "surely worse" if c.seeds else "not trained yet"
+        words = "significantly worse" if c.seeds else "not trained yet"
     rates = ", ".join(dict.fromkeys(f"{rate:g}" if isinstance(rate, float) else str(rate) for rate in c.lr))
     return (
         c.name,
@@ -80,7 +80,7 @@ def _sweep_document(found: SweepResults) -> Document:
     curves = heldout_curves({c.name: c.curve for c in found.candidates}, found.best, found.measure)
     sections = [
         Part("Settings side by side", [Table(SWEEP_COLUMNS, sweep_cells(found), f"{POOLED} {CHOSEN}")]),
-        Part("Which can be told apart", [_pairs_table(found)]),
+        Part("Which differ significantly", [_pairs_table(found)]),
         Part("Held-out curves", [curves]),
         Part("Held-out reward against KL", [*_frontier_of(found)]),
         Part("How runs are stopped", [RULE, _why_measure(found)]),

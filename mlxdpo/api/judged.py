@@ -100,7 +100,7 @@ class ComparingFunction:
         self.identity = {"kind": "program", "name": name, "digest": hashlib.sha256(code).hexdigest()}
 
     def ask(self, questions: Sequence[Any]) -> list[Any]:
-        """One verdict for each question; what the function raises is no verdict, with the reason."""
+        """One verdict for each question; an exception of the function is an invalid verdict, with the reason."""
         return [self._verdict(question) for question in questions]
 
     def _verdict(self, question: Any) -> Any:
@@ -112,7 +112,7 @@ class ComparingFunction:
             raise
         except Exception as error:  # it is the user's code: whatever it raises is one comparison without a verdict
             return invalid(f"the judge raised {type(error).__name__}")
-        return certain(value) if value == value else invalid("the judge gave no number")
+        return certain(value) if value == value else invalid("the judge returned no number")
 
 
 def generate(

@@ -22,11 +22,11 @@ def objective(function: Callable[..., mx.array] | None = None, *, reference: boo
     """Register a function as an objective; a decorator, with or without arguments.
 
     `function(pairs, *, beta, ...)` gets `Pairs` of (B,) log-probs, nats, and gives one loss per pair, (B,), without a
-    mean. Its keywords are settings of `loss`; one with a default that is no setting keeps its default. `reference`
+    mean. Its keywords are settings of `loss`; one with a default that is not a setting keeps its default. `reference`
     says whether it reads `ref_chosen` and `ref_rejected`; without, the reference is not scored. `name` is what
     `loss.name` calls it, the function's name unless given. A later registration replaces an earlier one.
 
-    Raises `UserError` for a name of a built-in objective, a keyword that is no setting, and a function that does not
+    Raises `UserError` for a name of a built-in objective, a keyword that is not a setting, and a function that does not
     give one finite loss per pair, or whose gradient is not finite.
     """
     if function is None:
@@ -40,7 +40,7 @@ def objective(function: Callable[..., mx.array] | None = None, *, reference: boo
     bare = _with_settings_alone(function, name)
     _check_function(bare, name)
     family = "difference" if reference else "reference-free"
-    refuses = dict.fromkeys(MODIFIERS, "what it does to an own objective is not known")
+    refuses = dict.fromkeys(MODIFIERS, "its effect on a custom objective is unknown")
     LOSSES[name] = Objective(bare, OWN_TITLE, "", family, None, "", refuses=refuses)
     return function
 
@@ -52,7 +52,7 @@ def _with_settings_alone(function: Callable[..., mx.array], name: str) -> Callab
     settings = [p for p in keywords if p.name in LossConfig.model_fields]
     if unknown := [p.name for p in keywords if p not in settings and p.default is p.empty]:
         knobs = ", ".join(k for k in LossConfig.model_fields if k not in ("name", "weights"))
-        raise UserError(f"{name} takes {unknown[0]}, which is no setting; give it a default, or use one of: {knobs}")
+        raise UserError(f"{name} takes {unknown[0]}, which is not a setting; give it a default, or use one of: {knobs}")
 
     def bare(pairs: Pairs, **knobs: Any) -> mx.array:
         """The function."""
@@ -79,6 +79,6 @@ def _check_function(function: Callable[..., mx.array], name: str) -> None:
     found = function(pairs, **knobs)
     if not isinstance(found, mx.array) or found.shape != (3,):
         shape = tuple(found.shape) if isinstance(found, mx.array) else type(found).__name__
-        raise UserError(f"{name} gives {shape} for 3 pairs; expected one loss per pair, (3,): leave out the mean")
+        raise UserError(f"{name} gives {shape} for 3 pairs; expected one loss per pair, (3,): do not take the mean")
     if not mx.isfinite(found).all().item() or not mx.isfinite(mx.grad(summed)(pairs.chosen)).all().item():
         raise UserError(f"{name} gives a loss or gradient that is not finite on ordinary log-probs; check its domain")

@@ -37,7 +37,7 @@ class TunedRun(Run):
     def reproduce(self, out: str | Path | None = None) -> Reproduction:
         """Train again from the run's configuration into `out` (RUN-again) and compare the adapters' files.
 
-        Raises `UserError` where `out` holds a run, or an input is gone.
+        Raises `UserError` if `out` contains a run, or an input no longer exists.
         """
         place = Path(out) if out is not None else self.path.with_name(f"{self.path.name}-again")
         config = self.config()
@@ -104,7 +104,7 @@ def finished_run(events: Any) -> TunedRun:
         last = event
         run = event.values["run"] if event.kind in ("start", "done") else run
     if not isinstance(last, Event) or last.kind != "done" or run is None:
-        raise UserError("the training stopped before its end; see the events of mlxdpo.train for where")
+        raise UserError("training stopped early; see the events of mlxdpo.train")
     return TunedRun(run.path)
 
 

@@ -135,7 +135,7 @@ def tune_on_samples(
 def check_rollout_settings(config: Config) -> None:
     """Raise `UserError` for another stage, a setting without meaning in it, or samples that have no siblings."""
     if config.stage not in ("ppo", "rloo"):
-        raise UserError(f"stage {config.stage} does not tune on its own samples; set stage to ppo or rloo")
+        raise UserError(f"stage {config.stage} does not train on samples; set stage to ppo or rloo")
     idle = [*IDLE, *(f"rollout.{knob}" for knob in PPO_ONLY if config.stage == "rloo")]
     given, plain = config.model_dump(), Config().model_dump()
     for name in idle:
@@ -143,9 +143,9 @@ def check_rollout_settings(config: Config) -> None:
         for key in (knob,) if knob else plain[section]:
             if given[section][key] != plain[section][key]:
                 what = f"{section}.{key} {given[section][key]}"
-                raise UserError(f"{what} has no meaning in stage {config.stage}; drop it")
+                raise UserError(f"{what} has no effect in stage {config.stage}; drop it")
     if config.train.eval_every not in (0, Config().train.eval_every):
-        raise UserError(f"train.eval_every {config.train.eval_every} has no meaning in stage {config.stage}; drop it")
+        raise UserError(f"train.eval_every {config.train.eval_every} has no effect in stage {config.stage}; drop it")
     if config.stage == "rloo" and config.rollout.samples < 2:
         raise UserError("rollout.samples is 1, but rloo compares the completions of a prompt; set it to 2 or more")
 

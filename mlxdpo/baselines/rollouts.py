@@ -210,7 +210,7 @@ def checked_scores(name: str, scores: Sequence[float] | np.ndarray, count: int) 
     bad = np.isnan(values)
     if bad.all() or np.isinf(values).any():
         what = "no number for any" if bad.all() else "an infinite number for one"
-        raise UserError(f"reward {name} gave {what} of {count} completions; look at what it is given")
+        raise UserError(f"reward {name} gave {what} of {count} completions; check its inputs")
     return np.where(bad, values[~bad].min(), values), int(bad.sum())
 
 

@@ -31,16 +31,16 @@ def run(
     name: list[str] | None = None,
     open_browser: bool = False,
 ) -> int:
-    """See a model before and after tuning, vote blind, teach the next round; runs, data and training beside it.
+    """See a model before and after tuning, vote blind, make the next round's pairs; also runs, data and training.
 
     Args:
-        path: Run directory to open with; the folder it lies in is the folder of runs.
+        path: Run directory to open first; its parent is the folder of runs.
         runs: Folder of run directories.
-        host: Address to listen on; any other than this machine's own needs --auth.
+        host: Address to listen on; addresses reachable by others require --auth.
         port: Port; the first free one from 7860 when not given.
         auth: User name. The password comes from $MLXDPO_APP_PASSWORD or is asked for; it is never printed.
         share: Open a public link through Gradio's relay; needs --auth.
-        name: Further host name the app answers to, for one behind a proxy.
+        name: Additional host name for the app, for use with a proxy.
         open_browser: Open the page in the browser.
     """
     from mlxdpo.machine.openblas import preload_blas
@@ -50,7 +50,7 @@ def run(
     if not preload_blas().fast:
         print(preload_blas().note, file=sys.stderr)
     served = start_app(folder, first, host=host, port=port, login=ask_login(auth), share=share, names=tuple(name or ()))
-    print(f"mlxdpo app: {served.url}   (Ctrl+C ends it; training goes on)", flush=True)
+    print(f"mlxdpo app: {served.url}   (Ctrl+C ends it; training continues)", flush=True)
     if open_browser:
         import webbrowser
 
@@ -63,7 +63,7 @@ def run(
 
 
 def runs_folder(path: Path | None, runs: Path) -> tuple[Path, str | None]:
-    """The folder of runs and the run to open with. Raises `UserError` for a path that is no run."""
+    """The folder of runs and the run to open with. Raises `UserError` for a path that is not a run."""
     from mlxdpo.runs import Run
 
     if path is None:
@@ -73,7 +73,7 @@ def runs_folder(path: Path | None, runs: Path) -> tuple[Path, str | None]:
 
 
 def ask_login(user: str | None) -> Login | None:
-    """User and password, the password from the environment or the terminal. Raises `UserError` where there is none."""
+    """User and password, the password from the environment or the terminal. Raises `UserError` without one."""
     from mlxdpo.ui.server import PASSWORD, Login
 
     if user is None:

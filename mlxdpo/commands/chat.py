@@ -26,17 +26,17 @@ def run(
     top_p: TopP = 1.0,
     seed: int = 0,
 ) -> int:
-    """Talk to a run's model. Type /before, /after or /both to choose who answers, /new to start again, /quit to end.
+    """Chat with a run's model. Type /before, /after or /both to choose who answers, /new to start again, /quit to end.
 
-    Ctrl-C stops an answer. The conversation goes on from the answer of the tuned model where both answer.
+    Ctrl-C stops an answer. When both answer, the conversation continues from the tuned model's answer.
 
     Args:
         path: Run directory.
         strength: How much of the tuning: 1 as trained, 2 twice as far.
-        max_tokens: Longest answer, in tokens.
-        temperature: 0 takes the likeliest token; 1 samples from the model.
-        top_p: Sample from the likeliest tokens that hold this share of the probability.
-        seed: Noise of sampling; both models meet the same.
+        max_tokens: Maximum answer length, tokens.
+        temperature: 0 is greedy; 1 samples from the model's distribution.
+        top_p: Sample from the most likely tokens that sum to this probability.
+        seed: Sampling seed; both models use the same noise.
     """
     from mlxdpo.inference.conversation import asked_after, growing_text, talks_in_turns
     from mlxdpo.inference.mixtures import run_at

@@ -36,21 +36,21 @@ def run(
     before: bool = False,
     json: bool = False,
 ) -> int:
-    """Draw answers from a run's model, have them ranked, and write preference pairs.
+    """Sample answers from a run's model, rank them, and write preference pairs.
 
-    The file trains as it stands: mlxdpo train --data OUT. Beside it stand every answer with its score
-    (OUT's .samples.jsonl) and what was left out, counted (OUT's .report.json). The same command goes on with a
-    collection that was stopped.
+    Train on the file with mlxdpo train --data OUT. Next to it are every answer with its score
+    (OUT's .samples.jsonl) and what was left out, counted (OUT's .report.json). The same command resumes a
+    stopped collection.
 
     Args:
-        path: Run directory, or a recipe: the model as it is before any training.
+        path: Run directory, or a recipe (the model before training).
         prompts: Prompts to answer: rows with a prompt, with or without answers; a data file, a folder or a Hub id.
-        judge: Who ranks: as for mlxdpo eval. Judges that compare are asked in both orders; votes:FILE takes the pairs
-            that the app's votes decide, and draws nothing.
-        reward: The same for what gives each answer a number: vader, textblob, longest, reward:RUN, FILE.py:FUNCTION.
+        judge: Judge that ranks, as for mlxdpo eval. Comparing judges see both orders; votes:FILE takes the pairs
+            decided by the app's votes and samples nothing.
+        reward: The same for judges that score each answer: vader, textblob, longest, reward:RUN, FILE.py:FUNCTION.
         out: File of pairs, JSON lines.
-        drawing: How answers are drawn and paired.
-        before: Draw from the model as the run found it.
+        drawing: How answers are sampled and paired.
+        before: Sample from the model before training.
         json: Print the report as JSON.
     """
     from mlxdpo.online.collect.run import collection_sentences
@@ -77,7 +77,7 @@ def write_pairs(
 ) -> int:
     """Show how far along the prompts are (events of `kind`), then the report; 0 when done, 130 when interrupted.
 
-    `begin` gives the events, asked whether the user wants to stop; `sentences` puts the report into words.
+    `begin` gives the events and is passed a check for the user's stop; `sentences` puts the report into words.
     """
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.commands.terminal import console, show_progress
@@ -87,7 +87,7 @@ def write_pairs(
         for event in show_progress(begin(should_stop), kind, json):
             report = event.values["report"] if event.kind == "done" else None
     if report is None:
-        console.print("stopped; the same command goes on from here")
+        console.print("stopped; run the same command again to resume")
         return 130
     if json:
         print(jsonlib.dumps(report, ensure_ascii=False))
@@ -101,7 +101,7 @@ def write_pairs(
 def _one_of(judge: str | None, reward: str | None) -> tuple[str, bool]:
     """The specification, and whether it must give numbers."""
     if (judge is None) == (reward is None):
-        raise UserError("name who ranks the answers: one of --judge NAME and --reward NAME")
+        raise UserError("name a judge to rank the answers: --judge NAME or --reward NAME")
     return (judge, False) if judge is not None else (str(reward), True)
 
 
@@ -113,11 +113,11 @@ def _collecting(path: Path, before: bool, asked: Any, should_stop: Callable[[], 
         from mlxdpo.io.digest import folder_digest
 
         if run is None or prompts is not None or before or drawing != AS_IT_IS:
-            raise UserError("--judge votes:FILE draws nothing: give the run, --out and nothing else")
+            raise UserError("--judge votes:FILE samples nothing: give only the run and --out")
         source = {"run": run.path.name, "adapter": folder_digest(run.adapter)}
         return voted_pairs(Path(spec.removeprefix("votes:")), out, gallery(run).heldout_keys, source)
     if prompts is None:
-        raise UserError("no prompts given; name a file of them with --prompts")
+        raise UserError("no prompts given; pass a file with --prompts")
     from mlxdpo.online.collect import collect
 
     found, ranker = prompts_for(config, prompts), ranker_of(spec, config.data, numbers)
@@ -133,7 +133,7 @@ def open_recipe_or_run(path: Path) -> tuple[Config, Run | None]:
 
 
 def prompts_for(config: Config, file: str) -> Any:
-    """The prompts of a file, read as the settings read data but for its shape."""
+    """The prompts of a file, read as the settings read data except for its shape."""
     from mlxdpo.online.prompts import read_prompts
 
     return read_prompts(config.data.model_copy(update={"columns": {}, "format": "auto"}), file)
@@ -155,7 +155,7 @@ def ranker_of(spec: str, data: DataConfig, numbers: bool = False) -> Any:
 
     judge = open_judge(spec, named_rewards(data))
     if numbers and not isinstance(judge, Scalar):
-        raise UserError(f"--reward {spec} compares answers and gives none a number; use --judge {spec}")
+        raise UserError(f"--reward {spec} compares answers without scoring them; use --judge {spec}")
     return Ranker(judge.name, judge.identity, lambda prompts, answers: score_answers(judge, prompts, answers))
 
 
@@ -171,7 +171,7 @@ def voted_pairs(votes: Path, out: Path, heldout: frozenset[bytes], source: Mappi
     from mlxdpo_eval.judges.votes import problem_with, read_ballots
 
     if out.exists():
-        raise UserError(f"{out} is there already; choose another --out, or remove it")
+        raise UserError(f"{out} already exists; choose another --out, or remove it")
     known = read_ballots(votes)  # says what is wrong with a file that holds no vote at all
     lines = [line for line in read_lines(votes) if line.keys() >= WRITTEN]
     pairs, left_out = pairs_of(lines, heldout, problem_with)

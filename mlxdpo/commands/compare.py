@@ -24,9 +24,9 @@ def run(*paths: Path, json: bool = False) -> int:
         json: Print the comparison as JSON, every flip included.
     """
     if len(paths) < 2:
-        raise UserError(f"compare needs two runs or more, and got {len(paths)}: mlxdpo compare RUN_A RUN_B")
+        raise UserError(f"compare needs at least two runs, got {len(paths)}: mlxdpo compare RUN_A RUN_B")
     if len({path.resolve() for path in paths}) < len(paths) > 2:
-        raise UserError("compare got a run twice; name each once")
+        raise UserError("compare got a run twice; name each run once")
     return _show_pair(*paths, json=json) if len(paths) == 2 else _show_several(paths, json=json)
 
 
@@ -54,7 +54,7 @@ def _show_several(paths: Sequence[Path], *, json: bool) -> int:
     for name, comparison in found:
         if not comparison.same_start:
             console.print(
-                f"{name} started from another model: win-rates are each against its own start", style="yellow"
+                f"{name} started from a different model: each win rate is against its own start", style="yellow"
             )
         console.print(f"{name}: {comparison_sentence(comparison)}", style="bold", markup=False)
     return int(regressed)
@@ -84,11 +84,9 @@ def _show_pair(first: Path, second: Path, *, json: bool) -> int:
         console.print(f"and {len(found.flips) - FLIPS} more flips; --json lists all")
     for name, count in found.only.items():
         if count:
-            console.print(f"{count} {name} are in one of the two evaluations only and were left out", style="yellow")
+            console.print(f"{count} {name} are in only one of the two evaluations and were skipped", style="yellow")
     if not found.same_start:
-        console.print(
-            "the runs started from different models: win-rates are each against its own start", style="yellow"
-        )
+        console.print("the runs started from different models: each win rate is against its own start", style="yellow")
     console.print(comparison_sentence(found), style="bold", markup=False)
     return 1 if found.regressed else 0
 

@@ -31,17 +31,17 @@ def run(
 ) -> int:
     """Let a model criticise and revise its own answers, or compare two of them, by written principles.
 
-    Everything that was said is kept in the folder for reading (the app's Constitution tab shows it); its pairs.jsonl
-    and recipe.yaml train as they stand. The same command goes on with a folder that was not finished.
+    All conversations are kept in the folder (the app's Constitution tab shows it); its pairs.jsonl
+    and recipe.yaml are ready to train on. The same command resumes an unfinished folder.
 
     Args:
         path: Run directory, recipe, or model: a Hugging Face folder, a Hub id, or smollm2.
         prompts: Prompts to answer: rows with a prompt, with or without answers; a data file, a folder or a Hub id.
         out: Folder for conversations, pairs, recipe and report.
-        constitution: YAML file of principles; by default the project's own.
-        asking: How answers are drawn, criticised and compared.
-        feedback: Model that compares answers; by default the one that gives them.
-        before: Of a run: the model as the run found it.
+        constitution: YAML file of principles; default: the bundled one.
+        asking: How answers are sampled, criticised and compared.
+        feedback: Model that compares answers; default: the one that writes them.
+        before: With a run: use the model before training.
         json: Print the report as JSON.
     """
     from mlxdpo.online.constitution.run import RECIPE, constitution_sentences
@@ -75,9 +75,9 @@ def _applying(
     known = recipe or (Path(path) / "config.yaml").exists()
     config, run = open_recipe_or_run(Path(path)) if known else (load_config(None, {"model": {"path": path}}), None)
     if before and run is None:
-        raise UserError(f"--before is for runs, and {path} is none; drop it")
+        raise UserError(f"--before is for runs, and {path} is not a run; drop it")
     if feedback is not None and asking.labels == "none":
-        raise UserError(f"--feedback {feedback} has nothing to compare with --labels none; drop one of them")
+        raise UserError(f"--feedback {feedback} has no effect with --labels none; drop one of them")
     found, source = prompts_for(config, prompts), source_at(config, run, Path(path).name, before)
     return apply_constitution(source, found, rules, asking, out, _feedback(feedback), should_stop)
 

@@ -36,21 +36,21 @@ def run(
     batch_size: Count = 8,
     json: bool = False,
 ) -> None:
-    """Say of every pair what a model sees in it: a label that the other pairs contradict, a near-duplicate, and more.
+    """Audit every pair with a model: labels that the other pairs contradict, near-duplicates, and more.
 
-    One pass over the data with the model's own hidden states, one for the reference's log-probs, which a training then
-    finds in the cache. Nothing is left out unless asked for.
+    One pass over the data for the model's hidden states, one for the reference's log-probs, which training reuses from
+    the cache. Nothing is removed unless requested.
 
     Args:
         path: File, folder or Hub dataset id of pairs.
         config: Settings; --model is needed.
-        findings: Where the findings go, JSON lines, a line for each pair; beside the data file when not given.
-        out: Write the pairs that are left by --drop, --flip and --select to this file, JSON lines.
-        drop: Leave out pairs with this flag: flip, near-duplicate, contradictory, off-template; repeat it for several.
+        findings: Output file of findings, JSON lines, a line for each pair; next to the data file by default.
+        out: Output file of the pairs after --drop, --flip and --select, JSON lines.
+        drop: Drop pairs with this flag: flip, near-duplicate, contradictory, off-template; repeat it for several.
         flip: Exchange the answers of pairs flagged flip.
         select: Keep a share of the pairs by a rule NAME:SHARE: agreed, hard, easy, low-ches, diverse.
-        folds: Parts of the data; labels of each are judged by what the others teach.
-        sure: Probability that a label is wrong, by the other parts, from which it is flagged.
+        folds: Parts of the data; each part's labels are judged by a model fitted on the others.
+        sure: Flag a label from this probability of being wrong.
         batch_size: Pairs computed at once.
         json: Print the summary as JSON.
     """
@@ -61,7 +61,7 @@ def run(
 
     wanted = bool(drop or flip or select)
     if wanted != (out is not None):
-        raise UserError("--out FILE and one of --drop, --flip and --select belong together; give both")
+        raise UserError("--out FILE requires --drop, --flip or --select, and vice versa")
     chosen_rows([], drop or (), flip, None)  # refused before the work begins
     place = _findings_file(path, findings, out)
     rows, given = _read_audit_input(path, config, batch_size)
@@ -76,7 +76,7 @@ def run(
     if out is not None:
         left, flipped = chosen_rows(audit.rows, drop or (), flip, select)
         if not left:
-            raise UserError(f"{out}: no pair is left by --drop and --select; nothing was written")
+            raise UserError(f"{out}: --drop and --select leave no pair; nothing was written")
         write_text(out, json_lines(_row_as_json(rows[i], audit.rows[i], i in flipped) for i in left))
         if not json:
             console.print(f"{len(left)} of {len(rows)} pairs, {len(flipped)} of them exchanged -> {out}", markup=False)
@@ -84,13 +84,15 @@ def run(
 
 def _findings_file(path: str, findings: Path | None, out: Path | None) -> Path:
     if findings is None and not Path(path).is_file():
-        raise UserError(f"{path} is no file that findings could stand beside; name one with --findings")
+        raise UserError(
+            f"{path} is not a file, so there is no default place for the findings; name one with --findings"
+        )
     place = findings or Path(path).with_suffix(".audit.jsonl")
     for one in filter(None, (place, out)):
         if one.exists() and one != place:
-            raise UserError(f"{one} is there already; choose another --out, or remove it")
+            raise UserError(f"{one} already exists; choose another --out, or remove it")
     if findings is not None and findings.exists() and findings.samefile(path):
-        raise UserError(f"--findings {findings} is the data itself; name another file")
+        raise UserError(f"--findings {findings} is the data file; name another file")
     return place
 
 
@@ -116,7 +118,9 @@ def _read_audit_input(path: str, config: CheckConfig, batch_size: int) -> tuple[
     data = config.data.model_copy(update={"path": path})
     rows, report = read_pairs(data)
     if (turns := next((row for row in rows if row.context is not None), None)) is not None:
-        raise UserError(f"{turns.where}: a trajectory of several turns; an audit takes pairs of single answers")
+        raise UserError(
+            f"{turns.where}: a trajectory of several turns; the audit supports only pairs of single answers"
+        )
     policy, encoding = load_policy(config.model), Report()
     digest = None
     if config.model.adapter:
@@ -125,7 +129,7 @@ def _read_audit_input(path: str, config: CheckConfig, batch_size: int) -> tuple[
     found = [(row, encode(row, policy.tokenizer, data, encoding, eos_ids=policy.eos_ids)) for row in rows]
     fitting = [(row, example) for row, example in found if example is not None]
     if not fitting:
-        raise UserError(f"{path}: no row is left after encoding ({'; '.join(encoding.lines())})")
+        raise UserError(f"{path}: no rows left after encoding ({'; '.join(encoding.lines())})")
     examples = [example for _, example in fitting]
     check_takes(policy, longest_row(examples), largest_token(examples))
     for line in [*policy.reading.notes, *report.lines(), *encoding.lines()]:

@@ -30,9 +30,9 @@ NOTHING = CheckConfig()  # no setting given
 
 
 def run(path: str, /, *, config: Annotated[CheckConfig, Parameter(name="*")] = NOTHING, json: bool = False) -> int:
-    """Say what is in preference data and what is wrong with it; with a model also lengths in tokens and one pair.
+    """Describe preference data and its problems; with a model also lengths in tokens and one pair.
 
-    Exit status 2 when a bad row would stop `mlxdpo train`, among the held-out ones too.
+    Exit status 2 if a bad row would stop `mlxdpo train`, held-out rows included.
 
     Args:
         path: File, folder or Hub dataset id.
@@ -97,7 +97,7 @@ def _as_seen(rows: Sequence[Preference | UnpairedExample], data: DataConfig, mod
     unlimited, _ = encode_all(rows, tokenizer, data.model_copy(update={"max_length": NO_LIMIT}))
     limited, report = encode_all(rows, tokenizer, data)
     if not limited:
-        raise UserError(f"{data.path}: no row is left after encoding ({'; '.join(report.lines())})")
+        raise UserError(f"{data.path}: no rows left after encoding ({'; '.join(report.lines())})")
     names = ("chosen", "rejected") if isinstance(rows[0], Preference) else ("completion",)
     counts = [lengths[: 1 + len(names)] for lengths in token_counts(unlimited)]
     return Seen(counts, shown_example(limited[0], tokenizer), report, names)
@@ -118,12 +118,12 @@ def _show_findings(sentences: list[str], seen: Seen | None, bad: int, path: str)
     if bad:
         rows = "1 bad row would stop" if bad == 1 else f"{bad} bad rows would stop"
         command = f"mlxdpo data check {shlex.quote(path)} --data.on-bad-row skip"
-        remedy = f"mend what is said above, or leave such rows out: `{command}`; train takes the same option"
+        remedy = f"fix the rows above, or skip them: `{command}`; train takes the same option"
         console.print(f"{rows} a training: {remedy}", style="yellow", soft_wrap=True)
 
 
 def list_formats(*, json: bool = False) -> None:
-    """List the row shapes that are understood, in the order of detection.
+    """List the supported row shapes, in the order of detection.
 
     Args:
         json: Machine-readable.

@@ -27,7 +27,7 @@ def run(*, seed: Seed = 0, shuffle_labels: bool = False, flip_labels: bool = Fal
         out: Run directory; runs/demo when not given.
     """
     if shuffle_labels and flip_labels:
-        raise UserError("--shuffle-labels and --flip-labels are two different controls; give one")
+        raise UserError("--shuffle-labels and --flip-labels are different controls; use one at a time")
     from mlxdpo.commands import terminal
     from mlxdpo.commands.train import follow_training
     from mlxdpo.demo.material import bundled_labels, flipped, measure_demo, prepare_demo, shuffled
@@ -62,7 +62,7 @@ def figures_table(result: Any) -> Any:
         "", "before", "after", "change [95 % interval]", title="held-out openings, intervals clustered by opening"
     )
     for name, row in result.rewards.items():
-        seen = "the reward" if name == "vader" else "a judge training never saw"
+        seen = "the reward" if name == "vader" else "a judge not used in training"
         sheet.add_row(
             f"{name} ({seen})",
             _estimate_text(row["before"]),
@@ -86,7 +86,7 @@ def _estimate_text(interval: Any, sign: str = "") -> str:
 
 def _interval_text(interval: Any, sign: str = "") -> str:
     if interval is None:
-        return "too little data for an interval"
+        return "too few data for an interval"
     return f"{interval.estimate:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}] n={interval.clusters}"
 
 

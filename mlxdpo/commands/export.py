@@ -70,7 +70,7 @@ class Making(Section):
 
 
 class Publishing(Section):
-    """Where it goes, and what the card says of licences."""
+    """Where it goes, and what the card says about licences."""
 
     push: str | None = None
     """Upload to this repository, USER/REPO, when every target passed."""
@@ -79,7 +79,7 @@ class Publishing(Section):
     dry_run: bool = False
     """With --push: list what would be uploaded, with sizes, and upload nothing."""
     revision: str | None = None
-    """Branch to upload to, or a pull request of yours to go on with (refs/pr/3)."""
+    """Branch to upload to, or a pull request of yours to continue (refs/pr/3)."""
     tag: str | None = None
     """Tag for the uploaded commit."""
     pull_request: bool = False
@@ -107,21 +107,21 @@ def run(
     force: bool = False,
     json: bool = False,
 ) -> int:
-    """Write a run in forms that others load, and show on held-out pairs that each one behaves like the run.
+    """Write a run in formats that other programs load, and verify each on held-out pairs.
 
     Targets: mlx (adapter for mlx_lm), peft (adapter for torch), hf (fused Hugging Face weights), fused (fused MLX
     weights), quantized (fused, then packed again), gguf (llama.cpp), gguf-lora (the adapter alone for llama.cpp),
-    ollama (Modelfile and weights), lmstudio (the folder that it scans, and a preset), server (what mlx_lm.server
-    serves). Exit status 1: a target lost the tune.
+    ollama (Modelfile and weights), lmstudio (the folder that it scans, and a preset), server (for
+    mlx_lm.server). Exit status 1: a target lost the tuning.
 
     Args:
         path: Run directory.
         to: Targets, separated by commas.
-        out: Folder to make; an earlier export there is replaced.
-        strength: Export the run at this strength (mlxdpo dial); the gate holds the files against the run at it.
-        data: Held-out pairs to measure on; those of the run's recipe when not given.
-        pairs: How many of them; 0 takes all.
-        force: Keep targets that failed, too. They are never pushed.
+        out: Folder to create; an earlier export in it is replaced.
+        strength: Export the run at this strength (mlxdpo dial); the gate compares with the run at that strength.
+        data: Held-out pairs to measure on; default: those of the run's recipe.
+        pairs: Number of pairs; 0 uses all.
+        force: Also keep targets that failed. They are never pushed.
         json: Print the record as JSON.
     """
     from mlxdpo.commands.terminal import console, warn
@@ -131,7 +131,7 @@ def run(
 
     check_switches(making, publishing, to)
     if strength == 0:
-        raise UserError("--strength 0 is the model before tuning; there is nothing of the run to export")
+        raise UserError("--strength 0 is the model before tuning; there is nothing to export")
     source = run_at(Run.open(path), strength)
     # mlx-lm prints a line when it packs weights, where a machine reads JSON.
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
@@ -190,7 +190,7 @@ def show_export(exported: Exported, json: bool, base: str) -> None:
         show_files(exported, console, base)
     for name, target in exported.targets.items():
         if target.fidelity.reason:
-            kept = "kept by --force" if target.kept else "its files are not kept"
+            kept = "kept by --force" if target.kept else "its files were deleted"
             warn(f"{name}: {target.fidelity.reason}; {kept}")
 
 
@@ -256,7 +256,7 @@ def gate_figures(fidelity: Fidelity) -> list[str]:
 
 
 def show_files(exported: Exported, console: Any, base: str) -> None:
-    """What was measured on what, and what stands where, with the remarks of the exporters and the next command."""
+    """What was measured on which data, where the files are, the exporters' remarks, and the next command."""
     first = next(iter(exported.targets.values())).fidelity
     console.print(
         f"on {first.pairs} pairs, {first.tokens} tokens of {exported.data}; lost: token KL to the run as a share of "

@@ -20,14 +20,14 @@ def run(
     answering: Annotated[Answering, Parameter(name="*")] = AS_IT_IS,
     json: bool = False,
 ) -> None:
-    """Measure drift and win rate at every kept checkpoint, and say which of them no other beats.
+    """Measure drift and win rate at every kept checkpoint, and mark those that no other beats.
 
     Writes RUN/eval/frontier.json, which the run's next report shows. Give runs with several beta to see the objective's
     own frontier; `train.keep_checkpoints` says how many checkpoints a run keeps.
 
     Args:
         paths: Run directories.
-        judge: Who compares answers before and after: as for `mlxdpo eval`.
+        judge: Judge that compares answers before and after, as for `mlxdpo eval`.
         strength: Measure the run's adapter at this strength instead of the checkpoints; repeat it for several.
         json: Print the points as JSON.
     """
@@ -53,4 +53,4 @@ def run(
         bounds = "" if p.reward_interval is None else f" [{p.reward_interval.low:.3f}, {p.reward_interval.high:.3f}]"
         mark = "*" if p in best else " "
         console.print(f"{mark} KL {p.kl:8.3f} nats  win rate {p.reward:.3f}{bounds}  {p.name}", markup=False)
-    console.print("* no other point has as little KL and as high a win rate")
+    console.print("* no other point has both less KL and a higher win rate")

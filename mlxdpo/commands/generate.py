@@ -34,14 +34,14 @@ def run(
 
     Args:
         path: Run directory.
-        prompts: What to answer; several are answered at once.
+        prompts: Prompts to answer; several are answered at once.
         prompt: The same as an option; repeat it for several.
-        before: Answer with the model as it was before tuning.
+        before: Answer with the model before tuning.
         strength: How much of the tuning: 0 is the model before it, 1 as trained, 2 twice as far.
-        max_tokens: Longest answer, in tokens.
-        temperature: 0 takes the likeliest token; 1 samples from the model.
-        top_p: Sample from the likeliest tokens that hold this share of the probability.
-        seed: Noise of sampling; the same seed meets the same noise before and after tuning.
+        max_tokens: Maximum answer length, tokens.
+        temperature: 0 is greedy; 1 samples from the model's distribution.
+        top_p: Sample from the most likely tokens that sum to this probability.
+        seed: Sampling seed; the same seed gives the same noise before and after tuning.
         json: One JSON object per prompt.
     """
     from mlxdpo.commands.terminal import console
@@ -49,7 +49,7 @@ def run(
 
     asked = [*prompts, *(prompt or [])]
     if not asked:
-        raise UserError(f'nothing to answer; add a prompt: mlxdpo generate {path} "Name a fruit."')
+        raise UserError(f'no prompt given: mlxdpo generate {path} "Name a fruit."')
     if before and strength != 1:
         raise UserError(f"--before is strength 0; drop it or --strength {strength:g}")
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}

@@ -70,9 +70,9 @@ TAKES_RECIPE = ("train", "plan", "iterate", "sweep")
 
 
 def understood(words: list[str], commands: Collection[str]) -> list[str]:
-    """The words of a command line with files given by position as the options they stand for, which is said.
+    """The words of a command line with files given by position as the options they stand for, with a note.
 
-    Raises `UserError` where a command is unknown, or a run stands where a recipe is expected.
+    Raises `UserError` where a command is unknown, or a run is given where a recipe is expected.
     """
     if not words or words[0].startswith("-") or words[0] == "data":
         return words
@@ -102,8 +102,8 @@ def _as_option(command: str, word: str) -> list[str]:
         if command != "train":
             return [str(place / "config.yaml")]
         raise UserError(
-            f"{word} is a run: `mlxdpo train --resume {word}` goes on with it, "
-            f"`mlxdpo train {place / 'config.yaml'} --out NEW` trains anew from its recipe"
+            f"{word} is a run: `mlxdpo train --resume {word}` resumes it, "
+            f"`mlxdpo train {place / 'config.yaml'} --out NEW` trains again from its recipe"
         )
     if os.path.isdir(place):
         return _read_as("data", word, "--data.path")
@@ -145,5 +145,5 @@ def missing_argument(error: Any) -> str:
         return f"mlxdpo {command} needs {name}; see mlxdpo {command} --help"
     runs = sorted(Path("runs").glob("*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True)
     if not runs:
-        return f"mlxdpo {command} needs a run directory, and there is none in runs/; mlxdpo train makes one"
+        return f"mlxdpo {command} needs a run directory, and runs/ has none; mlxdpo train makes one"
     return f"mlxdpo {command} needs a run directory; the newest here: mlxdpo {command} {runs[0].parent}"

@@ -1,4 +1,4 @@
-"""The pages of `--help`: commands in groups, common options, the rest behind `--help-all`, examples at the end."""
+"""The pages of `--help`: commands in groups, common options, the rest in `--help-all`, examples at the end."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ EXAMPLES = {
     "export": ("mlxdpo export runs/mine --to gguf --out exported",),
     "plan": ("mlxdpo plan --model smollm2 --data pairs.jsonl",),
     "data": ("mlxdpo data check pairs.jsonl --model smollm2",),
-    "data audit": ("mlxdpo data audit pairs.jsonl --model smollm2 --flip --out mended.jsonl",),
+    "data audit": ("mlxdpo data audit pairs.jsonl --model smollm2 --flip --out fixed.jsonl",),
     "pairs": ("mlxdpo pairs --chosen runs/mine --rejected smollm2 --prompts prompts.jsonl --out new.jsonl",),
 }
 

@@ -25,17 +25,17 @@ def run(
     resume: Annotated[Path | None, Parameter(name="--resume")] = None,
     json: bool = False,
 ) -> int:
-    """Collect answers, train on their ranking, measure on held-out prompts; again, from what came out.
+    """Collect answers, train on their ranking, measure on held-out prompts; repeat from the result.
 
-    The prompts are those of the recipe's data (answers in it are left aside). Each round is a run directory
-    OUT/round-N; OUT/rounds.json and OUT/report.html hold them side by side. Stops by itself when a second judge
-    (--rounds.second) or the KL (--rounds.max-kl) says that the first judge is being gamed; that is no error. Given
-    again, the same command goes on where it was stopped.
+    The prompts are those of the recipe's data (answers in it are ignored). Each round is a run directory
+    OUT/round-N; OUT/rounds.json and OUT/report.html compare them. It stops when a second judge
+    (--rounds.second) or the KL (--rounds.max-kl) shows that the first judge is being gamed (exit status 0). The same
+    command resumes where it stopped.
 
     Args:
-        recipe: YAML file with any of the settings below; the command line wins over it.
+        recipe: YAML file with any of the settings below; the command line takes precedence.
         config: Settings of the rounds. Short: --rounds N, --reference first|previous, --every K.
-        resume: Folder of rounds to go on with; with --rounds N, up to more of them.
+        resume: Folder of rounds to resume; with --rounds N, up to more of them.
         json: Print the rounds as JSON.
     """
     from mlxdpo.commands import terminal
@@ -60,7 +60,7 @@ def run(
             elif event.kind == "over":
                 done = event.values
     if done is None:
-        terminal.warn(f"stopped; go on with: mlxdpo iterate --resume {folder}")
+        terminal.warn(f"stopped; resume with: mlxdpo iterate --resume {folder}")
         return 130
     _show_verdict(folder, done, json)
     return 0
@@ -73,10 +73,10 @@ def _rounds_config(recipe: Path | None, config: Config, resume: Path | None) -> 
     others = {f"{section}.{key}" for section, keys in given.items() if isinstance(keys, dict) for key in keys}
     if recipe is not None or others - {"rounds.count"} or "out" in given:
         what = recipe or f"--{next(iter(others - {'rounds.count'}), 'out')}"
-        raise UserError(f"--resume {resume} goes on with its own settings; drop {what} (--rounds alone may change)")
+        raise UserError(f"--resume {resume} uses the settings of its rounds; drop {what} (only --rounds may change)")
     file = resume / "rounds.yaml"
     if not file.exists():
-        raise UserError(f"{resume}: no rounds.yaml there; expected a folder of rounds that mlxdpo iterate made")
+        raise UserError(f"{resume}: no rounds.yaml in it; expected a folder written by mlxdpo iterate")
     return load_config(file, given | {"out": str(resume)})
 
 
@@ -95,7 +95,7 @@ def _stages(config: Config, quiet: bool) -> Any:
     names = [name for name in (how.judge, rounds.second) if name and not name.startswith("votes:")]
     judges = [open_judge(name, named_rewards(config.data)) for name in names]
     if not judges:
-        raise UserError("votes rank the pairs, but who measures the rounds? name a judge with --rounds.second")
+        raise UserError("votes rank the pairs, but nothing measures the rounds; name a judge with --rounds.second")
     sampling = Sampling(rounds.heldout, rounds.heldout_samples, how.max_tokens, seed=how.seed)
 
     def gather(source: Any, prompts: Any, drawing: Any, out: Path, stop: Callable[[], bool]) -> Iterator[Event]:
@@ -141,7 +141,7 @@ def _say(quiet: bool, text: str) -> None:
 
 
 def _show_rounds(rows: Any) -> None:
-    """A table where it fits, else a line for the newest round."""
+    """A table if it fits, otherwise a line for the newest round."""
     from rich.table import Table
 
     from mlxdpo.commands.terminal import console
@@ -169,7 +169,7 @@ def _show_verdict(folder: Any, done: Any, json: bool) -> None:
         print(jsonlib.dumps(found, ensure_ascii=False))
         return
     if done["reason"]:
-        console.print(f"stopped by itself: {done['reason']}", style="bold", markup=False)
+        console.print(f"stopped: {done['reason']}", style="bold", markup=False)
     console.print(rounds_verdict(found)[1], style="bold", markup=False)
     if found["kept"]:
         console.print(f"keep: {folder / found['rounds'][found['kept']]['run']}", markup=False)

@@ -26,7 +26,7 @@ SETTINGS = {
 
 
 def facts(name: str) -> dict[str, Any]:
-    """What there is to say of an objective, for machines; `start` is at its default knobs, null where no constant."""
+    """The facts about an objective, for machines; `start` is at its default knobs, null where no constant."""
     objective, config = LOSSES[name], LossConfig(name=name)
     return {
         "name": name,
@@ -46,7 +46,7 @@ def facts(name: str) -> dict[str, Any]:
 
 def objectives_table() -> str:
     """Every objective in Markdown."""
-    head = ("loss.name", "what", "paper", "knobs and their defaults", "at the start", "reference", "holds chosen up")
+    head = ("loss.name", "what", "paper", "settings and their defaults", "at the start", "reference", "holds chosen up")
     return _markdown(head, [_objective_row(facts(name)) for name in LOSSES])
 
 
@@ -96,7 +96,7 @@ def run(name: str | None = None, /, *, json: bool = False, markdown: bool = Fals
     if name is not None and name not in LOSSES:
         near = difflib.get_close_matches(name, LOSSES, n=1)
         raise UserError(
-            f"{name} is no objective; {f'did you mean {near[0]}?' if near else 'mlxdpo objectives lists them'}"
+            f"{name} is not an objective; {f'did you mean {near[0]}?' if near else 'mlxdpo objectives lists them'}"
         )
     rows = [facts(known) for known in ([name] if name else LOSSES)]
     if json:

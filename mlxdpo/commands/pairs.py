@@ -32,19 +32,18 @@ def run(
 ) -> int:
     """Write preference pairs without a judge: chosen answers from one source, rejected ones from another.
 
-    Take a model that is somewhat stronger for chosen and a weaker one for rejected: it is the difference that teaches,
-    not how good chosen is (delta learning, arXiv 2507.06187). The same command goes on with what was stopped; an answer
-    that was given is never asked for again.
+    Use a slightly stronger model for chosen and a weaker one for rejected: the difference teaches, not the quality of
+    chosen (delta learning, arXiv 2507.06187). The same command resumes after a stop; no answer is requested twice.
 
     Args:
-        chosen: Who gives the chosen answers: a model's folder or Hub id, smollm2, a run (RUN or RUN@STRENGTH), an
+        chosen: Source of the chosen answers: a model's folder or Hub id, smollm2, a run (RUN or RUN@STRENGTH), an
             OpenAI-compatible server (http://localhost:1234/v1#MODEL; its key in $MLXDPO_CHOSEN_KEY), or a file of
             answers.
-        rejected: Who gives the rejected ones, likewise; a key in $MLXDPO_REJECTED_KEY.
+        rejected: Source of the rejected answers, likewise; a key in $MLXDPO_REJECTED_KEY.
         prompts: Prompts that both answer: rows with a prompt, with or without answers; a data file, a folder or a Hub
             id.
         out: File of pairs, JSON lines.
-        asking: How the sources are asked, and what is left out.
+        asking: How the sources are queried, and what is excluded.
         json: Print the report as JSON.
     """
     from mlxdpo.commands.collect import write_pairs
@@ -53,7 +52,7 @@ def run(
 
     names = {"chosen": chosen, "rejected": rejected}
     if chosen == rejected and not is_answer_file(chosen):
-        raise UserError(f"--chosen and --rejected are both {chosen}; two samples of one model have no better one")
+        raise UserError(f"--chosen and --rejected are both {chosen}; use two different sources")
     return write_pairs(
         lambda should_stop: _contrasting(names, prompts, asking, out, should_stop),
         "answered",
@@ -98,13 +97,11 @@ def server_address(name: str, side: str) -> tuple[str, str]:
     if not sound:
         raise UserError(f"--{side} {name}: no address; expected a server as http://localhost:1234/v1#MODEL")
     if parts.username or parts.password or parts.query:
-        raise UserError(f"--{side}: no key in the URL, it would be saved; put it into ${KEYS[side]}")
+        raise UserError(f"--{side}: do not put the key in the URL, because the URL is saved; set ${KEYS[side]}")
     if os.environ.get(KEYS[side]) and parts.scheme == "http" and not is_loopback(parts.hostname):
-        raise UserError(f"--{side} {name}: ${KEYS[side]} would go to {parts.hostname} in the clear; use https")
+        raise UserError(f"--{side} {name}: ${KEYS[side]} would be sent to {parts.hostname} unencrypted; use https")
     if not model:
-        raise UserError(
-            f"--{side} {name}: name the model behind #, such as {url.rstrip('/')}#{_first_model(url, side)}"
-        )
+        raise UserError(f"--{side} {name}: name the model after #, such as {url.rstrip('/')}#{_first_model(url, side)}")
     return url.rstrip("/"), model
 
 

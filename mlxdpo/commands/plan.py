@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 def run(
     recipe: Path | None = None, /, *, config: Overrides = NOTHING, measure: bool = False, json: bool = False
 ) -> int:
-    """Say what a run will need, before any weight is loaded: memory by part, steps, padding, and what to change; how
-    small an effect its held-out prompts can show, and whether its steps and rate can move the model.
+    """Estimate a run without loading the model: memory by part, steps, padding, and what to change; the smallest effect
+    that its held-out prompts can show, and whether its steps and rate can move the model.
 
     Args:
-        recipe: YAML file with any of the settings below; the command line wins over it.
+        recipe: YAML file with any of the settings below; the command line takes precedence.
         config: Settings of the run.
-        measure: Load the model, take three steps that are thrown away, and say how long training will take here.
+        measure: Load the model, take three steps and discard them, to estimate the training time on this machine.
         json: Machine-readable; sizes are bytes.
     """
     from mlxdpo.estimate.forecast import forecast
@@ -50,7 +50,7 @@ def training_seconds(found: Forecast) -> float:
     from mlxdpo.training.pace import pace_of
 
     if not found.fits and not found.config.train.allow_over_memory:
-        raise UserError("--measure loads the model, and this run does not fit; leave it out to see what helps")
+        raise UserError("--measure loads the model, but this run does not fit; drop it to see what helps")
     return pace_of(found.config, found.data).run
 
 
@@ -125,7 +125,9 @@ def show_forecast(found: Forecast) -> None:
     if found.fits:
         console.print("it fits")
         return
-    console.print("it does not fit beside the system and other programs; what helps, most first:", style="yellow")
+    console.print(
+        "it does not fit with the system and other programs; what helps, most effective first:", style="yellow"
+    )
     for change in found.advice:
         console.print(f"  {change.setting}: {_gb(change.peak)} GB", style="yellow")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def run(repo: str, /, *, revision: str | None = None, out: Path | None = None, base: str | None = None) -> None:
-    """Bring a run or an adapter back from the Hub, as a run directory.
+    """Download a run or an adapter from the Hub as a run directory.
 
     Args:
         repo: Repository on the Hub: owner/name.
@@ -20,9 +20,9 @@ def run(repo: str, /, *, revision: str | None = None, out: Path | None = None, b
     found = pull_run(repo, revision=revision, out=out, base=base, say=lambda text: console.print(text, markup=False))
     console.print(f"{repo} at {found.commit[:12]} -> {found.path} ({found.kind})", markup=False)
     if not found.base_checked:
-        console.print(f"{found.base} is not on this machine: it is downloaded, and checked, when first used")
+        console.print(f"{found.base} is not on this machine: it will be downloaded and verified on first use")
     if found.kind == "adapter":
-        console.print("its objective and data are not known: beta is assumed to be the default, name pairs with --data")
+        console.print("its objective and data are unknown: the default beta is assumed; pass pairs with --data")
     else:
         console.print(heldout_words(found.path), markup=False)
     console.print(f"try it: mlxdpo generate {found.path} --prompt '...'", markup=False)

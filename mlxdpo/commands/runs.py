@@ -51,7 +51,7 @@ def _ordered(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
 
 
 def diff(first: Path, second: Path, /, *, json: bool = False) -> None:
-    """Show the settings in which two runs differ, and what else they were made of: model, data, versions.
+    """Show the settings, model, data and versions in which two runs differ.
 
     Args:
         first: Run directory.
@@ -67,7 +67,7 @@ def diff(first: Path, second: Path, /, *, json: bool = False) -> None:
         print(jsonlib.dumps(found, ensure_ascii=False))
         return
     if not found:
-        console.print("no setting differs, nor model, data or versions")
+        console.print("no difference in settings, model, data or versions")
         return
     table = Table("", str(first), str(second))
     for name, (a, b) in found.items():
@@ -79,7 +79,7 @@ SAME_AS_SETTINGS = ("template", "data.reports")  # long texts, which follow from
 
 
 def run_differences(first: Run, second: Run) -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> the two values, of settings and of the manifests; not where the runs lie."""
+    """Dotted name -> the two values, of settings and of the manifests; not the location of the runs."""
     sides = []
     for run in (first, second):
         settings = run.config().model_dump(mode="json", exclude={"out"})

@@ -25,15 +25,15 @@ def run(
     answers: int = 50,
     json: bool = False,
 ) -> int:
-    """Train a recipe under every combination of settings, and say which are best and which cannot be told apart.
+    """Train a recipe under every combination of settings; report which are best and which are indistinguishable.
 
     Any setting of `mlxdpo train` is an option here, with one value or several: --loss.beta 0.05,0.1,0.3 (settings that
     are lists belong in the recipe). The runs share one data set, its encoding and the reference's log-probs. At each
-    held-out evaluation from a quarter of its steps on, a run stops when it is surely worse (99 %) than the best
+    held-out evaluation from a quarter of its steps on, a run stops when it is significantly worse (99 %) than the best
     finished run of its seed at the same share of steps; a setting that lost gets no further seeds.
 
-    Writes OUT/report.html, OUT/results.json and a run directory for each setting and seed. Given again, the same
-    command keeps finished runs and continues an interrupted one; with a larger --seeds it adds seeds.
+    Writes OUT/report.html, OUT/results.json and a run directory for each setting and seed. Rerunning the
+    command keeps finished runs and resumes an interrupted one; a larger --seeds adds seeds.
 
     Args:
         words: YAML file with any settings of a run, and options such as --loss.beta 0.05,0.1.
@@ -57,7 +57,7 @@ def run(
     with stop_flag() as should_stop:
         done = run_sweep(plan, _trainer(json), should_stop, lambda found: drift_of(found, answers), say)
     if not done:
-        terminal.warn("stopped; the same command continues")
+        terminal.warn("stopped; run the same command again to resume")
         return 130
     found = write_sweep(out)
     _show_sweep(found, out, json)
@@ -76,14 +76,16 @@ def read_words(words: tuple[str, ...]) -> tuple[Path | None, dict[str, list[str]
         name, equals, value = left.pop(0).partition("=")
         if not name.startswith("--"):
             if recipe is not None:
-                raise UserError(f"{name}: {recipe} is the recipe already; several values are joined by commas: a,b")
+                raise UserError(f"{name}: {recipe} is already the recipe; separate several values by commas: a,b")
             recipe = Path(name + equals + value)
             continue
         if not equals:
             value = left.pop(0) if left and not left[0].startswith("--") else "true"
         setting = name.removeprefix("--").replace("-", "_")
         if setting in settings:
-            raise UserError(f"{name} is given twice; join its values by commas: {','.join(settings[setting])},{value}")
+            raise UserError(
+                f"{name} is given twice; separate its values by commas: {','.join(settings[setting])},{value}"
+            )
         settings[setting] = _values_of(value)
     known = [f"--{name.replace('_', '-')}" for name in dotted_names(Config) if name != "out"]
     spelled = [f"--{setting.replace('_', '-')}" for setting in settings]

@@ -89,7 +89,7 @@ LINES = {
         f"reference: log-probs of {counted(event.values['total'], event.values['part'] + ' pair')} ready"
     ),
     "probe": _print_probe,
-    "resumed": lambda event, steps: console.print(f"going on from step {event.step}/{steps}"),
+    "resumed": lambda event, steps: console.print(f"resuming from step {event.step}/{steps}"),
     "step": _print_step,
     "eval": _print_eval,
     "note": lambda event, steps: console.print(event.values["text"], style="yellow"),
@@ -107,7 +107,7 @@ LEAST = ("peak_memory_gb", "learning_rate", "grad_norm", "tokens_per_second", "r
 
 
 def _fit_line(start: str, values: Mapping[str, Any], end: str = "") -> str:
-    """A line of metrics that fits the terminal; whole where the output is no terminal."""
+    """A line of metrics that fits the terminal; whole if the output is not a terminal."""
     left, leaving = dict(values), iter(LEAST)
     while True:
         line = "  ".join(part for part in (start, numbers(left), end) if part)

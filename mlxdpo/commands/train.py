@@ -28,11 +28,11 @@ def run(
     """Tune a model on preference pairs.
 
     Args:
-        recipe: YAML file with any of the settings below; the command line wins over it.
+        recipe: YAML file with any of the settings below; the command line takes precedence.
         config: Settings of the run.
-        resume: Run directory to go on with, exactly where its last checkpoint stands. With --train.epochs,
-            --train.steps or --train.patience it trains longer, a finished one too.
-        keep_awake: The Mac does not sleep while this trains, its display may; on macOS alone.
+        resume: Run directory to resume from its last checkpoint; the result is bit-identical. With --train.epochs,
+            --train.steps or --train.patience it trains longer, even if finished.
+        keep_awake: Keep the Mac awake while this trains (the display may sleep); macOS only.
     """
     from mlxdpo.distributed.group import joined
     from mlxdpo.machine.errors import error_message
@@ -49,14 +49,14 @@ def run(
 
 
 def _settings_and_run(recipe: Path | None, config: Config, resume: Path | None) -> tuple[Config, Run | None]:
-    """The settings of a run, and the run to go on with."""
+    """The settings of a run, and the run to resume."""
     given = config.model_dump(exclude_unset=True)
     if resume is None:
         return load_config(recipe, given), None
     others = [f"--{name}" for name in _option_names(given) if name not in MAY_CHANGE]
     if recipe is not None or others:
         raise UserError(
-            f"--resume {resume} goes on with the run's own settings; drop {recipe or others[0]} "
+            f"--resume {resume} uses the run's settings; drop {recipe or others[0]} "
             f"(only {', '.join(MAY_CHANGE)} may change)"
         )
     existing = Run.open(resume)
@@ -123,7 +123,7 @@ macOS can draw. The last is reported to help by people whose trainings were stop
 
 
 def go_on_once(path: Path, error: RuntimeError) -> None:
-    """Become a fresh process that goes on with a run; macOS stopped this one's work on the GPU, and the next can be
+    """Become a new process that resumes a run; macOS stopped this one's work on the GPU, and the next can be
     stopped too, so a process that went on by itself adds a note to the error and returns.
 
     The process keeps its number, its terminal and what it holds for others; after such an error nothing that this one
@@ -133,9 +133,9 @@ def go_on_once(path: Path, error: RuntimeError) -> None:
     from mlxdpo.machine.errors import error_message
 
     if os.environ.get(WENT_ON):
-        error.add_note("this was the second time, and the run has gone on by itself once")
+        error.add_note("the run was already resumed automatically once")
         return
-    warn(f"{error_message(error)}; going on from the last checkpoint, once, in a new process")
+    warn(f"{error_message(error)}; resuming from the last checkpoint in a new process, once")
     sys.stdout.flush()
     words = [sys.executable, "-P", "-m", "mlxdpo.cli", "train", "--resume", str(path)]
     os.execve(sys.executable, words, GENTLER | os.environ | {WENT_ON: "1"})
@@ -205,7 +205,7 @@ def follow_training(
             error.add_note(_resume_hint(path))
             raise
     if not finished:
-        way = "nothing was begun, start again" if path is None else f"go on with: mlxdpo train --resume {path}"
+        way = "nothing was saved, start again" if path is None else f"resume with: mlxdpo train --resume {path}"
         terminal.console.print(f"stopped; {way}")
         return 130
     del events  # and with it the model, which `finish` may load again

@@ -29,7 +29,7 @@ def run(
     out: Path | None = None,
     no_open: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Tune a model on preference pairs and say whether it became better: check, plan, probe, train, evaluate, report.
+    """Tune a model on preference pairs and evaluate it: check, plan, probe, train, evaluate, report.
 
     It chooses the learning rate, the number of epochs and what fits into memory. RUN/config.yaml holds what it chose;
     `mlxdpo train RUN/config.yaml --out OTHER` repeats it.
@@ -37,8 +37,8 @@ def run(
     Args:
         pairs: File, folder or Hub dataset id with preference pairs.
         model: Hub id, Hugging Face folder, or smollm2.
-        time: Longest training: 90m, 1h, 45s; fewer steps are taken where it is not enough.
-        judge: Who compares answers before and after; as for `mlxdpo eval`, repeatable; unset: length alone.
+        time: Maximum training time: 90m, 1h, 45s; steps are reduced to fit.
+        judge: Judge that compares answers before and after, as for `mlxdpo eval`; repeatable; default: length.
         out: Run directory; unset means a new one below runs/, named after model and data.
         no_open: Do not open the report in a browser.
     """
@@ -116,5 +116,5 @@ def next_step(run: Run, changed: int, judges: list[str]) -> str:
     if not changed:
         return f"mlxdpo train --resume {run.path} --train.epochs 6 (no answer changed)"
     if not judges:
-        return f"mlxdpo app {run.path} (vote blind: length is no judge of quality), or eval with --judge local:MODEL"
-    return f"mlxdpo app {run.path} (see it), mlxdpo export {run.path} --to mlx,hf --out exported (take it along)"
+        return f"mlxdpo app {run.path} (blind votes: length does not measure quality), or eval with --judge local:MODEL"
+    return f"mlxdpo app {run.path} (try it), mlxdpo export {run.path} --to mlx,hf --out exported"

@@ -72,7 +72,8 @@ def _record(where: str, row: Mapping[str, Any] | BadRow) -> BestOfK:
     if found is None:
         names = fields.column_names(row)
         raise BadRow(
-            reasons.MISSING_COLUMN, f"no best-of-k record: it needs prompt, chosen and a list rejected, has {names}"
+            reasons.MISSING_COLUMN,
+            f"not a best-of-k record: it needs prompt, chosen and a list rejected, but has {names}",
         )
     right, wrong = found
     prompt = asked_prompt(prompt_of_row(row, "prompt"))

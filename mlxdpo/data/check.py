@@ -229,8 +229,8 @@ def _size(found: DataFindings) -> list[str]:
         return []
     held = "1 prompt is held out" if found.heldout_prompts == 1 else f"{found.heldout_prompts} prompts are held out"
     if found.detectable is None:
-        return [f"{held}: too few to show any effect; give more data, or a data.eval of other prompts."]
-    seen = f"{held}: a win-rate has to be {found.detectable:.0%} to be told from 50% (power 0.8, level 0.05)"
+        return [f"{held}: too few to show any effect; add data, or set data.eval to other prompts."]
+    seen = f"{held}: the smallest win rate distinguishable from 50% is {found.detectable:.0%} (power 0.8, level 0.05)"
     few = found.heldout_prompts < FEW_PROMPTS
     return [f"{seen}; a smaller effect needs more prompts or a larger data.eval_fraction." if few else f"{seen}."]
 
@@ -257,7 +257,7 @@ def _bias(found: DataFindings) -> list[str]:
     right = max(found.always_longer, 1 - found.always_longer)
     return [
         f"The chosen completion is the longer one in {found.longer:.0%} of the pairs ({found.unit}); always choosing "
-        f"the {rule} one is right in {right:.0%}, so an accuracy near that may be length alone."
+        f"the {rule} one is right in {right:.0%}, so an accuracy near that may reflect length alone."
     ]
 
 

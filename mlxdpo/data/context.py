@@ -1,7 +1,7 @@
 """What stands beside the texts of a row and changes what the model reads, whatever the row's shape: system prompt,
 history, tools, images, settings of the chat template. Each is used, or the row is refused by name.
 
-Besides: the numbers of a pair in columns that `data.columns` names, and the names of the columns that nothing reads.
+Besides: the numbers of a pair in columns that `data.columns` names, and the names of the unused columns.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def in_context(items: Sequence[Item], values: Mapping[str, Any], own: Collection
         if name in beside:
             raise BadRow(
                 reasons.NOT_TEXT,
-                f'"{name}" holds {describe_type(beside[name])}; only text is trained on, so leave such rows out, or '
+                f'"{name}" holds {describe_type(beside[name])}; only text is supported, so skip such rows, or '
                 "take the column out if the texts make sense alone",
             )
     _check_template_settings(beside.get(TEMPLATE_SETTINGS), data)
@@ -115,7 +115,7 @@ def _behind(item: Item, before: tuple[Message, ...], data: DataConfig) -> Item:
     """The item with earlier turns in front of its prompt, which is a conversation then."""
     if isinstance(item.prompt, str) and data.template == "plain":
         name = "system" if before[0].role == "system" else HISTORY
-        raise BadRow(reasons.CONTEXT, f"{name} cannot stand before a plain-text prompt; set data.template to chat")
+        raise BadRow(reasons.CONTEXT, f"{name} cannot precede a plain-text prompt; set data.template to chat")
     turns = as_turns(item.prompt)
     if before[0].role == "system" and turns[0].role in ("system", "developer"):
         if before[0].content.split() != turns[0].content.split():

@@ -99,7 +99,7 @@ def contest(asked: Asked, first: str, second: str, lead: Callable[[Values], floa
 def _winner_first(values: Values, first: str, second: str, lead: Callable[[Values], float]) -> tuple[str, str]:
     ahead = lead(values)
     if ahead == 0:
-        raise BadRow(reasons.TIED, f'neither of "{first}" and "{second}" is called better')
+        raise BadRow(reasons.TIED, f'neither "{first}" nor "{second}" is marked better')
     return (second, first) if ahead > 0 else (first, second)
 
 
@@ -317,7 +317,7 @@ def conversation(name: str) -> Converter:
         asked = next((i for i, turn in enumerate(turns) if turn.role == "user"), len(turns))
         at = [i for i, turn in enumerate(turns) if turn.role == "assistant" and i > asked]
         if not at:
-            raise BadRow(reasons.NOT_ONE_ANSWER, f'"{name}" has no assistant turn behind a user turn; expected one')
+            raise BadRow(reasons.NOT_ONE_ANSWER, f'"{name}" has no assistant turn after a user turn; expected one')
         said = [one_answer(turns[i : i + 1], name) for i in at]
         return [UnpairedExample(prompt_turns(turns[:i]), one, True, row.where) for i, one in zip(at, said, strict=True)]
 

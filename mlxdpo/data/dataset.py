@@ -280,7 +280,7 @@ def _write_dataset(folder: Path, clean: Clean, split: Split, data: DataConfig, w
             yield Sofar("encoding", reports["encoding"].read + reports["held-out encoding"].read, total)
     if not reports["encoding"].kept:
         why = "; ".join(line for report in reports.values() for line in report.lines()) or "all were held out"
-        raise UserError(f"{data.path}: no pair is left to train on ({why}); see `mlxdpo data check {data.path}`")
+        raise UserError(f"{data.path}: no pairs left to train on ({why}); see `mlxdpo data check {data.path}`")
     overlap = 0 if clean.heldout is None else len(clean.rows.prompts & clean.heldout.prompts)
     told = {"overlap": overlap, "reports": {name: asdict(report) for name, report in reports.items()}}
     write_text(folder / "told.json", json.dumps(with_checksum(told)))  # escaped: a row's name may hold half a character

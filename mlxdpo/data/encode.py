@@ -247,7 +247,7 @@ def _mask_of_rest(mask: np.ndarray | None, length: int) -> np.ndarray | None:
     if mask is None or mask.all():
         return None
     if not mask[:length].any():
-        raise BadRow("no scored token", "what is left of a completion at data.max_length has no scored token")
+        raise BadRow("no scored token", "a completion truncated at data.max_length has no scored token")
     return mask[:length]
 
 
@@ -279,7 +279,7 @@ def split_completion(
         raise BadRow("empty prompt", "the prompt has no tokens, so the completion's first token has no context")
     completions = [_ended(full[boundary:], writer) for full in fulls]
     if not all(map(len, completions)):
-        raise BadRow("no scored token", "a completion has no token of its own; it would train nothing")
+        raise BadRow("no scored token", "a completion adds no token to its prompt, so there is nothing to train on")
     if any(np.isin(completion[:-1], list(writer.ends)).any() for completion in completions):
         raise BadRow("end-of-sequence inside", "a completion has an end-of-sequence token before its end")
     return prompt[:boundary], completions
@@ -292,7 +292,7 @@ def _ended(completion: np.ndarray, writer: Writer) -> np.ndarray:
     if has_end:
         return completion
     if writer.eos is None:
-        raise UserError("neither the tokenizer nor the model names an end-of-sequence token; set eos_token_id")
+        raise UserError("neither the tokenizer nor the model defines an end-of-sequence token; set eos_token_id")
     return np.append(completion, np.int32(writer.eos))
 
 

@@ -192,7 +192,7 @@ def _check_sums(folder: Path) -> None:
         except OSError as error:
             now = error.strerror
         if now != then:
-            raise DamagedError(f"{folder}: the kept tokens are damaged (`{name}` is not what was written)")
+            raise DamagedError(f"{folder}: the cached tokens are corrupted (checksum mismatch in `{name}`)")
 
 
 _LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {

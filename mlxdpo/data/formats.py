@@ -297,7 +297,7 @@ _ALL = (  # the order is the order of detection: the more specific shape first
     ),
     Format(
         "alpaca",
-        "an instruction, perhaps an input, and two answers",
+        "an instruction, an optional input, and two answers",
         "LLaMA-Factory's Alpaca ranking",
         {"instruction": TEXT} | _ANSWERS,
         pair(instruction),
@@ -305,7 +305,7 @@ _ALL = (  # the order is the order of detection: the more specific shape first
     ),
     Format(
         "orca",
-        "a question and two texts, perhaps a system prompt",
+        "a question and two texts, optionally a system prompt",
         "Intel/orca_dpo_pairs, Axolotl's intel",
         {"question": TEXT} | _TEXTS,
         pair(question("question")),
@@ -362,7 +362,7 @@ _ALL = (  # the order is the order of detection: the more specific shape first
     ),
     Format(
         "alpaca_output",
-        "an instruction, perhaps an input, and an output to imitate (stage: sft)",
+        "an instruction, an optional input, and an output to imitate (stage: sft)",
         "tatsu-lab/alpaca",
         {"instruction": TEXT, "output": TEXT},
         converters.demonstration(instruction, "output"),
@@ -394,7 +394,7 @@ def named_format(name: str) -> Format:
         return FORMATS[name]
     near = difflib.get_close_matches(name, FORMATS, n=1)
     hint = f"did you mean {near[0]}?" if near else "`mlxdpo data formats` lists them"
-    raise UserError(f"data.format is {name!r}, which is no known row shape; {hint}")
+    raise UserError(f"data.format {name!r} is not a known row shape; {hint}")
 
 
 def detect(row: Mapping[str, Any]) -> Format | None:

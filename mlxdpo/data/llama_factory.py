@@ -45,7 +45,7 @@ def described_files(place: Path) -> list[Path]:
     if not entries:
         return []
     if name and name not in entries:
-        raise UserError(f"{base / INFO}: no data set is called {name}; it has {', '.join(list(entries)[:12])}")
+        raise UserError(f"{base / INFO}: no data set named {name}; it has {', '.join(list(entries)[:12])}")
     judged = {
         key: entry for key, entry in entries.items() if entry.get("ranking") or _named_columns(entry).get("kto_tag")
     }

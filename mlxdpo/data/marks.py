@@ -167,7 +167,7 @@ class Arrival(NamedTuple):
 
 
 FOLD = "set data.system to fold to put it in front of the user turn"
-OTHER_MODEL = "use a model whose chat template does"
+OTHER_MODEL = "use a model whose chat template supports it"
 STRIPPED = "reasoning that the chat template strips"
 
 
@@ -209,17 +209,17 @@ def _lost(part: RowPart, marked: Marked, of_answer: bool, reasoning: str) -> lis
         raise BadRow(STRIPPED, f"the chat template does not print the answer's {part.name}{ways}")
     if part.kind == "tool":
         raise BadRow(
-            "tools that the chat template leaves out",
+            "tools that the chat template omits",
             f"the chat template does not print {part.name} of the {len(marked.tools)} tools; {OTHER_MODEL}, or take"
             " `tools` out of the rows",
         )
     if part.kind == "call":
         raise BadRow(
-            "tool call that the chat template leaves out",
+            "tool call that the chat template omits",
             f"the chat template does not print {part.name}; {OTHER_MODEL}",
         )
     remedy = FOLD if part.name in SYSTEM else OTHER_MODEL
     raise BadRow(
-        f"{part.name} turn that the chat template leaves out",
+        f"{part.name} turn that the chat template omits",
         f"the chat template does not print turn {part.turn + 1} ({part.name}); {remedy}",
     )

@@ -53,7 +53,7 @@ def stream_rows(
     shape, first = _shape_of(next(files)[1], data.format, None, source)
     report = Report(format=shape.name)
     if data.eval is None and path == data.path and part != data.split:
-        report.notes.append(f'held out are the pairs of the split "{part}" that stands beside {data.split} in {path}')
+        report.notes.append(f'using split "{part}" (next to {data.split} in {path}) as held-out pairs')
     rest = (_shape_of(rows, data.format, shape, source) for _, rows in files)
     converted = (
         item
@@ -61,7 +61,7 @@ def stream_rows(
         for item in _converted(shape, _fitting(shape, rows, report, data), report, data)
     )
     found = converted if data.credit is None else _with_trajectories(converted, report, data.credit)
-    clean = distinct_pairs(found, report, "the same pair stands in an earlier row")
+    clean = distinct_pairs(found, report, "the same pair as in an earlier row")
     return _counted_kept(take(clean, report), report, source), report
 
 
@@ -172,9 +172,9 @@ def _shape_by_names(looked: Sequence[Found], source: str) -> Format:
         return shape
     seen = column_names(f"{name} ({describe_type(value)})" for name, value in row.items())
     remedy = _remedy(row, source)
-    room = max(40, LONGEST_SENTENCE - len(f"{where}: the columns  are no known row shape; {remedy}"))
+    room = max(40, LONGEST_SENTENCE - len(f"{where}: the columns  match no known row shape; {remedy}"))
     shown = seen if len(seen) <= room else f"{seen[: room - 3]}..."
-    raise UserError(f"{where}: the columns {shown} are no known row shape; {remedy}")
+    raise UserError(f"{where}: the columns {shown} match no known row shape; {remedy}")
 
 
 ASKING = (
@@ -275,7 +275,7 @@ def _converted(shape: Format, rows: Iterable[Row], report: Report, data: DataCon
 
 
 def _note_columns(shape: Format, group: Sequence[Row], items: Sequence[Item], report: Report, data: DataConfig) -> None:
-    """Count the columns that nothing reads, and scores that contradict the label of a row's one pair."""
+    """Count the unused columns, and scores that contradict the label of a row's one pair."""
     for row in group:
         for name in unread_columns(row.values, shape.reads, shape.inner, data):
             report.unread[printable(name)] = report.unread.get(printable(name), 0) + 1

@@ -19,7 +19,7 @@ DUPLICATE = "duplicate of an earlier row"
 TIED = "tied scores"
 WEAK = "score ratio below 2"
 
-UNJUDGED = "turns behind the last alternative left out"
+UNJUDGED = "turns after the last alternative skipped"
 NO_PREFERENCE = frozenset({IDENTICAL, DUPLICATE, TIED, WEAK})
 """Sound rows that state no (new, clear) preference. Published sets are full of them and there is nothing to
 mend, so they are left out and counted even where `data.on_bad_row` is stop."""

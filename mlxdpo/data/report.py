@@ -36,9 +36,7 @@ class Report:
     def refuse(self, where: str, bad: BadRow, policy: Literal["stop", "skip"]) -> None:
         """Count a refused row, or raise `UserError` when the policy is to stop."""
         if policy == "stop":
-            raise UserError(
-                f"{where}: {bad.sentence}; mend the row, or set data.on_bad_row to skip to leave such rows out"
-            )
+            raise UserError(f"{where}: {bad.sentence}; fix the row, or set data.on_bad_row to skip")
         self.refused[bad.reason] = self.refused.get(bad.reason, 0) + 1
         self.first.setdefault(bad.reason, f"{where}: {bad.sentence}")
 
@@ -56,7 +54,7 @@ class Report:
             for r, n in _by_count(self.changed)
         ]
         columns = [f"{name} ({count} rows)" for name, count in _by_count(self.unread)]
-        unread = [f"columns that nothing reads: {', '.join(columns)}"] if columns else []
+        unread = [f"unused columns: {', '.join(columns)}"] if columns else []
         return [*self.notes, *refused, *changed, *unread]
 
 

@@ -79,7 +79,7 @@ def _cleaned(turns: Sequence[Message], writer: Writer, changes: list[str]) -> tu
     """The turns through the last one of the assistant, without end-of-turn tokens in their text."""
     last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
     if last + 1 < len(turns):
-        changes.append("turns behind the last assistant turn left out: nothing there is scored")
+        changes.append("turns after the last assistant turn skipped: nothing there is scored")
     cleaned = tuple(turn for one in turns[: last + 1] for turn in without_end_token((one,), writer, changes))
     ends = [end for end in writer.tokenizer.convert_ids_to_tokens(sorted(writer.ends)) if end]
     if any(end in turn.content for turn in cleaned if turn.role == "assistant" for end in ends):
@@ -162,7 +162,7 @@ def split_turns(ids: Sequence[np.ndarray], rendered: RenderedTurns, writer: Writ
         for start in starts:
             mask[start : _end_of_turn(full, start, writer)] = True
         if not mask[boundary:].any():
-            raise BadRow("no scored token", "a completion has no token of its own; it would train nothing")
+            raise BadRow("no scored token", "a completion adds no token to its prompt, so there is nothing to train on")
         last = int(np.flatnonzero(mask)[-1]) + 1  # from what follows nothing is predicted
         completions.append(full[boundary:last])
         masks.append(mask[boundary:last])
@@ -173,7 +173,7 @@ def _with_end(full: np.ndarray, writer: Writer) -> np.ndarray:
     if int(full[-1]) in writer.ends or not writer.scores_end:
         return full
     if writer.eos is None:
-        raise UserError("neither the tokenizer nor the model names an end-of-sequence token; set eos_token_id")
+        raise UserError("neither the tokenizer nor the model defines an end-of-sequence token; set eos_token_id")
     return np.append(full, np.int32(writer.eos))
 
 

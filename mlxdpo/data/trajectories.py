@@ -155,8 +155,8 @@ def _alternatives(value: Any, place: str) -> list[Turns]:
     if any(isinstance(one, Mapping) and _role(one) != "assistant" for one in several):
         raise BadRow(
             reasons.WRONG_TYPE,
-            f'"rejected" of {place} lists turns that are not the assistant\'s; expected alternatives, one that goes on '
-            "for several turns as a list of its own",
+            f'"rejected" of {place} lists turns that are not the assistant\'s; expected alternatives, one of several '
+            "turns as a nested list",
         )
     return [_branch(one, f"{place} rejected") for one in several]
 

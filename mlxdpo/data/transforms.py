@@ -77,7 +77,7 @@ def opinions(items: Iterable[Item], report: Report) -> Iterator[UnpairedExample]
 
 def _kept_once(items: Iterable[UnpairedExample], report: Report) -> Iterator[UnpairedExample]:
     """A completion may stand in several pairs of its prompt."""
-    return distinct_pairs(items, report, "the same completion stands in an earlier pair")  # type: ignore[return-value]
+    return distinct_pairs(items, report, "the same completion as in an earlier pair")  # type: ignore[return-value]
 
 
 def mismatched(
@@ -130,7 +130,7 @@ def balance(desirable: np.ndarray, up: float, down: float) -> str:
     ups, downs = int((desirable > 0.5).sum()), int((desirable <= 0.5).sum())
     counted = f"{ups} thumbs up and {downs} down"
     if not (ups and downs and up and down):
-        return f"{counted}: with one kind alone, or one that weighs nothing, there is nothing to tell apart"
+        return f"{counted}: KTO needs both kinds with weights above 0"
     ratio = up * ups / (down * downs)
     said = f"{counted}; with loss.desirable_weight {up:g} and undesirable_weight {down:g} they weigh {ratio:.2f} to 1"
     if 1 <= ratio <= 1.5:

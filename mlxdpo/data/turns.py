@@ -91,7 +91,7 @@ def content_text(content: Any) -> str:
         text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
         if not isinstance(text, str):
             kind = part.get("type", "something else") if isinstance(part, Mapping) else type(part).__name__
-            raise BadRow("content that is no text", f"a part of a turn's content is {kind}; only text can be trained")
+            raise BadRow("content that is not text", f"a part of a turn's content is {kind}; only text can be trained")
         texts.append(text)
     return "".join(texts)
 
@@ -165,7 +165,5 @@ def folded(turns: Sequence[Message]) -> tuple[Message, ...]:
         else:
             found.append(turn)
     if waiting:
-        raise BadRow(
-            "system turn without a user turn behind it", "no user turn follows the system turn to fold it into"
-        )
+        raise BadRow("system turn without a user turn after it", "no user turn follows the system turn to fold it into")
     return tuple(found)

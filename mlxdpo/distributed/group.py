@@ -177,7 +177,7 @@ class Caller:
         try:
             return self.answers.get(timeout=GRACE)
         except queue.Empty:
-            return RuntimeError(f"{wire.name} is gone")
+            return RuntimeError(f"lost connection to {wire.name}")
 
     def _reason(self, error: Exception) -> Exception:
         """What to raise: a process that stopped for a reason of the user's is reported as that."""
@@ -186,7 +186,7 @@ class Caller:
             return PeerLost(f"the connection to another process was lost ({error})")
         if wire.ended == "refused":
             return UserError(*(f"{wire.name}: {sentence}" for sentence in wire.words.splitlines()))
-        return PeerLost(f"{wire.name} is gone" + (f": {wire.words}" if wire.words else ""))
+        return PeerLost(f"lost connection to {wire.name}" + (f": {wire.words}" if wire.words else ""))
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ class Heartbeat:
                     selector.unregister(key.fileobj)
             for wire in self.wires:
                 if wire.ended is None and time.monotonic() - wire.heard > SILENCE:
-                    wire.ended, wire.words = "gone", f"nothing was heard of it for {SILENCE:g} seconds"
+                    wire.ended, wire.words = "gone", f"no heartbeat for {SILENCE:g} seconds"
             with self.changed:
                 self.changed.notify_all()
 

@@ -55,7 +55,7 @@ PARTS = {
     "optimizer": "optimizer states",
     "activations": "activations of a step",
     "head": "logits of a chunk",
-    "reference": "reference pass, at its time",
+    "reference": "reference pass (not simultaneous)",
     "in_flight": "operations in flight",
 }
 
@@ -172,7 +172,7 @@ def check_fits(config: Config, data: Dataset) -> None:
     ways = f"set {helps}{'' if enough else ', not enough alone'}, or " if helps else ""
     raise UserError(
         f"this run needs about {found.memory.peak / 1e9:.1f} GB, and this machine has {found.machine / 1e9:.1f} GB for "
-        f"it and everything else; {ways}try it all the same with --train.allow_over_memory true"
+        f"it and everything else; {ways}try anyway with --train.allow_over_memory true"
     )
 
 
@@ -235,7 +235,7 @@ def shape_of(skeleton: Skeleton, config: ModelConfig) -> Shape:
         """One of them, as the model's own arguments or the file have it."""
         value = getattr(skeleton.model.args, name, None) or raw.get(name)
         if value is None:
-            raise CannotPlan(f"{config.path}: its config.json has no {name}, so its memory cannot be planned")
+            raise CannotPlan(f"{config.path}: its config.json has no {name}, so its memory cannot be estimated")
         return int(value)
 
     heads, hidden, block = number("num_attention_heads"), number("hidden_size"), skeleton.model.layers[-1]

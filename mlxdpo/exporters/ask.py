@@ -73,7 +73,7 @@ class ClientReport(NamedTuple):
         """Why this is not the run, in a sentence; None when it is."""
         if 2 * self.unlike <= self.prompts:
             return None
-        return f"{self.client} answered {self.unlike} of {self.prompts} prompts unlike the run"
+        return f"{self.client} answered {self.unlike} of {self.prompts} prompts differently from the run"
 
 
 Client = Callable[[ClientPrompt], ClientAnswer]

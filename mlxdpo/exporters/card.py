@@ -64,7 +64,7 @@ def _panel(
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
-BEGIN = "<!-- yours: begin (what stands between these two marks survives the next export) -->"
+BEGIN = "<!-- yours: begin (text between these two marks is kept by the next export) -->"
 END = "<!-- yours: end -->"
 OFFER = "*Write here what this model is for, and what you saw it do well and badly.*"
 LIBRARIES = {"hf": "transformers", "peft": "peft", "mlx": "mlx", "fused": "mlx", "quantized": "mlx"}
@@ -104,7 +104,7 @@ def own_part(file: Path) -> str:
         return OFFER
     if (found := between_marks(file.read_text("utf-8"))) is None:
         raise UserError(
-            f"{file} is no card of ours, or lacks its marks `{BEGIN}` and `{END}`; put them back or move it"
+            f"{file} was not written by mlxdpo, or lacks its marks `{BEGIN}` and `{END}`; restore them or move it"
         )
     return found
 

@@ -94,7 +94,9 @@ def check_repo_id(repo_id: str) -> None:
     else:
         allowed = repo_id.count("/") == 1
     if not allowed:
-        raise UserError(f"{redact(repr(repo_id))} is no repository id; expected owner/name, such as jane/smollm2-dpo")
+        raise UserError(
+            f"{redact(repr(repo_id))} is not a repository id; expected owner/name, such as jane/smollm2-dpo"
+        )
 
 
 def ask(about: About, call: Callable[[], T], say: Say) -> T:
@@ -212,7 +214,9 @@ def _explanation(error: Exception, about: About) -> str:
             "run the same command again after that, what was transferred is kept"
         )
     if isinstance(error, errors.LocalTokenNotFoundError):
-        return "there is no Hub login here; run `hf auth login`, or set HF_TOKEN to a token with write access"
+        return (
+            "there is no Hub login on this machine; run `hf auth login`, or set HF_TOKEN to a token with write access"
+        )
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE is set, so {about.repo} cannot be reached; unset it"
     if isinstance(error, errors.RevisionNotFoundError):
@@ -225,7 +229,7 @@ def _explanation(error: Exception, about: About) -> str:
             "run the same command again, what was transferred is kept"
         )
     detail = " ".join(str(error).split())[:300]
-    return f"{about.repo}: the Hub's answer while {about.doing} is not understood ({type(error).__name__}: {detail})"
+    return f"{about.repo}: unexpected answer of the Hub while {about.doing} ({type(error).__name__}: {detail})"
 
 
 def _of_status(status: int, error: Exception, about: About) -> str:
@@ -234,12 +238,12 @@ def _of_status(status: int, error: Exception, about: About) -> str:
         return f"the Hub answered {status} {ATTEMPTS} times while {doing}; run the same command later"
     known = {
         401: "the Hub does not accept this login (401); run `hf auth login` again, or renew HF_TOKEN",
-        402: f"the Hub asks for a payment while {doing} (402); see the billing page of {repo.split('/')[0]}",
-        403: f"this login may not do that to {repo} (403 while {doing}); use a token that may write there",
+        402: f"the Hub requires payment while {doing} (402); see the billing page of {repo.split('/')[0]}",
+        403: f"this login lacks permission for {repo} (403 while {doing}); use a token with write access",
         404: f"{repo} is not on the Hub, or this login may not see it (404 while {doing}); check name and login",
-        409: f"{repo}: {doing} conflicts with what is there already (409); look at the repository, then run it again",
+        409: f"{repo}: {doing} conflicts with existing content (409); check the repository, then run it again",
         412: f"{repo} was changed by someone else while {doing} (412); run the same command again",
-        413: f"{repo}: the Hub finds the upload too large (413); export fewer targets at once",
+        413: f"{repo}: the upload is too large for the Hub (413); export fewer targets at once",
     }
     if status in known:
         return known[status]
@@ -307,7 +311,7 @@ def check_name(name: str, repo: str) -> None:
     if not all(map(is_plain_name, name.split("/"))) or len(name.encode()) > LONGEST_PATH:
         shown = repr(name if len(name) <= 80 else f"{name[:80]}…")
         raise UserError(
-            f"{repo} lists a file named {shown}, which leaves its folder or is no name on some system; "
+            f"{repo} lists a file named {shown}, which is outside its folder or invalid on some systems; "
             "nothing was taken from it"
         )
 
@@ -344,7 +348,7 @@ def check_bytes(file: Path, entry: Entry, repo: str) -> None:
         while block := content.read(1 << 20):
             digest.update(block)
     if file.stat().st_size != entry.size or digest.hexdigest() != (entry.sha256 or entry.blob):
-        raise UserError(f"{repo}: {entry.name} arrived with other bytes than the repository lists; pull it again")
+        raise UserError(f"{repo}: {entry.name} does not match its digest in the repository; pull it again")
 
 
 def check_safetensors(file: Path, name: str) -> None:
@@ -360,4 +364,4 @@ def check_safetensors(file: Path, name: str) -> None:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         inside = False
     if not inside:
-        raise UserError(f"{name} is not a safetensors file; mlxdpo reads no other weights")
+        raise UserError(f"{name} is not a safetensors file, the only format mlxdpo reads")

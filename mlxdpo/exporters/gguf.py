@@ -206,7 +206,7 @@ def refuse_lora(source: ExportSource) -> None:
     describe_model(read_json(source.base / "config.json"), source.base_name)
     for name, module in source.adapted.items():
         if "embedding" in module:
-            raise UserError(f"gguf-lora: `{name}` is adapted, and llama.cpp would leave the head as it was; --to gguf")
+            raise UserError(f"gguf-lora: `{name}` is adapted, and llama.cpp would not change the head; use --to gguf")
 
 
 def write_lora(source: ExportSource, folder: Path) -> str | None:
@@ -225,7 +225,7 @@ def write_lora(source: ExportSource, folder: Path) -> str | None:
         writer.add_tensor(f"{own}.lora_a", np.array(a))
         writer.add_tensor(f"{own}.lora_b", np.array(b))
     _write_file(writer)
-    note = f"goes on top of a GGUF of {source.base_name}; nothing is rounded"
+    note = f"load it on top of a GGUF of {source.base_name}; lossless"
     return f"{note} (trained on packed weights, measured on unpacked ones)" if source.quantised else note
 
 

@@ -122,7 +122,7 @@ def rope_of(config: Mapping[str, Any]) -> Rope:
     if kind == "default":
         return Rope(base, "none", 1.0, settings)
     if kind not in SCALINGS:
-        raise UserError(f"gguf: rope scaling `{kind}` is not known to this converter, only linear and llama3 are")
+        raise UserError(f"gguf: rope scaling `{kind}` is not supported; only linear and llama3 are")
     return Rope(base, kind, float(settings["factor"]), settings)
 
 
@@ -159,7 +159,7 @@ def describe_model(raw: Mapping[str, Any], name: str) -> Described:
     kind = str(raw.get("model_type"))
     if kind not in FAMILIES:
         raise UserError(
-            f"gguf: {name} is a {kind} model, and this converter knows {', '.join(FAMILIES)}; export "
+            f"gguf: {name} is a {kind} model, but the supported families are {', '.join(FAMILIES)}; export "
             f"--to hf and convert that folder with llama.cpp's convert_hf_to_gguf.py"
         )
     raw = {key: value for key, value in raw.items() if key != "text_config"}
@@ -227,7 +227,7 @@ def tensor_names(architecture: str, layers: int, names: Iterable[str]) -> dict[s
     for name in names:
         own = known.get_name(_stacked(name.removeprefix("language_model.")), try_suffixes=ENDS)
         if own is None:
-            raise UserError(f"gguf: the checkpoint holds `{name}`, which llama.cpp's {architecture} has no place for")
+            raise UserError(f"gguf: the checkpoint holds `{name}`, which llama.cpp's {architecture} does not have")
         found[name] = own
     return found
 

@@ -80,7 +80,7 @@ def refuse_tokenizer(folder: Path, name: str) -> None:
     specification = tokenizer_and_rules(folder)[1]
     if rule_name(specification) is None and not is_sentencepiece(specification):
         raise UserError(
-            f"gguf: the tokenizer of {name} splits text by a rule without a name in this converter (known: "
+            f"gguf: the tokenizer of {name} splits text by an unsupported rule (supported: "
             f"{', '.join(RULES)}, SentencePiece); export --to hf and use llama.cpp's convert_hf_to_gguf.py"
         )
 

@@ -67,16 +67,16 @@ def learn_template(render: Render, seed: int = 0) -> TurnTemplate:
     try:
         found = _learn_turns(render)
     except BadRow as bad:
-        raise UserError(f"ollama: {bad.sentence}; there is no Go template for it, export --to gguf") from None
+        raise UserError(f"ollama: {bad.sentence}; it has no equivalent Go template; export --to gguf") from None
     for turns in random_conversations(CONVERSATIONS, found, seed):
         try:
             wanted = render(turns)
         except BadRow as bad:
-            raise UserError(f"ollama: {bad.sentence}; there is no Go template for it, export --to gguf") from None
+            raise UserError(f"ollama: {bad.sentence}; it has no equivalent Go template; export --to gguf") from None
         if (got := found.render(turns)) != wanted:
             at = len(_shared_start([got, wanted]))
             raise UserError(
-                f"ollama: the chat template does more than to put text around turns (it writes "
+                f"ollama: the chat template does more than put text around turns (it writes "
                 f"{wanted[at : at + 40]!r} where {got[at : at + 40]!r} was expected), which has no form in a "
                 f"Modelfile; export --to gguf, which carries the template as it is"
             )

@@ -55,7 +55,7 @@ def patch(source: Path, target: Path, changes: Mapping[str, Change], check: Call
     entries, begin = safetensors_header(source)
     for name in changes:
         if (kind := entries[name]["dtype"]) not in KINDS:
-            raise UserError(f"{source.name}: `{name}` is stored as {kind}; only F32, F16 and BF16 can take a delta")
+            raise UserError(f"{source.name}: `{name}` is stored as {kind}; only F32, F16 and BF16 can be changed")
     shutil.copyfile(source, target)
     stored = read_tensors(source)
     with target.open("r+b") as handle:
@@ -91,7 +91,7 @@ def write_hf(source: ExportSource, folder: Path) -> str | None:
         copy_side_files(source, source.folder, folder)
         _drop_keys(folder / "config.json", {"quantization", "quantization_config"})
         _write_index(folder)
-        return "dequantised: every packed layer as it computes"
+        return "every packed layer dequantised"
     changes = stored_changes(source)
     for file in weight_files(source.base):
         here = {name: change for name, change in changes.items() if source.origins.stored[name] == file}

@@ -95,7 +95,7 @@ def propose(out: Path, repo_id: str, *, visibility: Visibility = "private", say:
         "opening a pull request", lambda: session.api.create_pull_request(repo_id, title=MESSAGE, description=MESSAGE)
     )
     ref = f"refs/pr/{opened.num}"
-    say(f"pull request {opened.num}: should the connection break for good, go on with --revision {ref}")
+    say(f"pull request {opened.num}: if the connection is lost, continue with --revision {ref}")
     commit = _upload(session, out, files, ref)
     session.ask(
         "opening the draft", lambda: session.api.change_discussion_status(repo_id, opened.num, new_status="open")
@@ -209,5 +209,5 @@ def _tag(session: _Session, tag: str, commit: str) -> None:
         if ref.name == tag:
             if ref.target_commit == commit:
                 return
-            raise UserError(f"{session.repo} has a tag {tag} already, on another commit; take another --tag")
+            raise UserError(f"{session.repo} already has a tag {tag} on another commit; choose another --tag")
     session.ask("tagging the commit", lambda: session.api.create_tag(session.repo, tag=tag, revision=commit))

@@ -69,7 +69,7 @@ def check_preset(file: Path, written: dict[str, Any]) -> None:
     read = json.loads(file.read_text("utf-8"))
     fields = {field["key"]: field["value"] for field in read["operation"]["fields"]}
     if read != written or not read["identifier"].startswith("@local:") or STOPS_KEY not in fields:
-        raise UserError(f"lmstudio: {file.name} does not read back as it was written; export --to gguf")
+        raise UserError(f"lmstudio: {file.name} does not read back unchanged; export --to gguf")
 
 
 def reload_lmstudio(source: ExportSource, folder: Path) -> nn.Module:

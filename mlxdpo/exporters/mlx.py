@@ -46,9 +46,11 @@ def write_adapter(source: ExportSource, folder: Path) -> str | None:
     write_json(folder / SETTINGS, settings | {"model": hub_name(source.trained.config.model.path, source.folder)})
     if source.quantised and not source.stored_quantised:
         bits = source.trained.policy.identity["quantization"]["bits"]
-        return f"trained on weights packed to {bits} bits when loading; here measured on the unpacked ones"
+        return f"trained on weights packed to {bits} bits when loading; measured on the unpacked ones"
     if ends := ends_beside_base(source):
-        return f"ends answers with {', '.join(ends)}, which the base's files do not name: have the client stop there"
+        return (
+            f"ends answers with {', '.join(ends)}, which the base's files do not list: add them to the client's stops"
+        )
     return source.remark_on_base
 
 
@@ -79,7 +81,7 @@ def write_fused(source: ExportSource, folder: Path) -> str | None:
     """One MLX model with the tune inside; packed layers that were not trained keep their codes, byte for byte."""
     model, config = fused(source)
     _save_model(source, model, config, folder)
-    return "trained layers unpacked, all others as packed as they were" if source.quantised else None
+    return "trained layers unpacked, all others still packed" if source.quantised else None
 
 
 def refuse_quantized(source: ExportSource) -> None:
@@ -241,7 +243,7 @@ def _fuse(name: str, module: nn.Module, layer: Any) -> nn.Module:
         QuantizedSwitchLinear: SwitchLinear,
     }
     if type(layer) not in kinds:
-        raise UserError(f"fused: `{name}` is a {type(layer).__name__}, which has no plain form; export --to mlx")
+        raise UserError(f"fused: `{name}` is a {type(layer).__name__}, which cannot be fused; export --to mlx")
     kind = layer.scales.dtype if "scales" in layer else layer.weight.dtype
     weight = tuned(module, plain_weight(layer)).astype(kind if mx.issubdtype(kind, mx.floating) else mx.bfloat16)
     made = kinds[type(layer)]

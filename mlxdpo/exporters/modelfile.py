@@ -115,7 +115,7 @@ def parse_modelfile(text: str) -> list[Instruction]:
         head = re.match(r"([A-Za-z]+)[ \t]+", rest)
         name = head[1].lower() if head else ""
         if head is None or name not in INSTRUCTIONS:
-            raise UserError(f"Modelfile: {rest.splitlines()[0][:40]!r} is no instruction")
+            raise UserError(f"Modelfile: {rest.splitlines()[0][:40]!r} is not an instruction")
         rest = rest[head.end() :]
         if name == "parameter":
             parameter = re.match(r"([A-Za-z0-9_]+)[ \t]+", rest)

@@ -52,7 +52,7 @@ def refuse_peft(source: ExportSource) -> None:
 
 def _refuse_module(source: ExportSource, name: str, module: Any) -> None:
     if module.lora_b.ndim == 3:
-        raise UserError(f"peft: `{name}` adapts a stack of experts, which PEFT keeps apart; export --to mlx,fused")
+        raise UserError(f"peft: `{name}` adapts a stack of experts, which PEFT does not support; export --to mlx,fused")
     # transformers gives all of these names to the module that `torch_name` says.
     stored = {name, torch_name(source.model, name), name.removeprefix("language_model.")}
     if source.origins.of(f"{name}.weight") not in {(f"{one}.weight",) for one in stored}:
@@ -79,7 +79,7 @@ def write_peft(source: ExportSource, folder: Path) -> str | None:
     mx.save_safetensors(str(folder / WEIGHTS), arrays, {"format": "pt"})
     write_json(folder / SETTINGS, settings(source))
     if source.quantised:
-        return f"trained on packed weights; here measured on those of {source.base_name}"
+        return f"trained on packed weights; measured on those of {source.base_name}"
     return source.remark_on_base
 
 
@@ -176,22 +176,22 @@ class Adapter(NamedTuple):
 def read_peft(folder: Path) -> Adapter:
     """Read a PEFT adapter folder. Raises `UserError` for what is no LoRA adapter, or more than one."""
     if not (folder / SETTINGS).exists() or not (folder / WEIGHTS).exists():
-        raise UserError(f"{folder}: no PEFT adapter there; expected {SETTINGS} and {WEIGHTS}{pickled_in(folder)}")
+        raise UserError(f"{folder}: no PEFT adapter in it; expected {SETTINGS} and {WEIGHTS}{pickled_in(folder)}")
     raw = read_json(folder / SETTINGS)
     if raw.get("peft_type") != "LORA":
-        raise UserError(f"{folder / SETTINGS}: peft_type is {raw.get('peft_type')!r}; only LORA has a form in mlx-lm")
+        raise UserError(f"{folder / SETTINGS}: peft_type is {raw.get('peft_type')!r}; mlx-lm supports only LORA")
     for name in ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"):
         if raw.get(name):
-            raise UserError(f"{folder / SETTINGS}: {name} is {raw[name]!r}, which an mlx-lm adapter cannot hold")
+            raise UserError(f"{folder / SETTINGS}: {name} is {raw[name]!r}, which an mlx-lm adapter does not support")
     if raw.get("bias", "none") != "none" or raw.get("lora_bias") or raw.get("fan_in_fan_out"):
-        raise UserError(f"{folder / SETTINGS}: trained biases and fan_in_fan_out have no form in an mlx-lm adapter")
+        raise UserError(f"{folder / SETTINGS}: an mlx-lm adapter supports neither trained biases nor fan_in_fan_out")
     modules: dict[str, dict[str, mx.array]] = {}
     stored = read_tensors(folder / WEIGHTS)
     known = {theirs: own for own, theirs in [*PARTS.items(), *EMBEDDED.items()]} | {"lora_magnitude_vector.weight": "m"}
     for name, array in stored.items():
         end = next((part for part in known if name.endswith("." + part)), None)
         if end is None or not name.startswith(PREFIX):
-            raise UserError(f"{folder / WEIGHTS}: `{name}` is no LoRA array of a causal language model")
+            raise UserError(f"{folder / WEIGHTS}: `{name}` is not a LoRA array of a causal language model")
         modules.setdefault(name[len(PREFIX) : -len(end) - 1], {})[known[end]] = array
     return Adapter(folder, raw, modules)
 
@@ -233,7 +233,7 @@ def attach(policy: Policy, adapter: Adapter) -> LoraConfig:
         lora = common_settings(policy, adapter, scales)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(
-            f"{adapter.folder / SETTINGS}: no settings of PEFT's ({type(error).__name__}: {error}); export it again"
+            f"{adapter.folder / SETTINGS}: invalid PEFT settings ({type(error).__name__}: {error}); export it again"
         ) from None
     place_lora(policy.model, lora)  # computed once the shapes are known to fit
     own: dict[str, mx.array] = dict(tree_flatten(policy.model.trainable_parameters()))
@@ -292,9 +292,9 @@ def import_peft(folder: Path, model: ModelConfig, out: Path) -> Imported:
     `attach`. Raises `UserError` for what an mlx-lm adapter cannot hold, and for a model it does not fit.
     """
     if out.exists():
-        raise UserError(f"{out} is already there; choose another --out")
+        raise UserError(f"{out} already exists; choose another --out")
     if model.adapter is not None:
-        raise UserError(f"--adapter {model.adapter}: a PEFT adapter goes onto the bare model; drop --adapter")
+        raise UserError(f"--adapter {model.adapter}: a PEFT adapter is applied to the base model; drop --adapter")
     adapter = read_peft(folder)
     policy = load_policy(model)
     lora = attach(policy, adapter)
@@ -311,9 +311,9 @@ def _import_changes(adapter: Adapter, lora: LoraConfig, model: object) -> list[s
     here = sum("lora_a" in module for _, module in model.named_modules())  # type: ignore[attr-defined]
     found = []
     if lower := sum(rank < lora.rank for rank in ranks.values()):
-        found.append(f"{lower} modules had a lower rank than {lora.rank}: their further directions do nothing yet")
+        found.append(f"{lower} modules had a lower rank than {lora.rank}: the additional directions are zero")
     if other := sum(scale != lora.multiplier for scale in scales.values()):
         found.append(f"{other} modules had another scale than {lora.multiplier:g}: it went into their B")
     if here > len(adapter.modules):
-        found.append(f"{here - len(adapter.modules)} modules had no adapter: they got one that does nothing yet")
+        found.append(f"{here - len(adapter.modules)} modules had no adapter: they got one initialised to zero")
     return found

@@ -71,7 +71,7 @@ def describe_adapter(api: HfApi, listing: Listing, place: Place, folder: Path, b
         raise UserError(f"{listing.repo} does not name its base model; name it with --base")
     if base is None and named not in BUILTIN and not looks_like_hub_id(named):
         raise UserError(f"{listing.repo} was trained from a local folder called {named!r}; name that model with --base")
-    say(f"loading the base model {named}, to see that the adapter fits it")
+    say(f"loading the base model {named}, to check that the adapter fits it")
     policy = load_policy(ModelConfig(path=named))
     make = _from_mlx if place.weights == WEIGHTS else _from_peft
     lora = _fitted(lambda: make(policy, pulled / at, folder / "adapter"), pulled / at, listing.repo)
@@ -167,7 +167,7 @@ def pull_run(
     check_repo_id(repo_id)
     target = out or Path("runs") / repo_id.split("/")[1]
     if target.exists() or target.is_symlink():
-        raise UserError(f"{target} exists; give another --out")
+        raise UserError(f"{target} exists; choose another --out")
     api = connect()
     listing = list_repository(api, repo_id, revision, say)
     _make_parent(target)
@@ -181,7 +181,7 @@ def _make_parent(target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{target}: cannot be made ({error.strerror}); give another --out") from None
+        raise UserError(f"{target}: cannot be created ({error.strerror}); choose another --out") from None
 
 
 def _fill_run(api: HfApi, listing: Listing, folder: Path, target: Path, base: str | None, say: Say) -> Pulled:
@@ -190,12 +190,12 @@ def _fill_run(api: HfApi, listing: Listing, folder: Path, target: Path, base: st
         return _fill_from_run(api, listing, folder, target, base, say)
     if any(name.startswith(f"{RUN}/") for name in listing.entries):
         missing = next(name for name in ESSENTIAL if name not in listing.entries)
-        raise UserError(f"{listing.repo} holds a run without {missing}; its upload was cut, push it again")
+        raise UserError(f"{listing.repo} holds a run without {missing}; its upload was interrupted, push it again")
     adapter = find_adapter(listing.entries)
     if adapter is None:
         pickled = next((name for name in sorted(listing.entries) if PICKLES.fullmatch(name)), None)
         also = f" ({pickled} is a pickle, which mlxdpo does not read)" if pickled else ""
-        raise UserError(f"{listing.repo} holds neither a run of mlxdpo's nor an adapter in safetensors{also}")
+        raise UserError(f"{listing.repo} contains neither an mlxdpo run nor a safetensors adapter{also}")
     found = describe_adapter(api, listing, adapter, folder, base, say)
     _place(folder, found.config, found.manifest, target)
     return Pulled(target, "adapter", listing.commit, found.config.model.path, True)

@@ -139,7 +139,7 @@ def _target(*, folder: str, files: dict[str, int], fidelity: dict[str, Any], **o
     """A target of the record. Raises `ValueError` for names that lead out of the export."""
     names = [*files, *(() if folder == "." else (folder,))]
     if not all(is_plain_name(part) for name in names for part in name.split("/")):
-        raise ValueError("a name leads out of the export")
+        raise ValueError("a name points outside the export")
     return Target(folder, files, fidelity=Fidelity(**fidelity), **others)
 
 
@@ -185,9 +185,9 @@ def outgoing(out: Path) -> tuple[list[Outgoing], list[LeftOut]]:
     named = {f"{'' if t.folder == '.' else t.folder + '/'}{file}" for t in record.targets.values() for file in t.files}
     files = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() or p.is_symlink())
     for name in sorted(named.difference(files)):
-        raise UserError(f"{out}: {RECORD} names {name}, which is not there; export again")
+        raise UserError(f"{out}: {RECORD} names {name}, which does not exist; export again")
     if CARD not in files:
-        raise UserError(f"{out}: no {CARD} there; a model without a card is not pushed, export again")
+        raise UserError(f"{out}: no {CARD} there; a model without a card cannot be pushed; export again")
     reasons = {name: _why_not(out, name, named) for name in files}
     going = [Outgoing(name, (out / name).stat().st_size) for name, reason in reasons.items() if reason is None]
     for file in going:
@@ -198,7 +198,7 @@ def outgoing(out: Path) -> tuple[list[Outgoing], list[LeftOut]]:
 def check_gate(record: Exported) -> None:
     """Raise `UserError` unless every target passed its fidelity gate; being kept by force is not passing."""
     if not record.targets:
-        raise UserError(f"{record.out}: the export holds no target; export again with --to")
+        raise UserError(f"{record.out}: the export has no target; export again with --to")
     for name, target in record.targets.items():
         if target.fidelity.passed is not True:
             reason = target.fidelity.reason or "no reason was recorded"
@@ -212,7 +212,7 @@ def _why_not(out: Path, name: str, named: set[str]) -> str | None:
     """The reason why a file stays, or None when it goes."""
     folder, _, base = name.rpartition("/")
     if (out / name).is_symlink() or any((out / part).is_symlink() for part in Path(name).parents):
-        return "a link, which may lead anywhere"
+        return "a symbolic link"
     if OF_THE_EXPORT.fullmatch(name) or OF_THE_RUN.fullmatch(name):
         return None
     if name not in named:
@@ -225,7 +225,7 @@ def _check_for_secrets(out: Path, name: str) -> None:
     if name.endswith(BINARY):
         return
     if found := TOKEN.search((out / name).read_text("utf-8", "replace")):
-        raise UserError(f"{out / name} holds what looks like a login ({found[0][:3]}...); take it out, and revoke it")
+        raise UserError(f"{out / name} contains what looks like a token ({found[0][:3]}...); remove and revoke it")
 
 
 def belongs_to_an_export(name: str) -> bool:

@@ -130,7 +130,7 @@ def target_folder(name: str, names: Sequence[str]) -> str:
 def _known_targets(to: Sequence[str]) -> list[str]:
     names = list(dict.fromkeys(to))
     if not names or (unknown := [name for name in names if name not in EXPORTERS]):
-        wrong = f"`{unknown[0]}` is no target" if names else "no target given"
+        wrong = f"`{unknown[0]}` is not a target" if names else "no target given"
         raise UserError(f"--to: {wrong}; known: {', '.join(EXPORTERS)}")
     return names
 
@@ -139,7 +139,7 @@ def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose another --out")
     if out.is_dir() and any(out.iterdir()) and not (out / RECORD).exists():
-        raise UserError(f"{out} holds something that is no earlier export; choose another --out")
+        raise UserError(f"{out} exists and is not an earlier export; choose another --out")
 
 
 def _some(trained: TrainedRun, rows: list, pairs: int) -> tuple[list, list[Example]]:

@@ -180,7 +180,7 @@ def _of_demo(file: Path, demo: Json) -> CardNumbers:
     lengths = [at(demo, f"{side}.length") for side in ("before", "after")]
     if all(lengths):
         found += _card_number("length, after / before", "length_ratio", lengths[1] / lengths[0], None, None)
-    cards = tuple(JudgeCard(name, (("kind", "a program, no language model"),)) for name in demo.get("rewards") or {})
+    cards = tuple(JudgeCard(name, (("kind", "a program, not a language model"),)) for name in demo.get("rewards") or {})
     return CardNumbers(file.name, "", "the demo's held-out openings", tuple(found), cards)
 
 
@@ -258,7 +258,7 @@ def introduction(record: Exported, config: Config, findings: CardNumbers | None)
     """What this is, and the verdict of its evaluation."""
     title = cell(record.run)
     verdict = findings.headline if findings and findings.headline else ""
-    missing = "" if findings else " **It has not been evaluated**: nothing here says that it got better."
+    missing = "" if findings else " **It has not been evaluated**: it may not be better than its base."
     return (
         f"# {title}\n\n{linked(record.base_model)}, tuned on preference pairs by mlxdpo. "
         f"Objective: {cell(objective(config))}.{missing}" + (f"\n\n> {cell(verdict)}" if verdict else "")
@@ -295,7 +295,7 @@ def base(record: Exported, manifest: Mapping[str, Any], licences: Licences) -> s
         ("digest of its weights", model["digest"]),
         ("trained in", f"{model['dtype']}, quantisation: {bits}"),
         ("relation", record.relation),
-        ("licence", licences.model or "not known: look at the base model's page before you use this"),
+        ("licence", licences.model or "unknown: check the base model's page before you use this"),
         ("reference of the rewards", _reference_of(manifest)),
     ]
     return "## Base model\n\n" + card_table(("", ""), rows)
@@ -315,7 +315,7 @@ def data(config: Config, manifest: Mapping[str, Any], licences: Licences) -> str
         ("training pairs", found["pairs"]),
         ("held-out pairs", found["heldout"]),
         ("digest", found["digest"]),
-        ("licence", licences.data or "not known: whoever publishes this model should find out"),
+        ("licence", licences.data or "unknown: check before publishing this model"),
     ]
     lines = [f"- {cell(line)}" for line in _left_out(found["reports"])]
     rest = "\n\nRows left out or changed:\n\n" + "\n".join(lines) if lines else ""
@@ -380,12 +380,12 @@ def evaluation_section(findings: CardNumbers | None) -> str:
     rows = [(f.name, f"{f.value:.4g}", interval_text(f), f.n or "not recorded", f.beside) for f in findings.findings]
     note = (
         f"Held-out pairs: {cell(without_paths(findings.data))}. Intervals are 95 %, clustered by prompt; "
-        f"`none` means that the data could not carry one. Source: eval/{cell(findings.file)} of the run."
+        f"`none` means that the data do not support one. Source: eval/{cell(findings.file)} of the run."
     )
-    parts = ["## Evaluation", card_table(("number", "value", "95 % interval", "n", "beside it"), rows), note]
+    parts = ["## Evaluation", card_table(("number", "value", "95 % interval", "n", "details"), rows), note]
     parts += [f"### Judge: {cell(c.judge)}\n\n{card_table(('', ''), without_paths(c.rows))}" for c in findings.cards]
     if not findings.cards:
-        parts.append("No judge was asked, so whether its answers are better is not known.")
+        parts.append("No judge was used, so it is unknown whether its answers are better.")
     return "\n\n".join(parts)
 
 
@@ -413,7 +413,7 @@ def fidelity(record: Exported) -> str:
     header = ("target", "KL(run, artefact)", "KL(run, reference)", "slope", "correlation", "accuracy", "n", "gate")
     header = (*header, "client: greedy answers that are the run's")
     note = (
-        "Each artefact was loaded again and held against the run on held-out pairs: mean KL per token in nats, slope "
+        "Each artefact was loaded again and compared with the run on held-out pairs: mean KL per token in nats, slope "
         f"and correlation of its DPO margins over the run's. Pairs: {cell(without_paths(record.data))}."
     )
     return f"## Fidelity of the export\n\n{card_table(header, rows)}\n\n{note}"
@@ -426,13 +426,13 @@ def _card_value(value: float | None, form: str) -> str:
 def limits(config: Config, findings: CardNumbers | None) -> str:
     """What nobody should read into this card."""
     lines = [
-        "**Not safety evaluated.** Preference tuning can weaken refusals that the base model had, and nobody looked.",
-        "Better by the judges and pairs above is all that was measured; other tasks, languages and lengths were not.",
+        "**Not safety evaluated.** Preference tuning can weaken refusals of the base model; this was not checked.",
+        "Only the judges and pairs above were measured, not other tasks, languages or lengths.",
         "An implicit reward says how the model ranks given answers, not how well it writes.",
-        "The base model's limits and licence, and those of the data, hold here too.",
+        "The limits and licences of the base model and the data also apply.",
     ]
     if findings is None:
-        lines[1] = "Nothing was measured besides the training's own metrics."
+        lines[1] = "Only the training metrics were measured."
     if config.lora.method == "full":
-        lines.append("Every weight was trained: the base cannot be had back by switching an adapter off.")
+        lines.append("Every weight was trained: the base cannot be restored by removing an adapter.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)

@@ -47,7 +47,7 @@ def normed_states(model: Any, tokens: mx.array) -> mx.array:
         return whole_states(model, find_head(model), tokens)
     except NoFastWay as error:
         name = type(model).__module__.rsplit(".", 1)[-1]
-        raise UserError(f"{name}: there is no place for a reward head ({error}); use another model") from None
+        raise UserError(f"{name}: a reward head cannot be attached ({error}); use another model") from None
 
 
 def rewards(model: nn.Module, states: mx.array) -> mx.array:

@@ -30,7 +30,7 @@ def reward_fns(level: Level, checkpoint: bool = False) -> ForwardFns:
     Raises `UserError` at `plain`: there is no place for a reward head.
     """
     if level.plain:
-        raise UserError(f"a reward model is put where a model's head is, and here {level.why}; use another model")
+        raise UserError(f"a reward model replaces a model's head, but {level.why}; use another model")
 
     def forward(model: nn.Module, batch: Batch, checkpoint: bool = False) -> mx.array:
         """(R,) rewards of the batch's rows."""

@@ -80,7 +80,7 @@ def _differentiable(cache: Any) -> Any:
         return mlx_lm.CacheList(*map(_differentiable, cache.caches))
     if isinstance(cache, mlx_lm.ArraysCache):  # states that are assigned
         return cache
-    raise NoFastWay(f"a layer keeps a {type(cache).__name__}, through which no gradient is known to go")
+    raise NoFastWay(f"a layer keeps a {type(cache).__name__}, which may not support gradients")
 
 
 def sliding_windows(model: Any) -> set[int | None]:

@@ -156,7 +156,7 @@ def _check_sampling(
     prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, top_p: float, size: int
 ) -> None:
     if empty := [i for i, prompt in enumerate(prompts) if len(prompt) == 0]:
-        raise UserError(f"prompt {empty[0] + 1} of {len(prompts)} is empty: there is nothing to continue; leave it out")
+        raise UserError(f"prompt {empty[0] + 1} of {len(prompts)} is empty; remove it")
     if max_tokens < 1 or size < 1:
         raise UserError(f"max_tokens is {max_tokens} and batch_size {size}; both must be at least 1")
     if not temperature >= 0 or not 0 < top_p <= 1:

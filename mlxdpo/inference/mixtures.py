@@ -42,7 +42,7 @@ def run_at(run: Run, strength: float) -> Run:
         return run
     config = run.config()
     if config.stage == "reward":
-        raise UserError(f"{run.path}: a reward model has no strength: its rewards are scaled by its head")
+        raise UserError(f"{run.path}: strength does not apply to a reward model")
     settings = read_settings(run.adapter)
     refuse_dora(settings.method, run.adapter)
     made_of = {"strength": strength, "runs": [{"run": run.path.resolve().name, "adapter": folder_digest(run.adapter)}]}
@@ -101,9 +101,9 @@ def merge_runs(
     if len(shares) != len(runs) or not all(math.isfinite(share) for share in shares):
         raise UserError(f"--weight: {len(shares)} for {len(runs)} runs; give a number for each run, in their order")
     if len(runs) == 1 and (method != "linear" or weights is None):
-        raise UserError("one run alone has nothing to merge with; name another, or its strength with --weight 0.5")
+        raise UserError("one run is not enough to merge; name another, or give its strength with --weight 0.5")
     if out.exists():
-        raise UserError(f"{out} is already there; choose another --out")
+        raise UserError(f"{out} already exists; choose another --out")
     _check_alike(runs)
     named = [{"run": run.path.resolve().name, "adapter": folder_digest(run.adapter)} for run in runs]
     if len(runs) == 1:
@@ -122,7 +122,9 @@ def _check_alike(runs: Sequence[Run]) -> None:
     for run, model in zip(runs[1:], rest, strict=True):
         for name in ("digest", "dtype", "quantization"):
             if model[name] != first[name]:
-                raise UserError(f"{run.path}: was trained on another base model than {runs[0].path} ({name} differs)")
+                raise UserError(
+                    f"{run.path}: was trained on a different base model from {runs[0].path} ({name} differs)"
+                )
     if full := [run for run in runs if read_settings(run.adapter).method == "full"]:
         raise UserError(f"{full[0].path}: trained every weight (lora.method full); only LoRA adapters are merged")
 

@@ -75,7 +75,7 @@ def open_reward_model(run: Run, batch_size: int = 16) -> RewardModel:
     """
     config = run.config()
     if config.stage != "reward":
-        raise UserError(f"{run.path}: a run of stage {config.stage} gives no rewards; name one of stage reward")
+        raise UserError(f"{run.path}: a run of stage {config.stage} is not a reward model; use a run of stage reward")
     policy = base_of_run(run)
     load_adapter(policy.model, run.adapter)
     load_head(policy.model, run.path)

@@ -172,7 +172,7 @@ def check_reference(run: Run, reference: Policy, adapter: str | None) -> None:
             raise UserError(
                 f"{run.path}: its reference had {name} {_short_identity(then[name])}, the one here has "
                 f"{_short_identity(now[name])}; "
-                f"rewards against another reference are other numbers, restore {run.manifest()['reference_source']}"
+                f"rewards need the same reference; restore {run.manifest()['reference_source']}"
             )
 
 
@@ -198,7 +198,7 @@ def heldout_pairs(run: Run, data: str | None = None, read: Any = read_pairs) -> 
     rows, report = read(config.data)
     rows = split_heldout(rows, config.data.eval_fraction, config.train.seed)[1]
     if not rows:
-        raise UserError(f"{run.path}: its recipe held out no pairs; name some with --data")
+        raise UserError(f"{run.path}: its recipe held out no pairs; pass some with --data")
     return rows, report, f"the {config.data.eval_fraction:.0%} of {_called(config.data.path)} that training held out"
 
 

@@ -44,14 +44,14 @@ def read_tensors(file: Path) -> dict[str, mx.array]:
         return mx.load(str(file), format="safetensors")  # type: ignore[return-value]
     except (RuntimeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split()).replace(str(file), "it")[:200]
-        raise UserError(f"{file}: not a readable safetensors file ({reason}); restore it, or make it again") from None
+        raise UserError(f"{file}: not a readable safetensors file ({reason}); restore it, or create it again") from None
 
 
 def read_tensor(file: Path, name: str) -> mx.array:
     """The array `name` of a safetensors file. Raises `UserError` as `read_tensors`, and when there is none."""
     found = read_tensors(file)
     if name not in found:
-        raise UserError(f"{file}: holds no array `{name}`; restore it, or make it again")
+        raise UserError(f"{file}: holds no array `{name}`; restore it, or create it again")
     return found[name]
 
 
@@ -72,7 +72,7 @@ def load_checksummed(path: Path) -> dict[str, mx.array]:
     """The arrays of a safetensors file, read. Raises `UserError` as `read_tensors`, and where the checksum differs."""
     arrays, stored = read_tensors(path), _stored_checksum(path)
     if stored is not None and stored != checksum_of(arrays):
-        raise DamagedError(f"{path}: damaged, its numbers are not those that were written; restore it")
+        raise DamagedError(f"{path}: corrupted (checksum mismatch); restore it")
     return arrays
 
 
@@ -116,7 +116,7 @@ def read_checksummed_json(path: Path) -> dict[str, Any]:
     stored = value.pop(CHECKSUM, None)
     if stored is not None and stored != with_checksum(value)[CHECKSUM]:
         raise DamagedError(
-            f'{path}: changed since it was written; restore it, or take its "{CHECKSUM}" line out '
-            f"if you meant the change"
+            f'{path}: changed since it was written; restore it, or remove its "{CHECKSUM}" line out '
+            f"if the change was intended"
         )
     return value

@@ -49,7 +49,7 @@ def file_digest(file: Path) -> str:
         if max(status.st_mtime_ns, status.st_ctime_ns) < now - SETTLED_NS:
             _write_note(note, {"file": str(real), "stamp": stamp, "digest": digest})
     if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name) and real.name != digest:
-        raise UserError(f"{real}: damaged, its bytes are not those that the Hub sent; delete it, and it is sent again")
+        raise UserError(f"{real}: corrupted (its bytes differ from the Hub's); delete it, and it is downloaded again")
     return digest
 
 

@@ -41,7 +41,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         return parse_object(file.read_bytes(), str(file))
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); restore it, or make it again") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror}); restore it, or create it again") from None
 
 
 def bounded_lines(file: IO[AnyStr], name: str) -> Iterator[AnyStr]:
@@ -51,7 +51,7 @@ def bounded_lines(file: IO[AnyStr], name: str) -> Iterator[AnyStr]:
         number += 1
         if len(line) > LONGEST_LINE:
             raise UserError(
-                f"{name}:{number}: a line of more than {LONGEST_LINE >> 20} MB; no row is that long, is it JSON lines?"
+                f"{name}:{number}: a line of more than {LONGEST_LINE >> 20} MB; check that the file is JSON lines"
             )
         yield line
 
@@ -59,11 +59,11 @@ def bounded_lines(file: IO[AnyStr], name: str) -> Iterator[AnyStr]:
 def _need_file(path: Path) -> None:
     """Raise `UserError` for what is there and no file: a folder, or a pipe, which would be waited for."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path}: cannot be read (it is no file); move it away")
+        raise UserError(f"{path}: cannot be read (not a file); move it away")
 
 
 def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON, and never written here")
+    raise ValueError(f"{name} is not JSON")
 
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:
@@ -71,17 +71,19 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
     try:
         found = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of thousands of digits
-        raise UserError(f"{where}: not JSON ({str(error)[:100]}); restore it, or make it again") from None
+        raise UserError(f"{where}: not JSON ({str(error)[:100]}); restore it, or create it again") from None
     if not isinstance(found, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(found).__name__}; restore it, or make it again")
+        raise UserError(
+            f"{where}: expected a JSON object, found {type(found).__name__}; restore it, or create it again"
+        )
     return found
 
 
 @contextlib.contextmanager
-def as_written(file: Path, remedy: str = "restore it, or make it again") -> Iterator[None]:
+def as_written(file: Path, remedy: str = "restore it, or create it again") -> Iterator[None]:
     """Whatever breaks on the layout of `file`, a file of ours that was changed, becomes a `UserError` naming it."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-        raise UserError(f"{file}: is not as mlxdpo wrote it ({reason}); {remedy}") from error
+        raise UserError(f"{file}: is not what mlxdpo wrote ({reason}); {remedy}") from error

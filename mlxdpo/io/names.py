@@ -76,9 +76,9 @@ def first_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | N
     try:
         found = call_limited("mlxdpo.io.names:match_limited", [list(patterns), list(names)], SECONDS, MEGABYTES)
     except LimitReached as limit:
-        raise UserError(f"its patterns of module names took {limit} to match; write the names of the modules") from None
+        raise UserError(f"its patterns of module names took {limit} to match; list the module names instead") from None
     if isinstance(found, str):
-        raise UserError(f"{found[:80]!r} is no pattern of module names")
+        raise UserError(f"{found[:80]!r} is not a pattern of module names")
     return found
 
 

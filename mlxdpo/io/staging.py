@@ -55,7 +55,7 @@ def publish_new(folder: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
-        raise UserError(f"{target} is already there, another process was faster; choose another --out") from None
+        raise UserError(f"{target} was just created by another process; choose another --out") from None
 
 
 def _sweep_staging(parent: Path, prefix: str, rescue: Callable[[Path], None]) -> None:

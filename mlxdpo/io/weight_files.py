@@ -40,7 +40,7 @@ def indexed_files(index: Path) -> set[str]:
         raise UserError(f"{index}: expected a `weight_map` of file names; download it again")
     for name in found.values():
         if not is_plain_name(name):
-            raise UserError(f"{index}: {name[:80]!r} is no name of a file beside it; nothing is read from there")
+            raise UserError(f"{index}: {name[:80]!r} is not the name of a file in the same folder; it was not read")
     return set(found.values())
 
 

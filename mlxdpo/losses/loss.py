@@ -201,6 +201,6 @@ def _check_modifiers(config: LossConfig, names: list[str], extra_columns: frozen
             if name == "sft" and len(names) > 1:
                 continue
             if reason := LOSSES[name].refuses.get(modifier):
-                raise UserError(f"{shown} makes no sense for {name}: {reason}; drop one of them")
+                raise UserError(f"{shown} does not apply to {name}: {reason}; drop one of them")
     if config.reference_free and config.f_divergence != "reverse_kl":
         raise UserError("loss.f_divergence scores log-ratios to a reference; drop it or loss.reference_free")

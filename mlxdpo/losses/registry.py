@@ -14,16 +14,16 @@ from mlxdpo.losses.objective import Objective
 
 TOKEN_MEANS = "it compares means over tokens, which the longer completion's tail does not inflate"
 ALONE = "it weighs each log-ratio by itself, and without a reference those have no zero"
-IMITATES = "it holds an imitation term, which is no comparison"
-SORTED = "it sorts the pairs of a step, which belong to no pair any more"
+IMITATES = "it has an imitation term, which is not a comparison"
+SORTED = "it sorts the values of a step, so they no longer belong to single pairs"
 SINGLE = "it reads single completions"
 NO_REFERENCE = "it has no log-ratio to a reference"
 
 DIFFERENCE_OF_TOKENS = {"ld_alpha": TOKEN_MEANS}
 SEPARATE = {
-    "f_divergence": "its targets are stated for log-ratios, not for scores of them",
+    "f_divergence": "its targets are defined for log-ratios, not for scores of them",
     "reference_free": ALONE,
-    "margin": "it has no difference of rewards that a margin could raise",
+    "margin": "it has no reward difference to add a margin to",
 }
 RANKED = {
     "f_divergence": "it compares distributions of log-ratios, not scores",
@@ -31,12 +31,12 @@ RANKED = {
 }
 REFERENCE_FREE = {
     "f_divergence": NO_REFERENCE,
-    "reference_free": "it needs no reference anyway",
+    "reference_free": "it has no reference",
     "ld_alpha": TOKEN_MEANS,
 }
 IMITATING = REFERENCE_FREE | dict.fromkeys(("ld_alpha", "wpo", "probability"), IMITATES)
 UNPAIRED = {
-    "f_divergence": "its targets are stated for log-ratios, not for scores of them",
+    "f_divergence": "its targets are defined for log-ratios, not for scores of them",
     "reference_free": ALONE,
     **dict.fromkeys(("ld_alpha", "wpo", "probability", "margin"), SINGLE),
 }
@@ -74,7 +74,7 @@ LOSSES: dict[str, Objective] = {
         "2310.12036",
         "difference",
         lambda *, beta: 1 / (4 * beta**2),
-        "little or clean data: it stops at a margin of 1/(2 beta) nats a token instead of growing it for ever",
+        "little or clean data: it stops at a margin of 1/(2 beta) nats a token instead of growing it indefinitely",
         per_token=True,
         refuses=DIFFERENCE_OF_TOKENS | {"margin": "its target 1/(2 beta) is the margin"},
     ),
@@ -84,7 +84,7 @@ LOSSES: dict[str, Objective] = {
         "2305.10425",
         "difference",
         _fixed(1.0),
-        "pairs that are won by enough are left alone",
+        "pairs won by a sufficient margin have no gradient",
         opposite=True,
     ),
     "sigmoid_norm": Objective(
@@ -103,7 +103,7 @@ LOSSES: dict[str, Objective] = {
         "2402.00856",
         "difference",
         _exo,
-        "to sit on one good answer rather than to cover all",
+        "prefers one good answer over covering all",
         opposite=True,
         refuses={"probability": "label_smoothing is the label's distribution in it"},
     ),
@@ -113,7 +113,7 @@ LOSSES: dict[str, Objective] = {
         "2403.00409",
         "difference",
         _fixed(LN2),
-        "labels of which a known share is flipped",
+        "a known share of labels is flipped",
         opposite=True,
     ),
     "fa_dpo": Objective(
@@ -122,7 +122,7 @@ LOSSES: dict[str, Objective] = {
         "2512.00709",
         "difference",
         _fixed(LN2),
-        "each row brings the probability that its label is right (`mlxdpo data audit` estimates it)",
+        "each row has the probability that its label is right (`mlxdpo data audit` estimates it)",
         opposite=True,
         reads_label=True,
     ),
@@ -144,7 +144,7 @@ LOSSES: dict[str, Objective] = {
         "chosen and rejected differ by a few tokens, where DPO lowers both",
         lifts=True,
         refuses={
-            "f_divergence": "its penalty is stated for the log-ratio, not for a score of it",
+            "f_divergence": "its penalty is defined for the log-ratio, not for a score of it",
             "reference_free": ALONE,
         },
     ),
@@ -154,7 +154,7 @@ LOSSES: dict[str, Objective] = {
         "2403.19159",
         "difference",
         None,
-        "the policy grows longer than the answers are better",
+        "the policy's answers get longer without getting better",
         opposite=True,
     ),
     "nca_pair": Objective(
@@ -173,7 +173,7 @@ LOSSES: dict[str, Objective] = {
         "2404.04656",
         "separate",
         _fixed(2 * LN2),
-        "chosen answers are good and rejected ones bad by themselves, not only against each other",
+        "chosen answers are good and rejected ones bad in absolute terms",
         lifts=True,
         refuses=SEPARATE,
     ),
@@ -212,7 +212,7 @@ LOSSES: dict[str, Objective] = {
         "2406.05882",
         "ranked",
         _fixed(LN2),
-        "the preference should hold in distribution; wants many pairs a step",
+        "the preference should hold in distribution; needs many pairs a step",
         step_statistics=pairwise.aot_matches,
         over="log-probs",
         opposite=True,
@@ -224,7 +224,7 @@ LOSSES: dict[str, Objective] = {
         "2406.05882",
         "ranked",
         _fixed(LN2),
-        "chosen and rejected answers of different prompts; wants many pairs a step",
+        "chosen and rejected answers of different prompts; needs many pairs a step",
         step_statistics=pairwise.aot_unpaired_matches,
         entries=2,
         over="log-probs",
@@ -236,7 +236,7 @@ LOSSES: dict[str, Objective] = {
         "2404.19733",
         "reference-free",
         None,
-        "a term beside another objective (RPO, MPO), which keeps the chosen answers likely",
+        "a term added to another objective (RPO, MPO), which keeps the chosen answers likely",
         step_statistics=reference_free.mean_length,
         over="lengths",
         reports=reference_free.imitation,
@@ -286,7 +286,7 @@ LOSSES: dict[str, Objective] = {
         "2501.03884",
         "reference-free",
         None,
-        "SimPO with a handle on how far likelihoods fall",
+        "SimPO with control over how far likelihoods fall",
         per_token=True,
         refuses=REFERENCE_FREE,
     ),

@@ -57,7 +57,7 @@ def reward_loss(margin: float, center: float, columns: Collection[str] = ()) -> 
     """
     if "probability" in columns:
         raise UserError(
-            "data.columns probability makes no sense in stage reward: a pair has one better answer; drop it"
+            "data.columns probability does not apply in stage reward: a pair has one better answer; drop it"
         )
     term = Term("bradley_terry", OBJECTIVE, 1.0, {"margin": margin, "center": center})
     return Loss((term,), LossConfig(), frozenset(columns) & {"margin", "weight"})

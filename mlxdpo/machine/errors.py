@@ -14,13 +14,13 @@ from mlxdpo.machine.device import cache_folder
 
 REMEDIES = {
     errno.ENOSPC: "free some space on this disk",
-    errno.EDQUOT: "free some of your quota on this disk",
+    errno.EDQUOT: "free some of your disk quota",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
-    errno.EROFS: "choose a folder that can be written",
-    errno.EACCES: "choose a folder that you may write",
-    errno.EPERM: "choose a folder that you may write",
-    errno.EIO: "look at the disk, or at the terminal if it was closed",
-    errno.EPIPE: "keep what reads the output open",
+    errno.EROFS: "choose a writable folder",
+    errno.EACCES: "choose a folder with write permission",
+    errno.EPERM: "choose a folder with write permission",
+    errno.EIO: "check the disk, or whether the terminal was closed",
+    errno.EPIPE: "keep the reader of the output open",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "close some programs",
     errno.ENOMEM: "close some programs, or lower train.batch_size",
@@ -73,7 +73,7 @@ def _sentence(error: BaseException, words: Sequence[str]) -> str | None:
     detail = " ".join(str(error).split()).rstrip(".")
     if gpu_was_stopped(error):
         return (
-            f"macOS stopped the work on the GPU because it held up the display or took too long ({detail}); let the "
+            f"macOS stopped the work on the GPU because it blocked the display or took too long ({detail}); let the "
             f"display sleep (train --keep-awake keeps the Mac itself awake), lower train.batch_size or "
             f"data.max_length, and see docs/mac.md"
         )
@@ -81,7 +81,7 @@ def _sentence(error: BaseException, words: Sequence[str]) -> str | None:
     if short or isinstance(error, MemoryError):
         return (
             f"not enough memory ({detail or 'Python could not allocate'}); close some programs, lower train.batch_size "
-            f"or data.max_length, or set train.gradient_checkpointing true (mlxdpo plan tells what a run needs)"
+            f"or data.max_length, or set train.gradient_checkpointing true (mlxdpo plan estimates what a run needs)"
             f"{_then(None, words)}"
         )
     if not isinstance(error, RuntimeError | ValueError):
@@ -116,4 +116,4 @@ def _given_options(words: Sequence[str]) -> Iterator[tuple[str, str, str]]:
 
 def resume_hint(run: Path) -> str:
     """The command that goes on with a run."""
-    return f"go on from the last checkpoint with: {shlex.join(['mlxdpo', 'train', '--resume', str(run)])}"
+    return f"resume from the last checkpoint with: {shlex.join(['mlxdpo', 'train', '--resume', str(run)])}"

@@ -49,5 +49,5 @@ class MemoryGuard:
     def raise_if_low(self, where: Path) -> None:
         """Raise `OSError` (ENOMEM) naming the folder `where`, if that was so when last asked."""
         if self.short_of:
-            need = f"the next step may need {self.short_of / 1e6:,.0f} MB of memory more than there is"
+            need = f"the next step may need {self.short_of / 1e6:,.0f} MB more memory than is available"
             raise OSError(errno.ENOMEM, need, str(where))

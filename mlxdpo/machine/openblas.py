@@ -39,7 +39,9 @@ def preload_blas() -> Blas:
     if sys.platform != "linux":
         return Blas(True, "")
     if "mlx.core" in sys.modules:
-        return Blas(False, "mlx.core was imported before mlxdpo, so matmuls use the slow BLAS: import mlxdpo first")
+        return Blas(
+            False, "mlx.core was imported before mlxdpo, so matrix products use the slow BLAS: import mlxdpo first"
+        )
     try:
         library = _renamed_openblas()
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

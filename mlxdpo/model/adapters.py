@@ -91,7 +91,7 @@ def _check_names(model: nn.Module, lora: LoraConfig) -> None:
     known = inside | {name for block in blocks for name, _ in block.named_modules()}
     known |= {name for name, _ in model.named_modules()}
     if taken := sorted(name for name in lora.keys or () if name.rpartition(".")[2] in read_as_arrays(model)):
-        raise UserError(f"lora.keys: the model reads the weights of `{taken[0]}` itself; leave it out")
+        raise UserError(f"lora.keys: the model uses the weights of `{taken[0]}` directly; remove it")
     if unknown := sorted(set(lora.keys or ()) - known):
         raise UserError(f"lora.keys: the model has no layer `{unknown[0]}`; in its blocks: {', '.join(sorted(inside))}")
 
@@ -160,7 +160,7 @@ def read_settings(folder: Path) -> LoraConfig:
     """The settings an adapter folder was trained with. Raises `UserError` when it is no adapter folder."""
     file = folder / SETTINGS
     if not file.exists() or not (folder / WEIGHTS).exists():
-        raise UserError(f"{folder}: no adapter there; expected {SETTINGS} and {WEIGHTS}{pickled_in(folder)}")
+        raise UserError(f"{folder}: no adapter in it; expected {SETTINGS} and {WEIGHTS}{pickled_in(folder)}")
     raw = read_checksummed_json(file)
     with as_written(file):
         inner = raw.get("lora_parameters") or {}
@@ -187,7 +187,9 @@ def load_arrays(model: nn.Module, folder: Path) -> None:
         if array.shape != saved[name].shape:
             raise UserError(f"{folder}: `{name}` is {saved[name].shape}, the model has {array.shape}; another model?")
         if not mx.issubdtype(saved[name].dtype, mx.floating):
-            raise UserError(f"{folder}: `{name}` holds {_dtype(saved[name])}, expected floating numbers; restore it")
+            raise UserError(
+                f"{folder}: `{name}` holds {_dtype(saved[name])}, expected floating-point numbers; restore it"
+            )
     model.load_weights(list(saved.items()), strict=False)
     mx.eval(model.trainable_parameters())
 
@@ -204,7 +206,7 @@ def load_run(run: Run, *, checkpoint: Path | None = None) -> Policy:
     config, folder = run.config(), checkpoint or run.adapter
     if config.stage == "reward":
         raise UserError(
-            f"{run.path}: a reward model writes no text; judge with it (mlxdpo eval RUN --judge reward:{run.path})"
+            f"{run.path}: a reward model writes no text; use it as a judge (mlxdpo eval RUN --judge reward:{run.path})"
         )
     lora = read_settings(folder)
     policy = base_of_run(run)
@@ -218,7 +220,7 @@ def base_of_run(run: Run) -> Policy:
     run.need("model.path")
     policy = load_policy(config.model)
     if policy.identity["digest"] != run.manifest()["model"]["digest"]:
-        raise UserError(f"{run.path}: {config.model.path} is no longer the model this run was trained on; restore it")
+        raise UserError(f"{run.path}: {config.model.path} changed since this run was trained; restore it")
     return policy
 
 

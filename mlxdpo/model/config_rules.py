@@ -23,7 +23,9 @@ def period(layer_types: list[str] | None, full: str = "full_attention") -> int:
     for every in range(1, len(kinds) + 1):
         if kinds == [i % every == every - 1 for i in range(len(kinds))]:
             return every
-    raise UserError(f"its layer_types are no repeated pattern of sliding layers and one {full} layer, as mlx-lm needs")
+    raise UserError(
+        f"its layer_types are not a repeated pattern of sliding layers and one {full} layer, as mlx-lm requires"
+    )
 
 
 def _window_pattern(config: Values, _: Any) -> Values:

@@ -46,7 +46,7 @@ def merge_adapters(terms: Sequence[tuple[Path, float]], method: MergeMethod, den
     if not 0 < density <= 1:
         raise UserError(f"--density is {density:g}; expected a share above 0, up to 1")
     if any(importlib.util.find_spec(name) is None for name in ("torch", "peft")):
-        raise UserError(f"--method {method} is PEFT's; run `pip install peft torch`, or take --method linear")
+        raise UserError(f"--method {method} is PEFT's; run `pip install peft torch`, or use --method linear")
     torch = importlib.import_module("torch")
     torch.manual_seed(seed)
     merge = partial(_by_peft, torch, method, density, [weight for _, weight in terms])

@@ -53,7 +53,7 @@ class ModelReading(NamedTuple):
         kept = {key: value for key, value in text.items() if key not in self.filled or NUMBERS.search(key)}
         config = {**self.config, "text_config": kept} if inner else kept
         note = (
-            "config.json leaves out shapes and its weights are not those of transformers' defaults: mlx-lm's are taken"
+            "config.json leaves out shapes and its weights are not those of transformers' defaults: mlx-lm's are used"
         )
         return self._replace(config=config, notes=(*self.notes, note), filled=frozenset())
 
@@ -71,7 +71,7 @@ def read_model_config(raw: Mapping[str, Any], name: str) -> ModelReading:
     try:
         return _wrapped(raw, theirs, kind) if "text_config" in raw else _read_text(raw, theirs, kind)
     except UserError as error:
-        raise UserError(f"{name}: {error}; docs/models.md lists the models that are equal") from None
+        raise UserError(f"{name}: {error}; docs/models.md lists the supported models") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -131,7 +131,7 @@ def _read_text(raw: Mapping[str, Any], theirs: Any, file_of: str) -> ModelReadin
     if window is not None and (longest is None or window < longest):
         longest, why = window, f"mlx-lm computes {kind} without its sliding window"
     if "wpe" in read and (longest is None or theirs.n_positions < longest):
-        longest, why = theirs.n_positions, f"{kind} has learned no position"
+        longest, why = theirs.n_positions, f"{kind} has no learned position"
     notes = _unread(raw, type(theirs)().to_dict(), read | _aliases(theirs, read), kind)
     return ModelReading(config, longest, why, rope.within, notes, filled)
 

@@ -189,7 +189,7 @@ def load_policy(config: ModelConfig) -> Policy:
     """Load weights and tokenizer, all weights frozen.
 
     The adapter named in `config` is not attached here: see `adapters.with_adapter`.
-    Raises `UserError` for a folder that is no model or one that mlx-lm has no definition for.
+    Raises `UserError` for a folder that is not a model or one that mlx-lm has no definition for.
     """
     from mlx_lm.utils import quantize_model
 
@@ -235,7 +235,7 @@ def load_folder(folder: Path, name: str, trusted: bool = False) -> tuple[nn.Modu
         check_packing(raw, name)
         reading = ModelReading(raw) if raw.get("model_file") else read_model_config(raw, name)
         if extra := left_over(folder):
-            note = f"{name}: {', '.join(extra[:3])} is in no index and is not read"
+            note = f"{name}: {', '.join(extra[:3])} is not in an index and is ignored"
             reading = reading._replace(notes=(*reading.notes, note))
         with only_weights(folder) as view:
             try:

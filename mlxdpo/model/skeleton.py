@@ -61,7 +61,9 @@ def read_skeleton(config: ModelConfig) -> Skeleton:
     with strangers_files(config.path):
         raw = load_config(folder)
         if raw.get("model_file"):
-            raise UserError(f"{config.path}: its shape is in Python code that comes with it: it cannot be planned for")
+            raise UserError(
+                f"{config.path}: its architecture is defined by its Python code, so memory cannot be estimated"
+            )
         check_counts(raw, {array: one.shape for array, one in stored.items()}, config.path)
         check_packing(raw, config.path)
         reading = read_model_config(raw, config.path)
@@ -113,7 +115,7 @@ def _hub_headers(config: ModelConfig) -> dict[str, Stored]:
     try:
         found = get_safetensors_metadata(config.path, revision=config.revision)
     except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError) as error:
-        raise UserError(f"{config.path}: its weights cannot be looked at ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{config.path}: its weights cannot be inspected ({str(error).splitlines()[0]})") from None
     tensors = (item for file in found.files_metadata.values() for item in file.tensors.items())
     return {name: Stored(str(one.dtype), tuple(one.shape)) for name, one in tensors}
 

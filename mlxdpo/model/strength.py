@@ -35,8 +35,8 @@ def refuse_dora(method: str, folder: Path) -> None:
     """Raise `UserError` for DoRA, whose update is no product that a factor could scale."""
     if method == "dora":
         raise UserError(
-            f"{folder}: lora.method dora trains the length of each row beside the product, so no factor before it is a "
-            f"strength, and sums of two are no DoRA; tune with lora.method lora"
+            f"{folder}: lora.method dora trains row magnitudes separately from the product, so scaling it is not a "
+            f"strength, and a sum of two is not DoRA; tune with lora.method lora"
         )
 
 

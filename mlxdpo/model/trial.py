@@ -41,8 +41,8 @@ def try_tokenizer(folder: Path, name: str) -> None:
         call_limited("mlxdpo.model.trial:use_tokenizer", [str(folder.resolve()), seconds], seconds, MEGABYTES)
     except LimitReached as limit:
         raise UserError(
-            f"{name}: its tokenizer or chat template took {limit} over a few short texts, and was ended; "
-            "it may be made to do harm, use another model"
+            f"{name}: its tokenizer or chat template took {limit} on a few short texts and was stopped; "
+            "it may be malicious; use another model"
         ) from None
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, and nothing else
         write_json(note, {"model": name, "digest": digest})

@@ -23,7 +23,7 @@ from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.runs import Run
 from mlxdpo.types import Preference, Text, UserError
 
-REPEATED = "a prompt that stands in an earlier row"
+REPEATED = "the same prompt as in an earlier row"
 
 
 class Asked(NamedTuple):

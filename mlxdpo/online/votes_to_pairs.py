@@ -24,7 +24,7 @@ from mlxdpo.types import Message, Text, UserError
 
 FILE = "votes.jsonl"
 FOLDER = "next-round"
-HELDOUT = "on held-out prompts, which must stay unseen: they measure, they do not teach"
+HELDOUT = "on held-out prompts, which are never trained on"
 
 
 ProblemWith = Callable[[Mapping[str, Any]], str | None]
@@ -79,7 +79,7 @@ def pairs_of(
     prompts: dict[bytes, Text] = {}
     for vote in votes:
         if problem := problem_with(vote):
-            left_out[f"that are no votes ({problem})"] += 1
+            left_out[f"that are not votes ({problem})"] += 1
             continue
         prompt = text_from_json(vote["prompt"])
         key = prompt_key(prompt)

@@ -23,7 +23,7 @@ def _kind(key: str, value: Any, keys: Keys) -> KeyOutcome:
         return taken({"loss.name": OBJECTIVES[value]})
     if value is True:  # what Axolotl's first recipes had
         return taken({"loss.name": "sigmoid"})
-    raise UserError(f"rl: {value} has no counterpart here; import-recipe reads rl: {', '.join(OBJECTIVES)}")
+    raise UserError(f"rl: {value} is not supported; import-recipe reads rl: {', '.join(OBJECTIVES)}")
 
 
 def _listed_sets(key: str, value: Any, keys: Keys) -> KeyOutcome:
@@ -45,11 +45,11 @@ def _listed_sets(key: str, value: Any, keys: Keys) -> KeyOutcome:
     fields = {**first, **own} if isinstance(own, Mapping) else first
     if columns := {ours: fields[name] for name, ours in COLUMNS.items() if fields.get(name) not in (None, ours)}:
         settings["data.columns"] = columns
-    note = "" if own is None else "its type is found from the columns, its template is the model's own"
+    note = "" if own is None else "the type is detected from the columns; the model's template is used"
     if len(entries) == 1:
         return taken(settings, note)
     return KeyOutcome(
-        "not supported", f"one data set a run: the other {len(entries) - 1} are not read; join them", settings
+        "not supported", f"one data set per run: the other {len(entries) - 1} are not read; join them", settings
     )
 
 
@@ -58,7 +58,7 @@ def _adapter(key: str, value: Any, keys: Keys) -> KeyOutcome:
         bits = {"model.quantize": 4} if value == "qlora" and keys.get("load_in_4bit", True) else {}
         return taken({"lora.method": "dora" if keys.get("peft_use_dora") else "lora", **bits})
     if value:
-        return KeyOutcome("not supported", "no such adapter here; a LoRA adapter is trained", {"lora.method": "lora"})
+        return KeyOutcome("not supported", "not supported; a LoRA adapter is trained", {"lora.method": "lora"})
     return taken({"lora.method": "full", "model.dtype": "float32"}, "no adapter: every weight is trained")
 
 
@@ -111,7 +111,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("load_in_4bit", "load_in_8bit"), _four_bits),
     **unneeded("model_type tokenizer_type tokenizer_config is_llama_derived_model is_mistral_derived_model "
            "is_qwen_derived_model is_falcon_derived_model base_model_config tokenizer_use_fast tokenizer_legacy",
-           "read from the model's own files"),
+           "read from the model's files"),
     **unneeded("chat_template default_system_message train_on_inputs special_tokens tokens",
            "the model's own chat template and tokens are used, completions alone are scored"),
     **unneeded("rl_adapter_ref_model", "the reference is the model without its adapter, scored once"),
@@ -119,14 +119,14 @@ RULES: Mapping[str, Rule] = {
            "eval_sample_packing shuffle_merged_datasets skip_prepare_dataset gptq loss_watchdog_threshold "
            "loss_watchdog_patience "
            "lora_mlp_kernel lora_qkv_kernel lora_o_kernel merge_lora save_first_step flash_optimum low_cpu_mem_usage",
-           "nothing here depends on it"),
+           "not needed"),
     **lost("dataset_exact_deduplication", "equal rows are counted by `mlxdpo data check`, and kept"),
     **unneeded("mlflow_tracking_uri mlflow_experiment_name comet_project_name use_wandb use_mlflow use_comet "
         "use_tensorboard",
            "log.trackers: tensorboard, wandb or trackio"),
     **lost("evals_per_epoch saves_per_epoch", "set train.eval_every and train.save_every, in steps"),
     **lost("chat_template_jinja", "the model's own chat template is used"),
-    **lost("excess_length_strategy", "data.on_long_prompt and data.on_long_completion say what becomes of long rows"),
+    **lost("excess_length_strategy", "see data.on_long_prompt and data.on_long_completion"),
     **lost("unfrozen_parameters relora_steps", "not done here"),
 }  # fmt: skip
 

@@ -28,7 +28,7 @@ def loss_name(key: str, value: Any) -> str:
     ours = [OTHER_NAMES.get(name, name) for name in names]
     if missing := [name for name, our in zip(names, ours, strict=True) if our not in LOSSES]:
         raise UserError(
-            f"{key}: {missing[0]} has no counterpart here; choose an objective (`mlxdpo objectives`) and change the key"
+            f"{key}: {missing[0]} is not supported; choose an objective (`mlxdpo objectives`) and change the key"
         )
     return "+".join(ours)
 
@@ -59,9 +59,7 @@ def optimizer(key: str, value: Any, keys: Keys) -> KeyOutcome:
     """adamw_torch_fused, paged_adamw_8bit, ... by the algorithm in the name."""
     name = next((ours for ours in OPTIMIZERS if ours in str(value).lower()), None)
     if name is None:
-        return KeyOutcome(
-            "not supported", "no such optimizer here; adamw is used, and the same rate may act differently"
-        )
+        return KeyOutcome("not supported", "not supported; adamw is used, and the same rate may act differently")
     compact = "8bit" in str(value) or "4bit" in str(value)
     return taken({"optim.name": name}, "its states are kept in full precision" if compact else "")
 
@@ -70,7 +68,7 @@ def schedule(key: str, value: Any, keys: Keys) -> KeyOutcome:
     """Courses of the learning rate."""
     name = SCHEDULES.get(str(value), str(value))
     if name not in ("cosine", "linear", "constant"):
-        return KeyOutcome("not supported", "no such schedule here; cosine is used")
+        return KeyOutcome("not supported", "not supported; cosine is used")
     return taken({"optim.schedule": name})
 
 
@@ -78,12 +76,10 @@ def tracker(key: str, value: Any, keys: Keys) -> KeyOutcome:
     """`report_to`: the trackers that are here and installed."""
     names = [str(one) for one in (value if isinstance(value, list) else [value])]
     if names in (["none"], ["None"]):
-        return KeyOutcome("not needed", "no tracker is the default")
+        return KeyOutcome("not needed", "default: no tracker")
     ours = [name for name in names if name in TRACKERS]
     if not ours:
-        return KeyOutcome(
-            "not supported", f"no such tracker here ({', '.join(TRACKERS)}); metrics.jsonl has all numbers"
-        )
+        return KeyOutcome("not supported", f"not supported ({', '.join(TRACKERS)}); metrics.jsonl has all numbers")
     if missing := [name for name in ours if importlib.util.find_spec(name) is None]:
         return KeyOutcome(
             "not supported", f"{missing[0]} is not installed; install it and set log.trackers: [{ours[0]}]"
@@ -94,7 +90,7 @@ def tracker(key: str, value: Any, keys: Keys) -> KeyOutcome:
 def target_layers(key: str, value: Any, keys: Keys) -> KeyOutcome:
     """Layers that carry adapters: names, a comma-separated text of them, or a word for all."""
     if value in (None, True, "all", "all-linear", ["all"], ["all-linear"]):
-        return KeyOutcome("not needed", "all linear layers is the default")
+        return KeyOutcome("not needed", "default: all linear layers")
     if value is False:
         return KeyOutcome("not needed", "layers are named by another key")
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else [str(name) for name in value]
@@ -131,14 +127,14 @@ def evaluation(key: str, value: Any, keys: Keys) -> KeyOutcome:
         return taken({"train.eval_every": 0}, "held-out pairs are scored at the start and the end")
     if value == "steps":
         return KeyOutcome("not needed", "train.eval_every says how often")
-    return KeyOutcome("not supported", "held-out pairs are scored every train.eval_every steps here")
+    return KeyOutcome("not supported", "held-out pairs are scored every train.eval_every steps")
 
 
 def steps_limit(key: str, value: Any, keys: Keys) -> KeyOutcome:
     """`max_steps`, which is -1 where epochs count."""
     if value is None or value <= 0:
         return KeyOutcome("not needed", "train.epochs counts")
-    return taken({"train.steps": int(value), "train.epochs": "auto"}, "decides instead of the epochs, as there")
+    return taken({"train.steps": int(value), "train.epochs": "auto"}, "overrides the epochs, as in the original")
 
 
 def step_count(setting: str, per: str) -> Rule:
@@ -156,7 +152,7 @@ def step_count(setting: str, per: str) -> Rule:
 def best_at_end(key: str, value: Any, keys: Keys) -> KeyOutcome:
     """`load_best_model_at_end`: by the held-out loss."""
     if not value:
-        return KeyOutcome("not needed", "the last step is kept, as here")
+        return KeyOutcome("not needed", "the last step is kept, as in mlxdpo")
     return taken({"train.keep_model": "best"}, "the step with the lowest held-out loss")
 
 
@@ -170,7 +166,7 @@ def adam_factors(key: str, value: Any, keys: Keys) -> KeyOutcome:
 def warmup(key: str, value: Any, keys: Keys) -> KeyOutcome:
     """`warmup_steps` wins over `warmup_ratio` where both are given, as in transformers."""
     if key == "warmup_ratio" and keys.get("warmup_steps"):
-        return KeyOutcome("not needed", "warmup_steps wins, as there")
+        return KeyOutcome("not needed", "warmup_steps takes precedence, as in the original")
     if key == "warmup_steps" and not value and keys.get("warmup_ratio"):
         return KeyOutcome("not needed", "warmup_ratio counts")
     return KeyOutcome("not needed", "unset") if value is None else taken({"optim.warmup": float(value)})
@@ -187,9 +183,9 @@ RULES: Mapping[str, Rule] = {
     "label_smoothing": to("loss.label_smoothing", float),
     **by_synonym("learning_rate num_train_epochs lora_alpha lora_dropout", float),
     "max_steps": steps_limit,
-    "logging_steps": step_count("log.every_steps", "a share of all steps is no setting"),
-    "save_steps": step_count("train.save_every", "a share of all steps is no setting"),
-    "eval_steps": step_count("train.eval_every", "a share of all steps is no setting"),
+    "logging_steps": step_count("log.every_steps", "a share of all steps is not supported"),
+    "save_steps": step_count("train.save_every", "a share of all steps is not supported"),
+    "eval_steps": step_count("train.eval_every", "a share of all steps is not supported"),
     **dict.fromkeys(("eval_strategy", "evaluation_strategy"), evaluation),
     "load_best_model_at_end": best_at_end,
     **dict.fromkeys(("optim", "optimizer"), optimizer),
@@ -220,9 +216,9 @@ RULES: Mapping[str, Rule] = {
     **unneeded("save_strategy save_only_model save_safetensors overwrite_output_dir overwrite_cache save_on_each_node "
            "enable_jit_checkpoint ignore_data_skip restore_callback_states_from_checkpoint",
            "checkpoints are safetensors with optimizer and order, and no run is overwritten"),
-    **unneeded("do_train do_eval do_predict", "train, eval and generate are commands here"),
+    **unneeded("do_train do_eval do_predict", "train, eval and generate are separate commands"),
     **unneeded("use_cache use_cpu remove_unused_columns label_names prediction_loss_only eval_on_start",
-           "nothing here depends on it"),
+           "not needed"),
     **unneeded("eval_do_concat_batches eval_use_gather_object batch_eval_metrics include_for_metrics "
            "per_device_eval_batch_size eval_accumulation_steps eval_batch_size eval_delay group_by_length "
            "length_column_name train_sampling_strategy padding_free pad_to_multiple_of pad_token sample_packing "
@@ -236,7 +232,7 @@ RULES: Mapping[str, Rule] = {
            "the reference is scored once and cached, and runs are bit-identical"),
     **unneeded("push_to_hub hub_model_id hub_token hub_private_repo hub_strategy hub_always_push hub_revision "
            "trackio_space_id trackio_bucket_id trackio_static_space_id",
-           "mlxdpo export RUN --push OWNER/NAME does it when the run is judged"),
+           "use mlxdpo export RUN --push OWNER/NAME after the evaluation"),
     **unneeded("resume_from_checkpoint auto_resume_from_checkpoints", "mlxdpo train --resume RUN"),
     **lost("neftune_noise_alpha", "no noise is added to embeddings; runs with it differ"),
     **lost("lora_modules_to_save modules_to_save additional_target lora_target_parameters optim_target_modules",

@@ -16,7 +16,7 @@ STAGES = {"dpo": {"stage": "dpo"}, "kto": {"loss.name": "kto"}, "sft": {"stage":
 def _stage(key: str, value: Any, keys: Keys) -> KeyOutcome:
     """`stage`. Raises `UserError` for what is no training on pairs."""
     if value not in STAGES:
-        raise UserError(f"stage: {value} has no counterpart here; import-recipe reads stage: {', '.join(STAGES)}")
+        raise UserError(f"stage: {value} is not supported; import-recipe reads stage: {', '.join(STAGES)}")
     return taken(STAGES[value])
 
 
@@ -31,9 +31,9 @@ def _named_sets(key: str, value: Any, keys: Keys) -> KeyOutcome:
     setting = "data.eval" if key == "eval_dataset" else "data.path"
     settings = {setting: first if by_itself else f"{info}:{first}"}
     if others:
-        return KeyOutcome("not supported", f"one data set a run: {', '.join(others)} not read; join them", settings)
+        return KeyOutcome("not supported", f"one data set per run: {', '.join(others)} not read; join them", settings)
     there = by_itself or info.exists()
-    return taken(settings, "" if there else f"{info} is not here; it comes with LLaMA-Factory")
+    return taken(settings, "" if there else f"{info} does not exist; it comes with LLaMA-Factory")
 
 
 def _finetuning(key: str, value: Any, keys: Keys) -> KeyOutcome:
@@ -41,7 +41,7 @@ def _finetuning(key: str, value: Any, keys: Keys) -> KeyOutcome:
         return taken({"lora.method": "dora" if keys.get("use_dora") else "lora"})
     if value == "full":
         return taken({"lora.method": "full", "model.dtype": "float32"}, "in float32, as updates vanish in 16 bits")
-    return KeyOutcome("not supported", "no such method here; a LoRA adapter is trained", {"lora.method": "lora"})
+    return KeyOutcome("not supported", "not supported; a LoRA adapter is trained", {"lora.method": "lora"})
 
 
 def _factory_bits(key: str, value: Any, keys: Keys) -> KeyOutcome:
@@ -49,13 +49,13 @@ def _factory_bits(key: str, value: Any, keys: Keys) -> KeyOutcome:
         return KeyOutcome("not needed", "off, as here")
     if int(value) in (4, 8):
         return taken({"model.quantize": int(value)}, "MLX's own quantisation")
-    return KeyOutcome("not supported", "4 or 8 bits here; the weights are not quantised")
+    return KeyOutcome("not supported", "only 4 or 8 bits are supported; the weights are not quantised")
 
 
 def _adapters(key: str, value: Any, keys: Keys) -> KeyOutcome:
     if not value:
         return KeyOutcome("not needed", "unset")
-    return KeyOutcome("not supported", "bring it over with `mlxdpo import --peft`, then set model.adapter")
+    return KeyOutcome("not supported", "convert it with `mlxdpo import --peft`, then set model.adapter")
 
 
 def _factory_defaults(keys: Keys) -> dict[str, Any]:
@@ -101,7 +101,7 @@ RULES: Mapping[str, Rule] = {
            "dataloader_shuffle create_new_adapter upcast_layernorm upcast_lmhead_output infer_dtype hf_hub_token "
            "offload_folder ray_run_name ray_num_workers use_swanlab swanlab_project export_dir predict_with_generate "
            "overwrite_cache neat_packing use_fast_tokenizer resize_vocab split_special_tokens rope_scaling",
-           "nothing here depends on it"),
+           "not needed"),
     **lost("max_samples", "all rows are trained on; put the rows that you want into a file"),
     **lost("loraplus_lr_ratio pissa_init use_llama_pro", "the adapter starts and moves as plain LoRA"),
     **lost("pref_bco_weight", "no such term; the objective is used without it"),

@@ -25,7 +25,7 @@ def _mode(key: str, value: Any, keys: Keys) -> KeyOutcome:
     if value == "sft":
         return taken({"stage": "sft"})
     if value not in MODES:
-        raise UserError(f"train_mode: {value} has no counterpart here; import-recipe reads sft, {', '.join(MODES)}")
+        raise UserError(f"train_mode: {value} is not supported; import-recipe reads sft, {', '.join(MODES)}")
     return taken({"stage": "dpo"} if value == "dpo" else {"loss.name": value})
 
 
@@ -44,7 +44,7 @@ def _penalty(key: str, value: Any, keys: Keys) -> KeyOutcome:
 def _inner(key: str, value: Any, keys: Keys) -> KeyOutcome:
     found = {INNER[name]: inner for name, inner in (value or {}).items() if name in INNER and inner is not None}
     if other := [name for name in value or {} if name not in INNER]:
-        return KeyOutcome("not supported", f"{', '.join(other)} is unknown here", found)
+        return KeyOutcome("not supported", f"{', '.join(other)} is unknown", found)
     return taken(found)
 
 
@@ -70,18 +70,18 @@ def _in_steps(setting: str) -> Rule:
 
 def _epochs(key: str, value: Any, keys: Keys) -> KeyOutcome:
     if not value or keys.get("iters"):
-        return KeyOutcome("not needed", "iters counts, as there" if value else "unset")
+        return KeyOutcome("not needed", "iters takes precedence, as in the original" if value else "unset")
     return taken({"train.epochs": float(value)})
 
 
 def _course(key: str, value: Any, keys: Keys) -> KeyOutcome:
     """`lr_schedule`: name, arguments (the first is the rate), warmup."""
     if not value:
-        return KeyOutcome("not needed", "constant is the default there")
+        return KeyOutcome("not needed", "mlx-lm's default is constant")
     name = str(value.get("name", ""))
     ours = {"cosine_decay": "cosine", "linear_schedule": "linear"}.get(name)
     if ours is None:
-        return KeyOutcome("not supported", f"no schedule {name} here; the rate stays constant")
+        return KeyOutcome("not supported", f"schedule {name} is not supported; the rate stays constant")
     settings: dict[str, Any] = {"optim.schedule": ours}
     if value.get("warmup"):
         settings["optim.warmup"] = float(math.ceil(value["warmup"] / _portion(keys)))
@@ -160,12 +160,12 @@ RULES: Mapping[str, Rule] = {
     **unneeded("train config", "that is the command mlxdpo train"),
     **unneeded("test test_batches val_batches", "all held-out pairs are scored; mlxdpo eval judges the run"),
     **unneeded("fuse", "mlxdpo export RUN --to fused"),
-    **unneeded("project_name clear_cache_threshold", "nothing here depends on it"),
+    **unneeded("project_name clear_cache_threshold", "not needed"),
     **unneeded("mask_prompt train_on_completions", "completions alone are always scored"),
     **unneeded("judge judge_config efficient_long_context seq_step_size temperature max_completion_length group_size "
            "epsilon reward_functions", "of other modes of mlx-lm-lora"),
     **lost("hf_dataset", "set data.path to its path, and data.columns to its features"),
-    **lost("load_in_6bits load_in_mxfp4", "4 or 8 bits here; the weights are not quantised"),
+    **lost("load_in_6bits load_in_mxfp4", "only 4 or 8 bits are supported; the weights are not quantised"),
     **lost("prompt_feature chosen_feature rejected_feature system_feature", "set data.columns"),
 }  # fmt: skip
 

@@ -78,4 +78,4 @@ def unknown_key(key: str, value: Any, keys: Keys) -> KeyOutcome:
     """A key that no table has: nothing is made of it, and where it is off nothing is lost."""
     if value is None or value is False:
         return KeyOutcome("not needed", "off")
-    return KeyOutcome("not supported", "unknown to import-recipe; what it changes there is not known here")
+    return KeyOutcome("not supported", "unknown to import-recipe; its effect is unknown")

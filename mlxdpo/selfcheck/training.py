@@ -58,7 +58,7 @@ def training_falls() -> Finding:
     return Finding(ok, f"{losses[0]:.5f} to {losses[-1]:.5f}", f"{math.log(2):.5f} at first, 0.01 less at last")
 
 
-@self_check("a tiny step", "look for other programs at work (Activity Monitor, top), then run this again")
+@self_check("a tiny step", "check for other busy programs (Activity Monitor, top), then run this again")
 def tiny_step() -> Finding:
     """Seconds of a training step of the tiny model, median after the first, which is traced."""
     seconds = statistics.median(training_steps()[1][1:])
@@ -104,7 +104,7 @@ def traces() -> Finding:
     return Finding(count == len(SHAPES), f"{count} for {len(SHAPES)} shapes; {where}", f"{len(SHAPES)}")
 
 
-@self_check("safetensors round trip", "look at the disk of the cache folder (and $MLXDPO_CACHE); no run is safe on it")
+@self_check("safetensors round trip", "check the disk of the cache folder (and $MLXDPO_CACHE); no run is safe on it")
 def round_trip() -> Finding:
     """An adapter written in the cache folder and read back, and arrays of other dtypes: every bit the same."""
     cache_folder().mkdir(parents=True, exist_ok=True)

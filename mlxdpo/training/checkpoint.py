@@ -132,7 +132,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: optim.Optimizer) -> P
     except UserError as error:
         before = [path.name for path in steps(checkpoint.parent) if path < checkpoint]
         instead = f"from {before[-1]}" if before else "from the start"
-        raise UserError(f"{error}; or remove the folder {checkpoint.name}, and the run goes on {instead}") from None
+        raise UserError(f"{error}; or remove the folder {checkpoint.name}, and the run resumes {instead}") from None
     return progress
 
 

@@ -70,9 +70,9 @@ def check_alike(group: Group, config: Config, manifest: Mapping[str, Any]) -> No
         if theirs != said[0]:
             at = next(n for n in range(len(PARTS)) if theirs[32 * n : 32 * n + 32] != said[0][32 * n : 32 * n + 32])
             raise UserError(
-                f"process {rank} of {group.size} has another {PARTS[at]} than process 0 "
+                f"process {rank} of {group.size} has a different {PARTS[at]} from process 0 "
                 f"({theirs[32 * at :].hex()[:12]}, {said[0][32 * at :].hex()[:12]}); "
-                f"put the same files and the same versions of mlx and mlxdpo on every machine"
+                f"use the same files and the same versions of mlx and mlxdpo on every machine"
             )
 
 
@@ -168,7 +168,7 @@ def split_table(summed: mx.array) -> list[np.ndarray | None]:
     for field in np.array(summed):
         numbers = int(field[0, :1].sum())
         if (field[0] != numbers).any() or numbers > WIDEST:
-            raise RuntimeError("a batch was computed by two processes or by none; please report this with the recipe")
+            raise RuntimeError("a batch was computed twice or not at all; please report this with the recipe")
         result.append(None if numbers == 0 else field[1] if numbers == 1 else field[1 : 1 + numbers])
     return result
 

@@ -101,4 +101,4 @@ def _plain(value: Any) -> Any:
     """What JSON has no form for and has one all the same: numbers and lists of NumPy."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise TypeError(f"{type(value).__name__} has no form in JSON")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

@@ -79,7 +79,7 @@ def run_loop(state: TrainState, progress: Progress, should_stop: Callable[[], bo
     if progress.step < plan.steps:
         text = (
             f"stopped early at step {progress.step} of {plan.steps} (train.patience {config.train.patience}): held-out "
-            f"loss was lowest at step {progress.best_step}; a larger patience goes on"
+            f"loss was lowest at step {progress.best_step}; a larger patience continues"
         )
         yield Event("note", progress.step, {"text": text})
 

@@ -221,7 +221,7 @@ def rates_to_goal(found: Sequence[Moved]) -> tuple[float, str]:
     last, goal = found[-1], 1.0
     why = f"rewards of pairs it has not trained on come to differ by about {GOAL:g}"
     if last.per_token / MOST_DRIFT > last.rewards / GOAL:
-        why = f"answers it has not trained on come to be about {MOST_DRIFT:g} nats a token from the reference"
+        why = f"unseen answers reach about {MOST_DRIFT:g} nats a token from the reference"
     if last.loss > found[0].loss + WORSE:
         goal, why = 0.5, f"{why}, half of that because their loss rose from {found[0].loss:.3f} to {last.loss:.3f}"
     return last.rates * goal / way(last), f"at it {why} ({len(found)} probe steps)"

@@ -254,7 +254,7 @@ def find_reference(config: Config, policy: Policy) -> tuple[Policy, str | None]:
     if named.model is None:
         if named.adapter is not None:
             raise UserError(
-                f"reference.adapter {named.adapter} needs reference.model beside it; "
+                f"reference.adapter {named.adapter} needs reference.model as well; "
                 f"to start from an adapter and keep it as the reference, use model.adapter"
             )
         return policy, config.model.adapter

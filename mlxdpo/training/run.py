@@ -60,7 +60,7 @@ def train(
     fits: Fits | None = None,
     **settings: Any,
 ) -> Iterator[Event]:
-    """Run a recipe, or go on with `resume`; yields what happens and writes the run directory.
+    """Run a recipe, or resume `resume`; yields what happens and writes the run directory.
 
     Without a `config` the recipe is made of `model`, `data` (a path, a Hub id or rows: dicts in any row shape) and
     `settings` by name (`given.config_of`): train(model="smollm2", data=rows, **{"optim.lr": 1e-4}).
@@ -151,7 +151,7 @@ def _make_longer(run: Run, state: TrainState, step: int) -> str:
     optim = state.config.optim
     rate = learning_rate(optim, step, total)
     return (
-        f"{counted(step, 'step')} done, {total - step} to go; the learning rate goes on at {rate:.3g}, as the "
+        f"{counted(step, 'step')} done, {total - step} to go; the learning rate continues at {rate:.3g}, as the "
         f"{optim.schedule} schedule over all {total} steps has it"
     )
 
@@ -188,7 +188,7 @@ def _lost_lines(run: Run, step: int) -> str | None:
     try:
         last = max((line["step"] for line in run.metrics()), default=0)
     except UserError as error:
-        return f"{error}; the run goes on without"
+        return f"{error}; the run continues without it"
     if last >= step:
         return None
     file = run.path / "metrics.jsonl"

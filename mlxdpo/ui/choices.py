@@ -116,4 +116,4 @@ def checked_choice(value: str | None, offered: list[str], what: str, pattern: re
         return value
     if pattern.fullmatch(value) and ".." not in value and not os.path.lexists(value):
         return value
-    raise UserError(f"{what} {value[:80]!r} is neither in the list nor a Hub id (owner/name); choose one of the list")
+    raise UserError(f"{what} {value[:80]!r} is neither in the list nor a Hub id (owner/name); choose one from the list")

@@ -156,7 +156,9 @@ class Shutter:
         """Answer 403 to other pages; allow none to read what is answered."""
         headers = _headers_of(scope)
         if scope["type"] in ("http", "websocket") and foreign(headers):
-            return await _answer(send, 403, "refused: another page asks; open the app and use its buttons")
+            return await _answer(
+                send, 403, "refused: the request comes from another page; open the app and use its buttons"
+            )
 
         async def sent(message: MutableMapping[str, Any]) -> None:
             """`send`, without what allows other pages to read."""
@@ -193,7 +195,7 @@ class Gate:
                 return await _answer(send, 403, f"refused: {reason}")
             size = headers.get("content-length") or "0"
             if not (size.isascii() and size.isdigit()):
-                return await _answer(send, 400, "content-length is no number")
+                return await _answer(send, 400, "content-length is not a number")
             if len(size) > 18 or int(size) > LARGEST_BODY:
                 return await _answer(send, 413, f"too large; at most {LARGEST_BODY:,} bytes")
         send = self._dressed(scope, send)

@@ -119,16 +119,16 @@ class LoadedVariants:
     def at_strength(self, loaded: RunVariants, strength: float) -> Variant:
         """The tuned model at a strength: 1 is as trained, 0 the model before tuning.
 
-        Raises `UserError` for what has no strength here: DoRA, every-weight runs, and runs that began from an adapter.
+        Raises `UserError` for what has no strength here: DoRA, every-weight runs, and runs started from an adapter.
         """
         if strength == 1:
             return loaded.after
         check_strength(strength)
         refuse_dora(method := read_settings(loaded.run.adapter).method, loaded.run.adapter)
         if method == "full" or loaded.config.model.adapter is not None:
-            kind = "trained every weight" if method == "full" else "began from an adapter"
+            kind = "trained every weight" if method == "full" else "started from an adapter"
             raise UserError(
-                f"{loaded.run.path.name} {kind}, so another strength needs weights of its own; use a terminal: "
+                f"{loaded.run.path.name} {kind}, so another strength needs separate weights; use a terminal: "
                 f"mlxdpo generate {loaded.run.path} --strength {strength:g} --prompt '...'"
             )
         return loaded.after._replace(enter=partial(_scaled_context, loaded.after.enter, strength))
@@ -146,8 +146,8 @@ class LoadedVariants:
         for name in ("digest", "dtype", "quantization"):
             if then[name] != loaded.policy.identity[name]:
                 raise UserError(
-                    f"{other.path.name} was trained on another base model than {loaded.run.path.name} ({name} "
-                    f"differs); open it by itself instead"
+                    f"{other.path.name} was trained on a different base model from {loaded.run.path.name} ({name} "
+                    f"differs); open it separately instead"
                 )
         return self._adapted(other.path.name, loaded.policy, other, other.adapter)
 
@@ -155,7 +155,7 @@ class LoadedVariants:
 def _stamp(folder: Path) -> int:
     file = folder / WEIGHTS
     if not file.exists():
-        raise UserError(f"{folder.parent}: no adapter there yet; wait until training has finished, or go on with it")
+        raise UserError(f"{folder.parent}: no adapter there yet; wait until training has finished, or resume it")
     return file.stat().st_mtime_ns
 
 

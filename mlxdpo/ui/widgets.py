@@ -16,7 +16,7 @@ from mlxdpo.machine.errors import error_message
 from mlxdpo.types import UserError
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-"""An event that shows no progress of its own and is no part of the API."""
+"""An event without a progress bar that is not part of the API."""
 MANY = QUIET | {"concurrency_limit": 8}
 """The same for several users at once."""
 STYLE = """<style>
@@ -62,7 +62,7 @@ def show_errors() -> Iterator[None]:
         sentence = str(error) if isinstance(error, UserError) else error_message(error)
         if sentence is None:
             raise
-        raise gr.Error(escape(sentence), title="This did not work", duration=8, print_exception=False) from None
+        raise gr.Error(escape(sentence), title="Something went wrong", duration=8, print_exception=False) from None
 
 
 def alert(error: UserError, css: str = "") -> str:
@@ -153,7 +153,7 @@ def page_table(
     """One page of the entries found, by their indices; the entry whose first cell is `chosen` is marked."""
     rows = [cells(at) for at in found[page * PAGE : (page + 1) * PAGE]]
     if not rows:
-        return f"<p>No {noun} fits. Clear the search, or make it wider.</p>"
+        return f"<p>No {noun} matches. Clear or widen the search.</p>"
     first = page * PAGE + 1
     caption = f"{noun.capitalize()}s {first:,} to {first + len(rows) - 1:,} of {len(found):,} found{limit}"
     return html_table(caption, headers, rows, None if chosen is None else str(chosen))

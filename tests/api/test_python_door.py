@@ -122,8 +122,8 @@ def test_rows_of_other_kinds_and_what_is_no_row(tmp_path):
 
 def test_own_objectives_are_tried_when_they_are_registered(place):
     refused = {
-        "leave out the mean": lambda pairs, *, beta: mx.mean(pairs.chosen),
-        "which is no setting": lambda pairs, *, temper: pairs.chosen,
+        "do not take the mean": lambda pairs, *, beta: mx.mean(pairs.chosen),
+        "which is not a setting": lambda pairs, *, temper: pairs.chosen,
         "not finite": lambda pairs: mx.log(pairs.chosen),
     }
     for said, function in refused.items():

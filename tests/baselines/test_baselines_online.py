@@ -235,7 +235,7 @@ def test_a_step_takes_every_prompt_before_any_comes_again(tmp_path, cache):
 
 
 @pytest.mark.parametrize(("stage", "sections", "sentence"), [
-    ("dpo", {}, "stage dpo does not tune on its own samples"),
+    ("dpo", {}, "stage dpo does not train on samples"),
     ("ppo", {"loss": {"beta": 0.3}}, "loss.beta 0.3 has no meaning in stage ppo"),
     ("ppo", {"lora": {"dropout": 0.1}}, "lora.dropout 0.1 has no meaning"),
     ("ppo", {"train": {"eval_every": 7}}, "train.eval_every 7 has no meaning"),

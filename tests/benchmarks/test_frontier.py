@@ -222,7 +222,7 @@ def test_every_method_runs_and_is_shown(tmp_path, cache, model):
 
 def test_another_budget_or_arm_is_refused(tmp_path, cache, model):
     assert not command.work(tmp_path, TINY, model, [], lambda: True)
-    with pytest.raises(UserError, match="begun with another steps"):
+    with pytest.raises(UserError, match="started with a different steps"):
         command.work(tmp_path, TINY._replace(steps=3), model, [], lambda: True)
     with pytest.raises(UserError, match="no run is called grpo; there are dpo"):
         command.work(tmp_path, TINY, model, ["grpo"], lambda: True)

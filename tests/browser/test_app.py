@@ -174,7 +174,7 @@ def test_from_the_first_look_to_the_next_round(app, visit):
 
 def story_of_votes(app, page) -> None:
     page.get_by_role("tab", name="Blind vote").click()
-    page.get_by_label("Training prompts: teach the next round").check()
+    page.get_by_label("Training prompts: votes for the next round").check()
     for key in ("1", "2"):
         page.locator("#vote-standing").click()  # away from any field
         page.keyboard.press("n")

@@ -45,12 +45,12 @@ MISTAKES = {
     "train --model model --data pairs.jsonl --lora.keys wq": "lora.keys: the model has no layer `wq`; in its blocks:",
     "train nope.yaml": "nope.yaml: no such recipe",
     "train bad.yaml": "bad.yaml: unknown key `loss.bta`; did you mean `loss.beta`?",
-    "train --resume runs/none": "runs/none: no config.yaml there; expected a run directory",
-    "train bad.yaml --resume model": "--resume model goes on with the run's own settings; drop bad.yaml",
-    "generate runs/none --prompt hi": "runs/none: no config.yaml there",
-    "score --model model --data pairs.jsonl --adapter nope --out s.jsonl": "nope: no adapter there; expected",
+    "train --resume runs/none": "runs/none: no config.yaml in it; expected a run directory",
+    "train bad.yaml --resume model": "--resume model uses the run's settings; drop bad.yaml",
+    "generate runs/none --prompt hi": "runs/none: no config.yaml in it",
+    "score --model model --data pairs.jsonl --adapter nope --out s.jsonl": "nope: no adapter in it; expected",
     "data check nope.jsonl": "nope.jsonl: no such file or folder",
-    "demo --shuffle-labels --flip-labels": "are two different controls; give one",
+    "demo --shuffle-labels --flip-labels": "are different controls; use one at a time",
     "objectivs": "unknown command objectivs; did you mean: mlxdpo objectives",
 }
 

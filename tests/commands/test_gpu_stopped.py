@@ -103,7 +103,7 @@ def test_a_stopped_training_becomes_a_process_that_goes_on_and_says_so(tmp_path,
     assert environment[command.WENT_ON] == "1" and environment["MLX_MAX_OPS_PER_BUFFER"] == "7"
     assert environment["AGX_RELAX_CDM_CTXSTORE_TIMEOUT"] == "1" and environment["PATH"] == os.environ["PATH"]
     said = capsys.readouterr().err.splitlines()
-    assert said[-1].startswith("macOS stopped the work on the GPU") and said[-1].endswith("once, in a new process")
+    assert said[-1].startswith("macOS stopped the work on the GPU") and said[-1].endswith("in a new process, once")
     # What the poisoned process held in memory was not saved: the checkpoint is the one of step 2.
     run = Run.open(config.out)
     assert [path.name for path in checkpoint.steps(run.checkpoints)] == ["step-000002"] and not run.held()
@@ -115,8 +115,8 @@ def test_the_second_time_it_stops_with_the_command_that_goes_on(tmp_path, cache,
     assert cli.run(["train", str(tmp_path / "recipe.yaml")]) == 1
     assert stopped[0] == []
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: macOS stopped the work on the GPU") and "gone on by itself once" in line
-    assert line.endswith(f"; go on from the last checkpoint with: mlxdpo train --resume {config.out}")
+    assert line.startswith("error: macOS stopped the work on the GPU") and "already resumed automatically once" in line
+    assert line.endswith(f"; resume from the last checkpoint with: mlxdpo train --resume {config.out}")
 
 
 def test_memory_stops_it_at_once_with_the_same_command(tmp_path, cache, stopped, monkeypatch, capsys):
@@ -128,7 +128,7 @@ def test_memory_stops_it_at_once_with_the_same_command(tmp_path, cache, stopped,
     assert cli.run(["train", str(tmp_path / "recipe.yaml")]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: not enough memory ([METAL]") and stopped[0] == []
-    assert line.endswith(f"go on from the last checkpoint with: mlxdpo train --resume {config.out}")
+    assert line.endswith(f"resume from the last checkpoint with: mlxdpo train --resume {config.out}")
 
 
 def test_where_there_is_no_run_yet_there_is_nothing_to_go_on_with(tmp_path, cache, stopped, monkeypatch, capsys):
@@ -176,8 +176,8 @@ def test_a_training_that_macos_stopped_ends_as_one_that_it_did_not(tmp_path, cac
     )  # fmt: skip
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
-    assert said.count("going on from the last checkpoint, once, in a new process") == 1
-    assert "going on from step 2/5" in said and "step 5/5" in said and "Traceback" not in said
+    assert said.count("resuming from the last checkpoint in a new process, once") == 1
+    assert "resuming from step 2/5" in said and "step 5/5" in said and "Traceback" not in said
     assert_same(config.out, tmp_path / "straight")
     assert adapter_bytes(config.out) == adapter_bytes(tmp_path / "straight")
 

@@ -26,13 +26,13 @@ GUESSES = {
     "evaluate runs/mine": ["unknown command evaluate; did you mean: mlxdpo eval runs/mine"],
     "eval": ["mlxdpo eval needs a run directory; the newest here: mlxdpo eval runs/mine"],
     "chat": ["mlxdpo chat needs a run directory; the newest here: mlxdpo chat runs/mine"],
-    "generate runs/mine": ['nothing to answer; add a prompt: mlxdpo generate runs/mine "Name a fruit."'],
+    "generate runs/mine": ['no prompt given: mlxdpo generate runs/mine "Name a fruit."'],
     "ui": ["unknown command ui; did you mean: mlxdpo app"],
     "fuse runs/mine": ["unknown command fuse; did you mean: mlxdpo export runs/mine"],
     "pairs.jsonl": ["unknown command pairs.jsonl; to tune on it: mlxdpo tune pairs.jsonl --model smollm2"],
     "runs/mine": ["unknown command runs/mine; it is a run: mlxdpo eval runs/mine, or mlxdpo chat runs/mine"],
     "recipe.yaml": ["to train with it: mlxdpo train recipe.yaml"],
-    "train runs/mine": ["`mlxdpo train --resume runs/mine` goes on with it", "trains anew from its recipe"],
+    "train runs/mine": ["`mlxdpo train --resume runs/mine` resumes it", "trains again from its recipe"],
     "train pairs.jsonl --lr 1e-5": [
         "pairs.jsonl is data: read as --data pairs.jsonl", "unknown option --lr; did you mean --optim.lr?"
     ],

@@ -118,7 +118,7 @@ def test_without_its_data_the_place_where_it_was_made_is_named(elsewhere, gone, 
         assert status == 0
         return
     assert status == 2 and said.count("\n") == 1
-    assert f"{run}: its data.path is gone: the run was made in {made}/runs/two with {made}/pairs.jsonl; put it" in said
+    assert f"{run}: its data.path no longer exists: the run was made in {made}/runs/two with {made}/pairs.jsonl" in said
     assert "to ../../pairs.jsonl from the run" in said
 
 
@@ -126,7 +126,7 @@ def test_without_its_data_the_place_where_it_was_made_is_named(elsewhere, gone, 
 def test_without_its_model_too(elsewhere, gone, line, made, capsys):
     run = moved(gone, elsewhere / "new", ("pairs.jsonl", "runs"))
     assert command(words(COMMANDS[line], run, elsewhere)) == 2
-    assert f"with {made}/llama; put it back there, or to ../../llama from the run" in capsys.readouterr().err
+    assert f"with {made}/llama; restore it there, or at ../../llama relative to the run" in capsys.readouterr().err
 
 
 def test_both_forms_are_kept_and_the_recipe_is_as_it_was_given(made):

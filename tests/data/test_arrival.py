@@ -74,13 +74,13 @@ def refusal(tokenizer, row, **data):
 def test_a_call_is_no_empty_answer_where_the_template_prints_no_calls():
     sentence, reason = refusal(tiny.chatml_tokenizer(), row(said("", tool_calls=[CALL])))
     assert "p.jsonl:1: the chat template does not print the call of clock; use a model whose" in sentence
-    assert reason == "tool call that the chat template leaves out"
+    assert reason == "tool call that the chat template omits"
 
 
 def test_tools_that_the_template_does_not_print():
     sentence, reason = refusal(tiny.chatml_tokenizer(), row(said("So."), tools=(TOOL,)))
     assert "does not print the name clock of the 1 tools" in sentence and "take `tools` out of the rows" in sentence
-    assert reason == "tools that the chat template leaves out"
+    assert reason == "tools that the chat template omits"
     with pytest.raises(UserError, match=r"^prompt: the chat template does not print the name clock"):
         encode_prompt(USER, tiny.chatml_tokenizer(), DataConfig(), (TOOL,))
     sentence, _ = refusal(tiny.base_tokenizer(), Preference("Why?", " So.", " No.", "p.jsonl:1", (TOOL,)))
@@ -216,7 +216,7 @@ def test_content_in_parts_is_their_text_and_an_image_is_refused():
     split = row(said(parts("So", " it is.")), (Message("user", parts("Wh", "y?")),))
     assert one(chatml, split)[0] == one(chatml, row(said("So it is.")))[0]
     image = (Message("user", [{"type": "image", "image": "cat.png"}, *parts("Why?")]),)
-    assert refusal(chatml, row(said("So."), image))[1] == "content that is no text"
+    assert refusal(chatml, row(said("So."), image))[1] == "content that is not text"
 
 
 def test_a_key_that_nobody_prints_and_a_turn_that_is_printed_twice_are_counted():

@@ -190,8 +190,8 @@ def test_the_command_writes_findings_and_a_smaller_set_that_trains(words, tmp_pa
     assert summary["pairs"] == len(found) == 30
     assert min(found, key=lambda one: one["probability"])["where"] == "pairs.jsonl:5" and found[4]["flags"] == [FLIP]
     assert list((cache / "reference").glob("*.safetensors"))  # a training finds the log-probs there
-    assert cli([*line, "--flip", "--out", "mended.jsonl"]) == 0
-    mended = list(read_lines(tmp_path / "mended.jsonl"))
+    assert cli([*line, "--flip", "--out", "fixed.jsonl"]) == 0
+    mended = list(read_lines(tmp_path / "fixed.jsonl"))
     assert len(mended) == 30 and mended[4]["chosen"] == rows[4]["rejected"] and mended[4]["probability"] > 0.75
     assert mended[0]["source"] == rows[0]["source"] and (tmp_path / "pairs.jsonl").read_text() == text
     assert cli([*line, "--drop", "flip", "--select", "hard:0.5", "--out", "small.jsonl"]) == 0
@@ -205,13 +205,16 @@ def test_the_command_writes_findings_and_a_smaller_set_that_trains(words, tmp_pa
         (["pairs.jsonl"], "no model given; pass --model"),
         (
             ["pairs.jsonl", "--model", "m", "--out", "o.jsonl"],
-            "--out FILE and one of --drop, --flip and --select belong",
+            "--out FILE requires --drop, --flip or --select",
         ),
         (
             ["pairs.jsonl", "--model", "m", "--flip"],
-            "--out FILE and one of --drop, --flip and --select belong together",
+            "--out FILE requires --drop, --flip or --select, and vice versa",
         ),
-        (["owner/name", "--model", "m"], "owner/name is no file that findings could stand beside; name one with"),
+        (
+            ["owner/name", "--model", "m"],
+            "owner/name is not a file, so there is no default place for the findings; name one with",
+        ),
         (["pairs.jsonl", "--model", "m", "--drop", "odd", "--out", "o.jsonl"], "--drop odd: no such flag"),
     ],
 )

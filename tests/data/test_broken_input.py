@@ -134,12 +134,12 @@ def test_minus_9999_is_how_some_servers_write_never():
 
 @pytest.mark.parametrize("content", [["A"], {"text": "A"}, 1])
 def test_an_answer_that_is_no_text_is_no_verdict(content):
-    assert parse_completion(reply(content)).reason == "the reply is no chat completion"
+    assert parse_completion(reply(content)).reason == "the reply is not a chat completion"
 
 
 def test_log_probs_above_0_are_none():
     assert parse_completion(reply("B", [("A", 1e308), ("B", 5.0)])).logit == -10.0, "the text says B"
-    assert parse_completion(b"[" * 100_000).reason == "the reply is no chat completion"
+    assert parse_completion(b"[" * 100_000).reason == "the reply is not a chat completion"
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://h:x", "http://h:99999999"])
@@ -163,7 +163,7 @@ def test_a_vote_whose_winner_is_a_list_is_counted(tmp_path):
     file.write_bytes(b"".join(json.dumps(v).encode() + b"\n" for v in [VOTE, *bad]) + b"[" * 100_000 + b"\n")
     ballots = read_ballots(file)
     assert len(ballots.votes) == 1 and sum(ballots.left_out.values()) == 3
-    assert "3 lines of votes.jsonl are no votes and are left out." in standing_html(file)
+    assert "3 lines of votes.jsonl are not votes and are skipped." in standing_html(file)
     assert problem_with(VOTE) is None and "winner" in problem_with(bad[0])
 
 
@@ -179,14 +179,14 @@ def test_a_damaged_line_of_metrics_is_named_and_the_page_counts_it(run):
     tail = Tail(file)
     follow_metrics(tail)
     assert [line["step"] for line in tail.steps] == [1, 2, 5] and tail.damaged == 4
-    assert "4 lines of metrics.jsonl are damaged and left out." in charts(tail, {})
+    assert "4 lines of metrics.jsonl are corrupted and skipped." in charts(tail, {})
 
 
 def test_text_among_the_metrics_is_named_and_not_formatted(run):
     append_line(
         run.path / "metrics.jsonl", {"step": 1, "loss": 0.5, "eval_loss": 1.0, "eval_rewards/accuracies": "high"}
     )
-    with pytest.raises(UserError, match="`eval_rewards/accuracies` is no number"):
+    with pytest.raises(UserError, match="`eval_rewards/accuracies` is not a number"):
         run.metrics()
     assert summary_rows(run.path.parent)[0][5:7] == ["0.5000", "–"]
 
@@ -236,7 +236,7 @@ def test_the_app_takes_from_a_widget_what_it_can_send(name, sound, odd):
 def test_no_number_is_no_json(run, word):
     """A report drew a histogram of nothing."""
     (run.path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {word}}}\n')
-    with pytest.raises(UserError, match=rf"metrics\.jsonl:1: not JSON \({word} is no JSON"):
+    with pytest.raises(UserError, match=rf"metrics\.jsonl:1: not JSON \({word} is not JSON"):
         run.metrics()
 
 
@@ -291,7 +291,7 @@ def test_an_exported_adapter_is_one_to_start_from(trained, tmp_path):
 def test_a_damaged_export_record_is_named(tmp_path, values):
     small_export(tmp_path)
     change(tmp_path / "export.json", **values)
-    with pytest.raises(UserError, match=r"export\.json: is not as mlxdpo wrote it .*; export again"):
+    with pytest.raises(UserError, match=r"export\.json: is not what mlxdpo wrote .*; export again"):
         read_record(tmp_path)
 
 

@@ -36,7 +36,7 @@ REPORT = Report(
     read=8,
     kept=4,
     refused={reasons.DUPLICATE: 3, reasons.TIED: 1},
-    first={reasons.DUPLICATE: "x:5: the same pair stands in an earlier row", reasons.TIED: "x:8: both 4"},
+    first={reasons.DUPLICATE: "x:5: the same pair as in an earlier row", reasons.TIED: "x:8: both 4"},
     format="text",
 )
 
@@ -70,14 +70,14 @@ def test_sentences_of_pairs():
     heldout = [Preference("aaaa ", "q", "r", "y:1")]
     assert finding_lines(check_rows(ROWS, REPORT, "x.jsonl", heldout, tokens, 7)) == [
         "x.jsonl: 4 pairs from 8 rows, read as text (a prompt and two texts).",
-        "Left out 3 rows that repeat earlier pairs (first: x:5: the same pair stands in an earlier row).",
+        "Left out 3 rows that repeat earlier pairs (first: x:5: the same pair as in an earlier row).",
         "Left out 1 row whose answers are rated equal (first: x:8: both 4).",
         "3 distinct prompts, 1.33 pairs each on average, 2 at most.",
         "Characters (median / 95 % / longest): prompt 3 / 4 / 4, chosen 2 / 4 / 4, rejected 1 / 5 / 5.",
         "Tokens (median / 95 % / longest): prompt 4 / 4 / 4, chosen 1 / 6 / 6, rejected 3 / 3 / 3.",
         "1 of 4 pairs are longer than 7 tokens.",
         "The chosen completion is the longer one in 25% of the pairs (tokens); always choosing the shorter one is "
-        "right in 75%, so an accuracy near that may be length alone.",
+        "right in 75%, so an accuracy near that may reflect length alone.",
         "Also among the 1 held-out pairs: 1 of the prompts; held-out numbers will be too good, so take these prompts "
         "out of one side, or let data.eval_fraction split by prompt.",
     ]
@@ -126,10 +126,11 @@ def test_the_length_rule_that_is_right_more_often_is_named():
 @pytest.mark.parametrize(
     ("held", "detectable", "said"),
     [
-        (1, None, "1 prompt is held out: too few to show any effect; give more data, or a data.eval of other prompts."),
-        (30, 0.75, "30 prompts are held out: a win-rate has to be 75% to be told from 50% (power 0.8, level 0.05); a "
-         "smaller effect needs more prompts or a larger data.eval_fraction."),
-        (783, 0.55, "783 prompts are held out: a win-rate has to be 55% to be told from 50% (power 0.8, level 0.05)."),
+        (1, None, "1 prompt is held out: too few to show any effect; add data, or set data.eval to other prompts."),
+        (30, 0.75, "30 prompts are held out: the smallest win rate distinguishable from 50% is 75% "
+         "(power 0.8, level 0.05); a smaller effect needs more prompts or a larger data.eval_fraction."),
+        (783, 0.55, "783 prompts are held out: the smallest win rate distinguishable from 50% is 55% "
+         "(power 0.8, level 0.05)."),
     ],
 )  # fmt: skip
 def test_how_small_the_data_are_and_what_they_can_show(held, detectable, said):

@@ -92,7 +92,7 @@ def test_any_other_column_is_listed_with_its_rows(name, tmp_path):
     _, report = read_preferences(DataConfig(path=str(tmp_path / "a.jsonl")))
     expected = {"verbosity": 2} if name == "ratings" else {}
     assert report.unread == {"MARK": 1} | expected
-    assert "columns that nothing reads: " in report.lines()[-1] and "MARK (1 rows)" in report.lines()[-1]
+    assert "unused columns: " in report.lines()[-1] and "MARK (1 rows)" in report.lines()[-1]
 
 
 def test_system_prompts_that_disagree_are_refused():
@@ -202,7 +202,7 @@ def test_mlx_lms_folder_holds_out_its_valid_split_and_says_so(tmp_path):
     assert heldout_source(data) == (str(tmp_path), "valid")
     rows, report = read_preferences(data, *heldout_source(data))
     assert [row.prompt for row in rows] == ["valid"]
-    assert report.lines() == [f'held out are the pairs of the split "valid" that stands beside train in {tmp_path}']
+    assert report.lines() == [f'using split "valid" (next to train in {tmp_path}) as held-out pairs']
     assert read_preferences(data)[1].lines() == []
     assert heldout_source(data.model_copy(update={"eval": "test"})) == (str(tmp_path), "test")
     assert heldout_source(data.model_copy(update={"eval_fraction": 0.0})) is None
@@ -262,7 +262,7 @@ def test_a_sample_that_llama_factory_would_draw_is_refused(described):
 
 
 def test_data_sets_that_llama_factory_has_elsewhere(described):
-    with pytest.raises(UserError, match="no data set is called nope; it has mine, other, liked, sft, far"):
+    with pytest.raises(UserError, match="no data set named nope; it has mine, other, liked, sft, far"):
         read_preferences(DataConfig(path=f"{described}:nope"))
     with pytest.raises(UserError, match="far has no file_name; give its Hub dataset id"):
         read_preferences(DataConfig(path=f"{described}:far"))

@@ -185,7 +185,7 @@ REFUSED = [
         "strength",
         FIXTURES["strength"][0] | {"preference_strength": 0},
         reasons.TIED,
-        'neither of "response_1" and "response_2" is called better',
+        'neither "response_1" nor "response_2" is marked better',
     ),
     ("shp", FIXTURES["shp"][0] | {"score_ratio": 1.5}, reasons.WEAK, '"score_ratio" is 1.5, below 2'),
     (

@@ -165,7 +165,7 @@ def test_types_decide_where_columns_do_not():
 def test_unknown_format_names_the_nearest_or_all():
     with pytest.raises(UserError) as caught:
         named_format("implict")
-    assert str(caught.value) == "data.format is 'implict', which is no known row shape; did you mean implicit?"
+    assert str(caught.value) == "data.format 'implict' is not a known row shape; did you mean implicit?"
     with pytest.raises(UserError) as caught:
         named_format("zzz")
-    assert str(caught.value) == "data.format is 'zzz', which is no known row shape; `mlxdpo data formats` lists them"
+    assert str(caught.value) == "data.format 'zzz' is not a known row shape; `mlxdpo data formats` lists them"

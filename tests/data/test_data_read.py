@@ -50,7 +50,7 @@ def test_every_shape_is_read_from_a_file(read, name):
     assert rows[0].where == "pairs.jsonl:1"
 
 
-STOP = "; mend the row, or set data.on_bad_row to skip to leave such rows out"
+STOP = "; fix the row, or set data.on_bad_row to skip"
 
 
 def test_the_first_bad_row_stops_with_its_line(read):
@@ -97,7 +97,7 @@ def test_rows_without_a_preference_never_stop_but_are_counted(read):
     kept, report = read(rows)
     assert [row.prompt for row in kept] == ["p1", "p4"]
     assert report.refused == {reasons.DUPLICATE: 1, reasons.IDENTICAL: 1, reasons.TIED: 1}
-    assert report.first[reasons.DUPLICATE] == "pairs.jsonl:2: the same pair stands in an earlier row"
+    assert report.first[reasons.DUPLICATE] == "pairs.jsonl:2: the same pair as in an earlier row"
 
 
 def test_same_completions_for_another_prompt_or_other_tools_are_no_duplicates(read):
@@ -153,7 +153,7 @@ def test_a_named_format_is_not_detected(read):
     [row], report = read(rows, format="implicit")
     assert (report.format, row.prompt) == ("implicit", (Message("user", "Hi?"),))
     said = sentence(read, rows, format="textt")
-    assert said == "data.format is 'textt', which is no known row shape; did you mean text?"
+    assert said == "data.format 'textt' is not a known row shape; did you mean text?"
 
 
 REMEDIES = [  # rows of other names, and what is said of them
@@ -184,7 +184,7 @@ def test_the_remedy_for_unknown_columns_is_a_command_that_works(tmp_path, capsys
 
 def test_what_cannot_be_named_as_a_pair_is_told_what_a_pair_needs(read):
     assert sentence(read, [{"q": "Hi?", "a": "Ho."}]) == (
-        "pairs.jsonl:1: the columns q (text), a (text) are no known row shape; a pair needs a prompt, a chosen and a "
+        "pairs.jsonl:1: the columns q (text), a (text) match no known row shape; a pair needs a prompt, a chosen and a "
         "rejected answer; `mlxdpo data formats` lists all shapes"
     )
 

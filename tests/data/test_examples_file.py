@@ -101,7 +101,7 @@ def test_a_damaged_file_is_named(tmp_path, name):
     file = tmp_path / "part" / name
     size = file.stat().st_size // 2 // 16 * 16 if name != "where" else 3
     os.truncate(file, size)
-    with pytest.raises(UserError, match=rf"part: the kept tokens are damaged \(`{name}` is not what was written\)$"):
+    with pytest.raises(UserError, match=rf"part: the cached tokens are corrupted \(checksum mismatch in `{name}`\)$"):
         open_examples(tmp_path / "part")
 
 
@@ -350,7 +350,7 @@ def test_refused_data_are_refused_again(tmp_path):
         path=str(write(tmp_path / "pairs.jsonl", [("p " * 99, "a", "b")])), max_length=16, on_long_prompt="drop"
     )
     for _ in range(2):
-        with pytest.raises(UserError, match=r"no pair is left to train on .*prompt too long"):
+        with pytest.raises(UserError, match=r"no pairs left to train on .*prompt too long"):
             made(data, base_tokenizer())
     assert files_in(pairs_folder()) == []
 

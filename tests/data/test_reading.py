@@ -91,7 +91,7 @@ def test_stopped_before_there_is_a_run_the_terminal_says_so(tmp_path, monkeypatc
     events = [Event("reading", 0, Sofar("encoding", 1000, 5000)._asdict()), Event("interrupted", 0, {})]
     monkeypatch.setattr(sys.modules["mlxdpo.training.run"], "train", lambda *args, **kw: iter(events))
     assert follow_training(recipe(tmp_path), None) == 130
-    assert capsys.readouterr().out == "stopped; nothing was begun, start again\n"
+    assert capsys.readouterr().out == "stopped; nothing was saved, start again\n"
 
 
 def test_the_moving_line_names_what_is_done(monkeypatch):

@@ -150,8 +150,8 @@ REFUSED = {
             ],
         },
         None,
-        '"rejected" of step 1 lists turns that are not the assistant\'s; expected alternatives, one that goes on for '
-        "several turns as a list of its own",
+        '"rejected" of step 1 lists turns that are not the assistant\'s; expected alternatives, one of '
+        "several turns as a nested list",
     ),
     "tool turn as choice": (
         {"prompt": "u", "steps": [{"chosen": {"role": "tool", "content": "t"}, "rejected": "b"}]},
@@ -328,7 +328,7 @@ def test_a_template_without_ends_is_refused_by_name():
 def test_what_follows_the_last_assistant_turn_is_left_out_and_counted():
     (chosen, _), example, report = scored_texts(pair(0, ("a", "o", "b", "end"), ("c",)), "chatml")
     assert chosen == ["a<|im_end|>", "b<|im_end|>"] and example.chosen_mask[-1]
-    assert list(report.changed) == ["turns behind the last assistant turn left out: nothing there is scored"]
+    assert list(report.changed) == ["turns after the last assistant turn skipped: nothing there is scored"]
 
 
 def test_a_long_history_is_trimmed_as_a_prompt_is():

@@ -163,7 +163,7 @@ def test_a_completion_too_long_behind_its_new_prompt_is_cut_and_counted():
         (4, 8, (1, 1), "they weigh 0.50 to 1; .* 1 to 1.5, as with loss.desirable_weight 2$"),
         (9, 3, (1, 1), "they weigh 3.00 to 1; .* as with loss.undesirable_weight 2$"),
         (9, 3, (1, 2), "they weigh 1.50 to 1$"),
-        (3, 0, (1, 1), "3 thumbs up and 0 down: with one kind alone"),
+        (3, 0, (1, 1), "3 thumbs up and 0 down: KTO needs both kinds"),
     ],
 )
 def test_the_balance_of_thumbs(ups, downs, weights, said):

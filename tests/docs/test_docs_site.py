@@ -73,7 +73,7 @@ def test_every_command_is_in_the_reference_with_its_help(build, monkeypatch):
 
 def test_links_to_the_readme_lead_to_the_index_and_those_to_other_readmes_stay(build):
     text = build.with_index(build.ROOT / "docs" / "README.md")
-    assert "](../README.md" not in text and "](../index.md#two-commands)" in text
+    assert "](../README.md" not in text and "](../index.md#install)" in text
     assert "](../examples/README.md)" in text
     assert "](docs/README.md)" in build.with_index(build.ROOT / "README.md")
 

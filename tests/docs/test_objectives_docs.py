@@ -62,7 +62,7 @@ def test_the_command_shows_one_objective_with_its_formula(name, capsys):
 
 def test_an_unknown_objective_is_one_sentence(capsys):
     assert run(["objectives", "simpoo"]) == 2
-    assert capsys.readouterr().err == "error: simpoo is no objective; did you mean simpo?\n"
+    assert capsys.readouterr().err == "error: simpoo is not an objective; did you mean simpo?\n"
 
 
 OTHER = {

@@ -128,7 +128,7 @@ def test_no_interval_where_data_cannot_carry_one():
     assert clustered_share([1.0, 0.0], ["a", "a"]) is None and clustered_share([], []) is None
     assert clustered_share([0.5] * 10, range(10)) is None
     assert clustered_mean([3.0] * 10, range(10)) is None and clustered_se([1.0], ["a"]) is None
-    with pytest.raises(ValueError, match=r"values lie in \[0.0, 2.0\]"):
+    with pytest.raises(ValueError, match=r"values are in \[0.0, 2.0\]"):
         clustered_share([0.0, 2.0], [0, 1])
     with pytest.raises(ValueError, match="level is 95"):
         clustered_mean([0.0, 2.0], [0, 1], level=95)

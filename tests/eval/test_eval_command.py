@@ -91,7 +91,7 @@ def test_records_that_cannot_be_used_are_counted_or_stop(run, tmp_path, capsys):
     assert any("two answers are the same" in text and "odd.jsonl:8" in text for text in results["data"]["left_out"])
     bad = [*records(2), {"prompt": "q", "chosen": ["a"], "rejected": "b"}]
     assert cli(["eval", str(run.path), "--data", lines(tmp_path / "bad.jsonl", bad), *ARGS]) == 2
-    assert "bad.jsonl:7: no best-of-k record" in capsys.readouterr().err
+    assert "bad.jsonl:7: not a best-of-k record" in capsys.readouterr().err
 
 
 def test_slices_by_any_column_with_the_worst_and_what_is_not_there(tmp_path, cache, capsys):

@@ -46,7 +46,7 @@ def test_an_oracle_says_one_and_a_coin_one_half():
 def test_unparsable_verdicts_are_left_out_bounded_and_counted_by_reason():
     before, after = good_and_bad(50)
     found = judged(mumbles, before, after)
-    assert found.reasons == {"the answer is no label": 10} and found.invalid_share == 0.2
+    assert found.reasons == {"the answer is not a label": 10} and found.invalid_share == 0.2
     assert (found.n, found.asked, found.answered, found.invalid, found.equal) == (50, 50, 40, 10, 0)
     assert (found.wins, found.ties, found.losses, found.rate) == (40, 0, 0, 1.0)
     assert (found.worst, found.best) == (0.8, 1.0)
@@ -85,7 +85,7 @@ def test_equal_answers_dilute_neither_what_was_won_nor_what_failed():
     assert won.rate == 1.0 and won.prompts == 9 and won.overall == pytest.approx((9 + 95 / 2) / 104)
     said = answers_headline(won, 0.1)
     assert said.verdict == "better" and "100.0 % of the 9 pairs it judged" in said.sentence
-    assert "95 of 104 pairs of answers are equal word for word" in said.sentence
+    assert "95 of 104 pairs of answers are identical" in said.sentence
 
 
 def test_a_judge_that_never_answers_gives_no_verdict():

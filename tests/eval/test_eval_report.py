@@ -104,9 +104,9 @@ def test_cost_in_words():
     }
     assert cost_sentences(results)[:-1] == [
         "Answers are 1.50 times as long as before: 20 tokens became 30.",
-        "90 % of them end by themselves, 100 % before.",
+        "90 % of them end with an end token, 100 % before.",
         "5.0 % of their 3-grams are repetitions, 1.0 % before.",
-        "The model is 2.50 nats an answer from its reference (KL); 25 % of its answers are word for word as before.",
+        "The model is 2.50 nats an answer from its reference (KL); 25 % of its answers are identical to before.",
         "The chosen answers of held-out pairs are 0.75 nats less likely than before.",
     ]
     assert cost_sentences(results)[-1].startswith("one (free text")

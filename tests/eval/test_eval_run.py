@@ -49,7 +49,7 @@ def test_pairs_ranked_rightly_are_not_called_better_where_no_answer_changed(tmp_
     found = evaluate(barely, [], Sampling(prompts=6, samples=1, max_tokens=5, temperature=1.0)).results
     assert found["drift"]["same"] == 1.0 and found["pairs"]["rewards"]["ties"] < found["pairs"]["rewards"]["n"]
     assert found["headline"]["verdict"] == "no difference shown"
-    assert "writes all 6 answers word for word as before" in found["headline"]["sentence"]
+    assert "writes all 6 answers exactly as before" in found["headline"]["sentence"]
 
 
 def test_a_second_evaluation_repeats_every_number_whatever_the_batch(run):
@@ -221,7 +221,7 @@ def test_runs_sampled_with_different_settings_are_not_compared(run, tmp_path):
     other = trained(tmp_path, "other")
     evaluate(run, [Planted(coin)], SMALL)
     evaluate(other, [Planted(coin)], Sampling(prompts=6, samples=2, max_tokens=4))
-    with pytest.raises(UserError, match="max_tokens 5 and 4; evaluate both alike"):
+    with pytest.raises(UserError, match="max_tokens 5 and 4; use the same value for both"):
         compare_runs(run, other)
 
 

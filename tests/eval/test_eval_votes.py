@@ -89,7 +89,7 @@ def test_the_side_does_not_matter_and_every_look_is_the_running_vote(tmp_path):
         assert (look.n, look.low, look.high) == (n, *anytime_interval(*counts))
         assert look.e_value == pytest.approx(np.exp(log_e_value(*counts)))
     assert found.decided_at is None and found.needed == votes_needed(6, 2) > 0
-    assert f"at this rate about {roughly(found.needed)} more votes would tell" in votes_headline(found).sentence
+    assert f"at this rate about {roughly(found.needed)} more votes would decide" in votes_headline(found).sentence
     assert [roughly(n) for n in (7, 84, 19976)] == ["7", "84", "20,000"]
 
 

@@ -144,7 +144,7 @@ def test_a_rubric_gives_points_and_reasons_and_asks_once(kind):
 def test_a_server_without_a_verdict_is_refused_with_what_each_method_brought():
     with serving(lambda body: completion("I would rather not say.")) as server, pytest.raises(UserError) as error:
         opened(server)
-    assert "the test question got no verdict (log-probs of the labels: the answer is no label; structured" in str(
+    assert "no verdict for the test question (log-probs of the labels: the answer is not a label; structured" in str(
         error.value
     )
     assert len(server.seen) == 3
@@ -174,7 +174,7 @@ def test_a_budget_that_is_too_large_is_made_smaller():
 
 @pytest.mark.parametrize(
     "status, hint",
-    [(401, r"put the key into \$MLXDPO_JUDGE_KEY"), (404, "mostly ends in /v1"), (302, "it redirects to")],
+    [(401, r"put the key into \$MLXDPO_JUDGE_KEY"), (404, "usually ends in /v1"), (302, "it redirects to")],
 )
 def test_a_refusal_of_the_test_question_stops_before_anything_is_sampled(status, hint):
     def behave(body):
@@ -239,7 +239,7 @@ def test_what_is_packed_is_not_unpacked():
     with serving(lambda body: (200, b"x", {"Content-Encoding": "gzip"}) if odd else ollama(body)) as server:
         judge = opened(server)
         odd.append(True)
-        assert judge.ask(ONE) == [invalid("the reply is compressed, which was not asked for")]
+        assert judge.ask(ONE) == [invalid("the reply is compressed, which was not requested")]
     assert server.seen[-1][1]["Accept-Encoding"] == "identity"
 
 
@@ -279,7 +279,7 @@ def test_a_key_that_a_server_repeats_is_struck_out(monkeypatch):
 def test_a_key_goes_over_https_or_to_this_machine(url, monkeypatch):
     assert parse_address("endpoint", f"m@{url}") == ("m", url)
     monkeypatch.setenv("MLXDPO_JUDGE_KEY", "secret-key")
-    with pytest.raises(UserError, match=r"JUDGE_KEY would go to .* in the clear; use https, or unset") as refused:
+    with pytest.raises(UserError, match=r"JUDGE_KEY would be sent to .* unencrypted; use https, or unset") as refused:
         open_judge(f"rubric:m@{url}")
     assert "secret-key" not in str(refused.value)
     for safe in (
@@ -327,7 +327,9 @@ def test_a_slow_test_question_says_that_no_answer_came(monkeypatch):
         return ollama(body)
 
     with serving(behave) as server:
-        with pytest.raises(UserError, match=r"the test question got no answer \(timeout\); is the server running"):
+        with pytest.raises(
+            UserError, match=r"no answer to the test question \(timeout\); check that the server is running"
+        ):
             opened(server)
         released.set()
 
@@ -354,14 +356,12 @@ def test_what_is_no_chat_completion_is_none(body):
 
 @pytest.mark.parametrize("text", ["Answer A is better", "AB", "", "I cannot judge", "a tie"])
 def test_text_around_a_label_is_invalid(text):
-    assert read_label_odds(read_reply(chat(text))) == invalid("the answer is no label")
+    assert read_label_odds(read_reply(chat(text))) == invalid("the answer is not a label")
 
 
 def test_a_label_that_is_not_listed_lies_below_the_least_that_is():
     assert read_label_odds(read_reply(chat("A", {"A": -0.1, "x": -5.0}))).logit == pytest.approx(-0.1 + 7.0)
-    assert read_label_odds(read_reply(chat("x", {"x": -0.1, "A": -5.0}))) == invalid(
-        "the labels are improbable answers"
-    )
+    assert read_label_odds(read_reply(chat("x", {"x": -0.1, "A": -5.0}))) == invalid("the labels are improbable")
 
 
 @pytest.mark.parametrize(

@@ -136,9 +136,9 @@ def test_files_are_read_as_they_lie(tmp_path):
     ("rows", "given", "words"),
     [
         ([], {}, "no rows"),
-        ([3], {}, "entry 1 is no object"),
-        ([{"question": 1}], {}, "the formats are alpaca_eval"),
-        (LINES, {"format": "csv"}, "format 'csv' is not known"),
+        ([3], {}, "entry 1 is not an object"),
+        ([{"question": 1}], {}, "the formats of verdicts are alpaca_eval"),
+        (LINES, {"format": "csv"}, "unknown format 'csv'"),
         (LINES, {"model": "c"}, "name one of the two"),
         (MT_BENCH, {}, "the file has base, m"),
         ([*ALPACA, ALPACA[0] | {"generator_2": "n"}], {}, "the file has m, n"),

@@ -72,9 +72,9 @@ def test_a_loser_is_stopped_and_gets_no_further_seed(tmp_path):
     ]  # fmt: skip
     assert any("lr1e-5-seed0: stopped at step 2 of 8: held-out loss is 0.0" in text for text in said)
     found = write_sweep(asked.folder)
-    assert found.best == "lr1e-3" and "not told apart from it: lr9.99e-4." in sweep_sentence(found)
+    assert found.best == "lr1e-3" and "indistinguishable from it: lr9.99e-4." in sweep_sentence(found)
     page = (asked.folder / "report.html").read_text()
-    assert "stopped at step 2 of 8" in page and "cannot be told apart" in page and "99&nbsp;% interval" in page
+    assert "stopped at step 2 of 8" in page and "are indistinguishable" in page and "99&nbsp;% interval" in page
 
 
 def test_a_finished_loser_gets_no_further_seed(tmp_path):
@@ -110,7 +110,7 @@ def test_objectives_are_compared_by_accuracy_and_only_on_the_same_pairs(tmp_path
         ({"data__path": ["a", "b"]}, "no common held-out pairs"),
         ({"train__seed": ["1", "2"]}, "--seeds N trains N seeds"),
         ({"optim__lr": ["1e-3", "1e-3"]}, "names a value twice"),
-        ({"train__minutes": ["3"]}, "give train.steps instead"),
+        ({"train__minutes": ["3"]}, "use train.steps instead"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(settings, said, tmp_path):

@@ -41,7 +41,7 @@ def test_a_client_that_answers_otherwise_fails_the_gate(run, tmp_path, monkeypat
     monkeypatch.setattr(ask, "CLIENTS", clients)
     done = export(run, ["mlx"], tmp_path / "out", ask=6)
     target = done.targets["mlx"]
-    assert not target.kept and target.fidelity.reason == "planted answered 6 of 6 prompts unlike the run"
+    assert not target.kept and target.fidelity.reason == "planted answered 6 of 6 prompts differently from the run"
     assert len(asked) == 6 and asked[0].turns[0].role == "user" and len(asked[0].ids) > 3
     assert read_record(tmp_path / "out").targets["mlx"].asked["unlike"] == 6
     assert "planted: 0 of 6" in (tmp_path / "out" / "README.md").read_text("utf-8")

@@ -181,7 +181,7 @@ def test_a_card_without_its_marks_is_not_overwritten(evaluated, out, damage):
     card = write_card(evaluated[0], out)
     card.write_text(damage(card.read_text()))
     before = card.read_text()
-    with pytest.raises(UserError, match="put them back or move it"):
+    with pytest.raises(UserError, match="restore them or move it"):
         write_card(evaluated[0], out)
     assert card.read_text() == before
 

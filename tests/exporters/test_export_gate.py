@@ -123,7 +123,7 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path, cache, squ
     assert (tmp_path / "out/mlx").is_dir() and not (tmp_path / "out/model.safetensors").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="holds something that is no earlier export"):
+    with pytest.raises(UserError, match="exists and is not an earlier export"):
         export(run, ["mlx"], tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
@@ -136,7 +136,7 @@ def test_the_command_prints_figures_and_its_status_is_the_verdict(tmp_path, cach
     assert "1.0000" in said and "10 pairs" in said and "passed" in said
     assert command(["export", "run", "--to", "quantized", "--bits", "4", "--out", "small"]) == 1
     said = capsys.readouterr()
-    assert "FAILED" in said.out and "its files are not kept" in said.err
+    assert "FAILED" in said.out and "its files were deleted" in said.err
     assert json.loads((tmp_path / "small/export.json").read_text())["targets"]["quantized"]["kept"] is False
     assert command(["export", "run", "--to", "quantized", "--bits", "4", "--out", "small", "--force", "--json"]) == 0
     said = capsys.readouterr()
@@ -147,16 +147,16 @@ def test_the_command_prints_figures_and_its_status_is_the_verdict(tmp_path, cach
 
 
 MISTAKES = {
-    "export run --to onnx --out o": "`onnx` is no target; known: mlx, peft, hf, fused, quantized, packed-base, gguf",
+    "export run --to onnx --out o": "`onnx` is not a target; known: mlx, peft, hf, fused, quantized, packed-base, gguf",
     "export run --to , --out o": "no target given",
     "export run --to mlx --out o --public": "--public needs --push USER/REPO",
     "export run --to mlx --out o --push me": "me",
-    "export nope --to mlx --out o": "nope: no config.yaml there",
+    "export nope --to mlx --out o": "nope: no config.yaml in it",
     "export run --to mlx --out o --data none.jsonl": "none.jsonl: no such file",
     "export run --to mlx --out o --bits 7": "bits",
-    "import --peft nope --model llama --out o": "nope: no PEFT adapter there",
-    "import --peft run/adapter --model llama --out o": "no PEFT adapter there; expected",
-    "import --peft p --model llama --out run": "run is already there; choose another --out",
+    "import --peft nope --model llama --out o": "nope: no PEFT adapter in it",
+    "import --peft run/adapter --model llama --out o": "no PEFT adapter in it; expected",
+    "import --peft p --model llama --out run": "run already exists; choose another --out",
 }
 
 

@@ -169,7 +169,7 @@ def test_other_families_settings_and_rules_are_refused_in_a_sentence(tmp_path, c
     cases = {
         "olmo2": ({}, "is a olmo2 model"),
         "gemma2": ({"query_pre_attn_scalar": 16, "sliding_window": 128}, "llama.cpp computes a gemma2 model with 8"),
-        "llama": ({}, "a rule without a name"),
+        "llama": ({}, "an unsupported rule"),
     }
     for kind, (changes, sentence) in cases.items():
         write_model(tmp_path / kind / kind, chatml_tokenizer(), kind, **changes)

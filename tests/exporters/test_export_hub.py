@@ -51,7 +51,7 @@ def test_a_named_file_of_another_kind_stays_too(out):
     record(out, {"mlx": "mlx"})
     going, left = dry_run(out)
     assert [file.name for file in going] == LEAVES
-    assert ("mlx/link.gguf", "a link, which may lead anywhere") in [tuple(item) for item in left]
+    assert ("mlx/link.gguf", "a symbolic link") in [tuple(item) for item in left]
 
 
 def test_pushed_bytes_are_the_files_and_the_repository_is_private(hub, out):
@@ -130,7 +130,7 @@ def test_no_card_no_record_no_push(hub, out):
 
 def test_a_token_in_a_text_is_never_sent(hub, out):
     (out / "README.md").write_text(CARD + TOKEN)
-    text = refused("looks like a login", push, out, NAME)
+    text = refused("looks like a token", push, out, NAME)
     assert TOKEN not in text and hub.requests == []
 
 
@@ -166,15 +166,15 @@ def test_someone_else_pushed_meanwhile(hub, out):
     hub.fail("POST", "/commit/", 412, message="A commit has happened since")
     refused("was changed by someone else", push, out, NAME)
     hub.fail("POST", "/commit/", 409)
-    refused("conflicts with what is there", push, out, NAME)
+    refused("conflicts with existing content", push, out, NAME)
 
 
 @pytest.mark.parametrize(
     ("method", "path", "status", "match"),
     [
         ("GET", "whoami", 401, "does not accept this login"),
-        ("POST", "repos/create", 403, "may not do that"),
-        ("POST", "/preupload/", 403, "may not do that"),
+        ("POST", "repos/create", 403, "lacks permission"),
+        ("POST", "/preupload/", 403, "lacks permission"),
         ("POST", "/preupload/", 404, "not on the Hub"),
         ("POST", "/commit/", 400, "refused while uploading"),
         ("POST", "/commit/", 413, "too large"),
@@ -195,13 +195,13 @@ def test_an_unknown_login(hub, out, monkeypatch):
 
 
 def test_someone_elses_name(hub, out):
-    refused("may not do that to bob/tiny", push, out, "bob/tiny")
+    refused("lacks permission for bob/tiny", push, out, "bob/tiny")
     assert hub.repos == {}
 
 
 @pytest.mark.parametrize("name", ["tiny", "a/b/c", "jane/", "/tiny", "jane/ti ny", "jane/..", "", "https://x/y", TOKEN])
 def test_wrong_names_are_refused_here(hub, out, name):
-    refused("no repository id", push, out, name)
+    refused("not a repository id", push, out, name)
     assert hub.requests == []
 
 

@@ -140,11 +140,11 @@ HOSTILE = {
     "one wide module": ({"a": (10**5, 1), "b": (1, 10**5)}, "has rank 100000 between 1 and 1"),
     "three sides": ({"a": (4, 32, 1)}, "expected lora_a (r, in)"),
     "two ranks": ({"a": (3, 32)}, "expected lora_a (r, in)"),
-    "alpha no number": ({"lora_alpha": {}}, "no settings of PEFT's"),
-    "alpha infinite": ({"lora_alpha": 10**400}, "no settings of PEFT's"),
-    "patterns no object": ({"alpha_pattern": [1]}, "no settings of PEFT's"),
+    "alpha no number": ({"lora_alpha": {}}, "invalid PEFT settings"),
+    "alpha infinite": ({"lora_alpha": 10**400}, "invalid PEFT settings"),
+    "patterns no object": ({"alpha_pattern": [1]}, "invalid PEFT settings"),
     "a pattern without end": ({"alpha_pattern": {"((.+)+)+!": 1}}, "took more than 2 s to match"),
-    "a broken pattern": ({"alpha_pattern": {"(": 1}}, "is no pattern of module names"),
+    "a broken pattern": ({"alpha_pattern": {"(": 1}}, "is not a pattern of module names"),
 }
 
 

@@ -74,7 +74,7 @@ def test_a_template_that_does_more_is_refused_with_where():
             "".join(f"<{turn.role}>{turn.content}" for turn in turns) + ("!" if len(turns) > 5 else "") + "<assistant>"
         )
 
-    with pytest.raises(UserError, match="does more than to put text around turns"):
+    with pytest.raises(UserError, match="does more than put text around turns"):
         learn_template(render)
 
 
@@ -86,7 +86,7 @@ def test_what_the_languages_would_read_is_quoted():
     read = parse_modelfile("# words\n" + text.replace("PARAMETER stop", "parameter  stop"))
     assert [one.name for one in read] == ["from", "template", "stop", "stop"] and read[0].value == "./m.gguf"
     for broken, sentence in (
-        ("FORM x\n", "no instruction"),
+        ("FORM x\n", "not an instruction"),
         ('FROM x\nSYSTEM """a\n', "has no end"),
         ("LICENSE x\n", "no FROM"),
     ):

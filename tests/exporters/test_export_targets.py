@@ -194,7 +194,7 @@ def test_experts_are_fused_one_by_one(tmp_path, cache):
     assert before.keys() == after.keys()
     changed = {n for n in before if not np.array_equal(np.array(before[n]), np.array(after[n]))}
     assert sum(".experts." in name for name in changed) > 10
-    with pytest.raises(UserError, match="adapts a stack of experts, which PEFT keeps apart"):
+    with pytest.raises(UserError, match="adapts a stack of experts, which PEFT does not support"):
         export(run, ["peft"], tmp_path / "other")
 
 

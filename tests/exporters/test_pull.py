@@ -80,7 +80,7 @@ def test_pull_by_command(hub, trained, tmp_path, monkeypatch, capsys):
     assert cli(["pull", NAME, "--base", base_of(trained)]) == 0
     assert "runs/tiny-dpo (run)" in capsys.readouterr().out
     assert cli(["pull", NAME, "--base", base_of(trained)]) == 2
-    assert "exists; give another --out" in capsys.readouterr().err
+    assert "exists; choose another --out" in capsys.readouterr().err
 
 
 def test_a_revision(hub, trained, tmp_path):
@@ -89,7 +89,7 @@ def test_a_revision(hub, trained, tmp_path):
     assert pull_run(NAME, revision="v2", out=tmp_path / "a", base=base_of(trained)).commit == done.commit
     assert pull_run(NAME, revision=done.commit, out=tmp_path / "b", base=base_of(trained)).commit == done.commit
     assert "round-9" in refused("no branch, tag or commit", NAME, revision="round-9", out=tmp_path / "c")
-    refused("neither a run", NAME, out=tmp_path / "c")
+    refused("neither an mlxdpo run", NAME, out=tmp_path / "c")
     assert not (tmp_path / "c").exists() and not list(tmp_path.glob(".c-*"))
 
 
@@ -207,7 +207,7 @@ def test_bytes_must_be_the_listed_ones(hub, trained, tmp_path, monkeypatch):
     hub.server.RequestHandlerClass.routes = [
         (m, p, lies if f is real else f) for m, p, f in hub.server.RequestHandlerClass.routes
     ]
-    refused("other bytes than the repository lists", NAME, out=tmp_path / "back", base=base_of(trained))
+    refused("does not match its digest in the repository", NAME, out=tmp_path / "back", base=base_of(trained))
 
 
 def test_git_digests(tmp_path):
@@ -264,7 +264,7 @@ def test_a_half_pushed_run(hub, trained, tmp_path):
 
 @pytest.mark.parametrize(
     ("status", "match"),
-    [(401, "does not accept this login"), (403, "may not do that"), (404, "not on the Hub"), (500, "answered 500")],
+    [(401, "does not accept this login"), (403, "lacks permission"), (404, "not on the Hub"), (500, "answered 500")],
 )  # fmt: skip
 def test_refusals(hub, tmp_path, status, match):
     hub.fail("GET", "/api/models/", status, times=99)
@@ -273,7 +273,7 @@ def test_refusals(hub, tmp_path, status, match):
 
 def test_a_repository_that_is_not_there(hub, tmp_path):
     refused("not on the Hub", "jane/nothing", out=tmp_path / "back")
-    refused("no repository id", "nothing", out=tmp_path / "back")
+    refused("not a repository id", "nothing", out=tmp_path / "back")
 
 
 def test_a_download_that_breaks_is_taken_up_again(hub, trained, tmp_path):

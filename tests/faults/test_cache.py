@@ -45,7 +45,7 @@ def test_the_name_of_a_blob_is_not_believed(tmp_path, cache, monkeypatch):
     assert file_digest(blob) == blob.name and len(list((cache / "digests").iterdir())) == 1
     blob.write_bytes(b"the weighs!")
     for _ in range(2):
-        with pytest.raises(UserError, match="damaged, its bytes are not those that the Hub sent; delete it"):
+        with pytest.raises(UserError, match="corrupted \\(its bytes differ from the Hub's\\); delete it"):
             file_digest(blob)
 
 
@@ -62,7 +62,7 @@ def test_a_damaged_base_in_the_hubs_cache_is_not_trained_on(tmp_path, cache, cap
     raw[-10] ^= 1
     blob.write_bytes(raw)
     assert cli(["train", "--resume", config.out]) == 2
-    assert "damaged, its bytes are not those that the Hub sent" in capsys.readouterr().err
+    assert "corrupted (its bytes differ from the Hub's)" in capsys.readouterr().err
 
 
 def test_a_damaged_note_is_made_again(tmp_path, cache, monkeypatch):

@@ -105,7 +105,7 @@ def test_a_disk_that_becomes_read_only(place):
     assert len(lines) == 6, done.stderr
     assert lines[0] == f"error: {place.own}/disk/run: cannot make the run directory (Read-only file system)"
     assert (lines[1], lines[2], lines[4], lines[5]) == ("train 2", "train 0", "resume 1", "resume 0")
-    assert "Read-only file system; choose a folder that can be written" in lines[3]
+    assert "Read-only file system; choose a writable folder" in lines[3]
     check_arrived(place, place.own / "arrived")
 
 

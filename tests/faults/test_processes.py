@@ -106,7 +106,7 @@ def test_interrupted_it_saves_says_how_to_go_on_and_does(place, number):
     said, _ = process.communicate(timeout=600)
     run = place.own / "run"
     assert process.returncode == 130 and "Traceback" not in said
-    assert said.rstrip().endswith(f"stopped; go on with: mlxdpo train --resume {run}")
+    assert said.rstrip().endswith(f"stopped; resume with: mlxdpo train --resume {run}")
     last = check_run(run)
     assert 4 <= last < 24 and Run.open(run).metrics()[-1]["step"] == last  # the last whole step is saved
     assert not (run / "adapter").exists()
@@ -130,7 +130,7 @@ def test_refusals_exit_2_with_one_sentence(place):
     done = resume(place)
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: {place.own}/run: no config.yaml there; expected a run directory such as runs/NAME\n"
+        f"error: {place.own}/run: no config.yaml in it; expected a run directory such as runs/NAME\n"
     )
     straight = place.base / "straight"
     (place.own / "recipe.yaml").write_text(dump_config(recipe(place.base, "straight", **SECTIONS)))
@@ -150,7 +150,7 @@ def test_ctrl_c_twice_stops_at_once_and_the_last_checkpoint_is_whole(place):
         time.sleep(0.001)
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 130 and "Traceback" not in said, said
-    assert any(line.startswith(("interrupted", "stopped; go on with")) for line in said.splitlines()), said
+    assert any(line.startswith(("interrupted", "stopped; resume with")) for line in said.splitlines()), said
     assert check_run(place.own / "run") >= 2
     arrived(place)
 
@@ -222,8 +222,10 @@ def test_memory_runs_out_between_two_steps(place):
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 1 and "Traceback" not in said, said
     line = said.rstrip().splitlines()[-1]
-    assert "the next step may need" in line and "MB of memory more than there is; close some programs, or lower" in line
-    assert line.endswith(f"then go on from the last checkpoint with: mlxdpo train --resume {place.own / 'run'}")
+    assert (
+        "the next step may need" in line and "MB more memory than is available; close some programs, or lower" in line
+    )
+    assert line.endswith(f"then resume from the last checkpoint with: mlxdpo train --resume {place.own / 'run'}")
     assert check_run(place.own / "run") == 2  # nothing is lost
     arrived(place)
 
@@ -244,7 +246,7 @@ def test_room_is_asked_for_and_not_taken():
         (RuntimeError("[malloc] Unable to allocate 99 bytes."), "not enough memory ([malloc] Unable"),
         (MemoryError(), "not enough memory (Python could not allocate)"),
         (OSError(28, "No space left on device", "a/b"), "a/b: No space left on device; free some space"),
-        (OSError(5, "Input/output error"), "standard output: Input/output error; look at the disk"),
+        (OSError(5, "Input/output error"), "standard output: Input/output error; check the disk"),
     ],
 )
 def test_what_the_machine_says_is_one_sentence(error, begins):

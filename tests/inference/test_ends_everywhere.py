@@ -72,7 +72,7 @@ def test_collect(sft, tmp_path, capsys):
     (tmp_path / "q.jsonl").write_text('{"prompt": "red 3?"}\n{"prompt": "blue 9?"}\n')
     words = ["collect", str(sft.path), "--prompts", str(tmp_path / "q.jsonl"), "--reward", "longest"]
     assert cli([*words, "--out", str(tmp_path / "p.jsonl"), "--max-tokens", str(MOST), "--temperature", "0.1"]) == 2
-    wanted = "(14 answers: nearly the same as an earlier answer to its prompt; 2 prompts with fewer than two usable"
+    wanted = "(14 answers: nearly identical to an earlier answer to the prompt; 2 prompts with fewer than two usable"
     assert wanted in capsys.readouterr().err
 
 

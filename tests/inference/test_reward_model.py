@@ -149,7 +149,7 @@ def test_the_head_starts_at_zero_and_so_do_all_rewards(examples):
 
 
 def test_a_soft_label_has_no_place():
-    with pytest.raises(UserError, match=r"data\.columns probability makes no sense in stage reward"):
+    with pytest.raises(UserError, match=r"data\.columns probability does not apply in stage reward"):
         reward_loss(0.0, 0.0, ["probability"])
 
 
@@ -255,5 +255,5 @@ def test_it_is_a_judge(trained):
 def test_what_is_no_reward_model_is_refused(tmp_path, cache):
     write_pairs(tmp_path / "pairs.jsonl", 4)
     finish(recipe(tmp_path))
-    with pytest.raises(UserError, match="a run of stage dpo gives no rewards"):
+    with pytest.raises(UserError, match="a run of stage dpo is not a reward model"):
         open_reward_model(Run(tmp_path / "run"))

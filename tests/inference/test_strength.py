@@ -107,7 +107,7 @@ def test_dora_has_no_strength(tmp_path):
         lambda: next(at_strengths(run, [0.5])),
         lambda: merge_runs([run] * 2, tmp_path / "a"),
     ):
-        with pytest.raises(UserError, match=r"lora\.method dora trains the length of each row beside the product"):
+        with pytest.raises(UserError, match=r"lora\.method dora trains row magnitudes separately from the product"):
             refused()
     assert run_at(run, 1.0) is run
 
@@ -167,7 +167,7 @@ def test_what_cannot_be_averaged(tmp_path, run):
     plain = trained(tmp_path, "plain", model={"dtype": "float32"})
     refusals = {
         "adapts other layers than": [run, other],
-        "one run alone has nothing to merge with": [run],
+        "one run is not enough to merge": [run],
         "trained every weight": [plain, full],
     }
     for words, runs in refusals.items():

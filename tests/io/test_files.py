@@ -94,7 +94,9 @@ def test_a_nul_in_a_field_is_a_sentence(tmp_path, key, capsys):
     base[section] = base.get(section, {}) | {name: odd} if name else odd
     file.write_text(json.dumps(base))
     assert cli(["train", str(file)]) == 2
-    assert f"`{key}" in (said := capsys.readouterr().err) and "holds a NUL character" in said and said.count("\n") == 1
+    assert (
+        f"`{key}" in (said := capsys.readouterr().err) and "contains a NUL character" in said and said.count("\n") == 1
+    )
 
 
 def test_aliases_that_stand_for_themselves_are_looked_at_once(tmp_path):
@@ -147,7 +149,7 @@ def test_of_two_that_publish_at_once_one_is_refused(tmp_path):
     threads = [threading.Thread(target=publish, args=(number,)) for number in range(2)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert len(said) == 1 and "is already there, another process was faster; choose another --out" in said[0]
+    assert len(said) == 1 and "was just created by another process; choose another --out" in said[0]
     assert (target / "whose").read_text() in "01" and len(list(tmp_path.iterdir())) == 1
 
 

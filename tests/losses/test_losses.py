@@ -131,7 +131,7 @@ def test_modifiers_equal_their_formulas_or_are_refused_with_the_reason(name, mod
     for knobs in MODIFIED[modifier]:
         config = with_beta(name, 0.1).config.model_copy(update=knobs)
         if reason := refused(name, modifier):
-            with pytest.raises(UserError, match=rf"{modifier}.* makes no sense for {name}: {re.escape(reason)}"):
+            with pytest.raises(UserError, match=rf"{modifier}.* does not apply to {name}: {re.escape(reason)}"):
                 resolve(config, said)
             continue
         assert compare(config, said) <= TOLERANCE, knobs
@@ -306,7 +306,7 @@ def test_margins_raise_the_bar():
             {"reference_free": True, "f_divergence": "js_divergence"},
             "loss.f_divergence scores log-ratios to a reference; drop it or loss.reference_free",
         ),
-        ({"name": "sigmoid+aot", "wpo": True}, "loss.wpo True makes no sense for aot: it sorts the pairs of a step"),
+        ({"name": "sigmoid+aot", "wpo": True}, "loss.wpo True does not apply to aot: it sorts the values of a step"),
     ],
 )
 def test_what_has_no_effect_or_makes_no_sense_is_refused(knobs, sentence):

@@ -156,7 +156,7 @@ def test_margins_of_rows_leave_no_constant_to_start_from():
 
 
 def test_imitation_beside_another_objective_hides_no_refusal_of_that():
-    with pytest.raises(UserError, match="margin makes no sense for ipo"):
+    with pytest.raises(UserError, match="margin does not apply to ipo"):
         resolve(LossConfig(name="sft+ipo"), ["margin"])
 
 
@@ -207,7 +207,7 @@ def test_a_reward_models_rows_bring_margins_and_weights():
     rows = rewards(2.0, 0.5, margin=mx.array([0.5]), weight=mx.array([3.0]))
     assert loss(rows).item() == pytest.approx(3 * math.log1p(math.exp(-1)), rel=1e-6)
     assert loss.extra_columns == {"margin", "weight"}
-    with pytest.raises(UserError, match="probability makes no sense in stage reward"):
+    with pytest.raises(UserError, match="probability does not apply in stage reward"):
         reward_loss(0.0, 0.0, ["probability"])
 
 

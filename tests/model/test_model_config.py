@@ -107,7 +107,7 @@ def test_a_token_beyond_the_embedding(own, cache):
 def test_the_pattern_of_layers():
     assert period(["sliding_attention", "sliding_attention", "full_attention"] * 2) == 3
     assert period(["full_attention"] * 4) == 1
-    with pytest.raises(UserError, match="no repeated pattern"):
+    with pytest.raises(UserError, match="not a repeated pattern"):
         period(["full_attention", "sliding_attention"])
 
 
@@ -127,7 +127,7 @@ def test_plan_and_train_read_a_config_that_leaves_out_shapes_alike(tmp_path, cac
     loaded, planned = load_policy(model), read_skeleton(model)
     shapes = [{n: a.shape for n, a in tree_flatten(m.parameters())} for m in (loaded.model, planned.model)]
     assert shapes[0] == shapes[1]
-    assert "mlx-lm's are taken" in planned.reading.notes[-1] and planned.reading.notes == loaded.reading.notes
+    assert "mlx-lm's are used" in planned.reading.notes[-1] and planned.reading.notes == loaded.reading.notes
 
 
 def test_routers_that_correct_to_below_zero_are_named():

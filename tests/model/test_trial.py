@@ -32,7 +32,7 @@ TEMPLATES = {
 def test_a_hostile_template_is_ended(own, cache, capsys, name):
     (own / "chat_template.jinja").write_text(TEMPLATES[name])
     assert cli(["data", "check", str(write_pairs(own / "p.jsonl")), "--model", str(own)]) == 2
-    assert "its tokenizer or chat template took more than" in capsys.readouterr().err
+    assert "its tokenizer or chat template took" in capsys.readouterr().err
     assert not list(cache.glob("tried/*")), "and is tried again the next time"
 
 

@@ -46,7 +46,7 @@ def test_a_left_over_file_changes_nothing(own, cache):
     assert left_over(own) == ["model-old.safetensors", "model.safetensors"]
     assert np.array_equal(logits(own), want) and folder_digest(own) == clean
     note = load_policy(ModelConfig(path=str(own))).reading.notes[-1]
-    assert note.endswith("model-old.safetensors, model.safetensors is in no index and is not read")
+    assert note.endswith("model-old.safetensors, model.safetensors is not in an index and is ignored")
     assert len(read_skeleton(ModelConfig(path=str(own))).stored) == len(arrays)
 
 

@@ -104,10 +104,10 @@ def test_a_chunk_of_which_half_was_written_is_filled_up(place):
 
 def test_going_on_with_other_settings_is_refused_by_name(place):
     gathered(place, "p.jsonl", stop_after(17))
-    with pytest.raises(UserError, match=r"begun with another drawing\.seed \(0 then, 5 now\)"):
+    with pytest.raises(UserError, match=r"started with a different drawing\.seed \(0 then, 5 now\)"):
         gathered(place, "p.jsonl", seed=5)
     other = Ranker("other", {}, LENGTH.score)
-    with pytest.raises(UserError, match=r"begun with another judge\.name \(length then, other now"):
+    with pytest.raises(UserError, match=r"started with a different judge\.name \(length then, other now"):
         gathered(place, "p.jsonl", ranker=other)
     gathered(place, "p.jsonl", pairs="all")  # which answers make pairs is decided at the end
     with pytest.raises(UserError, match="is there already"):
@@ -118,7 +118,7 @@ def test_every_answer_is_paired_or_counted(place):
     found = gathered(place, "p.jsonl", unfinished="drop", max_tokens=40, pairs="all")[-1].values["report"]
     answers = [a for line in list(read_lines(place / "p.samples.jsonl"))[1:] for a in line["answers"]]
     assert found["answers"] == len(answers) == 40 and found["prompts_left_out"] == {
-        "a prompt that stands in an earlier row": 1
+        "the same prompt as in an earlier row": 1
     }
     left = sum(a["score"] is None for a in answers)
     assert sum(found["answers_left_out"].values()) == left and found["answers_left_out"][UNFINISHED] > 0
@@ -161,20 +161,20 @@ def test_ranked_rows_are_the_same_pairs(place):
 def test_the_command_s_file_is_checked_and_trains_unedited(place, capsys):
     words = ["collect", "run", "--prompts", "prompts.jsonl", "--samples", "4", "--max-tokens", "6", "--out", "p.jsonl"]
     assert cli([*words, "--reward", "longest", "--unfinished", "keep"]) == 0, capsys.readouterr().err
-    assert "1 a prompt that stands in an earlier row" in capsys.readouterr().out
+    assert "1 the same prompt as in an earlier row" in capsys.readouterr().out
     assert cli(["data", "check", "p.jsonl", "--model", "llama"]) == 0
     assert cli(["train", "--model", "llama", "--data", "p.jsonl", "--data.template", "plain", "--out", "next"]) == 0
     assert cli([*words, "--reward", "longest"]) == 2 and "is there already" in capsys.readouterr().err
 
 
 MISTAKES = {
-    "collect run --prompts prompts.jsonl --out p.jsonl": "name who ranks the answers",
-    "collect run --prompts prompts.jsonl --out p.jsonl --judge longest --reward longest": "name who ranks the answers",
+    "collect run --prompts prompts.jsonl --out p.jsonl": "name a judge to rank",
+    "collect run --prompts prompts.jsonl --out p.jsonl --judge longest --reward longest": "name a judge to rank",
     "collect run --out p.jsonl --judge longest": "no prompts given",
     "collect run --prompts prompts.jsonl --out p.jsonl --judge best": "no such judge",
     "collect run --prompts prompts.jsonl --out p.jsonl --judge longest --pairs margin": "needs a margin above 0",
     "collect run --prompts nope.jsonl --out p.jsonl --judge longest": "nope.jsonl: no such file",
-    "collect run --prompts prompts.jsonl --out p.jsonl --judge votes:v.jsonl": "draws nothing",
+    "collect run --prompts prompts.jsonl --out p.jsonl --judge votes:v.jsonl": "samples nothing",
     "collect run --out p.jsonl --judge votes:v.jsonl": "v.jsonl: no such file of votes",
 }
 

@@ -265,7 +265,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(pairs, speaker, prompts, tmp_pa
     for name in ("talks.jsonl", "pairs.jsonl", "report.json", "constitution.yaml", "settings.json"):
         assert (stopped / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
     other = SamplingSettings(pairs=pairs, **(settings | {"seed": 1}))
-    refusal = r"begun with another asking\.seed \(0 then, 1 now\); put it back, or choose another --out"
+    refusal = r"started with a different asking\.seed \(0 then, 1 now\); restore it, or choose another --out"
     with pytest.raises(UserError, match=refusal):
         finish(speaker, prompts, RULES, other, stopped)
     finish(speaker, prompts, RULES, other, tmp_path / "other")
@@ -415,7 +415,7 @@ def test_command_to_training(folder, tmp_path, cache, monkeypatch, capsys):
     assert read_prompts(DataConfig(), "o/pairs.jsonl").asked  # its prompts can be asked again
     for wrong, sentence in {
         f"constitution {folder} --prompts p.jsonl --out r": "r holds",
-        f"constitution {folder} --prompts p.jsonl --out n --labels none --feedback x": "nothing to compare",
+        f"constitution {folder} --prompts p.jsonl --out n --labels none --feedback x": "no effect with --labels none",
         f"constitution {folder} --prompts p.jsonl --out n --pairs samples --critique-tokens 9": "9 has no effect",
         f"constitution {folder} --prompts p.jsonl --out n --before": "--before is for runs",
         f"constitution {folder} --prompts p.jsonl --out n --pairs samples --labels none": "leaves two samples unjudged",

@@ -58,7 +58,7 @@ def test_two_servers_make_pairs_that_train(place, capsys):
     with chat_server(strong) as (one, first, bodies), chat_server(weak) as (two, second, _):
         assert cli(words(f"{one}#big", f"{two}#small", "--max-tokens", "9", "--requests", "3")) == 0
     shown = capsys.readouterr().out
-    assert "got 60 of 60 answers" in shown and "left\n" in shown and "1 a prompt that stands in an earlier row" in shown
+    assert "got 60 of 60 answers" in shown and "left\n" in shown and "1 the same prompt as in an earlier row" in shown
     assert "chosen: 240 tokens answered to 210 tokens of prompts" in shown
     assert first == second == dict.fromkeys(PROMPTS, 1)
     body = bodies[0][0]
@@ -100,7 +100,7 @@ def test_what_cannot_stand_in_a_pair_is_counted_and_costs_no_second_answer(place
             "chosen, empty": 1,
             f"chosen, {REFUSAL}": 1,
             "chosen, a tool call instead of text": 1,
-            "chosen, the reply is no chat completion": 1,
+            "chosen, the reply is not a chat completion": 1,
             "chosen, refused by the server (HTTP 400)": 1,
         }
         assert report["prompts_without_pair"] == {SAME: 1} and report["rows"] == 30 - 7 - 1
@@ -121,7 +121,7 @@ def test_a_server_that_goes_away_loses_nothing_and_is_asked_again_for_what_it_fa
     with chat_server(flaky) as (one, first, _), chat_server(weak) as (two, second, _):
         down["yes"] = True
         assert cli(words(f"{one}#big", f"{two}#small")) == 2
-        assert "8 prompts in a row had no answer (HTTP 503: loading); mend the server" in capsys.readouterr().err
+        assert "8 prompts in a row had no answer (HTTP 503: loading); fix the server" in capsys.readouterr().err
         assert first[PROMPTS[1]] == 1 and not second
         down["yes"] = False
         assert cli(words(f"{one}#big", f"{two}#small")) == 0
@@ -145,7 +145,7 @@ def test_stopped_and_gone_on_with_nothing_is_asked_twice(place, monkeypatch, soo
 
         answers = iter(range(1000))
         assert begin(lambda: next(answers) >= sooner)[-1].kind == "interrupted"
-        with pytest.raises(UserError, match=r"begun with another asking.seed \(0 then, 5 now\)"):
+        with pytest.raises(UserError, match=r"started with a different asking.seed \(0 then, 5 now\)"):
             list(contrast_sources(names, openers, prompts, AnswerSettings(seed=5), place / "pairs.jsonl"))
         with (place / "pairs.jsonl.partial").open("a") as file:
             file.write('{"side": "torn')  # a writer that was killed
@@ -177,7 +177,7 @@ def test_a_key_goes_to_its_own_source_and_a_refusal_is_told_in_the_servers_words
         assert cli(words(f"{one}#big", f"{one}#small", out="b.jsonl")) == 2
     assert "HTTP 401: no such key); put the key into $MLXDPO_CHOSEN_KEY" in capsys.readouterr().err
     assert cli(words("http://example.com/v1#m", "smollm2", out="c.jsonl")) == 2
-    assert "$MLXDPO_CHOSEN_KEY would go to example.com in the clear; use https" in capsys.readouterr().err
+    assert "$MLXDPO_CHOSEN_KEY would be sent to example.com unencrypted; use https" in capsys.readouterr().err
 
 
 def test_a_file_of_answers_and_a_model_of_this_machine(place, cache):
@@ -211,14 +211,17 @@ def test_a_file_of_answers_and_a_model_of_this_machine(place, cache):
 @pytest.mark.parametrize(
     ("chosen", "sentence"),
     [
-        ("nowhere", "--chosen nowhere: no folder, no Hub id and no file of answers"),
-        ("smollm2@2", "--chosen smollm2@2: only a run has a strength, and smollm2 is none; drop @2"),
-        ("run@much", "--chosen run@much: 'much' is no strength; expected RUN@0.5"),
+        ("nowhere", "--chosen nowhere: not a folder, a Hub id or a file of answers"),
+        ("smollm2@2", "--chosen smollm2@2: only a run has a strength, and smollm2 is not a run; drop @2"),
+        ("run@much", "--chosen run@much: 'much' is not a strength; expected RUN@0.5"),
         ("gone.jsonl", "--chosen gone.jsonl: there is no such file"),
-        ("http://localhost:9/v1", "name the model behind #, such as http://localhost:9/v1#MODEL"),
-        ("http://a:b@localhost/v1#m", "--chosen: no key in the URL, it would be saved; put it into $MLXDPO_CHOSEN_KEY"),
+        ("http://localhost:9/v1", "name the model after #, such as http://localhost:9/v1#MODEL"),
+        (
+            "http://a:b@localhost/v1#m",
+            "--chosen: do not put the key in the URL, because the URL is saved; set $MLXDPO_CHOSEN_KEY",
+        ),
         ("http://[::1#m", "--chosen http://[::1#m: no address; expected a server as http://localhost:1234/v1#MODEL"),
-        ("smollm2", "--chosen and --rejected are both smollm2; two samples of one model have no better one"),
+        ("smollm2", "--chosen and --rejected are both smollm2; use two different sources"),
     ],
 )
 def test_wrong_sources_are_one_sentence_before_anything_is_asked(place, capsys, chosen, sentence):

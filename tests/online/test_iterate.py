@@ -107,7 +107,7 @@ def test_stopped_anywhere_and_going_on_is_straight(place, monkeypatch, capsys):
         folder = place / f"stop-{calls}"
         if status == 130:
             stages.add((len(list(folder.glob("round-*"))), (folder / "round-1" / "config.yaml").exists()))
-            assert "go on with: mlxdpo iterate --resume" in capsys.readouterr().err
+            assert "resume with: mlxdpo iterate --resume" in capsys.readouterr().err
         assert cli(["iterate", "--resume", f"stop-{calls}"]) == 0
         for n in (1, 2):
             assert adapter_bytes(folder / f"round-{n}") == adapter_bytes(place / "straight" / f"round-{n}")
@@ -133,15 +133,15 @@ class Flag:
 def test_other_settings_are_refused_by_name(after_one_round, monkeypatch, capsys):
     monkeypatch.chdir(after_one_round)
     assert cli(["iterate", "r.yaml", "--out", "out", "--rounds", "1", "--loss.beta", "0.2"]) == 2
-    assert "out holds rounds with another loss.beta (0.1 then, 0.2 now)" in capsys.readouterr().err
+    assert "out contains rounds with a different loss.beta (0.1 then, 0.2 now)" in capsys.readouterr().err
 
 
 MISTAKES = {
     "--collect.judge": ("", "no judge ranks the answers"),
-    "--rounds.second": ("longest", "rounds.second longest is the judge that ranks"),
-    "--stage": ("sft", "stage sft cannot be done in rounds"),
+    "--rounds.second": ("longest", "rounds.second longest is also the ranking judge"),
+    "--stage": ("sft", "stage sft does not support rounds"),
     "--data.eval-fraction": ("0", "30 prompts to learn from and 0 held out"),
-    "--resume": ("out", "--resume out goes on with its own settings; drop r.yaml"),
+    "--resume": ("out", "--resume out uses the settings of its rounds; drop r.yaml"),
 }
 
 
@@ -196,7 +196,7 @@ def test_a_gamed_judge_stops_the_rounds(place, capsys):
     assert cli([*words, "--rounds.heldout-samples", "6"]) == 0
     found, said = results(place / "out"), capsys.readouterr().out
     assert "longest is being gamed" in found["stopped"] and len(found["rounds"]) < 5
-    assert found["kept"] == len(found["rounds"]) - 2 and "stopped by itself: round" in said
+    assert found["kept"] == len(found["rounds"]) - 2 and "stopped: round" in said
     first, second = found["rounds"][-1]["judges"]
     base = next(b for b in ("from_previous", "from_start") if second[b] and second[b]["high"] < 0)
     assert first[base]["estimate"] > 0
@@ -207,7 +207,7 @@ def test_the_kl_stops_the_rounds(place):
     words = ["iterate", "r.yaml", "--out", "out", "--optim.lr", "0.05", "--rounds.max-kl", "1e-3"]
     assert cli(words) == 0
     found = results(place / "out")
-    assert "surely above rounds.max_kl 0.001" in found["stopped"] and found["kept"] == 0
+    assert "significantly above rounds.max_kl 0.001" in found["stopped"] and found["kept"] == 0
     assert rounds_verdict(found)[0] == "cannot tell yet"
 
 
@@ -307,4 +307,4 @@ def test_the_app_shows_rounds_side_by_side(after_one_round, monkeypatch):
     monkeypatch.chdir(after_one_round)
     shown = rounds(Path("out/round-1"))
     assert 'class="chosen" aria-current="true"><th scope="row">round-1' in shown and "longest" in shown
-    assert "is no round of several" in rounds(Path("out"))
+    assert "is not one of several rounds" in rounds(Path("out"))

@@ -6,7 +6,7 @@ Keys are node ids or their beginnings, below tests/. `DIFFERENT` has to fail the
 
 CHUNKS = "attention in chunks is for a CPU, and for a Mac from 1,024 keys on: these rows take Metal's own"
 SHORT = "the test's own reference differentiates rows of 8 tokens or fewer, which Metal refuses"
-FULL = "lora.method full wants float32, which has to be asked for where bfloat16 is the default"
+FULL = "lora.method full needs float32, which has to be asked for where bfloat16 is the default"
 NUMPY = "the test reads arrays with NumPy, which has no bfloat16"
 SAME = "what the test changes to (bfloat16, a device that is Metal) is what this machine has already"
 MEMORY = "the arrays that MLX's CPU back end keeps for attention that the tests make up are not Metal's"

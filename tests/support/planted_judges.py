@@ -65,4 +65,4 @@ def longest_wins(question):
 
 def mumbles(question):
     """The oracle, but one prompt in five gets no usable answer."""
-    return invalid("the answer is no label") if int(question.prompt[1:]) % 5 == 0 else oracle(question)
+    return invalid("the answer is not a label") if int(question.prompt[1:]) % 5 == 0 else oracle(question)

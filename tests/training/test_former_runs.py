@@ -54,6 +54,6 @@ def test_a_recipe_may_use_former_names_but_not_both():
     config = load_config(None, {"train": {"accumulate": 8}, "optim": {"clip": 0}})
     assert (config.train.gradient_accumulation, config.optim.max_grad_norm) == (8, 0)
     with pytest.raises(
-        UserError, match=r"`train\.keep` is the former name of `train\.keep_checkpoints`; give one of them"
+        UserError, match=r"`train\.keep` is the old name of `train\.keep_checkpoints`; give one of them"
     ):
         load_config(None, {"train": {"keep": 1, "keep_checkpoints": 2}})

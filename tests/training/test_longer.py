@@ -97,7 +97,7 @@ def test_the_rate_goes_on_where_the_schedule_over_the_new_total_has_it(tmp_path)
     rates = {event.step: event.values["learning_rate"] for event in events if event.kind == "step"}
     assert rates == {step + 1: learning_rate(config.optim, step, 15) for step in range(5, 15)}
     rate = learning_rate(config.optim, 5, 15)
-    said = f"5 steps done, 10 to go; the learning rate goes on at {rate:.3g}, as the cosine schedule over all 15"
+    said = f"5 steps done, 10 to go; the learning rate continues at {rate:.3g}, as the cosine schedule over all 15"
     assert any(text.startswith(said) for text in notes(events))
 
 
@@ -148,7 +148,7 @@ def test_other_settings_do_not_change_on_the_way(done, capsys, options):
 def test_from_the_command_line_a_finished_run_trains_on(done, capsys):
     assert command(["train", "--resume", "run", "--train.epochs", "2"]) == 0
     out = capsys.readouterr().out
-    assert "going on from step 5/10" in out and "step 10/10" in out
+    assert "resuming from step 5/10" in out and "step 10/10" in out
     assert command(["train", "--resume", "run"]) == 0  # nothing is left to do
     assert "step 10/10  " not in capsys.readouterr().out
 

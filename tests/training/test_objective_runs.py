@@ -232,7 +232,7 @@ def test_thumbs_carry_weights(tmp_path):
 
 def test_a_named_column_that_an_objective_cannot_use_is_refused(tmp_path):
     path = speaking(tmp_path / "said.jsonl", p=lambda i: 0.9)
-    with pytest.raises(UserError, match=r"^data.columns probability makes no sense for aot: it sorts the pairs"):
+    with pytest.raises(UserError, match=r"^data.columns probability does not apply to aot: it sorts the values"):
         finish(recipe(tmp_path, loss={"name": "aot"}, data={"path": path, "columns": {"probability": "p"}}))
 
 

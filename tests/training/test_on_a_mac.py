@@ -68,7 +68,7 @@ def test_a_run_that_will_not_fit_stops_before_loading_and_goes_on_when_told(tmp_
         list(train(config, fits=check_fits))
     assert str(error.value).startswith("this run needs about 0.0 GB, and this machine has 0.0 GB for it and everything")
     assert "set data.max_length 24" in str(error.value) and "not enough alone" in str(error.value)
-    assert str(error.value).endswith("try it all the same with --train.allow_over_memory true")
+    assert str(error.value).endswith("try anyway with --train.allow_over_memory true")
     assert not (tmp_path / "run").exists()
     told = config.train.model_copy(update={"allow_over_memory": True})
     assert list(train(config.model_copy(update={"train": told}), fits=check_fits))[-1].kind == "done"

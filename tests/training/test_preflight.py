@@ -138,7 +138,7 @@ def test_a_reference_that_reads_text_differently_is_refused(tmp_path):
 
 
 def test_a_reference_adapter_without_its_model_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"reference.adapter X needs reference.model beside it; .* use model.adapter"):
+    with pytest.raises(UserError, match=r"reference.adapter X needs reference.model as well; .* use model.adapter"):
         finish(recipe(tmp_path, reference={"adapter": "X"}))
 
 

@@ -255,7 +255,8 @@ def test_patience_stops_and_the_last_step_is_on_disk(tmp_path, monkeypatch, fina
     events = finish(recipe(tmp_path, **LONG | {"train": train}))
     note = next(e for e in events if e.kind == "note")
     assert note.values["text"] == (
-        "stopped early at step 5 of 8 (train.patience 3): held-out loss was lowest at step 2; a larger patience goes on"
+        "stopped early at step 5 of 8 (train.patience 3): "
+        "held-out loss was lowest at step 2; a larger patience continues"
     )
     assert names(tmp_path / "run") == ["step-000002", "step-000005"]
     source = {"last": "step-000005", "best": "step-000002"}[final]

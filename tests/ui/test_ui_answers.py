@@ -167,7 +167,7 @@ def test_the_slider_recolours_what_was_said_and_writes_the_next_answer(desk):
 def test_a_run_with_weights_of_its_own_says_where_its_strength_is(tmp_path, cache):
     finished_run(tmp_path, "one", lora={"method": "dora"})
     desk = desk_over(tmp_path)
-    with pytest.raises(UserError, match=r"lora\.method dora trains the length"):
+    with pytest.raises(UserError, match=r"lora\.method dora trains row magnitudes"):
         desk.at_strength(desk.load("one"), 0.5)
 
 

@@ -98,5 +98,5 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for read in (read_json, lambda file: list(read_lines(file))):
         for file in (tmp_path / "pipe", tmp_path):
-            with pytest.raises(UserError, match="cannot be read \\(it is no file\\)"):
+            with pytest.raises(UserError, match="cannot be read \\(not a file\\)"):
                 read(file)

@@ -86,7 +86,7 @@ def test_what_is_marked_is_what_is_scored(file):
     assert re.findall(r"<mark>(.*?)</mark>", seen) == ["good answer&lt;|im_end|&gt;", "bad&lt;|im_end|&gt;"]
     assert "one" in re.sub(r"<mark>.*?</mark>", "", seen)
     left_out = view.as_seen(pair, count, DataConfig(max_length=8), chatml_tokenizer())
-    assert "would be left out" in left_out and "left out 1 x" in left_out
+    assert "would be skipped" in left_out and "left out 1 x" in left_out
 
 
 def test_the_doctor_reads_the_whole_file_and_counts(file):
@@ -120,7 +120,7 @@ def test_what_changed_meanwhile_is_not_overwritten(file):
     where, row = view.row_at(book, 1)
     new = view.edited_row(book, where, row, ["one", "mine", "bad", "3"])
     file.write_text(file.read_text().replace("good answer", "theirs"))
-    with pytest.raises(UserError, match="not what was shown any more"):
+    with pytest.raises(UserError, match="has changed since it was shown"):
         view.save_row(file, where, row, new)
     assert list(file.parent.iterdir()) == [file]
 
@@ -129,7 +129,7 @@ def test_what_changed_meanwhile_is_not_overwritten(file):
     ("texts", "sentence"),
     [
         (["one", "bad", "bad", "3"], '"chosen" and "rejected" are the same'),
-        (["one", "good", "bad", "{"], "score is not valid JSON any more"),
+        (["one", "good", "bad", "{"], "score is no longer valid JSON"),
         (["one", "half \ud83d", "bad", "3"], "broken character"),
     ],
 )

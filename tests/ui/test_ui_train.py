@@ -174,7 +174,7 @@ def test_a_hub_id_is_taken_and_nothing_chosen_is_said(place):
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "", "a b", "-x", "x" * 81, "a\nb"])
 def test_a_run_has_a_plain_name(tmp_path, name):
-    with pytest.raises(UserError, match="is no name for a run"):
+    with pytest.raises(UserError, match="is not a valid name for a run"):
         process.run_path(tmp_path, name)
 
 
@@ -220,7 +220,7 @@ def test_a_living_training_shows_what_memory_it_holds_and_keeps(place, monkeypat
     line = {"step": 3, "loss": 0.5, "tokens_per_second": 70.0, "active_memory_gb": 1.25, "cache_memory_gb": 0.5}
     (path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     monkeypatch.setattr(process, "state", lambda path: "training")
-    assert "1.25 GB in use, 0.50 GB kept for reuse" in tab.training_html("going", process.watch(path))
+    assert "1.25 GB in use, 0.50 GB cached" in tab.training_html("going", process.watch(path))
     monkeypatch.setattr(process, "state", lambda path: "interrupted")
     assert "GB" not in tab.training_html("going", process.watch(path))
     monkeypatch.setattr(process, "state", lambda path: "training")
@@ -275,7 +275,7 @@ def test_started_by_an_app_that_is_killed_stopped_and_resumed_it_reaches_the_sam
     assert wait_for(path, ("interrupted", "finished")) == "interrupted", "too short a run to be stopped"
     with pytest.raises(UserError, match="nothing to stop"):
         process.stop_training(path)
-    assert process.log_tail(path).endswith("stopped; go on with: mlxdpo train --resume runs/one")
+    assert process.log_tail(path).endswith("stopped; resume with: mlxdpo train --resume runs/one")
     process.resume_training(path)
     with pytest.raises(UserError, match="being trained already"):
         process.resume_training(path)

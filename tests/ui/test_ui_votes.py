@@ -75,7 +75,7 @@ def test_a_vote_is_on_disk_once_and_readable_by_the_evaluation(desk, place):
     for again in (game, done):
         with pytest.raises(UserError, match="has its vote already"):
             cast_vote(desk, again, "b", "session")
-    with pytest.raises(UserError, match="is no vote"):
+    with pytest.raises(UserError, match="is not a vote"):
         cast_vote(desk, one_round(desk), "'; --", "session")
     (line,) = read_lines(place / "runs/one" / FILE)
     assert (line["a"], line["b"]) == (game.side("a").text, game.side("b").text) and line["tuned"] == game.tuned
@@ -113,14 +113,14 @@ def test_prompts_come_in_turn_and_from_the_right_side(place):
     assert {prompt_key(r.prompt) for r in found.train}.isdisjoint(found.heldout_keys)
     assert pick_prompt(found, "heldout", "", 1) == found.heldout[1].prompt
     assert pick_prompt(found, "train", "", len(found.train)) == found.train[0].prompt
-    with pytest.raises(UserError, match="write a prompt of your own first"):
+    with pytest.raises(UserError, match="write a prompt first"):
         pick_prompt(found, "own", " ", 0)
 
 
 def test_a_run_whose_data_moved_says_so(place):
     (place / "pairs.jsonl").rename(place / "elsewhere.jsonl")
     found = gallery(Run.open(place / "runs/one"))
-    assert found.heldout == () and "its data.path is gone: the run was made in" in found.note
+    assert found.heldout == () and "its data.path no longer exists: the run was made in" in found.note
     with pytest.raises(UserError, match="write your own instead"):
         pick_prompt(found, "heldout", "", 0)
 

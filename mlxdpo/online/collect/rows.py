@@ -90,7 +90,7 @@ EMPTY = "empty"
 UNFINISHED = "unfinished: no end within max_tokens"
 BROKEN = "cut inside a character"
 SPECIAL = "a special token inside"
-REPEATED = "nearly the same as an earlier answer to its prompt"
+REPEATED = "nearly identical to an earlier answer to the prompt"
 UNJUDGED = "could not be judged"
 
 Grams = frozenset[tuple[str, ...]]

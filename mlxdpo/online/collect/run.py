@@ -61,7 +61,7 @@ def collect(
     """
     partial = out.with_name(f"{out.name}.partial")
     if out.exists() and not partial.exists():
-        raise UserError(f"{out} is there already; choose another --out, or remove it")
+        raise UserError(f"{out} already exists; choose another --out, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     identity = _identity(source, prompts, ranker, how)
     size = max(1, CHUNKS_OF * how.batch_size // how.samples)
@@ -102,7 +102,7 @@ def _begun(partial: Path, identity: Mapping[str, Any]) -> set[str]:
         return set()
     if changed := changed_setting(then["identity"], identity):
         raise UserError(
-            f"{partial} was begun with another {changed}; put it back, remove the file, or choose another --out"
+            f"{partial} was started with a different {changed}; restore it, remove the file, or choose another --out"
         )
     return {line["prompt_id"] for line in lines}
 

@@ -136,9 +136,9 @@ def _shared_beginning(rows: Rows) -> int:
 
 
 Line = dict[str, Any]
-SAME = "the revision is the answer again"
-ECHO = "the revision is the critique again"
-COPIED = "the revision is that of a worked example"
+SAME = "the revision repeats the answer"
+ECHO = "the revision repeats the critique"
+COPIED = "the revision repeats a worked example"
 NEAR = 0.9  # of the word triples of two texts, shared: a copy
 ALIKE = "both samples are the same"
 TOO_LONG = "longer than the model's context"

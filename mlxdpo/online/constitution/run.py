@@ -112,13 +112,13 @@ def _begun_folder(out: Path, identity: Mapping[str, Any], rules: Constitution) -
         write_json(file, identity)
         return set()
     if changed := changed_setting(read_json(file), identity):
-        raise UserError(f"{out} was begun with another {changed}; put it back, or choose another --out")
+        raise UserError(f"{out} was started with a different {changed}; restore it, or choose another --out")
     with as_written(out / TALKS):
         return {line["prompt_id"] for line in read_lines(out / TALKS)}
 
 
 PAIRS, TALKS, REPORT, RECIPE = "pairs.jsonl", "talks.jsonl", "report.json", "recipe.yaml"
-UNDECIDED = "the principles are exactly undecided"
+UNDECIDED = "the principles are tied"
 
 
 def write_constitution_outputs(
@@ -147,7 +147,7 @@ def write_constitution_outputs(
     write_json(out / REPORT, report)
     if not rows:
         why = "; ".join(constitution_sentences(report))
-        raise UserError(f"{out}: no prompt gave a pair ({why}); read {TALKS} there for what was said")
+        raise UserError(f"{out}: no prompt gave a pair ({why}); see the conversations in {TALKS}")
     write_text(out / RECIPE, recipe(out, identity, how))
     write_text(out / PAIRS, json_lines(rows))
     return report
@@ -195,7 +195,7 @@ def constitution_sentences(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"by its own labels {labels['above_half']} of {labels['count']} revisions are the better answer")
     if labels and (place := report["position"]):
         lines.append(
-            f"mean label {labels['mean']:.3f}; liking for the answer shown first {place['bias']:+.2f} logits, "
+            f"mean label {labels['mean']:.3f}; bias towards the first answer {place['bias']:+.2f} logits, "
             f"the same answer preferred in both orders {place['consistent']:.0%}"
         )
     return lines

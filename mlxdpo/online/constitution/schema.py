@@ -93,7 +93,7 @@ class SamplingSettings(Section):
     temperature: float = Field(default=1.0, ge=0)
     """Of sampling; 1 is the model itself, 0 takes the likeliest token (not with samples)."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the likeliest tokens that hold this share of the probability."""
+    """Sample from the most likely tokens that sum to this probability."""
     seed: int = Field(default=0, ge=0)
     """Of the principle drawn for each prompt and the noise of sampling: the same seed gives the same rows."""
     batch_size: int = Field(default=32, ge=1)
@@ -113,7 +113,7 @@ class SamplingSettings(Section):
 
 
 def load_constitution(file: Path | None = None) -> Constitution:
-    """Read a constitution, by default the project's own.
+    """Read a constitution, default: the bundled one.
 
     Raises `UserError` naming the file and the key for anything that does not fit.
     """

@@ -25,7 +25,7 @@ GIVE_UP = 8
 CHUNK = 8
 """Times the requests at once: prompts of a chunk."""
 TOOL_CALL = "a tool call instead of text"
-NO_COMPLETION = "the reply is no chat completion"
+NO_COMPLETION = "the reply is not a chat completion"
 THOUGHT = re.compile(r"\s*<(think|thinking|reasoning)>.*?(?:</\1>\s*|\Z)", re.DOTALL)
 OPTIONAL = ("max_completion_tokens", "max_tokens", "temperature", "top_p", "seed", "tools")
 RENAMED = {"max_tokens": "max_completion_tokens"}
@@ -107,7 +107,7 @@ class _Asking:
             gone = self.silent >= GIVE_UP
         if gone:
             raise UserError(
-                f"{self.name}: {GIVE_UP} prompts in a row had no answer ({words}); mend the server, then give the same "
+                f"{self.name}: {GIVE_UP} prompts in a row had no answer ({words}); fix the server, then rerun the same "
                 f"command: what was answered is kept"
             )
         return SourceAnswer(left_out=why, failed=True)
@@ -130,7 +130,7 @@ def hint_for(status: int) -> str:
     """What to do about a refusal."""
     if status in (401, 403):
         return "put the key into $MLXDPO_CHOSEN_KEY or $MLXDPO_REJECTED_KEY"
-    return "check the model's name and the URL, which mostly ends in /v1"
+    return "check the model's name and the URL, which usually ends in /v1"
 
 
 def read_chat_answer(body: bytes) -> SourceAnswer:

@@ -44,11 +44,11 @@ class AnswerSettings(Section):
     """How both sources are asked, and which answers are left out."""
 
     max_tokens: int = Field(default=512, ge=1)
-    """Longest answer, in tokens."""
+    """Maximum answer length, tokens."""
     temperature: float = Field(default=0.7, ge=0)
     """Of sampling; 1 is the model itself, 0 takes the likeliest token."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the likeliest tokens that hold this share of the probability."""
+    """Sample from the most likely tokens that sum to this probability."""
     seed: int = Field(default=0, ge=0)
     """Noise of sampling; a server may not heed it."""
     batch_size: int = Field(default=16, ge=1)
@@ -81,7 +81,7 @@ def contrast_sources(
     """
     partial = out.with_name(f"{out.name}.partial")
     if out.exists() and not partial.exists():
-        raise UserError(f"{out} is there already; choose another --out, or remove it")
+        raise UserError(f"{out} already exists; choose another --out, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     identity = json.loads(json.dumps(_settings_of(names, prompts, how)))  # as it will be read back
     lock = out.with_name(f"{out.name}.lock")
@@ -117,7 +117,7 @@ def _check_begun(partial: Path, identity: Row) -> None:
         append_line(partial, {"identity": identity})
     elif changed := changed_setting(then["identity"], identity):
         raise UserError(
-            f"{partial} was begun with another {changed}; put it back, remove the file, or choose another --out"
+            f"{partial} was started with a different {changed}; restore it, remove the file, or choose another --out"
         )
 
 

@@ -93,13 +93,15 @@ def check_model(name: str, side: str) -> tuple[str, float]:
     try:
         strength = float(tail)
     except ValueError:
-        raise UserError(f"--{side} {name}: {tail!r} is no strength; expected RUN@0.5, or a model without @") from None
+        raise UserError(
+            f"--{side} {name}: {tail!r} is not a strength; expected RUN@0.5, or a model without @"
+        ) from None
     check_strength(strength)
     if at and not is_run(path):
-        raise UserError(f"--{side} {name}: only a run has a strength, and {path} is none; drop @{tail}")
+        raise UserError(f"--{side} {name}: only a run has a strength, and {path} is not a run; drop @{tail}")
     if not (path == "smollm2" or Path(path).is_dir() or is_hub_id(path)):
         raise UserError(
-            f"--{side} {name}: no folder, no Hub id and no file of answers; expected a model's folder or id, a run, "
+            f"--{side} {name}: not a folder, a Hub id or a file of answers; expected a model's folder or id, a run, "
             f"smollm2, a file such as answers.jsonl, or a server as http://localhost:1234/v1#MODEL"
         )
     return path, strength

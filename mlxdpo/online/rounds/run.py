@@ -76,7 +76,7 @@ def iterate(config: Config, hands: Stages, should_stop: Stop = lambda: False) ->
     folder = begin_rounds(config)
     config = config.model_copy(update={"out": str(folder)})
     yield Event("begin", 0, {"folder": folder, "prompts": len(prompts.asked), "heldout": len(heldout)})
-    with single_process(folder / LOCK, f"{folder}: another process is at these rounds; stop it first, or wait"):
+    with single_process(folder / LOCK, f"{folder}: another process is running these rounds; stop it first, or wait"):
         measured = [_measure_once(folder / START, lambda: open_start(config, folder), heldout, hands, None)]
         rows: list[dict[str, Any]] = [hands.weigh(measured)[0] | {"round": 0}]
         parent, reason = None, ""
@@ -203,17 +203,17 @@ def check_rounds(config: Config) -> None:
     """Raise `UserError` for a recipe that rounds cannot follow."""
     rounds = config.rounds
     if config.stage != "dpo":
-        raise UserError(f"stage {config.stage} cannot be done in rounds; set stage to dpo")
+        raise UserError(f"stage {config.stage} does not support rounds; set stage to dpo")
     if not config.collect.judge:
         raise UserError("no judge ranks the answers; set collect.judge, such as --collect.judge vader")
     if rounds.second == config.collect.judge:
-        raise UserError(f"rounds.second {rounds.second} is the judge that ranks; name another one, or none")
+        raise UserError(f"rounds.second {rounds.second} is also the ranking judge; name another one, or none")
     if rounds.reference == "previous" and config.reference.model is not None:
-        raise UserError(f"rounds.reference previous leaves no place for reference.model {config.reference.model}")
+        raise UserError(f"rounds.reference previous is incompatible with reference.model {config.reference.model}")
     if rounds.every is not None and config.train.steps is not None:
         raise UserError(f"rounds.every {rounds.every} already says how many steps a round takes; drop train.steps")
     if config.collect.judge.startswith("votes:") and (rounds.count > 1 or rounds.every):
-        raise UserError("votes are about answers that are there already: they make one round; set --rounds 1")
+        raise UserError("votes apply to existing answers, so they make one round; set --rounds 1")
 
 
 def begin_rounds(config: Config) -> Path:
@@ -229,9 +229,9 @@ def begin_rounds(config: Config) -> Path:
         if config.rounds.every is None:
             now["rounds"]["count"] = then["rounds"]["count"]
         if changed := changed_setting(then, now | {"out": then["out"]}):
-            raise UserError(f"{folder} holds rounds with another {changed}; choose another --out, or put it back")
+            raise UserError(f"{folder} contains rounds with a different {changed}; choose another --out, or restore it")
     elif (folder / "config.yaml").exists():
-        raise UserError(f"{folder} holds a run, not rounds; choose another --out")
+        raise UserError(f"{folder} contains a run, not rounds; choose another --out")
     text = dump_config(config.model_copy(update={"out": str(folder)}))
     if not file.exists() or file.read_text("utf-8") != text:
         write_text(file, text)

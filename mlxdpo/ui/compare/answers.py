@@ -34,9 +34,9 @@ class Settings(Section):
     temperature: float = Field(default=0.7, ge=0, le=5)
     """0 takes the likeliest token; 1 samples from the model itself."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the likeliest tokens that hold this share of the probability."""
+    """Sample from the most likely tokens that sum to this probability."""
     max_tokens: int = Field(default=128, ge=1, le=2048)
-    """Longest answer, in tokens."""
+    """Maximum answer length, tokens."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Noise of sampling; the same seed meets the same noise before and after tuning."""
 

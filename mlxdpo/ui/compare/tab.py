@@ -141,12 +141,10 @@ def chat_html(chat: Chat) -> str:
 
 
 WELCOME = (
-    "Write a prompt and press Enter, or take one that training never saw: the model before and after tuning answers "
+    "Write a prompt and press Enter, or pick one not used in training: the model before and after tuning answers "
     "at the same time, with the same seed and settings."
 )
-NO_RUNS = (
-    "No tuned run here yet. Make one with `mlxdpo demo` (minutes, offline) or in the Train tab, then reload this page."
-)
+NO_RUNS = "No tuned run yet. Make one with `mlxdpo demo` (minutes, offline) or in the Train tab, then reload this page."
 
 
 LOADING = '<p class="empty" role="status">Loading the model …</p>'
@@ -204,7 +202,7 @@ def another(app: AppState, name: str | None, now: str | None) -> tuple[str, str,
     found = app.gallery(name).heldout if name else ()
     if not name or not found:
         note = app.gallery(name).note if name else "choose a run first"
-        raise UserError(f"no held-out prompts: {note}; write a prompt of your own")
+        raise UserError(f"no held-out prompts: {note}; write your own prompt")
     others = [number for number in map(str, range(len(found))) if number != now] or ["0"]
     number = random.choice(others)
     return number, *picked_prompt(app, name, number)
@@ -213,7 +211,7 @@ def another(app: AppState, name: str | None, now: str | None) -> tuple[str, str,
 def _without_last(chat: Chat) -> tuple[Chat, str]:
     """The chat before its last exchange, and what was said in it. Raises `UserError` when nothing was said."""
     if not chat.columns or not chat.columns[0].exchanges:
-        raise UserError("nothing to draw again yet; send a prompt first")
+        raise UserError("nothing to regenerate yet; send a prompt first")
     columns = tuple(column._replace(exchanges=column.exchanges[:-1]) for column in chat.columns)
     return replace(chat, columns=columns), chat.columns[0].exchanges[-1].prompt
 
@@ -259,7 +257,7 @@ def _compare_widgets(gr: Any, app: AppState) -> SimpleNamespace:
         see.pick = gr.Dropdown(
             choices,
             value=None,
-            label="A prompt that training never saw",
+            label="A prompt not used in training",
             info=note,
             elem_id="compare-pick",
             scale=5,

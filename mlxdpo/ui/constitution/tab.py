@@ -63,7 +63,7 @@ def _folder(runs: Path, name: str | None) -> Path:
     """The chosen folder, when it is one of those that were found. Raises `UserError` otherwise."""
     offered = found(runs, Path.cwd())
     if not name or name not in offered:
-        raise UserError(f"there is no such folder {str(name)[:80]!r} here; choose one of the list")
+        raise UserError(f"there is no such folder {str(name)[:80]!r} here; choose one from the list")
     return offered[name]
 
 
@@ -146,7 +146,7 @@ def open_talks(folder: Path) -> tuple[Talk, ...]:
     """The conversations so far; a run that still works on them may have more the next time."""
     file = folder / TALKS
     if not file.is_file():
-        raise UserError(f"{folder.name}: its {TALKS} is gone; reload the page")
+        raise UserError(f"{folder.name}: its {TALKS} no longer exists; reload the page")
     about = file.stat()
     return _read_talks(file, about.st_mtime_ns, about.st_size)
 
@@ -239,7 +239,7 @@ def summary_html(folder: Path) -> str:
     """The report of a finished run as a list, and the principles."""
     file = folder / REPORT
     if not file.is_file():
-        lines = ["not finished: the same command goes on"]
+        lines = ["not finished: the same command resumes it"]
     else:
         report = read_json(file)
         with as_written(file):

@@ -55,7 +55,7 @@ def build(runs: Path, guard: Guard) -> None:
         guard(request)
         with show_errors():
             target = _save_edit(runs, name, row, texts)
-        words = f"<p role='status'>Saved in {escape(str(target))}; the original is as it was.</p>"
+        words = f"<p role='status'>Saved in {escape(str(target))}; the original is unchanged.</p>"
         files = choices.data_files(runs, Path.cwd())
         mine = next((one for one in files if Path(one).resolve() == target.resolve()), None)
         return gr.update(choices=files, value=mine), words
@@ -73,7 +73,7 @@ def build(runs: Path, guard: Guard) -> None:
 def _path(runs: Path, name: str | None) -> Path:
     """The chosen file, when it is one of those that were found. Raises `UserError` otherwise."""
     if not name or name not in choices.data_files(runs, Path.cwd()):
-        raise UserError(f"there is no data file {str(name)[:80]!r} here; choose one of the list")
+        raise UserError(f"there is no data file {str(name)[:80]!r} here; choose one from the list")
     if not Path(name).is_file():
         raise UserError(f"{name} is on the Hub; look at it with: mlxdpo data check {name}")
     return Path(name)
@@ -121,8 +121,8 @@ def _row_opened(gr: Any, runs: Path, name: str | None, number: int | None) -> An
     fields = view.fields_of(book, row)
     boxes = [gr.update(visible=True, label=label, value=value) for label, value in fields]
     target = view.target_of(book.path)
-    words = "Goes on in" if target == book.path else "Saving makes the new file"
-    into = f"<p>{words} <code>{escape(str(target))}</code>; every other row is copied as it stands.</p>"
+    words = "Saving continues in" if target == book.path else "Saving makes the new file"
+    into = f"<p>{words} <code>{escape(str(target))}</code>; every other row is copied unchanged.</p>"
     button = gr.update(visible=True, value=f"Save into {target.name}")
     return (where, row), into, button, *boxes, *none[len(boxes) :]
 
@@ -153,7 +153,7 @@ def _sound_row(runs: Path, name: str, number: int) -> tuple[view.Book, str, Mapp
     book = view.open_book(_path(runs, name))
     where, row = view.row_at(book, number)
     if isinstance(row, BadRow):
-        raise UserError(f"{where}: {row.sentence}; mend it in a text editor")
+        raise UserError(f"{where}: {row.sentence}; fix it in a text editor")
     return book, where, row
 
 

@@ -53,7 +53,7 @@ class Book(NamedTuple):
 def open_book(path: Path) -> Book:
     """The first `MOST` rows of a file. Raises `UserError` for one that cannot be read."""
     if not path.is_file():
-        raise UserError(f"{path}: the file is gone; choose another, or reload the page")
+        raise UserError(f"{path}: the file no longer exists; choose another, or reload the page")
     about = path.stat()
     return _read_book(path, about.st_mtime_ns, about.st_size)
 
@@ -143,7 +143,7 @@ def preference(book: Book, where: str, row: Mapping[str, Any]) -> tuple[Preferen
         raise UserError(f"{where}: {bad.sentence}") from None
     pairs = [item for item in items if isinstance(item, Preference)]
     if not pairs:
-        raise UserError(f"{where}: this row alone is no pair (shape {book.shape.name}: {book.shape.about})")
+        raise UserError(f"{where}: this row alone is not a pair (shape {book.shape.name}: {book.shape.about})")
     return pairs[0], len(pairs)
 
 
@@ -156,7 +156,7 @@ def as_seen(pair: Preference, count: int, data: DataConfig, tokenizer: Any) -> s
     remarks = "".join(f"<li>{escape(line)}</li>" for line in report.lines())
     said = f"<ul>{remarks}</ul>" if remarks else ""
     if example is None:
-        return f"<p>This pair would be left out.</p>{said}"
+        return f"<p>This pair would be skipped.</p>{said}"
     parts = zip(("chosen", "rejected"), shown_example(example, tokenizer), example.scored, strict=True)
     sides = "".join(_seen_side(name, segments, len(example.prompt), scored) for name, segments, scored in parts)
     more = f"<p>The first of this row's {count} pairs.</p>" if count > 1 else ""
@@ -203,7 +203,7 @@ def _json(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise UserError(f"{name} is not valid JSON any more ({error}); it holds messages or numbers") from None
+        raise UserError(f"{name} is no longer valid JSON ({error}); it holds messages or numbers") from None
 
 
 def target_of(path: Path) -> Path:
@@ -235,7 +235,7 @@ def save_row(path: Path, where: str, before: Mapping[str, Any], new: Mapping[str
                         line, changed = _json_line(new), True
                     out.write(line.rstrip(b"\r\n") + b"\n")
             if not changed:
-                raise UserError(f"{where} is not what was shown any more; show the row again and repeat the change")
+                raise UserError(f"{where} has changed since it was shown; open the row again and repeat the edit")
 
         write_atomic(target, write)
         return target
@@ -245,7 +245,7 @@ def _json_line(row: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
-        raise UserError(f"this row cannot be written as JSON ({error}); edit the file by hand") from None
+        raise UserError(f"this row cannot be written as JSON ({error}); edit the file in a text editor") from None
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -257,5 +257,5 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         return
     for where, row in read_rows(str(path)):
         if isinstance(row, BadRow):
-            raise UserError(f"{where}: {row.sentence}; mend that in the file before you edit it here")
+            raise UserError(f"{where}: {row.sentence}; fix that in the file before you edit it here")
         yield number_of(where), _json_line(row)

@@ -87,7 +87,7 @@ def choose(runs: Path, name: str | None) -> Path:
     """The run called `name`. Raises `UserError` for anything that `scan` does not find."""
     found = scan(runs)
     if not name or name not in found:
-        raise UserError(f"there is no run {name or ''!r} in {runs}; choose one of the list, or reload it")
+        raise UserError(f"there is no run {name or ''!r} in {runs}; choose one from the list, or reload it")
     return found[name]
 
 

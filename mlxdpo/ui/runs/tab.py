@@ -109,10 +109,12 @@ def rounds(path: Path) -> str:
     """The rounds around the run at `path`, its own marked; or how there would be some."""
     file = path.parent / "rounds.json"
     if not file.exists():
-        return "<p>This run is no round of several. In a terminal: <code>mlxdpo iterate RECIPE --rounds 3</code></p>"
+        return (
+            "<p>This run is not one of several rounds. In a terminal: <code>mlxdpo iterate RECIPE --rounds 3</code></p>"
+        )
     found = read_json(file)
     with as_written(file, "run `mlxdpo iterate` again"):
-        why = f"<p>Stopped by itself: {escape(found['stopped'])}.</p>" if found["stopped"] else ""
+        why = f"<p>Stopped: {escape(found['stopped'])}.</p>" if found["stopped"] else ""
         rows = round_cells(found["rounds"])
         shown = html_table(f"Rounds of {path.parent.name}", round_columns(found["rounds"]), rows, path.name)
         return f"<p><strong>{escape(rounds_verdict(found)[1])}</strong></p>{why}{shown}<p>{escape(NOTE)}</p>"
@@ -124,13 +126,13 @@ CHARTS: tuple[tuple[str, tuple[tuple[str, str, int], ...]], ...] = (
         "Rewards: β · log π/π_ref (nats)",
         (("rewards/chosen", "chosen", 0), ("rewards/rejected", "rejected", 1), ("rewards/margins", "margin", 2)),
     ),
-    ("Accuracy: pairs ranked right", (("rewards/accuracies", "accuracy", 0),)),
+    ("Accuracy: pairs ranked correctly", (("rewards/accuracies", "accuracy", 0),)),
     ("Gradient norm", (("grad_norm", "gradient norm", 0),)),
     ("KL from the reference (nats)", (("kl", "KL", 0),)),
     ("Completion log-probs (nats)", (("logps/chosen", "chosen", 0), ("logps/rejected", "rejected", 1))),
     (
         "Memory of MLX (GB)",
-        (("peak_memory_gb", "peak", 0), ("active_memory_gb", "in use", 1), ("cache_memory_gb", "kept for reuse", 2)),
+        (("peak_memory_gb", "peak", 0), ("active_memory_gb", "in use", 1), ("cache_memory_gb", "cached", 2)),
     ),
 )
 KL_EMPTY = "Not measured while training; mlxdpo eval measures it on the tuned model's own answers."
@@ -140,7 +142,7 @@ CHECKPOINT_HEADERS = ("checkpoint", "step", "loss", "margin", "held-out loss", "
 def charts(tail: Tail, results: Mapping[str, Any]) -> str:
     """The run's figures. KL is known from `results`, the newest evaluation, alone."""
     if not tail.steps and not tail.evals:
-        return "<p>No step yet. Curves appear here with the first one and move while the training runs.</p>"
+        return "<p>No step yet. Curves appear with the first step and update during training.</p>"
     kl = number_at(results, "drift", "kl")
     last = tail.steps[-1]["step"] if tail.steps else 0
     figures = []
@@ -152,7 +154,7 @@ def charts(tail: Tail, results: Mapping[str, Any]) -> str:
         figures.append(chart(title, series, KL_EMPTY if title.startswith("KL") else "Nothing measured yet."))
     note = "<p>This file is long: the curves are a sample of its lines.</p>" if tail.sampled else ""
     if tail.damaged:
-        note += f'<p role="alert">{tail.damaged:,} lines of metrics.jsonl are damaged and left out.</p>'
+        note += f'<p role="alert">{tail.damaged:,} lines of metrics.jsonl are corrupted and skipped.</p>'
     return f'{STYLE}{note}<div class="charts">{"".join(figures)}</div>'
 
 

@@ -62,7 +62,7 @@ class Watched(NamedTuple):
 def run_path(runs: Path, name: str) -> Path:
     """The directory of a new run. Raises `UserError` for a name that is not one plain word."""
     if not NAME.fullmatch(name or ""):
-        raise UserError(f"{name!r} is no name for a run; use letters, digits, dots, dashes and underscores")
+        raise UserError(f"{name!r} is not a valid name for a run; use letters, digits, dots, dashes and underscores")
     return runs / name
 
 
@@ -93,11 +93,9 @@ def resume_training(path: Path) -> None:
     if now == "unreadable":
         raise UserError(f"{path.name}: its config.yaml cannot be read; restore it, or remove the folder")
     if now == "failed":
-        raise UserError(
-            f"{path.name} stopped before there was anything to resume; mend what its log says, and start it"
-        )
+        raise UserError(f"{path.name} stopped before there was anything to resume; fix what its log says, and start it")
     if now == "finished":
-        raise UserError(f"{path.name} is finished; start a new run, perhaps from its adapter")
+        raise UserError(f"{path.name} is finished; start a new run, or one from its adapter")
     model = raw_settings(path).get("model")
     if isinstance(model, dict) and model.get("trust_remote_code"):
         command = shlex.join(["mlxdpo", "train", "--resume", str(path)])

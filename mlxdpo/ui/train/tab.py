@@ -56,7 +56,7 @@ def build(runs: Path, guard: Guard) -> None:
     gr.Markdown(NO_CODE)
     fields = _knob_fields(gr, knobs)
     form = [paths[n] for n in PATHS] + [fields[knob.name] for knob in knobs]
-    gr.Markdown("### 2. What it will need")
+    gr.Markdown("### 2. Memory and steps")
     ask = gr.Button("Estimate memory and steps", elem_id="train-plan")
     needs = gr.HTML(elem_id="train-needs")
     gr.Markdown("### 3. Train")
@@ -70,7 +70,7 @@ def build(runs: Path, guard: Guard) -> None:
         with show_errors():
             config = _form_config(runs, knobs, values)
             path = process.start_training(runs, title.strip() or _free_name(runs, config), config)
-        return gr.update(choices=_trainings(runs), value=path.name), f"<p>{escape(path.name)} has begun.</p>"
+        return gr.update(choices=_trainings(runs), value=path.name), f"<p>{escape(path.name)} has started.</p>"
 
     def planned(request: gr.Request, *values: Any) -> str:
         """What `mlxdpo plan` would say of the form."""
@@ -116,7 +116,7 @@ def _watch_panel(runs: Path, guard: Guard) -> tuple[Any, Any]:
         guard(request)
         with show_errors():
             process.resume_training(choose(runs, which))
-        return f"<p>{escape(str(which))} goes on from its last checkpoint.</p>"
+        return f"<p>{escape(str(which))} continues from its last checkpoint.</p>"
 
     page, timer = gr.context.Context.root_block, gr.Timer(EVERY)
     for happening in (page.load, timer.tick):
@@ -196,7 +196,7 @@ def _filled_form(gr: Any, runs: Path, knobs: list[Knob], which: str) -> list[Any
     """The form's values from a recipe; a recipe that names no data leaves the chosen ones."""
     found = choices.recipes(runs, Path.cwd())
     if which not in found:
-        raise gr.Error(f"there is no recipe {escape(which[:80])}; choose one of the list", duration=None)
+        raise gr.Error(f"there is no recipe {escape(which[:80])}; choose one from the list", duration=None)
     with show_errors():
         flat = recipe_form.flat(load_config(found[which]).model_dump())
     if flat["model.trust_remote_code"]:
@@ -268,11 +268,11 @@ STYLE = """<style>
 </style>"""
 SAYS = {
     "starting": "loading the model, reading the data and scoring the reference; this page may be closed",
-    "training": "this page may be closed, the training goes on",
+    "training": "you may close this page; training continues",
     "finished": "see it in the Compare tab",
-    "interrupted": "Resume goes on from its last checkpoint",
-    "failed": "it stopped before its first step; the last lines say why. Mend that and start it again under its name",
-    "unreadable": "its config.yaml is damaged, or no file; restore it, or remove the folder",
+    "interrupted": "Resume continues from its last checkpoint",
+    "failed": "it stopped before its first step; the last lines say why. Fix that and start it again under its name",
+    "unreadable": "its config.yaml is corrupted, or not a file; restore it, or remove the folder",
 }
 
 
@@ -302,7 +302,7 @@ def _progress(at: Watched) -> str:
     words += [f"{at.rate:,.0f} tokens/s"] if at.rate is not None else []
     words += [f"{clock(at.left)} left"] if at.left is not None else []
     words += [f"{at.memory:.2f} GB in use"] if at.memory is not None else []
-    words += [f"{at.cached:.2f} GB kept for reuse"] if at.cached is not None else []
+    words += [f"{at.cached:.2f} GB cached"] if at.cached is not None else []
     bar = f'<progress max="{at.steps}" value="{at.step}" style="width:100%"></progress>' if at.steps else ""
     return f"{bar}<p>{', '.join(words)}</p>"
 
@@ -326,13 +326,13 @@ def complaint(said: str) -> str:
     """The sentence in what a failed command said: the one after "error:", else its last line."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (named or lines or ["it stopped and said nothing"])[-1]
+    return (named or lines or ["it stopped without a message"])[-1]
 
 
 def estimate_html(plan: dict[str, Any]) -> str:
     """Whether it fits, the memory by part, the steps, and what would help."""
     summary, machine = plan["plan"], plan["machine"]
-    verdict = "It fits this machine." if plan["fits"] else "It does not fit beside the system and other programs."
+    verdict = "It fits this machine." if plan["fits"] else "It does not fit with the system and other programs."
     of = f" of {size(machine)}" if machine else ""
     head = f"Peak memory {size(plan['peak'])}{of}, in the {escape(plan['phase'])} phase."
     steps = (
@@ -342,7 +342,7 @@ def estimate_html(plan: dict[str, Any]) -> str:
     help_ = "".join(
         f"<li><code>{escape(change['setting'])}</code>: {size(change['peak'])}</li>" for change in plan["change"]
     )
-    advice = f"<p>What helps, most first:</p><ul>{help_}</ul>" if help_ else ""
+    advice = f"<p>What helps, most effective first:</p><ul>{help_}</ul>" if help_ else ""
     rows = [[words, size(plan["parts"][name])] for name, words in PARTS.items()]
     return f"<p><strong>{verdict}</strong> {head} {steps}</p>{advice}{html_table('Memory', ('part', 'size'), rows)}"
 

@@ -58,11 +58,11 @@ def pick_prompt(found: Gallery, source: Source, own: str, asked: int) -> Text:
     """
     if source == "own":
         if not own.strip():
-            raise UserError("write a prompt of your own first, or let the page pick one")
+            raise UserError("write a prompt first, or let the page pick one")
         return own
     rows = found.heldout if source == "heldout" else found.train
     if not rows:
-        raise UserError(f"there are no such prompts here: {found.note or 'the run has none'}; write your own instead")
+        raise UserError(f"no such prompts: {found.note or 'the run has none'}; write your own instead")
     return rows[asked % len(rows)].prompt
 
 
@@ -136,7 +136,7 @@ def waiting_html(share: float) -> str:
     percent = round(100 * share)
     return (
         f'<div class="waiting" role="status"><progress max="100" value="{percent}" aria-label="writing"></progress>'
-        "<span>Both answers are being written. They appear together, so that speed gives nothing away.</span></div>"
+        "<span>Both answers are being written. They appear together, so speed reveals nothing.</span></div>"
     )
 
 

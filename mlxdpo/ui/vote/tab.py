@@ -63,10 +63,10 @@ def record(loaded: RunVariants, game: Round, winner: str, session: str) -> dict[
 def append_vote(run: Run, line: dict[str, Any]) -> None:
     """Write a vote to disk. Raises `UserError` for an unknown winner and for a round that has its vote already."""
     if line["winner"] not in WINNERS:
-        raise UserError(f"{line['winner']!r} is no vote; known: {', '.join(WINNERS)}")
+        raise UserError(f"{line['winner']!r} is not a vote; known: {', '.join(WINNERS)}")
     with FileLock(run.path / f".{FILE}.lock"):  # one writer at a time, in this process and among others
         if any(old.get("id") == line["id"] for old in read_lines(run.path / FILE)):
-            raise UserError("this pair has its vote already; go on to the next pair")
+            raise UserError("this pair already has a vote; continue with the next pair")
         append_line(run.path / FILE, line)
 
 
@@ -90,7 +90,9 @@ def standing_html(file: Path) -> str:
     found, trained = standing(file)
     if found is None or found.n + trained == 0:
         return '<p class="standing">No votes yet. The win rate appears here after the first one.</p>'
-    extra = f" {count_of_votes(trained)} on training prompts: they teach, but are no evidence." if trained else ""
+    extra = (
+        f" {count_of_votes(trained)} on training prompts: used for the next round, not as evidence." if trained else ""
+    )
     if found.n == 0:
         return f'<p class="standing">{escape(extra.strip())}</p>'
     last = found.looks[-1]
@@ -101,12 +103,12 @@ def standing_html(file: Path) -> str:
         "worse": f"The tuned model is worse (decided after {found.decided_at} votes).",
     }[found.verdict]
     if found.verdict == "cannot tell yet" and found.needed is None:
-        hopeless = "Cannot tell yet, and at this rate no number of votes will: there may be no difference."
+        hopeless = "Cannot tell yet, and at this rate more votes will not help: there may be no difference."
         verdict = "Cannot tell yet." if found.n < FEW else hopeless
     repeated = sum(found.uncounted.values())
     extra += f" {count_of_votes(repeated)} on prompts voted on before: they do not count twice." if repeated else ""
     if broken := sum(found.left_out.values()):
-        extra += f" {broken} lines of {file.name} are no votes and are left out."
+        extra += f" {broken} lines of {file.name} are not votes and are skipped."
     return (
         f'<div class="standing" role="status"><strong>{escape(verdict)}</strong>{_bar(last.low, last.rate, last.high)}'
         f"<span>Tuned preferred in {last.rate:.0%} of {count_of_votes(found.n)} ({found.wins} won, "
@@ -125,7 +127,7 @@ def _bar(low: float, rate: float, high: float) -> str:
 
 SOURCES = [
     ("Held-out prompts: is it better?", "heldout"),
-    ("Training prompts: teach the next round", "train"),
+    ("Training prompts: votes for the next round", "train"),
     ("My own prompts: both", "own"),
 ]
 KEYS = {"a": "1", "b": "2", "tie": "0", "both_bad": "9"}
@@ -154,7 +156,7 @@ def cast_vote(app: AppState, game: Round | None, winner: str, session: str) -> R
     if game is None:
         raise UserError("there is nothing to vote on yet; press “Next pair” first")
     if game.winner:
-        raise UserError("this pair has its vote already; go on to the next pair")
+        raise UserError("this pair already has a vote; continue with the next pair")
     loaded = app.load(game.run)
     append_vote(loaded.run, record(loaded, game, winner, session))
     return judged(app, loaded, game, winner)
@@ -204,7 +206,7 @@ def _vote_widgets(gr: Any, app: AppState) -> SimpleNamespace:
     with gr.Row(elem_classes="buttons"):
         see.buttons = {winner: _button(gr, winner, words) for winner, words in WINNERS.items()}
     see.result = gr.HTML(tally(app, first), elem_id="vote-standing")
-    with gr.Accordion("Teach the next round with these votes", open=False, elem_id="vote-teach"):
+    with gr.Accordion("Use these votes for the next round", open=False, elem_id="vote-teach"):
         gr.HTML(f'<p class="quiet">{escape(TEACHING)}</p>')
         see.write = gr.Button("Export votes as training pairs", elem_id="vote-export")
         see.written = gr.HTML(elem_id="vote-written")
