@@ -7,18 +7,21 @@ right when its 95 % interval holds the truth, is not narrower than the data allo
 
 Ours runs wherever mlxdpo_eval does. alpaca_eval, inspect_ai and lm-evaluation-harness run their own code where they
 can be
-imported (a side that cannot is said to be absent); Arena-Hard-Auto and FastChat are scripts, restated by the readers of
-`mlxdpo_eval.annotations`. `--json FILE` keeps the results of one environment, `--join FILES` makes one table of
+imported (a side that cannot is said to be absent), and so do FastChat's show_result (MT-Bench) and RewardBench's mean
+over sections; Arena-Hard-Auto's script is restated by the reader of `mlxdpo_eval.annotations`. `--json FILE` keeps the results of one environment, `--join FILES` makes one table of
 several.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -81,8 +84,30 @@ def cases() -> list[Case]:
         Case("invalid", "a verdict that is missing counts as a loss, or as a win", failing, 40 / 70, 0.005),
         Case("clusters", "ten copies of each verdict count as ten prompts", copies, 0.6, 0.005, (0.25, 0.40)),
         Case("contaminated", "half of the prompts were trained on", known, 0.5, 0.005, None, None, seen),
+        Case(
+            "truncated",
+            "answers cut off at the token limit are judged as if they were complete",
+            _cut_off(),
+            0.6,
+            0.005,
+        ),
+        Case("subsets", "the largest subset outvotes the others", _subsets(), 0.6, 0.005),
         Case("length", "the longer answer wins, whoever wrote it", _by_length(), 0.5, 0.06),
     ]
+
+
+def _cut_off() -> list[dict[str, Any]]:
+    """100 pairs with complete answers, 60 of them won; 50 more whose model's answer was cut off and lost for that."""
+    rows = lines(["b"] * 60 + ["a"] * 40 + ["a"] * 50, ["an answer"], ["one answer"])
+    return [row | {"a_finish": "stop", "b_finish": "stop" if i < 100 else "length"} for i, row in enumerate(rows)]
+
+
+def _subsets() -> list[dict[str, Any]]:
+    """Four subsets that count alike, one from each of RewardBench's sections: 300 pairs at 0.9, three times 40 at 0.5."""
+    names = ["alpacaeval-easy"] * 300 + ["llmbar-natural", "refusals-dangerous", "hep-python"] * 40
+    verdicts = ["b"] * 270 + ["a"] * 30 + ["b"] * 60 + ["a"] * 60
+    rows = lines(verdicts, ["an answer"], ["one answer"])
+    return [row | {"subset": name} for row, name in zip(rows, names, strict=True)]
 
 
 def _by_length() -> list[dict[str, Any]]:
@@ -112,6 +137,7 @@ def ours(case: Case) -> Reported:
     else:
         found = mlxdpo_eval.winrate(case.rows, trained_on=case.trained_on)
     chosen = found.controlled.interval if case.name == "length" and found.controlled else found.interval
+    chosen = found.complete if found.cut_off else found.macro or chosen
     assert chosen is not None
     return Reported(chosen.estimate, chosen.low, chosen.high)
 
@@ -198,6 +224,43 @@ def arena_hard(case: Case) -> Reported:
     return Reported(theirs.estimate, theirs.low, theirs.high)
 
 
+def mt_bench(case: Case) -> Reported:
+    """FastChat 0.2.36's `display_result_pairwise`: the adjusted win rate it prints; a missing verdict is an error."""
+    module = importlib.import_module("fastchat.llm_judge.show_result")
+    winner = {"a": "model_1", "b": "model_2", "tie": "tie", None: "error"}
+    swapped = case.swapped or [r["verdict"] for r in case.rows]
+    rows = [
+        {"question_id": i, "turn": 1, "model_1": "base", "model_2": "model", "g1_winner": winner[r["verdict"]],
+         "g2_winner": winner[one]}
+        for i, (r, one) in enumerate(zip(case.rows, swapped, strict=True))
+    ]  # fmt: skip
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file, contextlib.redirect_stdout(io.StringIO()) as said:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.flush()
+        asked = argparse.Namespace(input_file=file.name, model_list=None, baseline_model=None, bench_name="mt_bench",
+                                   judge_model="judge")  # fmt: skip
+        module.display_result_pairwise(asked)
+    printed = next(line for line in said.getvalue().splitlines() if line.startswith("model "))
+    return Reported(float(printed.split()[-1]))
+
+
+def rewardbench(case: Case) -> Reported:
+    """RewardBench 0.1.4's rule, chosen above rejected or wrong; with subsets, the mean of its own section scores."""
+    subsets: dict[str, list[int]] = {}
+    for row in case.rows:
+        # 1 if score_chosen > score_rejected else 0: a tie and NaN are wrong
+        subsets.setdefault(row.get("subset", ""), []).append(int(row["verdict"] == "b"))
+    right = {name: float(np.mean(values)) for name, values in subsets.items()}
+    if len(right) == 1:
+        return Reported(right[""])
+    _past_init("rewardbench", {"models": {"REWARD_MODEL_CONFIG": {}}})
+    known = importlib.import_module("rewardbench.constants")
+    sections = importlib.import_module("rewardbench.utils").calculate_scores_per_section(
+        known.EXAMPLE_COUNTS, known.SUBSET_MAPPING, right
+    )
+    return Reported(float(np.mean(list(sections.values()))))
+
+
 def _from_error(estimate: float, error: float) -> Reported:
     estimate, half = float(estimate), 1.96 * float(error)
     return Reported(estimate, estimate - half, estimate + half)
@@ -207,6 +270,8 @@ SIDES: dict[str, Callable[[Case], Reported]] = {
     "mlxdpo_eval": ours,
     "alpaca_eval 0.6.6": alpaca_eval,
     "Arena-Hard-Auto (rules)": arena_hard,
+    "MT-Bench": mt_bench,
+    "RewardBench": rewardbench,
     "inspect_ai": inspect_ai,
     "lm-eval": lm_eval,
 }
@@ -222,16 +287,44 @@ def is_right(case: Case, said: Reported) -> bool:
     return holds and (case.width is None or case.width[0] <= said.high - said.low <= case.width[1])
 
 
-def paired() -> dict[str, Any]:
-    """The drop of 8 points on the same items: paired, and as two standard errors of lm-evaluation-harness."""
-    before, after = paired_items()
-    found = paired_difference(before.tolist(), after.tolist(), range(len(before)))
-    assert found is not None
-    error = float(np.sqrt(before.var(ddof=1) / len(before) + after.var(ddof=1) / len(after)))
-    apart = Reported(found.estimate, found.estimate - 1.96 * error, found.estimate + 1.96 * error)
-    row: dict[str, Any] = {"mlxdpo_eval": [*found[:3], found.high < 0]}
-    row["lm-eval"] = [*apart, (apart.high or 0) < 0]
-    return row
+def seeded_items(shared: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(400,) before, after, prompts: 100 prompts of equal difficulty, four samples of each, right in 50 % and in 43 %.
+
+    With `shared` seeds a sample before and the one after meet the same noise, and differ only where the model does;
+    otherwise they are independent. Each side's own figures are the same in both.
+    """
+    noise = np.random.default_rng(5).permutation((np.arange(400) + 0.5) / 400)
+    other = noise if shared else np.random.default_rng(6).permutation(noise)
+    return (noise < 0.5).astype(float), (other < 0.43).astype(float), np.repeat(np.arange(100), 4)
+
+
+def paired() -> dict[str, dict[str, Any]]:
+    """Drops on the same items: ours paired and clustered by prompt, lm-evaluation-harness's two standard errors.
+
+    `pairing`: 8 points, one answer an item. `seeds_shared` and `seeds_apart`: 7 points; shared noise decides them, other
+    noise does not, and an interval is right when its width is within a quarter of the one that the noise makes.
+    """
+    rows = {"pairing": (*paired_items(), np.arange(200))}
+    rows |= {"seeds_shared": seeded_items(True), "seeds_apart": seeded_items(False)}
+    found: dict[str, dict[str, Any]] = {}
+    for name, (before, after, prompts) in rows.items():
+        ours = paired_difference(before.tolist(), after.tolist(), prompts)
+        assert ours is not None
+        error = float(np.sqrt(before.var(ddof=1) / len(before) + after.var(ddof=1) / len(after)))
+        apart = Reported(ours.estimate, ours.estimate - 1.96 * error, ours.estimate + 1.96 * error)
+        sides = {"mlxdpo_eval": Reported(*ours[:3]), "lm-eval": apart}
+        found[name] = {side: [*said, _pairing_is_right(name, said)] for side, said in sides.items()}
+    return found
+
+
+def _pairing_is_right(name: str, said: Reported) -> bool:
+    """7 of 100 samples changed, all one way: variance .07 - .07^2; apart: .5 * .5 + .43 * .57; of 400 samples."""
+    assert said.low is not None and said.high is not None
+    if name == "pairing":
+        return said.high < 0
+    variance = 0.07 - 0.07**2 if name == "seeds_shared" else 0.25 + 0.43 * 0.57
+    width = 2 * 1.96 * np.sqrt(variance / 400)
+    return bool(0.75 < (said.high - said.low) / width < 1.25 and said.low <= -0.07 <= said.high)
 
 
 def results() -> dict[str, dict[str, Any]]:
@@ -246,7 +339,7 @@ def results() -> dict[str, dict[str, Any]]:
                 found.setdefault(case.name, {})[name] = None
                 continue
             found.setdefault(case.name, {})[name] = [*said, is_right(case, said)]
-    return found | {"pairing": paired()}
+    return found | paired()
 
 
 def joined(parts: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -263,6 +356,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row a defect, a column a harness."""
     known = {case.name: (case.defect, f"{100 * case.truth:.1f}") for case in cases()}
     known["pairing"] = ("the same items before and after are compared as if they were two samples", "-8.0, below 0")
+    known["seeds_shared"] = ("both models sampled with the same seeds, compared as if with others", "-7.0 ± 2.5")
+    known["seeds_apart"] = ("each model sampled with its own seeds, compared as if they were shared", "-7.0 ± 6.9")
     head = ["defect", "right, %", *SIDES]
     rows = [head, ["---"] * len(head)]
     for case, (defect, truth) in known.items():

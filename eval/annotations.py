@@ -5,7 +5,8 @@ arena_hard       model_judgment/JUDGE/MODEL.jsonl: two games, the baseline first
 mt_bench         JUDGE_pair.jsonl of FastChat: g1_winner and g2_winner, model_1, model_2, tie or error
 rewardbench_2    one object per prompt with scores of its completions, the right ones first, or results
 inspect          an EvalLog, JSON or .eval: values of one scorer, samples by id, epochs below
-lines            {"prompt", "a", "b", "verdict": "a" | "b" | "tie" | null}: the rate is b's
+lines            {"prompt", "a", "b", "verdict": "a" | "b" | "tie" | null}: the rate is b's; where known "a_finish" and
+                 "b_finish", "length" for an answer that was cut off at its limit of tokens
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Annotation(NamedTuple):
     """One verdict: `outcome` 1 for the model, 0 for the baseline, None with the `reason` when there is none.
 
     `longer` is the model's length less the baseline's in characters, where both answers are there. `orders` are the
-    outcomes with the model shown first and second, where both were asked.
+    outcomes with the model shown first and second, where both were asked. `cut_off`: an answer ended at its limit of
+    tokens, so the verdict is on a part of it. `subset` names the part of the benchmark, where rows say so.
     """
 
     prompt: str
@@ -36,6 +38,8 @@ class Annotation(NamedTuple):
     reason: str = ""
     longer: float | None = None
     orders: tuple[float, float] | None = None
+    cut_off: bool = False
+    subset: str | None = None
 
 
 class Theirs(NamedTuple):
@@ -199,14 +203,14 @@ def _rewardbench_2(rows: Sequence[Row], model: str | None, scorer: str | None) -
     for i, row in enumerate(rows):
         prompt = str(row.get("id", row.get("prompt", i)))
         if row.get("results") is not None:
-            found.append(Annotation(prompt, float(row["results"])))
+            found.append(Annotation(prompt, float(row["results"]), subset=row.get("subset")))
             continue
         scores, right = np.ravel(row["scores"]).astype(float), int(row.get("num_correct", 1))
         if not np.isfinite(scores).all():
             found.append(Annotation(prompt, None, "score is not finite"))
             continue
         top = scores == scores.max()
-        found.append(Annotation(prompt, float(top[:right].sum() / top.sum())))
+        found.append(Annotation(prompt, float(top[:right].sum() / top.sum()), subset=row.get("subset")))
     return found, _mean_only([a.outcome for a in found], "RewardBench: mean over prompts, no interval")
 
 
@@ -226,7 +230,10 @@ def _inspect(rows: Sequence[Row], model: str | None, scorer: str | None) -> Read
         reason = (
             "" if valid else {"N": "no answer"}.get(str(value), "no score" if value is None else f"value {value!r}")
         )
-        found.append(Annotation(prompt, float(number) if valid and number is not None else None, reason))
+        outcome = float(number) if valid and number is not None else None
+        choices = (sample.get("output") or {}).get("choices") or [{}]
+        cut_off = choices[0].get("stop_reason") in ("max_tokens", "model_length")
+        found.append(Annotation(prompt, outcome, reason, cut_off=cut_off))
     counted = [0.0 if a.reason == "no answer" else a.outcome for a in found]
     return found, _mean_and_error(counted, "inspect_ai: mean, stderr() over samples")
 
@@ -242,7 +249,9 @@ def _lines(rows: Sequence[Row], model: str | None, scorer: str | None) -> Read:
         sign = 1 if chosen == "b" else -1
         outcome = 0.5 if verdict == "tie" else float(verdict == chosen) if verdict in ("a", "b") else None
         reason = "" if outcome is not None else "no verdict" if verdict is None else f"verdict {verdict!r}"
-        found.append(Annotation(str(row["prompt"]), outcome, reason, None if longer is None else sign * longer))
+        cut_off = "length" in (row.get("a_finish"), row.get("b_finish"))
+        longer = None if longer is None else sign * longer
+        found.append(Annotation(str(row["prompt"]), outcome, reason, longer, cut_off=cut_off, subset=row.get("subset")))
     return found, None
 
 

@@ -49,6 +49,7 @@ class WinRate(NamedTuple):
     n = equal + absent + asked, asked = answered + invalid: `equal` pairs are the same word for word, `absent` ones were
     not voted on, and about both nobody was asked. `reasons` counts invalid verdicts; `worst` and `best` are the rate
     were they all losses or all wins. `prompts` have an answered pair. `soft` is the mean probability of a win.
+    `cut_off` answered pairs have an answer that ended at its limit of tokens; `complete` is the rate over the others.
     `overall` and its interval count equal pairs as ties, for points on the same prompts (the frontier). `detectable`
     is the win rate that this many prompts show with power 0.8. `slices` are win rates by the values of the prompts'
     columns.
@@ -71,6 +72,8 @@ class WinRate(NamedTuple):
     bootstrap: Interval | None
     worst: float | None
     best: float | None
+    cut_off: int
+    complete: Interval | None
     soft: float | None
     overall: float | None
     overall_interval: Interval | None
@@ -134,6 +137,7 @@ def win_rate(
     logits = np.array([both.logit if both.logit is not None else 0.0 for both in found])
     signs, names = np.sign(logits[answered]).astype(int), np.array(before.names)[answered]
     won, over_all = (signs + 1) / 2, (np.sign(logits[valid]) + 1) / 2
+    ended = np.array([a and b for a, b in zip(before.stopped, after.stopped, strict=True)], bool)[answered]
     longer = np.array([len(a) - len(b) for a, b in zip(after.texts, before.texts, strict=True)], float)
     reasons = Counter(b.reason for b in found if b.logit is None and not b.absent)
     prompts, some = len(set(names.tolist())), bool(answered.any())
@@ -152,6 +156,8 @@ def win_rate(
         bootstrap=cluster_bootstrap(won.tolist(), names.tolist()) if some else None,
         worst=low,
         best=high,
+        cut_off=int((~ended).sum()),
+        complete=clustered_share(won[ended], names[ended]) if ended.any() else None,
         soft=float(special.expit(logits[answered]).mean()) if some else None,
         overall=float(over_all.mean()) if len(over_all) else None,
         overall_interval=clustered_share(over_all, np.array(before.names)[valid]) if len(over_all) else None,

@@ -6,14 +6,14 @@ Needs NumPy and SciPy only. Rows that share a prompt are one cluster; a verdict 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from mlxdpo_eval.annotations import Annotation, Row, Theirs, read_annotations
-from mlxdpo_eval.metrics.intervals import Interval, cluster_bootstrap, clustered_share
+from mlxdpo_eval.metrics.intervals import Interval, cluster_bootstrap, clustered_mean, clustered_share
 from mlxdpo_eval.metrics.judge_bias import Debiased, Longer, Position, debiased, position_bias, preference_for_longer
 from mlxdpo_eval.metrics.length import Controlled, length_controlled
 from mlxdpo_eval.metrics.sequential import anytime_interval, log_e_value, minimum_detectable
@@ -26,7 +26,9 @@ class PairwiseResult(NamedTuple):
     `invalid` ones have no verdict, by reason, and are left out: `worst` and
     `best` are the rate were they all losses or all wins. `rate` is wins + ties / 2 over valid verdicts (soft verdicts
     count as they are), `interval` Wilson's with an error clustered by prompt, `bootstrap` over resampled prompts.
-    `controlled` is the rate at equal length. `position` and `longer` are the judge's report card, where both orders or
+    `cut_off` verdicts are on an answer that ended at its limit of tokens, where the file says so (lines, inspect);
+    `complete` is the rate over the others. `subsets` are the rates of a benchmark's parts, where every row names its own,
+    and `macro` their mean, each part counting the same whatever its size. `controlled` is the rate at equal length. `position` and `longer` are the judge's report card, where both orders or
     both answers are there. `e_value` is evidence against 1/2 from one outcome per prompt, `anytime` its interval.
     `corrected` is PPI++ with human verdicts. `theirs` is what the file's own harness says.
     """
@@ -44,6 +46,10 @@ class PairwiseResult(NamedTuple):
     bootstrap: Interval | None
     worst: float | None
     best: float | None
+    cut_off: int
+    complete: Interval | None
+    subsets: dict[str, Interval | None]
+    macro: Interval | None
     controlled: Controlled | None
     position: Position | None
     longer: Longer | None
@@ -79,6 +85,9 @@ def winrate(
     by_prompt = _prompt_means(names.tolist(), won)
     evidence = float(sum(by_prompt.values())), float(len(by_prompt) - sum(by_prompt.values()))
     some = bool(len(won))
+    parts = [row.subset for row, _ in valid]
+    subsets, macro = macro_mean(won, parts, names) if some and None not in parts else ({}, None)
+    ended = np.array([not row.cut_off for row, _ in valid], bool)
     lengths = [row.longer for row, _ in valid]
     longer = np.array(lengths, np.float64) if some and None not in lengths else None
     return PairwiseResult(
@@ -95,6 +104,10 @@ def winrate(
         bootstrap=cluster_bootstrap(won.tolist(), names.tolist()) if some else None,
         worst=float(won.sum() / total) if total else None,
         best=float((won.sum() + reasons.total()) / total) if total else None,
+        cut_off=int((~ended).sum()),
+        complete=clustered_share(won[ended], names[ended]) if ended.any() else None,
+        subsets=subsets,
+        macro=macro,
         controlled=None if longer is None else length_controlled(won, longer, names),
         position=_position_of(rows),
         longer=None if longer is None else preference_for_longer(np.sign(won - 0.5).astype(int), longer, names),
@@ -104,6 +117,25 @@ def winrate(
         corrected=None if humans is None else _corrected(by_prompt, humans),
         theirs=read.theirs,
     )
+
+
+def macro_mean(
+    won: np.ndarray, parts: Sequence[Hashable], names: np.ndarray
+) -> tuple[dict[str, Interval | None], Interval | None]:
+    """The rate of each part, and the mean of the parts with a 95 % t interval clustered by prompt.
+
+    The mean is linear in the rows, so its standard error is that of the rows' influences, a prompt in several parts
+    being one cluster. None for fewer than two parts.
+    """
+    at = {str(part): np.array([p == part for p in parts]) for part in dict.fromkeys(parts)}
+    shares = {part: clustered_share(won[rows], names[rows]) for part, rows in at.items()}
+    if len(at) < 2:
+        return shares, None
+    influence, mean = np.zeros(len(won)), float(np.mean([won[rows].mean() for rows in at.values()]))
+    for rows in at.values():
+        influence[rows] = (won[rows] - won[rows].mean()) * len(won) / (len(at) * rows.sum())
+    found = clustered_mean(influence, names)
+    return shares, None if found is None else Interval(mean, mean + found.low, mean + found.high, found.clusters)
 
 
 def _prompt_means(names: list[str], won: np.ndarray) -> dict[str, float]:

@@ -1,10 +1,10 @@
 """Did a model get worse anywhere? Paired changes over areas, each measured on its own items before and after.
 
-Items are drawn once and asked of both models, so their difficulty cancels. Right or wrong answers are two by two
-counts;
+Items are drawn once and asked of both models, so their difficulty cancels. Right or wrong answers are two by two counts;
 probabilities of the right answer among its options are numbers, whose paired differences vary less. Alarms are shared
-out: 2.5 % for the change over all items and 2.5 % over the areas together (Bonferroni), so an untouched model is
-called worse in 5 % of evaluations at most.
+out (Bonferroni), so an untouched model is called worse in 5 % of evaluations at most: 1.5 % for the change over all
+items, 1.5 % among the areas alike, and 2 % among the areas by need, most to where a drop of 5 points is hardest to see
+(weighted Bonferroni, Spjotvoll 1972; the need depends on standard errors alone, which say nothing of the direction).
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import special
+from scipy import optimize, special
 
 from mlxdpo_eval.metrics.intervals import Interval
 
-ALARMS = 0.025  # one-sided, for the overall change, and again for all areas together
+OVERALL_ALARMS = 0.015  # one-sided, for the overall change
+EQUAL_ALARMS = 0.015  # for the areas together, each the same
+NEEDED_ALARMS = 0.02  # for the areas together, so that all find a drop of SOUGHT equally often
+SOUGHT = 0.05
 POWER = 0.8
 SMALLEST = 0.01  # a drop below it may be real, but is no cost
 
@@ -77,14 +80,20 @@ def area_changes(scores: Mapping[str, AreaScores]) -> Changes:
     """
     if not scores:
         raise ValueError("no areas; expected at least one with items")
-    areas = [_area_change(name, one, ALARMS / len(scores)) for name, one in scores.items()]
+    for name, one in scores.items():
+        if one.before.shape != one.after.shape or not len(one.before):
+            raise ValueError(
+                f"{name}: {len(one.before)} items before, {len(one.after)} after; expected the same, at least 1"
+            )
+    alarms = area_alarms([_change_spread(one) for one in scores.values()])
+    areas = [_area_change(name, one, own) for (name, one), own in zip(scores.items(), alarms, strict=True)]
     counted = [(one, _change_spread(one)) for one in scores.values() if one.counted]
     n = sum(len(one.before) for one, _ in counted)
     change = float(sum((one.after - one.before).sum() for one, _ in counted) / n) if n else 0.0
     known = [(len(one.before) / n, spread) for one, spread in counted if spread is not None]
     centre = sum(weight * spread.centre for weight, spread in known)
     error = float(np.sqrt(sum((weight * spread.error) ** 2 for weight, spread in known)))
-    interval = _change_interval(change, _Spread(centre, error), n, ALARMS) if error else None
+    interval = _change_interval(change, _Spread(centre, error), n, OVERALL_ALARMS) if error else None
     worse = any(area.worse for area in areas) or _is_drop(change, interval)
     moved = any(not np.array_equal(one.before, one.after) for one in scores.values())
     return Changes(
@@ -92,16 +101,27 @@ def area_changes(scores: Mapping[str, AreaScores]) -> Changes:
         n,
         change,
         interval,
-        _detectable(error, n, ALARMS) if error else None,
+        _detectable(error, n, OVERALL_ALARMS) if error else None,
         "worse" if worse else "no worse" if moved else "unchanged",
     )
 
 
+def area_alarms(spreads: Sequence[_Spread | None]) -> list[float]:
+    """The one-sided error that each area may make, `EQUAL_ALARMS` + `NEEDED_ALARMS` together at most.
+
+    Of the second part an area gets the normal tail beyond SOUGHT / error - k, where k makes the sum right: a drop of
+    SOUGHT then exceeds each bound by the same k standard errors. Areas where nothing moved need none.
+    """
+    effects = np.array([SOUGHT / spread.error for spread in spreads if spread is not None])
+    equal = EQUAL_ALARMS / len(spreads)
+    if not len(effects):
+        return [equal] * len(spreads)
+    k = optimize.brentq(lambda k: special.ndtr(k - effects).sum() - NEEDED_ALARMS, -9.0, effects.max() + 9.0)
+    needed = iter(special.ndtr(k - effects))
+    return [equal + (0.0 if spread is None else float(next(needed))) for spread in spreads]
+
+
 def _area_change(name: str, one: AreaScores, alarms: float) -> AreaChange:
-    if one.before.shape != one.after.shape or not len(one.before):
-        raise ValueError(
-            f"{name}: {len(one.before)} items before, {len(one.after)} after; expected the same, at least 1"
-        )
     change, spread, n = float(np.mean(one.after - one.before)), _change_spread(one), len(one.before)
     interval = None if spread is None else _change_interval(change, spread, n, alarms)
     return AreaChange(

@@ -16,6 +16,7 @@ def cost_sentences(results: Result) -> list[str]:
     drift = results["drift"]
     return [
         *_about_texts(drift["before"], drift["after"], drift["length_ratio"]["value"]),
+        *(sentence for one in results["winrates"][:1] for sentence in _about_cut_off(one)),
         f"The model is {drift['kl']:.2f} nats an answer from its reference (KL); "
         f"{100 * drift['same']:.0f} % of its answers are identical to before.",
         *_about_pairs(results["pairs"]["rewards"]["displacement"]["mean"]),
@@ -32,6 +33,22 @@ def _about_texts(before: Result, after: Result, ratio: float | None) -> Iterator
         yield f"{100 * ends[1]:.0f} % of them end with an end token, {100 * ends[0]:.0f} % before."
     if None not in loops and max(loops) > 0:
         yield f"{100 * loops[1]:.1f} % of their 3-grams are repetitions, {100 * loops[0]:.1f} % before."
+
+
+def _about_cut_off(judged: Result) -> Iterator[str]:
+    """Verdicts on parts of answers, of the first judge; results before 0.2 do not count them."""
+    if not judged.get("cut_off"):
+        return
+    rate, known = judged["complete"], judged["answered"]
+    others = "; none has two complete answers"
+    if judged["cut_off"] < known:
+        span = "" if rate is None else f" ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
+        share = "not known" if rate is None else f"{100 * rate['estimate']:.1f} %{span}"
+        others = f"; over the others the win rate is {share}"
+    yield (
+        f"{judged['cut_off']} of {known} verdicts of {judged['judge']} are on an answer cut off at the limit of tokens"
+        f"{others}."
+    )
 
 
 def _about_pairs(moved: float | None) -> Iterator[str]:

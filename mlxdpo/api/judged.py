@@ -23,16 +23,20 @@ def evaluate(
     max_tokens: int = 0,
     temperature: float = 1.0,
     seed: int = 0,
+    retained: bool = False,
+    limit: int | None = None,
     quiet: bool = False,
 ) -> Mapping[str, Any]:
     """Say whether a run's model is better than it was: held-out pairs, judged answers, drift, with intervals.
 
     `judge` is a name as for `mlxdpo eval --judge`, a function, or a list of these. A function of (prompt, answer) gives
     a number, higher is better; one of (prompt, first, second) gives a number above 0 where the first answer is better.
-    `data` holds other held-out pairs, a path or rows. Returns the results as RUN/eval/results_*.json has them, with the
+    `data` holds other held-out pairs, a path or rows. With `retained` the bundled checks are answered before and after
+    too, `limit` of each area, and the results have them under `retained`. Returns the results as RUN/eval/results_*.json has them, with the
     `sentences` of the verdict; RUN/report.html shows them.
 
-    Raises `UserError` for a run without adapter, an unknown judge, or where nothing was held out.
+    Raises `UserError` for a run without adapter, an unknown judge, a `limit` without `retained` or below 1, or where
+    nothing was held out.
     """
     from mlxdpo.training.given import rows_file
     from mlxdpo_eval.report.write import write_report
@@ -40,6 +44,8 @@ def evaluate(
     from mlxdpo_eval.run import evaluate as measure
     from mlxdpo_eval.sampling import Sampling
 
+    if limit is not None and (limit < 1 or not retained):
+        raise UserError(f"limit is {limit}: it is how many retained checks of each area; 1 or more, with retained=True")
     tuned = _as_run(run)
     judges = [
         _judge_of(one, tuned, number)
@@ -50,7 +56,7 @@ def evaluate(
         tuned,
         judges,
         Sampling(prompts, samples, max_tokens, temperature, seed),
-        EvalOptions(None if source is None else str(source)),
+        EvalOptions(None if source is None else str(source), retained=retained, limit=limit),
         (lambda text: None) if quiet else print,
     )
     write_report(tuned)
