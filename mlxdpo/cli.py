@@ -79,6 +79,7 @@ COMMANDS = {
     "constitution": "Let a model revise or compare its own answers by written principles: pairs without a human label.",
     "chat": "Talk to a run's model in the terminal, as it was before tuning and after.",
     "generate": "Answer a prompt with a run's model, tuned or as it was before.",
+    "influence": "Which training pairs taught an answer, or a part of it, and which taught against it.",
     "app": "See a model before and after tuning, vote blind, teach the next round.",
     "data check": "Say what is in a preference file, what is wrong with it, and show a pair as the model sees it.",
     "data audit": "Say what a model sees in each pair: likely flips, near-duplicates, shortcuts; drop, flip, select.",
