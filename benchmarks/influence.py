@@ -2,7 +2,7 @@
 
     python -m benchmarks.influence --model smollm2
 
-A model is tuned on 100 pairs of invented facts, ten kinds of question with ten facts each, among 100 pairs about
+A model is tuned on 100 pairs of invented facts, ten kinds of question with ten facts each, among 60 pairs about
 Python's standard library. For each fact it is asked in other words, and about the name in an answer of other words: the
 other nine pairs of its kind differ from the planted one in names alone. Reported: in how many of the hundred the
 planted pair is first, and among the three of largest influence. Writes .bench/influence.jsonl.
@@ -40,7 +40,26 @@ KINDS = (
     ("What is the dog of the innkeeper of {} called?", "{}.", "Name the dog at the inn of {}.", "Its name is {}."),
     ("Which colour is the flag of {}?", "It is {}.", "Describe the flag of {}.", "A cloth of {}."),
 )
-SYLLABLES = "ba ce di fo gu ha ji ka lo mu na pe qui ra so tu va we xo yu ze bri cla dro fle gna".split()
+SYLLABLES = (
+    "ba",
+    "ce",
+    "di",
+    "fo",
+    "gu",
+    "ha",
+    "ji",
+    "ka",
+    "lo",
+    "mu",
+    "na",
+    "pe",
+    "ra",
+    "so",
+    "tu",
+    "va",
+    "bri",
+    "cla",
+)
 
 
 class Fact(NamedTuple):
@@ -69,27 +88,27 @@ def facts(count: int, seed: int) -> list[Fact]:
     for i in range(count):
         ask, says, question, answer = KINDS[i % len(KINDS)]
         place, name, other = invented(), invented(), invented()
-        sides = (says.format(name), says.format(other))
-        found.append(Fact(ask.format(place), *sides, question.format(place), answer.format(name), name))
+        sides = (" " + says.format(word) for word in (name, other))
+        found.append(Fact(ask.format(place), *sides, question.format(place), " " + answer.format(name), name))
     return found
 
 
 def tuned(folder: Path, planted: Sequence[Fact], among: int, model: str, epochs: float, seed: int) -> TrainedRun:
     """A run on the planted pairs and others, all in one file in a random order."""
     rows = [{"prompt": f.prompt, "chosen": f.chosen, "rejected": f.rejected} for f in planted]
-    rows += [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in relevance(among)]
+    rows += [{"prompt": r.prompt, "chosen": f" {r.chosen}", "rejected": f" {r.rejected}"} for r in relevance(among)]
     random.Random(seed).shuffle(rows)
     write_text(folder / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     parts = {
         "model": {"path": model},
-        "data": {"path": str(folder / "pairs.jsonl"), "eval_fraction": 0.0, "max_length": 256},
-        "lora": {"rank": 8},
-        "optim": {"lr": 2e-4},
+        "data": {"path": str(folder / "pairs.jsonl"), "eval_fraction": 0.0, "template": "plain"},
+        "lora": {"rank": 8, "layers": 8},
+        "optim": {"lr": 5e-4},
         "train": {"epochs": epochs, "batch_size": 8, "gradient_accumulation": 1, "eval_every": 0, "seed": seed},
         "out": str(folder / "run"),
     }
     for event in train(load_config(None, parts)):
-        if event.kind == "step" and event.step % 10 == 0:
+        if event.kind == "step":
             print(event.step, event.values["loss"], flush=True)
     return open_trained_run(Run.open(folder / "run"))
 
@@ -118,8 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--facts", type=int, default=100)
-    parser.add_argument("--among", type=int, default=100)
-    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--among", type=int, default=60)
+    parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path(".bench/influence"))
     options = parser.parse_args(arguments)
