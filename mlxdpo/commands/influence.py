@@ -70,7 +70,7 @@ def run(
         print(jsonlib.dumps({"completion": completion, "part": asked.text, "pairs": len(rows), **kinds}))
         return
     console.print(completion, markup=False)
-    _print_pairs(f'taught "{_short(asked.text)}"', [one for one in found[:top] if one["influence"] > 0])
+    _print_pairs(f'taught "{_shortened(asked.text)}"', [one for one in found[:top] if one["influence"] > 0])
     _print_pairs("taught against it", against)
     if out is not None:
         console.print(f"influence of {len(rows)} pairs -> {out}", markup=False)
@@ -125,11 +125,11 @@ def _print_pairs(title: str, found: Sequence[dict[str, Any]]) -> None:
         return
     sheet = Table("influence", "pair", "prompt", "chosen", "rejected", title=title)
     for one in found:
-        texts = [_short(text_of(text_from_json(one[name]))) for name in ("prompt", "chosen", "rejected")]
+        texts = [_shortened(text_of(text_from_json(one[name]))) for name in ("prompt", "chosen", "rejected")]
         sheet.add_row(f"{one['influence']:+.3f}", one["where"], *texts)
     console.print(sheet, markup=False)
 
 
-def _short(text: str, longest: int = 60) -> str:
+def _shortened(text: str, longest: int = 60) -> str:
     line = " ".join(text.split())
     return line if len(line) <= longest else line[: longest - 1] + "…"

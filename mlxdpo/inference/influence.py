@@ -183,7 +183,7 @@ def _cached(file: Path) -> np.ndarray | None:
 def _block_gradients(trained: TrainedRun, loss: Loss, examples: Sequence[Example]) -> np.ndarray:
     """One pair at a time: what is wanted are the gradients of each, and not their sum."""
     model, config = trained.policy.model, trained.config
-    ref = _reference_logps(trained, loss, examples)
+    ref = _logps_of_reference(trained, loss, examples)
     forward = with_details(forward_fns(model, config.train.gradient_checkpointing), loss, config).train
     rows = []
     with dropout_off(model):
@@ -195,7 +195,7 @@ def _block_gradients(trained: TrainedRun, loss: Loss, examples: Sequence[Example
     return np.stack(rows)
 
 
-def _reference_logps(trained: TrainedRun, loss: Loss, examples: Sequence[Example]) -> np.ndarray | None:
+def _logps_of_reference(trained: TrainedRun, loss: Loss, examples: Sequence[Example]) -> np.ndarray | None:
     """(N, 2), or (N, 4) for LD-DPO: from the cache in which training left them, where they are still there."""
     if "reference" not in loss.needs:
         return None
