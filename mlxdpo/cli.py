@@ -79,6 +79,7 @@ COMMANDS = {
     "constitution": "Let a model revise or compare its answers by written principles: pairs without human labels.",
     "chat": "Chat with a run's model in the terminal, before and after tuning.",
     "generate": "Answer a prompt with a run's model, before or after tuning.",
+    "influence": "Which training pairs taught an answer, or part of it, and which taught against it.",
     "app": "See a model before and after tuning, vote blind, make the next round's pairs.",
     "data check": "Describe a preference file and its problems, and show a pair as the model sees it.",
     "data audit": "Audit each pair with a model: likely flips, near-duplicates, shortcuts; drop, flip, select.",

@@ -8,7 +8,7 @@ from typing import Any
 GROUPS = {
     "Start": "demo tune app doctor",
     "Train": "train sweep plan bench objectives data iterate collect pairs constitution import-recipe import",
-    "Judge": "eval compare runs generate chat score dial frontier",
+    "Judge": "eval compare runs generate chat influence score dial frontier",
     "Leave": "export merge pull",
 }
 """The commands of the first page, each where a reader looks for it."""
@@ -50,6 +50,10 @@ EXAMPLES = {
     "tune": ("mlxdpo tune pairs.jsonl --model smollm2 --time 1h",),
     "eval": ("mlxdpo eval runs/mine --judge longest", "mlxdpo eval runs/mine --judge local:smollm2"),
     "generate": ('mlxdpo generate runs/mine "Name a fruit."', 'mlxdpo generate runs/mine "Name a fruit." --before'),
+    "influence": (
+        'mlxdpo influence runs/mine "Name a fruit."',
+        'mlxdpo influence runs/mine "Name a fruit." --part apple',
+    ),
     "chat": ("mlxdpo chat runs/mine", "mlxdpo chat runs/mine --temperature 0"),
     "import-recipe": ("mlxdpo import-recipe axolotl.yaml", "mlxdpo train axolotl-mlxdpo.yaml"),
     "export": ("mlxdpo export runs/mine --to gguf --out exported",),

@@ -3,6 +3,7 @@
 from typing import Any
 
 SHAPES = {"chat": "turns", "tone": "text", "code": "implicit", "refusals": "turns", "summaries": "text"}
+SHAPES |= {"delta": "text", "zephyr": "turns"}
 """The row shape each recipe's data set must be read as."""
 
 
@@ -81,4 +82,24 @@ def summaries(i: int) -> dict[str, Any]:
     }
 
 
-ROWS = {"chat": chat, "tone": tone, "code": code, "refusals": refusals, "summaries": summaries}
+def delta(i: int) -> dict[str, Any]:
+    """What `mlxdpo pairs` writes."""
+    return {
+        "prompt": f"Name a number above {i}.",
+        "chosen": f"{i + 1} is above {i}.",
+        "rejected": "Seven.",
+        "finish_chosen": "stop",
+        "finish_rejected": "stop",
+        "tokens_chosen": 6,
+        "tokens_rejected": 2,
+        "made": {"chosen": {"source": "Qwen/Qwen2.5-3B-Instruct"}, "temperature": 1.0},
+    }
+
+
+ROWS = {"delta": delta, "zephyr": chat} | {
+    "chat": chat,
+    "tone": tone,
+    "code": code,
+    "refusals": refusals,
+    "summaries": summaries,
+}
