@@ -82,6 +82,8 @@ class Publishing(Section):
     """Branch to upload to, or a pull request of yours to go on with (refs/pr/3)."""
     tag: str | None = None
     """Tag for the uploaded commit."""
+    with_heldout: bool = False
+    """With --push: publish the held-out pairs too; a run that was pulled is then evaluated without --data."""
     pull_request: bool = False
     """Propose the upload as a pull request."""
     license: str | None = None
@@ -145,6 +147,7 @@ def run(
             choices=_choices(making, publishing),
             licences=Licences(publishing.license, publishing.data_license),
             repo=publishing.push,
+            with_heldout=publishing.with_heldout,
             force=force,
             say=warn if json else (lambda text: console.print(text, style="dim", markup=False)),
         )
@@ -202,7 +205,7 @@ def check_switches(making: Making, publishing: Publishing, to: str) -> None:
 
     if publishing.push:
         check_repo_id(publishing.push)
-    asked = publishing.model_dump(include={"public", "dry_run", "revision", "tag", "pull_request"})
+    asked = publishing.model_dump(include={"public", "dry_run", "revision", "tag", "with_heldout", "pull_request"})
     if not publishing.push and (idle := [name for name, value in asked.items() if value]):
         raise UserError(f"--{idle[0].replace('_', '-')} needs --push USER/REPO; add it or drop the switch")
     if publishing.pull_request and (publishing.revision or publishing.tag):

@@ -40,9 +40,8 @@ FAMILIES = {
     "gpt-2 rule": ("llama", "gpt-2", {}),
 }
 QWEN2 = SHAPES["qwen2"] | {"architectures": ["Qwen2ForCausalLM"]}  # with biases, and heads of hidden / heads
-# llama.cpp's own runtime, where a wheel of it is installed.
 needs_llama_cpp = pytest.mark.skipif(
-    importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp (llama.cpp) is not installed"
+    importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp (llama.cpp, in the extra dev) is not installed"
 )
 
 

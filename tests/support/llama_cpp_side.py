@@ -17,7 +17,7 @@ class LlamaCpp:
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(file)
         parameters.n_ctx, parameters.n_parallel, parameters.warmup = 512, 1, False
-        parameters.cpuparams.n_threads = 1
+        parameters.cpuparams.n_threads, parameters.n_gpu_layers, parameters.no_op_offload = 1, 0, True
         parameters.port = 0
         # As shipped it keeps keys and values in 16 bits, and its fused attention rounds: 3e-3 nats on SmolLM2.
         parameters.cache_type_k = parameters.cache_type_v = FLOAT32
