@@ -2,7 +2,8 @@
 
     python -m benchmarks.export_clients [MODEL ...] [--targets gguf,server] [--prompts 20] [--rows FILE]
 
-Rows are added to FILE as they come; one that stands there is not measured again, so that a stopped run goes on. The tiny models are made by transformers (random weights, a few DPO steps) with SmolLM2's own tokenizer and template;
+Rows are added to FILE as they come; one that stands there is not measured again, so that a stopped run goes on. The
+tiny models are made by transformers (random weights, a few DPO steps) with SmolLM2's own tokenizer and template;
 `smollm2` is the real one. It runs where torch, transformers, PEFT, gguf and xllamacpp are installed; a client that is
 missing is "not asked". Prints one row a target.
 """
@@ -20,8 +21,7 @@ from pathlib import Path
 from mlxdpo import train
 from mlxdpo.config import Config
 from mlxdpo.exporters import Target, export
-from mlxdpo.exporters.source import Choices, ExportSource
-from mlxdpo.inference.trained_run import open_trained_run
+from mlxdpo.exporters.source import Choices
 from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
