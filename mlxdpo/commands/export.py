@@ -128,7 +128,6 @@ def run(
     """
     from mlxdpo.commands.terminal import console, warn
     from mlxdpo.exporters import export
-    from mlxdpo.exporters.sections import Licences
     from mlxdpo.inference.mixtures import run_at
 
     check_switches(making, publishing, to)
@@ -145,9 +144,7 @@ def run(
             pairs=pairs,
             ask=making.ask,
             choices=_choices(making, publishing),
-            licences=Licences(publishing.license, publishing.data_license),
-            repo=publishing.push,
-            with_heldout=publishing.with_heldout,
+            **_published(publishing),
             force=force,
             say=warn if json else (lambda text: console.print(text, style="dim", markup=False)),
         )
@@ -163,6 +160,13 @@ def _choices(making: Making, publishing: Publishing) -> Choices:
 
     publisher: dict[str, Any] = {"publisher": publishing.push.split("/")[0]} if publishing.push else {}
     return Choices(**making.model_dump(exclude={"ask", "run"}), **publisher)
+
+
+def _published(publishing: Publishing) -> dict[str, Any]:
+    from mlxdpo.exporters.sections import Licences
+
+    licences = Licences(publishing.license, publishing.data_license)
+    return {"licences": licences, "repo": publishing.push, "with_heldout": publishing.with_heldout}
 
 
 def _check_ollama(making: Making, to: str) -> None:
