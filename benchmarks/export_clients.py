@@ -1,8 +1,9 @@
 """Every export target of six models, and what its own client answers: the table of docs/evidence/clients.md.
 
-    python -m benchmarks.export_clients [MODEL ...] [--targets gguf,server] [--prompts 20]
+    python -m benchmarks.export_clients [MODEL ...] [--targets gguf,server] [--prompts 20] [--rows FILE]
 
-The tiny models are made by transformers (random weights, a few DPO steps) with SmolLM2's own tokenizer and template;
+Rows are added to FILE as they come; one that stands there is not measured again, so that a stopped run goes on. The
+tiny models are made by transformers (random weights, a few DPO steps) with SmolLM2's own tokenizer and template;
 `smollm2` is the real one. It runs where torch, transformers, PEFT, gguf and xllamacpp are installed; a client that is
 missing is "not asked". Prints one row a target.
 """
@@ -11,15 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlxdpo import train
 from mlxdpo.config import Config
-from mlxdpo.exporters import EXPORTERS, Target, export
-from mlxdpo.exporters.source import Choices, ExportSource
-from mlxdpo.inference.trained_run import open_trained_run
+from mlxdpo.exporters import Target, export
+from mlxdpo.exporters.source import Choices
 from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
@@ -108,32 +110,35 @@ def trained(name: str, folder: Path, prompts: int) -> Run:
     return Run.open(folder / "run")
 
 
-def rows_of(name: str, targets: list[str], prompts: int) -> list[str]:
-    """A row of the table for each target of a model."""
-    folder = Path(tempfile.mkdtemp(prefix="clients-"))
-    run, choices = trained(name, folder, prompts), Choices(bits=8, group_size=32)
-    source, rows, possible = ExportSource(open_trained_run(run), choices), [], []
-    for target in targets:
-        try:
-            EXPORTERS[target].refuse(source)
-            possible.append(target)
-        except UserError as error:
-            rows.append(f"| {name} | `{target}` | | | | | no form: {error} |")
-    made = export(run, possible, folder / "out", pairs=0, ask=prompts, choices=choices, force=True)
-    shutil.rmtree(folder)
-    return [row_of(name, target, found) for target, found in made.targets.items()] + rows
+def rows_of(name: str, targets: list[str], prompts: int) -> Iterator[str]:
+    """A row of the table for each target of a model, as it comes."""
+    with tempfile.TemporaryDirectory(prefix="clients-") as made:
+        folder, choices = Path(made), Choices(bits=8, group_size=32)
+        run = trained(name, folder, prompts)
+        for target in targets:
+            try:
+                found = export(run, [target], folder / target, pairs=0, ask=prompts, choices=choices, force=True)
+            except UserError as error:
+                yield f"| {name} | `{label_of(target)}` | | | | | no form: {error} |"
+                continue
+            yield row_of(name, target, found.targets[target])
+            shutil.rmtree(folder / target)
+
+
+def label_of(target: str) -> str:
+    """How the table calls a target."""
+    return f"{target}, 8 bits" if target in PACKED else target
 
 
 def row_of(name: str, target: str, found: Target) -> str:
     """One target: client, greedy answers, worst log-prob difference, slope, verdict."""
     slope = "none" if found.fidelity.slope is None else f"{found.fidelity.slope:.4f}"
-    label = f"{target}, 8 bits" if target in PACKED else target
     told = ("not asked", "", "")
     if found.asked is not None:
         worst = "none" if found.asked["worst_logp"] is None else f"{found.asked['worst_logp']:.1e}"
         told = (found.asked["client"], f"{found.asked['equal']} of {found.asked['prompts']}", worst)
     verdict = "passed" if found.fidelity.passed else f"refused: {found.fidelity.reason}"
-    return f"| {name} | `{label}` | " + " | ".join([*told, slope, verdict]) + " |"
+    return f"| {name} | `{label_of(target)}` | " + " | ".join([*told, slope, verdict]) + " |"
 
 
 def main() -> None:
@@ -142,11 +147,20 @@ def main() -> None:
     parser.add_argument("models", nargs="*", choices=[*MODELS, []])
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--rows", type=Path, default=Path(os.devnull))
     asked = parser.parse_args()
+    before = asked.rows.read_text("utf-8").splitlines() if asked.rows.exists() else []
     print("| model | target | client | greedy answers equal | worst log-prob difference, nats | margin slope | gate |")
     print("|---|---|---|---|---|---|---|")
     for name in asked.models or list(MODELS):
-        print("\n".join(rows_of(name, asked.targets.split(","), asked.prompts)), flush=True)
+        told = [row for row in before if row.startswith(f"| {name} |")]
+        left = [one for one in asked.targets.split(",") if not any(f"`{label_of(one)}`" in row for row in told)]
+        if told:
+            print("\n".join(told))
+        for row in rows_of(name, left, asked.prompts) if left else ():
+            print(row, flush=True)
+            with asked.rows.open("a", encoding="utf-8") as file:
+                file.write(f"{row}\n")
 
 
 if __name__ == "__main__":

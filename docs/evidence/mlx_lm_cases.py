@@ -88,6 +88,10 @@ CASES = {
     ),
     "partial rotary": ("glm", {"rope_parameters": BASE | {"rope_type": "default"}}, {"rope_theta": 10000.0}),
     "scaling of nn.RoPE": ("mixtral", {"sliding_window": None, "rope_parameters": YARN}, {"rope_theta": 10000.0}),
+    "scale of embeddings": (
+        "gemma3_text",
+        {"hidden_size": 96, "num_hidden_layers": 6, "sliding_window": 64, "tie_word_embeddings": True},
+    ),
     "gelu, tanh form": ("gemma", {}),
     "gelu, exact form": ("gpt_neox", {"intermediate_size": 256}, {"rotary_emb_base": 10000, "rotary_pct": 0.25}),
     "key_multiplier": (

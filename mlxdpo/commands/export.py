@@ -82,6 +82,8 @@ class Publishing(Section):
     """Branch to upload to, or a pull request of yours to continue (refs/pr/3)."""
     tag: str | None = None
     """Tag for the uploaded commit."""
+    with_heldout: bool = False
+    """With --push: publish the held-out pairs too; a run that was pulled is then evaluated without --data."""
     pull_request: bool = False
     """Propose the upload as a pull request."""
     license: str | None = None
@@ -126,7 +128,6 @@ def run(
     """
     from mlxdpo.commands.terminal import console, warn
     from mlxdpo.exporters import export
-    from mlxdpo.exporters.sections import Licences
     from mlxdpo.inference.mixtures import run_at
 
     check_switches(making, publishing, to)
@@ -143,8 +144,7 @@ def run(
             pairs=pairs,
             ask=making.ask,
             choices=_choices(making, publishing),
-            licences=Licences(publishing.license, publishing.data_license),
-            repo=publishing.push,
+            **_published(publishing),
             force=force,
             say=warn if json else (lambda text: console.print(text, style="dim", markup=False)),
         )
@@ -160,6 +160,13 @@ def _choices(making: Making, publishing: Publishing) -> Choices:
 
     publisher: dict[str, Any] = {"publisher": publishing.push.split("/")[0]} if publishing.push else {}
     return Choices(**making.model_dump(exclude={"ask", "run"}), **publisher)
+
+
+def _published(publishing: Publishing) -> dict[str, Any]:
+    from mlxdpo.exporters.sections import Licences
+
+    licences = Licences(publishing.license, publishing.data_license)
+    return {"licences": licences, "repo": publishing.push, "with_heldout": publishing.with_heldout}
 
 
 def _check_ollama(making: Making, to: str) -> None:
@@ -202,7 +209,7 @@ def check_switches(making: Making, publishing: Publishing, to: str) -> None:
 
     if publishing.push:
         check_repo_id(publishing.push)
-    asked = publishing.model_dump(include={"public", "dry_run", "revision", "tag", "pull_request"})
+    asked = publishing.model_dump(include={"public", "dry_run", "revision", "tag", "with_heldout", "pull_request"})
     if not publishing.push and (idle := [name for name, value in asked.items() if value]):
         raise UserError(f"--{idle[0].replace('_', '-')} needs --push USER/REPO; add it or drop the switch")
     if publishing.pull_request and (publishing.revision or publishing.tag):

@@ -29,15 +29,16 @@ def run(repo: str, /, *, revision: str | None = None, out: Path | None = None, b
 
 
 def heldout_words(path: Path) -> str:
-    """How a pulled run is evaluated: its held-out pairs are on the Hub, or stayed where it was trained."""
+    """How a pulled run is evaluated: its held-out pairs came along, are on the Hub, or stayed where it was trained."""
     from mlxdpo.data.sources import is_hub_dataset
+    from mlxdpo.exporters.record import HELDOUT
     from mlxdpo.runs import Run
 
     run = Run.open(path)
     data, counted = run.config().data, run.manifest()["data"].get("heldout")
-    if is_hub_dataset(data.eval or data.path):
+    if (path / HELDOUT).exists() or is_hub_dataset(data.eval or data.path):
         return f"evaluate it: mlxdpo eval {path}"
     return (
         f"its held-out pairs ({counted or 'not counted'}, of {data.eval or data.path}) are not in the repository; ask "
-        f"who published it for that file, or take your own: mlxdpo eval {path} --data PAIRS.jsonl"
+        f"who published it to export --with-heldout, or take your own: mlxdpo eval {path} --data PAIRS.jsonl"
     )

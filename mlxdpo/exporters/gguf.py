@@ -39,7 +39,7 @@ from mlxdpo.exporters.source import ExportSource, GgufType
 from mlxdpo.io.json_file import read_json
 from mlxdpo.model.adapters import place_lora, read_settings
 from mlxdpo.model.builtin import unpermute
-from mlxdpo.model.corrections import model_classes
+from mlxdpo.model.corrections import correct, model_classes
 from mlxdpo.model.policy import load_folder, load_policy
 from mlxdpo.types import UserError
 
@@ -110,11 +110,10 @@ def convert_to_gguf(source: Path, target: Path, kind: str, name: str) -> str:
     if kind == "auto":
         kind = next(KINDS[a.dtype] for a in arrays.values() if a.ndim == 2)
     writer = gguf.GGUFWriter(target, model.family.architecture)
-    writer.add_name(name)
     writer.add_file_type(int(getattr(gguf.LlamaFileType, {"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}"))))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     write_shape(writer, model)
-    write_tokenizer(writer, source, raw, model.config["vocab_size"])
+    write_tokenizer(writer, source, raw, model.config["vocab_size"], name)
     for stored, own in tensor_names(model.family.architecture, model.config["num_hidden_layers"], arrays).items():
         exact = np.array(_to_llama_cpp(model, stored, own, arrays.pop(stored)))
         packs = (
@@ -171,7 +170,7 @@ def read_gguf(file: Path, original: Mapping[str, Any]) -> nn.Module:
         config["rope_scaling"] = dict(rope_of(original).settings)
     config["tie_word_embeddings"] = "output.weight" not in arrays
     model_class, arguments = model_classes(config)
-    model = model_class(arguments.from_dict(config))
+    model = correct(model_class(arguments.from_dict(config)), config)
     wanted = [name for name, _ in tree_flatten(model.parameters())]
     if config["tie_word_embeddings"]:
         wanted = [name for name in wanted if not name.endswith("lm_head.weight")]

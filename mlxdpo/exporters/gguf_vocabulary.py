@@ -32,6 +32,7 @@ RULES: dict[str, tuple[tuple[str, ...], bool]] = {
     "llama-bpe": ((CONTRACTIONS + "|\\p{N}{1,3}" + REST,), False),
 }
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+NOT_STRIPPING = {"<unk>", "<s>", "<|endoftext|>"}  # of Phi-3's special tokens; `</s>` and the others are
 LAST = -1e6  # the score of a piece that no merge makes
 
 
@@ -75,6 +76,26 @@ def tokenizer_and_rules(folder: Path) -> tuple[Any, dict[str, Any]]:
     return tokenizer, json.loads(backend.to_str()) if backend is not None else {"model": {"type": "none"}}
 
 
+def takes_spaces_as_phi3(specification: Mapping[str, Any]) -> bool | None:
+    """Whether spaces and line ends behind special tokens are dropped: False behind none of them, True as Phi-3's are,
+    None in another way, which llama.cpp has no form of."""
+    added = specification.get("added_tokens", [])
+    known = NOT_STRIPPING | {"</s>"} <= {*specification["model"].get("vocab", ()), *(one["content"] for one in added)}
+    stripping = {one["content"] for one in added if one.get("rstrip")}
+    if not stripping:
+        return False
+    return True if known and stripping == {one["content"] for one in added} - NOT_STRIPPING else None
+
+
+def model_name(name: str, specification: Mapping[str, Any]) -> str:
+    """The name of a model in its file: llama.cpp drops spaces behind special tokens where it holds `phi-3` or `phi3`,
+    and loads no file of such a name without Phi-3's special tokens."""
+    other = re.sub("phi-?3", "phi_3", name, flags=re.IGNORECASE)
+    if not takes_spaces_as_phi3(specification):
+        return other
+    return f"phi-3 {name}" if other == name else name
+
+
 def refuse_tokenizer(folder: Path, name: str) -> None:
     """Raise `UserError` for a tokenizer that cannot be written so that llama.cpp splits text as it does."""
     specification = tokenizer_and_rules(folder)[1]
@@ -83,14 +104,20 @@ def refuse_tokenizer(folder: Path, name: str) -> None:
             f"gguf: the tokenizer of {name} splits text by an unsupported rule (supported: "
             f"{', '.join(RULES)}, SentencePiece); export --to hf and use llama.cpp's convert_hf_to_gguf.py"
         )
+    if takes_spaces_as_phi3(specification) is None:
+        stripping = [one["content"] for one in specification["added_tokens"] if one.get("rstrip")]
+        raise UserError(
+            f"gguf: the tokenizer of {name} drops spaces behind {', '.join(stripping[:3])}, and llama.cpp does that "
+            f"for Phi-3's special tokens only; export --to fused"
+        )
 
 
-def write_tokenizer(writer: Any, folder: Path, raw: Mapping[str, Any], size: int) -> None:
-    """Vocabulary of `size` tokens, rule, special tokens and chat template of a model folder into a GGUF writer.
-
-    `raw` is the folder's config.json.
+def write_tokenizer(writer: Any, folder: Path, raw: Mapping[str, Any], size: int, name: str) -> None:
+    """Vocabulary of `size` tokens, rule, special tokens and chat template of a model folder into a GGUF writer, and the
+    model's name, by which llama.cpp knows some of its rules. `raw` is the folder's config.json.
     """
     tokenizer, specification = tokenizer_and_rules(folder)
+    writer.add_name(model_name(name, specification))
     tokens, kinds = vocabulary(specification, size)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)

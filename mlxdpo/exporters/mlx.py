@@ -38,6 +38,23 @@ from mlxdpo.model.policy import load_folder
 from mlxdpo.types import UserError
 
 
+def refuse_adapter(source: ExportSource) -> None:
+    """Raise `UserError` where mlx-lm alone cannot load the base, so that nobody could put the adapter onto it."""
+    from mlx_lm.utils import load_model
+
+    if (config := for_mlx_lm(source)) == source.raw_config:
+        return
+    try:
+        load_model(source.folder, lazy=True)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        changed = ", ".join(name for name, value in config.items() if source.raw_config.get(name) != value)
+        detail = (str(error).splitlines() or [""])[0][:150]
+        raise UserError(
+            f"mlx: mlx-lm alone cannot load {source.base_name} ({detail}), whose config.json says {changed} under "
+            f"other names; export --to fused or server, which write the whole model"
+        ) from None
+
+
 def write_adapter(source: ExportSource, folder: Path) -> str | None:
     """The run's adapter, for `mlx_lm.generate --adapter-path`."""
     shutil.copyfile(source.trained.run.adapter / WEIGHTS, folder / WEIGHTS)

@@ -17,7 +17,7 @@ from mlxdpo.config import Config, LoraConfig, ModelConfig, dump_config, load_con
 from mlxdpo.data.template import template_digest
 from mlxdpo.exporters import peft
 from mlxdpo.exporters.client import Listing, Say, check_repo_id, connect, download, list_repository
-from mlxdpo.exporters.record import OF_THE_RUN, REFERENCE, RUN, START, card_metadata, public_name
+from mlxdpo.exporters.record import HELDOUT, OF_THE_RUN, REFERENCE, RUN, START, card_metadata, public_name
 from mlxdpo.io.atomic import write_json, write_text
 from mlxdpo.io.checksum import PICKLES
 from mlxdpo.io.digest import folder_digest
@@ -266,6 +266,8 @@ def localised(
         }
     )
     data = {"path": public_name(config.data.path), "eval": config.data.eval and public_name(config.data.eval)}
+    if (folder / HELDOUT).exists():
+        data["eval"] = str((target / HELDOUT).absolute())
     return config.model_copy(
         update={
             "model": model,

@@ -19,6 +19,7 @@ repository. Everything else in it (votes, samples, metrics, a stray `.env`) stay
 folders:
 
     run/config.yaml  run/manifest.json  run/adapter/
+    run/heldout.jsonl             the held-out pairs, where their owner said to publish them
     run/start/  run/reference/    the adapters that training began from, and that its reference has, if any
 """
 
@@ -143,7 +144,7 @@ def _target(*, folder: str, files: dict[str, int], fidelity: dict[str, Any], **o
     return Target(folder, files, fidelity=Fidelity(**fidelity), **others)
 
 
-CARD, CURVE, RUN = "README.md", "training.png", "run"
+CARD, CURVE, RUN, HELDOUT = "README.md", "training.png", "run", "heldout.jsonl"
 ADAPTER = r"adapters\.safetensors|adapter_model\.safetensors|adapter_config\.json"
 MODEL = (
     r"model[\w.-]*\.safetensors(\.index\.json)?|[\w.-]+\.gguf|Modelfile|[\w.-]+\.preset\.json|"
@@ -157,7 +158,9 @@ LICENCE = r"(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.txt|\.md)?"
 NAMED_TEMPLATE = rf"(.*/)?{NAMED_FOLDER}/[\w-]+\.jinja"
 OF_TARGETS = re.compile(f"({ADAPTER}|{MODEL}|{TOKENIZER}|{LICENCE})")
 OF_THE_EXPORT = re.compile(re.escape(f"{CARD}|{CURVE}|{RECORD}").replace(r"\|", "|"))
-OF_THE_RUN = re.compile(rf"{RUN}/(config\.yaml|manifest\.json|head\.safetensors|(adapter|start|reference)/({ADAPTER}))")
+OF_THE_RUN = re.compile(
+    rf"{RUN}/(config\.yaml|manifest\.json|heldout\.jsonl|head\.safetensors|(adapter|start|reference)/({ADAPTER}))"
+)
 BINARY = (".safetensors", ".gguf", ".png", ".model")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,20 +14,22 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxdpo.data.read import heldout_source, read_pairs
+from mlxdpo.data.sources import is_hub_dataset, read_rows
 from mlxdpo.exporters import gguf, hf, lmstudio, mlx, modelfile, peft
 from mlxdpo.exporters.ask import ClientReport, asker, questions_of
 from mlxdpo.exporters.card import write_card
-from mlxdpo.exporters.record import CARD, RECORD, Exported, Fidelity, Target, write_record
+from mlxdpo.exporters.record import CARD, HELDOUT, RECORD, RUN, Exported, Fidelity, Target, write_record
 from mlxdpo.exporters.sections import Licences
 from mlxdpo.exporters.source import Choices, ExportSource
 from mlxdpo.exporters.usage import REPO
 from mlxdpo.exporters.verify import RunReference, measure_fidelity, measure_on_packed_base, run_reference
 from mlxdpo.inference.trained_run import TrainedRun, encode_pairs, heldout_pairs, open_trained_run
-from mlxdpo.io.atomic import asking_why
+from mlxdpo.io.atomic import asking_why, write_text
 from mlxdpo.io.staging import publish_folder, staging_folder
 from mlxdpo.machine.device import versions
 from mlxdpo.runs import Run
-from mlxdpo.types import Example, UserError
+from mlxdpo.types import Example, Preference, UserError
 
 Write = Callable[[ExportSource, Path], str | None]
 
@@ -49,7 +53,7 @@ def _accepts(source: ExportSource) -> None:
 
 
 EXPORTERS = {
-    "mlx": Exporter(_accepts, mlx.write_adapter, mlx.reload_adapter, "adapter"),
+    "mlx": Exporter(mlx.refuse_adapter, mlx.write_adapter, mlx.reload_adapter, "adapter"),
     "peft": Exporter(peft.refuse_peft, peft.write_peft, peft.reload_peft, "adapter"),
     "hf": Exporter(hf.refuse_hf, hf.write_hf, hf.reload_hf, "finetune"),
     "fused": Exporter(_accepts, mlx.write_fused, mlx.reload_model, "finetune"),
@@ -85,6 +89,7 @@ def export(
     choices: Choices = Choices(),  # noqa: B008 (frozen)
     licences: Licences = Licences(),  # noqa: B008
     repo: str | None = None,
+    with_heldout: bool = False,
     force: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
@@ -94,11 +99,13 @@ def export(
     prompts, where it is on this machine (`server` always; `exporters.ask`). A target that fails the gate leaves no
     files unless `force` is set; the record says so either way. `out` appears whole, in place of an earlier export, or
     not at all. It holds a model card too, for the Hub repository `repo`; what the user wrote in an earlier card stays.
+    `with_heldout` puts the held-out pairs beside the run that a push publishes; without it their texts stay here.
     Raises `UserError`, before anything is written, for a target that this run cannot become.
     """
     names, out = _known_targets(to), Path(out)
     _check_out(out)
     rows, _, where = heldout_pairs(run, data)
+    published = heldout_lines(run, data, rows) if with_heldout else None
     trained = open_trained_run(run)
     source = ExportSource(trained, choices)
     for name in names:
@@ -117,8 +124,36 @@ def export(
         if (out / CARD).exists():
             shutil.copyfile(out / CARD, folder / CARD)
         write_card(run, folder, licences, repo or REPO)
+        if published is not None:
+            write_text(folder / RUN / HELDOUT, published)
         _replace(folder, out)
     return exported
+
+
+def heldout_lines(run: Run, data: str | None, rows: Sequence[Preference]) -> str:
+    """The held-out pairs `rows` as JSON lines: the rows of their source as they stand, which the recipe reads again.
+
+    Raises `UserError` for those of a Hub dataset, and where the lines alone do not give the same pairs.
+    """
+    config = run.config().data
+    path, split = (data, config.split) if data else heldout_source(config) or (config.path, config.split)
+    if is_hub_dataset(path):
+        raise UserError(f"--with-heldout: the held-out pairs are in {path} on the Hub, where others find them; drop it")
+    wanted = {row.where for row in rows}
+    try:
+        lines = [json.dumps(row, ensure_ascii=False) for where, row in read_rows(path, split) if where in wanted]
+    except TypeError as error:
+        raise UserError(f"--with-heldout: {path} holds what JSON has no form of ({error}); convert it first") from None
+    text = "".join(f"{line}\n" for line in lines)
+    with tempfile.TemporaryDirectory() as folder:
+        write_text(Path(folder, HELDOUT), text)
+        again = read_pairs(config, str(Path(folder, HELDOUT)))[0] if lines else []
+    if [(row.prompt, row.chosen, row.rejected) for row in again] != [(r.prompt, r.chosen, r.rejected) for r in rows]:
+        raise UserError(
+            f"--with-heldout: {len(rows)} pairs of {path} are held out, and their rows alone give {len(again)}; "
+            f"write them to a file, name it with data.eval, and train again"
+        )
+    return text
 
 
 def target_folder(name: str, names: Sequence[str]) -> str:

@@ -65,8 +65,9 @@ def _key_multiplier(model: nn.Module, text: Mapping[str, Any]) -> None:
         layer.self_attn.scale *= text["key_multiplier"]
 
 
-def _other_gelu(name: str, forward: Callable[[Any, mx.array], mx.array]) -> Callable[[nn.Module, Any], None]:
-    """The other of the two forms of GELU than the one that mlx-lm's file calls, in modules of class `name`."""
+def _exchange(name: str, forward: Callable[..., mx.array]) -> Callable[[nn.Module, Any], None]:
+    """Another `forward` for the modules of class `name`: the other form of GELU than the one that mlx-lm's file calls,
+    or an input put right."""
 
     def exchange(model: nn.Module, _: Any) -> None:
         """Give each of them a class that differs in what it calls, and in nothing else."""
@@ -80,13 +81,25 @@ def _other_gelu(name: str, forward: Callable[[Any, mx.array], mx.array]) -> Call
     return exchange
 
 
+def _scaled_exactly(self: Any, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> Any:
+    """Gemma 3's embeddings times sqrt(hidden_size) in the weights' own type; mlx-lm's file rounds it to bfloat16."""
+    from mlx_lm.models.gemma3_text import Gemma3Model
+
+    h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+    if h.dtype == mx.float32:
+        scale = self.args.hidden_size**0.5
+        h = h * (scale / mx.array(scale, mx.bfloat16).item())
+    return Gemma3Model.__call__(self, inputs, cache, h)
+
+
 CORRECTIONS: Mapping[Any, Callable[[Any, Mapping[str, Any]], None]] = {
     "falcon_h1": _key_multiplier,
-    "gemma": _other_gelu("MLP", lambda m, x: m.down_proj(nn.gelu_approx(m.gate_proj(x)) * m.up_proj(x))),
+    "gemma": _exchange("MLP", lambda m, x: m.down_proj(nn.gelu_approx(m.gate_proj(x)) * m.up_proj(x))),
+    "gemma3_text": _exchange("Gemma3Model", _scaled_exactly),
     "glm": _partial_rope,
-    "gpt_bigcode": _other_gelu("MLP", lambda m, x: m.c_proj(nn.gelu_approx(m.c_fc(x)))),
-    "gpt_neox": _other_gelu("MLP", lambda m, x: m.dense_4h_to_h(nn.gelu(m.dense_h_to_4h(x)))),
-    "starcoder2": _other_gelu("MLP", lambda m, x: m.c_proj(nn.gelu_approx(m.c_fc(x)))),
+    "gpt_bigcode": _exchange("MLP", lambda m, x: m.c_proj(nn.gelu_approx(m.c_fc(x)))),
+    "gpt_neox": _exchange("MLP", lambda m, x: m.dense_4h_to_h(nn.gelu(m.dense_h_to_4h(x)))),
+    "starcoder2": _exchange("MLP", lambda m, x: m.c_proj(nn.gelu_approx(m.c_fc(x)))),
 }
 
 

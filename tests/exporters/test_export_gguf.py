@@ -4,16 +4,18 @@ import importlib.util
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from tiny_exports import greedy_of, ids_of, known_tokenizer, logits_of, trained_run
 from tiny_models import CONFIGS, SHAPES, tiny_model, write_model
 from tiny_tokenizers import chatml_tokenizer
+from tokenizers import AddedToken
 
 from mlxdpo.exporters import export
 from mlxdpo.exporters.gguf import LORA_FILE, convert_to_gguf, read_gguf
 from mlxdpo.exporters.gguf_families import frequency_factors, permute, rope_of, tensor_names
-from mlxdpo.exporters.gguf_vocabulary import RULES, rule_name
+from mlxdpo.exporters.gguf_vocabulary import RULES, model_name, refuse_tokenizer, rule_name
 from mlxdpo.exporters.source import Choices
 from mlxdpo.model.adapters import load_run
 from mlxdpo.model.builtin import unpermute
@@ -38,9 +40,8 @@ FAMILIES = {
     "gpt-2 rule": ("llama", "gpt-2", {}),
 }
 QWEN2 = SHAPES["qwen2"] | {"architectures": ["Qwen2ForCausalLM"]}  # with biases, and heads of hidden / heads
-# llama.cpp's own runtime, where a wheel of it is installed.
 needs_llama_cpp = pytest.mark.skipif(
-    importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp (llama.cpp) is not installed"
+    importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp (llama.cpp, in the extra dev) is not installed"
 )
 
 
@@ -86,23 +87,33 @@ def test_the_tokenizer_is_the_run_s(exported):
 
 
 @needs_llama_cpp
-def test_llama_cpp_tokenises_and_continues_alike(exported):
-    from llama_cpp_side import LlamaCpp
+def test_llama_cpp_tokenises_and_continues_alike(exported, monkeypatch):
+    """Within 1e-3 nats, where GELU is looked up as llama.cpp does: without that gemma 3 is 2e-2 off, gemma 2 5e-4. With
+    it numbers on the edge between two of the table's 16-bit ones are left, 1.3e-3 in gemma 3."""
+    from llama_cpp_side import LlamaCpp, gelu_by_table
 
     run, done = exported
-    policy = load_run(run)
+    policy, ids = load_run(run), ids_of(rows=2)
+    letter = policy.tokenizer.convert_tokens_to_ids("a")
+    rows = [ids[i, :n].tolist() for i in range(2) for n in range(12, 25, 3)]
     with LlamaCpp(done.out / "gguf" / "model.gguf") as server:
         for text in ("the user 123 red\n\n blue", "A b<|im_end|>\n  <think> it's", "Überraschung 4:"):
             assert server.tokens(text) == policy.tokenizer.encode(text), text
-        ids = ids_of(rows=2)
         assert server.greedy(ids.tolist(), 8) == greedy_of(policy.model, ids, 8).tolist()
-        compared = 0
-        for row in (ids[i, :n].tolist() for i in range(2) for n in range(12, 25, 3)):
-            z = policy.model(mx.array([row]))[0, -1].astype(mx.float32)
-            ours, theirs = (z - mx.logsumexp(z)).tolist(), server.likeliest(row, 20)
-            compared += len(theirs)
-            assert all(abs(ours[i] - logp) < 1e-3 for i, logp in theirs.items())
-        assert compared >= 40
+        told = [server.likeliest(row, 20, letter) for row in rows]
+    assert all(len(theirs) == 20 for theirs in told)
+    monkeypatch.setattr(nn, "gelu_approx", gelu_by_table)
+    assert worst_difference(policy, rows, told) < (3e-3 if policy.config["model_type"] == "gemma3_text" else 1e-3)
+
+
+def worst_difference(policy, rows, told):
+    """Of log-probs in nats: the policy's for the token after each of `rows`, and those told by llama.cpp."""
+    worst = 0.0
+    for row, theirs in zip(rows, told, strict=True):
+        z = policy.model(mx.array([row]))[0, -1].astype(mx.float32)
+        ours = (z - mx.logsumexp(z)).tolist()
+        worst = max(worst, *(abs(ours[i] - logp) for i, logp in theirs.items()))
+    return worst
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3_moe"])
@@ -186,6 +197,19 @@ def test_rules_are_recognised_to_the_letter(rule):
     assert rule_name(specification) is None
 
 
+def test_spaces_behind_special_tokens_are_dropped_as_phi_3_does_or_the_export_is_refused(tmp_path):
+    added = [{"content": t, "rstrip": t in ("</s>", "<|end|>")} for t in ("</s>", "<|end|>", "<|endoftext|>")]
+    phi = {"model": {"vocab": {"<unk>": 0, "<s>": 1}}, "added_tokens": added}
+    assert model_name("mine", phi) == "phi-3 mine" and model_name("Phi-3.5-mini", phi) == "Phi-3.5-mini"
+    plain = {"model": {"vocab": {}}, "added_tokens": [{"content": "<|end|>"}]}
+    assert model_name("Phi3-like", plain) == "phi_3-like" and model_name("mine", plain) == "mine"
+    tokenizer = known_tokenizer()
+    tokenizer.add_tokens([AddedToken("<turn>", rstrip=True, special=True)], special_tokens=True)
+    write_model(tmp_path / "model", tokenizer)
+    with pytest.raises(UserError, match=r"drops spaces behind <turn>, and llama.cpp does that for Phi-3"):
+        refuse_tokenizer(tmp_path / "model", "model")
+
+
 def test_rows_are_reordered_and_back():
     rows = mx.array(np.random.default_rng(0).normal(size=(16, 3)))
     there = permute(rows, 2)
@@ -232,16 +256,23 @@ TEXTS = (
 
 @needs_llama_cpp
 @pytest.mark.tokenizers
-@pytest.mark.parametrize("name", ["mistral", "qwen3", "llama3", "gemma3"])
+@pytest.mark.parametrize("name", ["mistral", "qwen3", "llama3", "gemma3", "phi3"])
 def test_llama_cpp_reads_real_tokenizers_as_transformers_does(name, tmp_path):
     from llama_cpp_side import LlamaCpp
     from real_tokenizers import from_mistral_common, from_npm
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(from_mistral_common() if name == "mistral" else from_npm(name))
+    folder = from_mistral_common() if name == "mistral" else from_npm("llama2" if name == "phi3" else name)
+    tokenizer, texts = AutoTokenizer.from_pretrained(folder), list(TEXTS)
+    if name == "phi3":  # Llama 2's, and tokens that take the spaces behind them, as Microsoft publishes it
+        taking = [
+            AddedToken(t, rstrip=True, normalized=False) for t in ("</s>", "<|user|>", "<|assistant|>", "<|end|>")
+        ]
+        tokenizer.add_tokens([AddedToken("<|endoftext|>", normalized=False), *taking], special_tokens=True)
+        texts.append("<|user|>\nHow many?<|end|>\n<|assistant|>\nThree.<|end|>\n<|endoftext|>")
     small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "head_dim": 4}
     write_model(tmp_path / "model", tokenizer, "llama", **small)
     convert_to_gguf(tmp_path / "model", tmp_path / "model.gguf", "f16", "tiny")
     with LlamaCpp(tmp_path / "model.gguf") as server:
-        for text in TEXTS:
+        for text in texts:
             assert server.tokens(text) == tokenizer.encode(text), text

@@ -198,6 +198,21 @@ def test_experts_are_fused_one_by_one(tmp_path, cache):
         export(run, ["peft"], tmp_path / "other")
 
 
+def test_a_base_that_mlx_lm_alone_cannot_load_is_refused_for_its_adapter(tmp_path, cache):
+    """transformers 5 writes `rope_parameters`, and mlx-lm's mixtures know no default for what they call rope_theta."""
+    folder = write_experts(tmp_path / "qwen3_moe", chatml_tokenizer())
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": config.pop("rope_theta")}}
+    (folder / "config.json").write_text(json.dumps(config | rope))
+    run = trained_run(tmp_path, "qwen3_moe")
+    with pytest.raises(
+        UserError, match=r"cannot load qwen3_moe \(.*rope_theta.*\), whose .*export --to fused or server"
+    ):
+        export(run, ["mlx"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    check(export(run, ["fused", "server"], tmp_path / "out"))
+
+
 def test_an_export_ends_where_training_taught_it_to(tmp_path, cache):
     """config.json ends at one token, the template's turns at another: transformers and mlx_lm stop at both."""
     from mlx_lm.utils import load_config

@@ -83,6 +83,24 @@ def test_pull_by_command(hub, trained, tmp_path, monkeypatch, capsys):
     assert "exists; choose another --out" in capsys.readouterr().err
 
 
+def test_heldout_pairs_come_along_where_their_owner_said_so(hub, trained, tmp_path, capsys):
+    """And a pulled run is then evaluated without a flag, on the same pairs; else the command says how to get them."""
+    pairs = heldout_pairs(trained)[0]
+    for extra, sentence in (([], "export --with-heldout, or take"), (["--with-heldout"], "evaluate it: mlxdpo eval")):
+        hub.repos.clear()
+        out, back = tmp_path / f"out{len(extra)}", tmp_path / f"back{len(extra)}"
+        assert cli(["export", str(trained.path), "--to", "mlx", "--out", str(out), "--push", NAME, *extra]) == 0
+        assert ("run/heldout.jsonl" in hub.repos[NAME].files()) == bool(extra)
+        capsys.readouterr()
+        assert cli(["pull", NAME, "--out", str(back), "--base", base_of(trained)]) == 0
+        assert sentence in " ".join(capsys.readouterr().out.split())
+    found = heldout_pairs(Run.open(back))[0]
+    assert [(p.prompt, p.chosen, p.rejected) for p in found] == [(p.prompt, p.chosen, p.rejected) for p in pairs]
+    assert cli(["eval", str(back), "--prompts", "2", "--max-tokens", "4"]) == 0
+    assert cli(["export", str(trained.path), "--to", "mlx", "--out", str(out), "--with-heldout"]) == 2
+    assert "--with-heldout needs --push" in capsys.readouterr().err
+
+
 def test_a_revision(hub, trained, tmp_path):
     out = exported(trained, tmp_path / "out")
     done = push(out, NAME, revision="round-2", tag="v2")

@@ -1,8 +1,10 @@
 """The other side of the comparison for GGUF: llama.cpp's own server, inside this process, from the xllamacpp wheel."""
 
 import json
+import math
 import urllib.request
 
+import mlx.core as mx
 import xllamacpp
 
 FLOAT32 = 0  # ggml's number for it
@@ -15,7 +17,7 @@ class LlamaCpp:
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(file)
         parameters.n_ctx, parameters.n_parallel, parameters.warmup = 512, 1, False
-        parameters.cpuparams.n_threads = 1
+        parameters.cpuparams.n_threads, parameters.n_gpu_layers, parameters.no_op_offload = 1, 0, True
         parameters.port = 0
         # As shipped it keeps keys and values in 16 bits, and its fused attention rounds: 3e-3 nats on SmolLM2.
         parameters.cache_type_k = parameters.cache_type_v = FLOAT32
@@ -48,11 +50,18 @@ class LlamaCpp:
         settings = {"n_predict": count, "temperature": 0, "return_tokens": True, "ignore_eos": False, "stop": []}
         return [self.ask("completion", prompt=ids, samplers=["temperature"], **settings)["tokens"] for ids in prompts]
 
-    def likeliest(self, ids, count):
+    def likeliest(self, ids, count, drawn):
         """{id: log-prob} of the `count` likeliest tokens after a row of ids.
 
-        Nothing where the token that is drawn ends the answer or is half a letter: the server does not speak of it.
+        `drawn` is a token that is a whole letter and no end, which it is made to draw: of others the server is silent.
         """
-        answer = self.ask("completion", prompt=ids, n_predict=1, temperature=0, n_probs=count)
-        known = answer.get("completion_probabilities", [{"top_logprobs": ()}])
-        return {entry["id"]: entry["logprob"] for entry in known[0]["top_logprobs"]}
+        settings = {"n_predict": 1, "temperature": 0, "logit_bias": [[drawn, 1e3]]}
+        answer = self.ask("completion", prompt=ids, n_probs=count, **settings)
+        return {entry["id"]: entry["logprob"] for entry in answer["completion_probabilities"][0]["top_logprobs"]}
+
+
+def gelu_by_table(x):
+    """GELU's tanh form as llama.cpp's CPU kernels look it up: from float16 to float16, 5e-4 of each value."""
+    half = x.astype(mx.float16).astype(mx.float32)
+    made = 0.5 * half * (1 + mx.tanh(math.sqrt(2 / math.pi) * half * (1 + 0.044715 * half * half)))
+    return mx.where(mx.abs(x) >= 10, mx.maximum(x, 0), made.astype(mx.float16).astype(mx.float32))
