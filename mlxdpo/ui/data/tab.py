@@ -18,7 +18,7 @@ from mlxdpo.ui.widgets import QUIET, alert, connect_list, list_widgets, or_alert
 
 AS_RUN = "as run "
 CHOOSE = "<p>Choose a file.</p>"
-OPEN = "<p>Open a row by its number above.</p>"
+OPEN = "<p>Click a row above to open it.</p>"
 NO_DATA = (
     "<p>There is no data file below the folder that the app was started in. Put a file such as pairs.jsonl there and"
     " reload this page.</p>"
@@ -36,17 +36,18 @@ def build(runs: Path, guard: Guard) -> None:
         least = gr.Number(0, label="Characters, at least", precision=0)
         most = gr.Number(0, label="Characters, at most (0: any)", precision=0)
     widgets = list_widgets(gr, "data", CHOOSE, ("Earlier rows", "Later rows"), "Row to open", "data-row")
-    with gr.Tab("Edit"):
-        boxes = [gr.Textbox(visible=False, lines=4, elem_id=f"data-field-{n}") for n in range(FIELDS)]
-        into = gr.HTML(OPEN, elem_id="data-into")
-        keep = gr.Button("Save", visible=False, elem_id="data-save")
-        news = gr.HTML(elem_id="data-news")  # its own place: choosing the new file closes the row
-    with gr.Tab("As the model sees it"):
-        model = gr.Dropdown([], label="Seen by", info="A run: with its model and settings.", elem_id="data-model")
-        seen = gr.HTML(OPEN, elem_id="data-seen")
-    with gr.Tab("Doctor"):
-        check = gr.Button("Check the whole file", elem_id="data-check")
-        findings = gr.HTML(elem_id="data-findings")
+    with gr.Tabs(elem_id="data-opened"):
+        with gr.Tab("Edit"):
+            boxes = [gr.Textbox(visible=False, lines=4, elem_id=f"data-field-{n}") for n in range(FIELDS)]
+            into = gr.HTML(OPEN, elem_id="data-into")
+            keep = gr.Button("Save", visible=False, elem_id="data-save")
+            news = gr.HTML(elem_id="data-news")  # its own place: choosing the new file closes the row
+        with gr.Tab("As the model sees it"):
+            model = gr.Dropdown([], label="Seen by", info="A run: with its model and settings.", elem_id="data-model")
+            seen = gr.HTML(OPEN, elem_id="data-seen")
+        with gr.Tab("Check"):
+            check = gr.Button("Check the whole file", elem_id="data-check")
+            findings = gr.HTML(elem_id="data-findings")
 
     number, shown = widgets.number, gr.State(None)
 

@@ -49,17 +49,17 @@ def build(runs: Path, guard: Guard) -> None:
     import gradio as gr
 
     knobs = recipe_form.knobs()
-    gr.Markdown("### 1. Model, data and recipe")
+    gr.Markdown("## 1. Model, data and recipe")
     recipe = gr.Dropdown([], label="Recipe", info="Fills in the fields below.", elem_id="train-recipe")
     paths = _path_fields(gr)
     name = gr.Textbox(label="Name of the run", placeholder="left empty: model-data-number", elem_id="train-name")
     gr.Markdown(NO_CODE)
     fields = _knob_fields(gr, knobs)
     form = [paths[n] for n in PATHS] + [fields[knob.name] for knob in knobs]
-    gr.Markdown("### 2. What it will need")
+    gr.Markdown("## 2. What it will need")
     ask = gr.Button("Estimate memory and steps", elem_id="train-plan")
     needs = gr.HTML(elem_id="train-needs")
-    gr.Markdown("### 3. Train")
+    gr.Markdown("## 3. Train")
     command = gr.Textbox(label="The same in a terminal", lines=2, interactive=False, buttons=["copy"])
     begin = gr.Button("Start training", variant="primary", elem_id="train-start")
     chosen, note = _watch_panel(runs, guard)
