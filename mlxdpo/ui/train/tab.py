@@ -262,10 +262,6 @@ def _current(gr: Any, runs: Path, now: str | None) -> Any:
     return gr.update(choices=found, value=now if now in names else next(iter(live or names), None))
 
 
-STYLE = """<style>
-.log { contain: inline-size; max-height: 300px; overflow: auto; padding: 8px; font-size: .85em; white-space: pre-wrap;
-  border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary); }
-</style>"""
 SAYS = {
     "starting": "loading the model, reading the data and scoring the reference; this page may be closed",
     "training": "this page may be closed, the training goes on",
@@ -289,7 +285,7 @@ def training_html(name: str, at: Watched) -> str:
     resume = f"<p>In a terminal: <code>{escape(at.command)}</code></p>" if at.state == "interrupted" else ""
     log = f'<pre class="log" tabindex="0" aria-label="Log">{escape(at.log)}</pre>' if at.log else ""
     return (
-        f'{STYLE}<p role="status"><strong>{escape(name)}: {state}.</strong> {SAYS[at.state][0].upper()}'
+        f'<p role="status"><strong>{escape(name)}: {state}.</strong> {SAYS[at.state][0].upper()}'
         f"{SAYS[at.state][1:]}.</p>{_progress(at)}"
         f"{resume}{log}"
     )

@@ -32,8 +32,8 @@ PACE = 0.25  # seconds between two updates of the bar
 
 @dataclass(frozen=True)
 class Round:
-    """A round once its answers are there. `tuned` is the side of the tuned model: the secret; `models` say who answered:
-    the digests of the base model and of both adapters."""
+    """A round once its answers are there. `tuned` is the side of the tuned model: the secret; `models` are the digests
+    of the base model and of both adapters."""
 
     id: str
     run: str
