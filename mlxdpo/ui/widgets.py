@@ -31,11 +31,13 @@ STYLE = """<style>
 .lines td { min-width: 3.5em; overflow-wrap: break-word; }
 .lines tr[data-row] { cursor: pointer; }
 .lines tr[data-row]:hover { background: var(--background-fill-secondary); }
-.lines button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
+.lines button { font: inherit; color: inherit; background: none !important; border: 0 !important;
+  padding: 0 !important; min-width: 0; cursor: pointer; }
 .lines .open { font-weight: 600; text-align: left; text-decoration: underline; overflow-wrap: anywhere; }
 .lines .acts { white-space: nowrap; }
-.lines .acts button { padding: 2px 8px; margin: 0 4px 4px 0; border-radius: 6px; border: 1px solid currentColor; }
-.lines .acts button[aria-pressed=true] { background: var(--body-text-color); color: var(--background-fill-primary); }
+.lines .acts button { padding: 2px 8px !important; margin: 0 4px 4px 0; border-radius: 6px;
+  border: 1px solid currentColor !important; }
+.lines .acts button[aria-pressed=true] { background: var(--body-text-color) !important; color: var(--background-fill-primary); }
 @media (max-width: 640px) {
   .lines { max-height: 70vh; }
   .lines thead { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
@@ -202,21 +204,29 @@ def connect_list(
     back.click(lambda *now: listed(-1, *now), **browse)
     forth.click(lambda *now: listed(1, *now), **browse)
     number.change(again, **browse)
-    connect_clicks(listing, lambda row, act: _row_number(row), None, number)
+    connect_clicks(listing, lambda row, act: row_number(row), None, number)
 
 
-def _row_number(row: str) -> int:
+def row_number(row: str) -> int:
+    """The number that names a row. Raises `UserError` for what is none."""
     if not (row.isdecimal() and len(row) < 16):
         raise UserError("this click names no row; reload the page")
     return int(row)
 
 
-def connect_clicks(listing: Any, clicked: Callable[..., Any], inputs: Any, outputs: Any) -> None:
-    """Call `clicked(row, act, *values of inputs)` when a row of a table, or a button in it, is clicked."""
+def connect_clicks(
+    listing: Any, clicked: Callable[..., Any], inputs: Any, outputs: Any, guard: Callable[[Any], None] | None = None
+) -> None:
+    """Call `clicked(row, act, *values of inputs)` when a row of a table, or a button in it, is clicked.
+
+    What a click writes asks the `guard` first.
+    """
     import gradio as gr
 
-    def handler(event: gr.EventData, *values: Any) -> Any:
+    def handler(event: gr.EventData, request: gr.Request, *values: Any) -> Any:
         """What the click says, and the values."""
+        if guard is not None:
+            guard(request)
         with show_errors():
             return clicked(*clicked_row(event), *values)
 

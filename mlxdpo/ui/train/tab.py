@@ -26,7 +26,6 @@ from mlxdpo.ui.widgets import QUIET, html_table, show_errors
 
 EVERY = 2.0  # seconds between looks at the files
 PATHS = [name for name in CHOSEN if name != "out"]
-SHOWN: dict[str, Any] = {"api_visibility": "private"}
 NONE = [("none", "")]
 NO_CODE = "Python code that comes with a model is never run from this page: train such a model in a terminal, with \
 `--model.trust-remote-code`, once you have read it."
@@ -83,8 +82,8 @@ def build(runs: Path, guard: Guard) -> None:
     recipe.change(
         lambda which: _filled_form(gr, runs, knobs, which) if which else [gr.skip()] * len(form), recipe, form, **QUIET
     )
-    ask.click(planned, form, needs, **SHOWN)
-    begin.click(started, [name, *form], [chosen, note], concurrency_limit=1, **SHOWN)
+    ask.click(planned, form, needs, **QUIET)
+    begin.click(started, [name, *form], [chosen, note], concurrency_limit=1, **QUIET)
     gr.on(
         [page.load, *(one.change for one in (name, *form))],
         lambda title, *values: _command(runs, knobs, title, values),
@@ -123,8 +122,8 @@ def _watch_panel(runs: Path, guard: Guard) -> tuple[Any, Any]:
         happening(lambda now: _current(gr, runs, now), chosen, chosen, **QUIET)
     for happening in (chosen.change, timer.tick):
         happening(lambda which: _training_shown(gr, runs, which), chosen, [view, halt, again], **QUIET)
-    halt.click(stopped, chosen, note, **SHOWN)
-    again.click(resumed, chosen, note, concurrency_limit=1, **SHOWN)
+    halt.click(stopped, chosen, note, **QUIET)
+    again.click(resumed, chosen, note, concurrency_limit=1, **QUIET)
     return chosen, note
 
 
@@ -153,15 +152,15 @@ def _knob_fields(gr: Any, knobs: list[Knob]) -> dict[str, Any]:
     with gr.Accordion("All other settings", open=False):
         for section in sections:
             inside = [k for k in knobs if k.name.partition(".")[0] == section and k.name not in VISIBLE]
-            with gr.Accordion(section, open=False), gr.Row():
+            with gr.Accordion(recipe_form.SECTIONS.get(section, section), open=False), gr.Row():
                 fields |= {knob.name: _field(gr, knob) for knob in inside}
     return fields
 
 
 def _field(gr: Any, knob: Knob) -> Any:
     about: dict[str, Any] = {
-        "label": knob.name,
-        "info": knob.help,
+        "label": recipe_form.label_of(knob.name),
+        "info": f"`{knob.name}` {knob.help}".strip(),
         "value": recipe_form.form_value(knob, knob.default),
         "min_width": 220,
     }
