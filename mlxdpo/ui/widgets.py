@@ -37,7 +37,8 @@ STYLE = """<style>
 .lines .acts { white-space: nowrap; }
 .lines .acts button { padding: 2px 8px !important; margin: 0 4px 4px 0; border-radius: 6px;
   border: 1px solid currentColor !important; }
-.lines .acts button[aria-pressed=true] { background: var(--body-text-color) !important; color: var(--background-fill-primary); }
+.lines .acts button[aria-pressed=true] { background: var(--body-text-color) !important;
+  color: var(--background-fill-primary); }
 @media (max-width: 640px) {
   .lines { max-height: 70vh; }
   .lines thead { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
