@@ -19,6 +19,7 @@ from mlxdpo.ui.runs.run_list import JOB, raw_settings, scan
 DEPTH = 3  # folders below the working folder
 MOST = 2_000  # folders that are looked into
 DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".ndjson.gz", ".csv.gz", ".tsv.gz")
+FINDINGS = ".audit.jsonl"
 NOT_DATA = {"metrics.jsonl", "votes.jsonl", "talks.jsonl"}
 SKIPPED = {"node_modules", "site-packages", "__pycache__", "checkpoints", "adapter", "eval", "samples", JOB}
 HUB_DATA = re.compile(rf"{HUB_ID.pattern}(:[\w-][\w.-]*)?", re.ASCII)
@@ -47,7 +48,10 @@ def data_files(runs: Path, top: Path) -> list[str]:
         _spelled(folder / name, top)
         for folder, names in folders(top)
         for name in names
-        if name.lower().endswith(DATA) and name not in NOT_DATA and isfile(folder / name)
+        if name.lower().endswith(DATA)
+        and not name.endswith(FINDINGS)
+        and name not in NOT_DATA
+        and isfile(folder / name)
     ]
     for path in scan(runs).values():
         section = raw_settings(path).get("data")

@@ -169,7 +169,7 @@ def test_what_the_app_writes_is_read(tmp_path):
     """The record of mlxdpo.ui.vote.tab, through its own writer, with every winner and both sides."""
     votes = pytest.importorskip("mlxdpo.ui.vote.tab", reason="the app's votes are not part of this installation")
     from mlxdpo.ui.compare.answers import Answer, Settings
-    from mlxdpo.ui.vote.blind_round import Round
+    from mlxdpo.ui.vote.blind_round import Round, models_of
 
     (tmp_path / "run").mkdir()
     run = Run(tmp_path / "run")
@@ -182,8 +182,8 @@ def test_what_the_app_writes_is_read(tmp_path):
     rounds = [("p0", "a", "a"), ("p1", "b", "a"), (turns, "a", "tie"), ("p3", "b", "both_bad")]
     for i, (prompt, tuned, winner) in enumerate(rounds):
         before, after = (Answer(name, [1], finish="stop", text=f"{name} {i}") for name in ("before", "after"))
-        game = Round(f"{i}", "run", "heldout", prompt, before, after, tuned, Settings(), 0.0)
-        votes.append_vote(run, votes.record(cast, game, winner, "session"))
+        game = Round(f"{i}", "run", "heldout", prompt, before, after, tuned, Settings(), 0.0, models_of(cast))
+        votes.append_vote(run, votes.record(game, winner, "session"))
     ballots = read_ballots(run.path / votes.FILE)
     assert ballots.left_out == {} and [v.for_tuned for v in ballots.votes] == [1, -1, 0, 0]
     assert [v.a for v in ballots.votes] == ["after 0", "before 1", "after 2", "before 3"]

@@ -26,7 +26,7 @@ from mlxdpo.ui import choices
 from mlxdpo.ui.runs.curves import Tail, follow_metrics
 from mlxdpo.ui.runs.run_list import scan, summary_rows
 from mlxdpo.ui.runs.tab import charts, checkpoints, difference, headline, measured, rounds
-from mlxdpo.ui.runs.tab import report_frame as report_view
+from mlxdpo.ui.runs.tasks import report_frame as report_view
 from mlxdpo.ui.train.process import watch
 from mlxdpo.ui.vote.tab import standing_html, votes_of
 from mlxdpo_eval.compare import compare_runs

@@ -285,7 +285,7 @@ def test_nothing_anyone_says_becomes_markup(desk):
     exchange = Exchange(EVIL, answer.__class__(**{**answer.__dict__, "text": EVIL}), found)
     page = columns_html([Column(EVIL, EVIL, (exchange, exchange._replace(score=None)))], EVIL)
     tags, attributes, text = parsed(page)
-    assert tags <= {"div", "section", "h3", "p", "span", "em", "sub"}
+    assert tags <= {"div", "section", "h2", "p", "span", "em", "sub"}
     assert attributes <= {"class", "aria-busy", "aria-label", "aria-hidden", "role", "title", "tabindex", "style"}
     assert text.count(EVIL) >= 4
 

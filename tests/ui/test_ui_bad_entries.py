@@ -63,11 +63,11 @@ def test_a_spoiled_file_takes_no_list_down(place, name, kind):
             assert (
                 state(bad) == "unreadable" and tuned == ["one"] and ["bad", "unreadable"] in [row[:2] for row in rows]
             )
-        from mlxdpo.ui.runs import tab
+        from mlxdpo.ui.runs import tab, tasks
         from mlxdpo.ui.train.tab import shown_training
 
         assert "bad" in shown_training(place / "runs", "bad")
-        for shown in (tab.report_frame, tab.rounds):
+        for shown in (tasks.report_frame, tab.rounds):
             assert isinstance(shown(bad), str)
         assert "bad" in tab.compared(place / "runs", "one", "bad") or "setting" in tab.compared(
             place / "runs", "one", "bad"

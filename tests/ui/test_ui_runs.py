@@ -14,7 +14,7 @@ from tiny_runs import finish, recipe, stop_after
 
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
-from mlxdpo.ui.runs import run_list, tab
+from mlxdpo.ui.runs import run_list, tab, tasks
 from mlxdpo.ui.runs.chart import HEIGHT, LEFT, WIDTH, Series, chart, frame_of, tick_step
 from mlxdpo.ui.runs.curves import PIECE, POINTS, SAMPLES, Tail, follow_metrics, points, thinned
 from mlxdpo.ui.widgets import html_table
@@ -206,9 +206,9 @@ def test_charts_show_a_real_run(runs):
 
 
 def test_a_report_is_framed_and_inert(tmp_path):
-    assert "mlxdpo eval" in tab.report_frame(tmp_path)
+    assert "mlxdpo eval" in tasks.report_frame(tmp_path)
     (tmp_path / "report.html").write_text(f'<p class="a">{EVIL}</p>')
-    framed = tab.report_frame(tmp_path)
+    framed = tasks.report_frame(tmp_path)
     assert 'sandbox=""' in framed and EVIL not in framed
     assert 'srcdoc="&lt;p class=&quot;a&quot;&gt;&lt;script&gt;' in framed
 

@@ -17,7 +17,8 @@ from mlxdpo.commands import train as train_command
 from mlxdpo.config import Config, dump_config, load_config
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
-from mlxdpo.ui import choices
+from mlxdpo.ui import choices, jobs
+from mlxdpo.ui.jobs import log_tail
 from mlxdpo.ui.runs.run_list import JOB, choose, state
 from mlxdpo.ui.train import process, recipe_form, tab
 from mlxdpo.ui.train.tab import complaint, estimate, estimate_html
@@ -244,7 +245,7 @@ def test_an_estimate_says_whether_it_fits():
 def wait_for(path, wanted):
     until = time.monotonic() + 600
     while (now := state(path)) not in wanted:
-        assert time.monotonic() < until and now != "failed", (now, process.log_tail(path))
+        assert time.monotonic() < until and now != "failed", (now, log_tail(path / JOB))
         time.sleep(0.02)
     return now
 
@@ -275,7 +276,7 @@ def test_started_by_an_app_that_is_killed_stopped_and_resumed_it_reaches_the_sam
     assert wait_for(path, ("interrupted", "finished")) == "interrupted", "too short a run to be stopped"
     with pytest.raises(UserError, match="nothing to stop"):
         process.stop_training(path)
-    assert process.log_tail(path).endswith("stopped; resume with: mlxdpo train --resume runs/one")
+    assert log_tail(path / JOB).endswith("stopped; resume with: mlxdpo train --resume runs/one")
     process.resume_training(path)
     with pytest.raises(UserError, match="being trained already"):
         process.resume_training(path)
@@ -293,7 +294,7 @@ def test_a_start_that_fails_is_found_with_its_reason_and_can_be_mended(place):
     until = time.monotonic() + 600
     while state(path) == "starting" and time.monotonic() < until:
         time.sleep(0.05)
-    assert state(path) == "failed" and "error: " in process.log_tail(path)
+    assert state(path) == "failed" and "error: " in log_tail(path / JOB)
     process.start_training(
         runs, "one", config.model_copy(update={"train": config.train.model_copy(update={"epochs": 1})})
     )
@@ -320,7 +321,7 @@ def test_the_job_says_who_runs_it(place, monkeypatch):
         pid = os.getpid()
         wait = staticmethod(lambda: 0)
 
-    monkeypatch.setattr(process.subprocess, "Popen", lambda words, **about: asked.append((words, about)) or Process())
+    monkeypatch.setattr(jobs.subprocess, "Popen", lambda words, **about: asked.append((words, about)) or Process())
     path = process.start_training(Path("runs"), "one", load_config("tiny.yaml"))
     words, about = asked[0]
     assert words[:5] == [sys.executable, "-P", "-m", "mlxdpo.cli", "train"] and "--out=runs/one" in words
@@ -333,7 +334,7 @@ def test_code_of_a_model_is_not_run_from_the_page(tmp_path):
     run = tmp_path / "runs" / "one"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("model: {path: m, trust_remote_code: true}\ndata: d.jsonl\n")
-    with pytest.raises(UserError, match="resume it in a terminal: mlxdpo train --resume"):
+    with pytest.raises(UserError, match="use a terminal: mlxdpo train --resume"):
         process.resume_training(run)
 
 

@@ -26,7 +26,7 @@ from mlxdpo_eval.judges.votes import problem_with, read_ballots
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
 
-from mlxdpo.ui.vote.tab import cast_vote
+from mlxdpo.ui.vote.tab import cast_vote, voted
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def seen(game: Round) -> Round:
 def test_a_vote_is_on_disk_once_and_readable_by_the_evaluation(desk, place):
     game = one_round(desk)
     done = cast_vote(desk, game, "a", "session")
-    assert done.winner == "a" and all(score is not None for score in done.scores)
+    assert done.winner == "a" and all(score is not None for score in judged(desk, done).scores)
     for again in (game, done):
         with pytest.raises(UserError, match="has its vote already"):
             cast_vote(desk, again, "b", "session")
@@ -81,6 +81,32 @@ def test_a_vote_is_on_disk_once_and_readable_by_the_evaluation(desk, place):
     assert (line["a"], line["b"]) == (game.side("a").text, game.side("b").text) and line["tuned"] == game.tuned
     (vote,) = read_ballots(place / "runs/one" / FILE).votes
     assert vote.for_tuned == (1 if game.tuned == "a" else -1) and vote.prompt == "q3 red the:"
+
+
+def test_a_vote_is_said_to_be_saved_before_the_model_is_asked_and_a_second_one_changes_nothing(
+    desk, place, monkeypatch
+):
+    game = one_round(desk)
+    monkeypatch.setattr(desk.engine, "call", lambda function: pytest.fail("the MLX thread was asked first"))
+    steps = voted(desk, game, "b", "s")
+    done, board, standing, words = next(steps)
+    assert done.winner == "b" and "after tuning" in board and "1 vote" in standing and "saved: B is better" in words
+    assert [line["winner"] for line in read_lines(place / "runs/one" / FILE)] == ["b"]
+    for twice in (game, done):  # two clicks at once carry the same round
+        ((kept, *_, words),) = voted(desk, twice, "a", "s")
+        assert kept.winner == "b" and "saved: B is better" in words
+    monkeypatch.undo()
+    scored, board, *_ = next(steps)
+    assert all(scored.scores) and 'class="tok"' in board and len(list(read_lines(place / "runs/one" / FILE))) == 1
+
+
+def test_a_vote_that_cannot_be_written_can_be_repeated(desk, place, monkeypatch):
+    game = one_round(desk)
+    (place / "runs/one/config.yaml").rename(place / "kept")
+    ((same, *_, words),) = voted(desk, game, "a", "s")
+    assert same is game and not same.winner and 'role="alert"' in words
+    (place / "kept").rename(place / "runs/one/config.yaml")
+    assert next(voted(desk, same, "a", "s"))[0].winner == "a"
 
 
 def test_there_is_nothing_to_vote_on_before_the_round(desk):
@@ -228,7 +254,6 @@ def test_kill_minus_9_loses_no_vote_and_doubles_none(tmp_path, after):
 
 def test_a_record_names_both_models(desk):
     game = one_round(desk)
-    line = record(desk.load("one"), game, "tie", "s")
+    line = record(game, "tie", "s")
     assert line["adapter"]["before"] is None and len(line["adapter"]["after"]) == 64 and len(line["model"]) == 64
     assert line["sampling"] == game.settings.model_dump() and line["blind"] is True
-    assert judged(desk, desk.load("one"), game, "tie").winner == "tie"

@@ -60,7 +60,7 @@ def _column_html(column: Column, scale: float) -> str:
     turns = "".join(_exchange_html(e, scale) for e in column.exchanges)
     kind = " tuned" if column.title.startswith(TUNED) else ""
     return (
-        f'<section class="voice{kind}" aria-label="{escape(column.title)}"><h3>{escape(column.title)}</h3>'
+        f'<section class="voice{kind}" aria-label="{escape(column.title)}"><h2>{escape(column.title)}</h2>'
         f'<p class="sub">{escape(column.subtitle)}</p>{turns}</section>'
     )
 

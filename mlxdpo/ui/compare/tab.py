@@ -187,7 +187,7 @@ def picked_prompt(app: AppState, name: str | None, number: str | None) -> tuple[
         return "", ""
     pair = [("Chosen in the data", row.chosen), ("Rejected in the data", row.rejected)]
     cards = "".join(
-        f'<section class="voice"><h3>{name}</h3><div class="answer">{escape(text_of(text))}</div></section>'
+        f'<section class="voice"><h2>{name}</h2><div class="answer">{escape(text_of(text))}</div></section>'
         for name, text in pair
     )
     heading = '<p class="quiet">What the data have for the prompt picked above:</p>'

@@ -29,7 +29,7 @@ from mlxdpo.ui.widgets import (
 )
 
 CHOOSE = "<p>Choose a folder.</p>"
-OPEN = "<p>Open a conversation by its number above.</p>"
+OPEN = "<p>Click a conversation above to open it.</p>"
 NONE = (
     "<p>There is no folder here that <code>mlxdpo constitution MODEL --prompts FILE --out DIR</code> filled. Run it"
     " below the folder that the app was started in, and reload this page.</p>"
@@ -47,10 +47,11 @@ def build(runs: Path, guard: Guard) -> None:
         principle = gr.Dropdown([ANY], value=ANY, label="Principle")
     label, ends = "Conversation to open", ("Earlier", "Later")
     widgets = list_widgets(gr, "constitution", CHOOSE, ends, label, "constitution-number")
-    with gr.Tab("Conversation"):
-        talk = gr.HTML(OPEN, elem_id="constitution-talk")
-    with gr.Tab("Constitution and report"):
-        about = gr.HTML(elem_id="constitution-about")
+    with gr.Tabs(elem_id="constitution-opened"):
+        with gr.Tab("Conversation"):
+            talk = gr.HTML(OPEN, elem_id="constitution-talk")
+        with gr.Tab("Constitution and report"):
+            about = gr.HTML(elem_id="constitution-about")
 
     number = widgets.number
     gr.context.Context.root_block.load(lambda: _folder_choices(gr, runs), None, [folder, widgets.listing], **QUIET)

@@ -1,24 +1,37 @@
 """The Data tab: browse and search a preference file, the doctor's findings, edit a pair, see it as the model does."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from mlxdpo.config import DataConfig
+from mlxdpo.data.findings import FLAGS
 from mlxdpo.data.report import BadRow
 from mlxdpo.types import UserError
 from mlxdpo.ui import choices
-from mlxdpo.ui.data import view
+from mlxdpo.ui.data import audit, view
 from mlxdpo.ui.data.view import ANY, FIELDS, RowFilter
 from mlxdpo.ui.guard import Guard
 from mlxdpo.ui.runs.run_list import choose, scan
-from mlxdpo.ui.widgets import QUIET, alert, connect_list, list_widgets, or_alert, show_errors, turned_page
+from mlxdpo.ui.widgets import (
+    QUIET,
+    alert,
+    connect_clicks,
+    connect_list,
+    list_widgets,
+    or_alert,
+    row_clicks,
+    row_number,
+    show_errors,
+    turned_page,
+)
 
 AS_RUN = "as run "
+EVERY = 2.0  # seconds between looks at an audit
 CHOOSE = "<p>Choose a file.</p>"
-OPEN = "<p>Open a row by its number above.</p>"
+OPEN = "<p>Click a row above to open it.</p>"
 NO_DATA = (
     "<p>There is no data file below the folder that the app was started in. Put a file such as pairs.jsonl there and"
     " reload this page.</p>"
@@ -36,17 +49,19 @@ def build(runs: Path, guard: Guard) -> None:
         least = gr.Number(0, label="Characters, at least", precision=0)
         most = gr.Number(0, label="Characters, at most (0: any)", precision=0)
     widgets = list_widgets(gr, "data", CHOOSE, ("Earlier rows", "Later rows"), "Row to open", "data-row")
-    with gr.Tab("Edit"):
-        boxes = [gr.Textbox(visible=False, lines=4, elem_id=f"data-field-{n}") for n in range(FIELDS)]
-        into = gr.HTML(OPEN, elem_id="data-into")
-        keep = gr.Button("Save", visible=False, elem_id="data-save")
-        news = gr.HTML(elem_id="data-news")  # its own place: choosing the new file closes the row
-    with gr.Tab("As the model sees it"):
-        model = gr.Dropdown([], label="Seen by", info="A run: with its model and settings.", elem_id="data-model")
-        seen = gr.HTML(OPEN, elem_id="data-seen")
-    with gr.Tab("Doctor"):
-        check = gr.Button("Check the whole file", elem_id="data-check")
-        findings = gr.HTML(elem_id="data-findings")
+    with gr.Tabs(elem_id="data-opened"):
+        with gr.Tab("Edit"):
+            boxes = [gr.Textbox(visible=False, lines=4, elem_id=f"data-field-{n}") for n in range(FIELDS)]
+            into = gr.HTML(OPEN, elem_id="data-into")
+            keep = gr.Button("Save", visible=False, elem_id="data-save")
+            news = gr.HTML(elem_id="data-news")  # its own place: choosing the new file closes the row
+        with gr.Tab("As the model sees it"):
+            model = gr.Dropdown([], label="Seen by", info="A run: with its model and settings.", elem_id="data-model")
+            seen = gr.HTML(OPEN, elem_id="data-seen")
+        with gr.Tab("Check"):
+            check = gr.Button("Check the whole file", elem_id="data-check")
+            findings = gr.HTML(elem_id="data-findings")
+        _audit_tab(gr, runs, guard, file)
 
     number, shown = widgets.number, gr.State(None)
 
@@ -66,8 +81,91 @@ def build(runs: Path, guard: Guard) -> None:
     number.change(lambda *now: _row_opened(gr, runs, *now), [file, number], [shown, into, keep, *boxes], **QUIET)
     for happening in (number.change, model.change):
         happening(lambda *now: _seen(runs, *now), [file, number, model], seen, **QUIET)
-    check.click(lambda name: _doctor_findings(runs, name), file, findings, api_visibility="private")
-    keep.click(saved, [file, shown, *boxes], [file, news], api_visibility="private")
+    check.click(lambda name: _doctor_findings(runs, name), file, findings, **QUIET)
+    keep.click(saved, [file, shown, *boxes], [file, news], **QUIET)
+
+
+def _audit_tab(gr: Any, runs: Path, guard: Guard, file: Any) -> None:
+    """What an audit found in each row, and the buttons that decide."""
+    with gr.Tab("Audit"):
+        with gr.Row():
+            model = gr.Dropdown([], label="Model", info="The one that will be trained.", elem_id="data-audit-model")
+            wanted = gr.Dropdown([audit.ANY, *FLAGS, audit.EVERY], value=audit.ANY, label="Show rows with")
+        begin = gr.Button("Audit the whole file", elem_id="data-audit")
+        status = gr.HTML(elem_id="data-audit-status")
+        listing = gr.HTML(
+            "<p>Choose a file above.</p>", elem_id="data-audit-rows", js_on_load=row_clicks("data-opened")
+        )
+        with gr.Row():
+            all_rows = [gr.Button(f"{word} all shown", size="sm") for word in audit.ACTS.values()]
+        write = gr.Button("Write the decided rows to a new file", variant="primary", elem_id="data-audit-write")
+        written = gr.HTML(elem_id="data-audit-written")
+    before = gr.State(None)
+
+    def shown(name: str | None, kind: str, last: Any) -> Any:
+        """Process and findings, where something has changed."""
+        if not name:
+            return (gr.skip(),) * 3
+        now = _audit_now(runs, name, kind)
+        return (gr.skip(),) * 3 if last is not None and list(now) == list(last) else (now, *now[1:])
+
+    def started(request: gr.Request, name: str | None, which: str | None) -> str:
+        """Begin the audit."""
+        guard(request)
+        with show_errors():
+            path = _path(runs, name)
+            offered = choices.models(runs, Path.cwd())
+            chosen = choices.checked_choice(which, offered, "the model", choices.NOTHING)
+            if chosen is None:
+                raise UserError("choose the model that will be trained first")
+            audit.start_audit(runs, path, chosen)
+        return audit.audit_status(runs, path)
+
+    def decided(act: str, numbers: Sequence[int] | None, name: str | None, kind: str) -> str:
+        """Keep a decision on one row, or on all shown."""
+        path = _path(runs, name)
+        audit.decide(path, audit.shown_rows(audit.findings_of(path), kind) if numbers is None else numbers, act)
+        return _audit_now(runs, name, kind)[2]
+
+    def saved(request: gr.Request, name: str | None) -> str:
+        """Write the new file."""
+        guard(request)
+        with show_errors():
+            target, dropped, flipped = audit.write_audited(_path(runs, name))
+        words = f"{target}: {dropped} rows dropped, {flipped} flipped; the original is unchanged."
+        return f'<p role="status">{escape(words)}</p>'
+
+    page, timer = gr.context.Context.root_block, gr.Timer(EVERY)
+    page.load(lambda: gr.update(choices=choices.models(runs, Path.cwd())), None, model, **QUIET)
+    for happening in (file.change, wanted.change, timer.tick):
+        happening(shown, [file, wanted, before], [before, status, listing], **QUIET)
+    begin.click(started, [file, model], status, concurrency_limit=1, **QUIET)
+    write.click(saved, file, written, **QUIET)
+    one_row = lambda row, act, *now: decided(act, [row_number(row)], *now)  # noqa: E731
+    connect_clicks(listing, one_row, [file, wanted], listing, guard)
+    for act, button in zip(audit.ACTS, all_rows, strict=True):
+        button.click(_deciding(gr, guard, decided, act), [file, wanted], listing, **QUIET)
+
+
+def _deciding(gr: Any, guard: Guard, decided: Any, act: str) -> Any:
+    def handler(request: gr.Request, *now: Any) -> str:
+        """Decide on all rows that are shown."""
+        guard(request)
+        with show_errors():
+            return decided(act, None, *now)
+
+    return handler
+
+
+def _audit_now(runs: Path, name: str | None, kind: str) -> tuple[str, str, str]:
+    """The file, how its audit stands, and its findings; the last two as HTML."""
+    try:
+        path = _path(runs, name)
+        book = view.open_book(path)
+    except UserError as error:
+        return str(name), "", alert(error)
+    rows = {view.number_of(where): row for where, row in book.rows if not isinstance(row, BadRow)}
+    return str(path), audit.audit_status(runs, path), audit.audit_view(path, rows, kind)
 
 
 def _path(runs: Path, name: str | None) -> Path:
@@ -129,7 +227,7 @@ def _row_opened(gr: Any, runs: Path, name: str | None, number: int | None) -> An
 
 def _save_edit(runs: Path, name: str, shown: Any, texts: tuple[str, ...]) -> Path:
     if shown is None:
-        raise UserError("no row is open; open one by its number first")
+        raise UserError("no row is open; click one first")
     where, row = shown
     book = view.open_book(_path(runs, name))
     new = view.edited_row(book, where, row, texts)

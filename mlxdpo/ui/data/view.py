@@ -210,9 +210,14 @@ def target_of(path: Path) -> Path:
     """Where an edit of `path` goes: a new file beside it; an edited file is gone on with."""
     if EDITED.search(path.name):
         return path
-    stem = re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    stem = stem_of(path)
     names = (f"{stem}.edited{f'-{n}' if n > 1 else ''}.jsonl" for n in range(1, 10_000))
     return next(path.with_name(name) for name in names if not path.with_name(name).exists())
+
+
+def stem_of(path: Path) -> str:
+    """A data file's name without its ending."""
+    return re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
 def save_row(path: Path, where: str, before: Mapping[str, Any], new: Mapping[str, Any]) -> Path:
@@ -228,7 +233,7 @@ def save_row(path: Path, where: str, before: Mapping[str, Any], new: Mapping[str
             """Every line but the one that changes, as it is."""
             nonlocal changed
             with draft.open("wb") as out:
-                for at, line in _numbered_lines(path):
+                for at, line in numbered_lines(path):
                     if at == number:
                         if json.loads(line) != json.loads(_json_line(before)):
                             break
@@ -248,7 +253,7 @@ def _json_line(row: Mapping[str, Any]) -> bytes:
         raise UserError(f"this row cannot be written as JSON ({error}); edit the file in a text editor") from None
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines of JSON, as they stand or, from another kind of file, as they are read."""
     if path.name.lower().endswith(LINES):
         with opened_file(path) as stream:

@@ -11,7 +11,8 @@ import fcntl
 import functools
 import json
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from os.path import isfile
 from pathlib import Path
 from typing import Any
@@ -243,3 +244,12 @@ def newest_evaluation(path: Path) -> dict[str, Any]:
 def summary_rows(runs: Path) -> list[list[str]]:
     """All runs as rows of text."""
     return [summary(name, path) for name, path in scan(runs).items()]
+
+
+def refuse_strange_code(path: Path, command: Sequence[str]) -> None:
+    """Raise `UserError` for a run whose model brings Python code: the page starts nothing that executes it."""
+    model = raw_settings(path).get("model")
+    if isinstance(model, dict) and model.get("trust_remote_code"):
+        raise UserError(
+            f"{path.name} runs Python code that comes with its model; use a terminal: {shlex.join(command)}"
+        )

@@ -16,8 +16,11 @@ from mlxdpo.ui.guard import Guard
 from mlxdpo.ui.runs.chart import STYLE, Series, chart
 from mlxdpo.ui.runs.curves import Line, Tail, follow_metrics, points
 from mlxdpo.ui.runs.run_list import HEADERS, choose, newest_evaluation, raw_settings, scan, state, summary_rows
-from mlxdpo.ui.widgets import QUIET, html_table, or_alert
+from mlxdpo.ui.runs.tasks import build_tasks, page_frame
+from mlxdpo.ui.widgets import QUIET, connect_clicks, html_table, or_alert, row_clicks
 from mlxdpo_eval.report.rounds import NOTE, round_cells, round_columns, rounds_verdict
+from mlxdpo_eval.report.sweep import SWEEP_COLUMNS, sweep_cells
+from mlxdpo_eval.sweep_results import sweep_results, sweep_sentence
 
 EVERY = 2.0  # seconds between looks at the files
 NO_RUNS = (
@@ -26,38 +29,41 @@ NO_RUNS = (
 )
 
 
-def build(runs: Path, guard: Guard) -> None:  # nothing here changes anything, so the guard is not asked
+def build(runs: Path, guard: Guard) -> None:
     """Fill the tab."""
     import gradio as gr
 
     shown, tail = gr.State(""), gr.State(None)
-    listing = gr.HTML(elem_id="runs-table")
+    listing = gr.HTML(elem_id="runs-table", js_on_load=row_clicks("runs-opened"))
     with gr.Row():
         chosen = gr.Dropdown([], label="Run", elem_id="runs-chosen")
         other = gr.Dropdown([], label="Compare its settings with", elem_id="runs-other")
     status = gr.HTML(elem_id="runs-status")
-    with gr.Tab("Curves"):
-        curves = gr.HTML("<p>Choose a run.</p>", elem_id="runs-curves")
-    with gr.Tab("Checkpoints"):
-        kept = gr.HTML(elem_id="runs-checkpoints")
-    with gr.Tab("Evaluation"):
-        evaluated = gr.HTML(elem_id="runs-report")
-    with gr.Tab("Rounds"):
-        beside = gr.HTML(elem_id="runs-rounds")
-    with gr.Tab("Settings compared"):
-        differing = gr.HTML(elem_id="runs-difference")
-
     page, timer = gr.context.Context.root_block, gr.Timer(EVERY)
+    with gr.Tabs(elem_id="runs-opened"):
+        with gr.Tab("Curves"):
+            curves = gr.HTML("<p>Choose a run.</p>", elem_id="runs-curves")
+        build_tasks(gr, runs, guard, chosen, timer)
+        with gr.Tab("Checkpoints"):
+            kept = gr.HTML(elem_id="runs-checkpoints")
+        with gr.Tab("Sweep"):
+            sweeps = gr.HTML(elem_id="runs-sweep")
+        with gr.Tab("Rounds"):
+            beside = gr.HTML(elem_id="runs-rounds")
+        with gr.Tab("Settings compared"):
+            differing = gr.HTML(elem_id="runs-difference")
+
     refresh = {"fn": lambda *now: _runs_listed(gr, runs, *now), "inputs": [shown, chosen, other]}
     watch = {"fn": lambda *now: _watched(gr, runs, *now), "inputs": [chosen, tail]}
     for happening in (page.load, timer.tick):
         happening(**refresh, outputs=[shown, listing, chosen, other], **QUIET)
     for happening in (chosen.change, timer.tick):
         happening(**watch, outputs=[tail, status, curves, kept], **QUIET)
-    chosen.change(lambda name: report_frame(choose(runs, name)) if name else "", chosen, evaluated, **QUIET)
-    chosen.change(lambda name: rounds(choose(runs, name)) if name else "", chosen, beside, **QUIET)
+    for place, words in ((beside, rounds), (sweeps, sweep)):
+        chosen.change(lambda name, words=words: words(choose(runs, name)) if name else "", chosen, place, **QUIET)
     for happening in (chosen.change, other.change):
         happening(lambda a, b: compared(runs, a, b), [chosen, other], differing, **QUIET)
+    connect_clicks(listing, lambda name, act: choose(runs, name) and name, None, chosen)
 
 
 def _runs_listed(gr: Any, runs: Path, before: str, name: str | None, second: str | None) -> Any:
@@ -65,7 +71,7 @@ def _runs_listed(gr: Any, runs: Path, before: str, name: str | None, second: str
     rows = summary_rows(runs)
     names = [row[0] for row in rows]
     name = name if name in names else next(iter(names), None)
-    html = html_table("Runs", HEADERS, rows, name) if rows else NO_RUNS.format(escape(str(runs)))
+    html = html_table("Runs", HEADERS, rows, name, opens=True) if rows else NO_RUNS.format(escape(str(runs)))
     if html == before:
         return (gr.skip(),) * 4
     other = gr.update(choices=names, value=second if second in names else None)
@@ -118,6 +124,20 @@ def rounds(path: Path) -> str:
         rows = round_cells(found["rounds"])
         shown = html_table(f"Rounds of {path.parent.name}", round_columns(found["rounds"]), rows, path.name)
         return f"<p><strong>{escape(rounds_verdict(found)[1])}</strong></p>{why}{shown}<p>{escape(NOTE)}</p>"
+
+
+@or_alert
+def sweep(path: Path) -> str:
+    """The sweep that the run at `path` is part of, as far as it has come; or how there would be one."""
+    folder = path.parent
+    if not isfile(folder / "sweep.json"):
+        command = "mlxdpo sweep RECIPE.yaml --loss.beta 0.05,0.1,0.3 --seeds 3 --out runs/sweep"
+        return f"<p>This run is no part of a sweep. In a terminal: <code>{escape(command)}</code></p>"
+    found = sweep_results(folder)
+    shown = html_table(f"Settings of {folder.name}", SWEEP_COLUMNS, sweep_cells(found), found.best)
+    report = folder / "report.html"
+    page = page_frame(report, f"Report of the sweep {folder.name}") if isfile(report) else ""
+    return f"<p><strong>{escape(sweep_sentence(found))}</strong></p>{shown}{page}"
 
 
 CHARTS: tuple[tuple[str, tuple[tuple[str, str, int], ...]], ...] = (
@@ -192,20 +212,6 @@ def checkpoints(path: Path, tail: Tail) -> list[list[str]]:
 def _cell(line: Line, name: str) -> str:
     value = line.get(name)
     return f"{value:.4f}" if isinstance(value, int | float) else "–"
-
-
-def report_frame(path: Path) -> str:
-    """The evaluation report in a frame that runs no script and reaches nothing; or how to get one."""
-    file = path / "report.html"
-    if not isfile(file):
-        command = f"mlxdpo eval {path}"
-        return f"<p>Not evaluated yet. In a terminal: <code>{escape(command)}</code></p>"
-    page = escape(file.read_text("utf-8", errors="replace"))
-    return (
-        f'<iframe title="Evaluation report of {escape(path.name)}" sandbox="" referrerpolicy="no-referrer"'
-        ' style="width:100%;height:75vh;border:1px solid var(--border-color-primary);background:#fff"'
-        f' srcdoc="{page}"></iframe>'
-    )
 
 
 def headline(path: Path) -> str:

@@ -1,36 +1,24 @@
-"""Trainings that the page starts: each a process of its own, which neither a closed tab nor a closed app stops.
-
-RUN/job/ holds what the page needs to find it again: `lock`, held by the process while it lives, whoever started it;
-`job.json`, the process and its command; `log.txt`, what it says.
-"""
+"""Trainings that the page starts, stops and resumes; RUN/job/ is the folder of the process (`ui/jobs.py`)."""
 
 from __future__ import annotations
 
-import datetime
-import fcntl
 import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Sequence
 from os.path import isfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mlxdpo.config import Config
-from mlxdpo.io.atomic import write_json
-from mlxdpo.io.json_file import read_json
-from mlxdpo.io.names import without_tokens
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
-from mlxdpo.ui.runs.run_list import JOB, busy, newest, number_in, raw_settings, state
+from mlxdpo.ui.jobs import log_tail, read_job, spawn
+from mlxdpo.ui.runs.run_list import JOB, busy, newest, number_in, refuse_strange_code, state
 from mlxdpo.ui.train.recipe_form import flags
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
-LOG_TAIL = 16 * 1024  # bytes
 STEP = re.compile(r"(?:step|held-out at step) (\d+)/(\d+)")
 
 
@@ -96,38 +84,13 @@ def resume_training(path: Path) -> None:
         raise UserError(f"{path.name} stopped before there was anything to resume; fix what its log says, and start it")
     if now == "finished":
         raise UserError(f"{path.name} is finished; start a new run, or one from its adapter")
-    model = raw_settings(path).get("model")
-    if isinstance(model, dict) and model.get("trust_remote_code"):
-        command = shlex.join(["mlxdpo", "train", "--resume", str(path)])
-        raise UserError(f"{path.name} runs Python code that comes with its model; resume it in a terminal: {command}")
-    _spawn(path, ["mlxdpo", "train", "--resume", str(path)])
+    command = ["mlxdpo", "train", "--resume", str(path)]
+    refuse_strange_code(path, command)
+    _spawn(path, command)
 
 
 def _spawn(path: Path, command: Sequence[str]) -> None:
-    """Run `command` in a session of its own. It inherits the lock, and so holds it exactly as long as it lives."""
-    job = path / JOB
-    job.mkdir(parents=True, exist_ok=True)
-    with (job / "lock").open("ab") as lock, (job / "log.txt").open("ab") as log:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path.name} is being trained already; stop it first, or wait") from None
-        log.write(f"$ {shlex.join(command)}\n".encode())
-        log.flush()
-        (job / "asked").unlink(missing_ok=True)
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mlxdpo.cli", *command[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-            pass_fds=(lock.fileno(),),
-        )
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write_json(job / "job.json", {"pid": process.pid, "command": list(command), "started": now})
-    # Somebody has to ask for the exit status, or a finished training stays in the process table.
-    threading.Thread(target=process.wait, daemon=True).start()
+    spawn(path / JOB, command, f"{path.name} is being trained already; stop it first, or wait")
 
 
 def stop_training(path: Path) -> str:
@@ -136,7 +99,7 @@ def stop_training(path: Path) -> str:
         if isfile(path / "config.yaml") and Run(path).held():
             raise UserError(f"{path.name} was started in a terminal; press Ctrl-C there")
         raise UserError(f"{path.name} is not being trained now; there is nothing to stop")
-    job = _read_job(path)
+    job = read_job(path / JOB)
     asked = path / JOB / "asked"
     if asked.exists():
         raise UserError(
@@ -148,18 +111,9 @@ def stop_training(path: Path) -> str:
     return f"{path.name} stops after the step it is in; what it has learned is saved."
 
 
-def _read_job(path: Path) -> dict[str, Any]:
-    file = path / JOB / "job.json"
-    found = read_json(file) if isfile(file) else {}
-    pid = found.get("pid")
-    if not isinstance(pid, int) or isinstance(pid, bool) or pid < 2:
-        raise UserError(f"{file}: does not say which process trains; stop it in a terminal")
-    return found
-
-
 def watch(path: Path) -> Watched:
     """Where a training stands, from its files alone."""
-    now, log = state(path), log_tail(path)
+    now, log = state(path), log_tail(path / JOB)
     at = STEP.findall(log)
     last, _ = newest(path / "metrics.jsonl")
     live = now == "training" and bool(last)
@@ -175,15 +129,3 @@ def watch(path: Path) -> Watched:
         command=shlex.join(["mlxdpo", "train", "--resume", str(path)]),
         log=log,
     )
-
-
-def log_tail(path: Path, most: int = 40) -> str:
-    """The last lines that a training said, empty for one that was started elsewhere."""
-    file = path / JOB / "log.txt"
-    if not isfile(file):
-        return ""
-    with file.open("rb") as stream:
-        size = stream.seek(0, 2)
-        stream.seek(max(0, size - LOG_TAIL))
-        text = stream.read().decode("utf-8", errors="replace")
-    return without_tokens("\n".join(text.splitlines()[-most:]))

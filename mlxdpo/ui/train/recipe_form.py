@@ -53,6 +53,38 @@ def knobs() -> list[Knob]:
     return [knob for knob in found if knob.name not in (*CHOSEN, *NEVER)]
 
 
+SECTIONS = {
+    "": "General",
+    "model": "Model",
+    "data": "Data",
+    "loss": "Objective",
+    "reward": "Reward model",
+    "reference": "Reference",
+    "lora": "Adapter (LoRA)",
+    "optim": "Optimizer",
+    "train": "Training",
+    "log": "Logging",
+}
+"""Sections of a recipe in words; another one is shown under its own name."""
+WORDS = {
+    "loss.name": "Objective",
+    "loss.beta": "Strength of the pull to the reference (β)",
+    "lora.rank": "Rank of the adapter",
+    "optim.lr": "Learning rate",
+    "optim.name": "Optimizer",
+    "train.epochs": "Passes over the data",
+    "train.batch_size": "Pairs at once",
+    "train.gradient_accumulation": "Batches in a step",
+    "data.max_length": "Longest pair, tokens",
+}
+"""Knobs whose key alone says too little."""
+
+
+def label_of(name: str) -> str:
+    """A knob's name in words; the key itself stands small in its help."""
+    return WORDS.get(name) or name.rpartition(".")[2].replace("_", " ").capitalize()
+
+
 def _knob(name: str, field: FieldInfo) -> Knob:
     kind, choices, empty = _knob_kind(field.annotation)
     if named := _registered(name):

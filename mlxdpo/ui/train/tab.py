@@ -26,7 +26,6 @@ from mlxdpo.ui.widgets import QUIET, html_table, show_errors
 
 EVERY = 2.0  # seconds between looks at the files
 PATHS = [name for name in CHOSEN if name != "out"]
-SHOWN: dict[str, Any] = {"api_visibility": "private"}
 NONE = [("none", "")]
 NO_CODE = "Python code that comes with a model is never run from this page: train such a model in a terminal, with \
 `--model.trust-remote-code`, once you have read it."
@@ -49,17 +48,17 @@ def build(runs: Path, guard: Guard) -> None:
     import gradio as gr
 
     knobs = recipe_form.knobs()
-    gr.Markdown("### 1. Model, data and recipe")
+    gr.Markdown("## 1. Model, data and recipe")
     recipe = gr.Dropdown([], label="Recipe", info="Fills in the fields below.", elem_id="train-recipe")
     paths = _path_fields(gr)
     name = gr.Textbox(label="Name of the run", placeholder="left empty: model-data-number", elem_id="train-name")
     gr.Markdown(NO_CODE)
     fields = _knob_fields(gr, knobs)
     form = [paths[n] for n in PATHS] + [fields[knob.name] for knob in knobs]
-    gr.Markdown("### 2. Memory and steps")
+    gr.Markdown("## 2. Memory and steps")
     ask = gr.Button("Estimate memory and steps", elem_id="train-plan")
     needs = gr.HTML(elem_id="train-needs")
-    gr.Markdown("### 3. Train")
+    gr.Markdown("## 3. Train")
     command = gr.Textbox(label="The same in a terminal", lines=2, interactive=False, buttons=["copy"])
     begin = gr.Button("Start training", variant="primary", elem_id="train-start")
     chosen, note = _watch_panel(runs, guard)
@@ -83,8 +82,8 @@ def build(runs: Path, guard: Guard) -> None:
     recipe.change(
         lambda which: _filled_form(gr, runs, knobs, which) if which else [gr.skip()] * len(form), recipe, form, **QUIET
     )
-    ask.click(planned, form, needs, **SHOWN)
-    begin.click(started, [name, *form], [chosen, note], concurrency_limit=1, **SHOWN)
+    ask.click(planned, form, needs, **QUIET)
+    begin.click(started, [name, *form], [chosen, note], concurrency_limit=1, **QUIET)
     gr.on(
         [page.load, *(one.change for one in (name, *form))],
         lambda title, *values: _command(runs, knobs, title, values),
@@ -123,8 +122,8 @@ def _watch_panel(runs: Path, guard: Guard) -> tuple[Any, Any]:
         happening(lambda now: _current(gr, runs, now), chosen, chosen, **QUIET)
     for happening in (chosen.change, timer.tick):
         happening(lambda which: _training_shown(gr, runs, which), chosen, [view, halt, again], **QUIET)
-    halt.click(stopped, chosen, note, **SHOWN)
-    again.click(resumed, chosen, note, concurrency_limit=1, **SHOWN)
+    halt.click(stopped, chosen, note, **QUIET)
+    again.click(resumed, chosen, note, concurrency_limit=1, **QUIET)
     return chosen, note
 
 
@@ -153,15 +152,15 @@ def _knob_fields(gr: Any, knobs: list[Knob]) -> dict[str, Any]:
     with gr.Accordion("All other settings", open=False):
         for section in sections:
             inside = [k for k in knobs if k.name.partition(".")[0] == section and k.name not in VISIBLE]
-            with gr.Accordion(section, open=False), gr.Row():
+            with gr.Accordion(recipe_form.SECTIONS.get(section, section), open=False), gr.Row():
                 fields |= {knob.name: _field(gr, knob) for knob in inside}
     return fields
 
 
 def _field(gr: Any, knob: Knob) -> Any:
     about: dict[str, Any] = {
-        "label": knob.name,
-        "info": knob.help,
+        "label": recipe_form.label_of(knob.name),
+        "info": f"`{knob.name}` {knob.help}".strip(),
         "value": recipe_form.form_value(knob, knob.default),
         "min_width": 220,
     }
@@ -262,10 +261,6 @@ def _current(gr: Any, runs: Path, now: str | None) -> Any:
     return gr.update(choices=found, value=now if now in names else next(iter(live or names), None))
 
 
-STYLE = """<style>
-.log { contain: inline-size; max-height: 300px; overflow: auto; padding: 8px; font-size: .85em; white-space: pre-wrap;
-  border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary); }
-</style>"""
 SAYS = {
     "starting": "loading the model, reading the data and scoring the reference; this page may be closed",
     "training": "you may close this page; training continues",
@@ -289,7 +284,7 @@ def training_html(name: str, at: Watched) -> str:
     resume = f"<p>In a terminal: <code>{escape(at.command)}</code></p>" if at.state == "interrupted" else ""
     log = f'<pre class="log" tabindex="0" aria-label="Log">{escape(at.log)}</pre>' if at.log else ""
     return (
-        f'{STYLE}<p role="status"><strong>{escape(name)}: {state}.</strong> {SAYS[at.state][0].upper()}'
+        f'<p role="status"><strong>{escape(name)}: {state}.</strong> {SAYS[at.state][0].upper()}'
         f"{SAYS[at.state][1:]}.</p>{_progress(at)}"
         f"{resume}{log}"
     )

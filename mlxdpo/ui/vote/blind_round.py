@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from html import escape
-from typing import Literal
+from typing import Any, Literal
 
 from mlxdpo.inference.run_prompts import Gallery
 from mlxdpo.inference.trained_run import prompt_text
@@ -32,7 +32,8 @@ PACE = 0.25  # seconds between two updates of the bar
 
 @dataclass(frozen=True)
 class Round:
-    """A round once its answers are there. `tuned` is the side of the tuned model: the secret."""
+    """A round once its answers are there. `tuned` is the side of the tuned model: the secret; `models` are the digests
+    of the base model and of both adapters."""
 
     id: str
     run: str
@@ -43,6 +44,7 @@ class Round:
     tuned: Side
     settings: Settings
     shown_at: float
+    models: Mapping[str, Any]
     scores: tuple[Score | None, Score | None] | None = None
     winner: str = ""
 
@@ -90,7 +92,8 @@ def play(
         before, after = answers
         if before.text.strip() != after.text.strip():
             side, name = SIDES[secrets.randbelow(2)], loaded.run.path.name
-            yield Round(secrets.token_hex(8), name, source, prompt, before, after, side, drawn, time.monotonic())
+            game = Round(secrets.token_hex(8), name, source, prompt, before, after, side, drawn, 0.0, models_of(loaded))
+            yield replace(game, shown_at=time.monotonic())
             return
     raise UserError(
         f"before and after tuning gave the same answer {TRIES} times; raise the temperature or try another prompt"
@@ -104,11 +107,17 @@ def _counted(
     yield from enumerate(answer_together(loaded, variants, (prompt, prompt), settings, stopped=stopped), 1)
 
 
-def judged(app: AppState, loaded: RunVariants, game: Round, winner: str) -> Round:
-    """The round after its vote, with what tuning did to each answer."""
-    answers = (game.before, game.after)
+def models_of(loaded: RunVariants) -> dict[str, Any]:
+    """The digests of a run's base model and adapters, as a vote names them."""
+    adapters = {"before": loaded.before.digest, "after": loaded.after.digest}
+    return {"model": loaded.policy.identity["digest"], "adapter": adapters}
+
+
+def judged(app: AppState, game: Round) -> Round:
+    """The round after its vote, with what tuning did to each answer. Raises `UserError` as `AppState.load`."""
+    loaded, answers = app.load(game.run), (game.before, game.after)
     found = [app.engine.call(lambda a=a: score(loaded, loaded.after, a)) for a in answers]
-    return replace(game, winner=winner, scores=(found[0], found[1]))
+    return replace(game, scores=(found[0], found[1]))
 
 
 def blind_html(game: Round) -> str:
@@ -118,17 +127,17 @@ def blind_html(game: Round) -> str:
 
 
 def revealed_html(game: Round) -> str:
-    """The two answers after the vote: which was which, and the numbers."""
-    assert game.scores is not None
-    scores = dict(zip(("b", "a") if game.tuned == "a" else ("a", "b"), game.scores, strict=True))
-    scale = colour_scale([s for s in game.scores if s])
+    """The two answers after the vote: which was which, and the numbers once there are some."""
+    found = game.scores or (None, None)
+    scores = dict(zip(("b", "a") if game.tuned == "a" else ("a", "b"), found, strict=True))
+    scale = colour_scale([s for s in found if s])
     cards = ""
     for side in SIDES:
         who = "after tuning" if side == game.tuned else "before tuning"
         won = " · your choice" if game.winner == side else ""
         body = answer_html(game.side(side), scores[side], scale)
         cards += _answer_card(f"Answer {side.upper()}: {who}", won, body, "tuned" if side == game.tuned else "untuned")
-    return _answers_html(prompt_text(game.prompt), cards) + legend(scale)
+    return _answers_html(prompt_text(game.prompt), cards) + (legend(scale) if any(found) else "")
 
 
 def waiting_html(share: float) -> str:
@@ -145,7 +154,7 @@ def _answers_html(prompt: str, cards: str) -> str:
 
 
 def _answer_card(title: str, note: str, body: str, kind: str = "") -> str:
-    heading = f'<h3>{escape(title)}<span class="quiet">{escape(note)}</span></h3>'
+    heading = f'<h2>{escape(title)}<span class="quiet">{escape(note)}</span></h2>'
     return f'<section class="voice {kind}" aria-label="{escape(title)}">{heading}{body}</section>'
 
 

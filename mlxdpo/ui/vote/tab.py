@@ -6,8 +6,11 @@ written. No postponed annotations: Gradio reads `gr.Request` off them.
 """
 
 import datetime
+import json
 import secrets
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +29,6 @@ from mlxdpo.ui.compare.tab import NO_RUNS, knobs_of, usual_tokens
 from mlxdpo.ui.engine import AppState
 from mlxdpo.ui.guard import Guard
 from mlxdpo.ui.runs.run_list import run_named
-from mlxdpo.ui.variants import RunVariants
 from mlxdpo.ui.vote.blind_round import Round, blind_html, judged, pick_prompt, play, revealed_html, waiting_html
 from mlxdpo.ui.widgets import MANY, alert, session_of, show_errors
 from mlxdpo_eval.judges.votes import problem_with, read_ballots
@@ -37,7 +39,7 @@ WINNERS = {"a": "A is better", "b": "B is better", "tie": "Equally good", "both_
 FEW = 20  # votes below which nothing is said about how many more it takes
 
 
-def record(loaded: RunVariants, game: Round, winner: str, session: str) -> dict[str, Any]:
+def record(game: Round, winner: str, session: str) -> dict[str, Any]:
     """The line of a vote."""
     now = datetime.datetime.now(datetime.UTC)
     return {
@@ -53,8 +55,7 @@ def record(loaded: RunVariants, game: Round, winner: str, session: str) -> dict[
         "source": game.source,
         "finish": {side: game.side(side).finish for side in ("a", "b")},
         "sampling": game.settings.model_dump(),
-        "model": loaded.policy.identity["digest"],
-        "adapter": {"before": loaded.before.digest, "after": loaded.after.digest},
+        **game.models,
         "session": session,
         "seconds": round(time.monotonic() - game.shown_at, 3),  # the clock may be set meanwhile
     }
@@ -130,6 +131,7 @@ SOURCES = [
     ("Training prompts: votes for the next round", "train"),
     ("My own prompts: both", "own"),
 ]
+TAKEN, SAVED = "Your vote: {}. Saving it …", "Your vote is saved: {}."
 KEYS = {"a": "1", "b": "2", "tie": "0", "both_bad": "9"}
 TEACHING = (
     "Votes with a winner become training pairs. Votes on held-out prompts do not: those prompts must stay unseen, or "
@@ -152,14 +154,60 @@ def tally(app: AppState, name: str | None) -> str:
 
 
 def cast_vote(app: AppState, game: Round | None, winner: str, session: str) -> Round:
-    """Write the vote to disk, then look behind the curtain. Raises `UserError` where there is nothing to vote on."""
+    """Write the vote to disk; needs no model. Raises `UserError` where there is nothing to vote on."""
     if game is None:
         raise UserError("there is nothing to vote on yet; press “Next pair” first")
     if game.winner:
         raise UserError("this pair already has a vote; continue with the next pair")
-    loaded = app.load(game.run)
-    append_vote(loaded.run, record(loaded, game, winner, session))
-    return judged(app, loaded, game, winner)
+    append_vote(run_named(app.runs, game.run), record(game, winner, session))
+    return replace(game, winner=winner)
+
+
+Shown = tuple[Round | None, str | None, str | None, str]
+"""The round, the board, the running win rate (None: as it is), and what the page says of the vote."""
+
+
+def voted(app: AppState, game: Round | None, winner: str, session: str) -> Iterator[Shown]:
+    """What the page shows of a vote, step by step. A vote that was not written can be repeated; a second one changes
+    nothing."""
+    try:
+        done = cast_vote(app, game, winner, session)
+    except UserError as error:
+        if game is not None and (kept := _kept_vote(app, game)):
+            yield replace(game, winner=kept), None, None, said_html(SAVED.format(WINNERS[kept]))
+        else:
+            yield game, None, None, alert(error)
+        return
+    words = SAVED.format(WINNERS[winner])
+    yield done, revealed_html(done), tally(app, done.run), said_html(f"{words} The numbers follow.")
+    try:
+        done = judged(app, done)
+    except UserError as error:
+        yield done, None, None, said_html(words) + alert(error)
+        return
+    yield done, revealed_html(done), None, said_html(words)
+
+
+def _kept_vote(app: AppState, game: Round) -> str:
+    """The vote that a round has on the disk, "" for none: two clicks at once carry the same round."""
+    try:
+        return next(
+            (str(line["winner"]) for line in votes_of(run_named(app.runs, game.run)) if line.get("id") == game.id), ""
+        )
+    except UserError:
+        return ""
+
+
+def said_html(words: str) -> str:
+    """What became of a vote, read out when it changes."""
+    return f'<p class="note" role="status">{escape(words)}</p>'
+
+
+def _taken(winner: str) -> str:
+    """JavaScript of a vote's button: at the click, before any answer, all are off and the page says what was taken."""
+    words = json.dumps(said_html(TAKEN.format(WINNERS[winner])))
+    off = '{"__type__": "update", "interactive": false}'
+    return f"() => [{words}, {', '.join([off] * len(WINNERS))}]"
 
 
 def exported(app: AppState, name: str | None) -> tuple[str, str]:
@@ -176,13 +224,15 @@ def build(app: AppState, guard: Guard, page: Any) -> Any:
     see, do = _vote_widgets(gr, app), _vote_handlers(app, guard)
     buttons, knobs = list(see.buttons.values()), list(see.knobs.values())
     asked = [see.run, see.source, see.own, *knobs]
-    gr.on([see.begin.click, see.own.submit], do.begin, asked, [see.game, see.board, *buttons], **MANY)
+    begun = [see.game, see.board, see.said, *buttons]
+    gr.on([see.begin.click, see.own.submit], do.begin, asked, begun, **MANY)
     see.stop.click(do.stop, None, None, **MANY)
     for winner, button in see.buttons.items():
-        button.click(do.vote(winner), see.game, [see.game, see.board, see.result, *buttons], **MANY)
+        button.click(do.vote(winner), see.game, [see.game, see.board, see.result, see.said, *buttons], **MANY)
+        button.click(None, None, [see.said, *buttons], js=_taken(winner), api_visibility="private")
     see.write.click(do.export, see.run, [see.written, see.command], **MANY)
     see.source.change(lambda kind: gr.Textbox(visible=kind == "own"), see.source, see.own, **MANY)
-    reset = [see.game, see.board, see.result, see.written, see.command, see.knobs["max_tokens"], *buttons]
+    reset = [see.game, see.board, see.result, see.said, see.written, see.command, see.knobs["max_tokens"], *buttons]
     see.run.change(do.run, see.run, reset, **MANY)
     page.load(show_errors()(lambda name: tally(app, name)), see.run, see.result, **MANY)
     return see.run
@@ -205,6 +255,7 @@ def _vote_widgets(gr: Any, app: AppState) -> SimpleNamespace:
     see.board = gr.HTML(start_board(first), elem_id="vote-board", elem_classes="board")
     with gr.Row(elem_classes="buttons"):
         see.buttons = {winner: _button(gr, winner, words) for winner, words in WINNERS.items()}
+    see.said = gr.HTML(elem_id="vote-said")
     see.result = gr.HTML(tally(app, first), elem_id="vote-standing")
     with gr.Accordion("Use these votes for the next round", open=False, elem_id="vote-teach"):
         gr.HTML(f'<p class="quiet">{escape(TEACHING)}</p>')
@@ -236,28 +287,29 @@ def _vote_handlers(app: AppState, guard: Guard) -> SimpleNamespace:
         """Page updates of a round: progress while both answers are written, then the answers."""
         guard(request)
         with app.stoppable("vote " + session_of(request)) as halt:
-            yield None, waiting_html(0.0), *votable(False)
+            yield None, waiting_html(0.0), "", *votable(False)
             try:
                 loaded = app.load(name)
                 prompt = pick_prompt(app.gallery(name), kind, text or "", asked(loaded.run, kind))
                 drawn = settings_from(temperature=t, top_p=p, max_tokens=n, seed=seed or secrets.randbelow(2**32))
                 for step in play(app, loaded, prompt, kind, drawn, stopped=halt.is_set):
                     if isinstance(step, Round):
-                        yield step, blind_html(step), *votable(True)
+                        yield step, blind_html(step), "", *votable(True)
                     else:
-                        yield gr.skip(), waiting_html(step), *(gr.skip() for _ in WINNERS)
+                        yield gr.skip(), waiting_html(step), *(gr.skip() for _ in (..., *WINNERS))
             except UserError as error:
-                yield None, alert(error, "empty"), *votable(False)
+                yield None, alert(error, "empty"), "", *votable(False)
 
     def vote(winner: str) -> Any:
         """The handler of one button."""
 
         def handler(state, request: gr.Request):  # type: ignore[no-untyped-def]
-            """Keep the vote, and reveal which side was which."""
+            """Keep the vote and say so; reveal which side was which; then the numbers, which take the model."""
             guard(request)
-            with show_errors():
-                done = cast_vote(app, state, winner, session_of(request))
-                return done, revealed_html(done), tally(app, done.run), *votable(False)
+            for game, board, result, words in voted(app, state, winner, session_of(request)):
+                ready = game is not None and not game.winner
+                shown = [gr.skip() if one is None else one for one in (game, board, result)]
+                yield *shown, words, *votable(ready)
 
         return handler
 
@@ -275,6 +327,6 @@ def _vote_handlers(app: AppState, guard: Guard) -> SimpleNamespace:
     def chosen(name: str) -> tuple[Any, ...]:
         """Another run: no round, its tally and its usual length."""
         hidden = gr.Code(visible=False)
-        return None, start_board(name), tally(app, name), "", hidden, usual_tokens(app, name), *votable(False)
+        return None, start_board(name), tally(app, name), "", "", hidden, usual_tokens(app, name), *votable(False)
 
     return SimpleNamespace(begin=begin, vote=vote, export=export, stop=stop, run=show_errors()(chosen))
