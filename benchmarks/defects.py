@@ -5,11 +5,10 @@ harness is
 right when its 95 % interval holds the truth, is not narrower than the data allow, and decides what the data decide.
 `--data FOLDER` writes every case as JSON lines with `answers.json`, for any harness to be tried on.
 
-Ours runs wherever mlxdpo_eval does. alpaca_eval, inspect_ai and lm-evaluation-harness run their own code where they
-can be
-imported (a side that cannot is said to be absent), and so do FastChat's show_result (MT-Bench) and RewardBench's mean
-over sections; Arena-Hard-Auto's script is restated by the reader of `mlxdpo_eval.annotations`. `--json FILE` keeps the results of one environment, `--join FILES` makes one table of
-several.
+Ours runs wherever mlxdpo_eval does. alpaca_eval, inspect_ai and lm-evaluation-harness run their own code where they can
+be imported (a side that cannot is said to be absent), and so do FastChat's show_result (MT-Bench) and RewardBench's
+mean over sections; Arena-Hard-Auto's script is restated by the reader of `mlxdpo_eval.annotations`. `--json FILE` keeps
+the results of one environment, `--join FILES` makes one table of several.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ def _cut_off() -> list[dict[str, Any]]:
 
 
 def _subsets() -> list[dict[str, Any]]:
-    """Four subsets that count alike, one from each of RewardBench's sections: 300 pairs at 0.9, three times 40 at 0.5."""
+    """Four subsets that count alike, one from each of RewardBench's sections: 300 pairs at 0.9, thrice 40 at 0.5."""
     names = ["alpacaeval-easy"] * 300 + ["llmbar-natural", "refusals-dangerous", "hep-python"] * 40
     verdicts = ["b"] * 270 + ["a"] * 30 + ["b"] * 60 + ["a"] * 60
     rows = lines(verdicts, ["an answer"], ["one answer"])
@@ -301,8 +300,8 @@ def seeded_items(shared: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def paired() -> dict[str, dict[str, Any]]:
     """Drops on the same items: ours paired and clustered by prompt, lm-evaluation-harness's two standard errors.
 
-    `pairing`: 8 points, one answer an item. `seeds_shared` and `seeds_apart`: 7 points; shared noise decides them, other
-    noise does not, and an interval is right when its width is within a quarter of the one that the noise makes.
+    `pairing`: 8 points, one answer an item. `seeds_shared` and `seeds_apart`: 7 points; shared noise decides them,
+    other noise does not, and an interval is right when its width is within a quarter of the one that the noise makes.
     """
     rows = {"pairing": (*paired_items(), np.arange(200))}
     rows |= {"seeds_shared": seeded_items(True), "seeds_apart": seeded_items(False)}

@@ -74,7 +74,7 @@ def sweep(
     """Train under every combination of settings; as `mlxdpo sweep`, whose page is OUT/report.html.
 
     `model`, `data`, `eval_data` and `settings` are those of `tune`; a list is several values: beta=[0.05, 0.1],
-    loss=["sigmoid", "ipo"]. Runs that surely lose are stopped early. Called again with the same arguments, finished
+    loss=["sigmoid", "ipo"]. Runs that lose at 99 % are stopped early. Called again with the same arguments, finished
     runs are kept, an interrupted one continues, and more `seeds` are added. `answers` is the number of held-out prompts
     on which each finished run's KL is measured.
 
@@ -93,7 +93,7 @@ def sweep(
     # Rows that are in memory are written beside the runs, once.
     source = config_of(model, data, eval_data, fixed | {"out": str(place / "run")})
     fixed["data"] = source.data.model_dump(exclude_unset=True)
-    plan = plan_sweep(lambda given: config_of(model, settings=fixed | given), swept, seeds, place, planned_steps)
+    plan = plan_sweep(lambda given: config_of(model, settings={**fixed, **given}), swept, seeds, place, planned_steps)
     say: Callable[[str], None] = (lambda text: None) if quiet else print
     run_sweep(plan, _trained(quiet), lambda: False, lambda run: drift_of(run, answers), say)
     return Sweep(place, write_sweep(place))

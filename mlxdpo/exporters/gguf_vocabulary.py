@@ -107,7 +107,7 @@ def refuse_tokenizer(folder: Path, name: str) -> None:
     if takes_spaces_as_phi3(specification) is None:
         stripping = [one["content"] for one in specification["added_tokens"] if one.get("rstrip")]
         raise UserError(
-            f"gguf: the tokenizer of {name} drops spaces behind {', '.join(stripping[:3])}, and llama.cpp does that "
+            f"gguf: the tokenizer of {name} drops spaces after {', '.join(stripping[:3])}, and llama.cpp does that "
             f"for Phi-3's special tokens only; export --to fused"
         )
 

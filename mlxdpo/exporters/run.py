@@ -99,7 +99,7 @@ def export(
     prompts, where it is on this machine (`server` always; `exporters.ask`). A target that fails the gate leaves no
     files unless `force` is set; the record says so either way. `out` appears whole, in place of an earlier export, or
     not at all. It holds a model card too, for the Hub repository `repo`; what the user wrote in an earlier card stays.
-    `with_heldout` puts the held-out pairs beside the run that a push publishes; without it their texts stay here.
+    `with_heldout` publishes the held-out pairs with the run; without it their texts stay here.
     Raises `UserError`, before anything is written, for a target that this run cannot become.
     """
     names, out = _known_targets(to), Path(out)

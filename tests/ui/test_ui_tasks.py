@@ -87,4 +87,4 @@ def test_results_are_tables_with_the_strength_to_take_marked(place):
     assert "Take strength 1: &lt;b&gt;" in html and 'class="chosen"' in html and "<b>" not in html
     (path / "eval/dial.json").write_text("{}")
     assert 'role="alert"' in tasks.dial_html(path)
-    assert "no part of a sweep" in tab.sweep(path)
+    assert "not part of a sweep" in tab.sweep_html(path)

@@ -109,7 +109,7 @@ def _audit_tab(gr: Any, runs: Path, guard: Guard, file: Any) -> None:
         now = _audit_now(runs, name, kind)
         return (gr.skip(),) * 3 if last is not None and list(now) == list(last) else (now, *now[1:])
 
-    def started(request: gr.Request, name: str | None, which: str | None) -> str:
+    def started(request: gr.Request, name: str | None, which: str | None) -> str:  # pyright: ignore[reportInvalidTypeForm]
         """Begin the audit."""
         guard(request)
         with show_errors():
@@ -127,7 +127,7 @@ def _audit_tab(gr: Any, runs: Path, guard: Guard, file: Any) -> None:
         audit.decide(path, audit.shown_rows(audit.findings_of(path), kind) if numbers is None else numbers, act)
         return _audit_now(runs, name, kind)[2]
 
-    def saved(request: gr.Request, name: str | None) -> str:
+    def saved(request: gr.Request, name: str | None) -> str:  # pyright: ignore[reportInvalidTypeForm]
         """Write the new file."""
         guard(request)
         with show_errors():
@@ -148,7 +148,7 @@ def _audit_tab(gr: Any, runs: Path, guard: Guard, file: Any) -> None:
 
 
 def _deciding(gr: Any, guard: Guard, decided: Any, act: str) -> Any:
-    def handler(request: gr.Request, *now: Any) -> str:
+    def handler(request: gr.Request, *now: Any) -> str:  # pyright: ignore[reportInvalidTypeForm]
         """Decide on all rows that are shown."""
         guard(request)
         with show_errors():

@@ -59,7 +59,7 @@ def build(runs: Path, guard: Guard) -> None:
         happening(**refresh, outputs=[shown, listing, chosen, other], **QUIET)
     for happening in (chosen.change, timer.tick):
         happening(**watch, outputs=[tail, status, curves, kept], **QUIET)
-    for place, words in ((beside, rounds), (sweeps, sweep)):
+    for place, words in ((beside, rounds), (sweeps, sweep_html)):
         chosen.change(lambda name, words=words: words(choose(runs, name)) if name else "", chosen, place, **QUIET)
     for happening in (chosen.change, other.change):
         happening(lambda a, b: compared(runs, a, b), [chosen, other], differing, **QUIET)
@@ -127,12 +127,12 @@ def rounds(path: Path) -> str:
 
 
 @or_alert
-def sweep(path: Path) -> str:
+def sweep_html(path: Path) -> str:
     """The sweep that the run at `path` is part of, as far as it has come; or how there would be one."""
     folder = path.parent
     if not isfile(folder / "sweep.json"):
         command = "mlxdpo sweep RECIPE.yaml --loss.beta 0.05,0.1,0.3 --seeds 3 --out runs/sweep"
-        return f"<p>This run is no part of a sweep. In a terminal: <code>{escape(command)}</code></p>"
+        return f"<p>This run is not part of a sweep. In a terminal: <code>{escape(command)}</code></p>"
     found = sweep_results(folder)
     shown = html_table(f"Settings of {folder.name}", SWEEP_COLUMNS, sweep_cells(found), found.best)
     report = folder / "report.html"
