@@ -63,16 +63,26 @@ class PackedLayout:
 
 class PackedMask(str):
     """The mask of single tokens, "causal" to all others: it brings layout and window to attention. The mask and not the
-    cache, because some layers have none and attend to an earlier layer's keys (gemma4)."""
+    cache, because some layers have none and attend to an earlier layer's keys (gemma4). `scores` are queries
+    (N, H, 1, D) and keys (N, K, 1, D) whose products are added to attention's."""
 
     layout: PackedLayout
-    window: int | None = None
+    window: int | None
+    scores: tuple[mx.array, mx.array] | None
+
+    def __new__(cls, layout: PackedLayout, window: int | None = None, scores: Any = None) -> PackedMask:
+        own = super().__new__(cls, "causal")
+        own.layout, own.window, own.scores = layout, window, scores
+        return own
 
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None
     ) -> mx.array:
         """(N, H, 1, Dh) queries, keys and values of single tokens -> (N, H, 1, Dh), each within its own row."""
         layout, window = self.layout, self.window
+        if self.scores:  # a sum over dimensions more: they stand beside the others
+            queries = mx.concatenate([queries, self.scores[0] / scale], axis=-1)
+            keys = mx.concatenate([keys, self.scores[1]], axis=-1)
         count, shared = layout.prompts
         q, k, v = (a[:, :, 0] for a in (queries, keys, values))
         (rq, rk, rv), done = (_heads_first(layout.tokens.to_rows(a[count * shared :])) for a in (q, k, v)), []
@@ -86,20 +96,6 @@ class PackedMask(str):
         return mx.concatenate([*flat, layout.tokens.to_tokens(rows)])[:, :, None]
 
 
-class PackedScores(PackedMask):
-    """Scores of `queries` (N, H, 1, D) and `keys` (N, K, 1, D) of single tokens, to be added to those of attention."""
-
-    queries: mx.array
-    keys: mx.array
-
-    def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None
-    ) -> mx.array:
-        """Two sums over dimensions are one over both: they stand side by side."""
-        queries = mx.concatenate([queries, self.queries / scale], axis=-1)
-        return super().attend(queries, mx.concatenate([keys, self.keys], axis=-1), values, scale, sinks)
-
-
 class PackedKeys(mx.array):
     """Keys (N, K, 1, D) that a layer multiplies itself, to add the scores to attention's (the rotary part of multi-head
     latent attention, arXiv 2405.04434 section 2.1.3): `queries @ keys.swapaxes(-1, -2)` is what attends with them."""
@@ -110,13 +106,11 @@ class PackedKeys(mx.array):
         """Themselves: only a product is made of it."""
         return self
 
-    def __rmatmul__(self, queries: mx.array) -> PackedScores:
-        scores = PackedScores("causal")
-        scores.layout, scores.queries, scores.keys = self.layout, queries, mx.array(self)
-        return scores
+    def __rmatmul__(self, queries: mx.array) -> PackedMask:
+        return PackedMask(self.layout, scores=(queries, mx.array(self)))
 
 
-class Packed(mlx_lm._BaseCache):
+class Packed(mlx_lm.ConcatenateKVCache):
     """The cache of one layer: `offset` (N,) is each token's position. With `shared` it keeps keys and values for
     another layer, which a checkpoint would have to give out. With `latent` what it gives as values is `PackedKeys`."""
 
@@ -132,17 +126,9 @@ class Packed(mlx_lm._BaseCache):
             values.layout = self.layout
         return keys, values
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """For layers that attend to an earlier one's (gemma3n)."""
-        return self.keys, self.values
-
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> PackedMask | None:
         """What mlx-lm calls where it makes a mask; none for layers that mask the scores of `PackedKeys` themselves."""
-        if self.latent:
-            return None
-        mask = PackedMask("causal")
-        mask.layout, mask.window = self.layout, window_size
-        return mask
+        return None if self.latent else PackedMask(self.layout, window_size)
 
 
 def _heads_first(a: mx.array) -> mx.array:
