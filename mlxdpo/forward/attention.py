@@ -88,15 +88,14 @@ def chunked_attention(
     *,
     scale: float,
     window: int | None = None,
-    softcap: float | None = None,
     chunk: int | None = None,
     branches: Branches | None = None,
 ) -> mx.array:
     """Causal attention, exact, linear in memory: q (B, H, L, D), k and v (B, K, T, D) -> (B, H, L, D).
 
     Query i sees keys max(0, T-L+i-window+1) .. T-L+i; in a tree of tokens those of them that `branches` say, and a
-    window counts along its way from the root. `softcap` c turns a score s into c tanh(s / c) (Gemma 2,
-    arXiv 2408.00118 section 2). Scores and softmax are float32 whatever the dtype of q; the result has q's dtype.
+    window counts along its way from the root. Scores and softmax are float32 whatever the dtype of q; the result has
+    q's dtype.
     `chunk` is the number of queries at a time, chosen from the shapes when None. The method is that of
     arXiv 2205.14135 (algorithms 1 and 4), chunked over queries only: a row's keys are met at once.
     Raises `ValueError` for shapes that are no such attention.
@@ -104,10 +103,10 @@ def chunked_attention(
     (B, H, L, D), (K, T) = q.shape, k.shape[1:3]
     if k.shape != (B, K, T, D) or v.shape[:3] != (B, K, T) or H % K or T < L:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: need H a multiple of K, and T >= L keys")
-    if any(limit is not None and limit <= 0 for limit in (window, softcap, chunk)):
-        raise ValueError(f"window {window}, softcap {softcap}, chunk {chunk}: each must be positive")
+    if any(limit is not None and limit <= 0 for limit in (window, chunk)):
+        raise ValueError(f"window {window}, chunk {chunk}: each must be positive")
     visible = min(T, window + LARGEST_CHUNK) if window else T
-    rule = ScoreRule(float(scale), window, softcap, branches)
+    rule = ScoreRule(float(scale), window, branches)
     return _chunked(rule, chunk or _queries_at_a_time(B * H, visible))(q, k, v)[0]
 
 
@@ -123,11 +122,10 @@ def _queries_at_a_time(heads: int, keys: int) -> int:
 
 
 class ScoreRule(NamedTuple):
-    """What a score is: its scale, the window in tokens or None, the soft cap or None, and the branches of a tree."""
+    """What a score is: its scale, the window in tokens or None, and the branches of a tree."""
 
     scale: float
     window: int | None
-    softcap: float | None
     branches: Branches | None = None
 
     def query_chunks(self, L: int, T: int, chunk: int) -> Iterator[Chunk]:
@@ -156,18 +154,15 @@ class Chunk(NamedTuple):
     high: int
 
 
-def _chunk_scores(rule: ScoreRule, q: mx.array, k: mx.array) -> tuple[mx.array, mx.array | None]:
-    """In units of log 2, so that `exp2` needs no factor; and the tanh of a soft cap, for its derivative."""
-    if rule.softcap is None:
-        return (q * (rule.scale * LOG2E)) @ k.swapaxes(-1, -2), None
-    tanh = mx.tanh((q * (rule.scale / rule.softcap)) @ k.swapaxes(-1, -2))
-    return tanh * (rule.softcap * LOG2E), tanh
+def _chunk_scores(rule: ScoreRule, q: mx.array, k: mx.array) -> mx.array:
+    """In units of log 2, so that `exp2` needs no factor."""
+    return (q * (rule.scale * LOG2E)) @ k.swapaxes(-1, -2)
 
 
 def _chunk_forward(rule: ScoreRule, at: Chunk, q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
     """One chunk's output (B, K, G, queries, D) and lse (B, K, G, queries, 1): log2 of the softmax's denominator."""
     rows, k, v = _chunk_rows(q, at), k[:, :, at.low : at.high], v[:, :, at.low : at.high]
-    s = mx.where(rule.visible(at), _chunk_heads(_chunk_scores(rule, rows, k)[0], q, at), -mx.inf)
+    s = mx.where(rule.visible(at), _chunk_heads(_chunk_scores(rule, rows, k), q, at), -mx.inf)
     top = s.max(axis=-1, keepdims=True)
     p = exp2(s - top)
     total = p.sum(axis=-1, keepdims=True)
@@ -179,15 +174,13 @@ def _chunk_backward(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """One chunk's dq, and its share of dk and dv of the keys it sees, dq and dk still without `scale`.
 
-    dS = P (dP - delta) with delta = sum(dO O): arXiv 2205.14135 algorithm 4; times 1 - tanh^2 under a soft cap.
+    dS = P (dP - delta) with delta = sum(dO O): arXiv 2205.14135 algorithm 4.
     """
     rows, cts, k, v = _chunk_rows(q, at), _chunk_rows(ct, at), k[:, :, at.low : at.high], v[:, :, at.low : at.high]
-    s, tanh = _chunk_scores(rule, rows, k)
+    s = _chunk_scores(rule, rows, k)
     p = _chunk_heads(exp2(s - _chunk_rows(lse, at)), q, at)
     p = mx.where(rule.visible(at), p, 0.0).reshape(s.shape)
     ds = p * (cts @ v.swapaxes(-1, -2) - _chunk_rows(delta, at))
-    if tanh is not None:
-        ds = ds * (1 - tanh * tanh)
     return _chunk_heads(ds @ k, q, at), ds.swapaxes(-1, -2) @ rows, p.swapaxes(-1, -2) @ cts
 
 

@@ -19,7 +19,6 @@ from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward.levels import PLAIN, STRANGE, Level, offered_levels, probe_batch
 from mlxdpo.forward.logprobs import (
     Forward,
-    fast_details,
     fast_forward,
     float32_activations,
     plain_details,
@@ -54,9 +53,9 @@ def forward_fns(model: nn.Module, checkpoint: bool = False, level: Level | None 
 def detailed_fns(fns: ForwardFns, checkpoint: bool = False) -> ForwardFns:
     """The same level, giving `RowDetails`: for modifiers that ask more than summed log-probs."""
     if fns.level.plain:
-        return ForwardFns(functools.partial(plain_details, checkpoint=checkpoint), plain_details, fns.level)  # type: ignore[arg-type]
-    score = fast_details(fns.level, head=heads.score_logps_and_squares)
-    return ForwardFns(fast_details(fns.level, checkpoint), score, fns.level)
+        return ForwardFns(functools.partial(plain_details, checkpoint=checkpoint), plain_details, fns.level)
+    train = fast_forward(fns.level, checkpoint, head=heads.token_logps_and_squares)
+    return ForwardFns(train, fast_forward(fns.level, head=heads.score_logps_and_squares), fns.level)
 
 
 PLAIN_FORWARD = forward_fns(nn.Module(), level=PLAIN)

@@ -19,8 +19,13 @@ from mlxdpo.forward.layer_plan import checkpointed, with_gradient
 from mlxdpo.machine.device import this_machine
 
 LOGITS = 64 << 20  # bytes of float32 logits that are made at a time, about, whatever the vocabulary
-MAPS = (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding)
+PACKED_MAPS = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+MAPS = (nn.Linear, nn.Embedding, *PACKED_MAPS)
 TILE = 64  # rows of a matmul's tile on Metal; what a last one does not fill is computed for nothing
+
+
+Reader = Callable[[mx.array, mx.array], tuple[mx.array, ...]]
+"""(logits, tokens) of some positions -> arrays with one entry for each position."""
 
 
 class Head(NamedTuple):
@@ -46,7 +51,7 @@ def logits(head: Head, h: mx.array) -> mx.array:
     hundredths of a nat. An unpacked one in 16 bits would need its weights copied to float32 for each chunk.
     """
     module = head.module()
-    if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+    if isinstance(module, PACKED_MAPS):
         h = h.astype(mx.float32)
     raw = (module.as_linear if hasattr(module, "as_linear") else module)(h)
     z = raw * head.factor if head.factor != 1 else raw
@@ -71,12 +76,24 @@ def _position_chunks(head: Head, h: mx.array) -> list[slice]:
     return [slice(i, i + step) for i in range(0, h.shape[0], step)]
 
 
+def _each_chunk(head: Head, h: mx.array, y: mx.array, read: Reader) -> tuple[mx.array, ...]:
+    """What `read` makes of the logits (n, V) and tokens (n,) of each chunk, put together."""
+    parts: list[tuple[mx.array, ...]] = []
+    for at in _position_chunks(head, h):
+        states = h[at]
+        if parts:  # one chunk after the other, and all of its arrays, or the logits of many are held at once
+            (states,) = mx.depends([states], list(parts[-1]))
+        parts.append(read(logits(head, states), y[at]))
+    return tuple(mx.concatenate(list(column)) for column in zip(*parts, strict=True))
+
+
 def token_logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
     """(N, D) states and (N,) tokens -> (N,) log p(y), float32 nats."""
     if is_frozen(head):
         return _fused(head, lambda logps, rows, e, total: (logps, rows))(h, y)[0]
     module = head.module()
-    logps = checkpointed(module, lambda hh, yy: _logps(head, hh, yy))
+    # Inside a checkpoint, the tokens are an input like any other.
+    logps = checkpointed(module, lambda hh, yy: _head_softmax(logits(head, hh), mx.stop_gradient(yy))[0])
     return mx.concatenate([logps(h[at], y[at]) for at in _position_chunks(head, h)])
 
 
@@ -91,14 +108,13 @@ def token_logps_and_squares(head: Head, h: mx.array, y: mx.array) -> tuple[mx.ar
 
 def score_logps_and_squares(head: Head, h: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
     """`token_logps_and_squares` for who needs no gradient: one chunk after the other, nothing kept."""
-    parts: list[tuple[mx.array, mx.array]] = []
-    for at in _position_chunks(head, h):
-        states = h[at]
-        if parts:
-            (states,) = mx.depends([states], list(parts[-1]))
-        logps, e, total = _head_softmax(logits(head, states), y[at])
-        parts.append((logps, _log_square(e, total)))
-    logps, squares = (mx.concatenate(column) for column in zip(*parts, strict=True))
+
+    def read(z: mx.array, y: mx.array) -> tuple[mx.array, ...]:
+        """Of one chunk."""
+        logps, e, total = _head_softmax(z, y)
+        return logps, _log_square(e, total)
+
+    logps, squares = _each_chunk(head, h, y, read)
     return logps, squares
 
 
@@ -109,17 +125,7 @@ def _log_square(e: mx.array, total: mx.array) -> mx.array:
 
 def score_logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
     """`token_logps` for who needs no gradient: one chunk after the other, nothing kept."""
-    parts: list[mx.array] = []
-    for at in _position_chunks(head, h):
-        states = h[at]
-        if parts:  # one chunk after the other, or the scheduler holds the logits of many at once
-            (states,) = mx.depends([states], [parts[-1]])
-        parts.append(_logps(head, states, y[at]))
-    return mx.concatenate(parts)
-
-
-def _logps(head: Head, h: mx.array, y: mx.array) -> mx.array:
-    return _head_softmax(logits(head, h), mx.stop_gradient(y))[0]  # inside a checkpoint, y is an input like any other
+    return _each_chunk(head, h, y, lambda z, y: _head_softmax(z, y)[:1])[0]
 
 
 def _head_softmax(z: mx.array, y: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -149,6 +155,11 @@ def target_logps(z: mx.array, y: mx.array) -> mx.array:
     return at_y - mx.logsumexp(mx.logsumexp(in_blocks(z), axis=-1), axis=-1)
 
 
+def target_logps_and_squares(z: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
+    """`target_logps`, and `target_squares` of the same positions."""
+    return target_logps(z, y), target_squares(z)
+
+
 def in_blocks(z: mx.array) -> mx.array:
     """(..., V) -> (..., blocks, V / blocks) with about sqrt(V) blocks, to be reduced in two sweeps.
 
@@ -169,14 +180,7 @@ def _fused(head: Head, keep: Callable[..., tuple[mx.array, ...]]) -> Callable[..
 
     def run(h: mx.array, y: mx.array) -> tuple[mx.array, ...]:
         """One chunk of logits after the other."""
-        parts: list[tuple[mx.array, ...]] = []
-        for at in _position_chunks(head, h):
-            states = h[at]
-            if parts:
-                # All of them, or each chunk's logits wait for their look-up until the end.
-                (states,) = mx.depends([states], list(parts[-1]))
-            parts.append(keep(*_logps_and_rows(head, logits(head, states), y[at])))
-        return tuple(mx.concatenate(list(column)) for column in zip(*parts, strict=True))
+        return _each_chunk(head, h, y, lambda z, y: keep(*_logps_and_rows(head, z, y)))
 
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
         """The rows times the cotangents of the log-probs."""
@@ -202,21 +206,20 @@ def _logps_and_rows(head: Head, z: mx.array, y: mx.array) -> tuple[mx.array, mx.
 def _times_weight(head: Head, p: mx.array) -> mx.array:
     """(N, V) @ W -> (N, D) float32, W plain or quantised."""
     module = head.module()
-    if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-        biases = module.biases if "biases" in module else None
-        options = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-        q = mx.quantized_matmul(
-            p.astype(module.scales.dtype), module.weight, module.scales, biases, transpose=False, **options
-        )
-        return q.astype(mx.float32)
+    if isinstance(module, PACKED_MAPS):
+        arrays = p.astype(module.scales.dtype), module.weight, module.scales, module.get("biases")
+        return mx.quantized_matmul(*arrays, transpose=False, **_packing(module)).astype(mx.float32)
     return (p.astype(module.weight.dtype) @ module.weight).astype(mx.float32)
 
 
 def _weight_rows(head: Head, y: mx.array) -> mx.array:
     """W[y], (N, D) float32, W plain or quantised."""
     module = head.module()
-    if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-        biases = module.biases[y] if "biases" in module else None
-        options = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-        return mx.dequantize(module.weight[y], module.scales[y], biases, **options).astype(mx.float32)
+    if isinstance(module, PACKED_MAPS):
+        arrays = (module[name][y] for name in ("weight", "scales", "biases") if module.get(name) is not None)
+        return mx.dequantize(*arrays, **_packing(module)).astype(mx.float32)
     return module.weight[y].astype(mx.float32)
+
+
+def _packing(module: Any) -> dict[str, Any]:
+    return {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}

@@ -7,6 +7,7 @@ leave one checkpoint as outputs and enter the next as inputs, and keep their gra
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -14,18 +15,19 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 from mlx_lm.models.cache import _BaseCache
 
 from mlxdpo.forward.patch_mlx_lm import attention_files, patched
 from mlxdpo.forward.streams import pin_to_stream
-from mlxdpo.forward.watch import Watcher, watched_layers
+from mlxdpo.forward.watch import Watcher, watched_all
 
 
 @contextmanager
 def checkpointed_layers(model: nn.Module) -> Iterator[None]:
     """While it lasts, each call of a layer keeps its inputs alone and is computed again in the backward pass."""
     files = attention_files(model)
-    with watched_layers(model, lambda layer: _again(layer, files)):
+    with watched_all(model.layers, lambda layer: _again(layer, files)):
         yield
 
 
@@ -81,18 +83,24 @@ class _Apart(NamedTuple):
         return _put_back(self.form, arrays, objects)
 
 
-# No function here refers to itself from within: such a circle would keep arrays until the garbage collector comes.
-def _put_back(node: Any, arrays: Sequence[mx.array], objects: Sequence[Any]) -> Any:
-    if isinstance(node, _Array):
-        return arrays[node]
-    return objects[node] if isinstance(node, _Object) else _each_branch(node, _put_back, arrays, objects)
+def _put_back(tree: Any, arrays: Sequence[mx.array], objects: Sequence[Any]) -> Any:
+    kinds: dict[type, Sequence[Any]] = {_Array: arrays, _Object: objects}
+    return _map_leaves(lambda leaf: kinds[type(leaf)][leaf] if type(leaf) in kinds else leaf, tree)
 
 
-def _take_out(node: Any, arrays: list[mx.array], objects: list[Any]) -> Any:
-    """Only floats are inputs: closed over, the value of a mask can still be read (`causal_window`)."""
-    if isinstance(node, mx.array):
-        return _Array(_number(arrays, node)) if mx.issubdtype(node.dtype, mx.floating) else node
-    return _Object(_number(objects, node)) if _holds_arrays(node) else _each_branch(node, _take_out, arrays, objects)
+def _take_out(tree: Any, arrays: list[mx.array], objects: list[Any]) -> Any:
+    def number(leaf: Any) -> Any:
+        """Only floats are inputs: closed over, the value of a mask can still be read (`causal_window`)."""
+        if isinstance(leaf, mx.array):
+            return _Array(_number(arrays, leaf)) if mx.issubdtype(leaf.dtype, mx.floating) else leaf
+        return _Object(_number(objects, leaf)) if _holds_arrays(leaf) else leaf
+
+    return _map_leaves(number, tree)
+
+
+# A module is a dict, but nothing to take apart. What is fixed stands outside: a function that referred to itself from
+# within would keep arrays until the garbage collector comes.
+_map_leaves = functools.partial(tree_map, is_leaf=lambda node: isinstance(node, nn.Module) or _holds_arrays(node))
 
 
 def _number(items: list[Any], one: Any) -> int:
@@ -111,18 +119,6 @@ def _take_apart(tree: Any, known: Sequence[Any] = ()) -> _Apart:
     while len(fields) < len(objects):
         fields.append(_take_out(vars(objects[len(fields)]), arrays, objects))
     return _Apart(form, fields, objects, arrays)
-
-
-def _each_branch(node: Any, function: Any, *given: Any) -> Any:
-    """A list, tuple or dict with `function` of what is in it; anything else, modules too, as it is."""
-    if isinstance(node, nn.Module):
-        return node
-    if isinstance(node, dict):
-        return {name: function(one, *given) for name, one in node.items()}
-    if not isinstance(node, (list, tuple)):
-        return node
-    items = [function(one, *given) for one in node]
-    return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
 
 
 def _holds_arrays(node: Any) -> bool:

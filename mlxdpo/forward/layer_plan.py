@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxdpo.forward.streams import interleave, map_streams, pin_to_stream, stream
-from mlxdpo.forward.watch import watched_layers
+from mlxdpo.forward.watch import watched_all
 from mlxdpo.machine.openblas import single_blas
 from mlxdpo.types import Batch
 
@@ -47,11 +47,11 @@ def plan_layers(model: nn.Module, run: States) -> LayerPlan | None:
 
     def leave(h: mx.array) -> mx.array:
         """What comes behind the last layer, which gives `h`."""
-        with watched_layers(model, lambda layer: lambda own, before, *args, **kwargs: h):
+        with watched_all(model.layers, lambda layer: lambda own, before, *args, **kwargs: h):
             return run()
 
     try:
-        with watched_layers(model, lambda layer: note):
+        with watched_all(model.layers, lambda layer: note):
             run()
     except (TypeError, ValueError):  # a layer that returns or takes something else than one array
         return None

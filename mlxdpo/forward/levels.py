@@ -27,7 +27,7 @@ from mlxdpo.forward.layer_checkpoint import checkpointed_layers
 from mlxdpo.forward.layer_plan import run_side_by_side
 from mlxdpo.forward.packed import packed_states
 from mlxdpo.forward.patch_mlx_lm import attention_files, patched
-from mlxdpo.forward.shared_prefix import prefixed_states, shares_caches, whole_states
+from mlxdpo.forward.shared_prefix import prefixed_states, whole_states
 from mlxdpo.forward.streams import map_streams
 from mlxdpo.forward.token_rows import spreader, token_rows
 from mlxdpo.types import Batch, Example
@@ -38,13 +38,12 @@ STRANGE = (NoFastWay, AttributeError, IndexError, KeyError, RuntimeError, TypeEr
 
 class Level(NamedTuple):
     """How a model is run: the level's name, its head (None at `plain`), and why it is not a faster one. `agrees` says
-    whether its numbers were compared with the plain way's, `shared` whether layers read other layers' caches."""
+    whether its numbers were compared with the plain way's."""
 
     name: str
     head: Head | None = None
     why: str = ""
     agrees: bool = False
-    shared: bool = True
 
     @property
     def packs(self) -> bool:
@@ -66,13 +65,13 @@ def offered_levels(model: nn.Module) -> list[Level]:
     Nothing is computed, so the model needs no weights.
     """
     try:
-        head, shared = find_head(model), shares_caches(model)
+        head = find_head(model)
     except STRANGE as error:
         return [PLAIN._replace(why=_said(error))]
     found, why, batch = [], "", probe_batch(head)
     for name in ("packed", "prefix", "head"):
         try:
-            level = Level(name, head, why, shared=shared)
+            level = Level(name, head, why)
             rest_states(model, level, batch)
             found.append(level)
         except STRANGE as error:
@@ -101,10 +100,10 @@ def rest_states(model: nn.Module, level: Level, batch: Batch) -> mx.array:
     assert level.head is not None
     with patched(attention_files(model)):
         if level.packs:
-            return packed_states(model, level.head, batch, level.shared)
+            return packed_states(model, level.head, batch)
         if level.name == "prefix":
             spread = spreader(batch.group, batch.per_prompt or None)
-            states = prefixed_states(model, level.head, batch.prefix, batch.suffix, spread, level.shared)
+            states = prefixed_states(model, level.head, batch.prefix, batch.suffix, spread)
         else:
             states = whole_states(model, level.head, whole_rows(batch))[:, batch.prefix.shape[1] :]
         return token_rows(batch).to_tokens(states)

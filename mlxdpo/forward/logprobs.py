@@ -9,6 +9,7 @@ leave it.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -50,25 +51,20 @@ def completion_logps(model: nn.Module, tokens: mx.array, mask: mx.array) -> mx.a
     return (next_token_logps(model, tokens) * mask).sum(axis=-1)
 
 
-def plain_forward(model: nn.Module, batch: Batch, checkpoint: bool = False) -> mx.array:
-    """(R,) log-probs from full rows and full logits: for any model that mlx-lm can run."""
+def plain_forward(model: nn.Module, batch: Batch, checkpoint: bool = False, *, head: Any = heads.target_logps) -> Any:
+    """(R,) log-probs from full rows and full logits: for any model that mlx-lm can run.
 
-    def read(batch: Batch) -> mx.array:
+    `head` is `heads.target_logps_and_squares` for `RowDetails`: all that a modifier may ask.
+    """
+
+    def read(batch: Batch) -> Any:
         """From the logits of the scored positions."""
-        return row_sums(heads.target_logps(scored_logits(model, batch, checkpoint), batch.targets), batch)
+        return _sums_or_details(head(scored_logits(model, batch, checkpoint), batch.targets), batch)
 
-    return join_rows(map_streams(read, batch.parts or (batch,)), batch)
+    return _join_parts(map_streams(read, batch.parts or (batch,)), batch)
 
 
-def plain_details(model: nn.Module, batch: Batch, checkpoint: bool = False) -> RowDetails:
-    """`plain_forward` with all that a modifier may ask."""
-
-    def read(batch: Batch) -> RowDetails:
-        """From the logits of the scored positions."""
-        logits = scored_logits(model, batch, checkpoint)
-        return _details(heads.target_logps(logits, batch.targets), heads.target_squares(logits), batch)
-
-    return _join_details(map_streams(read, batch.parts or (batch,)), batch)
+plain_details = functools.partial(plain_forward, head=heads.target_logps_and_squares)
 
 
 def scored_logits(model: nn.Module, batch: Batch, checkpoint: bool = False) -> mx.array:
@@ -81,27 +77,15 @@ def scored_logits(model: nn.Module, batch: Batch, checkpoint: bool = False) -> m
 def fast_forward(level: Level, checkpoint: bool = False, *, head: Any = heads.token_logps) -> Forward:
     """Distinct rows once, as `level` says, and only scored positions through the head.
 
-    With `checkpoint` less is kept for the backward pass; `head` is `heads.score_logps` where none follows.
+    With `checkpoint` less is kept for the backward pass; `head` is `heads.score_logps` where none follows, and
+    `heads.token_logps_and_squares` or `heads.score_logps_and_squares` for `RowDetails`.
     """
 
-    def read(batch: Batch, states: mx.array) -> mx.array:
-        """(R,) log-probs, from what enters the head at all distinct tokens."""
-        return row_sums(head(level.head, token_rows(batch).scored(states, batch), batch.targets), batch)
-
-    return lambda model, batch: join_rows(read_parts(model, level, batch, checkpoint, read), batch)
-
-
-def fast_details(
-    level: Level, checkpoint: bool = False, *, head: Any = heads.token_logps_and_squares
-) -> Callable[[nn.Module, Batch], RowDetails]:
-    """`fast_forward` with all that a modifier may ask."""
-
-    def read(batch: Batch, states: mx.array) -> RowDetails:
+    def read(batch: Batch, states: mx.array) -> Any:
         """From what enters the head at all distinct tokens."""
-        logps, squares = head(level.head, token_rows(batch).scored(states, batch), batch.targets)
-        return _details(logps, squares, batch)
+        return _sums_or_details(head(level.head, token_rows(batch).scored(states, batch), batch.targets), batch)
 
-    return lambda model, batch: _join_details(read_parts(model, level, batch, checkpoint, read), batch)
+    return lambda model, batch: _join_parts(read_parts(model, level, batch, checkpoint, read), batch)
 
 
 class RowDetails(NamedTuple):
@@ -117,14 +101,19 @@ class RowDetails(NamedTuple):
     squares: mx.array
 
 
-def _details(logps: mx.array, squares: mx.array, batch: Batch) -> RowDetails:
+def _sums_or_details(found: Any, batch: Batch) -> Any:
+    """(R,) sums of the log-probs (N,) of tokens; `RowDetails` where squares (N,) come with them."""
+    if not isinstance(found, tuple):
+        return row_sums(found, batch)
+    logps, squares = found
     return RowDetails(row_sums(logps, batch), _shared(logps, batch), row_sums(squares, batch))
 
 
-def _join_details(parts: Sequence[RowDetails], batch: Batch) -> RowDetails:
+def _join_parts(parts: Sequence[Any], batch: Batch) -> Any:
+    if not isinstance(parts[0], RowDetails):
+        return join_rows(parts, batch)
     rows, pairs = batch.length.shape[0], batch.chosen.shape[0]
-    counts = (rows, pairs, rows)
-    return RowDetails(*(join_columns(a, count) for a, count in zip(zip(*parts, strict=True), counts, strict=True)))
+    return RowDetails(*map(join_columns, zip(*parts, strict=True), (rows, pairs, rows)))
 
 
 def _shared(logps: mx.array, batch: Batch) -> mx.array:

@@ -7,7 +7,7 @@ each token; the linear map called last before it, with a number for each expert,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -17,7 +17,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, Switch
 
 from mlxdpo.forward.levels import whole_rows
 from mlxdpo.forward.rewards import last_places
-from mlxdpo.forward.watch import Watcher, watched
+from mlxdpo.forward.watch import Watcher, watched_all
 from mlxdpo.types import Batch, UserError
 
 SETTING = "train.router_aux_loss_coef"
@@ -80,11 +80,7 @@ def watched_routers(model: nn.Module) -> Iterator[list[Routed]]:
         found.extend(Routed(a, chosen) for a in logits if len(a) == len(chosen))
         latest.clear()
 
-    with ExitStack() as stack:
-        for module in linear:
-            stack.enter_context(watched(module, __call__=_told(seen_linear)))
-        for module in experts:
-            stack.enter_context(watched(module, __call__=_told(seen_experts)))
+    with watched_all(linear, lambda _: _told(seen_linear)), watched_all(experts, lambda _: _told(seen_experts)):
         yield found
 
 

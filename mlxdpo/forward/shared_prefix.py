@@ -8,18 +8,18 @@ and the RoPE offset one number. What right padding leaves in a state is read by 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 from mlx_lm.models import cache as mlx_lm
 
 from mlxdpo.forward.find_head import NoFastWay, hidden_states
 from mlxdpo.forward.fused_head import Head
 from mlxdpo.forward.patch_mlx_lm import causal_mask, patched
 from mlxdpo.forward.token_rows import Spread
-from mlxdpo.forward.watch import watched_layers
 
 
 class WholeCache(mlx_lm.ConcatenateKVCache):
@@ -33,7 +33,7 @@ class WholeCache(mlx_lm.ConcatenateKVCache):
 
     def __init__(self, max_size: int | None = None):
         super().__init__()
-        self.max_size, self.last, self.read = max_size, False, False
+        self.max_size, self.last = max_size, False
         self.windows: set[int | None] = set()
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -44,11 +44,6 @@ class WholeCache(mlx_lm.ConcatenateKVCache):
             self.keys, self.values = keys, values
         self.offset = keys.shape[2]
         return keys, values
-
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """For whom attends to an earlier layer's (afm7)."""
-        self.read = True
-        return self.keys, self.values
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """What mlx-lm calls where it makes a mask, for `N` queries."""
@@ -108,47 +103,27 @@ def whole_states(model: nn.Module, head: Head, tokens: mx.array) -> mx.array:
     return hidden_states(model, head, tokens, fresh_caches(model))
 
 
-def prefixed_states(
-    model: nn.Module, head: Head, prefix: mx.array, suffix: mx.array, spread: Spread, shared: bool = True
-) -> mx.array:
-    """(G, P) and (R, S) token ids -> (R, S, D), what enters the head at the suffixes. P may be 0; `shared` says that
-    layers read other layers' caches."""
+def prefixed_states(model: nn.Module, head: Head, prefix: mx.array, suffix: mx.array, spread: Spread) -> mx.array:
+    """(G, P) and (R, S) token ids -> (R, S, D), what enters the head at the suffixes. P may be 0."""
     cache = fresh_caches(model)
     if prefix.shape[1]:
         hidden_states(model, head, prefix, cache)
-        cache = _spread(cache, spread)
+        cache = [_spread(one, spread) for one in cache]
     for one in cache:
         if isinstance(one, WholeCache):
-            one.last = not shared
+            one.last = not shares_caches(model, cache)
     return hidden_states(model, head, suffix, cache)
 
 
-def shares_caches(model: Any) -> bool:
-    """Whether what a layer leaves in its cache is read again in the same pass, by another layer or around them."""
-    given: list[int] = []
-
-    def note(own: Any, *args: Any, **kwargs: Any) -> Any:
-        """A layer's call."""
-        caches = [one for one in (*args, *kwargs.values()) if isinstance(one, mlx_lm._BaseCache)]
-        given.extend(map(id, caches))
-        return own(*args, **kwargs)
-
-    caches = fresh_caches(model)
-    with watched_layers(model, lambda layer: note):
-        model(mx.zeros((1, 2), mx.int32), cache=caches)
-    return len(set(given)) < len(given) or any(getattr(cache, "read", False) for cache in caches)
+def shares_caches(model: Any, caches: Sequence[Any]) -> bool:
+    """Whether a layer's cache may be read again in the same pass: where not each layer has its own."""
+    return len(caches) != len(model.layers)
 
 
-def _spread(tree: Any, spread: Callable[[mx.array], mx.array]) -> Any:
-    """A copy of caches, of each array `spread`; all arrays have the batch in front, numbers stay."""
-    if isinstance(tree, mx.array):
-        return spread(tree)
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_spread(one, spread) for one in tree)
-    if isinstance(tree, dict):
-        return {name: _spread(one, spread) for name, one in tree.items()}
-    if isinstance(tree, mlx_lm._BaseCache):
-        new = copy.copy(tree)
-        new.__dict__ = _spread(vars(tree), spread)
+def _spread(one: Any, spread: Spread) -> Any:
+    """A copy of a cache, of each array `spread`; all arrays have the batch in front, numbers stay."""
+    if isinstance(one, mlx_lm._BaseCache):
+        new = copy.copy(one)
+        new.__dict__ = tree_map(lambda held: _spread(held, spread), vars(one))
         return new
-    return tree
+    return spread(one) if isinstance(one, mx.array) else one

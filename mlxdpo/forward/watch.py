@@ -6,7 +6,7 @@ quantised or adapted layer, and one inside a wrapper.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -34,10 +34,10 @@ def _through(method: Callable[..., Any], name: str, watchers: dict[str, Watcher]
 
 
 @contextmanager
-def watched_layers(model: Any, watcher: Callable[[nn.Module], Watcher]) -> Iterator[None]:
-    """While it lasts each of the model's layers is called through its own `watcher(layer)`."""
+def watched_all(modules: Iterable[nn.Module | None], watcher: Callable[[nn.Module], Watcher]) -> Iterator[None]:
+    """While it lasts each of the modules, a model's layers for example, is called through its own `watcher(module)`."""
     with ExitStack() as stack:
-        # Two names of one layer are one; pipelined models leave out some.
-        for layer in {id(layer): layer for layer in model.layers if layer is not None}.values():
-            stack.enter_context(watched(layer, __call__=watcher(layer)))
+        # Two names of one module are one; pipelined models leave out some layers.
+        for module in {id(module): module for module in modules if module is not None}.values():
+            stack.enter_context(watched(module, __call__=watcher(module)))
         yield

@@ -68,7 +68,8 @@ def html_table(
 ) -> str:
     """A table whose first column names the row; the row named `chosen` is marked.
 
-    A click on a row that `opens`, or on one of its buttons (`acts`, of the row's name), reaches the handlers of `row_clicks`.
+    A click on a row that `opens`, or on one of its buttons (`acts`, of the row's name), reaches the
+    handlers of `row_clicks`.
     """
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in headers)
     body = ""

@@ -19,7 +19,7 @@ ONE_OF_EACH = {
     "qwen3_5": "prefix",  # delta rule
     "falcon_h1": "prefix",  # two caches in one layer
     "lfm2": "prefix",  # convolutions
-    "deepseek_v3": "prefix",  # scores in the mask
+    "deepseek_v3": "packed",  # scores in the mask
     "kimi_k3": "prefix",  # an object that layers change and hand on
 }
 
