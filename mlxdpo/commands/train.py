@@ -77,12 +77,15 @@ def _follow_the_first(config: Config, resume: Run | None, peers: Group) -> int:
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.distributed.group import PeerLost
     from mlxdpo.estimate.forecast import check_fits
+    from mlxdpo.inference.generate import generate
     from mlxdpo.training.run import train
 
     kind, path = "", None
     with stop_flag() as should_stop:
         try:
-            for event in train(config, resume=resume, should_stop=should_stop, group=peers, fits=check_fits):
+            for event in train(
+                config, resume=resume, should_stop=should_stop, group=peers, fits=check_fits, generate=generate
+            ):
                 kind = event.kind
                 path = event.values["run"].path if kind == "start" else path
         except PeerLost as lost:
@@ -177,6 +180,7 @@ def follow_training(
     from mlxdpo.commands.trackers import check_trackers, tracked
     from mlxdpo.distributed.group import ALONE, PeerLost
     from mlxdpo.estimate.forecast import check_fits
+    from mlxdpo.inference.generate import generate
     from mlxdpo.machine.errors import gpu_was_stopped
     from mlxdpo.machine.openblas import preload_blas
     from mlxdpo.training.run import train
@@ -187,7 +191,9 @@ def follow_training(
     path, finished = resume.path if resume else None, False
     heldout: Mapping[str, float] = {}
     with stop_flag() as should_stop:
-        events = train(config, resume=resume, should_stop=should_stop, group=peers or ALONE, fits=check_fits)
+        events = train(
+            config, resume=resume, should_stop=should_stop, group=peers or ALONE, fits=check_fits, generate=generate
+        )
         try:
             for event in tracked(terminal.show_training(events), config):
                 if event.kind == "start":
