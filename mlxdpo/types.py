@@ -254,8 +254,8 @@ class Event(NamedTuple):
 
     kind is "reading" (of many rows), "start", "reference", "referenced", "resumed", "probe", "step", "eval",
     "answers", "checkpoint", "note", "interrupted" or "done". Of an "eval" `pairs` holds (N,) numbers of the N
-    held-out pairs, in the data's order: `loss`, and `accuracy` (1 where chosen is ranked above rejected, 1/2 for a tie)
-    of pairs.
+    held-out pairs, in the data's order: `loss`, of pairs also `accuracy` (1 where chosen is ranked above rejected, 1/2
+    for a tie) and `margin` (of implicit rewards).
     """
 
     kind: str

@@ -17,6 +17,7 @@ from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
     from mlxdpo.distributed.group import Group
+    from mlxdpo.types import Event
 
 Overrides = Annotated[Config, Parameter(name="*")]
 NOTHING = Config()  # no setting given
@@ -169,11 +170,12 @@ def follow_training(
     peers: Group | None = None,
     when_stopped: Callable[[Path, RuntimeError], None] = leave_stopped,
     finish: Callable[[Run, Mapping[str, float]], None] = nothing_more,
+    see: Callable[[Event], None] = lambda event: None,
 ) -> int:
     """Train with everything shown and tracked; 0 when done, 130 when interrupted.
 
     `when_stopped` is called when macOS stopped the work on the GPU; when it returns, that error is raised. `finish` is
-    called with the finished run and its last held-out metrics.
+    called with the finished run and its last held-out metrics, `see` with every event after it was shown.
     """
     from mlxdpo.commands import terminal
     from mlxdpo.commands.interrupt import stop_flag
@@ -196,6 +198,7 @@ def follow_training(
         )
         try:
             for event in tracked(terminal.show_training(events), config):
+                see(event)
                 if event.kind == "start":
                     path = event.values["run"].path
                 elif event.kind == "eval":

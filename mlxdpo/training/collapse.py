@@ -21,6 +21,7 @@ from mlxdpo.types import Example
 
 PER_TOKEN, SUMMED = 0.1, 2.0  # nats below the reference, both at once: a short answer may lose 0.1 a token to noise
 STEPS = 10  # steps that count as one look where no pairs are held out
+LOST, SOON = 1.0, 3  # nats a token that the chosen answers of so many steps are below the reference: a collapse
 TAUGHT = 0.3  # by how much the chosen answers' share of repeated 3-grams may lead the rejected ones'
 LOOP, LOOP_ROSE = 0.5, 0.3  # share of repeated 3-grams in answers, and its rise since the start
 FAR = 1.0  # nats a token from the start: ordinary runs end below 0.3
@@ -40,6 +41,7 @@ class CollapseWatch:
         self.own, self.heldout, self.beta = names, heldout, beta
         self.recent: deque[tuple[float, float]] = deque(maxlen=STEPS)
         self.said: set[str] = set()
+        self.lost = False  # whether the chosen answers of the last steps are `LOST` below the reference
         self.count, self.total, self.squares = 0, 0.0, 0.0
 
     def pairs(self, examples: Sequence[Example]) -> str | None:
@@ -65,10 +67,18 @@ class CollapseWatch:
             gains = (scored.chosen - scored.ref_chosen) - (scored.rejected - scored.ref_rejected)
             self.count, self.total = self.count + len(gains), self.total + float(gains.sum())
             self.squares += float(np.square(gains).sum())
-        if self.heldout or self.may_fall:
+        if self.may_fall:
             return None
         self.recent.append(_fall(scored))
-        if len(self.recent) < STEPS:
+        falls = [per_token for per_token, _ in list(self.recent)[-SOON:]]
+        self.lost = len(falls) == SOON and sum(falls) / SOON >= LOST
+        if self.lost:
+            return self._once(
+                "lost",
+                f"the run gets worse: the chosen answers of the last {SOON} steps are {sum(falls) / SOON:.1f} nats a "
+                f"token less likely than under the reference; lower optim.lr",
+            )
+        if self.heldout or len(self.recent) < STEPS:
             return None
         means = [sum(column) / STEPS for column in zip(*self.recent, strict=True)]
         return self._fallen(means[0], means[1], f"the last {STEPS} steps")

@@ -23,7 +23,8 @@ from mlxdpo.training.collapse import CollapseWatch
 from mlxdpo.training.distributed import first_pairs, gather_pairs
 from mlxdpo.training.metrics import Scored, pair_values
 from mlxdpo.training.plan import learning_rate
-from mlxdpo.training.step import CompiledFns, TrainState, check_finite, scored_pairs, train_step
+from mlxdpo.training.reference import Scorer
+from mlxdpo.training.step import CompiledFns, TrainState, check_finite, make_scorer, scored_pairs, train_step
 from mlxdpo.training.watched_answers import answer_stats, looks
 from mlxdpo.types import Event
 
@@ -47,7 +48,9 @@ def run_loop(state: TrainState, progress: Progress, should_stop: Callable[[], bo
     else:
         yield from _notes(0, watch.pairs(state.train.examples))
         if state.heldout.examples:
-            yield _eval_event(state, 0, evaluate_heldout(state, fns))
+            yield _eval_event(state, 0, evaluate_heldout(state, fns, _scorer_at_start(state, fns)))
+        if state.answers is not None:
+            yield Event("answers", 0, state.answers.start.metrics())
     while progress.step < plan.steps and not _patience_over(state, progress):
         started, batches = time.perf_counter(), plan.batches(progress.step)
         lr = learning_rate(config.optim, progress.step, plan.steps)
@@ -60,7 +63,9 @@ def run_loop(state: TrainState, progress: Progress, should_stop: Callable[[], bo
         progress = _advance(state, progress, batches, time.perf_counter() - started)
         values = {**measures(state, pairs), "learning_rate": lr, "grad_norm": norm}
         yield Event("step", progress.step, values | _pace(state, progress))
-        yield from _notes(progress.step, watch.step(pairs, progress.step <= plan.steps_per_epoch))
+        if worse := watch.step(pairs, progress.step <= plan.steps_per_epoch):
+            kept = f"; {_what_is_kept(state, progress)}" if watch.lost and watched else ""
+            yield Event("note", progress.step, {"text": worse + kept})
         if fns.reference.due(progress.step):
             fns.reference.move()
         if state.heldout.examples and _due(progress.step, config.train.eval_every, plan.steps):
@@ -89,18 +94,17 @@ def _look_at_answers(state: TrainState, progress: Progress, watch: CollapseWatch
 
     Process 0 alone asks for answers, and all processes go by what it saw.
     """
-    step, answers, sound, said = progress.step, state.answers, True, [watch.labels()]
+    step, answers, sound, said = progress.step, state.answers, not watch.lost, [watch.labels()]
     if answers is not None:
         now = answer_stats(answers, state.model)
         yield Event("answers", step, now.metrics())
-        sound, worse = watch.answers(now, answers.start, answers.chosen)
+        whole, worse = watch.answers(now, answers.start, answers.chosen)
+        sound = sound and whole
         said.append(worse and f"{worse}; {_what_is_kept(state, progress)}")
     yield from _notes(step, *said)
     if state.group.agree(not sound):
         return replace(progress, collapsed=True)
-    if state.group.agree(answers is not None):
-        return replace(progress, sound_step=step, collapsed=False)
-    return progress
+    return replace(progress, sound_step=step, collapsed=False)
 
 
 def _what_is_kept(state: TrainState, progress: Progress) -> str:
@@ -136,12 +140,20 @@ def measures(state: TrainState, pairs: Scored, prefix: str = "") -> dict[str, fl
 def _eval_event(state: TrainState, step: int, found: Scored) -> Event:
     """Means, and the numbers of each pair in the data's order, not the batches'."""
     order = np.argsort([i for indices in state.plan.heldout for i in indices])
-    pairs = {name: values[order] for name, values in pair_values(found, state.loss).items()}
+    pairs = {name: values[order] for name, values in pair_values(found, state.loss, state.config.loss.beta).items()}
     return Event("eval", step, measures(state, found, "eval_"), pairs)
 
 
-def evaluate_heldout(state: TrainState, fns: CompiledFns) -> Scored:
-    """The held-out pairs; an objective that takes something from all pairs of a step takes it from all of these."""
+def _scorer_at_start(state: TrainState, fns: CompiledFns) -> Scorer:
+    """Before the first step a policy that is its own reference has log-probs that are known (`check_start` has seen
+    that they agree): nothing is computed."""
+    known = state.config.reference.model is None and state.loss.needs == {"reference"}
+    return make_scorer(state.model, lambda model, batch: batch.ref) if known else fns.scorer
+
+
+def evaluate_heldout(state: TrainState, fns: CompiledFns, scorer: Scorer | None = None) -> Scored:
+    """The held-out pairs, with `scorer` if given; an objective that takes something from all pairs of a step takes it
+    from all of these."""
     size, batches, parts = state.config.train.batch_size, state.plan.heldout, []
     for indices, own in zip(batches, state.mine(state.heldout, batches), strict=True):
         if not own:
@@ -149,7 +161,7 @@ def evaluate_heldout(state: TrainState, fns: CompiledFns) -> Scored:
             continue
         batch = fns.reference.refreshed(state.heldout.batch(indices, size))
         with dropout_off(state.model):
-            parts.append(first_pairs(fns.scorer(batch), len(indices)))
+            parts.append(first_pairs((scorer or fns.scorer)(batch), len(indices)))
     pairs = gather_pairs(state.group, parts, [len(indices) for indices in batches])
     found = scored_pairs(state.loss(pairs), pairs, len(state.heldout.examples))
     check_finite(state.heldout, batches, found)

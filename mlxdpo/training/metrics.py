@@ -46,10 +46,13 @@ def _ranked_right(scored: Scored) -> np.ndarray:
     return (chosen > rejected) + 0.5 * (chosen == rejected)
 
 
-def pair_values(scored: Scored, loss: Loss) -> dict[str, np.ndarray]:
-    """(B,) numbers of single pairs: `loss`, and `accuracy` where the objective compares two completions."""
-    found = {"loss": scored.losses}
-    return found | ({"accuracy": _ranked_right(_as_rewarded(scored, loss))} if loss.paired else {})
+def pair_values(scored: Scored, loss: Loss, beta: float) -> dict[str, np.ndarray]:
+    """(B,) numbers of single pairs: `loss`; `accuracy` and `margin` where the objective compares two completions."""
+    if not loss.paired:
+        return {"loss": scored.losses}
+    rewarded = _as_rewarded(scored, loss)
+    margin = beta * ((rewarded.chosen - rewarded.ref_chosen) - (rewarded.rejected - rewarded.ref_rejected))
+    return {"loss": scored.losses, "accuracy": _ranked_right(rewarded), "margin": margin}
 
 
 def _as_rewarded(scored: Scored, loss: Loss) -> Scored:

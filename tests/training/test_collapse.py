@@ -39,18 +39,19 @@ def of_kind(events, kind):
 )
 def test_each_sign_is_said_once(change, words):
     watch = CollapseWatch(resolve(LossConfig()), heldout=True)
-    assert watch.answers(HEALTHY, HEALTHY, 15.0, True) == (True, [])
-    sound, said = watch.answers(HEALTHY._replace(**change), HEALTHY, 15.0, True)
-    assert not sound and len(said) == 1 and words in said[0]
-    assert watch.answers(HEALTHY._replace(**change), HEALTHY, 15.0, True) == (False, [])
+    assert watch.answers(HEALTHY, HEALTHY, 15.0) == (True, None)
+    sound, said = watch.answers(HEALTHY._replace(**change), HEALTHY, 15.0)
+    assert not sound and said is not None and words in said
+    assert watch.answers(HEALTHY._replace(**change), HEALTHY, 15.0) == (False, None)
 
 
 def test_what_the_chosen_answers_ask_for_is_no_collapse():
     """Longer answers where the chosen are longer, short ones where they are short, imitation that goes far."""
     watch = CollapseWatch(resolve(LossConfig()), heldout=True)
-    assert watch.answers(HEALTHY._replace(clipped=1.0), HEALTHY, 60.0, True)[0]
-    assert watch.answers(HEALTHY._replace(length=1.0), HEALTHY, 1.0, True)[0]
-    assert watch.answers(HEALTHY._replace(kl=3.0), HEALTHY, 15.0, False)[0]
+    assert watch.answers(HEALTHY._replace(clipped=1.0), HEALTHY, 60.0)[0]
+    assert watch.answers(HEALTHY._replace(length=1.0), HEALTHY, 1.0)[0]
+    imitating = CollapseWatch(resolve(LossConfig(name="orpo")), heldout=True)
+    assert imitating.answers(HEALTHY._replace(kl=3.0), HEALTHY, 15.0)[0]
 
 
 def gains(values, beta=0.1):
