@@ -119,7 +119,9 @@ def run_cell(cell: PlantedRun, weights: str, out: Path, rate: float | None) -> d
     config = load_config(None, {
         "model": weights, "data": {"path": str(files["training"]), "eval": str(files["heldout"]), "template": "plain"},
         "lora": {"layers": LAYERS[cell.model]}, "optim": {} if rate is None else {"lr": rate},
-        "train": {"epochs": EPOCHS, "batch_size": BATCH, "gradient_accumulation": 1, "seed": cell.seed, "eval_every": 0},
+        "train": {
+            "epochs": EPOCHS, "batch_size": BATCH, "gradient_accumulation": 1, "eval_every": 0, "seed": cell.seed,
+        },
         "out": str(folder),
     })  # fmt: skip
     found: dict[str, Any] = {**cell._asdict(), "looks": [], "notes": [], "stopped": None}

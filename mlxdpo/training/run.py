@@ -42,7 +42,7 @@ from mlxdpo.training.reference import find_reference, shared_rows, with_referenc
 from mlxdpo.training.reference_sync import check_reference_sync
 from mlxdpo.training.stages import stage_of
 from mlxdpo.training.step import ReferencedPairs, TrainState, make_optimizer, make_scorer
-from mlxdpo.training.watched_answers import Generate, watch_answers
+from mlxdpo.training.watched_answers import Generate, unasked_note, watch_answers
 from mlxdpo.types import Event, UserError
 
 Stop = Callable[[], bool]
@@ -215,9 +215,8 @@ def prepare(
 ) -> Generator[Event, None, tuple[Run, TrainState] | None]:
     """The run directory and everything that the loop needs, or None when asked to stop.
 
-    What must stay as it is while the run lasts (the directory's lock, the attention that is traced) is entered into
-    `held`. Everything that can be refused is refused before the model is loaded: a typing error should not cost a
-    download.
+    What must stay while the run lasts (the directory's lock, the attention that is traced) is entered into `held`. What
+    can be refused is refused before the model is loaded: a typing error should not cost a download.
     """
     stage = stage_of(config)
     loss = stage.loss(config)
@@ -242,32 +241,29 @@ def prepare(
     begun = {"run": run, "config": config, "data": data, "policy": policy, "plan": summary}
     yield Event("start", 0, begun | {"shown": stage.shown(data.train[0], loss)})
     remarks = (preflight.recurrence_note(policy.model, summary), stage.remark(data, config, loss))
-    for text in filter(None, (*policy.reading.notes, length_note(config.train, plan), split_note, note, *remarks)):
-        yield Event("note", 0, {"text": text})
+    said = (length_note(config.train, plan), split_note, note, *remarks, unasked_note(config.train, generate))
+    yield from (Event("note", 0, {"text": text}) for text in (*policy.reading.notes, *said) if text)
     held.enter_context(distributed.holding(group, run, manifest))
-    # Entered before anything is traced: a trace keeps the attention it was made with.
-    held.enter_context(chunked_attention_on(policy.model, longest))
-    held.enter_context(chunked_attention_on(reference.model, longest))
+    for model in (policy.model, reference.model):  # before anything is traced: a trace keeps the attention it has
+        held.enter_context(chunked_attention_on(model, longest))
     scored = (config, loss, forward, policy, reference, manifest["reference"], data, plan, should_stop, group)
     logps = yield from _reference_logps(*scored)
     if logps is None:
         return None
     if reference is not policy:
-        del reference, scored
+        del reference, scored, model
         gc.collect()
         mx.clear_cache()
     if config.model.adapter is None:
         attach_lora(policy.model, config.lora, config.train.seed)
-    answers = None
-    if generate is not None and group.first and stage.writes:  # before a checkpoint is restored: answers of the start
-        answers = watch_answers(generate, policy, data.train, summary.tokens, plan.steps, config.train)
+    asker = generate if group.first and stage.writes else None  # before a checkpoint is restored: answers of the start
+    answers = watch_answers(asker, policy, data.train, summary.tokens, plan.steps, config.train)
     stage.attach(policy.model)
     forward = stage.forward(preflight.with_details(forward, loss, config), config)
     train = ReferencedPairs(data.train, logps[0], plan.shapes)
     heldout = ReferencedPairs(data.heldout, logps[1], plan.heldout_shapes)
-    return run, TrainState(
-        config, stage, policy.model, optimizer, loss, plan, train, heldout, run.checkpoints, forward, group, answers
-    )
+    rest = (run.checkpoints, forward, group, answers)
+    return run, TrainState(config, stage, policy.model, optimizer, loss, plan, train, heldout, *rest)
 
 
 def _read_pairs(

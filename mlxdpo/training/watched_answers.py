@@ -69,8 +69,18 @@ def looks(train: TrainConfig, steps: int) -> set[int]:
     return {math.ceil(steps * share) for share in LOOKS}
 
 
+def unasked_note(train: TrainConfig, generate: Generate | None) -> str:
+    """What to say where a recipe asks for looks that nothing can answer; empty otherwise."""
+    if generate is not None or train.sample_every in ("auto", 0):
+        return ""
+    return (
+        f"train.sample_every {train.sample_every}: no answers are looked at without "
+        f"train(..., generate=mlxdpo.inference.generate.generate)"
+    )
+
+
 def watch_answers(
-    generate: Generate, policy: Policy, examples: Sequence[Example], trained: int, steps: int, train: TrainConfig
+    generate: Generate | None, policy: Policy, examples: Sequence[Example], trained: int, steps: int, train: TrainConfig
 ) -> WatchedAnswers | None:
     """The answers of a model that is not trained yet; None where the run is too short to pay for them, or none asked.
 
@@ -78,7 +88,7 @@ def watch_answers(
     """
     times, longest = len(looks(train, steps)), LONGEST
     pairs = _spread(examples)
-    if not times or not pairs:
+    if generate is None or not times or not pairs:
         return None
     prompts = [list(map(int, pair.prompt)) for pair in pairs]
     if train.sample_every == "auto":  # a look reads the prompts twice, writes answers and reads the first ones

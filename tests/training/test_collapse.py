@@ -70,6 +70,18 @@ def test_labels_that_say_nothing_are_told_from_labels_that_do():
     assert watch.labels() is None
 
 
+def test_chosen_answers_far_below_the_reference_for_three_steps_are_a_collapse():
+    """3 steps of 1.2 nats a token; two are noise, and a run that comes back is sound again. Whatever is held out."""
+    watch = CollapseWatch(resolve(LossConfig()), heldout=True)
+    length, zero = np.full(4, 5.0), np.zeros(4)
+    fallen = lambda nats: Scored(zero, zero - 5 * nats, zero, zero, zero, length, length)  # noqa: E731
+    assert [watch.step(fallen(nats)) for nats in (0.3, 1.2, 1.2)] == [None] * 3 and not watch.lost
+    said = watch.step(fallen(1.2))
+    assert said is not None and said.startswith("the run gets worse") and "1.2 nats a token" in said and watch.lost
+    assert watch.step(fallen(1.2)) is None and watch.lost
+    assert watch.step(fallen(0.3)) is None and not watch.lost
+
+
 def test_numbers_by_hand():
     assert repeated_share([1, 2, 3, 1, 2, 3]) == 0.25 and repeated_share([1, 2]) == 0.0
     halves, rest = np.log([[0.5, 0.25]]), np.log([[0.25, 0.5]])  # the rest is 0.25 in both
@@ -88,7 +100,7 @@ def test_watching_changes_no_bit_and_resumes(tmp_path):
         f"completions/{name}" for name in ("mean_length", "clipped_ratio", "repetition", "kl")
     }
     plain = recipe(tmp_path, "plain", **sections)
-    finish(plain)
+    assert any("no answers are looked at" in e.values["text"] for e in of_kind(finish(plain), "note"))
     adapters = [(tmp_path / name / "adapter" / "adapters.safetensors").read_bytes() for name in ("straight", "plain")]
     assert adapters[0] == adapters[1]
     config = recipe(tmp_path, "stopped", **sections)
@@ -99,16 +111,27 @@ def test_watching_changes_no_bit_and_resumes(tmp_path):
     assert_same(run.path, tmp_path / "straight")
 
 
-def test_a_rate_that_breaks_the_model_is_named_and_what_was_before_is_kept(tmp_path):
-    sections = {"optim": {"lr": 0.3, "warmup": 4.0}, "train": {"epochs": 4, "sample_every": 1, "keep_checkpoints": 1}}
-    config = recipe(tmp_path, **sections)
-    events = watching(config)
-    said = [e for e in of_kind(events, "note") if "the run gets worse" in e.values["text"]]
-    assert said and said[0].step <= events[-1].step / 2
-    progress = checkpoint.read_progress(checkpoint.steps(tmp_path / "run" / "checkpoints")[-1])
-    assert progress.collapsed
-    if progress.sound_step is not None:
-        assert checkpoint.folder_of(tmp_path / "run" / "checkpoints", progress.sound_step).exists()
+def test_a_rate_that_breaks_the_model_is_named_and_the_checkpoint_from_before_is_kept(tmp_path):
+    """The warm-up is half of the run, so the first looks are sound; one checkpoint is kept beside the sound one."""
+    size = {"steps": 24, "epochs": 9, "sample_every": 1, "keep_checkpoints": 1, "save_every": 6}
+    events = watching(recipe(tmp_path, optim={"lr": 0.3, "warmup": 0.5}, train=size))
+    worse = [event for event in of_kind(events, "note") if "the run gets worse" in event.values["text"]]
+    assert 1 < worse[0].step <= 12
+    folder = tmp_path / "run" / "checkpoints"
+    progress = checkpoint.read_progress(checkpoint.steps(folder)[-1])
+    assert progress.collapsed and progress.sound_step is not None
+    first_look = next(
+        e for e in worse if f"step-{worse[0].step - 1:06d}, from before that, is kept" in e.values["text"]
+    )
+    assert first_look.step == worse[0].step
+    kept = checkpoint.folder_of(folder, progress.sound_step)
+    assert kept.exists() and checkpoint.read_progress(kept).sound_step == progress.sound_step
+
+
+def test_a_healthy_run_gets_no_alarm(tmp_path):
+    events = watching(recipe(tmp_path, optim={"lr": 1e-3}, train={"epochs": 3, "sample_every": 2}))
+    assert of_kind(events, "answers") and not [e for e in of_kind(events, "note") if "worse" in e.values["text"]]
+    assert not checkpoint.read_progress(checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]).collapsed
 
 
 def test_chosen_answers_that_repeat_themselves_are_named_before_the_first_step(tmp_path):
