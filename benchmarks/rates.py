@@ -14,6 +14,8 @@ small layers that is first taught to write both kinds of answers.
 
 from __future__ import annotations
 
+import mlxdpo  # isort: skip  # noqa: F401  (before mlx: it puts the fast BLAS in front)
+
 import argparse
 import gc
 import itertools
@@ -53,6 +55,7 @@ SMALL = {
     "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32, "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0, "max_position_embeddings": 512, "tie_word_embeddings": True, "torch_dtype": "float32",
 }  # fmt: skip
+TOKENIZER_FILES, END = ("tokenizer.json", "tokenizer_config.json"), "<|end|>"
 TALK = 250  # pairs of each task whose answers, right and wrong, the small llama is taught
 
 
@@ -145,17 +148,26 @@ def _scored_and_answered(opened: TrainedRun, model: Any, rows: Sequence[Preferen
     return {"logps": model_logps(model, examples, "none", 16).tolist(), "answers": drawn.texts}
 
 
-def teach_small_llama(folder: Path) -> str:
-    """A small llama with SmolLM2's tokenizer that writes answers of all tasks, right and wrong alike."""
+def teach_small_llama(folder: Path, vocabulary: int | None = None) -> str:
+    """A small llama that writes answers of all tasks, right and wrong alike.
+
+    It reads SmolLM2's tokens, or a `vocabulary` of its own: so many, learnt from the tasks, make it ten times faster.
+    """
     if (folder / "taught").exists():
         return str(folder / "taught")
     shutil.rmtree(folder, ignore_errors=True)
     bare = folder / "bare"
     bare.mkdir(parents=True)
-    source = smollm2_folder()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(source / name, bare / name)
-    ids = json.loads((source / "config.json").read_text())
+    rows = [row for name in TASKS for row in itertools.islice(drawn_pairs(name, random.Random(1)), TALK)]
+    rows += [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    write_lines(folder / "talk.jsonl", rows)
+    if vocabulary is None:
+        source = smollm2_folder()
+        for name in TOKENIZER_FILES:
+            shutil.copy(source / name, bare / name)
+        ids = json.loads((source / "config.json").read_text())
+    else:
+        ids = _write_tokenizer(bare, [row["prompt"] + row["chosen"] for row in rows], vocabulary)
     config = SMALL | {name: ids[name] for name in ("vocab_size", "bos_token_id", "eos_token_id") if name in ids}
     (bare / "config.json").write_text(json.dumps(config))
     made, arguments = _get_classes(config)
@@ -165,9 +177,6 @@ def teach_small_llama(folder: Path) -> str:
         (name, 0.04 * mx.random.normal(a.shape) if a.ndim > 1 else a) for name, a in tree_flatten(model.parameters())
     ]
     mx.save_safetensors(str(bare / "model.safetensors"), dict(arrays), {"format": "pt"})
-    rows = [row for name in TASKS for row in itertools.islice(drawn_pairs(name, random.Random(1)), TALK)]
-    rows += [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
-    write_lines(folder / "talk.jsonl", rows)
     data = {"path": str(folder / "talk.jsonl"), "eval_fraction": 0.0, "template": "plain"}
     size = {"epochs": 2.0, "batch_size": 16, "gradient_accumulation": 1, "save_every": 10_000}
     rest = {"lora": {"method": "full"}, "optim": {"lr": 2e-3}, "train": size, "out": str(folder / "run")}
@@ -176,12 +185,23 @@ def teach_small_llama(folder: Path) -> str:
         pass
     opened = open_trained_run(Run.open(folder / "run"))
     (folder / "taught.part").mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+    for name in (*TOKENIZER_FILES, "config.json"):
         shutil.copy(bare / name, folder / "taught.part" / name)
     tuned = dict(tree_flatten(opened.policy.model.parameters()))
     mx.save_safetensors(str(folder / "taught.part" / "model.safetensors"), tuned, {"format": "pt"})
     (folder / "taught.part").rename(folder / "taught")
     return str(folder / "taught")
+
+
+def _write_tokenizer(folder: Path, texts: Sequence[str], vocabulary: int) -> dict[str, int]:
+    """A byte-level BPE of these texts; its entries of the model's config."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    learnt = ByteLevelBPETokenizer()
+    learnt.train_from_iterator(texts, vocabulary, special_tokens=[END])
+    PreTrainedTokenizerFast(tokenizer_object=learnt._tokenizer, eos_token=END).save_pretrained(folder)
+    return {"vocab_size": learnt.get_vocab_size(), "eos_token_id": learnt.token_to_id(END)}
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:

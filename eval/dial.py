@@ -107,8 +107,8 @@ def sweep_strengths(
         if before is None:
             sampling = sampling if sampling.max_tokens else replace(sampling, max_tokens=default_max_tokens(examples))
             prompts = distinct_prompts(kept, sampling.prompts)
-            before, _ = sample_start(opened, prompts, sampling)
-        after = sample_tuned(opened, prompts, sampling)
+            before, _ = sample_start(opened, prompts, sampling, say)
+        after = sample_tuned(opened, prompts, sampling, say)
         names = [prompt_name(row.prompt) for row in kept]
         margin = margins(pair_logps(opened, examples), opened.config.loss.beta)
         found.append(_measured(opened, strength, (margin, names), (before, after), sampling, judge))

@@ -28,6 +28,7 @@ from mlxdpo.inner import (
     open_trained_run,
     pair_logps,
     prompt_name,
+    saying_left,
     versions,
 )
 from mlxdpo_eval.heldout import (
@@ -133,14 +134,14 @@ def evaluate(
     opened = open_trained_run(run)
     rows, examples, encoding = encode_pairs(opened, data.rows)
     say(f"scoring {len(rows)} held-out pairs ({data.source})")
-    logps = pair_logps(opened, examples)
+    logps = pair_logps(opened, examples, progress=saying_left("scored batches of pairs", say))
     sampling = sampling if sampling.max_tokens else replace(sampling, max_tokens=default_max_tokens(examples))
     prompts = distinct_prompts(rows, sampling.prompts)
     say(f"answering {len(prompts)} prompts, {sampling.samples} x before and after, to {sampling.max_tokens} tokens")
     before, after, control = sample_before_after(opened, prompts, sampling, say)
     say("measuring drift")
     kl_of = first_answers(after)
-    kl = on_policy_kl(opened, kl_of, sampling.temperature)
+    kl = on_policy_kl(opened, kl_of, sampling.temperature, say)
     retained = _retained(opened, options, say)
     by_answer = _columns_of_answers(select_columns(columns, data.rows, prompts), prompts, before)
     inputs = _JudgeInputs(run, before, after, control, ballots, by_answer, options.retest, say)

@@ -140,20 +140,23 @@ def first_answers(answers: Answers) -> Answers:
     return _select_answers(answers, [not (name in seen or seen.add(name)) for name in answers.names])
 
 
-def on_policy_kl(opened: TrainedRun, answers: Answers, temperature: float) -> list[float]:
+def on_policy_kl(opened: TrainedRun, answers: Answers, temperature: float, say: Say = lambda text: None) -> list[float]:
     """KL(policy || reference) along each of the tuned policy's own answers: nats per sequence, exact per step.
 
     `temperature` is the one the answers were drawn at: both distributions are taken at it, so that they are the
-    ones compared. Raises `UserError` at 0, where the policy is no distribution.
+    ones compared. `say` is told every ten seconds how long the rest will take. Raises `UserError` at 0, where the
+    policy is no distribution.
     """
     if temperature <= 0:
         raise UserError("the KL of greedy answers is not a divergence of the policy; sample at --temperature 1")
     result = [0.0] * len(answers.ids)
     vocabulary = int(opened.policy.model(mx.array([[0]])).shape[-1])
-    order = sorted(range(len(answers.ids)), key=lambda i: -_token_count(answers, i))
+    batches, order = list[list[int]](), sorted(range(len(answers.ids)), key=lambda i: -_token_count(answers, i))
     while order:
         rows = max(1, min(ROWS, NUMBERS // (2 * vocabulary * _token_count(answers, order[0]))))
-        here, order = order[:rows], order[rows:]
+        batches.append(order[:rows])
+        order = order[rows:]
+    for here in time_left(batches, len(batches), "batches of answers whose drift is measured", say):
         for i, nats in zip(here, _batch_kl(opened, answers, here, temperature), strict=True):
             result[i] = nats
     return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, ValidationError, field_validator, model_validator
 
@@ -356,6 +356,9 @@ class TrainConfig(Section):
     """Order of the pairs, adapter start, dropout."""
     eval_every: int = Field(default=50, ge=0)
     """Steps between held-out evaluations; 0 evaluates only at the start and the end."""
+    sample_every: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Steps between looks at a few of the model's own answers, to warn of a collapse; 0: none. auto: five in a run,
+    most of them early, where they cost little."""
     save_every: int = Field(default=50, ge=1)
     """Steps between checkpoints."""
     save_minutes: float = Field(default=10.0, ge=0)
@@ -367,7 +370,8 @@ class TrainConfig(Section):
     patience: int | None = Field(default=None, ge=1)
     """Stop after this many evaluations without a lower held-out loss."""
     keep_model: Literal["last", "best"] = "last"
-    """What `adapter/` contains at the end: the last step, or the step with the lowest held-out loss."""
+    """What `adapter/` contains at the end: the last step, or the step with the lowest held-out loss (of a run whose
+    answers have collapsed, from before that)."""
 
 
 class LogConfig(Section):

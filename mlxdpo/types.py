@@ -253,8 +253,9 @@ class Event(NamedTuple):
     """Something that happened in a run, yielded by the trainer; the caller decides what to do with it.
 
     kind is "reading" (of many rows), "start", "reference", "referenced", "resumed", "probe", "step", "eval",
-    "checkpoint", "note", "interrupted" or "done". Of an "eval" `pairs` holds (N,) numbers of the N held-out pairs, in
-    the data's order: `loss`, and `accuracy` (1 where chosen is ranked above rejected, 1/2 for a tie) of pairs.
+    "answers", "checkpoint", "note", "interrupted" or "done". Of an "eval" `pairs` holds (N,) numbers of the N
+    held-out pairs, in the data's order: `loss`, of pairs also `accuracy` (1 where chosen is ranked above rejected, 1/2
+    for a tie) and `margin` (of implicit rewards).
     """
 
     kind: str

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxdpo.config import Config
+from mlxdpo.inference.generate import generate
 from mlxdpo.io.digest import file_digest
 from mlxdpo.io.json_file import read_json, read_lines
 from mlxdpo.model.adapters import WEIGHTS
@@ -41,7 +42,7 @@ class TunedRun(Run):
         """
         place = Path(out) if out is not None else self.path.with_name(f"{self.path.name}-again")
         config = self.config()
-        finished_run(train(config.model_copy(update={"out": str(place)})))
+        finished_run(train(config.model_copy(update={"out": str(place)}), generate=generate))
         digests = [file_digest(folder / "adapter" / WEIGHTS) for folder in (self.path, place)]
         return Reproduction(digests[0] == digests[1], digests[0], digests[1], place)
 
@@ -127,7 +128,7 @@ def tune(
     Raises `UserError` in a sentence for whatever is wrong with them, before the model is loaded.
     """
     config = config_of(model, data, eval_data, with_loss(loss, settings))
-    events = train(config)
+    events = train(config, generate=generate)
     return finished_run(events if quiet else printed(events, config))
 
 

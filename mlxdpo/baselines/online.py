@@ -232,7 +232,7 @@ def _steps(
     def keep(progress: Progress) -> Event:
         """Save a checkpoint with the critic beside it."""
         path = save(progress, lambda draft: _save_critic(work.actor, draft))
-        checkpoint.prune(run.checkpoints, train.keep_checkpoints, None, train.save_every)
+        checkpoint.prune(run.checkpoints, train.keep_checkpoints, (), train.save_every)
         clock.restart()
         return Event("checkpoint", progress.step, {"path": str(path)})
 

@@ -8,10 +8,13 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter, validators
 
-from mlxdpo.types import UserError
+from mlxdpo.types import Event, UserError
 
 Seed = Annotated[int, Parameter(validator=validators.Number(gte=0))]
 SHOWN = 5
+TIMED, AFTERWARDS = 4, 115
+"""Steps that are timed, and how many steps' time the rest takes behind the last one: evaluation, continuations, drift
+(measured on two x86-64 cores)."""
 
 
 def run(*, seed: Seed = 0, shuffle_labels: bool = False, flip_labels: bool = False, out: Path | None = None) -> int:
@@ -36,16 +39,39 @@ def run(*, seed: Seed = 0, shuffle_labels: bool = False, flip_labels: bool = Fal
     started = time.monotonic()
     labels = shuffled if shuffle_labels else flipped if flip_labels else bundled_labels
     folder = out or _free_demo_folder(Path("runs/demo"))
-    if status := follow_training(prepare_demo(folder, seed, labels), None):
+    heldout, steps = list[float](), list[int]()
+
+    def see(event: Event) -> None:
+        """Say after some steps how long it all takes, and keep the margins of the last evaluation."""
+        if event.kind == "start":
+            steps.append(event.values["plan"].steps)
+        elif event.kind == "step" and event.step == TIMED:
+            left = event.values["seconds_left"]
+            a_step = left / (steps[0] - event.step)
+            terminal.console.print(duration_sentence(left, AFTERWARDS * a_step), style="bold")
+        elif event.kind == "eval" and event.pairs is not None:
+            heldout[:] = event.pairs["margin"]
+
+    if status := follow_training(prepare_demo(folder, seed, labels), None, see=see):
         return status
     terminal.console.print("sampling before and after ...")
-    result, before, after = measure_demo(Run.open(folder), seed, terminal.console.print)
+    result, before, after = measure_demo(Run.open(folder), seed, heldout, terminal.console.print)
     terminal.console.print(figures_table(result))
     terminal.console.print(f"the first {SHOWN} held-out openings (not a selection):", style="bold")
     terminal.console.print(side_by_side(before, after))
     terminal.console.print(f"figures: {folder}/eval/demo.json, samples: {folder}/samples/")
     terminal.console.print(f"done in {terminal.clock(time.monotonic() - started)}")
     return 0
+
+
+def duration_sentence(training: float, rest: float) -> str:
+    """How long the demo still takes here, of the seconds of training and of what follows."""
+    from mlxdpo.io.progress import clock
+
+    return (
+        f"about {clock(training + rest)} to go here: {clock(training)} of training, then {clock(rest)} of "
+        f"continuations before and after, their judges and their drift"
+    )
 
 
 def _free_demo_folder(path: Path) -> Path:

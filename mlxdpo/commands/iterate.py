@@ -127,9 +127,10 @@ def _stages(config: Config, quiet: bool) -> Any:
 def _training(config: Config, resume: Any, warm: Path | None, stop: Callable[[], bool], quiet: bool) -> Iterator[Event]:
     from mlxdpo.commands.terminal import show_training
     from mlxdpo.commands.trackers import tracked
+    from mlxdpo.inference.generate import generate
     from mlxdpo.training.run import train
 
-    events = train(config, resume=resume, warm=warm, should_stop=stop)
+    events = train(config, resume=resume, warm=warm, should_stop=stop, generate=generate)
     return tracked(events if quiet else show_training(events), config)
 
 

@@ -52,6 +52,7 @@ def run(
     from mlxdpo.data.read import read_pairs
     from mlxdpo.inference.trained_run import model_logps
     from mlxdpo.io.atomic import write_text
+    from mlxdpo.io.progress import saying_left
     from mlxdpo.io.words import counted
     from mlxdpo.model.adapters import load_adapter, read_settings
     from mlxdpo.model.limits import check_takes
@@ -65,7 +66,8 @@ def run(
     check_takes(policy, longest_row(examples), largest_token(examples))
     for line in [*policy.reading.notes, *report.lines(), *encoding.lines()]:
         console.print(line, style="yellow")
-    progress = partial(track, description="scoring", console=console, transient=True, disable=not console.is_terminal)
+    on_a_terminal = partial(track, description="scoring", console=console, transient=True)
+    progress = on_a_terminal if console.is_terminal else saying_left("scored batches of pairs", console.print)
     base = model_logps(policy.model, examples, config.data.group, batch_size, progress)
     tuned = None
     if config.model.adapter:

@@ -104,12 +104,13 @@ def _trainer(quiet: bool) -> Any:
     from mlxdpo.commands.terminal import show_training
     from mlxdpo.commands.trackers import check_trackers, tracked
     from mlxdpo.estimate.forecast import check_fits
+    from mlxdpo.inference.generate import generate
     from mlxdpo.training.run import train
 
     def one(config: Config, resume: Run | None, stop: Callable[[], bool]) -> Iterator[Any]:
         """One run, shown and tracked."""
         check_trackers(config)
-        events = train(config, resume=resume, should_stop=stop, fits=check_fits)
+        events = train(config, resume=resume, should_stop=stop, fits=check_fits, generate=generate)
         return tracked(events if quiet else show_training(events), config)
 
     return one

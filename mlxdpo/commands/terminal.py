@@ -28,6 +28,10 @@ SHOWN = {
     "rewards/margins": "margin {:+.4f}",
     "rewards/chosen": "chosen {:+.3f}",
     "rewards/rejected": "rejected {:+.3f}",
+    "completions/mean_length": "{:.0f} tokens",
+    "completions/clipped_ratio": "{:.0%} cut off",
+    "completions/repetition": "repetition {:.2f}",
+    "completions/kl": "KL {:.3g} a token",
     "grad_norm": "|g| {:.3g}",
     "learning_rate": "lr {:.2g}",
     "tokens_per_second": "{:.0f} tok/s",
@@ -92,6 +96,7 @@ LINES = {
     "resumed": lambda event, steps: console.print(f"resuming from step {event.step}/{steps}"),
     "step": _print_step,
     "eval": _print_eval,
+    "answers": lambda event, steps: console.print(_fit_line(f"answers at step {event.step}/{steps}", event.values)),
     "note": lambda event, steps: console.print(event.values["text"], style="yellow"),
 }
 

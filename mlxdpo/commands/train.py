@@ -17,6 +17,7 @@ from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
     from mlxdpo.distributed.group import Group
+    from mlxdpo.types import Event
 
 Overrides = Annotated[Config, Parameter(name="*")]
 NOTHING = Config()  # no setting given
@@ -77,12 +78,15 @@ def _follow_the_first(config: Config, resume: Run | None, peers: Group) -> int:
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.distributed.group import PeerLost
     from mlxdpo.estimate.forecast import check_fits
+    from mlxdpo.inference.generate import generate
     from mlxdpo.training.run import train
 
     kind, path = "", None
     with stop_flag() as should_stop:
         try:
-            for event in train(config, resume=resume, should_stop=should_stop, group=peers, fits=check_fits):
+            for event in train(
+                config, resume=resume, should_stop=should_stop, group=peers, fits=check_fits, generate=generate
+            ):
                 kind = event.kind
                 path = event.values["run"].path if kind == "start" else path
         except PeerLost as lost:
@@ -166,17 +170,19 @@ def follow_training(
     peers: Group | None = None,
     when_stopped: Callable[[Path, RuntimeError], None] = leave_stopped,
     finish: Callable[[Run, Mapping[str, float]], None] = nothing_more,
+    see: Callable[[Event], None] = lambda event: None,
 ) -> int:
     """Train with everything shown and tracked; 0 when done, 130 when interrupted.
 
     `when_stopped` is called when macOS stopped the work on the GPU; when it returns, that error is raised. `finish` is
-    called with the finished run and its last held-out metrics.
+    called with the finished run and its last held-out metrics, `see` with every event after it was shown.
     """
     from mlxdpo.commands import terminal
     from mlxdpo.commands.interrupt import stop_flag
     from mlxdpo.commands.trackers import check_trackers, tracked
     from mlxdpo.distributed.group import ALONE, PeerLost
     from mlxdpo.estimate.forecast import check_fits
+    from mlxdpo.inference.generate import generate
     from mlxdpo.machine.errors import gpu_was_stopped
     from mlxdpo.machine.openblas import preload_blas
     from mlxdpo.training.run import train
@@ -187,9 +193,12 @@ def follow_training(
     path, finished = resume.path if resume else None, False
     heldout: Mapping[str, float] = {}
     with stop_flag() as should_stop:
-        events = train(config, resume=resume, should_stop=should_stop, group=peers or ALONE, fits=check_fits)
+        events = train(
+            config, resume=resume, should_stop=should_stop, group=peers or ALONE, fits=check_fits, generate=generate
+        )
         try:
             for event in tracked(terminal.show_training(events), config):
+                see(event)
                 if event.kind == "start":
                     path = event.values["run"].path
                 elif event.kind == "eval":

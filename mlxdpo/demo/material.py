@@ -6,7 +6,7 @@ labels must turn the change round. Before and after are measured with the same n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +15,14 @@ import numpy as np
 
 from mlxdpo.config import Config, load_config
 from mlxdpo.demo.rewards import REWARDS
-from mlxdpo.inference.trained_run import TrainedRun, encode_pairs, heldout_pairs, open_trained_run, pair_logps
+from mlxdpo.inference.trained_run import heldout_pairs, open_trained_run
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.runs import Run
 from mlxdpo.types import Preference, UserError
 from mlxdpo_eval.metrics.drift import TextStats, text_stats
 from mlxdpo_eval.metrics.intervals import Interval, cluster_bootstrap, paired_difference
-from mlxdpo_eval.metrics.rewards import margins, outcomes
+from mlxdpo_eval.metrics.rewards import outcomes
 from mlxdpo_eval.results import to_json, write_lines
 from mlxdpo_eval.sampling import Answers, Sampling, on_policy_kl, sample_answers
 
@@ -96,17 +96,20 @@ class DemoResult(NamedTuple):
 
 
 def measure_demo(
-    run: Run, seed: int, say: Callable[[str], None] = lambda text: None
+    run: Run, seed: int, heldout: Sequence[float], say: Callable[[str], None] = lambda text: None
 ) -> tuple[DemoResult, Answers, Answers]:
-    """Sample before and after, judge, score the held-out pairs; writes `eval/demo.json` and `samples/`."""
+    """Sample before and after, judge, measure the drift; writes `eval/demo.json` and `samples/`.
+
+    `heldout` are the margins of the held-out pairs, as the run evaluated them after its last step.
+    """
     opened, sampling = open_trained_run(run), Sampling(OPENINGS, SAMPLES, MAX_TOKENS, seed=seed, batch_size=BATCH)
     lines = list(read_lines(run.path / "data" / "prompts.jsonl"))[:OPENINGS]
     prompts = [Preference(line["prompt"], "", "", "prompts.jsonl") for line in lines]
     with opened.start() as model:
         before = sample_answers(opened, model, prompts, SAMPLES, sampling, say, "continuations before")
     after = sample_answers(opened, opened.policy.model, prompts, SAMPLES, sampling, say, "continuations after")
-    kl = on_policy_kl(opened, after, sampling.temperature)
-    margin, openings = heldout_margins(opened)
+    kl = on_policy_kl(opened, after, sampling.temperature, say)
+    margin, openings = list(heldout), [str(row.prompt) for row in heldout_pairs(run)[0]]
     result = DemoResult(
         {name: judge_change(name, before, after) for name in REWARDS},
         cluster_bootstrap(outcomes(np.array(margin)), openings),
@@ -132,9 +135,3 @@ def judge_change(name: str, before: Answers, after: Answers) -> dict[str, Interv
         "after": cluster_bootstrap(new, clusters),
         "change": paired_difference(old, new, clusters),
     }
-
-
-def heldout_margins(opened: TrainedRun) -> tuple[list[float], list[str]]:
-    """Implicit reward margin of each held-out pair, beta * d, and the opening it belongs to."""
-    rows, examples, _ = encode_pairs(opened, heldout_pairs(opened.run)[0])
-    return margins(pair_logps(opened, examples), opened.config.loss.beta).tolist(), [str(row.prompt) for row in rows]

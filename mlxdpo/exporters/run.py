@@ -113,11 +113,11 @@ def export(
     rows, examples = _some(trained, rows, pairs)
     ask_of = asker(source, questions_of(source, rows, examples), ask)
     say(f"measuring the run on {len(examples)} pairs of {where}")
-    reference = run_reference(trained, examples)
+    reference = run_reference(trained, examples, say)
     with staged_export(out) as folder:
         targets = {}
-        for name in names:
-            say(f"{name}: writing, loading again, measuring")
+        for number, name in enumerate(names, 1):
+            say(f"{name} ({number} of {len(names)}): writing, loading again, measuring")
             targets[name] = _make(name, source, reference, folder / target_folder(name, names), force, ask_of)
         exported = _describe(source, out, where, targets)
         write_record(exported, folder)

@@ -21,6 +21,7 @@ from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward.elementwise import exp
 from mlxdpo.forward.next_token import Logits, logits_at
 from mlxdpo.inference.trained_run import TrainedRun
+from mlxdpo.io.progress import Say, time_left
 from mlxdpo.machine.device import this_machine
 from mlxdpo.model.adapters import adapters_off
 from mlxdpo.model.policy import cast
@@ -53,10 +54,13 @@ class RunReference(NamedTuple):
     tokens: int
     beta: float
     dtype: mx.Dtype
+    say: Say
 
 
-def run_reference(trained: TrainedRun, examples: Sequence[Example]) -> RunReference:
+def run_reference(trained: TrainedRun, examples: Sequence[Example], say: Say = lambda text: None) -> RunReference:
     """Score the run and its reference once; artefacts are then held against them one at a time.
+
+    `say` is told every ten seconds, of the artefacts' scoring too, how long the rest will take.
 
     Where the model's head can be found, its last states are kept, so that an artefact costs one forward pass.
     """
@@ -65,10 +69,10 @@ def run_reference(trained: TrainedRun, examples: Sequence[Example]) -> RunRefere
     vocabulary = trained.policy.config.get("vocab_size") or len(trained.policy.tokenizer)
     batches = list(_batches(examples, vocabulary))
     logits = [_logits_again(model, rows) for rows in batches]
-    logps = _sums(batches, logits, len(examples))
-    ref_logps, kl = _diverge(batches, logits, lambda rows: _of_reference(trained, rows), len(examples))
+    logps = _sums(batches, logits, len(examples), say)
+    ref_logps, kl = _diverge(batches, logits, lambda rows: _of_reference(trained, rows), len(examples), say)
     tokens = sum(rows.at.shape[1] for rows in batches)
-    return RunReference(batches, logits, logps, ref_logps, kl, tokens, trained.config.loss.beta, dtype)
+    return RunReference(batches, logits, logps, ref_logps, kl, tokens, trained.config.loss.beta, dtype, say)
 
 
 def measure_fidelity(reference: RunReference, artefact: nn.Module, force: bool = False) -> Fidelity:
@@ -104,7 +108,7 @@ def _as_the_run(reference: RunReference, artefact: nn.Module) -> nn.Module:
 
 def _artefact_logps(reference: RunReference, artefact: nn.Module) -> tuple[np.ndarray, float]:
     scored: Callable[[VerifiedRows], mx.array] = partial(_scored_logits, artefact)
-    return _diverge(reference.batches, reference.logits, scored, len(reference.logps) // 2)
+    return _diverge(reference.batches, reference.logits, scored, len(reference.logps) // 2, reference.say)
 
 
 def _fidelity(
@@ -208,9 +212,9 @@ def _logits_again(model: nn.Module, rows: VerifiedRows) -> Logits:
     return logits_at(model, rows.inputs, *(mx.array(index) for index in rows.at))
 
 
-def _sums(batches: list[VerifiedRows], logits: list[Logits], pairs: int) -> np.ndarray:
+def _sums(batches: list[VerifiedRows], logits: list[Logits], pairs: int, say: Say) -> np.ndarray:
     sums = np.zeros(2 * pairs)
-    for rows, ask in zip(batches, logits, strict=True):
+    for rows, ask in time_left(zip(batches, logits, strict=True), len(batches), "scored batches of pairs", say):
         _add(sums, rows, heads.target_logps(ask(), rows.targets))
     return sums
 
@@ -220,11 +224,15 @@ def _add(sums: np.ndarray, rows: VerifiedRows, logps: mx.array) -> None:
 
 
 def _diverge(
-    batches: list[VerifiedRows], own: list[Logits], other: Callable[[VerifiedRows], mx.array], pairs: int
+    batches: list[VerifiedRows],
+    own: list[Logits],
+    other: Callable[[VerifiedRows], mx.array],
+    pairs: int,
+    say: Say,
 ) -> tuple[np.ndarray, float]:
     """(2B,) summed log-probs under `other`, and the mean token KL(own || other), nats."""
     sums, total, count = np.zeros(2 * pairs), 0.0, 0
-    for rows, ask in zip(batches, own, strict=True):
+    for rows, ask in time_left(zip(batches, own, strict=True), len(batches), "compared batches of pairs", say):
         mine = ask()
         mx.eval(mine)  # before the reference, which may be the same model with its adapters off
         theirs = other(rows)

@@ -95,9 +95,14 @@ def model_logps(
 
 
 def logps_under_both(
-    policy: nn.Module, reference: ModelContext, examples: Sequence[Example], group: Group, batch_size: int = 8
+    policy: nn.Module,
+    reference: ModelContext,
+    examples: Sequence[Example],
+    group: Group,
+    batch_size: int = 8,
+    progress: Callable[[Sequence[Indices]], Iterable[Indices]] = iter,
 ) -> PairLogps:
-    """Log-probs of every pair under a policy and its reference, in the order given."""
+    """Log-probs of every pair under a policy and its reference, in the order given. `progress` as `score_examples`."""
     forward = forward_fns(policy).score
     with reference() as model:
         other = forward if model is policy else forward_fns(model).score
@@ -113,7 +118,7 @@ def logps_under_both(
             evaluate_batch(batch, both)
         return both
 
-    values = score_examples(examples, group, batch_size, 4, score)
+    values = score_examples(examples, group, batch_size, 4, score, progress)
     lengths = np.array([example.scored for example in examples], np.float64).reshape(-1, 2).T
     return PairLogps(*values, *lengths)
 
@@ -234,10 +239,15 @@ def encode_pairs(trained: TrainedRun, rows: Sequence[Preference]) -> tuple[list[
     return [row for row, _ in fitting], [example for _, example in fitting], report
 
 
-def pair_logps(trained: TrainedRun, examples: Sequence[Example], batch_size: int = 8) -> PairLogps:
-    """Log-probs of every pair, in the order given, `batch_size` pairs at once."""
+def pair_logps(
+    trained: TrainedRun,
+    examples: Sequence[Example],
+    batch_size: int = 8,
+    progress: Callable[[Sequence[Indices]], Iterable[Indices]] = iter,
+) -> PairLogps:
+    """Log-probs of every pair, in the order given, `batch_size` pairs at once. `progress` wraps the batches."""
     policy, group = trained.policy.model, trained.config.data.group
-    return logps_under_both(policy, trained.reference, examples, group, batch_size)
+    return logps_under_both(policy, trained.reference, examples, group, batch_size, progress)
 
 
 def prompt_name(prompt: Text) -> str:

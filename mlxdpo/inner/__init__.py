@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mlxdpo.io.json_file import read_json as read_json
     from mlxdpo.io.json_file import read_lines as read_lines
     from mlxdpo.io.names import is_loopback as is_loopback
+    from mlxdpo.io.progress import saying_left as saying_left
     from mlxdpo.io.progress import time_left as time_left
     from mlxdpo.machine.device import cache_folder as cache_folder
     from mlxdpo.machine.device import versions as versions
@@ -69,6 +70,7 @@ NAMES = {
     "read_json": "mlxdpo.io.json_file",
     "read_lines": "mlxdpo.io.json_file",
     "is_loopback": "mlxdpo.io.names",
+    "saying_left": "mlxdpo.io.progress",
     "time_left": "mlxdpo.io.progress",
     "cache_folder": "mlxdpo.machine.device",
     "versions": "mlxdpo.machine.device",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item")
+Say = Callable[[str], None]
 EVERY = 10.0  # seconds between two lines
 
 
@@ -21,7 +22,7 @@ def time_left(
     items: Iterable[Item],
     total: int,
     doing: str,
-    say: Callable[[str], None],
+    say: Say,
     now: Callable[[], float] = time.monotonic,
 ) -> Iterator[Item]:
     """Hand on `items`, of which there are `total`, and say "DOING: 40 of 240, about 1:10 left" every `EVERY` seconds.
@@ -35,3 +36,8 @@ def time_left(
         if done < total and here - said >= EVERY:
             said = here
             say(f"{doing}: {done} of {total}, about {clock((here - started) / done * (total - done))} left")
+
+
+def saying_left(doing: str, say: Say) -> Callable[[Sequence[Item]], Iterator[Item]]:
+    """`time_left` for the steps of a loop that somebody else runs over: a sequence to the same items, one by one."""
+    return lambda items: time_left(items, len(items), doing, say)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -38,6 +38,8 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     waited: int = 0
+    sound_step: int | None = None  # the last look at answers that showed no collapse
+    collapsed: bool = False  # and whether the one after it did
 
 
 def save(
@@ -84,14 +86,14 @@ def steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
 
 
-def prune(folder: Path, keep: int, best_step: int | None, every: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one.
+def prune(folder: Path, keep: int, others: Collection[int | None], every: int) -> None:
+    """Remove all but the newest `keep` checkpoints and those of the steps `others`.
 
     What was saved by the clock (its step is no multiple of `every`) is only kept while it is the newest.
     """
     older = steps(folder)[:-1]
     kept = [path for path in older if step_of(path) % every == 0][::-1][: keep - 1]
-    for old in (path for path in older if path not in kept and step_of(path) != best_step):
+    for old in (path for path in older if path not in kept and step_of(path) not in others):
         shutil.rmtree(old.rename(folder / f".draft-{old.name}"))  # a step-N is whole until it is gone
 
 
@@ -146,4 +148,11 @@ def read_progress(checkpoint: Path) -> Progress:
     """Where the run stood when the checkpoint was written. Raises `UserError` for a damaged `state.json`."""
     found = read_checksummed_json(checkpoint / "state.json")
     with as_written(checkpoint / "state.json"):
-        return Progress(**{field.name: found.pop(field.name) for field in fields(Progress)}, **found)
+        return Progress(
+            **{field.name: found.pop(field.name, *_former(field.name)) for field in fields(Progress)}, **found
+        )
+
+
+def _former(name: str) -> tuple[()] | tuple[object]:
+    """What a field is where a version wrote the file that did not have it."""
+    return {"sound_step": (None,), "collapsed": (False,)}.get(name, ())

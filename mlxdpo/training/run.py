@@ -42,6 +42,7 @@ from mlxdpo.training.reference import find_reference, shared_rows, with_referenc
 from mlxdpo.training.reference_sync import check_reference_sync
 from mlxdpo.training.stages import stage_of
 from mlxdpo.training.step import ReferencedPairs, TrainState, make_optimizer, make_scorer
+from mlxdpo.training.watched_answers import Generate, unasked_note, watch_answers
 from mlxdpo.types import Event, UserError
 
 Stop = Callable[[], bool]
@@ -58,6 +59,7 @@ def train(
     should_stop: Stop = lambda: False,
     group: Group = ALONE,
     fits: Fits | None = None,
+    generate: Generate | None = None,
     **settings: Any,
 ) -> Iterator[Event]:
     """Run a recipe, or resume `resume`; yields what happens and writes the run directory.
@@ -67,7 +69,8 @@ def train(
 
     `warm` is another run's checkpoint whose optimizer state the first step starts from (rounds of one training).
     Of several processes in `group` each must call this alike; process 0 alone writes. `fits` is called before the model
-    is loaded, to raise for a run that is too large (`estimate.forecast.check_fits`).
+    is loaded, to raise for a run that is too large (`estimate.forecast.check_fits`); `generate` answers the prompts of
+    `train.sample_every` (`inference.generate.generate`), and without it none are asked.
 
     Raises `UserError` when the recipe, the data or a changed input stops it; nothing is written before the model
     and the data are read.
@@ -76,17 +79,23 @@ def train(
         config = config_of(model, data, None, settings)
     elif model is not None or data is not None or settings:
         raise UserError("give a config, or model, data and settings; config.model_copy changes single settings")
-    return _carry_out(config, resume, warm, should_stop, group, fits)
+    return _carry_out(config, resume, warm, should_stop, group, fits, generate)
 
 
 def _carry_out(
-    config: Config, resume: Run | None, warm: Path | None, should_stop: Stop, group: Group, fits: Fits | None
+    config: Config,
+    resume: Run | None,
+    warm: Path | None,
+    should_stop: Stop,
+    group: Group,
+    fits: Fits | None,
+    generate: Generate | None,
 ) -> Iterator[Event]:
     if resume is not None and group.first:
         resume.check_trained()
         resume.need(*INPUTS)
     with contextlib.ExitStack() as held:
-        prepared = yield from prepare(config, resume, should_stop, group, held, fits)
+        prepared = yield from prepare(config, resume, should_stop, group, held, fits, generate)
         if prepared is None:
             return
         (run, state), progress = prepared, Progress()
@@ -105,7 +114,7 @@ def _carry_out(
         state = settled_state
         step, guard = progress.step, MemoryGuard()
         for event in run_loop(state, progress, lambda: should_stop() or guard.short()):
-            if event.kind in ("step", "eval") and group.first:
+            if event.kind in ("step", "eval", "answers") and group.first:
                 run.log({"step": event.step, **event.values})
             yield event
             if event.kind == "interrupted":
@@ -202,12 +211,12 @@ def prepare(
     group: Group,
     held: contextlib.ExitStack,
     fits: Fits | None,
+    generate: Generate | None = None,
 ) -> Generator[Event, None, tuple[Run, TrainState] | None]:
     """The run directory and everything that the loop needs, or None when asked to stop.
 
-    What must stay as it is while the run lasts (the directory's lock, the attention that is traced) is entered into
-    `held`. Everything that can be refused is refused before the model is loaded: a typing error should not cost a
-    download.
+    What must stay while the run lasts (the directory's lock, the attention that is traced) is entered into `held`. What
+    can be refused is refused before the model is loaded: a typing error should not cost a download.
     """
     stage = stage_of(config)
     loss = stage.loss(config)
@@ -232,29 +241,29 @@ def prepare(
     begun = {"run": run, "config": config, "data": data, "policy": policy, "plan": summary}
     yield Event("start", 0, begun | {"shown": stage.shown(data.train[0], loss)})
     remarks = (preflight.recurrence_note(policy.model, summary), stage.remark(data, config, loss))
-    for text in filter(None, (*policy.reading.notes, length_note(config.train, plan), split_note, note, *remarks)):
-        yield Event("note", 0, {"text": text})
+    said = (length_note(config.train, plan), split_note, note, *remarks, unasked_note(config.train, generate))
+    yield from (Event("note", 0, {"text": text}) for text in (*policy.reading.notes, *said) if text)
     held.enter_context(distributed.holding(group, run, manifest))
-    # Entered before anything is traced: a trace keeps the attention it was made with.
-    held.enter_context(chunked_attention_on(policy.model, longest))
-    held.enter_context(chunked_attention_on(reference.model, longest))
+    for model in (policy.model, reference.model):  # before anything is traced: a trace keeps the attention it has
+        held.enter_context(chunked_attention_on(model, longest))
     scored = (config, loss, forward, policy, reference, manifest["reference"], data, plan, should_stop, group)
     logps = yield from _reference_logps(*scored)
     if logps is None:
         return None
     if reference is not policy:
-        del reference, scored
+        del reference, scored, model
         gc.collect()
         mx.clear_cache()
     if config.model.adapter is None:
         attach_lora(policy.model, config.lora, config.train.seed)
+    asker = generate if group.first and stage.writes else None  # before a checkpoint is restored: answers of the start
+    answers = watch_answers(asker, policy, data.train, summary.tokens, plan.steps, config.train)
     stage.attach(policy.model)
     forward = stage.forward(preflight.with_details(forward, loss, config), config)
     train = ReferencedPairs(data.train, logps[0], plan.shapes)
     heldout = ReferencedPairs(data.heldout, logps[1], plan.heldout_shapes)
-    return run, TrainState(
-        config, stage, policy.model, optimizer, loss, plan, train, heldout, run.checkpoints, forward, group
-    )
+    rest = (run.checkpoints, forward, group, answers)
+    return run, TrainState(config, stage, policy.model, optimizer, loss, plan, train, heldout, *rest)
 
 
 def _read_pairs(
@@ -341,7 +350,10 @@ def _keep_adapter(state: TrainState, run: Run, step: int) -> Event:
     source = checkpoint.folder_of(run.checkpoints, step)
     if not state.group.first:
         return Event("done", step, {"run": run, "adapter": run.adapter, "from": source.name, "best": None})
-    best = checkpoint.read_progress(source).best_step
+    progress = checkpoint.read_progress(source)
+    best = progress.best_step
+    if best is not None and progress.collapsed and progress.sound_step is not None:
+        best = min(best, progress.sound_step)
     if state.config.train.keep_model == "best" and best is not None:
         source = checkpoint.folder_of(run.checkpoints, best)
         load_arrays(state.model, source)

@@ -51,6 +51,7 @@ class Stage(NamedTuple):
     keep       puts what was attached into the run directory and takes it off the model
     shown      an example for a reader, and what its completions are called
     remark     what a user should know of the data before they are trained on; "" for nothing
+    writes     whether the model answers prompts
     """
 
     rate: float | None
@@ -64,6 +65,7 @@ class Stage(NamedTuple):
     keep: Callable[[nn.Module, Run], None]
     shown: Callable[[Example, Loss], Shown]
     remark: Callable[[Dataset, Config, Loss], str]
+    writes: bool = True
 
 
 def stage_of(config: Config) -> Stage:
@@ -157,7 +159,7 @@ STAGES: dict[str, Stage] = {
     ),
     "reward": Stage(
         rate=1e-4,
-        idle=("loss", "reference", "rollout", *IN_ROUNDS),
+        idle=("loss", "reference", "rollout", "train.sample_every", *IN_ROUNDS),
         loss=lambda config: reward_loss(config.reward.margin, config.reward.center, config.data.columns),
         transform=lambda config, loss: REWARDED,
         forward=lambda forward, config: reward_fns(forward.level, config.train.gradient_checkpointing),
@@ -167,5 +169,6 @@ STAGES: dict[str, Stage] = {
         keep=_keep_head,
         shown=_without_end,
         remark=lambda data, config, loss: "",
+        writes=False,
     ),
 }

@@ -43,6 +43,7 @@ from mlxdpo.training.metrics import Scored, concatenate_scored
 from mlxdpo.training.plan import TrainPlan
 from mlxdpo.training.reference_sync import ReferenceSync
 from mlxdpo.training.stages import Stage
+from mlxdpo.training.watched_answers import WatchedAnswers
 from mlxdpo.types import Batch, Example, Pairs, UserError
 
 Gradients = Any  # a tree of arrays, as `trainable_parameters` gives it
@@ -100,6 +101,7 @@ class TrainState:
     checkpoints: Path
     forward: ForwardFns
     group: Group = ALONE
+    answers: WatchedAnswers | None = None
 
     def mine(self, part: ReferencedPairs, batches: Sequence[Indices]) -> list[bool]:
         """Which of the batches this process computes: all, or its share of the tokens."""

@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 from outlines import alone
 from tiny_models import tiny_model
+from tiny_runs import finish, recipe
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.cli import run
+from mlxdpo.commands.demo import duration_sentence
 from mlxdpo.config import LoraConfig, load_config
 from mlxdpo.data.planning import plan_epoch
-from mlxdpo.demo.material import bundled, bundled_labels, flipped, heldout_margins, judge_change, prepare_demo, shuffled
-from mlxdpo.inference.trained_run import TrainedRun
+from mlxdpo.demo.material import bundled, bundled_labels, flipped, judge_change, prepare_demo, shuffled
+from mlxdpo.inference.trained_run import TrainedRun, encode_pairs, heldout_pairs, open_trained_run, pair_logps
 from mlxdpo.model.adapters import adapters_off, attach_lora
 from mlxdpo.model.policy import Policy
+from mlxdpo.runs import Run
 from mlxdpo.types import UserError
+from mlxdpo_eval.metrics.rewards import margins
 from mlxdpo_eval.sampling import Answers, on_policy_kl
 
 
@@ -73,33 +77,20 @@ def test_a_second_demo_does_not_write_into_the_first(tmp_path):
         prepare_demo(tmp_path / "run", 3, bundled_labels)
 
 
-def test_margins_are_beta_times_the_difference_of_log_ratios_and_zero_before_training(tmp_path):
-    file = tmp_path / "heldout.jsonl"
-    texts = [("Once", " upon a time", " in a barrel"), ("The bread", " is good", " is stale and grey")]
-    file.write_text(
-        "".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), t, strict=True))) + "\n" for t in texts)
-    )
-    data = {"path": str(file), "eval": str(file), "template": "plain", "eos": "leave"}
-    config = load_config(None, {"data": data, "loss": {"beta": 0.5}})
-    assert heldout_margins(opened(tiny_policy(moved=False), config)) == ([0.0, 0.0], ["Once", "The bread"])
-    policy = tiny_policy()
-    margins, _ = heldout_margins(opened(policy, config))
-    for margin, (prompt, *completions) in zip(margins, texts, strict=True):
-        ratios = []
-        for completion in completions:
-            ids = policy.tokenizer.encode(prompt + completion, add_special_tokens=False)
-            start = len(policy.tokenizer.encode(prompt, add_special_tokens=False))
-            tuned = naive_logp(policy.model, ids, start)
-            with adapters_off(policy.model):
-                ratios.append(tuned - naive_logp(policy.model, ids, start))
-        assert margin == pytest.approx(0.5 * (ratios[0] - ratios[1]), abs=1e-3)
+def test_margins_of_the_last_evaluation_are_those_of_the_finished_run(tmp_path):
+    """Beta times the difference of log-ratios, in the data's order; all zero before the first step."""
+    config = recipe(tmp_path, loss={"beta": 0.5}, train={"epochs": 2})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"eval": config.data.path})})
+    found = [np.array(event.pairs["margin"]) for event in finish(config) if event.kind == "eval"]
+    assert not found[0].any()
+    trained = open_trained_run(Run.open(config.out))
+    rows, examples, _ = encode_pairs(trained, heldout_pairs(trained.run)[0])
+    assert len(rows) == 18 and np.abs(found[-1]).max() > 0.01
+    assert found[-1] == pytest.approx(margins(pair_logps(trained, examples), 0.5), abs=1e-4)
 
 
-def naive_logp(model, ids, start):
-    """Summed log-prob of ids[start:], from full logits."""
-    z = np.array(model(mx.array([ids]))[0].astype(mx.float32), np.float64)
-    logps = z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
-    return sum(logps[t - 1, ids[t]] for t in range(start, len(ids)))
+def test_how_long_the_demo_takes_is_said_for_training_and_for_the_rest():
+    assert duration_sentence(40.0, 200.0).startswith("about 4:00 to go here: 0:40 of training, then 3:20 of")
 
 
 def test_kl_counts_every_sampled_step_and_no_padding():

@@ -15,7 +15,8 @@ from mlxdpo.losses import LOSSES
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.model.policy import load_policy
 from mlxdpo.runs import Run
-from mlxdpo.training.metrics import LikelihoodWatch, Scored, unpaired_metrics
+from mlxdpo.training.collapse import CollapseWatch
+from mlxdpo.training.metrics import Scored, unpaired_metrics
 from mlxdpo.training.reference_sync import ReferenceSync, swapped_in, trained_arrays
 from mlxdpo.types import UserError
 
@@ -247,7 +248,7 @@ def test_falling_chosen_log_probs_are_told_once_with_what_counters_them():
     from mlxdpo.config import LossConfig
     from mlxdpo.losses import resolve
 
-    watch = LikelihoodWatch(resolve(LossConfig()), heldout=True)
+    watch = CollapseWatch(resolve(LossConfig()), heldout=True)
     assert watch.step(fell(9.0)) is None and watch.evaluation(fell(0.09)) is None
     said = watch.evaluation(fell(0.11))
     assert said.startswith("the chosen answers are 0.11 nats a token less likely than under the reference (held-out")
@@ -255,12 +256,12 @@ def test_falling_chosen_log_probs_are_told_once_with_what_counters_them():
         assert name in said
     assert "kto" not in said and "orpo" not in said
     assert watch.evaluation(fell(0.5)) is None
-    steps = LikelihoodWatch(resolve(LossConfig(name="ipo")), heldout=False)
+    steps = CollapseWatch(resolve(LossConfig(name="ipo")), heldout=False)
     assert [steps.step(fell(0.2)) for _ in range(9)] == [None] * 9 and "last 10 steps" in steps.step(fell(0.2))
     for silent in (LossConfig(name="apo_down"), LossConfig(name="simpo")):
-        assert LikelihoodWatch(resolve(silent), heldout=True).evaluation(fell(0.5)) is None
+        assert CollapseWatch(resolve(silent), heldout=True).evaluation(fell(0.5)) is None
     assert (
-        LikelihoodWatch(resolve(LossConfig()), heldout=True).evaluation(fell(0.5, length=3.0)) is None
+        CollapseWatch(resolve(LossConfig()), heldout=True).evaluation(fell(0.5, length=3.0)) is None
     )  # 1.5 nats in all
 
 

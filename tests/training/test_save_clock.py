@@ -87,14 +87,14 @@ def test_a_killed_run_goes_on_from_the_clocks_checkpoint_to_the_same_bytes(place
 def test_a_copy_that_somebody_keeps_there_is_left_alone(tmp_path):
     for name in ("step-000002", "step-000004", "step-000006", "step-000002-good"):
         (tmp_path / name).mkdir()
-    checkpoint.prune(tmp_path, 1, None, 2)
+    checkpoint.prune(tmp_path, 1, (), 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002-good", "step-000006"]
 
 
 def test_the_best_checkpoint_outlives_the_clock(tmp_path):
     for step in (3, 4, 8, 9):
         checkpoint.folder_of(tmp_path, step).mkdir()
-    checkpoint.prune(tmp_path, 2, 3, 4)
+    checkpoint.prune(tmp_path, 2, {3}, 4)
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-000003", "step-000008", "step-000009"]
 
 
