@@ -124,9 +124,11 @@ def _value_text(value: Any) -> str:
 
 
 def _trained(quiet: bool) -> Any:
+    from mlxdpo.inference.generate import generate
+
     def one(config: Config, resume: Run | None, stop: Callable[[], bool]) -> Iterator[Any]:
         """The events of one run, printed unless `quiet`."""
-        events = train(config, resume=resume, should_stop=stop)
+        events = train(config, resume=resume, should_stop=stop, generate=generate)
         return events if quiet else printed(events, config)
 
     return one

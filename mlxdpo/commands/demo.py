@@ -13,7 +13,7 @@ from mlxdpo.types import Event, UserError
 Seed = Annotated[int, Parameter(validator=validators.Number(gte=0))]
 SHOWN = 5
 TIMED, AFTERWARDS = 4, 115
-"""Steps that are timed, and how many steps' time the rest takes behind the last one: evaluation, continuations, drift
+"""Steps that are timed, and how many steps' time the rest takes after the last one: evaluation, continuations, drift
 (measured on two x86-64 cores)."""
 
 
