@@ -27,9 +27,10 @@ class PairwiseResult(NamedTuple):
     `best` are the rate were they all losses or all wins. `rate` is wins + ties / 2 over valid verdicts (soft verdicts
     count as they are), `interval` Wilson's with an error clustered by prompt, `bootstrap` over resampled prompts.
     `cut_off` verdicts are on an answer that ended at its limit of tokens, where the file says so (lines, inspect);
-    `complete` is the rate over the others. `subsets` are the rates of a benchmark's parts, where every row names its own,
-    and `macro` their mean, each part counting the same whatever its size. `controlled` is the rate at equal length. `position` and `longer` are the judge's report card, where both orders or
-    both answers are there. `e_value` is evidence against 1/2 from one outcome per prompt, `anytime` its interval.
+    `complete` is the rate over the others. `subsets` are the rates of a benchmark's parts, where every row names its
+    own, and `macro` their mean, each part counting the same whatever its size. `controlled` is the rate at equal
+    length. `position` and `longer` are the judge's report card, where both orders or both answers are there. `e_value`
+    is evidence against 1/2 from one outcome per prompt, `anytime` its interval.
     `corrected` is PPI++ with human verdicts. `theirs` is what the file's own harness says.
     """
 

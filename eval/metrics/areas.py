@@ -1,10 +1,10 @@
 """Did a model get worse anywhere? Paired changes over areas, each measured on its own items before and after.
 
-Items are drawn once and asked of both models, so their difficulty cancels. Right or wrong answers are two by two counts;
-probabilities of the right answer among its options are numbers, whose paired differences vary less. Alarms are shared
-out (Bonferroni), so an untouched model is called worse in 5 % of evaluations at most: 1.5 % for the change over all
-items, 1.5 % among the areas alike, and 2 % among the areas by need, most to where a drop of 5 points is hardest to see
-(weighted Bonferroni, Spjotvoll 1972; the need depends on standard errors alone, which say nothing of the direction).
+Items are drawn once and asked of both models, so their difficulty cancels. Right or wrong answers are two by two
+counts; probabilities of the right answer among its options are numbers, whose paired differences vary less. Alarms are
+shared out (Bonferroni), so an untouched model is called worse in 5 % of evaluations at most: 1.5 % for the change over
+all items, 1.5 % among the areas alike, and 2 % among the areas by need, most to where a drop of 5 points is hardest to
+see (weighted Bonferroni, Spjotvoll 1972; the need depends on standard errors, which say nothing of the direction).
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ def evaluate(
     `judge` is a name as for `mlxdpo eval --judge`, a function, or a list of these. A function of (prompt, answer) gives
     a number, higher is better; one of (prompt, first, second) gives a number above 0 where the first answer is better.
     `data` holds other held-out pairs, a path or rows. With `retained` the bundled checks are answered before and after
-    too, `limit` of each area, and the results have them under `retained`. Returns the results as RUN/eval/results_*.json has them, with the
-    `sentences` of the verdict; RUN/report.html shows them.
+    too, `limit` of each area, and the results have them under `retained`. Returns the results as
+    RUN/eval/results_*.json has them, with the `sentences` of the verdict; RUN/report.html shows them.
 
     Raises `UserError` for a run without adapter, an unknown judge, a `limit` without `retained` or below 1, or where
     nothing was held out.
