@@ -1,14 +1,13 @@
 """Known defects of preference harnesses as small data sets with right answers: `python -m benchmarks.defects`.
 
 Each case plants one defect that a harness has been seen to have, with a truth that is known by construction. A
-harness is
-right when its 95 % interval holds the truth, is not narrower than the data allow, and decides what the data decide.
-`--data FOLDER` writes every case as JSON lines with `answers.json`, for any harness to be tried on.
+harness is right when its 95 % interval holds the truth, is not narrower than the data allow, and decides what the data
+decide. `--data FOLDER` writes every case as JSON lines with `answers.json`, for any harness to be tried on.
 
 Ours runs wherever mlxdpo_eval does. alpaca_eval, inspect_ai and lm-evaluation-harness run their own code where they can
 be imported (a side that cannot is said to be absent), and so do FastChat's show_result (MT-Bench) and RewardBench's
-mean over sections; Arena-Hard-Auto's script is restated by the reader of `mlxdpo_eval.annotations`. `--json FILE` keeps
-the results of one environment, `--join FILES` makes one table of several.
+section scores; Arena-Hard-Auto's script is restated by the reader of `mlxdpo_eval.annotations`. `--json FILE` keeps the
+results of one environment, `--join FILES` makes one table of several.
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ def _cut_off() -> list[dict[str, Any]]:
 
 
 def _subsets() -> list[dict[str, Any]]:
-    """Four subsets that count alike, one from each of RewardBench's sections: 300 pairs at 0.9, thrice 40 at 0.5."""
+    """Four subsets that count alike, one of each of RewardBench's sections: 300 pairs at 0.9, three times 40 at 0.5."""
     names = ["alpacaeval-easy"] * 300 + ["llmbar-natural", "refusals-dangerous", "hep-python"] * 40
     verdicts = ["b"] * 270 + ["a"] * 30 + ["b"] * 60 + ["a"] * 60
     rows = lines(verdicts, ["an answer"], ["one answer"])
@@ -226,6 +225,8 @@ def arena_hard(case: Case) -> Reported:
 def mt_bench(case: Case) -> Reported:
     """FastChat 0.2.36's `display_result_pairwise`: the adjusted win rate it prints; a missing verdict is an error."""
     module = importlib.import_module("fastchat.llm_judge.show_result")
+    import pandas
+
     winner = {"a": "model_1", "b": "model_2", "tie": "tie", None: "error"}
     swapped = case.swapped or [r["verdict"] for r in case.rows]
     rows = [
@@ -238,9 +239,10 @@ def mt_bench(case: Case) -> Reported:
         file.flush()
         asked = argparse.Namespace(input_file=file.name, model_list=None, baseline_model=None, bench_name="mt_bench",
                                    judge_model="judge")  # fmt: skip
-        module.display_result_pairwise(asked)
-    printed = next(line for line in said.getvalue().splitlines() if line.startswith("model "))
-    return Reported(float(printed.split()[-1]))
+        with pandas.option_context("display.width", 1000, "display.max_columns", 20):
+            module.display_result_pairwise(asked)
+    printed = [line.split() for line in said.getvalue().splitlines()]
+    return Reported(next(float(row[-1]) for row in printed if row[:1] == ["model"] and len(row) > 1))
 
 
 def rewardbench(case: Case) -> Reported:
@@ -300,8 +302,8 @@ def seeded_items(shared: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def paired() -> dict[str, dict[str, Any]]:
     """Drops on the same items: ours paired and clustered by prompt, lm-evaluation-harness's two standard errors.
 
-    `pairing`: 8 points, one answer an item. `seeds_shared` and `seeds_apart`: 7 points; shared noise decides them,
-    other noise does not, and an interval is right when its width is within a quarter of the one that the noise makes.
+    `pairing`: 8 points, one answer an item. `seeds_shared` and `seeds_apart`: 7 points; an interval is right when it
+    holds them and its width is within a quarter of the one that the noise makes, shared or not.
     """
     rows = {"pairing": (*paired_items(), np.arange(200))}
     rows |= {"seeds_shared": seeded_items(True), "seeds_apart": seeded_items(False)}

@@ -100,12 +100,17 @@ def test_cost_in_words():
     results = {
         "drift": drift,
         "pairs": {"rewards": {"displacement": {"mean": -0.75}}},
+        "winrates": [
+            {"judge": "j", "answered": 20, "cut_off": 8, "complete": {"estimate": 0.5, "low": 0.25, "high": 0.75}}
+        ],
         "when": {"judges": {"panel": {"one": SPENT}}},
     }
     assert cost_sentences(results)[:-1] == [
         "Answers are 1.50 times as long as before: 20 tokens became 30.",
         "90 % of them end with an end token, 100 % before.",
         "5.0 % of their 3-grams are repetitions, 1.0 % before.",
+        "8 of 20 verdicts of j are on an answer cut off at the limit of tokens; over the others the win rate is 50.0 % "
+        "(25.0 to 75.0).",
         "The model is 2.50 nats an answer from its reference (KL); 25 % of its answers are identical to before.",
         "The chosen answers of held-out pairs are 0.75 nats less likely than before.",
     ]
