@@ -7,8 +7,8 @@
 A cell is a run of `mlxdpo train`'s own code on 140 short pairs of a planted task, a tenth of the labels wrong, at the
 rate that `auto` finds. Planted are a rate a hundred times higher, chosen answers that repeat their first words, and
 labels drawn by coin. What each step and look saw goes to OUT/cells.jsonl, a line for each cell; stopped at any time,
-the same command goes on. A cell takes six seconds of one core. Thresholds may be chosen by the even seeds; the page
-reports even and odd seeds apart.
+the same command goes on. A cell takes six seconds of one core. `LOST` was chosen by
+the even seeds; the page reports even and odd seeds apart.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mlxdpo.inference.generate import generate
 from mlxdpo.io.atomic import append_line
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.training import loop
-from mlxdpo.training.collapse import CollapseWatch
+from mlxdpo.training.collapse import LOST, SOON, CollapseWatch
 from mlxdpo.training.metrics import Scored
 from mlxdpo.training.run import train
 from mlxdpo.training.step import NonFiniteError
@@ -148,36 +148,38 @@ def run_cell(cell: PlantedRun, weights: str, out: Path, rate: float | None) -> d
 
 NAMED = {
     "taught": "the chosen answers repeat themselves",
-    "lost": "the chosen answers of the last",
     "answers": "greedy answers",
     "labels": "rewards have moved",
-}  # how the notes begin, or what they hold
+}  # what notes hold
 
 
 def named(line: dict[str, Any], until: float) -> set[str]:
     """The signs that a run's notes named within this share of its steps."""
-    early = [text for step, text in line["notes"] if step <= until * line["steps"]]
-    return {sign for sign, words in NAMED.items() if any(words in text for text in early)}
+    end = until * line["steps"]
+    early = [text for step, text in line["notes"] if step <= end]
+    falls = [sum(line["falls"][i - SOON : i]) / SOON for i in range(SOON, int(end) + 1)]  # by the limit of today
+    lost = {"lost"} if any(fall >= LOST for fall in falls) else set[str]()
+    return lost | {sign for sign, words in NAMED.items() if any(words in text for text in early)}
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
     """For each kind: in how many runs something was named within the first quarter, and what, by parity of seeds."""
-    text = []
+    text, columns = [], ["lost", *NAMED]
     for model in dict.fromkeys(line["model"] for line in found):
         text += [
             "",
             f"**{model}**",
             "",
-            f"| runs | seeds | named in the first quarter | at all | {' | '.join(NAMED)} |",
+            f"| runs | seeds | named in the first quarter | at all | {' | '.join(columns)} |",
         ]
-        text.append("|---" * (4 + len(NAMED)) + "|")
+        text.append("|---" * (4 + len(columns)) + "|")
         for kind in KINDS:
             for parity in (0, 1):
                 own = [line for line in found if (line["model"], line["kind"]) == (model, kind)]
                 own = [line for line in own if line["seed"] % 2 == parity]
                 if own:
                     early, ever = ([named(line, share) for line in own] for share in (0.25, 1.0))
-                    counts = [sum(sign in signs for signs in ever) for sign in NAMED]
+                    counts = [sum(sign in signs for signs in ever) for sign in columns]
                     text.append(
                         f"| {kind} | {'even' if parity == 0 else 'odd'} | {sum(map(bool, early))} of {len(own)} "
                         f"| {sum(map(bool, ever))} of {len(own)} | {' | '.join(map(str, counts))} |"

@@ -21,7 +21,8 @@ from mlxdpo.types import Example
 
 PER_TOKEN, SUMMED = 0.1, 2.0  # nats below the reference, both at once: a short answer may lose 0.1 a token to noise
 STEPS = 10  # steps that count as one look where no pairs are held out
-LOST, SOON = 1.0, 3  # nats a token that the chosen answers of so many steps are below the reference: a collapse
+LOST, SOON = 3.0, 3  # nats a token that the chosen answers of so many steps are below the reference: a collapse;
+# healthy runs came to 2.4 at most, ones at a hundred times the rate to 4 and more (docs/evidence/collapses.md)
 TAUGHT = 0.3  # by how much the chosen answers' share of repeated 3-grams may lead the rejected ones'
 LOOP, LOOP_ROSE = 0.5, 0.3  # share of repeated 3-grams in answers, and its rise since the start
 FAR = 1.0  # nats a token from the start: ordinary runs end below 0.3

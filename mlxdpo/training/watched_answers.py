@@ -87,7 +87,7 @@ def watch_answers(
     `trained` is the number of tokens that the run trains on. With `train.sample_every` a number all are paid for.
     """
     times, longest = len(looks(train, steps)), LONGEST
-    pairs = _spread_over_rows(examples)
+    pairs = _distinct_examples(examples)
     if generate is None or not times or not pairs:
         return None
     prompts = [list(map(int, pair.prompt)) for pair in pairs]
@@ -133,7 +133,7 @@ def repeated_share(tokens: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _spread_over_rows(examples: Sequence[Example]) -> list[Example]:
+def _distinct_examples(examples: Sequence[Example]) -> list[Example]:
     """Examples with distinct prompts, not too long, from all over the pairs."""
     found: dict[tuple[int, ...], Example] = {}
     for i in dict.fromkeys(np.linspace(0, len(examples) - 1, 4 * PROMPTS).astype(int).tolist() if examples else ()):

@@ -71,14 +71,14 @@ def test_labels_that_say_nothing_are_told_from_labels_that_do():
 
 
 def test_chosen_answers_far_below_the_reference_for_three_steps_are_a_collapse():
-    """3 steps of 1.2 nats a token; two are noise, and a run that comes back is sound again. Whatever is held out."""
+    """3 steps of 3.2 nats a token; two are noise, and a run that comes back is sound again. Whatever is held out."""
     watch = CollapseWatch(resolve(LossConfig()), heldout=True)
     length, zero = np.full(4, 5.0), np.zeros(4)
     fallen = lambda nats: Scored(zero, zero - 5 * nats, zero, zero, zero, length, length)  # noqa: E731
-    assert [watch.step(fallen(nats)) for nats in (0.3, 1.2, 1.2)] == [None] * 3 and not watch.lost
-    said = watch.step(fallen(1.2))
-    assert said is not None and said.startswith("the run gets worse") and "1.2 nats a token" in said and watch.lost
-    assert watch.step(fallen(1.2)) is None and watch.lost
+    assert [watch.step(fallen(nats)) for nats in (0.3, 3.2, 3.2)] == [None] * 3 and not watch.lost
+    said = watch.step(fallen(3.2))
+    assert said is not None and said.startswith("the run gets worse") and "3.2 nats a token" in said and watch.lost
+    assert watch.step(fallen(3.2)) is None and watch.lost
     assert watch.step(fallen(0.3)) is None and not watch.lost
 
 
