@@ -107,7 +107,10 @@ def numbers(values: Mapping[str, Any]) -> str:
     return "  ".join(form.format(round(values[name], 9) + 0.0) for name, form in SHOWN.items() if name in values)
 
 
-LEAST = ("peak_memory_gb", "learning_rate", "grad_norm", "tokens_per_second", "rewards/rejected", "rewards/chosen")
+LEAST = (
+    "peak_memory_gb", "learning_rate", "grad_norm", "tokens_per_second", "rewards/rejected", "rewards/chosen",
+    "completions/mean_length", "completions/clipped_ratio", "completions/repetition", "completions/kl",
+)  # fmt: skip
 """What a line leaves out first where it would be longer than the terminal; `metrics.jsonl` has everything."""
 
 

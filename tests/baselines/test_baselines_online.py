@@ -236,10 +236,10 @@ def test_a_step_takes_every_prompt_before_any_comes_again(tmp_path, cache):
 
 @pytest.mark.parametrize(("stage", "sections", "sentence"), [
     ("dpo", {}, "stage dpo does not train on samples"),
-    ("ppo", {"loss": {"beta": 0.3}}, "loss.beta 0.3 has no meaning in stage ppo"),
-    ("ppo", {"lora": {"dropout": 0.1}}, "lora.dropout 0.1 has no meaning"),
-    ("ppo", {"train": {"eval_every": 7}}, "train.eval_every 7 has no meaning"),
-    ("rloo", {"rollout": {"clip": 0.1}}, "rollout.clip 0.1 has no meaning in stage rloo"),
+    ("ppo", {"loss": {"beta": 0.3}}, "loss.beta 0.3 has no effect in stage ppo"),
+    ("ppo", {"lora": {"dropout": 0.1}}, "lora.dropout 0.1 has no effect"),
+    ("ppo", {"train": {"eval_every": 7}}, "train.eval_every 7 has no effect"),
+    ("rloo", {"rollout": {"clip": 0.1}}, "rollout.clip 0.1 has no effect in stage rloo"),
     ("rloo", {"rollout": {"samples": 1}}, "set it to 2 or more"),
     ("ppo", {"rollout": {"max_tokens": 60}}, "no prompt leaves room"),
 ])  # fmt: skip

@@ -94,7 +94,7 @@ def write_recipe(folder, **sections):
 def test_a_stopped_training_becomes_a_process_that_goes_on_and_says_so(tmp_path, cache, stopped, monkeypatch, capsys):
     became, gone = stopped
     monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "7")  # the user's own choice stays
-    config = write_recipe(tmp_path)
+    config = write_recipe(tmp_path, train={"sample_every": 0})
     with pytest.raises(gone):
         cli.run(["train", str(tmp_path / "recipe.yaml")])
     ((program, words, environment),) = became

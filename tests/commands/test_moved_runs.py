@@ -119,7 +119,7 @@ def test_without_its_data_the_place_where_it_was_made_is_named(elsewhere, gone, 
         return
     assert status == 2 and said.count("\n") == 1
     assert f"{run}: its data.path no longer exists: the run was made in {made}/runs/two with {made}/pairs.jsonl" in said
-    assert "to ../../pairs.jsonl from the run" in said
+    assert "at ../../pairs.jsonl relative to the run" in said
 
 
 @pytest.mark.parametrize("line", COMMANDS)

@@ -242,7 +242,7 @@ def test_no_number_is_no_json(run, word):
 
 def test_a_line_without_a_step_is_named(run):
     append_line(run.path / "metrics.jsonl", {"loss": 0.5})
-    with pytest.raises(UserError, match=r"metrics\.jsonl:1: says no step"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1: has no step"):
         run.metrics()
 
 

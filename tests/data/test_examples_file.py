@@ -308,7 +308,7 @@ def test_changed_code_or_libraries_find_nothing(tmp_path, reads, monkeypatch):
         other.setattr(dataset, "_code_digest", lambda: "another")
         made(data, base_tokenizer())
     assert len(reads) == 2
-    monkeypatch.setattr(dataset.importlib.metadata, "version", lambda name: "0")
+    monkeypatch.setattr(dataset, "version_of", lambda name: "0")
     made(data, base_tokenizer())
     assert len(reads) == 3
 

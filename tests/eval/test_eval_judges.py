@@ -158,7 +158,7 @@ def test_votes_are_found_whichever_side_the_answers_were_on(tmp_path):
     asked = [Question("p", "y", "x"), Question("p", "z", "x"), Question("q", "y", "x"), Question("r", "x", "y")]
     assert judge.ask(asked) == [Verdict(-CERTAIN), Verdict(0.0), Verdict(0.0), Verdict(None, "no vote", absent=True)]
     file.write_text('{"prompt": "p", "a": "x", "b": "y", "winner": "c"}\n')
-    with pytest.raises(UserError, match=r"votes\.jsonl:1: .*none of a, b, tie, both_bad; none of the 1 lines"):
+    with pytest.raises(UserError, match=r"votes\.jsonl:1: .*not one of a, b, tie, both_bad; none of the 1 lines"):
         open_judge(f"votes:{file}")
 
 

@@ -430,5 +430,5 @@ def test_a_panel_keeps_the_verdicts_of_its_members_and_says_what_it_cannot_use()
 
 def test_an_answer_without_end_at_the_test_question_is_said(monkeypatch):
     monkeypatch.setattr(endpoint, "find_rung", lambda *args: (_ for _ in ()).throw(Unanswered("no connection")))
-    with pytest.raises(UserError, match="got no answer"):
+    with pytest.raises(UserError, match="no answer to the test question"):
         open_judge("endpoint:m@http://127.0.0.1:1/v1")

@@ -93,7 +93,7 @@ def test_branch_and_tag(hub, out):
     assert "README.md" not in repo.files("main")
     assert push(out, NAME, revision="round-2", tag="v2").commit == done.commit  # an earlier, cut run's tag
     (out / "README.md").write_text(CARD + "more\n")
-    refused("has a tag v2 already", push, out, NAME, revision="round-2", tag="v2")
+    refused("already has a tag v2", push, out, NAME, revision="round-2", tag="v2")
 
 
 def test_pull_request_leaves_main_alone(hub, out):

@@ -197,7 +197,7 @@ def test_names_that_leave_their_folder_condemn_the_listing(hub, trained, tmp_pat
     pushed(hub, trained, tmp_path)
     for name in ("../evil", "/etc/passwd", "a/../../b", "a\\..\\b", "C:/x", "a//b", "run/ adapter/x", "a\nb"):
         hub.extra[NAME] = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40}]
-        refused("leaves its folder", NAME, out=tmp_path / "back", base=base_of(trained))
+        refused("is outside its folder", NAME, out=tmp_path / "back", base=base_of(trained))
         assert not hub.asked("GET", "/resolve/") and not (tmp_path / "back").exists(), name
 
 

@@ -110,7 +110,7 @@ def test_going_on_with_other_settings_is_refused_by_name(place):
     with pytest.raises(UserError, match=r"started with a different judge\.name \(length then, other now"):
         gathered(place, "p.jsonl", ranker=other)
     gathered(place, "p.jsonl", pairs="all")  # which answers make pairs is decided at the end
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         gathered(place, "p.jsonl")
 
 
@@ -164,7 +164,7 @@ def test_the_command_s_file_is_checked_and_trains_unedited(place, capsys):
     assert "1 the same prompt as in an earlier row" in capsys.readouterr().out
     assert cli(["data", "check", "p.jsonl", "--model", "llama"]) == 0
     assert cli(["train", "--model", "llama", "--data", "p.jsonl", "--data.template", "plain", "--out", "next"]) == 0
-    assert cli([*words, "--reward", "longest"]) == 2 and "is there already" in capsys.readouterr().err
+    assert cli([*words, "--reward", "longest"]) == 2 and "already exists" in capsys.readouterr().err
 
 
 MISTAKES = {

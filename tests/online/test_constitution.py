@@ -455,7 +455,7 @@ def test_the_page_lists_filters_and_opens(there):
     html, page = tab.listed(runs, 0, "cai", "", "all", "any principle", 0, 0)
     assert page == 0 and f"Conversations 1 to 20 of {len(talks)} found" in html
     assert tab.listed(runs, 5, "cai", "", "all", "any principle", 0, 0)[1] == (len(talks) - 1) // 20
-    assert "No conversation fits" in tab.listed(runs, 0, "cai", "zebra", "all", "any principle", 0, 0)[0]
+    assert "No conversation matches" in tab.listed(runs, 0, "cai", "zebra", "all", "any principle", 0, 0)[0]
     number = paired[0] + 1
     shown = unescape(tab.read(runs, "cai", number))
     talk = talks[number - 1]

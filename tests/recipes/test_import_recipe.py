@@ -176,7 +176,7 @@ def test_what_is_not_taken_over_says_what_it_changes(place, capsys):
     [
         ("pref_loss: kto_pair\nstage: dpo\n", "pref_loss: kto_pair is not supported"),
         ("rl: grpo\nbase_model: x\n", "rl: grpo is not supported; import-recipe reads rl: dpo"),
-        ("train_mode: grpo\niters: 3\n", "train_mode: grpo has no counterpart"),
+        ("train_mode: grpo\niters: 3\n", "train_mode: grpo is not supported"),
         ("model: {path: x}\nloss: {beta: 1}\n", "is already an mlxdpo recipe"),
         ("colour: red\n", "cannot tell which trainer"),
     ],

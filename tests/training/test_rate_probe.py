@@ -37,7 +37,7 @@ def found(tmp_path_factory):
 def until_trained(config):
     """Everything that happens up to the first step: the probes, and what comes before them."""
     seen = []
-    for event in train(config, should_stop=lambda: bool(seen) and seen[-1].kind == "step"):
+    for event in train(config, should_stop=lambda: any(event.kind == "step" for event in seen)):
         seen.append(event)
     assert event.kind == "interrupted"
     return seen

@@ -219,7 +219,8 @@ def names(run):
     return [path.name for path in checkpoint.steps(Run.open(run).checkpoints)]
 
 
-LONG = {"data": {"eval_fraction": 0.4}, "train": {"epochs": 2, "eval_every": 1, "save_every": 1, "keep_checkpoints": 2}}
+EACH = {"epochs": 2, "eval_every": 1, "save_every": 1, "keep_checkpoints": 2, "sample_every": 0}
+LONG = {"data": {"eval_fraction": 0.4}, "train": EACH}
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path, monkeypatch):

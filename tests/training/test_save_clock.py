@@ -41,7 +41,7 @@ def test_zero_minutes_are_never_over(stopwatch):
     assert not clock.due()
 
 
-STEPS = {"save_every": 3, "keep_checkpoints": 2, "save_minutes": 10.0}
+STEPS = {"save_every": 3, "keep_checkpoints": 2, "save_minutes": 10.0, "sample_every": 0}
 
 
 @pytest.fixture(scope="module")

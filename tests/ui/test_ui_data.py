@@ -66,7 +66,7 @@ def test_pages(tmp_path):
     shown = [re.findall(r'data-row="(\d+)"', view.rows_html(book, found, page)) for page in range(3)]
     assert [int(number) for page in shown for number in page] == list(range(1, 46))
     assert "Rows 41 to 45 of 45 found" in view.rows_html(book, found, 2)
-    assert "No row fits" in view.rows_html(book, [], 0)
+    assert "No row matches" in view.rows_html(book, [], 0)
 
 
 def test_a_script_in_a_data_file_stays_text(file):

@@ -73,7 +73,7 @@ def test_a_vote_is_on_disk_once_and_readable_by_the_evaluation(desk, place):
     done = cast_vote(desk, game, "a", "session")
     assert done.winner == "a" and all(score is not None for score in judged(desk, done).scores)
     for again in (game, done):
-        with pytest.raises(UserError, match="has its vote already"):
+        with pytest.raises(UserError, match="already has a vote"):
             cast_vote(desk, again, "b", "session")
     with pytest.raises(UserError, match="is not a vote"):
         cast_vote(desk, one_round(desk), "'; --", "session")
@@ -243,7 +243,7 @@ def test_kill_minus_9_loses_no_vote_and_doubles_none(tmp_path, after):
     with (tmp_path / FILE).open("ab") as file:
         file.write(b'{"id": "torn", "pro')
     run = Run(tmp_path)
-    with pytest.raises(UserError, match="has its vote already"):
+    with pytest.raises(UserError, match="already has a vote"):
         append_vote(run, {"id": str(told[-1]), "winner": "a"})
     append_vote(run, {**vote("p", "x", "y", "b"), "id": "last"})
     ids = [line["id"] for line in read_lines(tmp_path / FILE)]
