@@ -108,7 +108,7 @@ def test_what_the_issue_asks_for_is_there(evaluated, out):
         command(config), "reference of the rewards", f"| seed | {manifest['seed']} |",
     ):  # fmt: skip
         assert part in text, part
-    assert text.count("not known") == 2  # both licences
+    assert text.count("unknown") == 2  # both licences
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
 
 

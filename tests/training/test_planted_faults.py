@@ -33,7 +33,7 @@ def shifted(monkeypatch):
 
 def deaf(monkeypatch):
     """The suffix does not look back: right values nowhere, in any level that shares a prefix."""
-    monkeypatch.setattr(shared_prefix, "_spread", lambda tree, spread: [shared_prefix.WholeCache() for _ in tree])
+    monkeypatch.setattr(shared_prefix, "_spread", lambda one, spread: shared_prefix.WholeCache())
 
 
 def constant(monkeypatch):
