@@ -60,7 +60,7 @@ def _await_end(process: subprocess.Popen[bytes], folder: Path) -> None:
         write_json(folder / "ended.json", {"status": status})
 
 
-def ended(folder: Path) -> int | None:
+def exit_status(folder: Path) -> int | None:
     """The exit status of a folder's last process; None while it runs, and where nobody saw it end."""
     try:
         status = read_json(folder / "ended.json").get("status") if isfile(folder / "ended.json") else None

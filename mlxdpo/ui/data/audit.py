@@ -17,7 +17,7 @@ from mlxdpo.io.atomic import write_atomic, write_json
 from mlxdpo.io.json_file import as_written, read_json, read_lines
 from mlxdpo.types import UserError
 from mlxdpo.ui.data.view import as_text, number_of, numbered_lines, short, stem_of
-from mlxdpo.ui.jobs import ended, log_tail, spawn
+from mlxdpo.ui.jobs import exit_status, log_tail, spawn
 from mlxdpo.ui.runs.run_list import busy
 from mlxdpo.ui.widgets import Act, alert, html_table
 
@@ -176,7 +176,7 @@ def audit_status(runs: Path, path: Path) -> str:
     log = log_tail(folder, 8)
     if not log:
         return ""
-    status = ended(folder)
+    status = exit_status(folder)
     words = "at work; this page may be closed" if busy(folder / "lock") else "finished"
     words = f"stopped with exit status {status}; the last lines say why" if status else words
     return (

@@ -16,7 +16,7 @@ from mlxdpo.exporters import EXPORTERS, RECORD, read_record
 from mlxdpo.io.json_file import as_written, read_json
 from mlxdpo.types import UserError
 from mlxdpo.ui.guard import Guard
-from mlxdpo.ui.jobs import ended, log_tail, spawn
+from mlxdpo.ui.jobs import exit_status, log_tail, spawn
 from mlxdpo.ui.runs.run_list import JOB, busy, choose, raw_settings, refuse_strange_code, scan, state
 from mlxdpo.ui.widgets import QUIET, html_table, or_alert, show_errors
 
@@ -96,7 +96,7 @@ def task_html(path: Path, task: Task) -> str:
     log = log_tail(folder, LOG)
     if not log:
         return ""
-    status = ended(folder)
+    status = exit_status(folder)
     words = "at work; this page may be closed" if busy(folder / "lock") else "ended" if status is None else "finished"
     if status:
         words = f"stopped with exit status {status}; the last lines say why"
@@ -110,7 +110,7 @@ def report_frame(path: Path) -> str:
     """The evaluation report in a frame that runs no script and reaches nothing; or how to get one."""
     file = path / "report.html"
     if not isfile(file):
-        return f"<p>Not evaluated yet. Press Evaluate, or in a terminal: <code>{_command('eval', path)}</code></p>"
+        return f"<p>Not evaluated yet. Press Evaluate, or in a terminal: <code>{_task_command('eval', path)}</code></p>"
     return page_frame(file, f"Evaluation report of {path.name}")
 
 
@@ -132,11 +132,11 @@ def dial_html(path: Path) -> str:
     """What `mlxdpo dial` measured, the strength to take marked; or how to measure it."""
     file = path / "eval" / "dial.json"
     if not isfile(file):
-        how = f"Press Dial, or in a terminal: <code>{_command('dial', path)}</code>"
+        how = f"Press Dial, or in a terminal: <code>{_task_command('dial', path)}</code>"
         return f"<p>Not measured yet: what is each strength of the tuning worth? {how}</p>"
     found = read_json(file)
     with as_written(file, f"run `mlxdpo dial {path}` again"):
-        rows = [[f"{p['strength']:g}", *(_number(p[name]) for name in DIALLED)] for p in found["points"]]
+        rows = [[f"{p['strength']:g}", *(_three_digits(p[name]) for name in DIALLED)] for p in found["points"]]
         best = f"{found['recommended']:g}"
         sentence = f"Take strength {best}: {found['reason']}"
     return (
@@ -147,7 +147,7 @@ def dial_html(path: Path) -> str:
 DIALLED = ("accuracy", "margin", "loss", "kl", "win_rate")
 
 
-def _number(value: float | None) -> str:
+def _three_digits(value: float | None) -> str:
     return "" if value is None else f"{value + 0.0:.3f}"
 
 
@@ -175,7 +175,7 @@ def export_html(path: Path) -> str:
     return html_table(f"Export of {path.name}{strength}, in {out}", GATE, rows)
 
 
-def _command(name: str, path: Path) -> str:
+def _task_command(name: str, path: Path) -> str:
     return escape(shlex.join(["mlxdpo", name, str(path)]))
 
 
@@ -188,17 +188,17 @@ def build_tasks(gr: Any, runs: Path, guard: Guard, chosen: Any, timer: Any) -> N
     """The tabs Evaluation, Dial and Export of the chosen run."""
     with gr.Tab("Evaluation"):
         about = "Is it better than before? Held-out pairs, judged answers before and after, and what it cost."
-        _panel(gr, runs, guard, (chosen, timer), EVALUATE, about, _judged_widgets(gr, runs, chosen, 100))
+        _task_panel(gr, runs, guard, (chosen, timer), EVALUATE, about, _judged_widgets(gr, runs, chosen, 100))
     with gr.Tab("Dial"):
         about = "How much of the tuning to take: 0 is the model before, 1 as trained. Nothing is trained."
-        _panel(gr, runs, guard, (chosen, timer), MEASURE, about, _judged_widgets(gr, runs, chosen, 50))
+        _task_panel(gr, runs, guard, (chosen, timer), MEASURE, about, _judged_widgets(gr, runs, chosen, 50))
     with gr.Tab("Export"):
         with gr.Row():
             names = [(TARGETS.get(name, name), name) for name in EXPORTERS]
             targets = gr.CheckboxGroup(names, value=["mlx"], label="For", elem_id="runs-targets", min_width=240)
         strength = gr.Slider(0.05, 2, 1.0, step=0.05, label="Strength of the tuning", elem_id="runs-export-strength")
         about = "Files that other programs load. A target that does not behave like the run is not kept."
-        _panel(gr, runs, guard, (chosen, timer), EXPORT, about, [targets, strength])
+        _task_panel(gr, runs, guard, (chosen, timer), EXPORT, about, [targets, strength])
 
 
 def _judged_widgets(gr: Any, runs: Path, chosen: Any, prompts: int) -> list[Any]:
@@ -210,7 +210,7 @@ def _judged_widgets(gr: Any, runs: Path, chosen: Any, prompts: int) -> list[Any]
     return [judge, count]
 
 
-def _panel(
+def _task_panel(
     gr: Any, runs: Path, guard: Guard, watched: tuple[Any, Any], task: Task, about: str, widgets: list[Any]
 ) -> None:
     """A task's button, its process, and its result, all of the chosen run."""
