@@ -26,8 +26,8 @@ FACTS = """() => {
     const fields = [...panel.querySelectorAll('button, input, textarea, table, iframe, svg')].filter(
         e => e.checkVisibility({opacityProperty: true, visibilityProperty: true}) && width(e) > 2);
     const outside = fields.filter(e => e.getBoundingClientRect().right > innerWidth + 1);
-    const buttons = fields.filter(e => e.tagName === 'BUTTON' && !e.closest('.lines'))
-        .map(e => [e, e.getBoundingClientRect()]);
+    const buttons = fields.filter(e => e.tagName === 'BUTTON' && !e.closest('.lines')).map(
+        e => [e, e.getBoundingClientRect()]);
     const meet = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
     const over = buttons.flatMap(([e, a], i) => buttons.slice(i + 1).filter(
         ([f, b]) => !e.contains(f) && !f.contains(e) && meet(a, b)).map(([f]) => e.innerText + ' | ' + f.innerText));
@@ -97,7 +97,7 @@ def test_every_tab_has_the_width_of_the_page_and_nothing_beside_it(app, browser,
         show(page, name)
         found[name] = page.evaluate(FACTS)
     page.context.close()
-    assert {name: facts["scroll"] for name, facts in found.items()} == dict.fromkeys(TABS, width)
+    assert [name for name, facts in found.items() if facts["scroll"] > width] == []
     assert len({facts["panel"] for facts in found.values()}) == 1, found
     assert next(iter(found.values()))["panel"] >= min(width - 40, 1100)
     for name, facts in found.items():

@@ -136,7 +136,7 @@ def dial_html(path: Path) -> str:
         return f"<p>Not measured yet: what is each strength of the tuning worth? {how}</p>"
     found = read_json(file)
     with as_written(file, f"run `mlxdpo dial {path}` again"):
-        rows = [[f"{p['strength']:g}", *(_figure_cell(p[name]) for name in DIALLED)] for p in found["points"]]
+        rows = [[f"{p['strength']:g}", *(_three_digits(p[name]) for name in DIALLED)] for p in found["points"]]
         best = f"{found['recommended']:g}"
         sentence = f"Take strength {best}: {found['reason']}"
     return (
@@ -147,7 +147,7 @@ def dial_html(path: Path) -> str:
 DIALLED = ("accuracy", "margin", "loss", "kl", "win_rate")
 
 
-def _figure_cell(value: float | None) -> str:
+def _three_digits(value: float | None) -> str:
     return "" if value is None else f"{value + 0.0:.3f}"
 
 
