@@ -282,8 +282,8 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_another_number_of_th
     last = checkpoint.read_progress(checkpoint.steps(path / "checkpoints")[-1]).step
     assert last >= 13 and found[2][2] == []  # the last whole step, not the last multiple of save_every
     assert len(found[0][2]) == 1
-    assert found[0][2][0].startswith("error: process 1 of 3 (") and found[0][2][0].endswith(
-        f"is gone; resume from the last checkpoint with: mlxdpo train --resume {path}"
+    assert found[0][2][0].startswith("error: lost connection to process 1 of 3 (") and found[0][2][0].endswith(
+        f"; resume from the last checkpoint with: mlxdpo train --resume {path}"
     )
     run = Run.open(path)
     finish(run.config(), run)
@@ -299,7 +299,8 @@ def test_when_process_0_is_killed_another_one_says_so(place):
     found = ended(processes)
     assert [status for status, _, _ in found] == [-9, 1]
     assert found[1][2] == [
-        f"error: process 0 of 2 (127.0.0.1) is gone; resume from the last checkpoint with: mlxdpo train --resume {path}"
+        "error: lost connection to process 0 of 2 (127.0.0.1); resume from the last checkpoint with: "
+        f"mlxdpo train --resume {path}"
     ]
     assert checkpoint.read_progress(checkpoint.steps(path / "checkpoints")[-1]).step >= 10
 
