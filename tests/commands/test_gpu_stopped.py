@@ -167,8 +167,8 @@ def test_the_app_shows_the_sentence():
 @pytest.mark.processes
 def test_a_training_that_macos_stopped_ends_as_one_that_it_did_not(tmp_path, cache):
     """Real processes: the number of the process stays, the run is the straight one's to the bit, the status is 0."""
-    finish(recipe(tmp_path, "straight"))
-    config = write_recipe(tmp_path)
+    finish(recipe(tmp_path, "straight", train={"sample_every": 0}))
+    config = write_recipe(tmp_path, train={"sample_every": 0})
     place = Place(tmp_path, tmp_path)
     process = subprocess.Popen(
         [sys.executable, str(LAUNCH), "stopped", "3", "train", str(tmp_path / "recipe.yaml")],

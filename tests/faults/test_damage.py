@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_names_the_one_before_and_goes_on_from_it(place, tm
     assert cli(["train", "--resume", str(run)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
-    assert said.endswith("or remove the folder step-000006, and the run resumes from step-000003\n")
+    assert said.endswith("or remove the folder step-000006, and the run resumes from step-000005\n")
     shutil.rmtree(last)
     assert cli(["train", "--resume", str(run)]) == 0
     assert adapter_bytes(run) == adapter_bytes(place / "run") and numbers(run) == numbers(place / "run")
