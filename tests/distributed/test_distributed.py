@@ -187,7 +187,7 @@ LONG = {
         "save_every": 10,
         "keep_checkpoints": 9,
         "sample_every": 0,
-    },  # fmt: skip
+    },
 }
 
 
