@@ -29,7 +29,7 @@ test-mac: $(VENV)/.dev
 
 # The real model, the real tokenizers (from package registries), the page in Chromium, processes that are killed, whole rounds.
 test-real: $(VENV)/.dev $(VENV)/.demo
-	$(BIN)/python -m pytest $(REAL_WORKERS) -m "(real or tokenizers or processes or slow or fuzz) and not parity"
+	$(BIN)/python -m pytest $(REAL_WORKERS) -m "(real or tokenizers or processes or browser or slow or fuzz) and not parity"
 
 # Broken files, rows, texts, recipes, runs, replies: ten thousand and more, a few minutes on one core.
 fuzz: $(VENV)/.dev
@@ -57,7 +57,7 @@ cover: $(VENV)/.dev $(VENV)/.demo
 	@mkdir -p .bench
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(WORKERS)
-	$(BIN)/coverage run -m pytest $(REAL_WORKERS) -m "(real or tokenizers or processes or slow or fuzz) and not parity"
+	$(BIN)/coverage run -m pytest $(REAL_WORKERS) -m "(real or tokenizers or processes or browser or slow or fuzz) and not parity"
 	$(BIN)/coverage combine
 	$(BIN)/coverage report
 
