@@ -153,16 +153,15 @@ def inert(page) -> None:
     assert {url.split("/")[2] for url in page.asked if url.startswith("http")} == {page.url.split("/")[2]}
 
 
-@pytest.mark.xfail(reason="answers are not seen while they stream since the tabs have one width")
 def test_from_the_first_look_to_the_next_round(app, visit):
     page = visit()
     paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
     started = time.monotonic()
     send(page, "On Tuesday I went to the zoo")
-    page.wait_for_function(f"{BOTH}.length == 2 && {BOTH}.every(a => a.textContent.trim())", timeout=PATIENCE)
+    streaming = f"document.querySelector('#columns [aria-busy=true]') && {BOTH}.length == 2"
+    both = f"{streaming} && {BOTH}.every(a => a.textContent.trim()) && {BOTH}.map(a => a.textContent.length)"
+    early = page.wait_for_function(both, timeout=PATIENCE).json_value()  # in one look: an answer may be short
     first = time.monotonic() - started
-    early = page.evaluate(f"{BOTH}.map(a => a.textContent.length)")
-    assert page.locator("#columns [aria-busy=true]").count() == 1, "still streaming"
     finished(page)
     note(first_paint_ms=paint, first_token_s=first, answers_s=time.monotonic() - started)
     assert not SHOTS or (paint < 2000 and first < 20)  # where times are measured
@@ -240,7 +239,6 @@ def test_two_users_at_once(visit):
         assert mine in shown and other not in shown
 
 
-@pytest.mark.xfail(reason="a tab is in the menu of tabs that have no room")
 def test_the_page_answers_while_it_streams_512_tokens_and_stops(visit):
     page = visit()
     page.locator("button", has_text="Settings").first.click()

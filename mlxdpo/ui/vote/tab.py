@@ -228,8 +228,8 @@ def build(app: AppState, guard: Guard, page: Any) -> Any:
     gr.on([see.begin.click, see.own.submit], do.begin, asked, begun, **MANY)
     see.stop.click(do.stop, None, None, **MANY)
     for winner, button in see.buttons.items():
-        button.click(do.vote(winner), see.game, [see.game, see.board, see.result, see.said, *buttons], **MANY)
         button.click(None, None, [see.said, *buttons], js=_taken(winner), api_visibility="private")
+        button.click(do.vote(winner), see.game, [see.game, see.board, see.result, see.said, *buttons], **MANY)
     see.write.click(do.export, see.run, [see.written, see.command], **MANY)
     see.source.change(lambda kind: gr.Textbox(visible=kind == "own"), see.source, see.own, **MANY)
     reset = [see.game, see.board, see.result, see.said, see.written, see.command, see.knobs["max_tokens"], *buttons]
