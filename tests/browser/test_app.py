@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chromium import BROWSER, CHROMIUM
+from chromium import BROWSER
 
 from mlxdpo.config import dump_config
 from mlxdpo.io.atomic import write_text
@@ -24,7 +24,6 @@ from mlxdpo.io.json_file import read_lines
 from mlxdpo.runs import Run
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'mlxdpo[browser]'")
 
 pytestmark = [*BROWSER, pytest.mark.xdist_group("browser"), pytest.mark.real]
 ROOT = Path(__file__).parents[2]
@@ -90,14 +89,6 @@ def app(tmp_path_factory):
     yield running
     running.kill()
     os.chdir(old)
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

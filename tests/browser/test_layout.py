@@ -7,14 +7,13 @@ import json
 import os
 
 import pytest
-from chromium import BROWSER, CHROMIUM
+from chromium import BROWSER
 from tiny_desk import finished_run
 
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.ui.server import start_app
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'mlxdpo[browser]'")
 
 pytestmark = [*BROWSER, pytest.mark.xdist_group("browser")]
 TABS = ("Compare", "Blind vote", "Runs", "Data", "Train", "Constitution")
@@ -55,16 +54,8 @@ def app(tmp_path_factory):
     os.chdir(old)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-def visit(browser, url, **options):
-    page = browser.new_context(**options).new_page()
+def visit(chromium, url, **options):
+    page = chromium.new_context(**options).new_page()
     page.set_default_timeout(PATIENCE)
     page.goto(url)
     page.locator("#compare-prompt textarea").wait_for()
@@ -92,8 +83,8 @@ def show(page, name):
 
 
 @pytest.mark.parametrize("width", [360, 768, 1280])
-def test_every_tab_has_the_width_of_the_page_and_nothing_beside_it(app, browser, width):
-    page = visit(browser, app[0], viewport={"width": width, "height": 900})
+def test_every_tab_has_the_width_of_the_page_and_nothing_beside_it(app, chromium, width):
+    page = visit(chromium, app[0], viewport={"width": width, "height": 900})
     found = {}
     for name in TABS:
         show(page, name)
@@ -107,9 +98,9 @@ def test_every_tab_has_the_width_of_the_page_and_nothing_beside_it(app, browser,
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious_on_any_tab(app, browser, scheme):
+def test_axe_finds_nothing_serious_on_any_tab(app, chromium, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install 'mlxdpo[browser]'").Axe()
-    page = visit(browser, app[0], viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+    page = visit(chromium, app[0], viewport={"width": 1280, "height": 900}, color_scheme=scheme)
     found = []
     for name in TABS:
         show(page, name)
@@ -121,8 +112,8 @@ def test_axe_finds_nothing_serious_on_any_tab(app, browser, scheme):
     assert found == []
 
 
-def test_a_row_opens_by_a_click_and_a_decision_is_kept(app, browser):
-    page = visit(browser, app[0])
+def test_a_row_opens_by_a_click_and_a_decision_is_kept(app, chromium):
+    page = visit(chromium, app[0])
     show(page, "Data")
     page.locator("#data-rows tr[data-row='3'] td").first.click()
     page.wait_for_function("document.querySelector('#data-field-0 textarea')?.value.startsWith('q2')")
@@ -136,8 +127,8 @@ def test_a_row_opens_by_a_click_and_a_decision_is_kept(app, browser):
     assert (app[1] / "pairs.audited.jsonl").read_text().splitlines() == lines[:1] + lines[2:]
 
 
-def test_a_vote_is_acknowledged_by_the_click_itself_and_counts_once(app, browser):
-    page = visit(browser, app[0])
+def test_a_vote_is_acknowledged_by_the_click_itself_and_counts_once(app, chromium):
+    page = visit(chromium, app[0])
     show(page, "Blind vote")
     page.locator("#vote-next").click()
     page.wait_for_selector("#vote-a:not([disabled])")
@@ -160,8 +151,8 @@ def test_a_vote_is_acknowledged_by_the_click_itself_and_counts_once(app, browser
     assert len(list(read_lines(app[1] / "runs/one/votes.jsonl"))) == 1
 
 
-def test_a_refusal_is_a_sentence_and_no_bare_error(app, browser):
-    page = visit(browser, app[0])
+def test_a_refusal_is_a_sentence_and_no_bare_error(app, chromium):
+    page = visit(chromium, app[0])
     show(page, "Train")
     page.locator("#train-start").click()
     page.get_by_text("choose preference data first").last.wait_for()

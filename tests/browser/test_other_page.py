@@ -5,13 +5,12 @@ import json
 import threading
 
 import pytest
-from chromium import BROWSER, CHROMIUM
+from chromium import BROWSER
 from tiny_desk import finished_run
 
 from mlxdpo.ui.server import start_app
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'mlxdpo[browser]'")
 
 pytestmark = BROWSER
 
@@ -65,22 +64,20 @@ class Other(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
-def test_a_page_on_another_local_port_reads_nothing(tmp_path, name):
+def test_a_page_on_another_local_port_reads_nothing(tmp_path, chromium, name):
     finished_run(tmp_path)
     app = start_app(tmp_path / "runs", "one")
     other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other)
     threading.Thread(target=other.serve_forever, daemon=True).start()
     try:
-        with playwright.sync_playwright() as engine:
-            browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            context = browser.new_context()
-            page = context.new_page()
-            page.goto(app.url)  # the user has the app open, with its cookie
-            page.locator("#compare-run").wait_for(timeout=180_000)
-            spy = context.new_page()
-            spy.goto(f"http://{name}:{other.server_port}/")
-            got = spy.evaluate(SPY, app.url.rstrip("/"))
-            browser.close()
+        context = chromium.new_context()
+        page = context.new_page()
+        page.goto(app.url)  # the user has the app open, with its cookie
+        page.locator("#compare-run").wait_for(timeout=180_000)
+        spy = context.new_page()
+        spy.goto(f"http://{name}:{other.server_port}/")
+        got = spy.evaluate(SPY, app.url.rstrip("/"))
+        context.close()
     finally:
         other.shutdown()
         other.server_close()
