@@ -75,7 +75,8 @@ def run_loop(state: TrainState, progress: Progress, should_stop: Callable[[], bo
             yield event
             yield from _notes(progress.step, watch.evaluation(found))
         if progress.step in watched:
-            progress = yield from _look_at_answers(state, progress, watch)
+            with _saved_if_a_peer_is_lost(state, fns, progress):  # the steps count; this look is not done again
+                progress = yield from _look_at_answers(state, progress, watch)
         yield from _checkpoint(state, fns, progress, clock)
     if progress.step < plan.steps:
         text = (

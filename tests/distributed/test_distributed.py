@@ -180,14 +180,7 @@ def test_a_run_of_ppo_is_refused(monkeypatch, tmp_path):
 
 LONG = {
     "data": {"eval_fraction": 0.3},
-    "train": {
-        "epochs": 50,
-        "steps": 50,
-        "eval_every": 10,
-        "save_every": 10,
-        "keep_checkpoints": 9,
-        "sample_every": 0,
-    },
+    "train": {"epochs": 50, "steps": 50, "eval_every": 10, "save_every": 10, "keep_checkpoints": 9},
 }
 
 

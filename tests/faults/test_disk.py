@@ -80,7 +80,9 @@ def test_a_full_disk_is_one_sentence_and_with_room_it_goes_on(place):
     """)  # fmt: skip
     lines = done.stderr.splitlines()
     assert lines[-2:] == ["train 1", "resume 0"] and len(lines) == 3, done.stderr
-    assert "No space left on device; free some space on this disk" in lines[0]
+    assert (
+        "No space left on device; free some space on this disk, then resume from the last checkpoint with" in lines[0]
+    )
     assert lines[0].endswith(f"mlxdpo train --resume {place.own / 'disk' / 'run'}")
     assert 1 <= check_run(place.own / "kept") < 6
     check_arrived(place, place.own / "arrived")
