@@ -37,8 +37,8 @@ def routed_attention(q, k, v, *, scale, mask=None, sinks=None, stream=None):
     calls["fused" if metal_routing.is_fused(*sizes, q.dtype, kind, training=False) else "unfused"] += 1
     extra = {} if sinks is None else {"sinks": sinks}
 
-    def attend(*qkv):
-        return _attention(*qkv, scale=scale, mask=mask, **extra)
+    def attend(q, k, v, mask=mask):
+        return _attention(q, k, v, scale=scale, mask=mask, **extra)
 
     def backward(primals, cotangent, _):
         if sinks is not None:
@@ -50,7 +50,8 @@ def routed_attention(q, k, v, *, scale, mask=None, sinks=None, stream=None):
 
     run = mx.custom_function(attend)
     run.vjp(backward)
-    return run(q, k, v)
+    # A mask of numbers has a gradient: latent attention adds scores by it.
+    return run(q, k, v, mask) if array and mx.issubdtype(mask.dtype, mx.floating) else run(q, k, v)
 
 
 def _counted(name):

@@ -52,7 +52,6 @@ DIFFERENT = {
 ROUNDED = {
     "exporters/test_export_gguf.py::test_llama_cpp": "llama.cpp computes in float32, the run in bfloat16",
     "exporters/test_export_targets.py::test_a_base_that_mlx_lm_alone_cannot_load": EXPERTS,
-    "forward/test_architectures.py::test_one_architecture_of_each_kind_of_cache[deepseek_v3]": "bfloat16",
     "inference/test_influence.py::test_the_product_of_the_gradients": "a finite step is lost in bfloat16",
     "estimate/test_memory.py::test_mlx_keeps_what_the_formula_says": MEMORY,
     "estimate/test_plan.py::test_no_weight_is_loaded": MEMORY,
