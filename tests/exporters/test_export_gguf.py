@@ -55,7 +55,7 @@ def exported(request, tmp_path_factory):
         for more in ("phi3", "smollm3", "qwen3_moe", "mixtral"):
             patch.setitem(CONFIGS, more, {"tie_word_embeddings": False} | SHAPES[more])
         write_model(folder / kind, known_tokenizer(rule), kind, vocab_size=320, **changes)
-        run = trained_run(folder, kind)
+        run = trained_run(folder, kind, model={"dtype": "float32"})  # llama.cpp computes in it
         yield run, export(run, ["gguf"], folder / "out")
 
 
@@ -129,7 +129,7 @@ def adapter(request, tmp_path_factory):
             "self_attn.v_proj",
             "mlp.down_proj" if kind == "llama" else "mlp.switch_mlp.up_proj",
         ]
-        run = trained_run(folder, kind, lora={"keys": keys})
+        run = trained_run(folder, kind, lora={"keys": keys}, model={"dtype": "float32"})
         yield folder / kind, run, export(run, ["gguf-lora"], folder / "out")
 
 
