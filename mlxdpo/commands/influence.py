@@ -48,12 +48,13 @@ def run(
     """
     from mlxdpo.commands.terminal import console
     from mlxdpo.inference.influence import answer_gradient, answer_part, influences, training_pairs
+    from mlxdpo.inference.run_prompts import shortened
     from mlxdpo.inference.trained_run import encode_pairs, open_trained_run
     from mlxdpo.io.atomic import write_text
     from mlxdpo.io.json_file import json_lines
 
     if out is not None and out.exists():
-        raise UserError(f"{out} is there already; choose another --out, or remove it")
+        raise UserError(f"{out} already exists; choose another --out, or remove it")
     trained = open_trained_run(Run.open(path))
     if completion is None:
         completion = _answer_of(trained, prompt, max_tokens)
@@ -70,7 +71,7 @@ def run(
         print(jsonlib.dumps({"completion": completion, "part": asked.text, "pairs": len(rows), **kinds}))
         return
     console.print(completion, markup=False)
-    _print_pairs(f'taught "{_shortened(asked.text)}"', [one for one in found[:top] if one["influence"] > 0])
+    _print_pairs(f'taught "{shortened(asked.text)}"', [one for one in found[:top] if one["influence"] > 0])
     _print_pairs("taught against it", against)
     if out is not None:
         console.print(f"influence of {len(rows)} pairs -> {out}", markup=False)
@@ -78,13 +79,10 @@ def run(
 
 def _answer_of(trained: Any, prompt: str, max_tokens: int) -> str:
     """What the tuned model answers, likeliest tokens. Raises `UserError` for an empty answer."""
-    from mlxdpo.data.encode import encode_prompt
-    from mlxdpo.inference.generate import generate
+    from mlxdpo.inference.conversation import policy_answers
 
-    policy = trained.policy
-    ids = encode_prompt(prompt, policy.tokenizer, trained.config.data).tolist()
-    (answer,) = generate(policy.model, [ids], eos_ids=policy.eos_ids, max_tokens=max_tokens, temperature=0.0)
-    text = policy.tokenizer.decode(answer.tokens)
+    settings = {"max_tokens": max_tokens, "temperature": 0.0}
+    ((text, _),) = policy_answers(trained.policy, trained.config.data, [prompt], **settings)
     if not text.strip():
         raise UserError("the run's model answers nothing to this prompt; give an answer with --completion")
     return text
@@ -118,18 +116,13 @@ def _print_pairs(title: str, found: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
 
     from mlxdpo.commands.terminal import console
-    from mlxdpo.inference.run_prompts import text_from_json, text_of
+    from mlxdpo.inference.run_prompts import shortened, text_from_json, text_of
 
     if not found:
         console.print(f"no pair {title}", markup=False)
         return
     sheet = Table("influence", "pair", "prompt", "chosen", "rejected", title=title)
     for one in found:
-        texts = [_shortened(text_of(text_from_json(one[name]))) for name in ("prompt", "chosen", "rejected")]
+        texts = [shortened(text_of(text_from_json(one[name]))) for name in ("prompt", "chosen", "rejected")]
         sheet.add_row(f"{one['influence']:+.3f}", one["where"], *texts)
     console.print(sheet, markup=False)
-
-
-def _shortened(text: str, longest: int = 60) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= longest else line[: longest - 1] + "…"

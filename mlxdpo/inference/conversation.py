@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from mlxdpo.config import DataConfig
 from mlxdpo.data.encode import encode_prompt
 from mlxdpo.data.template import probe
 from mlxdpo.inference.generate import Completion, generate, stepwise
 from mlxdpo.inference.mixtures import run_at
 from mlxdpo.inference.trained_run import ModelContext, TrainedRun
 from mlxdpo.model.adapters import load_run, load_start
+from mlxdpo.model.policy import Policy
 from mlxdpo.runs import Run
 from mlxdpo.types import Message, Text
 
@@ -24,7 +26,17 @@ def answer_prompts(
     """
     source = run_at(run, strength)
     policy = load_start(source) if before else load_run(source)
-    ids = [encode_prompt(prompt, policy.tokenizer, source.config().data).tolist() for prompt in prompts]
+    return policy_answers(policy, source.config().data, prompts, **sampling)
+
+
+def policy_answers(
+    policy: Policy, data: DataConfig, prompts: Sequence[Text], **sampling: Any
+) -> list[tuple[str, Completion]]:
+    """A loaded model's answers to prompts that are written as the settings `data` say, each as text and tokens.
+
+    Raises `UserError` for an empty prompt.
+    """
+    ids = [encode_prompt(prompt, policy.tokenizer, data).tolist() for prompt in prompts]
     answers = generate(policy.model, ids, eos_ids=policy.eos_ids, **sampling)
     return [(policy.tokenizer.decode(answer.tokens), answer) for answer in answers]
 

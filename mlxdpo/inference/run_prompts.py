@@ -80,7 +80,12 @@ def text_of(answer: Text) -> str:
 
 def one_line(row: Preference, longest: int = 90) -> str:
     """A prompt on one line."""
-    line = " ".join(prompt_text(row.prompt).split())
+    return shortened(prompt_text(row.prompt), longest)
+
+
+def shortened(text: str, longest: int = 60) -> str:
+    """A text on one line of at most `longest` characters."""
+    line = " ".join(text.split())
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 

@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxdpo.config import TrainConfig
+from mlxdpo.forward.next_token import logits_at
 from mlxdpo.model.policy import Policy
 from mlxdpo.types import Example
 
@@ -104,7 +105,8 @@ def watch_answers(
     answers = ask()
     rows, mask = _laid_out(prompts, answers)
     logps = _answer_logps(policy.model, rows, mask)
-    ids = mx.argsort(-logps, axis=-1)[:, :LIKELIEST]
+    most = min(LIKELIEST, logps.shape[-1])
+    ids = mx.argpartition(-logps, most - 1, axis=-1)[:, :most]
     best = mx.take_along_axis(logps, ids, -1)
     mx.eval(ids, best)
     chosen = float(np.mean([pair.scored[0] for pair in pairs]))
@@ -161,14 +163,8 @@ def _laid_out(prompts: Sequence[list[int]], answers: Sequence[tuple[list[int], s
     return mx.array(rows), mask
 
 
-def _answer_logps(model: Any, rows: mx.array, mask: np.ndarray) -> mx.array:
-    """(N, V) float32 log-probs at the masked positions."""
-    was_training = model.training
-    model.eval()  # without dropout
-    places = mx.array(np.flatnonzero(mask))
-    logits = model(rows)
-    found = logits.reshape(-1, logits.shape[-1])[places].astype(mx.float32)
-    found = found - mx.logsumexp(found, axis=-1, keepdims=True)
-    mx.eval(found)
-    model.train(was_training)
-    return found
+def _answer_logps(model: nn.Module, rows: mx.array, mask: np.ndarray) -> mx.array:
+    """(N, V) float32 log-probs at the masked positions: of a long prompt's rows only these meet the head."""
+    row, column = (mx.array(places) for places in np.nonzero(mask))
+    logits = logits_at(model, rows, row, column)()
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

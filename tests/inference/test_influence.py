@@ -124,7 +124,7 @@ def test_the_command_shows_pairs_and_writes_all(opened, tmp_path, capsys):
     assert len(lines) == shown["pairs"] == 18 and lines[:2] == shown["taught"]
     assert [one["influence"] for one in lines] == sorted((one["influence"] for one in lines), reverse=True)
     assert row.where in {one["where"] for one in lines[:3]}
-    assert command([*words, "--out", str(out)]) == 2 and "is there already" in capsys.readouterr().err
+    assert command([*words, "--out", str(out)]) == 2 and "already exists" in capsys.readouterr().err
     assert command(["influence", str(opened.run.path), row.prompt, "--completion", " blue", "--part", "zebra"]) == 2
     assert 'has no "zebra"' in capsys.readouterr().err
 
