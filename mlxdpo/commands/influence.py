@@ -48,7 +48,7 @@ def run(
     """
     from mlxdpo.commands.terminal import console
     from mlxdpo.inference.influence import answer_gradient, answer_part, influences, training_pairs
-    from mlxdpo.inference.run_prompts import shortened
+    from mlxdpo.inference.run_prompts import short_line
     from mlxdpo.inference.trained_run import encode_pairs, open_trained_run
     from mlxdpo.io.atomic import write_text
     from mlxdpo.io.json_file import json_lines
@@ -71,7 +71,7 @@ def run(
         print(jsonlib.dumps({"completion": completion, "part": asked.text, "pairs": len(rows), **kinds}))
         return
     console.print(completion, markup=False)
-    _print_pairs(f'taught "{shortened(asked.text)}"', [one for one in found[:top] if one["influence"] > 0])
+    _print_pairs(f'taught "{short_line(asked.text)}"', [one for one in found[:top] if one["influence"] > 0])
     _print_pairs("taught against it", against)
     if out is not None:
         console.print(f"influence of {len(rows)} pairs -> {out}", markup=False)
@@ -79,10 +79,10 @@ def run(
 
 def _answer_of(trained: Any, prompt: str, max_tokens: int) -> str:
     """What the tuned model answers, likeliest tokens. Raises `UserError` for an empty answer."""
-    from mlxdpo.inference.conversation import policy_answers
+    from mlxdpo.inference.conversation import answers_of
 
     settings = {"max_tokens": max_tokens, "temperature": 0.0}
-    ((text, _),) = policy_answers(trained.policy, trained.config.data, [prompt], **settings)
+    ((text, _),) = answers_of(trained.policy, trained.config.data, [prompt], **settings)
     if not text.strip():
         raise UserError("the run's model answers nothing to this prompt; give an answer with --completion")
     return text
@@ -116,13 +116,13 @@ def _print_pairs(title: str, found: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
 
     from mlxdpo.commands.terminal import console
-    from mlxdpo.inference.run_prompts import shortened, text_from_json, text_of
+    from mlxdpo.inference.run_prompts import short_line, text_from_json, text_of
 
     if not found:
         console.print(f"no pair {title}", markup=False)
         return
     sheet = Table("influence", "pair", "prompt", "chosen", "rejected", title=title)
     for one in found:
-        texts = [shortened(text_of(text_from_json(one[name]))) for name in ("prompt", "chosen", "rejected")]
+        texts = [short_line(text_of(text_from_json(one[name]))) for name in ("prompt", "chosen", "rejected")]
         sheet.add_row(f"{one['influence']:+.3f}", one["where"], *texts)
     console.print(sheet, markup=False)

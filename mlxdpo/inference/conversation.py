@@ -26,10 +26,10 @@ def answer_prompts(
     """
     source = run_at(run, strength)
     policy = load_start(source) if before else load_run(source)
-    return policy_answers(policy, source.config().data, prompts, **sampling)
+    return answers_of(policy, source.config().data, prompts, **sampling)
 
 
-def policy_answers(
+def answers_of(
     policy: Policy, data: DataConfig, prompts: Sequence[Text], **sampling: Any
 ) -> list[tuple[str, Completion]]:
     """A loaded model's answers to prompts that are written as the settings `data` say, each as text and tokens.

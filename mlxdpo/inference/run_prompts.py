@@ -80,10 +80,10 @@ def text_of(answer: Text) -> str:
 
 def one_line(row: Preference, longest: int = 90) -> str:
     """A prompt on one line."""
-    return shortened(prompt_text(row.prompt), longest)
+    return short_line(prompt_text(row.prompt), longest)
 
 
-def shortened(text: str, longest: int = 60) -> str:
+def short_line(text: str, longest: int = 60) -> str:
     """A text on one line of at most `longest` characters."""
     line = " ".join(text.split())
     return line if len(line) <= longest else line[: longest - 1] + "…"

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from html import escape
 from os.path import isfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mlxdpo.io.atomic import write_json
 from mlxdpo.io.json_file import read_json
 from mlxdpo.io.names import without_tokens
 from mlxdpo.types import UserError
+from mlxdpo.ui.runs.run_list import busy
 
 LOG_TAIL = 16 * 1024  # bytes
 
@@ -77,6 +79,26 @@ def read_job(folder: Path) -> dict[str, Any]:
     if not isinstance(pid, int) or isinstance(pid, bool) or pid < 2:
         raise UserError(f"{file}: does not say which process it is; stop it in a terminal")
     return found
+
+
+def written_at(file: Path) -> int:
+    """When a file was written last, nanoseconds; 0 where there is none."""
+    return file.stat().st_mtime_ns if isfile(file) else 0
+
+
+def job_html(folder: Path, title: str, most: int = 12) -> str:
+    """How a folder's last process stands, with its last lines; empty where the page started none."""
+    log = log_tail(folder, most)
+    if not log:
+        return ""
+    status = exit_status(folder)
+    words = "at work; this page may be closed" if busy(folder / "lock") else "ended" if status is None else "finished"
+    if status:
+        words = f"stopped with exit status {status}; the last lines say why"
+    return (
+        f'<p role="status"><strong>{escape(title)}: {words}.</strong></p>'
+        f'<pre class="log" tabindex="0" aria-label="Log">{escape(log)}</pre>'
+    )
 
 
 def log_tail(folder: Path, most: int = 40) -> str:

@@ -24,7 +24,11 @@ class Browser:
         """The number of the handler behind a widget."""
         config = self.config()
         (widget,) = [c["id"] for c in config["components"] if c["props"].get("elem_id") == elem_id]
-        return next(d["id"] for d in config["dependencies"] if [widget, event] in [list(t) for t in d["targets"]])
+        return next(
+            d["id"]
+            for d in config["dependencies"]
+            if d["backend_fn"] and [widget, event] in [list(t) for t in d["targets"]]
+        )
 
     def call(self, elem_id, data, event="click"):
         """Press a button; the messages of its stream, whose raw bytes are added to `seen`."""

@@ -7,7 +7,6 @@ asked for. The data file itself is never written. No postponed annotations: Grad
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from os.path import isfile
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from mlxdpo.io.atomic import write_atomic, write_json
 from mlxdpo.io.json_file import as_written, read_json, read_lines
 from mlxdpo.types import UserError
 from mlxdpo.ui.data.view import as_text, number_of, numbered_lines, short, stem_of
-from mlxdpo.ui.jobs import exit_status, log_tail, spawn
-from mlxdpo.ui.runs.run_list import busy
+from mlxdpo.ui.jobs import spawn
 from mlxdpo.ui.widgets import Act, alert, html_table
 
 Finding = Mapping[str, Any]
@@ -26,6 +24,11 @@ ANY, EVERY = "any finding", "every row"
 ACTS = {"drop": "Drop", "flip": "Flip", "keep": "Keep"}
 MOST = 100  # rows shown at once
 NO_FINDINGS = "<p>Not audited yet. Choose the model that will be trained and press Audit; it reads every row once.</p>"
+
+
+def files_of(path: Path) -> tuple[Path, Path, Path]:
+    """What a file's page depends on: the file, its findings, and what was decided."""
+    return path, path.with_suffix(".audit.jsonl"), _decisions_file(path)
 
 
 def findings_of(path: Path) -> dict[int, list[Finding]]:
@@ -168,21 +171,6 @@ def start_audit(runs: Path, path: Path, model: str) -> None:
     """Begin `mlxdpo data audit`. Raises `UserError` where one is at work on this file."""
     command = ["mlxdpo", "data", "audit", str(path), f"--model={model}"]
     spawn(audit_folder(runs, path), command, f"{path.name} is being audited already; wait for it to end")
-
-
-def audit_status(runs: Path, path: Path) -> str:
-    """Where the audit of a file stands."""
-    folder = audit_folder(runs, path)
-    log = log_tail(folder, 8)
-    if not log:
-        return ""
-    status = exit_status(folder)
-    words = "at work; this page may be closed" if busy(folder / "lock") else "finished"
-    words = f"stopped with exit status {status}; the last lines say why" if status else words
-    return (
-        f'<p role="status"><strong>Audit: {words}.</strong></p>'
-        f'<pre class="log" tabindex="0" aria-label="Log">{escape(log)}</pre>'
-    )
 
 
 def audit_view(path: Path, rows: Mapping[int, Mapping[str, Any]], wanted: str) -> str:

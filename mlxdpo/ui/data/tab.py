@@ -1,7 +1,7 @@
 """The Data tab: browse and search a preference file, the doctor's findings, edit a pair, see it as the model does."""
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from mlxdpo.ui import choices
 from mlxdpo.ui.data import audit, view
 from mlxdpo.ui.data.view import ANY, FIELDS, RowFilter
 from mlxdpo.ui.guard import Guard
+from mlxdpo.ui.jobs import job_html, written_at
 from mlxdpo.ui.runs.run_list import choose, scan
 from mlxdpo.ui.widgets import (
     QUIET,
@@ -102,13 +103,6 @@ def _audit_tab(gr: Any, runs: Path, guard: Guard, file: Any) -> None:
         written = gr.HTML(elem_id="data-audit-written")
     before = gr.State(None)
 
-    def shown(name: str | None, kind: str, last: Any) -> Any:
-        """Process and findings, where something has changed."""
-        if not name:
-            return (gr.skip(),) * 3
-        now = _audit_now(runs, name, kind)
-        return (gr.skip(),) * 3 if last is not None and list(now) == list(last) else (now, *now[1:])
-
     def started(request: gr.Request, name: str | None, which: str | None) -> str:  # pyright: ignore[reportInvalidTypeForm]
         """Begin the audit."""
         guard(request)
@@ -119,13 +113,13 @@ def _audit_tab(gr: Any, runs: Path, guard: Guard, file: Any) -> None:
             if chosen is None:
                 raise UserError("choose the model that will be trained first")
             audit.start_audit(runs, path, chosen)
-        return audit.audit_status(runs, path)
+        return job_html(audit.audit_folder(runs, path), "Audit")
 
     def decided(act: str, numbers: Sequence[int] | None, name: str | None, kind: str) -> str:
         """Keep a decision on one row, or on all shown."""
         path = _path(runs, name)
         audit.decide(path, audit.shown_rows(audit.findings_of(path), kind) if numbers is None else numbers, act)
-        return _audit_now(runs, name, kind)[2]
+        return _findings_html(runs, name, kind)
 
     def saved(request: gr.Request, name: str | None) -> str:  # pyright: ignore[reportInvalidTypeForm]
         """Write the new file."""
@@ -138,7 +132,7 @@ def _audit_tab(gr: Any, runs: Path, guard: Guard, file: Any) -> None:
     page, timer = gr.context.Context.root_block, gr.Timer(EVERY)
     page.load(lambda: gr.update(choices=choices.models(runs, Path.cwd())), None, model, **QUIET)
     for happening in (file.change, wanted.change, timer.tick):
-        happening(shown, [file, wanted, before], [before, status, listing], **QUIET)
+        happening(partial(_audit_changes, gr, runs), [file, wanted, before], [before, status, listing], **QUIET)
     begin.click(started, [file, model], status, concurrency_limit=1, **QUIET)
     write.click(saved, file, written, **QUIET)
     one_row = lambda row, act, *now: decided(act, [row_number(row)], *now)  # noqa: E731
@@ -157,15 +151,31 @@ def _deciding(gr: Any, guard: Guard, decided: Any, act: str) -> Any:
     return handler
 
 
-def _audit_now(runs: Path, name: str | None, kind: str) -> tuple[str, str, str]:
-    """The file, how its audit stands, and its findings; the last two as HTML."""
+def _audit_changes(gr: Any, runs: Path, name: str | None, kind: str, last: Sequence[Any] | None) -> Any:
+    """Process and findings, where something has changed: findings are not read at every tick."""
+    if not name:
+        return (gr.skip(),) * 3
+    files = audit.files_of(Path(name)) if name in choices.data_files(runs, Path.cwd()) else ()
+    now = (
+        name,
+        kind,
+        [written_at(file) for file in files],
+        job_html(audit.audit_folder(runs, Path(name)), "Audit"),
+    )
+    if last is not None and list(now) == list(last):
+        return (gr.skip(),) * 3
+    same = last is not None and list(now[:3]) == list(last[:3])
+    return now, now[3], gr.skip() if same else _findings_html(runs, name, kind)
+
+
+def _findings_html(runs: Path, name: str | None, kind: str) -> str:
     try:
         path = _path(runs, name)
         book = view.open_book(path)
     except UserError as error:
-        return str(name), "", alert(error)
+        return alert(error)
     rows = {view.number_of(where): row for where, row in book.rows if not isinstance(row, BadRow)}
-    return str(path), audit.audit_status(runs, path), audit.audit_view(path, rows, kind)
+    return audit.audit_view(path, rows, kind)
 
 
 def _path(runs: Path, name: str | None) -> Path:

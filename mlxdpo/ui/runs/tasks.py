@@ -16,8 +16,8 @@ from mlxdpo.exporters import EXPORTERS, RECORD, read_record
 from mlxdpo.io.json_file import as_written, read_json
 from mlxdpo.types import UserError
 from mlxdpo.ui.guard import Guard
-from mlxdpo.ui.jobs import exit_status, log_tail, spawn
-from mlxdpo.ui.runs.run_list import JOB, busy, choose, raw_settings, refuse_strange_code, scan, state
+from mlxdpo.ui.jobs import job_html, spawn, written_at
+from mlxdpo.ui.runs.run_list import JOB, choose, raw_settings, refuse_strange_code, scan, state
 from mlxdpo.ui.widgets import QUIET, html_table, or_alert, show_errors
 
 WITHOUT_JUDGE = ("no judge: held-out pairs alone", "")
@@ -37,15 +37,16 @@ TARGETS = {
     "server": "what mlx_lm.server serves",
 }
 """What an export is for; without an entry the target's own name is shown."""
-LOG = 12  # lines
 
 
 class Task(NamedTuple):
-    """A command on a run: its name (`mlxdpo NAME`), its button, the words behind the run, and what it left behind."""
+    """A command on a run: its name (`mlxdpo NAME`), its button, the words behind the run, and the file in the run that
+    it leaves, with what the page shows of it."""
 
     name: str
     button: str
     options: Callable[..., list[str]]
+    leaves: str
     result: Callable[[Path], str]
 
 
@@ -91,19 +92,8 @@ def start_task(runs: Path, path: Path, task: Task, *values: Any) -> list[str]:
 
 
 def task_html(path: Path, task: Task) -> str:
-    """Where the last process of a task stands, with its last lines; empty where there was none from this page."""
-    folder = path / JOB / task.name
-    log = log_tail(folder, LOG)
-    if not log:
-        return ""
-    status = exit_status(folder)
-    words = "at work; this page may be closed" if busy(folder / "lock") else "ended" if status is None else "finished"
-    if status:
-        words = f"stopped with exit status {status}; the last lines say why"
-    return (
-        f'<p role="status"><strong>{escape(task.button)}: {words}.</strong></p>'
-        f'<pre class="log" tabindex="0" aria-label="Log">{escape(log)}</pre>'
-    )
+    """Where the last process of a task stands; empty where there was none from this page."""
+    return job_html(path / JOB / task.name, task.button)
 
 
 def report_frame(path: Path) -> str:
@@ -179,9 +169,9 @@ def _task_command(name: str, path: Path) -> str:
     return escape(shlex.join(["mlxdpo", name, str(path)]))
 
 
-EVALUATE = Task("eval", "Evaluate", evaluate_options, report_frame)
-MEASURE = Task("dial", "Dial", evaluate_options, dial_html)
-EXPORT = Task("export", "Export", export_options, export_html)
+EVALUATE = Task("eval", "Evaluate", evaluate_options, "report.html", report_frame)
+MEASURE = Task("dial", "Dial", evaluate_options, "eval/dial.json", dial_html)
+EXPORT = Task("export", "Export", export_options, f"export/{RECORD}", export_html)
 
 
 def build_tasks(gr: Any, runs: Path, guard: Guard, chosen: Any, timer: Any) -> None:
@@ -228,16 +218,16 @@ def _task_panel(
             start_task(runs, path, task, *values)
         return task_html(path, task)
 
-    def shown(name: str | None, last: tuple[str, str, str] | None) -> Any:
-        """Process and result of the chosen run, where something has changed."""
+    def shown(name: str | None, last: Sequence[Any] | None) -> Any:
+        """Process and result of the chosen run, where something has changed: a report is not read at every tick."""
         if name not in scan(runs):
             return (gr.skip(),) * 3
         path = choose(runs, name)
-        now = (str(path), task_html(path, task), task.result(path))
-        if last is not None and now == tuple(last):
+        now = (str(path), written_at(path / task.leaves), task_html(path, task))
+        if last is not None and list(now) == list(last):
             return (gr.skip(),) * 3
-        same = last is not None and last[2] == now[2]
-        return now, now[1], gr.skip() if same else now[2]
+        same = last is not None and list(now[:2]) == list(last[:2])
+        return now, now[2], gr.skip() if same else task.result(path)
 
     begin.click(started, [chosen, *widgets], status, concurrency_limit=1, **QUIET)
     for happening in (chosen.change, timer.tick):
