@@ -72,12 +72,12 @@ def with_gradients(function, q, k, v, ct):
     return [out[0], *gradients]
 
 
-def assert_close(got, want, relative):
-    """The largest difference against the largest value, or against 1, the size of the inputs, per array."""
+def assert_close(got, want, relative, terms=1.0):
+    """The largest difference, per array, against the largest value, or the size of the ``terms`` that cancel in it."""
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         a, b = np.array(a.astype(mx.float32)), np.array(b)
         assert a.shape == b.shape
-        assert np.abs(a - b).max() <= relative * max(np.abs(b).max(), 1), name
+        assert np.abs(a - b).max() <= relative * max(np.abs(b).max(), terms), name
 
 
 @settings(max_examples=120)
@@ -87,7 +87,9 @@ def test_values_and_gradients_are_those_of_the_whole_square(case):
     scale, how = case["D"] ** -0.5, {name: case[name] for name in ("window", "chunk")}
     inputs = [mx.array(a.astype(np.float32)) for a in exact]
     got = with_gradients(lambda q, k, v: chunked_attention(q, k, v, scale=scale, **how), *inputs)
-    assert_close(got, naive(*exact, scale, case["window"]), 3e-6)
+    # The scores' gradient is a difference of products of the upstream gradient with values: they round first.
+    products = np.abs(exact[3]).max() * np.abs(exact[2]).max() * case["V"] ** 0.5 * scale
+    assert_close(got, naive(*exact, scale, case["window"]), 1e-6, max(products, 1))
 
 
 @pytest.mark.parametrize("window", [None, 1, 37, 300, 5000])
