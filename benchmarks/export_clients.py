@@ -93,7 +93,7 @@ def pairs(count: int, start: int) -> str:
 
 def trained(name: str, folder: Path, prompts: int) -> Run:
     """A run of a few DPO steps, with as many held-out prompts as are asked."""
-    (folder / "pairs.jsonl").write_text(pairs(8 if name == "smollm2" else 32, 0))
+    (folder / "pairs.jsonl").write_text(pairs(32, 0))
     (folder / "heldout.jsonl").write_text(pairs(prompts, 1000))
     config = Config.model_validate(
         {
