@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
+from mlxdpo_eval import pairwise
 from mlxdpo_eval.metrics import calibration, intervals, judge_bias, length, sequential
 
 RESAMPLES = 500
@@ -88,6 +89,29 @@ def win_rate(rng: np.random.Generator) -> list[Answer]:
         _answer("prompt bootstrap", intervals.cluster_bootstrap(won, prompts, n=RESAMPLES, seed=seed), truth),
         _answer("row bootstrap", _percentile(won, rng), truth),
         _answer("Wald: p ± 1.96 sem", _around(won.mean(), _sem(won)), truth),
+    ]
+
+
+def mean_of_subsets(rng: np.random.Generator) -> list[Answer]:
+    """Subsets of 20, 40, 100 and 240 prompts with 2 dependent answers; true rates .9, .55, .7, .4, mean .6375."""
+    sizes, rates = [20, 40, 100, 240], [0.9, 0.55, 0.7, 0.4]
+    prompts, parts = np.repeat(np.arange(400), 2), np.repeat(np.arange(4), np.multiply(sizes, 2))
+    won, truth = _dependent(rng, np.array(rates)[parts], prompts, 0.6), float(np.mean(rates))
+    subsets = np.array([won[parts == part].mean() for part in range(4)])
+    return [
+        _answer("mean of rates, clustered", pairwise.macro_mean(won, parts.tolist(), prompts)[1], truth),
+        _answer("all rows in one", intervals.clustered_share(won, prompts), truth),
+        _answer("spread of the four rates, t", _around(subsets.mean(), _sem(subsets), 3.182446), truth),
+    ]
+
+
+def ended_answers(rng: np.random.Generator) -> list[Answer]:
+    """120 prompts of 2 answers; a fifth are cut off and win .2 of the time, the others .65."""
+    prompts, ended, truth = np.repeat(np.arange(120), 2), rng.random(240) > 0.2, 0.65
+    won = _dependent(rng, np.where(ended, truth, 0.2), prompts, 0.6)
+    return [
+        _answer("clustered Wilson of those that ended", intervals.clustered_share(won[ended], prompts[ended]), truth),
+        _answer("clustered Wilson of all", intervals.clustered_share(won, prompts), truth),
     ]
 
 
@@ -182,9 +206,21 @@ STUDIES = (
     ),
     Study(
         "win rate", ("clustered Wilson", "prompt bootstrap"), BAND,
-        "80 prompts of 2 to 6 dependent answers with ties, true rate .6. Whoever resamples rows takes copies for "
+        "80 prompts of 2 to 6 dependent answers with ties, true rate .6. Resampling rows takes copies for "
         "evidence; prompts are what was drawn. The bootstrap's levels are expanded to Student's t.",
         win_rate,
+    ),
+    Study(
+        "mean of subsets", ("mean of rates, clustered",), BAND,
+        "Subsets of 20 to 240 prompts, true rates .9, .55, .7, .4, mean .6375. The rate of all rows is another "
+        "number, and four rates alone say little about their mean.",
+        mean_of_subsets,
+    ),
+    Study(
+        "rate of answers that ended", ("clustered Wilson of those that ended",), BAND,
+        "120 prompts of 2 dependent answers, a fifth of them cut off by the token limit, which lose four times in "
+        "five; the others win .65 of the time.",
+        ended_answers,
     ),
     Study(
         "length-controlled win rate", ("refit per prompt resample",), BAND,
