@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,7 @@ def run(
     *,
     completion: str | None = None,
     part: str | None = None,
+    occurrence: Count = 1,
     top: Count = 5,
     max_tokens: Count = 64,
     out: Path | None = None,
@@ -41,6 +43,7 @@ def run(
         prompt: What was asked.
         completion: The answer; what the run's model answers when not given.
         part: Words of the answer that are asked about, instead of all of it.
+        occurrence: Which occurrence of the part is meant: 1 is the first.
         top: Pairs to show of each kind.
         max_tokens: Longest answer, in tokens, where the model answers.
         out: Write the influence of every pair to this file, JSON lines, largest first.
@@ -58,7 +61,7 @@ def run(
     trained = open_trained_run(Run.open(path))
     if completion is None:
         completion = _answer_of(trained, prompt, max_tokens)
-    asked = answer_part(trained, prompt, completion, part)
+    asked = answer_part(trained, prompt, completion, part, occurrence)
     rows, examples, _ = encode_pairs(trained, training_pairs(trained))
     values = influences(_read_gradients(trained, examples), answer_gradient(trained, asked))
     order = sorted(range(len(rows)), key=lambda i: -values[i])
@@ -89,7 +92,7 @@ def _answer_of(trained: Any, prompt: str, max_tokens: int) -> str:
 
 
 def _read_gradients(trained: Any, examples: Sequence[Any]) -> Any:
-    """(N, WIDTH) gradients of the pairs, with a bar of progress."""
+    """(N, WIDTH) gradients of the pairs, with their progress: a bar on a terminal, lines elsewhere."""
     from rich.progress import Progress
 
     from mlxdpo.commands.terminal import console
@@ -100,9 +103,12 @@ def _read_gradients(trained: Any, examples: Sequence[Any]) -> Any:
         task = progress.add_task("gradients of pairs", total=len(examples))
         while True:
             try:
-                progress.update(task, completed=next(steps))
+                done = next(steps)
             except StopIteration as end:
                 return end.value
+            progress.update(task, completed=done)
+            if not console.is_terminal:
+                print(f"gradients of {done} of {len(examples)} pairs", file=sys.stderr, flush=True)
 
 
 def _finding(row: Preference, influence: float) -> dict[str, Any]:

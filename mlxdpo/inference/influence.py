@@ -11,6 +11,7 @@ inner products stay right on average, with an error of about 1 / sqrt(WIDTH) (fe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from mlxdpo.forward.logprobs import Forward, score_pairs
 from mlxdpo.inference.trained_run import TrainedRun
 from mlxdpo.io.checksum import DamagedError, load_checksummed, save_checksummed
 from mlxdpo.io.digest import folder_digest, json_digest
+from mlxdpo.io.words import counted
 from mlxdpo.losses import Loss
 from mlxdpo.machine.device import cache_folder, this_machine, versions
 from mlxdpo.model.adapters import dropout_off
@@ -62,10 +64,13 @@ class AnswerPart(NamedTuple):
     text: str
 
 
-def answer_part(trained: TrainedRun, prompt: Text, completion: str, part: str | None = None) -> AnswerPart:
-    """The tokens of `completion` in which its first `part` stands; without one all, with the end of the turn.
+def answer_part(
+    trained: TrainedRun, prompt: Text, completion: str, part: str | None = None, occurrence: int = 1
+) -> AnswerPart:
+    """The tokens of `completion` in which `part` occurs, for the first time or that `occurrence`; without a part all,
+    with the end of the turn.
 
-    Raises `UserError` for a part that the completion has not, and for texts that cannot be encoded.
+    Raises `UserError` for a part that the completion does not contain so often, and for texts that cannot be encoded.
     """
     row = UnpairedExample(prompt, completion, True, "completion")
     data, tokenizer = trained.config.data.model_copy(update={"on_bad_row": "stop"}), trained.policy.tokenizer
@@ -74,9 +79,11 @@ def answer_part(trained: TrainedRun, prompt: Text, completion: str, part: str | 
         raise UserError(f"the answer does not fit data.max_length {data.max_length}; ask about a shorter one")
     if part is None:
         return AnswerPart(example, completion)
-    start = completion.find(part) if part else -1
-    if start < 0:
-        raise UserError(f'the answer has no "{part}" in it; it is: {completion}')
+    places = [found.start() for found in re.finditer(re.escape(part), completion)] if part else []
+    if len(places) < occurrence:
+        times = f"occurs {counted(len(places), 'time')}" if places else "does not occur"
+        raise UserError(f'"{part}" {times} in the answer; it is: {completion}')
+    start = places[occurrence - 1]
     ends = token_ends(tokenizer, example, completion)
     asked = (ends > start) & (np.concatenate([[0], ends[:-1]]) < start + len(part))
     return AnswerPart(replace(example, chosen_mask=asked, rejected_mask=asked), part)

@@ -98,8 +98,16 @@ def test_a_part_of_an_answer_is_the_tokens_in_which_it_stands(opened):
     asked = part.example.chosen_mask
     text = opened.policy.tokenizer.decode(part.example.chosen[asked].tolist())
     assert "string" in text and len(text) < len(" blue string ok")
-    with pytest.raises(UserError, match='has no "green"'):
+    with pytest.raises(UserError, match='"green" does not occur'):
         answer_part(opened, "q3 red:", " blue string ok", "green")
+
+
+def test_a_later_occurrence_of_a_part_is_asked_for_by_its_number(opened):
+    text = " red blue red ok red"
+    places = [np.flatnonzero(answer_part(opened, "q3:", text, "red", n).example.chosen_mask) for n in (1, 2, 3)]
+    assert places[0].max() < places[1].min() and places[1].max() < places[2].min()
+    with pytest.raises(UserError, match='"red" occurs 3 times'):
+        answer_part(opened, "q3:", text, "red", 4)
 
 
 def test_a_planted_pair_is_among_the_three_of_largest_influence(opened):
@@ -126,7 +134,7 @@ def test_the_command_shows_pairs_and_writes_all(opened, tmp_path, capsys):
     assert row.where in {one["where"] for one in lines[:3]}
     assert command([*words, "--out", str(out)]) == 2 and "already exists" in capsys.readouterr().err
     assert command(["influence", str(opened.run.path), row.prompt, "--completion", " blue", "--part", "zebra"]) == 2
-    assert 'has no "zebra"' in capsys.readouterr().err
+    assert '"zebra" does not occur in the answer' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("stage", "name", "said"), [("sft", "sigmoid", "stage sft"), ("dpo", "kto", "thumbs")])

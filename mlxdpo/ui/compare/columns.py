@@ -119,7 +119,7 @@ def _span(piece: TokenPiece, scale: float, first: bool) -> str:
     label = f"{piece.text.strip() or 'space'}: {piece.ratio:+.2f} nats, {_times(piece.ratio)}"
     said = escape(label)
     return (
-        f'<span class="tok" style="background:{colour}" title="{said}" aria-label="{said}" role="text"'
+        f'<span class="tok" style="background:{colour}" title="{said}" aria-label="{said}" role="button"'
         f' tabindex="{0 if first else -1}">{escape(piece.text)}</span>'
     )
 
@@ -136,5 +136,6 @@ def legend(scale: float) -> str:
         f'<span class="swatch" style="background:rgba({ORANGE}, {STRONGEST})"></span>−{scale:.1f} '
         f'<span class="ramp"></span> +{scale:.1f}<span class="swatch" style="background:rgba({BLUE}, {STRONGEST})">'
         "</span> log π/π<sub>ref</sub> of each token, nats: blue is likelier after tuning, orange less likely. "
-        "Hover, or Tab into an answer and use the arrow keys, for the number.</div>"
+        "Hover, or Tab into an answer and use the arrow keys, for the number. Click a word, or press Enter on it, "
+        "for the pairs that taught it.</div>"
     )

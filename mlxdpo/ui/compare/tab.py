@@ -23,6 +23,7 @@ from mlxdpo.ui.compare.answers import (
     settings_from,
 )
 from mlxdpo.ui.compare.columns import TUNED, Column, Exchange, columns_html
+from mlxdpo.ui.compare.influence import TOKEN_CLICKS, build_influence
 from mlxdpo.ui.engine import NOBODY, AppState
 from mlxdpo.ui.guard import Guard
 from mlxdpo.ui.variants import RunVariants, Variant
@@ -241,6 +242,7 @@ def build(app: AppState, guard: Guard, page: Any) -> Any:
     # Not through the drop-down alone: set to what it shows already, it says nothing.
     see.chance.click(do.chance, [see.run, see.pick], [see.pick, see.text, see.pair], **MANY)
     page.load(do.load, None, see.run, **MANY)
+    build_influence(gr, app.runs, guard, see.board, see.chat)
     return see.run
 
 
@@ -287,7 +289,7 @@ def _compare_widgets(gr: Any, app: AppState) -> SimpleNamespace:
             label="System prompt (chat models)", max_length=LONGEST_PROMPT, elem_id="compare-system"
         )
         see.knobs = knobs_of(gr, "compare", Settings(max_tokens=usual_tokens(app, first)))
-    see.board = gr.HTML(welcome(app), elem_id="columns", elem_classes="board")
+    see.board = gr.HTML(welcome(app), elem_id="columns", elem_classes="board", js_on_load=TOKEN_CLICKS)
     see.pair = gr.HTML(elem_id="compare-pair")
     return see
 

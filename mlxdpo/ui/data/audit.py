@@ -74,6 +74,11 @@ def decide(path: Path, numbers: Sequence[int], act: str) -> None:
         raise UserError("no such row or decision; reload the page")
     if act == "flip" and (several := next((n for n in numbers if len(found[n]) > 1), None)):
         raise UserError(f"row {several} holds {len(found[several])} pairs; flip them in a terminal: mlxdpo data audit")
+    record_decisions(path, numbers, act)
+
+
+def record_decisions(path: Path, numbers: Sequence[int], act: str) -> None:
+    """Write a decision on rows that are known to exist; the one that all of them have already is taken back."""
     now = decisions_of(path)
     taken_back = all(now.get(number) == act for number in numbers)
     for number in numbers:

@@ -9,6 +9,7 @@ from typing import Any
 from mlxdpo.config import DataConfig
 from mlxdpo.data.findings import FLAGS
 from mlxdpo.data.report import BadRow
+from mlxdpo.io.words import counted
 from mlxdpo.types import UserError
 from mlxdpo.ui import choices
 from mlxdpo.ui.data import audit, view
@@ -126,7 +127,7 @@ def _audit_tab(gr: Any, runs: Path, guard: Guard, file: Any) -> None:
         guard(request)
         with show_errors():
             target, dropped, flipped = audit.write_audited(_path(runs, name))
-        words = f"{target}: {dropped} rows dropped, {flipped} flipped; the original is unchanged."
+        words = f"{target}: {counted(dropped, 'row')} dropped, {flipped} flipped; the original is unchanged."
         return f'<p role="status">{escape(words)}</p>'
 
     page, timer = gr.context.Context.root_block, gr.Timer(EVERY)
