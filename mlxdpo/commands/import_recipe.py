@@ -16,7 +16,8 @@ def run(
     """Write another trainer's recipe as one that `mlxdpo train` takes, with a comment for each of its keys.
 
     Args:
-        file: YAML of TRL, Axolotl, LLaMA-Factory, mlx-lm or mlx-lm-lora; for TRL also JSON of DPOConfig's arguments.
+        file: YAML of TRL, Axolotl, LLaMA-Factory, mlx-lm or mlx-lm-lora; for TRL also a Python script, which is read
+            and not run, or JSON of DPOConfig's arguments.
         source: trl, axolotl, llamafactory, mlx-lm; unset: the keys tell.
         out: Recipe to write; unset means NAME-mlxdpo.yaml in this folder.
     """

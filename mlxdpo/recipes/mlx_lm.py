@@ -163,7 +163,11 @@ RULES: Mapping[str, Rule] = {
     **unneeded("project_name clear_cache_threshold", "not needed"),
     **unneeded("mask_prompt train_on_completions", "completions alone are always scored"),
     **unneeded("judge judge_config efficient_long_context seq_step_size temperature max_completion_length group_size "
-           "epsilon reward_functions", "of other modes of mlx-lm-lora"),
+           "epsilon epsilon_high alpha reward_functions reward_functions_file reward_weights grpo_loss_type "
+           "importance_sampling_level lambda_mse lambda_mse_target tau_mse_target clip_epsilon_logits",
+           "of other modes of mlx-lm-lora"),
+    **unneeded("lm_studio_name", "mlxdpo export RUN --to lmstudio"),
+    **unneeded("reward_scaling", "mlx-lm-lora does not use it either"),
     **lost("hf_dataset", "set data.path to its path, and data.columns to its features"),
     **lost("load_in_6bits load_in_mxfp4", "only 4 or 8 bits are supported; the weights are not quantised"),
     **lost("prompt_feature chosen_feature rejected_feature system_feature", "set data.columns"),

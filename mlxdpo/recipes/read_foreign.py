@@ -13,8 +13,10 @@ from mlxdpo.io.yaml_file import read_recipe, yaml_text
 from mlxdpo.recipes.axolotl import AXOLOTL
 from mlxdpo.recipes.llamafactory import LLAMA_FACTORY
 from mlxdpo.recipes.mlx_lm import MLX_LM
-from mlxdpo.recipes.outcome import KeyOutcome, Tool, unknown_key
+from mlxdpo.recipes.outcome import KeyOutcome, Rule, Tool, unknown_key
+from mlxdpo.recipes.subjects import rule_by_subject
 from mlxdpo.recipes.trl import GROUPS, TRL
+from mlxdpo.recipes.trl_script import Computed, read_script
 from mlxdpo.types import UserError
 
 TOOLS = {tool.name: tool for tool in (TRL, AXOLOTL, LLAMA_FACTORY, MLX_LM)}
@@ -24,6 +26,9 @@ OTHER_SPELLINGS = {
     "mlx_lm_lora": "mlx-lm",
     "llama-factory": "llamafactory",
 }
+
+
+COMPUTED = KeyOutcome("not supported", "computed by the script, which import-recipe does not run; set it in the recipe")
 
 
 class ForeignRecipe(NamedTuple):
@@ -41,19 +46,25 @@ def read_foreign(file: Path, name: str | None = None) -> ForeignRecipe:
 
     Raises `UserError` for a file that is none, that no trainer is recognised in, or whose objective is not here.
     """
-    found = read_recipe(file)
-    keys = _without_groups(found)
-    tool = _tool_of(file, keys, name)
-    outcomes = {key: tool.rules.get(key, unknown_key)(key, value, keys) for key, value in keys.items()}
+    keys = _without_groups(read_script(file) if file.suffix == ".py" else read_recipe(file))
+    tool = TRL if file.suffix == ".py" and name is None else _tool_of(file, keys, name)
+    constant = {key: value for key, value in keys.items() if not isinstance(value, Computed)}
+    outcomes = {
+        key: _rule_of(tool, key)(key, value, constant) if key in constant else COMPUTED for key, value in keys.items()
+    }
     settings: dict[str, tuple[Any, str]] = {}
     for key, outcome in outcomes.items():
         for setting, value in outcome.settings.items():
             told = f"{key}: {_on_one_line(keys[key])}" + (f"; {outcome.note}" if outcome.note else "")
             settings[setting] = (value, f"{settings[setting][1]}; {told}" if setting in settings else told)
-    for setting, value in tool.usual(keys).items():
+    for setting, value in tool.usual(constant).items():
         settings.setdefault(setting, (value, f"not in the file: {tool.title}'s default"))
     _without_contradiction(settings)
     return ForeignRecipe(file, tool, keys, outcomes, {k: v for k, v in settings.items() if v[0] is not None})
+
+
+def _rule_of(tool: Tool, key: str) -> Rule:
+    return tool.rules.get(key) or rule_by_subject(key) or unknown_key
 
 
 def _without_contradiction(settings: dict[str, tuple[Any, str]]) -> None:
@@ -148,6 +159,7 @@ def _line(name: str, value: Any, comment: str) -> str:
 
 def _on_one_line(value: Any) -> str:
     """A value of theirs on one line of a comment."""
+    value = value.code if isinstance(value, Computed) else value
     text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
     text = " ".join(text.split())
     return text if len(text) <= 60 else f"{text[:57]}..."
