@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mlxdpo.io.words import counted
 from mlxdpo.recipes import hugging_face
 from mlxdpo.recipes.outcome import KeyOutcome, Keys, Rule, Tool, by_synonym, lost, taken, to, unneeded
 from mlxdpo.types import UserError
@@ -63,7 +64,7 @@ def _in_steps(setting: str) -> Rule:
         settings: dict[str, Any] = {setting: steps}
         if key == "iters":
             settings["train.epochs"] = "auto"
-        return taken(settings, f"{value} iterations are {steps} optimizer steps" if portion > 1 else "")
+        return taken(settings, f"{value} iterations are {counted(steps, 'optimizer step')}" if portion > 1 else "")
 
     return rule
 

@@ -73,6 +73,9 @@ def _without_contradiction(settings: dict[str, tuple[Any, str]]) -> None:
         for name in [name for name in settings if name.startswith("lora.") and name != "lora.method"]:
             del settings[name]
         settings.pop("model.quantize", None)
+    if settings.get("stage", ("dpo", ""))[0] != "dpo":
+        for name in [name for name in settings if name.startswith("loss.")]:
+            del settings[name]
     if "lora.scale" in settings:
         settings.pop("lora.alpha", None)
     if "train.steps" in settings:  # decides instead of the epochs in every one of these trainers
@@ -85,7 +88,7 @@ def _without_groups(found: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in found.items():
         keys |= value if key in GROUPS and isinstance(value, Mapping) else {str(key): value}
     if isinstance(found.get("LoraConfig", found.get("peft_config")), Mapping):
-        keys.setdefault("use_peft", True)
+        keys.setdefault("use_peft", "LoraConfig")
     return keys
 
 
@@ -129,7 +132,7 @@ def recipe_text(found: ForeignRecipe) -> str:
     said = " ".join(told for _, told in found.settings.values())
     kinds = ("taken", "No effect in combination with other keys:"), ("not needed", "Not needed:")
     for kind, title in (*kinds, ("not supported", "Not supported, with the effect:")):
-        rest = [(key, outcome) for key, outcome in found.outcomes.items() if outcome.kind == kind]
+        rest = [(k, o) for k, o in found.outcomes.items() if o.kind == kind and found.keys[k] is not None]
         rest = [(key, outcome) for key, outcome in rest if kind != "taken" or f"{key}: " not in said]
         if rest:
             lines += ["", f"# {title}"]
@@ -137,6 +140,8 @@ def recipe_text(found: ForeignRecipe) -> str:
                 f"#   {key}: {_on_one_line(found.keys[key])}" + f"  ({outcome.note})" * bool(outcome.note)
                 for key, outcome in rest
             ]
+    if unset := [key for key, value in found.keys.items() if value is None]:
+        lines += ["", "# Unset:", f"#   {', '.join(unset)}"]
     return "\n".join(lines) + "\n"
 
 

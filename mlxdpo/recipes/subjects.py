@@ -113,8 +113,9 @@ NOT_SUPPORTED = {
     r"fp8.*|qat(_enable)?|quantization": "training computes in model.dtype; quantise with mlxdpo export",
     r"n(oisy_embedding|eftune_noise)_alpha": "no noise is added to embeddings; runs with it differ",
     r"use_(dft|asft|eaft).*|sft_loss_type": "the loss of stage sft is cross-entropy",
-    r"max_samples|dataset_shard_.*|min_sample_len|dataset_exact_deduplication|preserve_thinking":
-        "all rows are trained on, as they are; `mlxdpo data check` counts duplicates; write a file of rows to use",
+    r"max_samples|dataset_shard_.*|min_sample_len|dataset_exact_deduplication":
+        "all rows are trained on; to use some, write them to a file",
+    r"preserve_thinking": "see data.thinking and data.reasoning",
     r"curriculum_sampling|shuffle_.*|disable_shuffling|data_seed":
         "pairs are drawn in an order that train.seed decides",
     r"tool_format|chat_template_jinja": "the model's own chat template is used",

@@ -102,8 +102,9 @@ def _number_type(key: str, value: Any, keys: Keys) -> KeyOutcome:
 
 def _trl_defaults(keys: Keys) -> dict[str, Any]:
     """What TRL 1.16 does where the file is silent."""
-    peft = keys.get("use_peft") or any(name in keys for name in ("LoraConfig", "peft_config", "r"))
-    adapters = {"lora.rank": 16 if "r" not in keys else 8, "lora.alpha": 32.0 if "r" not in keys else 8.0}
+    library = keys.get("use_peft") == "LoraConfig" or "r" in keys  # PEFT's defaults, not those of ModelConfig
+    peft = keys.get("use_peft") or library
+    adapters = {"lora.rank": 8 if library else 16, "lora.alpha": 8.0 if library else 32.0}
     whole = {"lora.method": "full", "model.dtype": "float32"}
     evaluates = keys.get("eval_strategy", "no") not in ("no", False, None)
     found = {

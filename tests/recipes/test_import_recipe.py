@@ -144,6 +144,7 @@ def test_a_recipe_is_imported_in_one_go_and_trains(name, place, capsys):
     assert run(["import-recipe", f"{name}.yaml"]) == 0
     said = capsys.readouterr().out
     assert f"a recipe of {TOOLS[name].title}" in said and "comment for each key" in said
+    assert said.splitlines()[-1] == f"next: mlxdpo train {name}-mlxdpo.yaml"
     text = (place / f"{name}-mlxdpo.yaml").read_text()
     theirs = yaml.safe_load(RECIPES[name])
     assert [key for key in theirs if f"{key}: " not in text] == []
@@ -218,6 +219,10 @@ def test_the_nine_lines_that_trl_s_documentation_begins_with(place):
     config = load_config(None, yaml.safe_load(recipe_text(read_foreign(place / "first.py"))))
     assert (config.model.path, config.data.path) == ("Qwen/Qwen3-0.6B", "trl-lib/ultrafeedback_binarized")
     assert config.lora.method == "full" and config.optim.lr == 1e-6
+    text = (place / "first.py").read_text().replace(")\ntrainer", ", peft_config=LoraConfig())\ntrainer")
+    (place / "first.py").write_text(text.replace("),\n, peft", "), peft"))
+    lora = load_config(None, yaml.safe_load(recipe_text(read_foreign(place / "first.py")))).lora
+    assert (lora.method, lora.rank, lora.alpha) == ("lora", 8, 8)  # PEFT's, not those of TRL's command line
 
 
 @pytest.mark.parametrize("text", ["import trl\n", "def (\n"])
@@ -257,7 +262,8 @@ def test_axolotl_and_llama_factory_train_on_answers_where_no_preference_method_i
         "model_name_or_path: wide\ndataset: pairs.jsonl\nfinetuning_type: lora\ncutoff_len: 9\n"
     )
     for name in ("a.yaml", "l.yaml"):
-        assert load_config(None, yaml.safe_load(recipe_text(read_foreign(place / name)))).stage == "sft"
+        text = recipe_text(read_foreign(place / name))
+        assert load_config(None, yaml.safe_load(text)).stage == "sft" and "loss:" not in text
 
 
 def test_the_alignment_handbook_s_mixture_of_one_set(place):
@@ -347,6 +353,13 @@ def test_every_wrong_option_is_reported_with_the_right_name(place, capsys):
         "--beta": "--loss.beta", "--learning-rate": "--optim.lr", "--output_dir": "--out",
         "--lora_dropout": "--lora.dropout",
     }  # fmt: skip
+
+
+def test_keys_with_the_same_effect_share_a_line_and_unset_ones_too(place, capsys):
+    (place / "axolotl.yaml").write_text(RECIPES["axolotl"] + "saves_per_epoch: 1\nlora_model_dir:\nwandb_watch:\n")
+    run(["import-recipe", "axolotl.yaml"])
+    assert "evals_per_epoch, saves_per_epoch: set train.eval_every" in capsys.readouterr().out
+    assert (place / "axolotl-mlxdpo.yaml").read_text().endswith("# Unset:\n#   lora_model_dir, wandb_watch\n")
 
 
 def test_an_unknown_tool_is_refused_with_the_known_ones(place):
