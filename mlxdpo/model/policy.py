@@ -71,7 +71,9 @@ def find_model(path: str, revision: str | None = None, patterns: Sequence[str] =
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns)))
     except LocalEntryNotFoundError:
-        raise UserError(f"{path}: not in the local cache and the Hub cannot be reached; download it first") from None
+        raise UserError(
+            f"{path}: not in the local cache and the Hub cannot be reached; once online: hf download {path}"
+        ) from None
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in DISK:
             raise
