@@ -93,7 +93,8 @@ def sweep(
     # Rows that are in memory are written beside the runs, once.
     source = config_of(model, data, eval_data, fixed | {"out": str(place / "run")})
     fixed["data"] = source.data.model_dump(exclude_unset=True)
-    plan = plan_sweep(lambda given: config_of(model, settings={**fixed, **given}), swept, seeds, place, planned_steps)
+    make = lambda given: config_of(model, settings=_laid_over(fixed, given))  # noqa: E731
+    plan = plan_sweep(make, swept, seeds, place, planned_steps)
     say: Callable[[str], None] = (lambda text: None) if quiet else print
     run_sweep(plan, _trained(quiet), lambda: False, lambda run: drift_of(run, answers), say)
     return Sweep(place, write_sweep(place))
@@ -112,6 +113,12 @@ def _told_apart(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
             swept[name] = [_value_text(value) for value in inside.pop(key)]
     fixed = {section: values for section, values in nested.items() if values != {}}
     return fixed, swept
+
+
+def _laid_over(fixed: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings with others over them; what a section has besides stays."""
+    both = {name: {**fixed[name], **value} for name, value in given.items() if isinstance(fixed.get(name), Mapping)}
+    return {**fixed, **given, **both}
 
 
 def _takes_list(section: str, key: str) -> bool:

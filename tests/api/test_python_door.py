@@ -154,6 +154,8 @@ def test_a_judge_that_is_none_is_refused(place):
 def test_a_sweep_takes_lists_of_values_and_shows_what_can_be_told_apart(place, capsys):
     rows, asked = some_rows(), {"loss": ["sigmoid", squared], "lr": [1e-3, 1e-4], "answers": 0, "quiet": True}
     swept = mlxdpo.sweep("m", rows, seeds=1, **asked, **SHORT)
+    for tuned in swept.runs:  # a swept setting leaves the others of its section as they are
+        assert (tuned.config().train.steps, tuned.config().train.batch_size) == (SHORT["steps"], SHORT["batch_size"])
     assert capsys.readouterr().out == ""
     assert swept.results.settings == {"loss.name": ["sigmoid", "squared"], "optim.lr": ["0.001", "0.0001"]}
     assert len(swept.runs) == 4 and swept.best is not None
