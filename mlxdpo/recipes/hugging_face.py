@@ -156,7 +156,7 @@ def best_at_end(key: str, value: Any, keys: Keys) -> KeyOutcome:
     return taken({"train.keep_model": "best"}, "the step with the lowest held-out loss")
 
 
-def shuffled(key: str, value: Any, keys: Keys) -> KeyOutcome:
+def order_rule(key: str, value: Any, keys: Keys) -> KeyOutcome:
     """`dataloader_shuffle` and its like, which are on there."""
     kind = "not supported" if value is False else "not needed"
     return KeyOutcome(kind, "pairs are drawn in an order that train.seed decides")
@@ -203,7 +203,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("use_rslora", "peft_use_rslora"), rank_stabilised),
     **dict.fromkeys(("use_dora", "peft_use_dora"), dora),
     "report_to": tracker,
-    **dict.fromkeys(("shuffle_merged_datasets", "dataloader_shuffle"), shuffled),
+    **dict.fromkeys(("shuffle_merged_datasets", "dataloader_shuffle"), order_rule),
     **unneeded("do_train do_eval do_predict", "train, eval and generate are separate commands"),
     **unneeded("remove_unused_columns label_names", "columns beyond the texts are used, or refused by name"),
     **unneeded("prediction_loss_only eval_on_start", "held-out pairs are scored in full, at the start as well"),

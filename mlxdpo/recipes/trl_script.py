@@ -31,10 +31,10 @@ def read_script(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: no such file") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{file}: cannot be read as a Python script ({' '.join(str(error).split())[:200]})") from None
-    calls = {name: call for name, call in reversed(list(_calls(tree)))}  # the first of each name
+    calls = {name: call for name, call in reversed(list(_script_calls(tree)))}  # the first of each name
     if not calls.keys() & {TRAINER, "DPOConfig"}:
         raise UserError(f"{file}: no {TRAINER} or DPOConfig in it; import-recipe reads scripts that train with these")
-    known = _constants(tree)
+    known = _script_constants(tree)
     found: dict[str, Any] = {
         name: _keywords(calls[name], known) for name in (*CONFIGURATIONS, "BitsAndBytesConfig") if name in calls
     }
@@ -44,11 +44,11 @@ def read_script(file: Path) -> dict[str, Any]:
 
 def _model_and_data(calls: Mapping[str, ast.Call], known: Mapping[str, Any]) -> dict[str, Any]:
     keywords = {name: _keywords(call, known) for name, call in calls.items()}
-    model = _first(calls.get("from_pretrained"), known)
+    model = _first_argument(calls.get("from_pretrained"), known)
     if model is None:
-        model = keywords.get(TRAINER, {}).get("model") or _first(calls.get(TRAINER), known)
+        model = keywords.get(TRAINER, {}).get("model") or _first_argument(calls.get(TRAINER), known)
     given = keywords.get("load_dataset", {})
-    path = given.get("path", _first(calls.get("load_dataset"), known))
+    path = given.get("path", _first_argument(calls.get("load_dataset"), known))
     files = given.get("data_files")
     return {
         "model_name_or_path": model,
@@ -58,7 +58,7 @@ def _model_and_data(calls: Mapping[str, ast.Call], known: Mapping[str, Any]) -> 
     }
 
 
-def _calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+def _script_calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
     """(last word of what is called, the call), in the order of the lines."""
     for node in sorted((n for n in ast.walk(tree) if isinstance(n, ast.Call)), key=lambda n: (n.lineno, n.col_offset)):
         called = node.func
@@ -68,24 +68,24 @@ def _calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
             yield name, node
 
 
-def _constants(tree: ast.AST) -> dict[str, Any]:
+def _script_constants(tree: ast.AST) -> dict[str, Any]:
     """Names that are given a constant, and nothing else anywhere."""
     given: dict[str, list[Any]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            given.setdefault(node.targets[0].id, []).append(_value(node.value, {}))
+            given.setdefault(node.targets[0].id, []).append(_constant_value(node.value, {}))
     return {name: values[0] for name, values in given.items() if len(values) == 1}
 
 
 def _keywords(call: ast.Call, known: Mapping[str, Any]) -> dict[str, Any]:
-    return {word.arg: _value(word.value, known) for word in call.keywords if word.arg is not None}
+    return {word.arg: _constant_value(word.value, known) for word in call.keywords if word.arg is not None}
 
 
-def _first(call: ast.Call | None, known: Mapping[str, Any]) -> Any:
-    return _value(call.args[0], known) if call is not None and call.args else None
+def _first_argument(call: ast.Call | None, known: Mapping[str, Any]) -> Any:
+    return _constant_value(call.args[0], known) if call is not None and call.args else None
 
 
-def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
+def _constant_value(node: ast.expr, known: Mapping[str, Any]) -> Any:
     """A constant, also behind a name; torch.bfloat16 is "bfloat16"."""
     if isinstance(node, ast.Name) and node.id in known:
         return known[node.id]
