@@ -127,7 +127,7 @@ def test_a_run_is_opened_judged_and_its_cost_is_shown(workplace, capsys):
 
 def test_own_objective_reward_and_sweep(workplace):
     names = executed("own_objective_and_reward", workplace)
-    assert len(names["found"].runs) == 4 and names["again"].same
+    assert len(names["found"].runs) == 2 and names["again"].same
     assert {run.config().loss.name for run in names["found"].runs} == {"token_hinge"}
     assert not any((workplace / "cache").rglob("*logps*")), "the objective needs no reference"
     assert set(names["verdict"]["winrates"]) == {"eight_words"}
