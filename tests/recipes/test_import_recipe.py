@@ -12,6 +12,7 @@ from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.cli import run
 from mlxdpo.config import load_config
+from mlxdpo.data.read import heldout_source
 from mlxdpo.losses import LOSSES
 from mlxdpo.recipes.hugging_face import OTHER_NAMES
 from mlxdpo.recipes.outcome import KeyOutcome
@@ -275,6 +276,8 @@ def test_the_alignment_handbook_s_mixture_of_one_set(place):
     data = load_config(None, yaml.safe_load(recipe_text(found))).data
     assert (data.path, data.split, data.eval) == ("Hub/binarized", "train_prefs", "test_prefs")
     assert found.tool.name == "trl" and found.outcomes["dataset_mixer"].kind == "taken"
+    with pytest.raises(UserError, match=r"data\.eval test_prefs is no file, and pairs\.jsonl has no splits"):
+        heldout_source(data.model_copy(update={"path": "pairs.jsonl"}))
 
 
 def test_axolotl_s_step_and_beta_are_computed_as_there(place):
