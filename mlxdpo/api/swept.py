@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxdpo.api.tuned_run import TunedRun, open_run, printed, with_loss
+from mlxdpo.api.tuned_run import TunedRun, open_run, printed, warn_slow_blas, with_loss
 from mlxdpo.config import Config
 from mlxdpo.io.settings import dotted_names
 from mlxdpo.runs import Run
@@ -95,6 +95,7 @@ def sweep(
     fixed["data"] = source.data.model_dump(exclude_unset=True)
     make = lambda given: config_of(model, settings=_laid_over(fixed, given))  # noqa: E731
     plan = plan_sweep(make, swept, seeds, place, planned_steps)
+    warn_slow_blas()
     say: Callable[[str], None] = (lambda text: None) if quiet else print
     run_sweep(plan, _trained(quiet), lambda: False, lambda run: drift_of(run, answers), say)
     return Sweep(place, write_sweep(place))

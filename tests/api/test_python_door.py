@@ -10,7 +10,9 @@ from tiny_models import write_model
 from tiny_tokenizers import chatml_tokenizer
 
 import mlxdpo
+from mlxdpo.api import tuned_run
 from mlxdpo.losses import LOSSES
+from mlxdpo.machine.openblas import Blas
 from mlxdpo.training.given import nested_settings, rows_file
 
 WORDS = ["red", "blue", "the", "user", "string", "er", "a", "ok"]
@@ -140,6 +142,12 @@ def test_own_objectives_are_tried_when_they_are_registered(place):
     run = mlxdpo.tune("m", some_rows(8), loss="plain_lead", lr=1e-3, quiet=True, **SHORT)
     assert run.config().loss.name == "plain_lead" and LOSSES["plain_lead"].knobs == ("beta",)
     assert not any((place / "cache").rglob("*logps*"))  # no reference was asked for
+
+
+def test_slow_matrix_products_are_named(monkeypatch):
+    monkeypatch.setattr(tuned_run, "preload_blas", lambda: Blas(False, "import mlxdpo first"))
+    with pytest.warns(UserWarning, match="import mlxdpo first"):
+        tuned_run.warn_slow_blas()
 
 
 def test_a_judge_that_is_none_is_refused(place):
