@@ -14,7 +14,7 @@ THEIR_EVAL := alpaca-eval==0.6.6 rewardbench==0.1.4
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
 REAL_WORKERS := -n auto --maxprocesses 3 --dist loadgroup
 
-.PHONY: demo test test-mac test-real fuzz faults parity coverage check cover mutation bench-peers frontier docs smoke bare lock audit licences clean
+.PHONY: demo test test-mac test-real fuzz faults parity models coverage check cover mutation notebooks bench-peers frontier docs smoke bare lock audit licences clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mlxdpo demo
@@ -73,6 +73,13 @@ check: $(VENV)/.dev
 # Pages, recipes, every key, command and public function, into build/docs; a warning or a broken link is an error.
 docs: $(VENV)/.docs
 	$(BIN)/python docs/build.py
+
+# The notebooks of examples/ run in an empty folder; their outputs are stored in them.
+notebooks: $(VENV)/.demo
+	$(BIN)/pip install --quiet nbconvert ipykernel
+	rm -rf .bench/notebooks && mkdir -p .bench/notebooks && cp examples/*.ipynb .bench/notebooks
+	cd .bench/notebooks && $(CURDIR)/$(BIN)/jupyter nbconvert --to notebook --execute --inplace *.ipynb
+	cp .bench/notebooks/*.ipynb examples
 
 # Against mlx-lm-lora, soup-cli and TRL, each in its own environment below .bench/: hours. More: docs/benchmarks.md.
 bench-peers: $(VENV)/.demo

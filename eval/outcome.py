@@ -55,10 +55,18 @@ def outcome_sentences(outcome: Outcome, heldout: Mapping[str, float], run: Run) 
         sentences.append(f"evaluate: mlxdpo eval {run.path} --judge longest (or another judge: mlxdpo eval --help)")
     else:
         sentences.append(
-            "the model answers as before, so it cannot be better: train longer (--train.epochs 3) or faster "
-            "(--optim.lr auto, or a rate three times higher)"
+            "the model answers as before, so it cannot be better; train for longer: "
+            f"mlxdpo train --resume {run.path} {longer(run)}, or start again at a higher rate (--optim.lr)"
         )
     return sentences
+
+
+def longer(run: Run) -> str:
+    """The option that lets a finished run train three times as long."""
+    train = run.config().train
+    if train.steps is not None:
+        return f"--train.steps {3 * train.steps}"
+    return f"--train.epochs {3 * train.epochs:g}" if isinstance(train.epochs, float | int) else "--train.epochs 6"
 
 
 def _displacement(run: Run, heldout: Mapping[str, float]) -> str:

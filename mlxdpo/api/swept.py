@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxdpo.api.tuned_run import TunedRun, open_run, printed, with_loss
+from mlxdpo.api.tuned_run import TunedRun, open_run, printed, warn_slow_blas, with_loss
 from mlxdpo.config import Config
 from mlxdpo.io.settings import dotted_names
 from mlxdpo.runs import Run
@@ -93,7 +93,9 @@ def sweep(
     # Rows that are in memory are written beside the runs, once.
     source = config_of(model, data, eval_data, fixed | {"out": str(place / "run")})
     fixed["data"] = source.data.model_dump(exclude_unset=True)
-    plan = plan_sweep(lambda given: config_of(model, settings={**fixed, **given}), swept, seeds, place, planned_steps)
+    make = lambda given: config_of(model, settings=_laid_over(fixed, given))  # noqa: E731
+    plan = plan_sweep(make, swept, seeds, place, planned_steps)
+    warn_slow_blas()
     say: Callable[[str], None] = (lambda text: None) if quiet else print
     run_sweep(plan, _trained(quiet), lambda: False, lambda run: drift_of(run, answers), say)
     return Sweep(place, write_sweep(place))
@@ -112,6 +114,12 @@ def _told_apart(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
             swept[name] = [_value_text(value) for value in inside.pop(key)]
     fixed = {section: values for section, values in nested.items() if values != {}}
     return fixed, swept
+
+
+def _laid_over(fixed: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings with others over them; what a section has besides stays."""
+    both = {name: {**fixed[name], **value} for name, value in given.items() if isinstance(fixed.get(name), Mapping)}
+    return {**fixed, **given, **both}
 
 
 def _takes_list(section: str, key: str) -> bool:

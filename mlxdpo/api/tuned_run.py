@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,6 +13,7 @@ from mlxdpo.config import Config
 from mlxdpo.inference.generate import generate
 from mlxdpo.io.digest import file_digest
 from mlxdpo.io.json_file import read_json, read_lines
+from mlxdpo.machine.openblas import preload_blas
 from mlxdpo.model.adapters import WEIGHTS
 from mlxdpo.runs import Run
 from mlxdpo.training.given import config_of
@@ -128,8 +130,16 @@ def tune(
     Raises `UserError` in a sentence for whatever is wrong with them, before the model is loaded.
     """
     config = config_of(model, data, eval_data, with_loss(loss, settings))
+    warn_slow_blas()
     events = train(config, generate=generate)
     return finished_run(events if quiet else printed(events, config))
+
+
+def warn_slow_blas() -> None:
+    """Warn where matrix products are slow on Linux: mlx was imported first, or the fast BLAS is absent."""
+    blas = preload_blas()
+    if not blas.fast:
+        warnings.warn(blas.note, stacklevel=3)
 
 
 def with_loss(loss: Any, settings: Mapping[str, Any]) -> dict[str, Any]:

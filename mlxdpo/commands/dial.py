@@ -66,7 +66,7 @@ def run(
     console.print(sheet)
     console.print(f"* take strength {found.recommended:g}: {found.reason}", markup=False)
     if found.recommended not in (0, 1):
-        console.print(f"see it: mlxdpo generate {path} --strength {found.recommended:g} --prompt '...'", markup=False)
+        console.print(f"talk to it: mlxdpo chat {path} --strength {found.recommended:g}", markup=False)
 
 
 def merge(
@@ -99,5 +99,5 @@ def merge(
     console.print(f"{out} holds {len(paths)} runs, merged: rank {rank}{words}", markup=False)
     if not made.config().data.eval and not made.config().data.eval_fraction:
         console.print("the runs held out different pairs; evaluate it with --data", style="yellow", markup=False)
-    console.print(f"see it: mlxdpo generate {out} --prompt '...'", markup=False)
-    console.print(f"ship it: mlxdpo export {out} --to mlx,gguf --out DIR", markup=False)
+    console.print(f"talk to it: mlxdpo chat {out}", markup=False)
+    console.print(f"ship it: mlxdpo export {out} --to mlx,gguf --out exported", markup=False)

@@ -218,12 +218,12 @@ def check_switches(making: Making, publishing: Publishing, to: str) -> None:
 
 def gate_table(exported: Exported) -> Any:
     """What the gate measured, one row a target."""
-    from rich import box
     from rich.table import Table
 
     from mlxdpo.exporters.usage import client_words
 
-    sheet = Table("target", "MB", "token KL", "lost", "slope", "corr.", "accuracy", "gate", "client", box=box.SIMPLE)
+    columns = ("target", "MB", "token KL", "lost", "slope", "corr.", "accuracy", "gate", "client")
+    sheet = Table(*columns, box=None, padding=(0, 1, 0, 0), pad_edge=False)  # all of them fit 80 columns
     for name, target in exported.targets.items():
         verdict = "passed" if target.fidelity.passed else "forced" if target.kept else "FAILED"
         size = f"{sum(target.files.values()) / 1e6:.1f}" if target.kept else "-"

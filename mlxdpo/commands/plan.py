@@ -64,9 +64,11 @@ def show_prospects(found: Forecast) -> None:
     if prompts:
         least = minimum_detectable(prompts)
         shows = (
-            "too few to show any effect" if least is None else f"they can show an accuracy or win rate of {least:.2f}"
+            "too few to show any effect"
+            if least is None
+            else f"the smallest accuracy or win rate that they can distinguish from 0.50: {least:.2f} (power 0.8)"
         )
-        console.print(f"{shows} (against 0.50, with power 0.8)")
+        console.print(shows)
     if note := rates_note(found.config, found.summary.steps):
         console.print(note, style="yellow", markup=False)
 

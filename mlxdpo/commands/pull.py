@@ -25,7 +25,7 @@ def run(repo: str, /, *, revision: str | None = None, out: Path | None = None, b
         console.print("its objective and data are unknown: the default beta is assumed; pass pairs with --data")
     else:
         console.print(heldout_words(found.path), markup=False)
-    console.print(f"try it: mlxdpo generate {found.path} --prompt '...'", markup=False)
+    console.print(f"talk to it: mlxdpo chat {found.path}", markup=False)
 
 
 def heldout_words(path: Path) -> str:

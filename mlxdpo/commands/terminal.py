@@ -55,6 +55,8 @@ def show_training(events: Iterable[Event]) -> Iterator[Event]:
             values = event.values
             if event.kind == "start":
                 config, steps = values["config"], values["plan"].steps
+            elif event.kind == "note":
+                steps = values.get("steps", steps)  # those that train.minutes leave
             with outliving_the_terminal():
                 if event.kind in ("reading", "reference"):
                     doing = values.get("doing", "reference")

@@ -218,7 +218,8 @@ def follow_training(
         terminal.console.print(f"stopped; {way}")
         return 130
     del events  # and with it the model, which `finish` may load again
-    terminal.console.print(f"see it: mlxdpo generate {path} --prompt '...'   (--before for the untuned model)")
+    if config.stage != "reward":
+        terminal.console.print(f"talk to it: mlxdpo chat {path}   (/both: the untuned model answers too)", markup=False)
     assert path is not None  # a finished run has one
     finish(Run(path), heldout)
     return 0

@@ -114,7 +114,9 @@ def say_what_came_out(run: Run, heldout: Mapping[str, float], judges: list[str],
 def next_step(run: Run, changed: int, judges: list[str]) -> str:
     """The command that follows: look at it, or train for longer when nothing changed."""
     if not changed:
-        return f"mlxdpo train --resume {run.path} --train.epochs 6 (no answer changed)"
+        from mlxdpo_eval.outcome import longer
+
+        return f"mlxdpo train --resume {run.path} {longer(run)} (no answer changed)"
     if not judges:
         return f"mlxdpo app {run.path} (blind votes: length does not measure quality), or eval with --judge local:MODEL"
     return f"mlxdpo app {run.path} (try it), mlxdpo export {run.path} --to mlx,hf --out exported"

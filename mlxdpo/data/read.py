@@ -120,12 +120,17 @@ def read_pairs(data: DataConfig, path: str | None = None, split: str | None = No
 
 def heldout_source(data: DataConfig) -> tuple[str, str] | None:
     """(path, split) of the held-out pairs that `data.eval` names: a file, a folder, or a split of `data.path`; where
-    it names none and pairs are held out at all, of the split of a folder that is there for it (mlx-lm's `valid`)."""
+    it names none and pairs are held out at all, of the split of a folder that is there for it (mlx-lm's `valid`).
+
+    Raises `UserError` where it is the name of a split and `data.path` a file.
+    """
     if data.eval is None:
         beside = heldout_split(data.path, data.split) if data.eval_fraction else None
         return None if beside is None else (data.path, beside)
     a_file = os.path.exists(Path(data.eval).expanduser()) or Path(data.eval.removesuffix(".gz")).suffix in READERS
     a_split = is_hub_dataset(data.path) or os.path.isdir(data.path)
+    if not a_file and "/" not in data.eval and os.path.isfile(data.path):
+        raise UserError(f"data.eval {data.eval} is no file, and {data.path} has no splits; give --data.eval FILE")
     return (data.path, data.eval) if a_split and not a_file else (data.eval, data.split)
 
 

@@ -32,7 +32,7 @@ THEIR_NAMES = {
     "loss.weights": "loss_weights",
     "loss.beta": "dpo_beta pref_beta rl_beta kl_coef",
     "loss.label_smoothing": "dpo_label_smoothing",
-    "loss.gamma": "simpo_gamma simpo_gamma_beta_ratio target_reward_margin",
+    "loss.gamma": "gamma simpo_gamma simpo_gamma_beta_ratio target_reward_margin",
     "loss.desirable_weight": "kto_desirable_weight kto_chosen_weight",
     "loss.undesirable_weight": "kto_undesirable_weight kto_rejected_weight",
     "loss.f_divergence": "f_divergence_type",

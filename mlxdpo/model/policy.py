@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,9 @@ def find_model(path: str, revision: str | None = None, patterns: Sequence[str] =
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns)))
     except LocalEntryNotFoundError:
-        raise UserError(f"{path}: not in the local cache and the Hub cannot be reached; download it first") from None
+        raise UserError(
+            f"{path}: not in the local cache and the Hub cannot be reached; once online: hf download {path}"
+        ) from None
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in DISK:
             raise
@@ -205,7 +208,8 @@ def load_policy(config: ModelConfig) -> Policy:
     if config.quantize:
         if quantisation:
             raise UserError(f"{config.path} is already quantised ({quantisation['bits']} bits); drop model.quantize")
-        model, changed = quantize_model(model, dict(raw), group_size=64, bits=config.quantize)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line of its own
+            model, changed = quantize_model(model, dict(raw), group_size=64, bits=config.quantize)
         quantisation = changed["quantization"]
     cast(model, dtype)
     model.freeze()

@@ -68,6 +68,38 @@ def _four_bits(key: str, value: Any, keys: Keys) -> KeyOutcome:
     return hugging_face.four_bits(key, value, keys)
 
 
+def _special_tokens(key: str, value: Any, keys: Keys) -> KeyOutcome:
+    if set(value or {}) <= {"pad_token"}:
+        return KeyOutcome("not needed", "nothing is padded")
+    return KeyOutcome("not supported", "the model's own tokens begin and end a text")
+
+
+def _batch_size(key: str, value: Any, keys: Keys) -> KeyOutcome:
+    """`batch_size` is that of a step, from which Axolotl computes the accumulation."""
+    if not value or keys.get("gradient_accumulation_steps"):
+        return KeyOutcome("not needed", "unset" if not value else "micro_batch_size and accumulation give it")
+    return taken({"train.gradient_accumulation": max(1, int(value) // int(keys.get("micro_batch_size") or 1))})
+
+
+def _reward_model(key: str, value: Any, keys: Keys) -> KeyOutcome:
+    return taken({"stage": "reward"}) if value else KeyOutcome("not needed", "off, as here")
+
+
+def _beta(key: str, value: Any, keys: Keys) -> KeyOutcome:
+    if (keys.get("trl") or {}).get("beta") is not None:
+        return KeyOutcome("not needed", "trl.beta takes precedence, as in the original")
+    return to("loss.beta", float)(key, value, keys)
+
+
+def _of_trl(key: str, value: Any, keys: Keys) -> KeyOutcome:
+    """`trl`: settings of online trainers, except `beta`, which wins over `rl_beta`."""
+    given = {name: one for name, one in (value or {}).items() if one is not None}
+    settings = {"loss.beta": float(given.pop("beta"))} if "beta" in given else {}
+    if given:
+        return KeyOutcome("not supported", f"{', '.join(given)}: of trainers that sample", settings)
+    return taken(settings) if settings else KeyOutcome("not needed", "unset")
+
+
 def _from_there(key: str, value: Any, keys: Keys) -> KeyOutcome:
     return taken({"model.adapter": value}) if value else KeyOutcome("not needed", "unset")
 
@@ -78,6 +110,9 @@ def _axolotl_defaults(keys: Keys) -> dict[str, Any]:
     found |= {"train.gradient_accumulation": 1, "train.seed": 42, "data.max_length": 512, "optim.warmup": 0.03}
     if keys.get("rl") == "simpo":
         found["loss.gamma"] = 0.5
+    if not keys.get("rl"):
+        del found["loss.beta"]
+        found |= {} if keys.get("reward_model") else {"stage": "sft"}
     return found | ({} if keys.get("adapter") else {"lora.method": "full", "model.dtype": "float32"})
 
 
@@ -86,7 +121,7 @@ RULES: Mapping[str, Rule] = {
     "base_model": to("model.path"),
     "revision_of_model": to("model.revision"),
     "rl": _kind,
-    **dict.fromkeys(("rl_beta", "dpo_beta", "orpo_alpha"), to("loss.beta", float)),
+    **dict.fromkeys(("rl_beta", "dpo_beta", "orpo_alpha"), _beta),
     "simpo_gamma": to("loss.gamma", float),
     "cpo_alpha": to("loss.cpo_alpha", float),
     "rpo_alpha": hugging_face.imitation_rule,
@@ -94,12 +129,7 @@ RULES: Mapping[str, Rule] = {
     "dpo_use_weighting": to("loss.wpo", bool),
     "dpo_loss_type": hugging_face.objective_rule,
     "dpo_loss_weights": to("loss.weights"),
-    **unneeded("dpo_use_liger_kernel flex_attention sage_attention flash_attn_cross_entropy chunked_cross_entropy "
-               "chunked_cross_entropy_num_chunks", "MLX's fused attention and the fused head are always used"),
-    **unneeded("dpo_padding_free batch_flattening sample_packing_group_size sample_packing_bin_size",
-               "batches are laid out without padding from the pairs' lengths"),
     **lost("max_prompt_len", "prompt and completion share data.max_length; a long prompt loses its beginning"),
-    **lost("chat_template_kwargs", "data.thinking is the one that can be set"),
     **by_synonym("kto_desirable_weight kto_undesirable_weight", float),
     **dict.fromkeys(("datasets", "test_datasets"), _listed_sets),
     "val_set_size": to("data.eval_fraction", float),
@@ -109,25 +139,16 @@ RULES: Mapping[str, Rule] = {
     "adapter": _adapter,
     "lora_model_dir": _from_there,
     **dict.fromkeys(("load_in_4bit", "load_in_8bit"), _four_bits),
-    **unneeded("model_type tokenizer_type tokenizer_config is_llama_derived_model is_mistral_derived_model "
-           "is_qwen_derived_model is_falcon_derived_model base_model_config tokenizer_use_fast tokenizer_legacy",
-           "read from the model's files"),
-    **unneeded("chat_template default_system_message train_on_inputs special_tokens tokens",
-           "the model's own chat template and tokens are used, completions alone are scored"),
+    "special_tokens": _special_tokens,
+    "batch_size": _batch_size,
+    "reward_model": _reward_model,
+    "center_rewards_coefficient": to("reward.center", float),
+    "trl": _of_trl,
+    **unneeded("chat_template default_system_message train_on_inputs",
+               "the model's own chat template is used, completions alone are scored"),
     **unneeded("rl_adapter_ref_model", "the reference is the model without its adapter, scored once"),
-    **unneeded("lora_fan_in_fan_out strict plugins s2_attention eval_table_size eval_max_new_tokens "
-           "eval_sample_packing shuffle_merged_datasets skip_prepare_dataset gptq loss_watchdog_threshold "
-           "loss_watchdog_patience "
-           "lora_mlp_kernel lora_qkv_kernel lora_o_kernel merge_lora save_first_step flash_optimum low_cpu_mem_usage",
-           "not needed"),
-    **lost("dataset_exact_deduplication", "equal rows are counted by `mlxdpo data check`, and kept"),
-    **unneeded("mlflow_tracking_uri mlflow_experiment_name comet_project_name use_wandb use_mlflow use_comet "
-        "use_tensorboard",
-           "log.trackers: tensorboard, wandb or trackio"),
     **lost("evals_per_epoch saves_per_epoch", "set train.eval_every and train.save_every, in steps"),
-    **lost("chat_template_jinja", "the model's own chat template is used"),
     **lost("excess_length_strategy", "see data.on_long_prompt and data.on_long_completion"),
-    **lost("unfrozen_parameters relora_steps", "not done here"),
 }  # fmt: skip
 
 MARKS = (

@@ -156,6 +156,12 @@ def best_at_end(key: str, value: Any, keys: Keys) -> KeyOutcome:
     return taken({"train.keep_model": "best"}, "the step with the lowest held-out loss")
 
 
+def order_rule(key: str, value: Any, keys: Keys) -> KeyOutcome:
+    """`dataloader_shuffle` and its like, which are on there."""
+    kind = "not supported" if value is False else "not needed"
+    return KeyOutcome(kind, "pairs are drawn in an order that train.seed decides")
+
+
 def adam_factors(key: str, value: Any, keys: Keys) -> KeyOutcome:
     """`adam_beta1` and `adam_beta2` are one setting."""
     if value is None:
@@ -197,52 +203,13 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("use_rslora", "peft_use_rslora"), rank_stabilised),
     **dict.fromkeys(("use_dora", "peft_use_dora"), dora),
     "report_to": tracker,
-    **unneeded("bf16 fp16 tf32 float16 bfloat16 pure_bf16 bf16_full_eval fp16_full_eval half_precision_backend",
-           "model.dtype auto is bfloat16 on a GPU"),
-    **unneeded("flash_attention flash_attn attn_implementation xformers_attention sdp_attention eager_attention "
-           "use_liger_kernel liger_kernel_config enable_liger_kernel torch_compile torch_compile_backend "
-           "torch_compile_mode use_unsloth", "MLX's fused attention and the fused head are always used"),
-    **unneeded("ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_backend ddp_broadcast_buffers "
-           "ddp_static_graph deepspeed fsdp fsdp_config local_rank accelerator_config parallelism_config "
-           "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers "
-           "dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context preprocessing_num_workers "
-           "dataset_num_proc dataset_processes average_tokens_across_devices",
-           "one process on one Mac; mlx.launch starts several (docs/distributed.md)"),
-    **unneeded("logging_strategy logging_first_step logging_dir logging_nan_inf_filter log_level log_level_replica "
-           "disable_tqdm log_on_each_node plot_loss include_num_input_tokens_seen include_tokens_per_second "
-           "skip_memory_metrics run_name project project_name debug", "every step is in metrics.jsonl"),
-    **unneeded("wandb_project wandb_entity wandb_name wandb_run_id wandb_watch wandb_log_model wandb_mode",
-           "wandb reads WANDB_PROJECT, WANDB_ENTITY and WANDB_NAME from the environment"),
-    **unneeded("save_strategy save_only_model save_safetensors overwrite_output_dir overwrite_cache save_on_each_node "
-           "enable_jit_checkpoint ignore_data_skip restore_callback_states_from_checkpoint",
-           "checkpoints are safetensors with optimizer and order, and no run is overwritten"),
+    **dict.fromkeys(("shuffle_merged_datasets", "dataloader_shuffle"), order_rule),
     **unneeded("do_train do_eval do_predict", "train, eval and generate are separate commands"),
-    **unneeded("use_cache use_cpu remove_unused_columns label_names prediction_loss_only eval_on_start",
-           "not needed"),
-    **unneeded("eval_do_concat_batches eval_use_gather_object batch_eval_metrics include_for_metrics "
-           "per_device_eval_batch_size eval_accumulation_steps eval_batch_size eval_delay group_by_length "
-           "length_column_name train_sampling_strategy padding_free pad_to_multiple_of pad_token sample_packing "
-           "pad_to_sequence_len packing ref_model_quantization_bit",
-           "batches are laid out without padding from the pairs' lengths"),
-    **unneeded("gradient_checkpointing_kwargs activation_checkpointing_kwargs torch_empty_cache_steps "
-           "lora_task_type task_type use_fast_tokenizer cache_dir", "of PyTorch alone"),
-    **unneeded("bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage bnb_4bit_compute_dtype "
-           "quantization_method double_quantization", "of bitsandbytes; MLX has its own quantisation"),
-    **unneeded("precompute_ref_log_probs precompute_ref_batch_size dataset_prepared_path full_determinism",
-           "the reference is scored once and cached, and runs are bit-identical"),
-    **unneeded("push_to_hub hub_model_id hub_token hub_private_repo hub_strategy hub_always_push hub_revision "
-           "trackio_space_id trackio_bucket_id trackio_static_space_id",
-           "use mlxdpo export RUN --push OWNER/NAME after the evaluation"),
+    **unneeded("remove_unused_columns label_names", "columns beyond the texts are used, or refused by name"),
+    **unneeded("prediction_loss_only eval_on_start", "held-out pairs are scored in full, at the start as well"),
+    **unneeded("ref_model_quantization_bit", "the reference is the model before tuning, quantised as it is"),
+    **unneeded("full_determinism", "runs are bit-identical"),
     **unneeded("resume_from_checkpoint auto_resume_from_checkpoints", "mlxdpo train --resume RUN"),
-    **lost("neftune_noise_alpha", "no noise is added to embeddings; runs with it differ"),
-    **lost("lora_modules_to_save modules_to_save additional_target lora_target_parameters optim_target_modules",
-           "these layers stay frozen; train them with lora.method full"),
-    **lost("lr_scheduler_kwargs optim_args adam_epsilon cosine_min_lr_ratio label_smoothing_factor",
-           "MLX's own value is used: epsilon 1e-8, and schedules end at 0"),
     **lost("auto_find_batch_size", "`mlxdpo plan` says which batch size fits"),
-    **lost("activation_offloading activation_checkpointing", "use train.gradient_checkpointing"),
-    **lost("use_galore use_apollo use_badam", "another optimizer; adamw is used"),
-    **lost("freeze_trainable_layers freeze_trainable_modules", "choose layers with lora.layers and lora.keys"),
     **lost("metric_for_best_model greater_is_better", "the best step is the one with the lowest held-out loss"),
-    **lost("data_seed", "one seed, train.seed, draws order, dropout and the adapter's start"),
 }  # fmt: skip

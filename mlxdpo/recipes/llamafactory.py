@@ -63,6 +63,8 @@ def _factory_defaults(keys: Keys) -> dict[str, Any]:
     found: dict[str, Any] = {"loss.beta": 0.1, "optim.lr": 5e-5, "optim.schedule": "linear", "optim.warmup": 0.0}
     found |= {"train.epochs": 3.0, "train.batch_size": 8, "train.gradient_accumulation": 1, "train.seed": 42}
     found |= {"data.max_length": 2048}
+    if "stage" not in keys:
+        found["stage"] = "sft"
     if keys.get("pref_loss") == "simpo":
         found["loss.gamma"] = 0.5
     if keys.get("finetuning_type", "lora") != "lora":
@@ -88,7 +90,7 @@ RULES: Mapping[str, Rule] = {
     "cutoff_len": to("data.max_length", int),
     "val_size": to("data.eval_fraction", float),
     "quantization_bit": _factory_bits,
-    **dict.fromkeys(("adapter_name_or_path", "ref_model_adapters"), _adapters),
+    **dict.fromkeys(("adapter_name_or_path", "adapter_folder", "ref_model_adapters"), _adapters),
     "moe_aux_loss_coef": to("train.router_aux_loss_coef", float),
     "early_stopping_steps": to("train.patience", int),
     "use_muon": lambda key, value, keys: taken({"optim.name": "muon"}) if value else unknown_key(key, value, keys),
@@ -97,15 +99,10 @@ RULES: Mapping[str, Rule] = {
     "model_revision": to("model.revision", lambda value: None if value == "main" else value),
     **unneeded("template default_system train_on_prompt mask_history", "the model's own chat template is used, answers "
            "alone are scored"),
-    **unneeded("data_shared_file_system streaming buffer_size interleave_probs mix_strategy tokenized_path "
-           "dataloader_shuffle create_new_adapter upcast_layernorm upcast_lmhead_output infer_dtype hf_hub_token "
-           "offload_folder ray_run_name ray_num_workers use_swanlab swanlab_project export_dir predict_with_generate "
-           "overwrite_cache neat_packing use_fast_tokenizer resize_vocab split_special_tokens rope_scaling",
-           "not needed"),
-    **lost("max_samples", "all rows are trained on; put the rows that you want into a file"),
-    **lost("loraplus_lr_ratio pissa_init use_llama_pro", "the adapter starts and moves as plain LoRA"),
+    **unneeded("interleave_probs mix_strategy", "one data set per run"),
+    **unneeded("create_new_adapter", "training starts with an adapter that changes nothing"),
+    **unneeded("batch_size", "of that tool's benchmarks"),
     **lost("pref_bco_weight", "no such term; the objective is used without it"),
-    **lost("image_max_pixels video_max_pixels", "text only"),
 }  # fmt: skip
 
 MARKS = (

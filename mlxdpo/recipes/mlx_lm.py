@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mlxdpo.io.words import counted
 from mlxdpo.recipes import hugging_face
 from mlxdpo.recipes.outcome import KeyOutcome, Keys, Rule, Tool, by_synonym, lost, taken, to, unneeded
 from mlxdpo.types import UserError
@@ -63,7 +64,7 @@ def _in_steps(setting: str) -> Rule:
         settings: dict[str, Any] = {setting: steps}
         if key == "iters":
             settings["train.epochs"] = "auto"
-        return taken(settings, f"{value} iterations are {steps} optimizer steps" if portion > 1 else "")
+        return taken(settings, f"{value} iterations are {counted(steps, 'optimizer step')}" if portion > 1 else "")
 
     return rule
 
@@ -163,7 +164,11 @@ RULES: Mapping[str, Rule] = {
     **unneeded("project_name clear_cache_threshold", "not needed"),
     **unneeded("mask_prompt train_on_completions", "completions alone are always scored"),
     **unneeded("judge judge_config efficient_long_context seq_step_size temperature max_completion_length group_size "
-           "epsilon reward_functions", "of other modes of mlx-lm-lora"),
+           "epsilon epsilon_high alpha reward_functions reward_functions_file reward_weights grpo_loss_type "
+           "importance_sampling_level lambda_mse lambda_mse_target tau_mse_target clip_epsilon_logits",
+           "of other modes of mlx-lm-lora"),
+    **unneeded("lm_studio_name", "mlxdpo export RUN --to lmstudio"),
+    **unneeded("reward_scaling", "mlx-lm-lora does not use it either"),
     **lost("hf_dataset", "set data.path to its path, and data.columns to its features"),
     **lost("load_in_6bits load_in_mxfp4", "only 4 or 8 bits are supported; the weights are not quantised"),
     **lost("prompt_feature chosen_feature rejected_feature system_feature", "set data.columns"),

@@ -58,20 +58,30 @@ def by_synonym(names: str, convert: Callable[[Any], Any] = lambda value: value) 
     return {name: to(SYNONYMS[name], convert) for name in names.split()}
 
 
-def unneeded(names: str, why: str) -> dict[str, Rule]:
-    """Rules of keys that nothing here depends on."""
-    return dict.fromkeys(names.split(), lambda key, value, keys: KeyOutcome("not needed", why))
+def needless(why: str) -> Rule:
+    """The rule of a key that nothing here depends on."""
+    return lambda key, value, keys: KeyOutcome("not needed", why)
 
 
-def lost(names: str, effect: str) -> dict[str, Rule]:
-    """Rules of keys without counterpart: unset, false or 0 they change nothing, else `effect` is said."""
+def effect_of(effect: str) -> Rule:
+    """The rule of a key without counterpart: unset, false or 0 it changes nothing, else `effect` is said."""
 
     def rule(key: str, value: Any, keys: Keys) -> KeyOutcome:
         """Nothing for a key that is off."""
         off = value is None or value is False or value in (0, "", "none", "no", [], {})
         return KeyOutcome("not needed", "off, as here") if off else KeyOutcome("not supported", effect)
 
-    return dict.fromkeys(names.split(), rule)
+    return rule
+
+
+def unneeded(names: str, why: str) -> dict[str, Rule]:
+    """`needless` for several keys."""
+    return dict.fromkeys(names.split(), needless(why))
+
+
+def lost(names: str, effect: str) -> dict[str, Rule]:
+    """`effect_of` for several keys."""
+    return dict.fromkeys(names.split(), effect_of(effect))
 
 
 def unknown_key(key: str, value: Any, keys: Keys) -> KeyOutcome:

@@ -13,8 +13,10 @@ from mlxdpo.io.yaml_file import read_recipe, yaml_text
 from mlxdpo.recipes.axolotl import AXOLOTL
 from mlxdpo.recipes.llamafactory import LLAMA_FACTORY
 from mlxdpo.recipes.mlx_lm import MLX_LM
-from mlxdpo.recipes.outcome import KeyOutcome, Tool, unknown_key
+from mlxdpo.recipes.outcome import KeyOutcome, Rule, Tool, unknown_key
+from mlxdpo.recipes.subjects import rule_by_subject
 from mlxdpo.recipes.trl import GROUPS, TRL
+from mlxdpo.recipes.trl_script import Computed, read_script
 from mlxdpo.types import UserError
 
 TOOLS = {tool.name: tool for tool in (TRL, AXOLOTL, LLAMA_FACTORY, MLX_LM)}
@@ -24,6 +26,9 @@ OTHER_SPELLINGS = {
     "mlx_lm_lora": "mlx-lm",
     "llama-factory": "llamafactory",
 }
+
+
+COMPUTED = KeyOutcome("not supported", "computed by the script, which import-recipe does not run; set it in the recipe")
 
 
 class ForeignRecipe(NamedTuple):
@@ -41,19 +46,25 @@ def read_foreign(file: Path, name: str | None = None) -> ForeignRecipe:
 
     Raises `UserError` for a file that is none, that no trainer is recognised in, or whose objective is not here.
     """
-    found = read_recipe(file)
-    keys = _without_groups(found)
-    tool = _tool_of(file, keys, name)
-    outcomes = {key: tool.rules.get(key, unknown_key)(key, value, keys) for key, value in keys.items()}
+    keys = _without_groups(read_script(file) if file.suffix == ".py" else read_recipe(file))
+    tool = TRL if file.suffix == ".py" and name is None else _tool_of(file, keys, name)
+    constant = {key: value for key, value in keys.items() if not isinstance(value, Computed)}
+    outcomes = {
+        key: _rule_of(tool, key)(key, value, constant) if key in constant else COMPUTED for key, value in keys.items()
+    }
     settings: dict[str, tuple[Any, str]] = {}
     for key, outcome in outcomes.items():
         for setting, value in outcome.settings.items():
             told = f"{key}: {_on_one_line(keys[key])}" + (f"; {outcome.note}" if outcome.note else "")
             settings[setting] = (value, f"{settings[setting][1]}; {told}" if setting in settings else told)
-    for setting, value in tool.usual(keys).items():
+    for setting, value in tool.usual(constant).items():
         settings.setdefault(setting, (value, f"not in the file: {tool.title}'s default"))
     _without_contradiction(settings)
     return ForeignRecipe(file, tool, keys, outcomes, {k: v for k, v in settings.items() if v[0] is not None})
+
+
+def _rule_of(tool: Tool, key: str) -> Rule:
+    return tool.rules.get(key) or rule_by_subject(key) or unknown_key
 
 
 def _without_contradiction(settings: dict[str, tuple[Any, str]]) -> None:
@@ -62,6 +73,9 @@ def _without_contradiction(settings: dict[str, tuple[Any, str]]) -> None:
         for name in [name for name in settings if name.startswith("lora.") and name != "lora.method"]:
             del settings[name]
         settings.pop("model.quantize", None)
+    if settings.get("stage", ("dpo", ""))[0] != "dpo":
+        for name in [name for name in settings if name.startswith("loss.")]:
+            del settings[name]
     if "lora.scale" in settings:
         settings.pop("lora.alpha", None)
     if "train.steps" in settings:  # decides instead of the epochs in every one of these trainers
@@ -74,7 +88,7 @@ def _without_groups(found: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in found.items():
         keys |= value if key in GROUPS and isinstance(value, Mapping) else {str(key): value}
     if isinstance(found.get("LoraConfig", found.get("peft_config")), Mapping):
-        keys.setdefault("use_peft", True)
+        keys.setdefault("use_peft", "LoraConfig")
     return keys
 
 
@@ -118,7 +132,7 @@ def recipe_text(found: ForeignRecipe) -> str:
     said = " ".join(told for _, told in found.settings.values())
     kinds = ("taken", "No effect in combination with other keys:"), ("not needed", "Not needed:")
     for kind, title in (*kinds, ("not supported", "Not supported, with the effect:")):
-        rest = [(key, outcome) for key, outcome in found.outcomes.items() if outcome.kind == kind]
+        rest = [(k, o) for k, o in found.outcomes.items() if o.kind == kind and found.keys[k] is not None]
         rest = [(key, outcome) for key, outcome in rest if kind != "taken" or f"{key}: " not in said]
         if rest:
             lines += ["", f"# {title}"]
@@ -126,6 +140,8 @@ def recipe_text(found: ForeignRecipe) -> str:
                 f"#   {key}: {_on_one_line(found.keys[key])}" + f"  ({outcome.note})" * bool(outcome.note)
                 for key, outcome in rest
             ]
+    if unset := [key for key, value in found.keys.items() if value is None]:
+        lines += ["", "# Unset:", f"#   {', '.join(unset)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -148,6 +164,7 @@ def _line(name: str, value: Any, comment: str) -> str:
 
 def _on_one_line(value: Any) -> str:
     """A value of theirs on one line of a comment."""
+    value = value.code if isinstance(value, Computed) else value
     text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
     text = " ".join(text.split())
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,9 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlxdpo.recipes import hugging_face
-from mlxdpo.recipes.outcome import KeyOutcome, Keys, Rule, Tool, by_synonym, lost, taken, to, unneeded
+from mlxdpo.recipes.outcome import KeyOutcome, Keys, Rule, Tool, by_synonym, effect_of, lost, taken, to, unneeded
 
-GROUPS = ("DPOConfig", "ModelConfig", "ScriptArguments", "LoraConfig", "TrainingArguments", "args", "peft_config")
+GROUPS = (
+    "DPOConfig",
+    "ModelConfig",
+    "ScriptArguments",
+    "LoraConfig",
+    "TrainingArguments",
+    "BitsAndBytesConfig",
+    "args",
+    "peft_config",
+)
 """Keys under which keyword arguments may stand."""
 
 
@@ -35,6 +44,21 @@ def _mixture(key: str, value: Any, keys: Keys) -> KeyOutcome:
     return KeyOutcome(
         "not supported", f"one data set per run: the other {len(others)} are not read; join them", settings
     )
+
+
+def _mixer(key: str, value: Any, keys: Keys) -> KeyOutcome:
+    """`dataset_mixer` of the alignment handbook: a share of each set; `dataset_splits` to train on and to hold out."""
+    if not value:
+        return KeyOutcome("not needed", "unset")
+    (first, share), *others = value.items()
+    splits = [str(split) for split in keys.get("dataset_splits") or []]
+    held = [split for split in splits if split.startswith(("test", "eval", "val"))]
+    trained = [split for split in splits if split not in held]
+    settings = {"data.path": first}
+    settings |= ({"data.split": trained[0]} if trained else {}) | ({"data.eval": held[0]} if held else {})
+    if others or share != 1:
+        return KeyOutcome("not supported", "one data set per run, and all of it; join the others into a file", settings)
+    return taken(settings)
 
 
 def _use_peft(key: str, value: Any, keys: Keys) -> KeyOutcome:
@@ -78,8 +102,9 @@ def _number_type(key: str, value: Any, keys: Keys) -> KeyOutcome:
 
 def _trl_defaults(keys: Keys) -> dict[str, Any]:
     """What TRL 1.16 does where the file is silent."""
-    peft = keys.get("use_peft") or any(name in keys for name in ("LoraConfig", "peft_config", "r"))
-    adapters = {"lora.rank": 16 if "r" not in keys else 8, "lora.alpha": 32.0 if "r" not in keys else 8.0}
+    library = keys.get("use_peft") == "LoraConfig" or "r" in keys  # PEFT's defaults, not those of ModelConfig
+    peft = keys.get("use_peft") or library
+    adapters = {"lora.rank": 8 if library else 16, "lora.alpha": 8.0 if library else 32.0}
     whole = {"lora.method": "full", "model.dtype": "float32"}
     evaluates = keys.get("eval_strategy", "no") not in ("no", False, None)
     found = {
@@ -121,19 +146,23 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("lora_dropout", "dropout"), _lora_dropout),
     **dict.fromkeys(("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha"), _sync),
     "r": to("lora.rank", int),
-    **unneeded("dataset_streaming streaming dataset_text_field bias ignore_bias_buffers base_model_attribute_name "
-           "generate_during_eval force_use_ref_model is_encoder_decoder tokenizer_name label_pad_token_id "
-           "padding_value model_adapter_name ref_adapter_name reference_free_prompt",
-           "not needed"),
+    **unneeded("dataset_text_field tokenizer_name is_encoder_decoder base_model_attribute_name",
+           "read from the model's files and the columns"),
+    **unneeded("label_pad_token_id padding_value ignore_bias_buffers", "of padding and processes; neither is here"),
+    **unneeded("force_use_ref_model model_adapter_name ref_adapter_name reference_free_prompt",
+           "the reference is the model before tuning, or reference.model"),
+    "bias": lambda key, value, keys: effect_of("biases are not trained")(key, None if value == "none" else value, keys),
     "reference_free": to("loss.reference_free", bool),
     **lost("max_prompt_length max_completion_length",
            "prompt and completion share data.max_length; a long prompt loses its beginning (data.on_long_prompt)"),
     **lost("truncation_mode", "see data.on_long_prompt and data.on_long_completion"),
-    **lost("model_init_kwargs ref_model_init_kwargs dataset_mixer", "not read; set what it says under model and data"),
+    "dataset_mixer": _mixer,
+    **unneeded("dataset_splits", "part of data.split and data.eval"),
+    **lost("model_init_kwargs ref_model_init_kwargs", "not read; set what it says under model and data"),
 }  # fmt: skip
 
 MARKS = (
     "per_device_train_batch_size dataset_name loss_type use_peft lora_target_modules precompute_ref_log_probs "
-    "dataset_train_split dataset_test_split rpo_alpha disable_dropout sync_ref_model truncation_mode"
+    "dataset_train_split dataset_test_split rpo_alpha disable_dropout sync_ref_model truncation_mode dataset_mixer"
 )
 TRL = Tool("trl", "TRL", frozenset(MARKS.split()), RULES, _trl_defaults)

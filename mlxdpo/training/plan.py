@@ -145,9 +145,9 @@ def planned_batches(
 def plan_sentence(summary: PlanSummary) -> str:
     """What a person wants to know of a plan before it is carried out."""
     return (
-        f"a pass: {counted(summary.pairs, 'pair')} as {counted(summary.rows, 'distinct row')} of at most "
-        f"{2 * summary.pairs}, {counted(summary.tokens, 'distinct token')}; "
-        f"{summary.waste:.1%} of what is computed is padding or repeated; {counted(summary.shapes, 'batch shape')}"
+        f"a pass: {counted(summary.pairs, 'pair')}, {counted(summary.rows, 'distinct answer')}, "
+        f"{counted(summary.tokens, 'distinct token')}; {summary.waste:.1%} of what is computed is padding or repeated; "
+        f"{counted(summary.shapes, 'batch shape')}"
     )
 
 

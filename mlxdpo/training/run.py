@@ -176,7 +176,7 @@ def _settle(state: TrainState, run: Run, should_stop: Stop) -> Generator[Event, 
         if pace is None:
             return None
         state, text = within_minutes(state, pace)
-        yield Event("note", 0, {"text": text})
+        yield Event("note", 0, {"text": text, "steps": state.plan.steps})
         if state.group.first:
             run.settle("train", **{name: getattr(state.config.train, name) for name in ("epochs", "steps", "minutes")})
     if state.config.optim.lr != "auto":

@@ -10,7 +10,9 @@ from tiny_models import write_model
 from tiny_tokenizers import chatml_tokenizer
 
 import mlxdpo
+from mlxdpo.api import tuned_run
 from mlxdpo.losses import LOSSES
+from mlxdpo.machine.openblas import Blas
 from mlxdpo.training.given import nested_settings, rows_file
 
 WORDS = ["red", "blue", "the", "user", "string", "er", "a", "ok"]
@@ -142,6 +144,12 @@ def test_own_objectives_are_tried_when_they_are_registered(place):
     assert not any((place / "cache").rglob("*logps*"))  # no reference was asked for
 
 
+def test_slow_matrix_products_are_named(monkeypatch):
+    monkeypatch.setattr(tuned_run, "preload_blas", lambda: Blas(False, "import mlxdpo first"))
+    with pytest.warns(UserWarning, match="import mlxdpo first"):
+        tuned_run.warn_slow_blas()
+
+
 def test_a_judge_that_is_none_is_refused(place):
     run = mlxdpo.tune("m", some_rows(8), lr=1e-3, quiet=True, **SHORT)
     for judge, said in ((3, "judge is a int"), (lambda x: 1, "takes 1 arguments"), ("nobody", "no such judge")):
@@ -154,6 +162,8 @@ def test_a_judge_that_is_none_is_refused(place):
 def test_a_sweep_takes_lists_of_values_and_shows_what_can_be_told_apart(place, capsys):
     rows, asked = some_rows(), {"loss": ["sigmoid", squared], "lr": [1e-3, 1e-4], "answers": 0, "quiet": True}
     swept = mlxdpo.sweep("m", rows, seeds=1, **asked, **SHORT)
+    for tuned in swept.runs:  # a swept setting leaves the others of its section as they are
+        assert (tuned.config().train.steps, tuned.config().train.batch_size) == (SHORT["steps"], SHORT["batch_size"])
     assert capsys.readouterr().out == ""
     assert swept.results.settings == {"loss.name": ["sigmoid", "squared"], "optim.lr": ["0.001", "0.0001"]}
     assert len(swept.runs) == 4 and swept.best is not None

@@ -5,11 +5,12 @@ from tiny_runs import finish, recipe, write_pairs
 
 from mlxdpo.cli import run as command
 from mlxdpo.commands import tune
+from mlxdpo.commands.terminal import show_training
 from mlxdpo.config import load_config
 from mlxdpo.runs import Run
 from mlxdpo.training import pace
-from mlxdpo.types import UserError
-from mlxdpo_eval.outcome import Outcome, outcome_sentences
+from mlxdpo.types import Event, UserError
+from mlxdpo_eval.outcome import Outcome, longer, outcome_sentences
 
 
 @pytest.fixture
@@ -77,7 +78,14 @@ def test_what_happened_is_said_with_the_next_command(tmp_path, cache):
     assert changed[0] == "changed: 5 of 8 greedy answers to held-out prompts; KL 0.25 nats an answer"
     assert "margin +0.500, accuracy 0.75" in changed[1] and "2.00 nats less likely" in changed[1]
     assert f"mlxdpo eval {run.path}" in changed[2]
-    assert "answers as before" in outcome_sentences(Outcome(0, 8, 0.0), heldout, run)[-1]
+    unmoved = outcome_sentences(Outcome(0, 8, 0.0), heldout, run)[-1]
+    assert "answers as before" in unmoved and f"mlxdpo train --resume {run.path} {longer(run)}" in unmoved
+
+
+def test_the_steps_that_the_minutes_leave_are_the_total_that_is_shown(capsys):
+    events = [Event("note", 0, {"text": "cut", "steps": 2}), Event("step", 1, {"loss": 0.5, "seconds_left": 3.0})]
+    assert list(show_training(events)) == events
+    assert "step 1/2  loss 0.5000" in capsys.readouterr().out
 
 
 def test_train_ends_with_what_changed(place, tmp_path, capsys):

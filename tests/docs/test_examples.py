@@ -17,6 +17,7 @@ from mlxdpo.runs import Run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
+NOTEBOOKS = sorted(path.stem for path in EXAMPLES.glob("*.ipynb"))
 PAGE = (EXAMPLES / "README.md").read_text("utf-8")
 COUNT = 48
 
@@ -85,16 +86,58 @@ def test_tone_runs_where_it_stands(tmp_path, monkeypatch):
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-3) and len(steps) == 2
 
 
-def test_the_notebook_runs_from_top_to_bottom(tmp_path, cache, monkeypatch):
-    """On a tiny model; its cells are plain Python, so that no kernel is needed."""
-    write_model(tmp_path / "tiny", chatml_tokenizer())
-    monkeypatch.chdir(tmp_path)
-    notebook = json.loads((EXAMPLES / "pairs_to_verdict.ipynb").read_text("utf-8"))
+def executed(name: str, folder: Path) -> dict:
+    """The names that a notebook's cells leave, run on a tiny model in `folder`; plain Python needs no kernel."""
+    write_model(folder / "tiny", chatml_tokenizer())
     names: dict = {}
-    try:
-        for cell in (cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
-            exec("".join(cell["source"]).replace('"smollm2"', '"tiny"'), names)
-    finally:
-        LOSSES.pop("squared", None)
+    for cell in code_cells(name):
+        exec("".join(cell["source"]).replace('"smollm2"', '"tiny"'), names)
+    return names
+
+
+def code_cells(name: str) -> list[dict]:
+    """The cells with code."""
+    notebook = json.loads((EXAMPLES / f"{name}.ipynb").read_text("utf-8"))
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.fixture
+def workplace(tmp_path, cache, monkeypatch):
+    """A working folder; objectives that cells register are gone afterwards."""
+    monkeypatch.chdir(tmp_path)
+    known = dict(LOSSES)
+    yield tmp_path
+    LOSSES.clear()
+    LOSSES.update(known)
+
+
+def test_pairs_become_a_verdict(workplace):
+    names = executed("pairs_to_verdict", workplace)
     assert names["again"].same and names["found"]["sentences"]
     assert "<svg" in names["run"]._repr_html_() and names["other"].config().loss.name == "squared"
+
+
+def test_a_run_is_opened_judged_and_its_cost_is_shown(workplace, capsys):
+    names = executed("is_it_better", workplace)
+    areas = names["found"]["retained"]["changes"]["areas"]
+    assert len(areas) == 6 and all(area["area"] in capsys.readouterr().out for area in areas[:1])
+    assert set(names["found"]["winrates"]) == {"polite", "longest"}
+    assert (names["run"].path / "report.html").exists() and "<th>before</th>" in names["run"]._repr_html_()
+
+
+def test_own_objective_reward_and_sweep(workplace):
+    names = executed("own_objective_and_reward", workplace)
+    assert len(names["found"].runs) == 2 and names["again"].same
+    assert {run.config().loss.name for run in names["found"].runs} == {"token_hinge"}
+    assert not any((workplace / "cache").rglob("*logps*")), "the objective needs no reference"
+    assert set(names["verdict"]["winrates"]) == {"eight_words"}
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_is_short_and_shows_what_it_printed(name):
+    """Where a Git host shows it without running it; nothing of the machine that ran it."""
+    cells = code_cells(name)
+    assert len(cells) < 8 and [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert cells[-1]["outputs"] and {output["output_type"] for output in outputs} <= {"stream", "execute_result"}
+    assert re.findall(r"/(?:tmp|home|root|Users|work|usr|opt)/|site-packages", json.dumps(outputs)) == []

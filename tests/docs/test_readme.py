@@ -23,13 +23,12 @@ SHORT = {
     "bench": "--prompt 8 --completion 4 --repeats 1",
     **dict.fromkeys(("generate", "eval", "frontier"), "--max-tokens 8"),
 }
-RECIPE = "model: Qwen/Qwen2.5-0.5B-Instruct\ndata: pairs.jsonl\ntrain: {batch_size: 2, gradient_accumulation: 1}\n"
 FRUIT = ["An apple.", "A pear.", "A plum.", "A fig.", "A lime.", "A date.", "A kiwi.", "A peach."]
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, cache):
-    """A folder with pairs and a recipe, and a Hub cache that holds the README's model as a tiny stand-in."""
+    """A folder with pairs, and a Hub cache that holds the README's model as a tiny stand-in."""
     hub = tmp_path / "hub" / "models--Qwen--Qwen2.5-0.5B-Instruct"
     write_model(hub / "snapshots" / "0", chatml_tokenizer())
     (hub / "refs").mkdir()
@@ -38,7 +37,6 @@ def workplace(tmp_path, monkeypatch, cache):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     rows = [f'{{"prompt": "Name a fruit, {i}.", "chosen": "{f}", "rejected": "Trains."}}' for i, f in enumerate(FRUIT)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

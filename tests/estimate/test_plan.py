@@ -156,7 +156,7 @@ def test_on_the_command_line(tmp_path, cache, capsys):
     assert found["fits"] and found["change"] == [] and found["plan"]["pairs"] > 0
     assert run([*line, "--train.batch-size", "1"]) == 0
     said = capsys.readouterr().out
-    assert "optimizer steps; longest row" in said and "it fits" in said and "distinct rows" in said
+    assert "optimizer steps; longest row" in said and "it fits" in said and "distinct answers" in said
 
 
 def test_it_says_what_held_out_prompts_can_show_and_how_long_it_takes(tmp_path, cache, capsys):
@@ -170,7 +170,7 @@ def test_it_says_what_held_out_prompts_can_show_and_how_long_it_takes(tmp_path, 
     assert found["detectable"] == minimum_detectable(found["heldout_prompts"])
     assert run([*line, "--measure"]) == 0
     said = capsys.readouterr().out
-    assert f"they can show an accuracy or win rate of {found['detectable']:.2f}" in said
+    assert f"distinguish from 0.50: {found['detectable']:.2f}" in said
     assert "expect no visible change" in said and "training takes about 0:0" in said
     assert run([*line[:5], "--data.eval-fraction", "0", "--measure", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

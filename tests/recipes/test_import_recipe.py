@@ -5,15 +5,19 @@ import re
 
 import pytest
 import yaml
+from their_keys import AXOLOTL, LLAMA_FACTORY
 from tiny_models import write_model
 from tiny_runs import write_pairs
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.cli import run
 from mlxdpo.config import load_config
+from mlxdpo.data.read import heldout_source
 from mlxdpo.losses import LOSSES
 from mlxdpo.recipes.hugging_face import OTHER_NAMES
+from mlxdpo.recipes.outcome import KeyOutcome
 from mlxdpo.recipes.read_foreign import TOOLS, read_foreign, recipe_text
+from mlxdpo.recipes.subjects import NOT_NEEDED, NOT_SUPPORTED, OF_A_METHOD, rule_by_subject
 from mlxdpo.runs import Run
 from mlxdpo.types import UserError
 
@@ -141,6 +145,7 @@ def test_a_recipe_is_imported_in_one_go_and_trains(name, place, capsys):
     assert run(["import-recipe", f"{name}.yaml"]) == 0
     said = capsys.readouterr().out
     assert f"a recipe of {TOOLS[name].title}" in said and "comment for each key" in said
+    assert said.splitlines()[-1] == f"next: mlxdpo train {name}-mlxdpo.yaml"
     text = (place / f"{name}-mlxdpo.yaml").read_text()
     theirs = yaml.safe_load(RECIPES[name])
     assert [key for key in theirs if f"{key}: " not in text] == []
@@ -169,6 +174,121 @@ def test_what_is_not_taken_over_says_what_it_changes(place, capsys):
     assert "no_such_key: unknown to import-recipe" in out and "max_prompt_length: prompt and completion share" in out
     text = (place / "trl-mlxdpo.yaml").read_text()
     assert text.index("# Not needed:") < text.index("report_to: none") < text.index("# Not supported")
+
+
+SCRIPT = """\
+import torch
+from datasets import load_dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+MODEL, RANK = "wide", 4
+name = "wide"
+tokenizer = AutoTokenizer.from_pretrained("another")
+model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+args = DPOConfig(output_dir="out", learning_rate=2e-5, beta=0.2, max_length=256, num_train_epochs=EPOCHS)
+trainer = DPOTrainer(
+    model=model,
+    args=args,
+    train_dataset=load_dataset("json", data_files="pairs.jsonl", split="train"),
+    peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
+)
+trainer.train()
+"""
+
+
+def test_a_script_of_trl_is_read_without_running_it(place, capsys):
+    (place / "train_dpo.py").write_text(SCRIPT)
+    assert run(["import-recipe", "train_dpo.py"]) == 0
+    assert "num_train_epochs: computed by the script" in " ".join(capsys.readouterr().out.split())
+    text = (place / "train_dpo-mlxdpo.yaml").read_text()
+    assert "num_train_epochs: EPOCHS" in text
+    config = load_config(None, yaml.safe_load(text))
+    assert (config.model.path, config.data.path, config.loss.beta) == ("wide", "pairs.jsonl", 0.2)
+    assert (config.lora.rank, config.lora.keys, config.optim.lr) == (4, ["q_proj", "v_proj"], 2e-5)
+    assert run(["train", "train_dpo-mlxdpo.yaml", "--train.steps", "2", "--out", "run"]) == 0
+
+
+def test_the_nine_lines_that_trl_s_documentation_begins_with(place):
+    (place / "first.py").write_text(
+        "from trl import DPOTrainer\nfrom datasets import load_dataset\n\ntrainer = DPOTrainer(\n"
+        '    model="Qwen/Qwen3-0.6B",\n'
+        '    train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),\n'
+        ")\ntrainer.train()\n"
+    )
+    config = load_config(None, yaml.safe_load(recipe_text(read_foreign(place / "first.py"))))
+    assert (config.model.path, config.data.path) == ("Qwen/Qwen3-0.6B", "trl-lib/ultrafeedback_binarized")
+    assert config.lora.method == "full" and config.optim.lr == 1e-6
+    text = (place / "first.py").read_text().replace(")\ntrainer", ", peft_config=LoraConfig())\ntrainer")
+    (place / "first.py").write_text(text.replace("),\n, peft", "), peft"))
+    lora = load_config(None, yaml.safe_load(recipe_text(read_foreign(place / "first.py")))).lora
+    assert (lora.method, lora.rank, lora.alpha) == ("lora", 8, 8)  # PEFT's, not those of TRL's command line
+
+
+@pytest.mark.parametrize("text", ["import trl\n", "def (\n"])
+def test_a_script_without_dpo_is_refused_in_a_sentence(text, place, capsys):
+    (place / "other.py").write_text(text)
+    assert run(["import-recipe", "other.py"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not (place / "other-mlxdpo.yaml").exists()
+
+
+@pytest.mark.parametrize(("tool", "keys"), [("axolotl", AXOLOTL.split()), ("llamafactory", LLAMA_FACTORY.split())])
+def test_every_key_of_their_schemas_has_a_comment(tool, keys):
+    assert [key for key in keys if not (TOOLS[tool].rules.get(key) or rule_by_subject(key))] == []
+
+
+def test_a_subject_is_that_of_the_key():
+    on = {
+        "swanlab_mode": "not needed", "tensor_parallel_size": "not needed", "flash_attn_fuse_mlp": "not needed",
+        "galore_rank": "not needed", "rope_scaling": "not supported", "use_dft_loss": "not supported",
+        "oft_rank": "not supported", "add_tokens": "not supported", "skip_special_tokens": "not needed",
+    }  # fmt: skip
+    assert {key: rule_by_subject(key)(key, "x", {}).kind for key in on} == on
+    assert rule_by_subject("galore_rank")("galore_rank", 8, {"use_galore": True}).kind == "not supported"
+    assert rule_by_subject("rope_scaling")("rope_scaling", None, {}) == KeyOutcome("not needed", "off, as here")
+    assert rule_by_subject("lora_rnk") is rule_by_subject("learning_rte") is None
+
+
+def test_no_pattern_is_idle():
+    """Each fits a key of these schemas."""
+    keys = [*AXOLOTL.split(), *LLAMA_FACTORY.split(), "qat_bits"]  # mlx-lm-lora's
+    for pattern in (*NOT_NEEDED, *OF_A_METHOD, *NOT_SUPPORTED):
+        assert any(re.fullmatch(pattern, key) for key in keys), pattern
+
+
+def test_axolotl_and_llama_factory_train_on_answers_where_no_preference_method_is_named(place):
+    (place / "a.yaml").write_text("base_model: wide\ndatasets: [{path: pairs.jsonl}]\nmicro_batch_size: 2\n")
+    (place / "l.yaml").write_text(
+        "model_name_or_path: wide\ndataset: pairs.jsonl\nfinetuning_type: lora\ncutoff_len: 9\n"
+    )
+    for name in ("a.yaml", "l.yaml"):
+        text = recipe_text(read_foreign(place / name))
+        assert load_config(None, yaml.safe_load(text)).stage == "sft" and "loss:" not in text
+
+
+def test_the_alignment_handbook_s_mixture_of_one_set(place):
+    (place / "z.yaml").write_text(
+        "model_name_or_path: wide\nuse_peft: true\nlora_r: 16\ndataset_mixer:\n  Hub/binarized: 1.0\n"
+        "dataset_splits:\n- train_prefs\n- test_prefs\nevaluation_strategy: steps\nper_device_train_batch_size: 4\n"
+    )
+    found = read_foreign(place / "z.yaml")
+    data = load_config(None, yaml.safe_load(recipe_text(found))).data
+    assert (data.path, data.split, data.eval) == ("Hub/binarized", "train_prefs", "test_prefs")
+    assert found.tool.name == "trl" and found.outcomes["dataset_mixer"].kind == "taken"
+    with pytest.raises(UserError, match=r"data\.eval test_prefs is no file, and pairs\.jsonl has no splits"):
+        heldout_source(data.model_copy(update={"path": "pairs.jsonl"}))
+
+
+def test_axolotl_s_step_and_beta_are_computed_as_there(place):
+    (place / "a.yaml").write_text(
+        "base_model: wide\nrl: dpo\ndatasets: [{path: pairs.jsonl}]\nmicro_batch_size: 2\nbatch_size: 8\n"
+        "trl: {beta: 0.3}\nrl_beta: 0.1\nspecial_tokens: {pad_token: x}\n"
+    )
+    found = read_foreign(place / "a.yaml")
+    config = load_config(None, yaml.safe_load(recipe_text(found)))
+    assert (config.loss.beta, config.train.batch_size, config.train.gradient_accumulation) == (0.3, 2, 4)
+    assert found.outcomes["special_tokens"].kind == "not needed"
 
 
 @pytest.mark.parametrize(
@@ -238,6 +358,13 @@ def test_every_wrong_option_is_reported_with_the_right_name(place, capsys):
     }  # fmt: skip
 
 
+def test_keys_with_the_same_effect_share_a_line_and_unset_ones_too(place, capsys):
+    (place / "axolotl.yaml").write_text(RECIPES["axolotl"] + "saves_per_epoch: 1\nlora_model_dir:\nwandb_watch:\n")
+    run(["import-recipe", "axolotl.yaml"])
+    assert "evals_per_epoch, saves_per_epoch: set train.eval_every" in capsys.readouterr().out
+    assert (place / "axolotl-mlxdpo.yaml").read_text().endswith("# Unset:\n#   lora_model_dir, wandb_watch\n")
+
+
 def test_an_unknown_tool_is_refused_with_the_known_ones(place):
     with pytest.raises(UserError, match="--from torchtune: known are trl, axolotl"):
         read_foreign(place / "trl.yaml", "torchtune")
@@ -249,4 +376,4 @@ def test_every_field_of_trl_has_a_rule():
     from trl.scripts.utils import ScriptArguments
 
     fields = {field.name for kind in (DPOConfig, ModelConfig, ScriptArguments) for field in dataclasses.fields(kind)}
-    assert fields - TOOLS["trl"].rules.keys() == set()
+    assert [name for name in fields if not (TOOLS["trl"].rules.get(name) or rule_by_subject(name))] == []

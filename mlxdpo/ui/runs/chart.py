@@ -16,7 +16,7 @@ WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 480, 210, 52, 10, 26  # viewBox units
 STRIPS = 100  # hover targets
 
 STYLE = """<style>
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 16px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 16px; }
 .chart { margin: 0; color: var(--body-text-color); --c0: #0072B2; --c1: #D55E00; --c2: #009E73; --c3: #B0578D; }
 .dark .chart { --c0: #56B4E9; --c1: #F08A3C; --c2: #2FC79A; --c3: #E29AC6; }
 .chart figcaption { font-weight: 600; margin-bottom: 2px; }

@@ -89,7 +89,8 @@ def _knob(name: str, field: FieldInfo) -> Knob:
     kind, choices, empty = _knob_kind(field.annotation)
     if named := _registered(name):
         kind, choices = "choice", named
-    return Knob(name, kind, field.get_default(call_default_factory=True), field.description or "", choices, empty)
+    told = " ".join((field.description or "").split())  # a line of the source is not one of the page
+    return Knob(name, kind, field.get_default(call_default_factory=True), told, choices, empty)
 
 
 def _registered(name: str) -> tuple[str, ...]:
