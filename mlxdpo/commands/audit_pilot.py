@@ -173,7 +173,7 @@ def _print_table(table: Sequence[Mapping[str, Any]], heldout: int, place: Path) 
         value, low, high = (f"{number / unit:+.{digits}f}" for number in found)
         return f"{value} ({low} to {high})"
 
-    sheet = Table("selection", "pairs", "accuracy", "vs random, points", "margin, nats", "vs random", "accuracy is")
+    sheet = Table("selection", "pairs", "accuracy", "to random, points", "margin", "to random, nats", "accuracy is")
     for line in table:
         points = interval(line.get("accuracy_vs_random"), 0.01, 1)
         nats = interval(line.get("margin_vs_random"), 1, 2)

@@ -91,7 +91,8 @@ def test_what_a_sum_asks_of_a_step(name, statistics, logps, paired, mismatched, 
 def test_an_objectives_family_is_the_file_it_stands_in():
     files = {**dict.fromkeys(("difference", "separate", "ranked"), "pairwise"), "reference-free": "reference_free"}
     for name, objective in LOSSES.items():
-        assert objective.function.__module__ == f"mlxdpo.losses.{files.get(objective.family, objective.family)}", name
+        file = {"wdpo": "winsorized"}.get(name, files.get(objective.family, objective.family))
+        assert objective.function.__module__ == f"mlxdpo.losses.{file}", name
 
 
 @pytest.mark.parametrize("name", [n for n, o in LOSSES.items() if o.paired and n != "sft"])
@@ -112,7 +113,9 @@ def test_what_is_looked_at_is_said():
         if objective.step_statistics is None:
             assert (objective.over, objective.entries) == ("", 1), name
             continue
-        seen, again = (objective.step_statistics(p if objective.paired else unpaired_rows(p)) for p in (pairs, others))
+        knobs = resolve(LossConfig(name=name)).terms[0].knobs
+        both = (p if objective.paired else unpaired_rows(p) for p in (pairs, others))
+        seen, again = (objective.statistics_of(p, knobs) for p in both)
         same = all(mx.array_equal(a, b).item() for a, b in zip(seen, again, strict=True))
         assert objective.over == ("lengths" if same else "log-probs"), name
         assert len(seen) == objective.entries and all(v.shape == (2,) for v in seen), name
