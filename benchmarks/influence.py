@@ -1,11 +1,13 @@
 """How often `mlxdpo influence` finds the pair that taught a fact: a hundred facts, each planted in one pair.
 
     python -m benchmarks.influence --model smollm2
+    python -m benchmarks.influence --model tiny --layers -1 --lr 3e-3 --epochs 4
 
 A model is tuned on 100 pairs of invented facts, ten kinds of question with ten facts each, among 60 pairs about
 Python's standard library. For each fact it is asked in other words, and about the name in an answer of other words: the
 other nine pairs of its kind differ from the planted one in names alone. Reported: in how many of the hundred the
-planted pair is first, and among the three of largest influence. Writes .bench/influence.jsonl.
+planted pair is first, and among the three of largest influence. `tiny` is a llama of four layers and random weights
+that has read nothing but these pairs. Run again it resumes. Writes .bench/influence.jsonl.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,14 +23,17 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.audit import relevance
+from benchmarks.rates import write_small_llama
 from mlxdpo.config import load_config
 from mlxdpo.inference.influence import answer_gradient, answer_part, influences, pair_gradients, training_pairs
 from mlxdpo.inference.trained_run import TrainedRun, encode_pairs, open_trained_run
 from mlxdpo.io.atomic import append_line, write_text
+from mlxdpo.io.json_file import read_lines
 from mlxdpo.runs import Run
 from mlxdpo.training.run import train
 
 OUT = Path(".bench/influence.jsonl")
+VOCABULARY = 600  # of `tiny`: pieces of words, so that an invented name is several tokens
 KINDS = (
     ("Who keeps the lighthouse of {}?", "{} keeps it.", "Name the lighthouse keeper of {}.", "That is {}."),
     ("Which river runs through {}?", "The river {}.", "What is the river in {} called?", "It is called {}."),
@@ -93,43 +99,61 @@ def facts(count: int, seed: int) -> list[Fact]:
     return found
 
 
-def tuned(folder: Path, planted: Sequence[Fact], among: int, model: str, epochs: float, seed: int) -> TrainedRun:
-    """A run on the planted pairs and others, all in one file in a random order."""
+def tuned(folder: Path, planted: Sequence[Fact], options: argparse.Namespace) -> TrainedRun:
+    """A run on the planted pairs and others, in one file in a random order; one that is there is kept or resumed."""
     rows = [{"prompt": f.prompt, "chosen": f.chosen, "rejected": f.rejected} for f in planted]
-    rows += [{"prompt": r.prompt, "chosen": f" {r.chosen}", "rejected": f" {r.rejected}"} for r in relevance(among)]
-    random.Random(seed).shuffle(rows)
+    rows += [
+        {"prompt": r.prompt, "chosen": f" {r.chosen}", "rejected": f" {r.rejected}"} for r in relevance(options.among)
+    ]
+    random.Random(options.seed).shuffle(rows)
+    if (model := options.model) == "tiny":
+        model = str(folder / "tiny")
+        if not (folder / "tiny" / "model.safetensors").exists():
+            texts = [f"{row['prompt']}{row[side]}" for row in rows for side in ("chosen", "rejected")]
+            write_small_llama(folder / "tiny", [*texts, *(f.question + f.answer for f in planted)], VOCABULARY)
     write_text(folder / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     parts = {
         "model": {"path": model},
         "data": {"path": str(folder / "pairs.jsonl"), "eval_fraction": 0.0, "template": "plain"},
-        "lora": {"rank": 8, "layers": 8},
-        "optim": {"lr": 5e-4},
-        "train": {"epochs": epochs, "batch_size": 8, "gradient_accumulation": 1, "eval_every": 0, "seed": seed},
+        "lora": {"rank": 8, "layers": options.layers},
+        "optim": {"lr": options.lr},
+        "train": {
+            "epochs": options.epochs, "batch_size": 8, "gradient_accumulation": 1, "eval_every": 0, "sample_every": 0,
+            "seed": options.seed,
+        },
         "out": str(folder / "run"),
-    }
-    for event in train(load_config(None, parts)):
-        if event.kind == "step":
-            print(event.step, event.values["loss"], flush=True)
+    }  # fmt: skip
+    begun = (folder / "run" / "manifest.json").exists()
+    if not (folder / "run" / "adapter").exists():
+        resume = Run.open(folder / "run") if begun else None
+        for event in train(load_config(None, parts), resume=resume):
+            if event.kind == "step":
+                print("step", event.step, round(event.values["loss"], 4), flush=True)
     return open_trained_run(Run.open(folder / "run"))
 
 
-def ranks(trained: TrainedRun, planted: Sequence[Fact]) -> list[int]:
-    """For each fact how many pairs have a larger influence on its name than the planted one."""
+def ranks(trained: TrainedRun, planted: Sequence[Fact], file: Path) -> list[int]:
+    """For each fact how many pairs have a larger influence on its name than the planted one; a line of `file` each."""
     rows, examples, _ = encode_pairs(trained, training_pairs(trained))
-    steps = pair_gradients(trained, examples)
+    steps, start = pair_gradients(trained, examples), time.monotonic()
     while True:
         try:
-            next(steps)
+            print("pairs", next(steps), "of", len(rows), round(time.monotonic() - start), "s", flush=True)
         except StopIteration as end:
             gradients: np.ndarray = end.value
             break
-    own = {row.prompt: i for i, row in enumerate(rows)}
-    found = []
-    for fact in planted:
+    place = {row.prompt: i for i, row in enumerate(rows)}
+    known = {line["prompt"]: line["above"] for line in read_lines(file)} if file.exists() else {}
+    for number, fact in enumerate(planted):
+        if fact.prompt in known:
+            continue
         asked = answer_part(trained, fact.question, fact.answer, fact.name)
         values = influences(gradients, answer_gradient(trained, asked))
-        found.append(int((values > values[own[fact.prompt]]).sum()))
-    return found
+        known[fact.prompt] = int((values > values[place[fact.prompt]]).sum())
+        append_line(file, {"prompt": fact.prompt, "above": known[fact.prompt]})
+        if number % 10 == 9:
+            print("answers", number + 1, "of", len(planted), round(time.monotonic() - start), "s", flush=True)
+    return [known[fact.prompt] for fact in planted]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -139,16 +163,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--facts", type=int, default=100)
     parser.add_argument("--among", type=int, default=60)
     parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path(".bench/influence"))
     options = parser.parse_args(arguments)
     planted = facts(options.facts, options.seed)
-    trained = tuned(options.folder, planted, options.among, options.model, options.epochs, options.seed)
-    found = np.array(ranks(trained, planted))
+    settings = [Path(options.model).name, options.facts, options.among, options.epochs, options.layers, options.lr]
+    folder = options.folder / "-".join(map(str, [*settings, options.seed]))
+    trained = tuned(folder, planted, options)
+    found = np.array(ranks(trained, planted, folder / "ranks.jsonl"))
     row = {
         "model": options.model, "facts": len(planted), "pairs": len(planted) + options.among, "seed": options.seed,
-        "epochs": options.epochs, "first": int((found < 1).sum()), "top_3": int((found < 3).sum()),
-        "worst": int(found.max()) + 1,
+        "epochs": options.epochs, "layers": options.layers, "lr": options.lr, "first": int((found < 1).sum()),
+        "top_3": int((found < 3).sum()), "worst": int(found.max()) + 1,
     }  # fmt: skip
     append_line(OUT, row)
     print(row, flush=True)

@@ -157,26 +157,11 @@ def teach_small_llama(folder: Path, vocabulary: int | None = None) -> str:
         return str(folder / "taught")
     shutil.rmtree(folder, ignore_errors=True)
     bare = folder / "bare"
-    bare.mkdir(parents=True)
     rows = [row for name in TASKS for row in itertools.islice(drawn_pairs(name, random.Random(1)), TALK)]
     rows += [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    folder.mkdir(parents=True)
     write_lines(folder / "talk.jsonl", rows)
-    if vocabulary is None:
-        source = smollm2_folder()
-        for name in TOKENIZER_FILES:
-            shutil.copy(source / name, bare / name)
-        ids = json.loads((source / "config.json").read_text())
-    else:
-        ids = _write_tokenizer(bare, [row["prompt"] + row["chosen"] for row in rows], vocabulary)
-    config = SMALL | {name: ids[name] for name in ("vocab_size", "bos_token_id", "eos_token_id") if name in ids}
-    (bare / "config.json").write_text(json.dumps(config))
-    made, arguments = _get_classes(config)
-    mx.random.seed(0)
-    model = made(arguments.from_dict(config))
-    arrays = [
-        (name, 0.04 * mx.random.normal(a.shape) if a.ndim > 1 else a) for name, a in tree_flatten(model.parameters())
-    ]
-    mx.save_safetensors(str(bare / "model.safetensors"), dict(arrays), {"format": "pt"})
+    write_small_llama(bare, [row["prompt"] + row["chosen"] for row in rows], vocabulary)
     data = {"path": str(folder / "talk.jsonl"), "eval_fraction": 0.0, "template": "plain"}
     size = {"epochs": 2.0, "batch_size": 16, "gradient_accumulation": 1, "save_every": 10_000}
     rest = {"lora": {"method": "full"}, "optim": {"lr": 2e-3}, "train": size, "out": str(folder / "run")}
@@ -191,6 +176,28 @@ def teach_small_llama(folder: Path, vocabulary: int | None = None) -> str:
     mx.save_safetensors(str(folder / "taught.part" / "model.safetensors"), tuned, {"format": "pt"})
     (folder / "taught.part").rename(folder / "taught")
     return str(folder / "taught")
+
+
+def write_small_llama(bare: Path, texts: Sequence[str], vocabulary: int | None = None) -> str:
+    """A small llama of random weights; it reads SmolLM2's tokens, or so many that are learnt from `texts`."""
+    bare.mkdir(parents=True)
+    if vocabulary is None:
+        source = smollm2_folder()
+        for name in TOKENIZER_FILES:
+            shutil.copy(source / name, bare / name)
+        ids = json.loads((source / "config.json").read_text())
+    else:
+        ids = _write_tokenizer(bare, texts, vocabulary)
+    config = SMALL | {name: ids[name] for name in ("vocab_size", "bos_token_id", "eos_token_id") if name in ids}
+    (bare / "config.json").write_text(json.dumps(config))
+    made, arguments = _get_classes(config)
+    mx.random.seed(0)
+    model = made(arguments.from_dict(config))
+    arrays = [
+        (name, 0.04 * mx.random.normal(a.shape) if a.ndim > 1 else a) for name, a in tree_flatten(model.parameters())
+    ]
+    mx.save_safetensors(str(bare / "model.safetensors"), dict(arrays), {"format": "pt"})
+    return str(bare)
 
 
 def _write_tokenizer(folder: Path, texts: Sequence[str], vocabulary: int) -> dict[str, int]:

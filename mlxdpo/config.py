@@ -52,6 +52,10 @@ class LossConfig(Section):
     """discopop: temperature of the mixture of its two losses."""
     dpop_lambda: float = Field(default=50.0, ge=0)
     """dpop: weight of the penalty on a chosen completion less likely than under the reference."""
+    flip_budget: float = Field(default=0.15, ge=0, lt=1)
+    """wdpo: share of a step's labels that is flipped, spread over the pairs lost by far."""
+    winsor_budget: float = Field(default=0.5, ge=0, le=1)
+    """wdpo: largest share of a step's pairs whose loss is drawn towards the others'."""
     length_alpha: float = Field(default=0.01, ge=0)
     """r_dpo: reward that a token of length costs."""
     cpo_alpha: float = Field(default=1.0, ge=0)

@@ -66,6 +66,8 @@ def _check_template_settings(value: Any, data: DataConfig) -> None:
         said = describe_type(value)
         raise BadRow(reasons.WRONG_TYPE, f'"{TEMPLATE_SETTINGS}" is {said}; expected an object of settings')
     for name, wanted in (found or {}).items():
+        if not _holds(wanted):  # a setting that is left empty, as data sets with one schema for all rows have it
+            continue
         if name != "enable_thinking" or bool(wanted) != data.thinking:
             way = f"set data.thinking to {str(bool(wanted)).lower()}" if name == "enable_thinking" else "take it out"
             shown = fields.printable(f"{name} {str(wanted).lower()}")

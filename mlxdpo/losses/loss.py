@@ -91,7 +91,7 @@ class Loss:
     def step_statistics(self, pairs: Pairs) -> mx.array | None:
         """(K, B) what the objectives take from all pairs of a step, or None where each pair stands for itself."""
         coupled = [term for term in self.terms if term.objective.step_statistics is not None]
-        found = [row for t in coupled for row in t.objective.step_statistics(self._modified(t, pairs))]  # type: ignore[misc]
+        found = [row for t in coupled for row in t.objective.statistics_of(self._modified(t, pairs), t.knobs)]
         return mx.stop_gradient(mx.stack(found)) if found else None
 
     @property

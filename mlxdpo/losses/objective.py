@@ -40,7 +40,7 @@ class Objective:
     family: Family
     start: Callable[..., float | None] | None
     use: str
-    step_statistics: Callable[[Any], StepStatistics] | None = None
+    step_statistics: Callable[..., StepStatistics] | None = None
     entries: int = 1
     over: Literal["", "lengths", "log-probs"] = ""
     opposite: bool = False
@@ -54,6 +54,13 @@ class Objective:
     def __call__(self, pairs: Any, **knobs: Any) -> mx.array:
         """One loss per pair, (B,)."""
         return self.function(pairs, **knobs)
+
+    def statistics_of(self, pairs: Any, knobs: Mapping[str, Any]) -> StepStatistics:
+        """What it takes from all pairs of a step, under those of its knobs that decide it; () for nothing."""
+        if self.step_statistics is None:
+            return ()
+        asked = inspect.signature(self.step_statistics).parameters
+        return self.step_statistics(pairs, **{name: value for name, value in knobs.items() if name in asked})
 
     @property
     def knobs(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mlxdpo.losses import pairwise, reference_free, unpaired
+from mlxdpo.losses import pairwise, reference_free, unpaired, winsorized
 from mlxdpo.losses.objective import Objective
 
 # Which modifiers make no sense for which family of objectives, and why: halves of sentences about an objective.
@@ -125,6 +125,22 @@ LOSSES: dict[str, Objective] = {
         "each row has the probability that its label is right (`mlxdpo data audit` estimates it)",
         opposite=True,
         reads_label=True,
+    ),
+    "wdpo": Objective(
+        winsorized.wdpo,
+        "wDPO: few labels flipped in part, large losses drawn in",
+        "2603.07211",
+        "difference",
+        _fixed(LN2),
+        "some labels are wrong or say little, and no row says which; needs many pairs a step",
+        step_statistics=winsorized.winsor_weights,
+        entries=3,
+        over="log-probs",
+        opposite=True,
+        refuses={
+            "probability": "it decides itself which labels are flipped",
+            "margin": "its thresholds are those of losses without a margin",
+        },
     ),
     "discopop": Objective(
         pairwise.discopop,

@@ -68,6 +68,7 @@ def test_an_unknown_objective_is_one_sentence(capsys):
 OTHER = {
     "beta": "0.35", "label_smoothing": "0.2", "discopop_tau": "0.7", "dpop_lambda": "3", "length_alpha": "0.1",
     "cpo_alpha": "0.2", "gamma": "0.7", "alphapo_alpha": "-0.4", "desirable_weight": "1.5",
+    "flip_budget": "0.3", "winsor_budget": "0.9",
     "undesirable_weight": "0.5", "f_divergence": "js_divergence", "ld_alpha": "0.3", "wpo": "true",
     "reference_free": "true", "name": "sigmoid+sft",
 }  # fmt: skip

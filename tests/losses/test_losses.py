@@ -34,6 +34,11 @@ def with_beta(name, beta, **knobs):
     return resolve(LossConfig(name=name, **({"beta": beta} if "beta" in LOSSES[name].knobs else {}), **knobs))
 
 
+def bound(name):
+    """wDPO's weights are differences of a step's losses, in which float32 loses a digit."""
+    return 5 * TOLERANCE if name == "wdpo" else TOLERANCE
+
+
 def compare(config, said=(), seed=1):
     """Worst relative error of mean, each pair's value and slopes against the independent version."""
     loss, wide = resolve(config, said), random_pairs(seed)
@@ -63,11 +68,12 @@ def test_hand_worked_values_and_slopes(name):
 @pytest.mark.parametrize("beta", [0.01, 0.1, 0.5])
 def test_value_and_gradient_equal_an_independent_float64_version(name, beta):
     errors = [compare(with_beta(name, beta).config, seed=seed) for seed in (1, 2)]
-    assert max(errors) <= TOLERANCE
+    assert max(errors) <= bound(name)
 
 
 OTHER = {
-    "beta": 0.35, "label_smoothing": 0.2, "discopop_tau": 0.7, "dpop_lambda": 3.0, "length_alpha": 0.1,
+    "beta": 0.35, "label_smoothing": 0.2, "flip_budget": 0.3, "winsor_budget": 0.9,
+    "discopop_tau": 0.7, "dpop_lambda": 3.0, "length_alpha": 0.1,
     "cpo_alpha": 0.2, "gamma": 0.7, "alphapo_alpha": -0.4, "desirable_weight": 1.5, "undesirable_weight": 0.5,
 }  # fmt: skip
 
@@ -78,7 +84,7 @@ def test_every_knob_moves_the_loss_as_its_formula_says(name):
     pairs = on_device(random_pairs(3))
     for knob in LOSSES[name].knobs:
         config = LossConfig(name=name, **{knob: OTHER[knob]})
-        assert compare(config) <= TOLERANCE, knob
+        assert compare(config) <= bound(name), knob
         gap = mx.abs(resolve(config)(pairs) - plain(pairs)).max().item()
         assert gap > 1e-2, knob
 
@@ -134,7 +140,7 @@ def test_modifiers_equal_their_formulas_or_are_refused_with_the_reason(name, mod
             with pytest.raises(UserError, match=rf"{modifier}.* does not apply to {name}: {re.escape(reason)}"):
                 resolve(config, said)
             continue
-        assert compare(config, said) <= TOLERANCE, knobs
+        assert compare(config, said) <= bound(name), knobs
         pairs = on_device(random_pairs(1))
         if knobs.get("f_alpha") != 1.0:  # that one is reverse KL
             values, plain = resolve(config, said)(pairs), with_beta(name, 0.1)(pairs)

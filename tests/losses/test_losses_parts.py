@@ -14,6 +14,7 @@ from mlxdpo.losses.modifiers import unpaired_rows, without_reference
 from mlxdpo.losses.ratios import bounded_expm1, log1mexp
 from mlxdpo.losses.reference_free import imitation, odds, shaped_reward
 from mlxdpo.losses.reward import OBJECTIVE, bradley_terry, reward_loss, reward_range
+from mlxdpo.losses.winsorized import sparsemax, wdpo, winsor_weights
 from mlxdpo.types import Pairs, UserError
 
 FAR_AND_NEAR = [-1e-4, -1e-3, -0.01, -0.3, -0.6, -0.8, -2.0, -8.0, -16.0, -20.0, -40.0]
@@ -90,7 +91,8 @@ def test_what_a_sum_asks_of_a_step(name, statistics, logps, paired, mismatched, 
 def test_an_objectives_family_is_the_file_it_stands_in():
     files = {**dict.fromkeys(("difference", "separate", "ranked"), "pairwise"), "reference-free": "reference_free"}
     for name, objective in LOSSES.items():
-        assert objective.function.__module__ == f"mlxdpo.losses.{files.get(objective.family, objective.family)}", name
+        file = {"wdpo": "winsorized"}.get(name, files.get(objective.family, objective.family))
+        assert objective.function.__module__ == f"mlxdpo.losses.{file}", name
 
 
 @pytest.mark.parametrize("name", [n for n, o in LOSSES.items() if o.paired and n != "sft"])
@@ -111,7 +113,9 @@ def test_what_is_looked_at_is_said():
         if objective.step_statistics is None:
             assert (objective.over, objective.entries) == ("", 1), name
             continue
-        seen, again = (objective.step_statistics(p if objective.paired else unpaired_rows(p)) for p in (pairs, others))
+        knobs = resolve(LossConfig(name=name)).terms[0].knobs
+        both = (p if objective.paired else unpaired_rows(p) for p in (pairs, others))
+        seen, again = (objective.statistics_of(p, knobs) for p in both)
         same = all(mx.array_equal(a, b).item() for a, b in zip(seen, again, strict=True))
         assert objective.over == ("lengths" if same else "log-probs"), name
         assert len(seen) == objective.entries and all(v.shape == (2,) for v in seen), name
@@ -215,3 +219,43 @@ def test_what_a_reward_model_reports():
     found = reward_range(columns([3.0, 1.0], [-2.0, 0.0]))
     assert found == {"min_reward": -2.0, "mean_reward": 0.5, "max_reward": 3.0}
     assert OBJECTIVE.reports is reward_range
+
+
+def test_sparsemax_by_hand():
+    """(1, .5, 0): two are kept, (1 + .5 - 1) / 2 = .25 is taken off each. Far apart one takes all; equal ones share."""
+    assert sparsemax(mx.array([1.0, 0.5, 0.0])).tolist() == pytest.approx([0.75, 0.25, 0.0])
+    assert sparsemax(mx.array([0.0, 9.0, -3.0])).tolist() == pytest.approx([0.0, 1.0, 0.0])
+    assert sparsemax(mx.full(4, -7.0)).tolist() == pytest.approx([0.25] * 4)
+
+
+def pairs_with_rewards(z):
+    """Pairs whose reward leads are z at beta 1."""
+    zero = mx.zeros(len(z))
+    return Pairs(mx.array(z) - 50, zero - 50, zero - 50, zero - 50, zero + 4, zero + 4)
+
+
+def test_the_two_stages_of_wdpo_by_hand():
+    """z = (-2, -1, 1, 3). Scores 2, 1, 0, 0: sparsemax gives all to the first, an eighth of four pairs is q = .5. Then
+    m = .5 (2.1269280 + .1269280), 1.3132617, .3132617, .0485874; the .7 quantile is a tenth of the way from the
+    third to the fourth of them, 1.1455614; mean s(-z / 1.75) = .4777031, so w = .02 + .48 * .4777031 = .2492975 of
+    four pairs, all for the second."""
+    pairs = pairs_with_rewards([-2.0, -1.0, 1.0, 3.0])
+    q, r, threshold = winsor_weights(pairs, 1.0, 0.125, 0.5)
+    assert q.tolist() == pytest.approx([0.5, 0, 0, 0], abs=1e-6)
+    assert r.tolist() == pytest.approx([0, 0.9971900, 0, 0], abs=1e-5)
+    assert threshold.tolist() == pytest.approx([1.1455614] * 4, abs=1e-6)
+    values = wdpo(pairs, beta=1.0, flip_budget=0.125)
+    assert values.tolist() == pytest.approx([1.126928, 1.1460326, 0.3132617, 0.0485874], abs=1e-5)
+    slopes = mx.grad(lambda c: wdpo(pairs._replace(chosen=c), beta=1.0, flip_budget=0.125).sum())(pairs.chosen)
+    s = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    wanted = [0.5 * (s(-2) - s(2)), -(1 - 0.9971900) * s(1), -s(-1), -s(-3)]
+    assert slopes.tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_what_a_full_flip_cuts_off_goes_to_the_others():
+    """Scores 2, 1.5, 0, 0: sparsemax (.75, .25, 0, 0), times .4 of four pairs 1.2 and .4; the first keeps 1, and .2
+    goes to the second."""
+    q = winsor_weights(pairs_with_rewards([-2.0, -1.5, 1.0, 3.0]), 1.0, 0.4, 0.5)[0]
+    assert q.tolist() == pytest.approx([1.0, 0.6, 0, 0], abs=1e-6)
+    won = winsor_weights(pairs_with_rewards([2.0, 1.5]), 1.0, 0.4, 0.5)[0]
+    assert won.tolist() == [0, 0]

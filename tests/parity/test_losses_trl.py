@@ -287,4 +287,4 @@ def test_every_objective_that_trl_has_is_compared():
     dpo = set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(DPOTrainer._compute_loss)))
     kto = set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(KTOTrainer._compute_loss)))
     assert dpo == set(DPO_NAMES) and kto == {"kto", "apo_zero_unpaired"}
-    assert set(LOSSES) - dpo - kto == {"dpop", "fa_dpo", "r_dpo", "cpo", "orpo", "simpo", "alphapo"}
+    assert set(LOSSES) - dpo - kto == {"dpop", "fa_dpo", "wdpo", "r_dpo", "cpo", "orpo", "simpo", "alphapo"}

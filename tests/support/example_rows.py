@@ -3,7 +3,7 @@
 from typing import Any
 
 SHAPES = {"chat": "turns", "tone": "text", "code": "implicit", "refusals": "turns", "summaries": "text"}
-SHAPES |= {"delta": "text", "zephyr": "turns"}
+SHAPES |= {"delta": "text", "zephyr": "turns", "smoltulu": "turns", "smollm3": "turns", "olmo3": "implicit"}
 """The row shape each recipe's data set must be read as."""
 
 
@@ -96,7 +96,49 @@ def delta(i: int) -> dict[str, Any]:
     }
 
 
-ROWS = {"delta": delta, "zephyr": chat} | {
+def smoltulu(i: int) -> dict[str, Any]:
+    """allenai/llama-3.1-tulu-3-8b-preference-mixture."""
+    question = f"Add {i} and 3."
+    return {
+        "id": f"tulu_{i}",
+        "source": "made up",
+        "prompt": question,
+        "chosen": _turns(question, f"{i} + 3 is {i + 3}."),
+        "rejected": _turns(question, "Why?"),
+    }
+
+
+def smollm3(i: int) -> dict[str, Any]:
+    """HuggingFaceTB/smoltalk2:Preference, with what it leaves empty."""
+    question = f"Name a town with {i} letters."
+    return {
+        "chosen": _turns(question, f"One with {i} letters."),
+        "rejected": _turns(question, "Town."),
+        "prompt": question,
+        "chat_template_kwargs": {
+            "custom_instructions": "" if i % 2 else None,
+            "enable_thinking": False,
+            "python_tools": [],
+            "xml_tools": None,
+        },
+        "source": "made up",
+    }
+
+
+def olmo3(i: int) -> dict[str, Any]:
+    """allenai/Dolci-Instruct-DPO."""
+    question = f"Say {i} in words."
+    return {
+        "chosen": _turns(question, f"The number {i}, in words."),
+        "rejected": _turns(question, f"{i}"),
+        "chosen_model": "a large one",
+        "rejected_model": "a small one",
+        "prompt_id": f"p{i}",
+        "preference_type": "delta",
+    }
+
+
+ROWS = {"delta": delta, "zephyr": chat, "smoltulu": smoltulu, "smollm3": smollm3, "olmo3": olmo3} | {
     "chat": chat,
     "tone": tone,
     "code": code,

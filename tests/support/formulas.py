@@ -83,6 +83,29 @@ def simpo_logit(p, k, alpha):
     return k.beta * (w - low) - k.gamma - p.margin
 
 
+def wdpo(p, k, fixed):
+    """Pair by pair as the paper's two stages describe it; sparsemax by bisection for its threshold."""
+    z, n = k.beta * d(fixed), len(fixed.chosen)
+    score = [max(0.0, -value) for value in z]
+    low, high = min(score) - 1, max(score)
+    for _ in range(200):
+        tau = (low + high) / 2
+        low, high = (tau, high) if sum(max(0.0, v - tau) for v in score) > 1 else (low, tau)
+    share = np.array([max(0.0, v - tau) for v in score])
+    whole = k.flip_budget * n if max(score) > 0 else 0.0
+    q = np.minimum(1, whole * share)
+    open_ = q < 1
+    if (left := whole - q.sum()) > 1e-9 and share[open_].sum() > 0:
+        q[open_] = np.minimum(1, q[open_] + left * share[open_] / share[open_].sum())
+    mixed = lambda x: -(1 - q) * ls(x) - q * ls(-x)  # noqa: E731
+    cut = np.quantile(mixed(z), 0.7)
+    size = abs(z).mean()
+    w = 0.02 + (max(0.02, k.winsor_budget) - 0.02) * (s(-z / size).mean() if size else 0.5)
+    excess = np.maximum(0, mixed(z) - cut)
+    r = np.minimum(1, w * n * excess / excess.sum()) if excess.sum() > 1e-12 else 0 * excess
+    return (1 - r) * mixed(k.beta * d(p)) + r * cut
+
+
 FORMULAS = {
     "sigmoid": lambda p, k, _: cross(lead(p, k.beta), k.label_smoothing),
     "ipo": lambda p, k, _: (token_lead(p, 1) + p.margin - 1 / (2 * k.beta)) ** 2,
@@ -94,6 +117,7 @@ FORMULAS = {
         / (1 - 2 * k.label_smoothing)
     ),
     "fa_dpo": lambda p, k, _: -np.log(right(p, k) * s(lead(p, k.beta)) + (1 - right(p, k)) * s(-lead(p, k.beta))),
+    "wdpo": wdpo,
     "discopop": lambda p, k, _: discopop(lead(p, k.beta), k.discopop_tau),
     "dpop": lambda p, k, _: -ls(penalised(p, k.beta, k.dpop_lambda)),
     "r_dpo": lambda p, k, _: -ls(lead(p, k.beta) + k.length_alpha * (p.chosen_len - p.rejected_len)),

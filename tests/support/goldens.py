@@ -46,6 +46,12 @@ GOLDENS = {
         Golden({"beta": 0.5, "label_smoothing": 0.1}, 0.52353370, -0.06637548, 0.06637548, {"label": 0.75}),
         Golden({"beta": 0.5, "label_smoothing": 0.0}, 1.31326169, 0.36552929, -0.36552929, {"label": 0.0}),
     ],
+    # one pair is its own quantile, so nothing is drawn in; won (z = 1): nothing is flipped, DPO. Lost, a = -3, d = -2,
+    # z = -1: all of the budget is its: .8 * 1.3132617 + .2 * .3132617; slope .5 (-.8 s(1) + .2 s(-1))
+    "wdpo": [
+        Golden({"beta": 0.5}, 0.31326169, -0.13447071, 0.13447071),
+        Golden({"beta": 0.5, "flip_budget": 0.2}, 1.11326169, -0.26552929, 0.26552929, {"chosen": -14.0}),
+    ],
     # m = s(1/.5) = .8807971, m' = m (1-m) / .5 = .2099872; (1-m) .3132617 + m e^-1;
     # slope (m' log s(1) - (1-m) s(-1) + m' e^-1 - m e^-1) / 2
     "discopop": [Golden({"beta": 0.5, "discopop_tau": 0.5}, 0.36136885, -0.17230836, 0.17230836)],
