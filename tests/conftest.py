@@ -90,6 +90,23 @@ def no_power_cuts():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def figures_as_they_fall():
+    """No figure's parts are moved until nothing overlaps: half of its time. `laid_out` undoes this."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        set_layout = Figure.set_layout_engine
+        patch.setattr(Figure, "set_layout_engine", lambda self, layout=None, **options: None)
+        yield set_layout
+
+
+@pytest.fixture
+def laid_out(figures_as_they_fall, monkeypatch):
+    """Figures are laid out in this test, as users see them."""
+    monkeypatch.setattr("matplotlib.figure.Figure.set_layout_engine", figures_as_they_fall)
+
+
 @pytest.fixture(autouse=True)
 def streams_here(monkeypatch):
     """Batches are computed whole, as on a Mac, whatever cores are here; called with a number, in so many streams."""
@@ -100,6 +117,16 @@ def streams_here(monkeypatch):
 
     count(1)
     return count
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kept_runs(tmp_path_factory):
+    """Where `tiny_runs.trained_once` keeps runs: a folder of this session that the workers of pytest-xdist share."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXDPO_TESTS_KEPT_RUNS", str(shared / "kept_runs"))
+        yield
 
 
 @pytest.fixture
@@ -118,16 +145,12 @@ def ticking(monkeypatch):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A tiny run with held-out pairs, trained once; nobody changes it."""
-    from tiny_runs import finish, recipe
-
-    from mlxdpo.runs import Run
+    from tiny_runs import recipe, trained_once
 
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLXDPO_CACHE", str(folder / "cache"))
-        config = recipe(folder, data={"eval_fraction": 0.2})
-        finish(config)
-    return Run.open(config.out)
+        return trained_once(folder, recipe(folder, data={"eval_fraction": 0.2}))
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 from mlxdpo.commands.terminal import console
 from mlxdpo.commands.train import NOTHING, Overrides
 from mlxdpo.config import load_config
-from mlxdpo.data.examples import Examples
-from mlxdpo.estimate.forecast import PARTS
 from mlxdpo.types import UserError
 
 if TYPE_CHECKING:
@@ -75,11 +73,14 @@ def show_prospects(found: Forecast) -> None:
 
 def prompts_held_out(found: Forecast) -> int:
     """Distinct prompts of the held-out pairs."""
+    from mlxdpo.data.examples import Examples
+
     return len(set(Examples.of(found.data.heldout).prompt_numbers.tolist()))
 
 
 def forecast_json(found: Forecast, seconds: float | None = None) -> dict[str, Any]:
     """The forecast as plain values; sizes in bytes, `seconds` of training where they were measured."""
+    from mlxdpo.estimate.forecast import PARTS
     from mlxdpo.training.rate_probe import rates_note
     from mlxdpo_eval.metrics.sequential import minimum_detectable
 
@@ -112,6 +113,7 @@ def show_forecast(found: Forecast) -> None:
     """Print it for a person."""
     from rich.table import Table
 
+    from mlxdpo.estimate.forecast import PARTS
     from mlxdpo.training.plan import plan_sentence
 
     memory, summary = found.memory, found.summary

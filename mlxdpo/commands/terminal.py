@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,11 +13,12 @@ from rich.text import Text
 
 from mlxdpo.commands.interrupt import outliving_the_terminal
 from mlxdpo.config import Config
-from mlxdpo.data.encode import Shown, shown_example
 from mlxdpo.io.progress import clock
 from mlxdpo.io.words import counted
-from mlxdpo.training.plan import plan_sentence
 from mlxdpo.types import Event
+
+if TYPE_CHECKING:
+    from mlxdpo.data.encode import Shown
 
 console = Console(soft_wrap=True, highlight=False)
 SHOWN = {
@@ -128,6 +129,9 @@ def _fit_line(start: str, values: Mapping[str, Any], end: str = "") -> str:
 
 
 def _introduce(values: dict[str, Any]) -> None:
+    from mlxdpo.data.encode import shown_example
+    from mlxdpo.training.plan import plan_sentence
+
     data, config, policy = values["data"], values["config"], values["policy"]
     identity = policy.identity
     bits = f", {identity['quantization']['bits']} bits" if identity["quantization"] else ""

@@ -1,8 +1,11 @@
 """What people type first, and what is then printed: the command meant, an option by meaning, a file in its place."""
 
+import functools
 import json
 import re
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 from tiny_runs import finish, recipe
@@ -66,28 +69,33 @@ def test_a_wrong_guess_is_told_what_was_meant(line, desk, capsys):
     assert [part for part in GUESSES[line] if part not in said] == [] and "Traceback" not in said
 
 
+@functools.cache
+def page_of(command):
+    """A page of `--help` on a terminal of 80 columns, made once: those of all settings take a second."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as page:
+        patch.setenv("COLUMNS", "80")
+        assert run([*command.split(), "--help"]) == 0
+    return page.getvalue()
+
+
 @pytest.mark.parametrize("command", ["", *COMMANDS, "data"])
-def test_pages_of_help_fit_80_columns_and_end_with_examples(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    assert run([*command.split(), "--help"]) == 0
-    page = capsys.readouterr().out
+def test_pages_of_help_fit_80_columns_and_end_with_examples(command):
+    page = page_of(command)
     assert max(map(len, page.splitlines())) <= 80
     for example in EXAMPLES.get(command, ()):
         assert example in " ".join(page.split())
 
 
-def test_the_first_page_has_every_command_in_a_group(capsys):
+def test_the_first_page_has_every_command_in_a_group():
     grouped = " ".join(GROUPS.values()).split()
     assert sorted(grouped) == sorted({name.split()[0] for name in COMMANDS})
-    run(["--help"])
-    page = capsys.readouterr().out
+    page = page_of("")
     places = [page.index(f"─ {title} ─") for title in GROUPS]
     assert places == sorted(places) and page.index("Examples") > places[-1]
 
 
 def test_common_options_come_first_and_the_rest_behind_help_all(capsys):
-    run(["train", "--help"])
-    short = capsys.readouterr().out
+    short = page_of("train")
     run(["train", "--help-all"])
     whole = capsys.readouterr().out
     assert "--data STR" in short and "--rollout.samples" not in short and "--rollout.samples" in whole

@@ -83,6 +83,7 @@ def test_pip_install_gives_a_working_command(tmp_path):
 
 def test_help_is_instant():
     code = "import sys; sys.argv = ['mlxdpo', '--help']\nfrom mlxdpo.cli import run; run(['--help'])\n"
+    code += "import mlxdpo.commands.plan, mlxdpo.commands.terminal, mlxdpo.commands.train\n"  # and those of most pages
     code += "heavy = {'mlx.core', 'mlx_lm', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
     code += "assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

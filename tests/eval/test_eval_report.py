@@ -41,7 +41,7 @@ def found_by(run, judge):
     return results, [json.loads(line) for line in lines]
 
 
-def test_the_report_begins_with_verdict_answers_and_cost(run):
+def test_the_report_begins_with_verdict_answers_and_cost(run, laid_out):
     found_by(run, Paid(coin, "a judge"))
     page, markdown = write_report(run).read_text(), (run.path / "report.md").read_text()
     order = ["Three answers before and after", "What it cost", "How often the tuned answers win", "Held-out pairs"]

@@ -96,7 +96,7 @@ def test_every_number_stands_in_the_text_with_interval_and_n(evaluated, out):
         assert f"| {f.value:.4g} | {bounds} | {f.n} |" in row
 
 
-def test_what_the_issue_asks_for_is_there(evaluated, out):
+def test_what_the_issue_asks_for_is_there(evaluated, out, laid_out):
     run, results = evaluated
     text = write_card(run, out, repo="jane/tiny").read_text()
     manifest, config = run.manifest(), run.config()

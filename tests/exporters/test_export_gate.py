@@ -62,12 +62,14 @@ def without_a_layer(arrays):
     return {name: mx.zeros_like(a) if ".layers.1." in name and "lora_B" in name else a for name, a in arrays.items()}
 
 
+def test_an_adapter_that_is_whole_passes(tmp_path, cache, square):
+    assert export(square, ["peft"], tmp_path / "good").passed
+
+
 @pytest.mark.parametrize("change", [swapped, unscaled, without_a_layer])
 def test_a_broken_adapter_is_caught(change, tmp_path, cache, monkeypatch, square):
-    run = square
-    assert export(run, ["peft"], tmp_path / "good").passed
     spoil(monkeypatch, "peft", "adapter_model.safetensors", change)
-    exported = export(run, ["peft", "mlx"], tmp_path / "out")
+    exported = export(square, ["peft", "mlx"], tmp_path / "out")
     broken = exported.targets["peft"]
     assert not exported.passed and not broken.kept and not broken.fidelity.passed
     assert broken.fidelity.token_kl > MOST_KL * broken.fidelity.policy_reference_kl

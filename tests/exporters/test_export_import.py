@@ -6,9 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_exports import ids_of, logits_of, trained_run
+from tiny_models import write_model
+from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.cli import run as command
-from mlxdpo.config import LoraConfig, ModelConfig
+from mlxdpo.config import ModelConfig
 from mlxdpo.exporters import export
 from mlxdpo.exporters.peft import import_peft, peft_scales, targets
 from mlxdpo.forward.logprobs import next_token_logps
@@ -51,7 +53,7 @@ def peft_folder(folder, modules, **settings):
 
 
 def test_ranks_scales_and_single_layers_keep_the_function(tmp_path, cache):
-    trained_run(tmp_path)  # for its model
+    write_model(tmp_path / "llama", chatml_tokenizer())
     modules = {
         "model.layers.1.self_attn.q_proj": (4, 0),
         "model.layers.1.mlp.up_proj": (2, 1),
@@ -112,7 +114,7 @@ def test_what_an_mlx_adapter_cannot_hold_is_refused(settings, sentence, tmp_path
 
 
 def test_another_model_is_refused(tmp_path, cache):
-    trained_run(tmp_path, lora=LoraConfig(rank=2).model_dump(include={"rank"}))
+    write_model(tmp_path / "llama", chatml_tokenizer())
     for layer, sentence in (("9", "has no layer `model.layers.9"), ("1", "another model")):
         folder = tmp_path / f"p{layer}"
         peft_folder(folder, {f"model.layers.{layer}.self_attn.q_proj": (4, 0)})

@@ -62,6 +62,7 @@ def results(folder):
     return json.loads((folder / "rounds.json").read_text())
 
 
+@pytest.mark.slow
 def test_rounds_are_runs_with_parents(place, capsys):
     assert cli(["iterate", "r.yaml", "--out", "out"]) == 0, capsys.readouterr()
     found = results(place / "out")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tiny_runs import finish, recipe
+from tiny_runs import recipe, trained_once
 
 from mlxdpo.runs import Run
 from mlxdpo.ui.compare.answers import Settings
@@ -16,9 +16,7 @@ def finished_run(folder: Path, name: str = "one", **sections) -> Run:
     data, lora, optim = ({"eval_fraction": 0.5}, {"scale": 20.0}, {"lr": 3e-2})
     parts = {"data": data, "lora": lora, "optim": optim}
     merged = {key: parts.get(key, {}) | sections.get(key, {}) for key in parts.keys() | sections.keys()}
-    config = recipe(folder, f"runs/{name}", **merged)
-    finish(config)
-    return Run.open(config.out)
+    return trained_once(folder, recipe(folder, f"runs/{name}", **merged))
 
 
 def desk_over(folder: Path) -> AppState:

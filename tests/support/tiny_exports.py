@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from tiny_models import write_model
-from tiny_runs import finish, recipe, write_pairs
+from tiny_runs import recipe, trained_once, write_pairs
 from tiny_tokenizers import CHATML, _merges, byte_level, chatml_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -28,8 +28,7 @@ def trained_run(folder, kind="llama", out="run", **sections) -> Run:
     write_pairs(folder / "heldout.jsonl", 10, seed=7)
     parts = {name: TRAINED.get(name, {}) | sections.get(name, {}) for name in {*TRAINED, *sections}}
     parts["data"] = {"eval": str(folder / "heldout.jsonl")} | sections.get("data", {})
-    finish(recipe(folder, out, kind, **parts))
-    return Run.open(folder / out)
+    return trained_once(folder, recipe(folder, out, kind, **parts))
 
 
 END, TURN = "<|endoftext|>", "<|im_end|>"
@@ -44,8 +43,7 @@ def run_with_two_ends(folder) -> Run:
     (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     steps = {"batch_size": 12, "gradient_accumulation": 1, "epochs": 40.0, "save_every": 99}
     quick = {"lora": {"method": "full"}, "optim": {"lr": 1e-2, "warmup": 0.0}, "train": steps}
-    finish(recipe(folder, stage="sft", data={"template": "auto"}, **quick))
-    return Run.open(folder / "run")
+    return trained_once(folder, recipe(folder, stage="sft", data={"template": "auto"}, **quick))
 
 
 def other_adapter(run, size=0.05, **lora) -> Run:

@@ -1,8 +1,12 @@
 """Tiny recipes: a model folder, a handful of very short pairs, and a run over them in a fraction of a second."""
 
+import contextlib
+import hashlib
 import json
+import os
 import random
 import shutil
+import tempfile
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,6 +14,8 @@ from tiny_models import write_model
 from tiny_tokenizers import chatml_tokenizer
 
 from mlxdpo.config import Config, load_config
+from mlxdpo.machine import openblas
+from mlxdpo.machine.device import this_machine
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
 from mlxdpo.training.run import train
@@ -116,16 +122,55 @@ def trained(folder, out="run", **sections) -> Run:
     """A tiny trained run whose held-out pairs are all of its pairs."""
     config = recipe(folder, out, **sections)
     data = config.data.model_copy(update={"eval": config.data.path})
-    finish(config.model_copy(update={"data": data}))
+    return trained_once(folder, config.model_copy(update={"data": data}))
+
+
+KEPT_RUNS = "MLXDPO_TESTS_KEPT_RUNS"  # the variable that names the folder of `trained_once`, one for a whole session
+
+
+def trained_once(folder: Path, config: Config) -> Run:
+    """The finished run of a recipe over files below `folder`: trained by the first test that asks for it, copied from
+    there for the others, whichever worker they run in. For tests that begin with a run; one of training trains."""
+    kept = Path(os.environ[KEPT_RUNS]) / _name_of(folder, config)
+    if kept.exists():
+        shutil.copytree(kept / "run", config.out)
+        return _moved(Path(config.out), (kept / "folder").read_text("utf-8"), folder)
+    finish(config)
+    kept.parent.mkdir(exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=kept.parent))
+    shutil.copytree(config.out, draft / "run")
+    (draft / "folder").write_text(str(folder), "utf-8")
+    with contextlib.suppress(OSError):  # another worker was faster
+        draft.rename(kept)
     return Run.open(config.out)
+
+
+def _name_of(folder: Path, config: Config) -> str:
+    """A digest of all that a run is made of: settings, the files that they name, and what computes."""
+    inputs = config.model_copy(update={"out": None}).model_dump(mode="json")
+    said = json.dumps([inputs, this_machine(), openblas.stream_count()], sort_keys=True)
+    digest = hashlib.sha256(said.replace(str(folder), "").encode())
+    named = {value for part in inputs.values() if isinstance(part, dict) for value in part.values()
+             if isinstance(value, str) and value.startswith(str(folder))}  # fmt: skip
+    for path in map(Path, sorted(named)):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                digest.update(f"{file.relative_to(folder)} {file.stat().st_size} ".encode() + file.read_bytes())
+    return digest.hexdigest()[:32]
 
 
 def copied(folder: Path, target: Path, out: str = "run") -> Run:
     """The run `out` of a folder with its model and pairs, in `target`, as if it had been trained there."""
     shutil.copytree(folder, target, dirs_exist_ok=True)
-    config = target / out / "config.yaml"
-    config.write_text(config.read_text("utf-8").replace(str(folder), str(target)), "utf-8")
-    return Run.open(target / out)
+    return _moved(target / out, str(folder), target)
+
+
+def _moved(run: Path, before: str, folder: Path) -> Run:
+    """A run whose files lay below `before` and now lie below `folder`."""
+    for name in ("config.yaml", "manifest.json", "paths.json"):
+        if (run / name).exists():
+            (run / name).write_text((run / name).read_text("utf-8").replace(before, str(folder)), "utf-8")
+    return Run.open(run)
 
 
 def untrain(run: Run) -> Run:

@@ -84,7 +84,7 @@ def test_modifiers_reach_the_step_and_interrupted_runs_go_on_to_the_bit(tmp_path
 
 def test_objectives_without_a_reference_score_none(tmp_path, cache):
     for name in ("simpo", "cpo", "orpo", "alphapo", "sft"):
-        events = finish(recipe(tmp_path, name, loss={"name": name}))
+        events = finish(recipe(tmp_path, name, loss={"name": name}, train={"steps": 1}))
         assert not [e for e in events if e.kind in ("reference", "referenced")]
     assert not list((cache / "reference").glob("*")) if (cache / "reference").exists() else True
 
@@ -192,16 +192,17 @@ def test_soft_labels_weights_and_margins_reach_the_step(tmp_path):
     makes it log(1 + e^m)."""
     one = {"train": {"steps": 1}}
     half = speaking(tmp_path / "half.jsonl", p=lambda i: 0.5, w=lambda i: 0.5 if i % 2 else 1.5, m=lambda i: 2.0)
-    even = finish(recipe(tmp_path, "even", data={"path": half, "columns": {"probability": "p"}}))
-    assert [v["grad_norm"] for v in steps_of(even)] == pytest.approx([0.0] * len(losses(even)), abs=1e-5)
+    two = {"train": {"steps": 2}}  # the second from where the first left off
+    even = finish(recipe(tmp_path, "even", data={"path": half, "columns": {"probability": "p"}}, **two))
+    assert [v["grad_norm"] for v in steps_of(even)] == pytest.approx([0.0, 0.0], abs=1e-5)
     bold = finish(recipe(tmp_path, "bold", data={"path": half, "columns": {"margin": "m"}}, **one))
     assert losses(bold) == pytest.approx([math.log(1 + math.exp(2))], rel=1e-5)
-    heavy = finish(recipe(tmp_path, "heavy", data={"path": half, "columns": {"weight": "w"}}))
-    drawn = [round(value / math.log(2) * 4) for value in losses(heavy)[:1]]  # of 4 pairs, each worth 0.5 or 1.5
+    heavy = finish(recipe(tmp_path, "heavy", data={"path": half, "columns": {"weight": "w"}}, **one))
+    drawn = [round(value / math.log(2) * 4) for value in losses(heavy)]  # of 4 pairs, each worth 0.5 or 1.5
     assert losses(heavy)[0] == pytest.approx(math.log(2) * drawn[0] / 4, rel=1e-5) and 2 <= drawn[0] <= 6
     nothing = speaking(tmp_path / "nothing.jsonl", w=lambda i: 0.0)
-    idle = finish(recipe(tmp_path, "idle", data={"path": nothing, "columns": {"weight": "w"}}))
-    assert losses(idle) == [0.0] * 5 and not any(v["grad_norm"] for v in steps_of(idle))
+    idle = finish(recipe(tmp_path, "idle", data={"path": nothing, "columns": {"weight": "w"}}, **two))
+    assert losses(idle) == [0.0] * 2 and not any(v["grad_norm"] for v in steps_of(idle))
 
 
 @pytest.mark.parametrize(

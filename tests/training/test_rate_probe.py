@@ -117,10 +117,9 @@ def test_too_few_training_pairs_to_measure_on_mean_the_usual_rate(tmp_path, watc
     assert run.config().optim.lr == rate_probe.usual_rate(config, 60) == run.manifest()["rate"]["lr"]
 
 
-def test_the_goal_is_met_within_a_factor(tmp_path, cache):
+def test_the_goal_is_met_within_a_factor(found):
     """Not by the formula: the finished run's held-out rewards are looked at."""
-    config = auto(tmp_path, "far", train=LONG | {"epochs": 12.0})
-    moved = [e.values for e in finish(config) if e.kind == "eval"][-1]
+    moved = [e.values for e in found[1] if e.kind == "eval"][-1]
     assert 0.1 * GOAL < abs(moved["eval_rewards/chosen"]) + abs(moved["eval_rewards/rejected"]) < 10 * GOAL
 
 
@@ -162,10 +161,10 @@ def test_probes_that_overflow_end_there(tmp_path, cache, monkeypatch):
     assert len(Run.open(config.out).manifest()["rate"]["probes"]) == 2
 
 
-def test_every_kind_of_loss_is_probed(tmp_path, cache):
-    for name in ("sigmoid", "simpo", "ipo", "kto", "orpo"):
-        config = auto(tmp_path, name, loss={"name": name}, train=LONG)
-        probes = [event.values for event in until_trained(config) if event.kind == "probe"]
+def test_every_kind_of_loss_is_probed(tmp_path, cache, found):
+    runs = {name: auto(tmp_path, name, loss={"name": name}) for name in ("simpo", "ipo", "kto", "orpo")}
+    for events in (found[1], *map(until_trained, runs.values())):
+        probes = [event.values for event in events if event.kind == "probe"]
         assert len(probes) >= rate_probe.FEWEST and all(np.isfinite(p["rewards"]) and p["rewards"] > 0 for p in probes)
 
 
