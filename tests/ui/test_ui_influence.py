@@ -74,7 +74,8 @@ def test_the_pairs_found_are_listed_decided_and_written(started):
     first, last = rows[0]["where"], rows[-1]["where"]
     influence.decide_pair(path, out, first, "drop")
     influence.decide_pair(path, out, last, "flip")
-    assert (data := influence.training_file(path))
+    data = influence.training_file(path)
+    assert data is not None
     before = data.read_text().splitlines()
     assert influence.influence_html(path, out, "a").count('aria-pressed="true"') == 2
     target, dropped, flipped = audit.write_audited(data)
