@@ -130,7 +130,7 @@ def heldout_source(data: DataConfig) -> tuple[str, str] | None:
     a_file = os.path.exists(Path(data.eval).expanduser()) or Path(data.eval.removesuffix(".gz")).suffix in READERS
     a_split = is_hub_dataset(data.path) or os.path.isdir(data.path)
     if not a_file and "/" not in data.eval and os.path.isfile(data.path):
-        raise UserError(f"data.eval {data.eval} is no file, and {data.path} has no splits; give --data.eval FILE")
+        raise UserError(f"data.eval {data.eval} is not a file, and {data.path} has no splits; give --data.eval FILE")
     return (data.path, data.eval) if a_split and not a_file else (data.eval, data.split)
 
 

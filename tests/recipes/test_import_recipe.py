@@ -276,7 +276,7 @@ def test_the_alignment_handbook_s_mixture_of_one_set(place):
     data = load_config(None, yaml.safe_load(recipe_text(found))).data
     assert (data.path, data.split, data.eval) == ("Hub/binarized", "train_prefs", "test_prefs")
     assert found.tool.name == "trl" and found.outcomes["dataset_mixer"].kind == "taken"
-    with pytest.raises(UserError, match=r"data\.eval test_prefs is no file, and pairs\.jsonl has no splits"):
+    with pytest.raises(UserError, match=r"data\.eval test_prefs is not a file, and pairs\.jsonl has no splits"):
         heldout_source(data.model_copy(update={"path": "pairs.jsonl"}))
 
 
