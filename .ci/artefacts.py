@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 IN_SDIST = ("LICENSE", "README.md", "pyproject.toml", "Makefile", "requirements/lock.txt", "tests/conftest.py",
-            "tests/support/tiny_models.py", "docs/data.md", "docs/report.png", "examples", ".ci/smoke")  # fmt: skip
+            "tests/support/tiny_models.py", "docs/data.md", "docs/app-vote.png", "examples", ".ci/smoke")  # fmt: skip
 LITTER = ("__pycache__", ".pyc", ".venv", ".hypothesis", ".bench")
 
 
