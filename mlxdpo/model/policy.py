@@ -254,7 +254,17 @@ def load_folder(folder: Path, name: str, trusted: bool = False) -> tuple[nn.Modu
         packed = {key: loaded[key] for key in ("quantization", "quantization_config") if key in loaded}
         if note := router_note(model):
             reading = reading._replace(notes=(*reading.notes, f"{name}: {note}"))
-        return correct(model, reading.loaded), raw | packed, reading
+        model = correct(model, reading.loaded)
+        try_two_tokens(model)
+        return model, raw | packed, reading
+
+
+def try_two_tokens(model: nn.Module) -> None:
+    """Call the model as generation does, so that a configuration which its own code cannot run (an odd head dimension
+    under rotary positions) raises here and not later. Nothing is computed."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model(mx.zeros((1, 2), mx.int32), cache=make_prompt_cache(model))
 
 
 def _load(folder: Path, reading: ModelReading, trusted: bool) -> tuple[nn.Module, dict[str, Any]]:

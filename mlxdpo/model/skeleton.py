@@ -24,7 +24,15 @@ from mlxdpo.machine.device import default_dtype
 from mlxdpo.model.adapters import attach_lora, checked_lora
 from mlxdpo.model.corrections import model_classes
 from mlxdpo.model.model_config import ModelReading, read_model_config
-from mlxdpo.model.policy import BUILTIN, cast, check_packing, find_model, strangers_files, why_no_weights
+from mlxdpo.model.policy import (
+    BUILTIN,
+    cast,
+    check_packing,
+    find_model,
+    strangers_files,
+    try_two_tokens,
+    why_no_weights,
+)
 from mlxdpo.model.stored_shapes import check_counts
 from mlxdpo.types import UserError
 
@@ -70,6 +78,7 @@ def read_skeleton(config: ModelConfig) -> Skeleton:
         if reading.filled and not _has_shapes(reading, stored) and _has_shapes(reading.as_stored(), stored):
             reading = reading.as_stored()  # as `load_folder` does where the weights are not those
         model = _definition(reading.loaded, stored)
+        try_two_tokens(model)
     if config.quantize:
         if raw.get("quantization"):
             raise UserError(
@@ -142,6 +151,8 @@ def _definition(raw: Mapping[str, Any], stored: Mapping[str, Stored]) -> Any:
     model = model_class(arguments.from_dict(raw))
     if "lm_head" in model and not any(name.endswith("lm_head.weight") for name in stored):
         model.pop("lm_head")  # a tied head that the definition makes first and drops when it sees the files
+        if hasattr(model, "tie_word_embeddings"):
+            model.tie_word_embeddings = True
     if quantisation := raw.get("quantization"):
         nn.quantize(
             model,

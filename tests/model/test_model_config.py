@@ -139,3 +139,13 @@ def test_routers_that_correct_to_below_zero_are_named():
     said = router_note(nn.Sequential(Gate([0.1, -0.2], 2), Gate([0.1, 0.2], 2)))
     assert said.startswith("1 of 2 routers correct experts to below 0")
     assert router_note(nn.Sequential(Gate([0.1, -0.2], 1), Gate([0.1, 0.2], 2))) == ""
+
+
+def test_a_model_that_cannot_run_is_refused_before_its_first_row(tmp_path, cache):
+    """The arrays fit an odd head dimension, and rotary positions do not: a sentence from `plan` and `train` alike."""
+    folder = write_model(tmp_path / "m", chatml_tokenizer(), "qwen3")
+    odd = write_model(tmp_path / "odd", chatml_tokenizer(), "qwen3", head_dim=7)
+    for read in (load_policy, read_skeleton):
+        read(ModelConfig(path=str(folder), dtype="float32"))
+        with pytest.raises(UserError, match="cannot be loaded .*dims must be even"):
+            read(ModelConfig(path=str(odd), dtype="float32"))
