@@ -165,7 +165,7 @@ def _definition(raw: Mapping[str, Any], stored: Mapping[str, Stored]) -> Any:
 
 
 def _has_shapes(reading: ModelReading, stored: Mapping[str, Stored]) -> bool:
-    """Whether the model of a reading has arrays of the stored shapes; a packed one is not looked into."""
+    """Whether the model of a reading has the stored arrays and no others; a packed one is not looked into."""
     if "quantization" in reading.loaded:
         return True
     try:
@@ -176,7 +176,9 @@ def _has_shapes(reading: ModelReading, stored: Mapping[str, Stored]) -> bool:
     except (ValueError, TypeError, KeyError):
         return False
     own: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    return all(name not in given or given[name].shape == array.shape for name, array in own.items())
+    shapes = {name: given[name].shape for name in given}
+    tied = own.get("lm_head.weight", mx.zeros(())).shape  # made first, and dropped where the files have none
+    return all(shapes.get(name, tied if name == "lm_head.weight" else None) == a.shape for name, a in own.items())
 
 
 def _quantised(path: str, module: Any, quantisation: Mapping[str, Any], stored: Mapping[str, Stored]) -> Any:
