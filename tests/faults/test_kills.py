@@ -20,6 +20,7 @@ from mlxdpo.io.atomic import append_line
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.runs import Run
 
+pytestmark = pytest.mark.usefixtures("laid_out")  # pictures too are compared with those of other processes
 RECORD = Path(__file__).parents[2] / ".bench" / "faults.jsonl"
 SEED = 20
 # 100 kills, by how many different things each stage writes.
