@@ -2,31 +2,14 @@
 
 import pytest
 from chromium import BROWSER
-from tiny_desk import finished_run
-
-from mlxdpo.ui.server import start_app
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
 
 pytestmark = [*BROWSER, pytest.mark.xdist_group("browser"), pytest.mark.processes]
-PATIENCE = 240_000  # milliseconds
 
 
-@pytest.fixture
-def page(tmp_path, cache, monkeypatch, chromium):
-    """The Compare tab with one finished run."""
-    monkeypatch.chdir(tmp_path)
-    finished_run(tmp_path)
-    running = start_app(tmp_path / "runs", "one")
-    opened = chromium.new_context(viewport={"width": 1280, "height": 900}).new_page()
-    opened.set_default_timeout(PATIENCE)
-    opened.goto(running.url)
-    yield opened
-    opened.context.close()
-    running.page.close()
-
-
-def test_a_clicked_word_shows_its_pairs_and_one_is_dropped(page, tmp_path):
+def test_a_clicked_word_shows_its_pairs_and_one_is_dropped(page_of_a_run, tmp_path):
+    page = page_of_a_run
     page.locator("#compare-prompt textarea").fill("q3 red:")
     page.locator("#compare-send").click()
     words = page.locator("#columns .voice.tuned .tok")
@@ -47,7 +30,8 @@ def test_a_clicked_word_shows_its_pairs_and_one_is_dropped(page, tmp_path):
     assert before[int(first.rsplit(":", 1)[1]) - 1] not in after
 
 
-def test_enter_on_a_word_asks_too(page):
+def test_enter_on_a_word_asks_too(page_of_a_run):
+    page = page_of_a_run
     page.locator("#compare-prompt textarea").fill("q3 red:")
     page.locator("#compare-send").click()
     page.locator("#columns .voice.tuned .tok").first.wait_for()

@@ -2,31 +2,20 @@
 
 import pytest
 from chromium import BROWSER
-from tiny_desk import finished_run
 
 from mlxdpo.exporters import read_record
-from mlxdpo.ui.server import start_app
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install 'mlxdpo[app]'")
 
 pytestmark = [*BROWSER, pytest.mark.xdist_group("browser"), pytest.mark.processes]
-PATIENCE = 240_000  # milliseconds
 
 
 @pytest.fixture
-def page(tmp_path, cache, monkeypatch, chromium):
+def page(page_of_a_run):
     """The Runs tab with one run, finished and chosen."""
-    monkeypatch.chdir(tmp_path)
-    finished_run(tmp_path)
-    running = start_app(tmp_path / "runs", "one")
-    opened = chromium.new_context(viewport={"width": 1280, "height": 900}).new_page()
-    opened.set_default_timeout(PATIENCE)
-    opened.goto(running.url)
-    opened.get_by_role("tab", name="Runs", exact=True).click()
-    opened.wait_for_selector("#runs-curves svg")
-    yield opened
-    opened.context.close()
-    running.page.close()
+    page_of_a_run.get_by_role("tab", name="Runs", exact=True).click()
+    page_of_a_run.wait_for_selector("#runs-curves svg")
+    return page_of_a_run
 
 
 def ended(page, name: str, button: str) -> str:
