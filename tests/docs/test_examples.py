@@ -129,7 +129,7 @@ def test_a_run_is_opened_judged_and_its_cost_is_shown(workplace, capsys):
 def test_own_objective_reward_and_sweep(workplace):
     names = executed("own_objective_and_reward", workplace)
     losses = [run.config().loss for run in names["found"].runs]
-    assert {(loss.name, loss.gamma) for loss in losses} == {("token_hinge", 0.5), ("token_hinge", 2.0)}
+    assert {(loss.name, loss.gamma) for loss in losses} == {("token_logistic", 0.5), ("token_logistic", 2.0)}
     assert names["again"].same
     assert not any((workplace / "cache").rglob("*logps*")), "the objective needs no reference"
     assert [rate["judge"] for rate in names["verdict"]["winrates"]] == ["eight_words"]
