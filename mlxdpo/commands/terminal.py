@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -40,8 +40,10 @@ SHOWN = {
 }
 
 
-def show_training(events: Iterable[Event]) -> Iterator[Event]:
-    """Show events as they pass and hand them on."""
+def show_training(
+    events: Iterable[Event], introduce: Callable[[Mapping[str, Any]], None] | None = None
+) -> Iterator[Event]:
+    """Show events as they pass and hand them on; `introduce` shows the first (default `introduce_run`)."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(None),
@@ -56,6 +58,7 @@ def show_training(events: Iterable[Event]) -> Iterator[Event]:
             values = event.values
             if event.kind == "start":
                 config, steps = values["config"], values["plan"].steps
+                (introduce or introduce_run)(values)
             elif event.kind == "note":
                 steps = values.get("steps", steps)  # those that train.minutes leave
             with outliving_the_terminal():
@@ -91,7 +94,6 @@ def _print_eval(event: Event, steps: int) -> None:
 
 
 LINES = {
-    "start": lambda event, steps: _introduce(event.values),
     "referenced": lambda event, steps: console.print(
         f"reference: log-probs of {counted(event.values['total'], event.values['part'] + ' pair')} ready"
     ),
@@ -128,15 +130,21 @@ def _fit_line(start: str, values: Mapping[str, Any], end: str = "") -> str:
         left.pop(name, None)
 
 
-def _introduce(values: dict[str, Any]) -> None:
-    from mlxdpo.data.encode import shown_example
-    from mlxdpo.training.plan import plan_sentence
-
-    data, config, policy = values["data"], values["config"], values["policy"]
-    identity = policy.identity
+def introduce_model(values: Mapping[str, Any]) -> None:
+    """Which model is trained on how many pairs, and where the run is."""
+    data, config, identity = values["data"], values["config"], values["policy"].identity
     bits = f", {identity['quantization']['bits']} bits" if identity["quantization"] else ""
     console.print(f"{config.model.path} ({identity['dtype']}{bits}) -> {values['run'].path}")
     console.print(f"{counted(len(data.train), 'training pair')}, {len(data.heldout)} held out")
+
+
+def introduce_run(values: Mapping[str, Any]) -> None:
+    """The model, the plan, what was left out of the data, and the first row."""
+    from mlxdpo.data.encode import shown_example
+    from mlxdpo.training.plan import plan_sentence
+
+    introduce_model(values)
+    data, policy = values["data"], values["policy"]
     console.print(plan_sentence(values["plan"]))
     for name, report in data.reports.items():
         for line in report.lines():

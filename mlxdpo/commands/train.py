@@ -171,11 +171,13 @@ def follow_training(
     when_stopped: Callable[[Path, RuntimeError], None] = leave_stopped,
     finish: Callable[[Run, Mapping[str, float]], None] = nothing_more,
     see: Callable[[Event], None] = lambda event: None,
+    introduce: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> int:
     """Train with everything shown and tracked; 0 when done, 130 when interrupted.
 
     `when_stopped` is called when macOS stopped the work on the GPU; when it returns, that error is raised. `finish` is
-    called with the finished run and its last held-out metrics, `see` with every event after it was shown.
+    called with the finished run and its last held-out metrics, `see` with every event after it was shown, `introduce`
+    as in `terminal.show_training`.
     """
     from mlxdpo.commands import terminal
     from mlxdpo.commands.interrupt import stop_flag
@@ -197,7 +199,7 @@ def follow_training(
             config, resume=resume, should_stop=should_stop, group=peers or ALONE, fits=check_fits, generate=generate
         )
         try:
-            for event in tracked(terminal.show_training(events), config):
+            for event in tracked(terminal.show_training(events, introduce), config):
                 see(event)
                 if event.kind == "start":
                     path = event.values["run"].path

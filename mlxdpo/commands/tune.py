@@ -26,6 +26,8 @@ def run(
     model: Annotated[str, Parameter(name=["--model.path", "--model"])] = "smollm2",
     time: str = "1h",
     judge: list[str] | None = None,
+    eval_file: Annotated[str | None, Parameter(name="--data.eval")] = None,
+    eval_fraction: Annotated[float | None, Parameter(name="--data.eval-fraction")] = None,
     out: Path | None = None,
     no_open: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -39,23 +41,31 @@ def run(
         model: Hub id, Hugging Face folder, or smollm2.
         time: Maximum training time: 90m, 1h, 45s; steps are reduced to fit.
         judge: Judge that compares answers before and after, as for `mlxdpo eval`; repeatable; default: length.
+        eval_file: Held-out pairs; unset means a share of the prompts of PAIRS is held out.
+        eval_fraction: That share; default: 0.1.
         out: Run directory; unset means a new one below runs/, named after model and data.
         no_open: Do not open the report in a browser.
     """
     from mlxdpo.commands import data_check, train
     from mlxdpo.commands.data_check import CheckConfig
-    from mlxdpo.commands.terminal import console
-    from mlxdpo.config import ModelConfig
+    from mlxdpo.commands.terminal import console, introduce_model
+    from mlxdpo.config import load_config
 
-    minutes = minutes_of(time)
+    held = {"eval": eval_file, "eval_fraction": eval_fraction}
+    data = {"path": pairs} | {name: value for name, value in held.items() if value is not None}
+    length = {"minutes": minutes_of(time)}
+    config = load_config(
+        None, {"model": model, "data": data, "train": length, "out": None if out is None else str(out)}
+    )
     console.print("1/4 the data", style="bold")
-    if status := data_check.run(pairs, config=CheckConfig(model=ModelConfig(path=model))):
+    if status := data_check.run(pairs, config=CheckConfig(data=config.data, model=config.model)):
         return status
     console.print("\n2/4 the plan", style="bold")
-    config = fitting_config(pairs, model, minutes, out)
+    config = fitting_config(config)
     console.print("\n3/4 training", style="bold")
     finished: list[tuple[Run, Mapping[str, float]]] = []
-    if status := train.follow_training(config, None, finish=lambda done, heldout: finished.append((done, heldout))):
+    keep = lambda done, last: finished.append((done, last))  # noqa: E731
+    if status := train.follow_training(config, None, finish=keep, introduce=introduce_model):
         return status
     console.print("\n4/4 the evaluation", style="bold")
     return say_what_came_out(*finished[0], judge or [], no_open)
@@ -69,23 +79,19 @@ def minutes_of(time: str) -> float:
     return sum(float(number) * SECONDS[unit] for number, unit in found) / 60
 
 
-def fitting_config(pairs: str, model: str, minutes: float, out: Path | None) -> Config:
+def fitting_config(recipe: Config) -> Config:
     """The recipe, with gradient checkpointing where it does not fit into this machine's memory without."""
     from mlxdpo.commands.plan import show_forecast
-    from mlxdpo.config import load_config
+    from mlxdpo.commands.terminal import console
     from mlxdpo.estimate.forecast import CannotPlan, forecast
 
-    given = {"model": model, "data": pairs, "train": {"minutes": minutes}}
-    recipe = load_config(None, given | ({} if out is None else {"out": str(out)}))
     try:
         found = forecast(recipe)
         if not found.fits:
-            smaller = {"train": {"minutes": minutes, "gradient_checkpointing": True}}
-            recipe = load_config(None, given | smaller | ({} if out is None else {"out": str(out)}))
+            smaller = recipe.train.model_copy(update={"gradient_checkpointing": True})
+            recipe = recipe.model_copy(update={"train": smaller})
             found = forecast(recipe)
     except CannotPlan as unknown:
-        from mlxdpo.commands.terminal import console
-
         console.print(f"{unknown}", style="yellow", markup=False)
         return recipe
     show_forecast(found)
@@ -103,7 +109,8 @@ def say_what_came_out(run: Run, heldout: Mapping[str, float], judges: list[str],
     console.print()
     for sentence in outcome_sentences(outcome, heldout, run)[:2]:
         console.print(sentence, style="bold", markup=False)
-    console.print(f"next: {next_step(run, outcome.changed, judges)}", style="bold", markup=False)
+    for command, reason in next_commands(run, outcome.changed, judges):
+        console.print(f"next: {command}   ({reason})", style="bold", markup=False)
     if not no_open:
         import webbrowser
 
@@ -111,12 +118,14 @@ def say_what_came_out(run: Run, heldout: Mapping[str, float], judges: list[str],
     return status
 
 
-def next_step(run: Run, changed: int, judges: list[str]) -> str:
-    """The command that follows: look at it, or train for longer when nothing changed."""
+def next_commands(run: Run, changed: int, judges: list[str]) -> list[tuple[str, str]]:
+    """The commands that follow, with the reason: train for longer when nothing changed, else look at it and take it."""
     if not changed:
         from mlxdpo_eval.outcome import longer
 
-        return f"mlxdpo train --resume {run.path} {longer(run)} (no answer changed)"
-    if not judges:
-        return f"mlxdpo app {run.path} (blind votes: length does not measure quality), or eval with --judge local:MODEL"
-    return f"mlxdpo app {run.path} (try it), mlxdpo export {run.path} --to mlx,hf --out exported"
+        return [(f"mlxdpo train --resume {run.path} {longer(run)}", "no answer changed")]
+    votes = "try it" if judges else "blind votes: length does not measure quality"
+    return [
+        (f"mlxdpo app {run.path}", votes),
+        (f"mlxdpo export {run.path} --to mlx,hf --out exported", "take it away"),
+    ]

@@ -24,7 +24,7 @@ def place(tmp_path, cache, monkeypatch):
 def test_one_command_checks_plans_trains_evaluates_and_says_what_to_do(place, tmp_path, capsys):
     out = tmp_path / "tuned"
     words = ["tune", str(tmp_path / "pairs.jsonl"), "--model", place.model.path, "--out", str(out), "--no-open"]
-    assert command([*words, "--time", "10m"]) == 0
+    assert command([*words, "--time", "10m", "--data.eval-fraction", "0.3"]) == 0
     said = capsys.readouterr().out
     for part in (
         "1/4 the data",
@@ -32,9 +32,13 @@ def test_one_command_checks_plans_trains_evaluates_and_says_what_to_do(place, tm
         "3/4 training",
         "4/4 the evaluation",
         "greedy answers",
-        "next: mlxdpo",
+        "next: mlxdpo app ",
+        "next: mlxdpo export ",
     ):
         assert part in said
+    assert said.count("rejected: ") == 1, "the first row and the plan are shown once"
+    assert said.count("a pass: ") == 1
+    assert "7 prompts are held out" in said and "33 training pairs, 7 held out" in said
     assert (out / "report.html").exists()
     written = load_config(out / "config.yaml")
     assert written.optim.lr != "auto" and written.train.steps and written.train.minutes is None
@@ -43,6 +47,13 @@ def test_one_command_checks_plans_trains_evaluates_and_says_what_to_do(place, tm
 @pytest.mark.parametrize(("text", "minutes"), [("1h", 60), ("90m", 90), ("1h30m", 90), ("45s", 0.75), ("1.5h", 90)])
 def test_a_length_of_time(text, minutes):
     assert tune.minutes_of(text) == minutes
+
+
+def test_a_share_of_held_out_prompts_that_cannot_be_is_refused_before_anything_is_read(place, tmp_path, capsys):
+    words = ["tune", str(tmp_path / "pairs.jsonl"), "--model", place.model.path, "--no-open"]
+    assert command([*words, "--data.eval-fraction", "1.5"]) == 2
+    shown = capsys.readouterr()
+    assert "data.eval_fraction" in shown.err and "the data" not in shown.out
 
 
 @pytest.mark.parametrize("text", ["", "60", "h", "1d", "-1h", "1h later"])
