@@ -14,11 +14,11 @@ HEAD = ("check", "result", "figure", "limit", "seconds")
 
 
 def run(*, json: bool = False) -> int:
-    """Check this machine and installation and print one table to paste into an issue; exit status 1 when a check fails.
+    """Check this machine and installation; exit status 1 when a check fails.
 
     Log-probs, loss and gradients against stored numbers that were made without MLX, one way through a model against
     another, MLX's attention at the sizes of its GPU kernels, traces, memory, speed, files, disk. Nothing is downloaded.
-    The line below the table says the most important of it: paste it where a table is too much.
+    The last line is for a bug report. Redirected to a file, the table is Markdown, to be pasted into an issue.
 
     Parameters
     ----------
@@ -29,9 +29,30 @@ def run(*, json: bool = False) -> int:
     if json:
         print(jsonlib.dumps(findings, indent=2))
     else:
-        table, problems = markdown_lines(doctor_rows(findings)), findings["problems"]
-        print("\n".join([*table, "", summary_line(findings), *([""] if problems else []), *problems]))
+        show_findings(findings)
     return 1 if findings["problems"] else 0
+
+
+def show_findings(findings: dict[str, Any]) -> None:
+    """The table, the line for a bug report, and a sentence for each problem; Markdown if the output is no terminal."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    from mlxdpo.commands.terminal import console
+
+    rows, problems = doctor_rows(findings), findings["problems"]
+    if console.is_terminal:
+        table = Table(*HEAD[:-1], box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name, result, figure, limit, _ in rows:
+            if result:
+                table.add_row(*(Text(cell, overflow="fold") for cell in (name, result, figure, limit)))
+            else:
+                console.print(f"{name}: {figure}", markup=False)
+        console.print(table)
+    else:
+        print("\n".join([*markdown_lines(rows), ""]))
+    print("\n".join([summary_line(findings), *([""] if problems else []), *problems]))
 
 
 def examine_machine() -> dict[str, Any]:

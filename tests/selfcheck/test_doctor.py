@@ -1,6 +1,7 @@
 """`mlxdpo doctor`: its golden numbers are made again, every check holds here, and a fault planted for it is found."""
 
 import ast
+import io
 import json
 import shutil
 import types
@@ -12,6 +13,7 @@ import float64_llama
 import mlx.core as mx
 import numpy as np
 import pytest
+from rich.console import Console
 
 from mlxdpo import selfcheck
 from mlxdpo.cli import run
@@ -349,6 +351,19 @@ def test_all_checks_hold_here_and_the_table_is_markdown(capsys, ticking, monkeyp
     assert all(row[2] and row[3] and float(row[4]) >= 0 for row in cells)
     seconds = {row[0]: row[4] for row in cells}  # two steps of the stopwatch are a check that does not read it
     assert seconds["versions"] == "0.0" and seconds["matmul rate"] == "0.8"
+
+
+def test_on_a_terminal_of_80_columns_no_cell_is_cut(monkeypatch, capsys):
+    name = "openblas-" + "0123456789abcdef" * 3 + ".so"
+    check = {"check": "BLAS", "ok": True, "figure": name, "limit": "none", "seconds": 0.1}
+    shown = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80, soft_wrap=True)
+    monkeypatch.setattr("mlxdpo.commands.terminal.console", shown)
+    doctor.show_findings(MAC | {"checks": [check], "problems": []})
+    facts, _, table = shown.file.getvalue().partition(" check ")
+    assert doctor.WATCHDOG in facts and "|" not in table
+    assert max(map(len, table.splitlines())) <= 80
+    assert name in "".join(table.replace(" none ", "").split())
+    assert "1 of 1 checks hold" in capsys.readouterr().out
 
 
 def test_a_failing_and_a_raising_check_are_rows_with_a_sentence_and_exit_status_1(monkeypatch, capsys):
