@@ -168,7 +168,7 @@ def _detectable(error: float, n: int, alarms: float) -> float:
 
 
 def area_scores(
-    areas: Sequence[str], before: Sequence[float], after: Sequence[float], uncounted: str
+    areas: Sequence[str], before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray, uncounted: str
 ) -> dict[str, AreaScores]:
     """(n,) each: items by area, in order of first appearance; `uncounted` names the area of another unit."""
     at: dict[str, list[int]] = {}

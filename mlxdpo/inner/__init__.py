@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlxdpo.inference.trained_run import encode_pairs as encode_pairs
     from mlxdpo.inference.trained_run import heldout_pairs as heldout_pairs
     from mlxdpo.inference.trained_run import heldout_records as heldout_records
+    from mlxdpo.inference.trained_run import model_logps as model_logps
     from mlxdpo.inference.trained_run import open_trained_run as open_trained_run
     from mlxdpo.inference.trained_run import pair_logps as pair_logps
     from mlxdpo.inference.trained_run import prompt_name as prompt_name
@@ -61,6 +62,7 @@ NAMES = {
     "pair_logps": "mlxdpo.inference.trained_run",
     "prompt_name": "mlxdpo.inference.trained_run",
     "prompt_text": "mlxdpo.inference.trained_run",
+    "model_logps": "mlxdpo.inference.trained_run",
     "open_trained_run": "mlxdpo.inference.trained_run",
     "append_line": "mlxdpo.io.atomic",
     "write_json": "mlxdpo.io.atomic",
