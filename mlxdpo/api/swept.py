@@ -33,12 +33,17 @@ class Sweep:
     @property
     def best(self) -> TunedRun | None:
         """The first seed's run of the best setting; None before any setting finished all seeds."""
-        return None if self.results.best is None else open_run(self.path / f"{self.results.best}-seed0")
+        from mlxdpo_eval.sweep import run_name
+
+        return None if self.results.best is None else open_run(self.path / run_name(self.results.best, 0))
 
     @property
     def runs(self) -> list[TunedRun]:
         """All run directories, those of stopped runs included."""
-        return [open_run(folder.parent) for folder in sorted(self.path.glob("*/config.yaml"))]
+        from mlxdpo_eval.sweep import run_name
+
+        names = [run_name(one.name, seed) for one in self.results.candidates for seed in range(self.results.seeds)]
+        return [open_run(self.path / name) for name in names if (self.path / name / "config.yaml").exists()]
 
     def sentence(self) -> str:
         """Which setting is best, and which cannot be told apart from it."""

@@ -1,6 +1,7 @@
 """Python's first thirty lines: rows in memory, own objective and judges, a run that shows itself and is repeated."""
 
 import json
+import shutil
 import random
 from pathlib import Path
 
@@ -172,6 +173,8 @@ def test_a_sweep_takes_lists_of_values_and_shows_what_can_be_told_apart(place, c
     }
     shown = swept._repr_html_()
     assert "<svg" in shown and swept.sentence() and all(c.name in shown for c in swept.results.candidates)
+    shutil.copytree(swept.best.path, swept.path / f"{swept.best.path.name}-again")  # as `reproduce` leaves it
+    assert len(swept.runs) == 4
     times = {run.path: (run.path / "adapter" / "adapters.safetensors").stat().st_mtime_ns for run in swept.runs}
     again = mlxdpo.sweep("m", rows, seeds=1, **asked, **SHORT)  # nothing is trained twice
     assert {run.path: (run.path / "adapter" / "adapters.safetensors").stat().st_mtime_ns for run in again.runs} == times
