@@ -1,8 +1,8 @@
 """Python's first thirty lines: rows in memory, own objective and judges, a run that shows itself and is repeated."""
 
 import json
-import shutil
 import random
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
