@@ -108,6 +108,7 @@ def sample_answers(
     data, tokenizer = opened.config.data, opened.policy.tokenizer
     ids = [encode_prompt(row.prompt, tokenizer, data, row.tools).tolist() for row in rows]
     repeated = [(row, one) for row, one in zip(rows, ids, strict=True) for _ in range(count)]
+    sampled: list[int] = []  # tokens of every step so far
     steps = finished(
         model,
         [one for _, one in repeated],
@@ -116,8 +117,10 @@ def sample_answers(
         temperature=sampling.temperature,
         seed=sampling.seed,
         batch_size=sampling.batch_size,
+        count=sampled.append,
     )
-    found = dict(time_left(steps, len(repeated), called, say))
+    longest = max(1, len(repeated) * sampling.max_tokens)  # if no answer ends by itself
+    found = dict(time_left(steps, len(repeated), called, say, share=lambda: sum(sampled) / longest))
     done = [found[i] for i in range(len(repeated))]
     return Answers(
         [prompt_name(row.prompt) for row, _ in repeated],

@@ -34,7 +34,7 @@ def run(*, json: bool = False) -> int:
 
 
 def show_findings(findings: dict[str, Any]) -> None:
-    """The table, the line for a bug report, and a sentence for each problem; Markdown unless the output is a terminal."""
+    """The table (Markdown unless on a terminal), the line for a bug report, and a sentence for each problem."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text

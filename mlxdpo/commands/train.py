@@ -175,8 +175,8 @@ def follow_training(
 ) -> int:
     """Train with everything shown and tracked; 0 when done, 130 when interrupted.
 
-    `when_stopped` is called when macOS stopped the work on the GPU; when it returns, that error is raised. `finish` gets
-    the finished run and its last held-out metrics, `see` every event after it was shown, `introduce` the first.
+    `when_stopped` is called when macOS stopped the work on the GPU; when it returns, that error is raised. `finish`
+    gets the finished run and its last held-out metrics, `see` every event after it was shown, `introduce` the first.
     """
     from mlxdpo.commands import terminal
     from mlxdpo.commands.interrupt import stop_flag

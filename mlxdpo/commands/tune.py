@@ -119,7 +119,7 @@ def say_what_came_out(run: Run, heldout: Mapping[str, float], judges: list[str],
 
 
 def next_commands(run: Run, changed: int, judges: list[str]) -> list[tuple[str, str]]:
-    """The commands that follow, with the reason: train for longer if nothing changed, otherwise look at it and export it."""
+    """The commands that follow and why: train for longer if nothing changed, otherwise look at it and export it."""
     if not changed:
         from mlxdpo_eval.outcome import longer
 

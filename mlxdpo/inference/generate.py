@@ -79,8 +79,12 @@ def finished(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 32,
+    count: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[tuple[int, Completion]]:
-    """`generate`, one by one as they finish: (index into `prompts`, completion). For progress bars."""
+    """`generate`, one by one as they finish: (index into `prompts`, completion). For progress bars.
+
+    `count` is told after every step how many tokens it sampled.
+    """
     _check_sampling(prompts, max_tokens, temperature, top_p, batch_size)
     if not prompts:
         return
@@ -103,7 +107,7 @@ def finished(
         streams = noise_streams(prompts, seed)
         caches = [[*make_prompt_cache(model), _RowNoise([NoiseStream(streams[i])])] for i in order]
         uids = generator.insert([list(prompts[i]) for i in order], caches=caches)
-        yield from _collect(generator, dict(zip(uids, order, strict=True)))
+        yield from _collect(generator, dict(zip(uids, order, strict=True)), count)
     finally:
         generator.close()
         model.train(was_training)
@@ -163,9 +167,12 @@ def _check_sampling(
         raise UserError(f"temperature is {temperature} and top_p {top_p}; expected temperature >= 0 and 0 < top_p <= 1")
 
 
-def _collect(generator: BatchGenerator, index: dict[int, int]) -> Iterator[tuple[int, Completion]]:
+def _collect(
+    generator: BatchGenerator, index: dict[int, int], count: Callable[[int], None]
+) -> Iterator[tuple[int, Completion]]:
     tokens: dict[int, list[int]] = {uid: [] for uid in index}
     while responses := generator.next_generated():
+        count(len(responses))
         for response in responses:
             if response.finish_reason != "stop":
                 tokens[response.uid].append(response.token)

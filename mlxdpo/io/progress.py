@@ -24,10 +24,12 @@ def time_left(
     doing: str,
     say: Say,
     now: Callable[[], float] = time.monotonic,
+    share: Callable[[], float] = lambda: 0.0,
 ) -> Iterator[Item]:
     """Hand on `items`, of which there are `total`, and say "DOING: 40 of 240, about 1:10 left" every `EVERY` seconds.
 
-    The time left is what the rest takes at the pace so far. Nothing is said of a loop that is done sooner.
+    The time left is what the rest takes at the pace so far. Nothing is said of a loop that is done sooner. Where items
+    end together, late, `share` says how much of the work is done at least, from 0 to 1.
     """
     started = said = now()
     for done, item in enumerate(items, 1):
@@ -35,7 +37,8 @@ def time_left(
         here = now()
         if done < total and here - said >= EVERY:
             said = here
-            say(f"{doing}: {done} of {total}, about {clock((here - started) / done * (total - done))} left")
+            part = max(done / total, share())
+            say(f"{doing}: {done} of {total}, about {clock((here - started) / part * (1 - part))} left")
 
 
 def saying_left(doing: str, say: Say) -> Callable[[Sequence[Item]], Iterator[Item]]:

@@ -13,3 +13,12 @@ def test_nothing_is_said_of_a_short_loop_or_at_its_end():
     said, at = [], iter([0, 1, 2, 60])
     assert list(time_left("abc", 3, "answers", said.append, lambda: next(at))) == list("abc")
     assert not said
+
+
+def test_where_items_end_together_late_the_share_of_the_work_counts():
+    said, at = [], iter([0.0, 12.0, 24.0, 36.0])
+    done = iter([0.4, 0.9])
+    assert list(time_left("abc", 30, "answers", said.append, lambda: next(at), lambda: next(done, 0.9))) == list("abc")
+    # Of the first of 30 items 18 s are left, not 5:48; once more items are done than the share says, they count.
+    assert said[0] == "answers: 1 of 30, about 0:18 left"
+    assert said[1] == "answers: 2 of 30, about 0:03 left" and len(said) == 3
