@@ -110,6 +110,7 @@ def draw(points: Sequence[Mapping[str, Any]], file: Path) -> None:
     axes = figure.add_subplot()
     dial = sorted((p for p in points if p["beta"] == DIALLED), key=lambda p: p["mean_kl"])
     rest = [p for p in points if p["beta"] != DIALLED]
+    middle = next(p["mean_kl"] for p in dial if p["strength"] == 1)
     own = f"one run (beta {DIALLED:g}), strength 0 to {max(p['strength'] for p in dial):g}"
     for kind, style, label in ((dial, "o-", own), (rest, "s", "retrained with another beta")):
         x, y = [p["mean_kl"] for p in kind], [p["change"]["change"]["estimate"] for p in kind]
@@ -119,7 +120,9 @@ def draw(points: Sequence[Mapping[str, Any]], file: Path) -> None:
         axes.errorbar(x, y, yerr=reach, fmt=style, capsize=3, label=label)
         for point, a, b in zip(kind, x, y, strict=True):
             text = f"{point['strength']:g}" if kind is dial else f"beta {point['beta']:g}"
-            axes.annotate(text, (a, b), textcoords="offset points", xytext=(6, -10), fontsize=8)
+            before = kind is rest and a < middle  # the two sides of the run at strength 1, so that labels stay apart
+            side = ((-6, 6), "right") if before else ((6, -12), "left")
+            axes.annotate(text, (a, b), textcoords="offset points", xytext=side[0], ha=side[1], fontsize=8)
     axes.axhline(0, color="grey", linewidth=0.7)
     axes.set_xlabel("KL to the reference, nats a sequence")
     axes.set_ylabel("change of VADER's score")

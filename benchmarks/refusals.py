@@ -73,6 +73,7 @@ def pairs(seed: int, repeats: int = 3) -> list[dict[str, str]]:
 def kept_pairs(rows: list[dict[str, str]], folder: Path) -> list[dict[str, str]]:
     """Those that `mlxdpo data audit` keeps."""
     write_lines(folder / "pairs.jsonl", rows)
+    (folder / "kept.jsonl").unlink(missing_ok=True)  # those of another seed
     words = ["data", "audit", str(folder / "pairs.jsonl"), "--model", "smollm2", "--select", "low-ches:0.5"]
     if status := command([*words, "--out", str(folder / "kept.jsonl")]):
         raise SystemExit(status)
