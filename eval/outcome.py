@@ -6,7 +6,7 @@ That is what `mlxdpo eval` is for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -28,15 +28,20 @@ class Outcome(NamedTuple):
     kl: float
 
 
-def measure_outcome(run: Run) -> Outcome:
-    """Answers before and after to the first held-out prompts. Raises `UserError` when the run held out none."""
+def measure_outcome(run: Run, say: Callable[[str], None] = lambda text: None) -> Outcome:
+    """Answers before and after to the first held-out prompts; `say` is told how long it takes.
+
+    Raises `UserError` when the run held out none.
+    """
     opened = open_trained_run(run)
     rows = distinct_prompts(heldout_pairs(run, read=read_preferences)[0], PROMPTS)
     greedy = Sampling(PROMPTS, 1, LONGEST, temperature=0.0)
+    say(f"comparing greedy answers before and after; held-out prompts: {len(rows)}")
     with opened.start() as model:
-        before = sample_answers(opened, model, rows, 1, greedy)
-    after = sample_answers(opened, opened.policy.model, rows, 1, greedy)
-    drawn = sample_answers(opened, opened.policy.model, rows, 1, replace(greedy, temperature=1.0))
+        before = sample_answers(opened, model, rows, 1, greedy, say, "greedy answers before")
+    after = sample_answers(opened, opened.policy.model, rows, 1, greedy, say, "greedy answers after")
+    sampled = replace(greedy, temperature=1.0)
+    drawn = sample_answers(opened, opened.policy.model, rows, 1, sampled, say, "answers whose KL is measured")
     kl = on_policy_kl(opened, drawn, 1.0)
     changed = sum(a != b for a, b in zip(before.texts, after.texts, strict=True))
     return Outcome(changed, len(rows), sum(kl) / len(kl))

@@ -156,7 +156,7 @@ def say_outcome(run: Run, heldout: Mapping[str, float]) -> None:
 
     if not heldout or run.config().stage == "reward":
         return
-    for sentence in outcome_sentences(measure_outcome(run), heldout, run):
+    for sentence in outcome_sentences(measure_outcome(run, console.print), heldout, run):
         console.print(sentence, style="bold", markup=False)
 
 

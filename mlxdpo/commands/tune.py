@@ -104,7 +104,7 @@ def say_what_came_out(run: Run, heldout: Mapping[str, float], judges: list[str],
     from mlxdpo.commands.terminal import console
     from mlxdpo_eval.outcome import measure_outcome, outcome_sentences
 
-    outcome = measure_outcome(run)
+    outcome = measure_outcome(run, console.print)
     status = evaluation.run(run.path, judge=judges or ["longest"])
     console.print()
     for sentence in outcome_sentences(outcome, heldout, run)[:2]:

@@ -31,6 +31,7 @@ def test_one_command_checks_plans_trains_evaluates_and_says_what_to_do(place, tm
         "2/4 the plan",
         "3/4 training",
         "4/4 the evaluation",
+        "comparing greedy answers before and after; held-out prompts: 7",
         "greedy answers",
         "next: mlxdpo app ",
         "next: mlxdpo export ",
