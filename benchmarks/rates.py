@@ -2,7 +2,7 @@
 
     python -m benchmarks.rates --out runs/rates
     python -m benchmarks.rates --out runs/rates --model tiny
-    python -m benchmarks.rates --out runs/rates --page docs/learning-rate.md
+    python -m benchmarks.rates --out runs/rates --page docs/evidence/learning-rate.md
 
 A cell is a run of `mlxdpo train`'s own code on 120 short pairs (`benchmarks.planted_tasks`), one pass in 30 steps, with
 adapters in the last 8 blocks of SmolLM2. It is measured on 48 pairs and prompts that no training saw: the share of
@@ -40,6 +40,7 @@ from mlxdpo.data.read import read_pairs
 from mlxdpo.inference.trained_run import TrainedRun, model_logps
 from mlxdpo.io.atomic import append_line, write_text
 from mlxdpo.io.json_file import read_lines
+from mlxdpo.io.words import counted
 from mlxdpo.model.adapters import adapters_off
 from mlxdpo.model.builtin import smollm2_folder
 from mlxdpo.training.run import train
@@ -220,7 +221,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         rates = sorted({line["rate"] for line in own} - {AUTO}, key=float)
         seeds = max(line["seed"] for line in own) + 1
         text.append(
-            f"\n**{model}**, {own[0]['pairs']} pairs, up to {seeds} seeds; held-out accuracy / judged win rate, %:\n"
+            f"\n**{model}**, {own[0]['pairs']} pairs, up to {counted(seeds, 'seed')}; held-out accuracy / judged win rate, %:\n"
         )
         text.append(f"| rate | {' | '.join(tasks)} | mean | rewards differ by | nats a token |")
         text.append("|---" * (len(tasks) + 4) + "|")
