@@ -221,7 +221,8 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         rates = sorted({line["rate"] for line in own} - {AUTO}, key=float)
         seeds = max(line["seed"] for line in own) + 1
         text.append(
-            f"\n**{model}**, {own[0]['pairs']} pairs, up to {counted(seeds, 'seed')}; held-out accuracy / judged win rate, %:\n"
+            f"\n**{model}**, {own[0]['pairs']} pairs, up to {counted(seeds, 'seed')}; "
+            "held-out accuracy / judged win rate, %:\n"
         )
         text.append(f"| rate | {' | '.join(tasks)} | mean | rewards differ by | nats a token |")
         text.append("|---" * (len(tasks) + 4) + "|")
