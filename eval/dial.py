@@ -174,10 +174,8 @@ def _recommend(found: Sequence[_Measured], judge: Judge | None) -> tuple[float, 
     here, top = getattr(chosen.point, value), getattr(best.point, value)
     kl = f"KL {chosen.point.kl:.3g} nats a sequence"
     if chosen is best:
-        return (
-            chosen.point.strength,
-            f"{what} is best there ({here:.3f}, {kl}) and significantly worse at every smaller one",
-        )
+        smaller = " and significantly worse at every smaller one" if chosen is not usable[0] else ""
+        return chosen.point.strength, f"{what} is best there ({here:.3f}, {kl}){smaller}"
     return chosen.point.strength, (
         f"{what} there is {here:.3f} ({kl}); the best of all, {top:.3f} at {best.point.strength:g} (KL "
         f"{best.point.kl:.3g}), is not significantly better, and this moves the model less"

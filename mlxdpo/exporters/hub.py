@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mlxdpo.exporters.card import OFFER, between_marks
-from mlxdpo.exporters.client import About, Say, ask, check_repo_id, connect
+from mlxdpo.exporters.client import About, Say, ask, check_repo_id, connect, redact
 from mlxdpo.exporters.record import CARD, LeftOut, Outgoing, belongs_to_an_export, outgoing
 from mlxdpo.types import UserError
 
@@ -81,7 +81,7 @@ def push(
     commit = _upload(session, out, files, branch)
     if tag is not None:
         _tag(session, tag, commit)
-    return Pushed(url, commit, branch, tag, None, tuple(files))
+    return Pushed(redact(url), redact(commit), branch, tag, None, tuple(files))
 
 
 def propose(out: Path, repo_id: str, *, visibility: Visibility = "private", say: Say = lambda text: None) -> Pushed:
@@ -100,15 +100,16 @@ def propose(out: Path, repo_id: str, *, visibility: Visibility = "private", say:
     session.ask(
         "opening the draft", lambda: session.api.change_discussion_status(repo_id, opened.num, new_status="open")
     )
-    return Pushed(f"{session.api.endpoint}/{repo_id}", commit, ref, None, opened.url, tuple(files))
+    url = f"{session.api.endpoint}/{repo_id}"
+    return Pushed(url, redact(commit), ref, None, redact(opened.url), tuple(files))
 
 
 def _log_in(repo_id: str, say: Say) -> _Session:
     """A client that is logged in. Raises `UserError` for a wrong id, an unsafe endpoint or no login."""
     check_repo_id(repo_id)
     session = _Session(connect(), repo_id, say)
-    name = session.ask("asking who is logged in", lambda: session.api.whoami()["name"])
-    say(f"logged in to {session.api.endpoint} as {name}")
+    name = session.ask("asking who is logged in", lambda: _of_kind(session.api.whoami()["name"], str))
+    say(f"logged in to {session.api.endpoint} as {redact(name)}")
     return session
 
 

@@ -39,13 +39,14 @@ from mlxdpo.types import Event
 
 GOAL = 1.0  # root mean square of unseen pairs' reward differences at the end of a run
 MOST_DRIFT = 0.3  # nats a token: root mean square of the log-ratios of unseen answers, about 0.05 nats of KL
-SHARE = 0.15  # of the run's work that probes may take
+SHARE = 0.14  # of the run's passes through the model that probes may take: under 15 % of its time
 FEWEST, MOST = 3, 8  # probe steps
-PROBED = 0.15  # of the way that probes go
+PROBED = 0.5  # of the way that probes go: further off, how distance grows cannot be told from them
+POWERS = 1.0, 2.0  # of the rates added up that distance grows with: one factor of an adapter moves alone, or both do
 WORSE = 0.01  # nats: a rise of the unseen pairs' loss within the probes that is no noise
 STEEPEST = 10.0  # times the rate before
 MEASURED, FEWEST_MEASURED = 16, 4  # pairs that are scored after each: wanted, and at least
-FIRST = {"lora": 2e-5, "dora": 2e-5, "full": 1e-6}  # rate of the first step
+FIRST = {"lora": 1e-4, "dora": 1e-4, "full": 5e-6}  # rate of the first step, a twentieth of what is usual in all
 USUAL = {"lora": 2e-3, "dora": 2e-3, "full": 1e-4}  # rates added up over a run that is too short for probes
 """What an untried run of LoRA adds up to: 1e-4 over 40 steps of a cosine, the middle of published LoRA-DPO recipes."""
 FAR = 10.0  # times usual, or less than it by as much: SmolLM2 answered as before at 1/50, and broke at 10 and more
@@ -203,20 +204,30 @@ def way(moved: Moved) -> float:
     return max(moved.rewards / GOAL, moved.per_token / MOST_DRIFT)
 
 
+def growth(found: Sequence[Moved]) -> float:
+    """The power of the rates added up that the way has grown with between the last two probes, within `POWERS`."""
+    if len(found) < 2 or way(found[-2]) == 0:
+        return POWERS[0]
+    last, before = found[-1], found[-2]
+    power = math.log(max(way(last) / way(before), 1.0)) / math.log(last.rates / before.rates)
+    return min(max(power, POWERS[0]), POWERS[1])
+
+
 def next_rate(found: Sequence[Moved], steps: int) -> float:
     """The rate of the next probe step, so that `PROBED` of the way is reached in even steps with the last of them."""
     last, before = found[-1], found[-2].rates if len(found) > 1 else 0.0
     wanted = PROBED * (len(found) + 1) / steps
     gone = way(last)
-    rates = last.rates * wanted / gone if gone > 0 else math.inf
+    rates = last.rates * (wanted / gone) ** (1 / growth(found)) if gone > 0 else math.inf
     rate = last.rates - before  # of the step that was taken last
     return min(max(rates - last.rates, rate / STEEPEST), rate * STEEPEST)
 
 
 def rates_to_goal(found: Sequence[Moved]) -> tuple[float, str]:
-    """The rates added up that lead to the goal, and why in words.
+    """The rates added up that lead to the goal, and why in words; distance goes on to grow as it did last.
 
-    Distance is taken to grow in proportion to them: on SmolLM2 it grows with a power of them, 0.85 (near) to 1.1 (far).
+    A few large steps and many small ones whose rates have the same sum go about equally far (within a third on a
+    small llama).
     """
     last, goal = found[-1], 1.0
     why = f"rewards of pairs it has not trained on come to differ by about {GOAL:g}"
@@ -224,7 +235,7 @@ def rates_to_goal(found: Sequence[Moved]) -> tuple[float, str]:
         why = f"unseen answers reach about {MOST_DRIFT:g} nats a token from the reference"
     if last.loss > found[0].loss + WORSE:
         goal, why = 0.5, f"{why}, half of that because their loss rose from {found[0].loss:.3f} to {last.loss:.3f}"
-    return last.rates * goal / way(last), f"at it {why} ({len(found)} probe steps)"
+    return last.rates * (goal / way(last)) ** (1 / growth(found)), f"at it {why} ({len(found)} probe steps)"
 
 
 def measure(state: TrainState, fns: CompiledFns) -> Scored:

@@ -22,7 +22,7 @@ STYLE = """<style>
 .lines { contain: inline-size; overflow: auto; max-height: 420px; }
 .lines table { border: 0 !important; border-collapse: collapse; width: 100%; font-size: .92em;
   color: var(--body-text-color); }
-.lines caption { text-align: left; font-weight: 600; padding-bottom: 4px; }
+.lines caption { text-align: left; font-weight: 600; padding-bottom: 4px; overflow-wrap: anywhere; }
 .lines th, .lines td { text-align: left !important; padding: 5px 10px !important; vertical-align: top;
   border: 0 solid var(--border-color-primary) !important; border-bottom-width: 1px !important; }
 .lines thead th { position: sticky; top: 0; background: var(--background-fill-primary); white-space: nowrap; }

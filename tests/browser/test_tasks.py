@@ -52,3 +52,9 @@ def test_evaluate_dial_and_export_end_with_what_they_found(page, tmp_path):
     assert set(read_record(run / "export").targets) == {"mlx", "peft"}
     shown = page.locator("#runs-export-result").inner_text()
     assert shown.count("passed") == 2 and "failed" not in shown
+
+    for name in ("Evaluation", "Dial", "Export"):
+        page.set_viewport_size({"width": 1280, "height": 900})
+        page.get_by_role("tab", name=name, exact=True).click()
+        page.set_viewport_size({"width": 360, "height": 740})
+        page.wait_for_function("innerWidth === 360 && document.documentElement.scrollWidth <= 360")

@@ -308,6 +308,13 @@ def test_no_token_in_anything_written_or_printed(hub, out, tmp_path, capfd, capl
     assert not [c for r in hub.repos.values() for f in r.commits.values() for c in f.values() if TOKEN.encode() in c]
 
 
+def test_a_server_that_answers_with_the_login_does_not_get_it_printed(hub, out):
+    hub.answer("GET", "whoami", f'{{"name": "{TOKEN}", "type": "user", "orgs": []}}'.encode())
+    said = []
+    push(out, NAME, say=said.append)
+    assert "as hf_***" in said[0] and TOKEN not in "".join(said)
+
+
 def test_redaction():
     assert redact(f"Bearer {TOKEN}, and hf_abcdefgh12") == "Bearer hf_***, and hf_***"
 

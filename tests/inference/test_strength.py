@@ -228,4 +228,5 @@ def test_the_dial_is_swept_and_one_is_recommended(run, capsys, judge):
     assert zero["loss"] == pytest.approx(np.log(2))
     assert 0 < one["kl"] < two["kl"]
     assert (one["win_rate"] is None) == (not judge) and found["recommended"] in (0, 1, 2)
+    assert "every smaller one" not in found["reason"] or found["recommended"] > 0
     assert command([*words[:4], *SHORT]) == 2

@@ -12,7 +12,17 @@ from mlxdpo.config import OptimConfig, TrainConfig, load_config
 from mlxdpo.runs import Run
 from mlxdpo.training import rate_probe
 from mlxdpo.training.plan import chosen_epochs, schedule_share, settled
-from mlxdpo.training.rate_probe import GOAL, MOST_DRIFT, PROBED, Moved, next_rate, rates_note, rates_to_goal, way
+from mlxdpo.training.rate_probe import (
+    GOAL,
+    MOST_DRIFT,
+    PROBED,
+    Moved,
+    growth,
+    next_rate,
+    rates_note,
+    rates_to_goal,
+    way,
+)
 from mlxdpo.training.run import train
 
 AUTO = {"lr": "auto", "warmup": 0.1}
@@ -170,20 +180,36 @@ def test_every_kind_of_loss_is_probed(tmp_path, cache, found):
 
 def test_the_next_rate_goes_in_even_steps_and_never_jumps():
     first = Moved(1e-5, 0.001, 0.0001, 0.69)
-    assert next_rate([first], 6) == pytest.approx(1e-4)  # ten times the last step, though 50 would be due
+    assert next_rate([first], 6) == pytest.approx(1e-4)  # ten times the last step, though 160 would be due
     near = Moved(1e-3, PROBED * GOAL / 2, 0.0, 0.69)
-    assert next_rate([first._replace(rates=5e-4), near], 4) == pytest.approx(5e-4)
+    linear = Moved(5e-4, PROBED * GOAL / 4, 0.0, 0.69)
+    assert next_rate([linear, near], 4) == pytest.approx(5e-4)
+    squared = linear._replace(rewards=PROBED * GOAL / 8)
+    assert next_rate([squared, near], 4) == pytest.approx(1e-3 * (1.5**0.5 - 1))
     assert next_rate([Moved(1e-5, 0.0, 0.0, 0.69)], 4) == pytest.approx(1e-4)
+    assert next_rate([near, near._replace(rates=2e-3, rewards=2 * GOAL)], 4) == pytest.approx(1e-4)  # on, never back
 
 
 def test_rates_add_up_to_the_goal_by_rewards_or_by_drift():
     by_rewards, why = rates_to_goal([Moved(1e-4, 0.01, 0.0, 0.693), Moved(4e-4, 0.04, 0.001, 0.69)])
     assert by_rewards == pytest.approx(1e-2) and "rewards" in why
-    by_drift, why = rates_to_goal([Moved(1e-4, 0.01, 0.01, 0.693), Moved(4e-4, 0.04, 0.06, 0.69)])
+    by_drift, why = rates_to_goal([Moved(1e-4, 0.01, 0.015, 0.693), Moved(4e-4, 0.04, 0.06, 0.69)])
     assert by_drift == pytest.approx(4e-4 * MOST_DRIFT / 0.06) and "nats a token" in why
     halved, why = rates_to_goal([Moved(1e-4, 0.01, 0.0, 0.693), Moved(4e-4, 0.04, 0.001, 0.75)])
     assert halved == pytest.approx(by_rewards / 2) and "rose from 0.693 to 0.750" in why
+    beyond, _ = rates_to_goal([Moved(1e-4, 0.25, 0.0, 0.693), Moved(4e-4, 4.0, 0.0, 0.69)])
+    assert beyond == pytest.approx(2e-4)
     assert way(Moved(1.0, 2 * GOAL, MOST_DRIFT, 0.0)) == 2
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.4, 2.0, 3.0])
+def test_distance_goes_on_to_grow_as_it_did_between_the_last_probes(power):
+    """A distance of a power of the rates added up is met exactly, but for powers that no measurement is trusted in."""
+    moved = [Moved(rates, GOAL * (rates / 1e-2) ** power, 0.0, 0.69) for rates in (1e-4, 1e-3, 4e-3)]
+    rates, _ = rates_to_goal(moved)
+    assert growth(moved) == pytest.approx(min(max(power, 1.0), 2.0))
+    assert rates == pytest.approx(4e-3 * 2.5 ** (power / growth(moved)))
+    assert growth(moved[:1]) == 1.0
 
 
 @pytest.mark.parametrize(("windows", "epochs"), [(1, 3), (17, 3), (20, 3), (25, 2), (49, 2), (50, 1), (4000, 1)])
