@@ -48,6 +48,7 @@ def recipe(words, **train):
     )
 
 
+@pytest.mark.slow
 def test_a_planted_rule_is_right_and_its_opposite_wrong(words, cache):
     """Half the labels are turned round, and `hard` happens to rank those that are not."""
     draw = np.random.default_rng(0)

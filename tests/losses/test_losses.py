@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from goldens import GOLDENS
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_pairs import TOLERANCE, on_device, random_pairs, slopes_of, worst
 
@@ -231,6 +231,7 @@ def test_finite_values_and_slopes_at_extreme_margins(margin):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=20)
 @given(shift=st.floats(-30, -1), d=st.floats(-9, 9))
 def test_shifting_policy_and_reference_together_changes_nothing(name, shift, d):
     """Where there is a reference. Without one, shifting that alone changes nothing."""
