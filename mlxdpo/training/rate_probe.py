@@ -7,8 +7,8 @@ after each the rewards of training pairs that none of these steps takes. Held-ou
 them, and a rate that was chosen on them would flatter the run. Then everything is put back, and the run begins as if
 its recipe had named the rate.
 
-How far is far enough: an implicit reward is beta nats (arXiv 2305.18290 section 5), and the logistic loss tells two
-answers apart where their rewards differ by about 1. Rewards that differ by much less leave answers as they were; much
+How far is far enough: an implicit reward is beta nats (arXiv 2305.18290 section 5), and where two rewards differ by 2
+the logistic loss has an eighth of its slope left. Rewards that differ by much less leave answers as they were; much
 more is drift that the loss no longer asks for.
 """
 
@@ -37,8 +37,8 @@ from mlxdpo.training.step import (
 )
 from mlxdpo.types import Event
 
-GOAL = 1.0  # root mean square of unseen pairs' reward differences at the end of a run
-MOST_DRIFT = 0.3  # nats a token: root mean square of the log-ratios of unseen answers, about 0.05 nats of KL
+GOAL = 2.0  # root mean square of unseen pairs' reward differences at the end of a run
+MOST_DRIFT = 1.2  # nats a token: root mean square of the log-ratios of unseen answers
 SHARE = 0.14  # of the run's passes through the model that probes may take: under 15 % of its time
 FEWEST, MOST = 3, 8  # probe steps
 PROBED = 0.5  # of the way that probes go: further off, how distance grows cannot be told from them
@@ -145,7 +145,12 @@ def choose_rate(state: TrainState, should_stop: Callable[[], bool]) -> Generator
     if way(probes[-1]) == 0:
         return ChosenRate(usual, tuple(probes), "what is usual: the probes moved nothing")
     rates, reason = rates_to_goal(probes)
-    return ChosenRate(_within(rates / _schedule_sum(state.config, state.plan.steps)), tuple(probes), reason)
+    wanted = rates / _schedule_sum(state.config, state.plan.steps)
+    if not LEAST_RATE <= wanted <= LARGEST_RATE:
+        reason = f"auto takes {LEAST_RATE:g} to {LARGEST_RATE:g}, and {wanted:.2g} would be the rate at which {reason}"
+    else:
+        reason = f"at it {reason}"
+    return ChosenRate(_within(wanted), tuple(probes), reason)
 
 
 def usual_rate(config: Config, steps: int) -> float:
@@ -235,7 +240,7 @@ def rates_to_goal(found: Sequence[Moved]) -> tuple[float, str]:
         why = f"unseen answers reach about {MOST_DRIFT:g} nats a token from the reference"
     if last.loss > found[0].loss + WORSE:
         goal, why = 0.5, f"{why}, half of that because their loss rose from {found[0].loss:.3f} to {last.loss:.3f}"
-    return last.rates * (goal / way(last)) ** (1 / growth(found)), f"at it {why} ({len(found)} probe steps)"
+    return last.rates * (goal / way(last)) ** (1 / growth(found)), f"{why} ({len(found)} probe steps)"
 
 
 def measure(state: TrainState, fns: CompiledFns) -> Scored:

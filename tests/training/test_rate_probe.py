@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -40,7 +41,7 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("found")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLXDPO_CACHE", str(folder / "cache"))
-        config = auto(folder)
+        config = auto(folder, lora={"scale": 16.0})  # otherwise the largest rate does not reach the goal
         return config, finish(config), Run.open(config.out)
 
 
@@ -133,6 +134,14 @@ def test_the_goal_is_met_within_a_factor(found):
     assert 0.1 * GOAL < abs(moved["eval_rewards/chosen"]) + abs(moved["eval_rewards/rejected"]) < 10 * GOAL
 
 
+def test_a_goal_that_the_largest_rate_does_not_reach_is_said(tmp_path, cache):
+    run = auto(tmp_path, "far")
+    until_trained(run)
+    found = Run.open(run.out).manifest()["rate"]
+    assert found["lr"] == rate_probe.LARGEST_RATE
+    assert re.search(r"auto takes 1e-07 to 0.002, and 0.0\d+ would be the rate at which rewards", found["reason"])
+
+
 def test_a_run_too_short_for_probes_takes_what_is_usual_and_says_so(tmp_path, cache):
     config = auto(tmp_path, "short", train={"epochs": 1.0})
     events = until_trained(config)
@@ -192,12 +201,12 @@ def test_the_next_rate_goes_in_even_steps_and_never_jumps():
 
 def test_rates_add_up_to_the_goal_by_rewards_or_by_drift():
     by_rewards, why = rates_to_goal([Moved(1e-4, 0.01, 0.0, 0.693), Moved(4e-4, 0.04, 0.001, 0.69)])
-    assert by_rewards == pytest.approx(1e-2) and "rewards" in why
+    assert by_rewards == pytest.approx(1e-2 * GOAL) and "rewards" in why
     by_drift, why = rates_to_goal([Moved(1e-4, 0.01, 0.015, 0.693), Moved(4e-4, 0.04, 0.06, 0.69)])
     assert by_drift == pytest.approx(4e-4 * MOST_DRIFT / 0.06) and "nats a token" in why
     halved, why = rates_to_goal([Moved(1e-4, 0.01, 0.0, 0.693), Moved(4e-4, 0.04, 0.001, 0.75)])
     assert halved == pytest.approx(by_rewards / 2) and "rose from 0.693 to 0.750" in why
-    beyond, _ = rates_to_goal([Moved(1e-4, 0.25, 0.0, 0.693), Moved(4e-4, 4.0, 0.0, 0.69)])
+    beyond, _ = rates_to_goal([Moved(1e-4, GOAL / 4, 0.0, 0.693), Moved(4e-4, 4 * GOAL, 0.0, 0.69)])
     assert beyond == pytest.approx(2e-4)
     assert way(Moved(1.0, 2 * GOAL, MOST_DRIFT, 0.0)) == 2
 
