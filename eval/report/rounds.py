@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxdpo.inner import as_written, read_json, write_text
+from mlxdpo.inner import as_written, read_json
 from mlxdpo_eval.report.blocks import Document, Part, SampleBlock, Table, bounded, bounds, decimal
 from mlxdpo_eval.report.plots import scores_over_rounds
-from mlxdpo_eval.report.write import html_page, markdown_page
+from mlxdpo_eval.report.write import write_pages
 
 Rows = Sequence[Mapping[str, Any]]
 SHOWN = 6  # samples: the first ones, not the best ones
@@ -59,10 +59,7 @@ def write_rounds(folder: Path) -> Path:
     """`report.html` and `report.md` of a folder of rounds, from its files alone; returns the HTML file."""
     found = read_json(folder / "rounds.json")
     with as_written(folder / "rounds.json", "run `mlxdpo iterate` again"):
-        document = _rounds_document(folder, found)
-    write_text(folder / "report.md", markdown_page(document))
-    write_text(folder / "report.html", html_page(document))
-    return folder / "report.html"
+        return write_pages(folder, _rounds_document(folder, found))
 
 
 def _rounds_document(folder: Path, found: Mapping[str, Any]) -> Document:

@@ -36,9 +36,15 @@ def write_report(run: Run) -> Path:
     frontier = run.path / "eval" / "frontier.json"
     with as_written(run.path / "eval", f"run `mlxdpo eval {run.path}` again"):
         document = build_document(results, pairs, samples, read_json(frontier) if frontier.exists() else None)
-    write_text(run.path / "report.md", markdown_page(document))
-    write_text(run.path / "report.html", html_page(document))
-    return run.path / "report.html"
+        return write_pages(run.path, document)
+
+
+def write_pages(folder: Path, document: Document) -> Path:
+    """`report.html` and `report.md`, neither when one of them cannot be made; returns the HTML file."""
+    pages = {"report.md": markdown_page(document), "report.html": html_page(document)}
+    for name, page in pages.items():
+        write_text(folder / name, page)
+    return folder / "report.html"
 
 
 TONES = {"better": "good", "worse": "bad"}

@@ -185,6 +185,7 @@ def _probe_steps(
     measured = replace(state.plan, heldout=plan.measured)
     probing = replace(state, plan=measured, heldout=state.train, optimizer=make_optimizer(state.config.optim))
     rate, total = FIRST[state.config.lora.method], 0.0
+    most = LARGEST_RATE * _schedule_sum(state.config, state.plan.steps)  # no run adds up to more
     found: list[Moved] = []
     with weights_restored(state.model):
         fns = CompiledFns(probing)
@@ -200,7 +201,9 @@ def _probe_steps(
                     raise
                 break  # too far; the steps before have shown enough
             yield Event("probe", 0, {"done": step + 1, "total": len(plan.steps), "lr": rate, **found[-1]._asdict()})
-            rate = next_rate(found, len(plan.steps))
+            rate = min(next_rate(found, len(plan.steps)), most - total, STEEPEST * LARGEST_RATE)
+            if rate < total / 1000:
+                break  # it would show nothing new
     return found
 
 

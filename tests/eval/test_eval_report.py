@@ -9,6 +9,7 @@ import pytest
 from planted_judges import Planted, coin
 from rich.console import Console
 
+from mlxdpo.types import UserError
 from mlxdpo_eval.judges import Verdict
 from mlxdpo_eval.metrics.intervals import Interval
 from mlxdpo_eval.metrics.length import length_baseline, length_report
@@ -54,6 +55,16 @@ def test_the_report_begins_with_verdict_answers_and_cost(run, laid_out):
         answers = text[places[2] : places[3]]
         assert all(name in answers for name in ("asked", "answered", "invalid", "equal"))
         assert "length alone" in answers and "length alone (always the" in text[places[3] :]
+
+
+def test_an_answer_that_is_no_text_is_one_sentence_and_no_half_of_a_report(run):
+    _, lines = found_by(run, Paid(coin, "a judge"))
+    samples = run.path / "eval" / "eval_samples.jsonl"
+    samples.write_text("".join(json.dumps(line | {"after": []}) + "\n" for line in lines))
+    before = {file: file.read_bytes() for file in run.path.glob("report.*")}
+    with pytest.raises(UserError, match=r"is not what mlxdpo wrote \(TypeError.*; run `mlxdpo eval"):
+        write_report(run)
+    assert {file: file.read_bytes() for file in run.path.glob("report.*")} == before
 
 
 @pytest.mark.parametrize(
