@@ -39,7 +39,7 @@ from mlxdpo.types import Event
 
 GOAL = 2.0  # root mean square of unseen pairs' reward differences at the end of a run
 MOST_DRIFT = 1.2  # nats a token: root mean square of the log-ratios of unseen answers
-SHARE = 0.14  # of the run's passes through the model that probes may take: under 15 % of its time
+SHARE = 0.14  # of the run's passes through the model that probes may take; compiling comes on top
 FEWEST, MOST = 3, 8  # probe steps
 PROBED = 0.5  # of the way that probes go: further off, how distance grows cannot be told from them
 POWERS = 1.0, 2.0  # of the rates added up that distance grows with: one factor of an adapter moves alone, or both do
