@@ -232,7 +232,7 @@ def next_rate(found: Sequence[Moved], steps: int) -> float:
 
 
 def rates_to_goal(found: Sequence[Moved]) -> tuple[float, str]:
-    """The rates added up that lead to the goal, and why in words; distance goes on to grow as it did last.
+    """The rates added up that lead to the goal, and why in words; distance keeps growing as it did last.
 
     A few large steps and many small ones whose rates have the same sum go about equally far (within a third on a
     small llama).

@@ -212,7 +212,7 @@ def test_rates_add_up_to_the_goal_by_rewards_or_by_drift():
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 1.4, 2.0, 3.0])
-def test_distance_goes_on_to_grow_as_it_did_between_the_last_probes(power):
+def test_distance_keeps_growing_as_it_did_between_the_last_probes(power):
     """A distance of a power of the rates added up is met exactly, but for powers that no measurement is trusted in."""
     moved = [Moved(rates, GOAL * (rates / 1e-2) ** power, 0.0, 0.69) for rates in (1e-4, 1e-3, 4e-3)]
     rates, _ = rates_to_goal(moved)
