@@ -49,9 +49,8 @@ def place_in(base: Path, name: str) -> Place:
     return Place(base, base / name)
 
 
-def straight(base: Path, name: str) -> tuple[dict, float]:
+def straight(stage: Stage, place: Place) -> tuple[dict, float]:
     """What a stage ends in when nobody kills it, and for how many seconds it is at work."""
-    stage, place = STAGES[name], place_in(base, f"{name}-straight")
     process = start(place, stage.command(place))
     begun = until_at_work(stage, place, process)
     while stage.at_work(place) and process.poll() is None:
@@ -92,12 +91,13 @@ def go_on(stage: Stage, place: Place) -> None:
 def kills(base: Path, name: str, count: int, record: bool) -> None:
     """Kill `count` processes of a stage, at moments spread at random over the time it is at work."""
     stage, draw = STAGES[name], random.Random(f"{SEED} {name}")
-    expected, lasts = straight(base, name)
+    whole = place_in(base, f"{name}-{count}-straight")  # the count: few and many kills have one base in `make faults`
+    expected, lasts = straight(stage, whole)
     number, done = itertools.count(), 0
     while done < count:
-        place = place_in(base, f"{name}-{next(number)}")
+        place = place_in(base, f"{name}-{count}-{next(number)}")
         if name == "export" and draw.random() < 0.5:  # over an earlier export, which stays until the new one is whole
-            shutil.copytree(base / "export-straight" / "out", place.own / "out")
+            shutil.copytree(whole.own / "out", place.own / "out")
         share = draw.random()
         if not killed(stage, place, share * lasts) or not stage.at_work(place):
             shutil.rmtree(place.own)  # it was done before
@@ -116,8 +116,8 @@ def kills(base: Path, name: str, count: int, record: bool) -> None:
 
 def vote_kills(base: Path, count: int, record: bool) -> None:
     """Kill processes that vote without a pause, one after the other, into one file."""
-    draw, place, seen = random.Random(SEED), place_in(base, "votes"), 0
-    finish(recipe(base, "votes/run", train={"steps": 1}))
+    draw, place, seen = random.Random(SEED), place_in(base, f"votes-{count}"), 0
+    finish(recipe(base, f"votes-{count}/run", train={"steps": 1}))
     run = Run.open(place.own / "run")
     for number in range(count):
         process = start(place, ["votes", str(run.path), str(seen)])
