@@ -6,6 +6,7 @@ import threading
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -26,6 +27,7 @@ from mlxdpo.ui.compare.answers import (
     ids_of,
     score,
     settings_from,
+    token_pieces,
 )
 from mlxdpo.ui.compare.columns import Column, Exchange, columns_html, heat
 from mlxdpo.ui.compare.tab import Chat, chat_html, converse, recolour
@@ -134,6 +136,14 @@ def test_scores_are_the_log_ratios_of_two_models(desk, place):
     assert found.reward == pytest.approx(0.1 * ratios.sum(), abs=1e-5)
     assert sum(p.ratio for p in found.pieces) + (found.end or 0) == pytest.approx(found.ratio)
     assert "".join(p.text for p in found.pieces) == answer.text
+
+
+def test_a_token_that_adds_no_text_is_shown_with_the_next():
+    """A first blank that decoding drops would be the only tab stop of its answer, and nowhere to be seen."""
+    written = [" ", "a", "", " b"]
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join(written[i] for i in ids).lstrip(" "))
+    found = token_pieces(tokenizer, (0, 1, 2, 3), np.array([1.0, 2.0, 4.0, 8.0]), np.full(4, -1.0))
+    assert found == (TokenPiece("a", 3.0, -2.0), TokenPiece(" b", 12.0, -2.0))
 
 
 def test_a_chat_goes_on_with_what_each_column_said(desk):

@@ -187,7 +187,7 @@ def score(loaded: RunVariants, policy: Variant, answer: Answer) -> Score | None:
     kl = float(sequence_kl(lambda at: own[:, at], lambda at: base[:, at], mask).item())
     mx.clear_cache()
     ratios = logps[0] - logps[1]
-    pieces = _token_pieces(loaded.policy.tokenizer, answer.tokens, ratios, logps[0])
+    pieces = token_pieces(loaded.policy.tokenizer, answer.tokens, ratios, logps[0])
     total = float(ratios.sum())
     return Score(pieces, loaded.config.loss.beta * total, total, kl, float(ratios[-1]) if ends else None)
 
@@ -205,14 +205,16 @@ def _chosen(logits: mx.array, targets: list[int]) -> np.ndarray:
     return np.array(picked - mx.logsumexp(logits, axis=-1))[0].astype(np.float64)
 
 
-def _token_pieces(
+def token_pieces(
     tokenizer: Any, tokens: tuple[int, ...], ratios: np.ndarray, logps: np.ndarray
 ) -> tuple[TokenPiece, ...]:
-    """Tokens as text. A token that ends inside a character is joined with the next: neither can be shown alone."""
+    """(T,) tokens as text, with their log-ratios and log-probs, nats. One that ends inside a character, or adds no text (a special token, a first blank that decoding
+    drops), is joined with the next: nobody could see or click it alone.
+    """
     pieces, done, start = [], "", 0
     for i in range(len(tokens)):
         text = tokenizer.decode(list(tokens[: i + 1]))
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and i + 1 < len(tokens):
+        if (text == done or text.endswith("\N{REPLACEMENT CHARACTER}")) and i + 1 < len(tokens):
             continue
         part = slice(start, i + 1)
         pieces.append(TokenPiece(text[len(done) :], float(ratios[part].sum()), float(logps[part].sum())))
