@@ -208,8 +208,10 @@ def _chosen(logits: mx.array, targets: list[int]) -> np.ndarray:
 def token_pieces(
     tokenizer: Any, tokens: tuple[int, ...], ratios: np.ndarray, logps: np.ndarray
 ) -> tuple[TokenPiece, ...]:
-    """(T,) tokens as text, with their log-ratios and log-probs, nats. One that ends inside a character, or adds no text (a special token, a first blank that decoding
-    drops), is joined with the next: nobody could see or click it alone.
+    """Tokens as text, with `ratios` and `logps` (T,), nats.
+
+    One that ends inside a character, or adds no text (a special token, a first blank that decoding drops), is joined
+    with the next: nobody could see or click it alone.
     """
     pieces, done, start = [], "", 0
     for i in range(len(tokens)):
