@@ -49,8 +49,9 @@ MEASURED, FEWEST_MEASURED = 16, 4  # pairs that are scored after each: wanted, a
 FIRST = {"lora": 1e-4, "dora": 1e-4, "full": 5e-6}  # rate of the first step, a twentieth of what is usual in all
 USUAL = {"lora": 2e-3, "dora": 2e-3, "full": 1e-4}  # rates added up over a run that is too short for probes
 """What an untried run of LoRA adds up to: 1e-4 over 40 steps of a cosine, the middle of published LoRA-DPO recipes."""
-FAR = 10.0  # times usual, or less than it by as much: SmolLM2 answered as before at 1/50, and broke at 10 and more
-LEAST_RATE, LARGEST_RATE = 1e-7, 2e-3
+FAR = 10.0  # times usual, or less than it by as much: SmolLM2 answered as before at 1/50
+LEAST_RATE = 1e-7
+LARGEST_RATE = {"lora": 2e-3, "dora": 2e-3, "full": 1e-4}  # the demo's run broke at twice that; `plan` warns above it
 
 
 class Moved(NamedTuple):
@@ -145,17 +146,17 @@ def choose_rate(state: TrainState, should_stop: Callable[[], bool]) -> Generator
     if way(probes[-1]) == 0:
         return ChosenRate(usual, tuple(probes), "what is usual: the probes moved nothing")
     rates, reason = rates_to_goal(probes)
-    wanted = rates / _schedule_sum(state.config, state.plan.steps)
-    if not LEAST_RATE <= wanted <= LARGEST_RATE:
-        reason = f"auto takes {LEAST_RATE:g} to {LARGEST_RATE:g}, and {wanted:.2g} would be the rate at which {reason}"
+    wanted, largest = rates / _schedule_sum(state.config, state.plan.steps), LARGEST_RATE[state.config.lora.method]
+    if not LEAST_RATE <= wanted <= largest:
+        reason = f"auto takes {LEAST_RATE:g} to {largest:g}, and {wanted:.2g} would be the rate at which {reason}"
     else:
         reason = f"at it {reason}"
-    return ChosenRate(_within(wanted), tuple(probes), reason)
+    return ChosenRate(_within(state.config, wanted), tuple(probes), reason)
 
 
 def usual_rate(config: Config, steps: int) -> float:
     """The peak rate of a run of so many steps that is not probed: its rates add up to `USUAL`."""
-    return _within(USUAL[config.lora.method] / _schedule_sum(config, steps))
+    return _within(config, USUAL[config.lora.method] / _schedule_sum(config, steps))
 
 
 def rates_note(config: Config, steps: int) -> str:
@@ -166,7 +167,9 @@ def rates_note(config: Config, steps: int) -> str:
     said = f"{steps} steps at {config.optim.lr:g} add up to {total:.2g}, usual is about {usual:g}"
     if total < usual / FAR:
         return f"{said}: expect no visible change; optim.lr auto finds a rate, more epochs help too"
-    return f"{said}: expect broken answers; optim.lr auto finds a rate" if total > usual * FAR else ""
+    if total > usual * FAR and config.optim.lr > LARGEST_RATE[config.lora.method]:
+        return f"{said}: expect broken answers; optim.lr auto finds a rate"
+    return ""
 
 
 def _schedule_sum(config: Config, steps: int) -> float:
@@ -174,9 +177,9 @@ def _schedule_sum(config: Config, steps: int) -> float:
     return sum(schedule_share(config.optim, step, steps) for step in range(steps))
 
 
-def _within(rate: float) -> float:
+def _within(config: Config, rate: float) -> float:
     """Two digits, which a person can copy, within what is ever of use."""
-    return float(f"{min(LARGEST_RATE, max(LEAST_RATE, rate)):.1e}")
+    return float(f"{min(LARGEST_RATE[config.lora.method], max(LEAST_RATE, rate)):.1e}")
 
 
 def _probe_steps(
@@ -184,8 +187,8 @@ def _probe_steps(
 ) -> Generator[Event, None, list[Moved] | None]:
     measured = replace(state.plan, heldout=plan.measured)
     probing = replace(state, plan=measured, heldout=state.train, optimizer=make_optimizer(state.config.optim))
-    rate, total = FIRST[state.config.lora.method], 0.0
-    most = LARGEST_RATE * _schedule_sum(state.config, state.plan.steps)  # no run adds up to more
+    rate, total, largest = FIRST[state.config.lora.method], 0.0, LARGEST_RATE[state.config.lora.method]
+    most = largest * _schedule_sum(state.config, state.plan.steps)  # no run adds up to more
     found: list[Moved] = []
     with weights_restored(state.model):
         fns = CompiledFns(probing)
@@ -201,7 +204,7 @@ def _probe_steps(
                     raise
                 break  # too far; the steps before have shown enough
             yield Event("probe", 0, {"done": step + 1, "total": len(plan.steps), "lr": rate, **found[-1]._asdict()})
-            rate = min(next_rate(found, len(plan.steps)), most - total, STEEPEST * LARGEST_RATE)
+            rate = min(next_rate(found, len(plan.steps)), most - total, STEEPEST * largest)
             if rate < total / 1000:
                 break  # it would show nothing new
     return found

@@ -138,7 +138,7 @@ def test_a_goal_that_the_largest_rate_does_not_reach_is_said(tmp_path, cache):
     run = auto(tmp_path, "far")
     until_trained(run)
     found = Run.open(run.out).manifest()["rate"]
-    assert found["lr"] == rate_probe.LARGEST_RATE
+    assert found["lr"] == rate_probe.LARGEST_RATE["lora"]
     assert re.search(r"auto takes 1e-07 to 0.002, and 0.0\d+ would be the rate at which rewards", found["reason"])
 
 
@@ -148,7 +148,7 @@ def test_a_run_too_short_for_probes_takes_what_is_usual_and_says_so(tmp_path, ca
     assert not [event for event in events if event.kind == "probe"]
     assert any("are too few to pay for probes" in e.values["text"] for e in events if e.kind == "note")
     run = Run.open(config.out)
-    assert run.config().optim.lr == run.manifest()["rate"]["lr"] <= rate_probe.LARGEST_RATE
+    assert run.config().optim.lr == run.manifest()["rate"]["lr"] <= rate_probe.LARGEST_RATE["lora"]
 
 
 def test_stopped_in_the_probes_and_gone_on_is_the_same_run(tmp_path, cache, found):
@@ -253,3 +253,10 @@ def test_steps_times_rate_that_cannot_move_a_model_or_break_it_are_said():
     assert "17 steps at 5e-06 add up to 4.5e-05" in note(5e-6, 17) and "no visible change" in note(5e-6, 17)
     assert note(1e-4, 40) == note("auto", 17) == ""
     assert "broken answers" in note(1e-2, 40)
+
+
+@pytest.mark.parametrize("method", list(rate_probe.LARGEST_RATE))
+def test_no_rate_that_auto_may_choose_is_warned_of(method):
+    """The recipe that a run writes holds its number; `plan` on it does not call it broken and recommend auto."""
+    note = lambda lr: rates_note(load_config(None, {"lora": {"method": method}, "optim": {"lr": lr}}), 5000)  # noqa: E731
+    assert note(rate_probe.LARGEST_RATE[method]) == "" and "broken answers" in note(2 * rate_probe.LARGEST_RATE[method])
