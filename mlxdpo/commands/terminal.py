@@ -181,7 +181,8 @@ COUNTED = {
 def show_progress(events: Iterable[Event], kind: str, quiet: bool = False) -> Iterator[Event]:
     """Show how far along prompts are, by events of `kind` (a key of `COUNTED`), and hand all events on.
 
-    A bar on a terminal, plain lines elsewhere, both with the time left; nothing when `quiet`.
+    A bar on a terminal, plain lines elsewhere, both with the time left at the pace of those that are not `kept` from
+    before; nothing when `quiet`.
     """
     doing, did, noun = COUNTED[kind]
     columns = (TextColumn(doing), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
@@ -189,9 +190,9 @@ def show_progress(events: Iterable[Event], kind: str, quiet: bool = False) -> It
         task, started = bar.add_task(doing, total=None), time.monotonic()
         for event in events:
             if event.kind == kind:
-                done, total = event.values["done"], event.values["total"]
+                done, total, kept = (event.values[name] for name in ("done", "total", "kept"))
                 bar.update(task, completed=done, total=total)
                 if not quiet and not console.is_terminal:
-                    left = clock((time.monotonic() - started) / done * (total - done)) if done else "?"
+                    left = clock((time.monotonic() - started) / (done - kept) * (total - done)) if done > kept else "?"
                     console.print(f"{did} {done} of {counted(total, noun)}, {left} left")
             yield event

@@ -38,20 +38,22 @@ def answer_missing(
     """Answer the prompts that are not in `done`, `size` at once, and append their lines to `file` as they come.
 
     A chunk of which some prompts are missing is answered as a whole, as it was the first time. Yields an event of
-    `kind` after each chunk and returns True; where `answer` gives None or leaves some out, yields "interrupted" and
-    returns False.
+    `kind` after each such chunk and returns True; where `answer` gives None or leaves some out, yields "interrupted"
+    and returns False. An event's `kept` is how many were in `done` before: they say nothing of the pace.
     """
+    kept = len(done)
     for at in range(0, len(asked), size):
         chunk = asked[at : at + size]
         missing = {key for one in chunk if (key := prompt_key(one.prompt).hex()) not in done}
+        if not missing:
+            continue
+        for line in answer(chunk) or ():
+            if line["prompt_id"] in missing:
+                append_line(file, line)
+                missing.remove(line["prompt_id"])
+                done.add(line["prompt_id"])
         if missing:
-            for line in answer(chunk) or ():
-                if line["prompt_id"] in missing:
-                    append_line(file, line)
-                    missing.remove(line["prompt_id"])
-                    done.add(line["prompt_id"])
-            if missing:
-                yield Event("interrupted", len(done), {"file": file})
-                return False
-        yield Event(kind, len(done), {"done": len(done), "total": len(asked)})
+            yield Event("interrupted", len(done), {"file": file})
+            return False
+        yield Event(kind, len(done), {"done": len(done), "total": len(asked), "kept": kept})
     return True

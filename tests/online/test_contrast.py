@@ -15,12 +15,13 @@ from tiny_words import WORDS, write_words
 
 from mlxdpo.cli import run as cli
 from mlxdpo.commands import pairs as command
+from mlxdpo.commands import terminal
 from mlxdpo.config import DataConfig
 from mlxdpo.data.read import read_pairs
 from mlxdpo.io.json_file import read_lines
 from mlxdpo.online.contrast.chat_server import read_chat_answer
-from mlxdpo.online.contrast.run import REFUSAL, SAME, is_refusal
-from mlxdpo.types import UserError
+from mlxdpo.online.contrast.run import REFUSAL, SAME, answers_in, is_refusal
+from mlxdpo.types import Event, UserError
 
 PROMPTS = [f"Question {n}?" for n in range(30)]
 
@@ -149,8 +150,21 @@ def test_stopped_and_gone_on_with_nothing_is_asked_twice(place, monkeypatch, soo
             list(contrast_sources(names, openers, prompts, AnswerSettings(seed=5), place / "pairs.jsonl"))
         with (place / "pairs.jsonl.partial").open("a") as file:
             file.write('{"side": "torn')  # a writer that was killed
-        assert begin(lambda: False)[-1].kind == "done"
+        kept = [len(of_side) for of_side in answers_in(place / "pairs.jsonl.partial")[1].values()]
+        *counts, last = begin(lambda: False)
+        assert last.kind == "done"
     assert first == second == dict.fromkeys(PROMPTS, 1)
+    # Each event is of new answers, and says how many were there before.
+    done = [event.values["done"] - event.values["kept"] for event in counts]
+    assert done == sorted(set(done)) and done[-1] == 60 - sum(kept) and counts[-1].values["done"] == 60
+
+
+def test_the_time_left_is_at_the_pace_of_new_answers(monkeypatch, capsys):
+    """720 of 1,000 kept and 10 more in 10 s: 270 to come take 270 s, not 4."""
+    monkeypatch.setattr(terminal.time, "monotonic", iter((0.0, 10.0)).__next__)
+    event = Event("answered", 730, {"done": 730, "total": 1000, "kept": 720})
+    assert list(terminal.show_progress([event], "answered")) == [event]
+    assert capsys.readouterr().out == "got 730 of 1000 answers, 4:30 left\n"
 
 
 def test_servers_that_refuse_a_parameter_by_name_are_asked_in_their_words(place):

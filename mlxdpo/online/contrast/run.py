@@ -87,7 +87,7 @@ def contrast_sources(
     lock = out.with_name(f"{out.name}.lock")
     with single_process(lock, f"{partial}: another process is working on it; stop it first, or wait"):
         _check_begun(partial, identity)
-        total = 2 * len(prompts.asked)
+        total, kept = 2 * len(prompts.asked), 0
         for side in SIDES:
             made, found = answers_in(partial)
             asked = _still_wanted(prompts.asked, found, side, how)
@@ -98,7 +98,9 @@ def contrast_sources(
                 if event.kind == "interrupted":
                     yield event
                     return
-                yield Event("answered", event.step, {"done": before + event.values["done"], "total": total})
+                counts = {"done": before + event.values["done"], "total": total, "kept": kept + event.values["kept"]}
+                yield Event("answered", event.step, counts)
+            kept += len(found[side])
         report = write_contrast(partial, out, identity, prompts, how)
         lock.unlink()
     yield Event("done", report["rows"], {"file": out, "report": report})
