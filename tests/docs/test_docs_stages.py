@@ -43,6 +43,7 @@ def place(tmp_path, monkeypatch, cache):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_page_runs(place, capsys):
     commands = [shlex.split(line)[1:] for block in blocks("sh") for line in block.splitlines() if line]
     assert {words[0] for words in commands} == {"train", "generate", "eval", "data"}

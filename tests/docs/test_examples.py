@@ -112,6 +112,7 @@ def workplace(tmp_path, cache, monkeypatch):
     LOSSES.update(known)
 
 
+@pytest.mark.slow
 def test_pairs_become_a_verdict(workplace):
     names = executed("pairs_to_verdict", workplace)
     assert names["again"].same and names["found"]["sentences"]
@@ -126,6 +127,7 @@ def test_a_run_is_opened_judged_and_its_cost_is_shown(workplace, capsys):
     assert (names["run"].path / "report.html").exists() and "<th>before</th>" in names["run"]._repr_html_()
 
 
+@pytest.mark.slow
 def test_own_objective_reward_and_sweep(workplace):
     names = executed("own_objective_and_reward", workplace)
     losses = [run.config().loss for run in names["found"].runs]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from levels_of import level_of
+from slow_cases import rest_slow
 from tiny_models import tiny_model
 
 from mlxdpo.config import LoraConfig
@@ -181,7 +182,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rest_slow(list(CASES), list(CASES)[::3]))
 def test_mlx_keeps_what_the_formula_says(case):
     """Within 4 %: masks, one number a token and the like are not counted."""
     kind, lora, checkpoint, lengths = CASES[case]

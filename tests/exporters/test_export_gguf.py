@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from slow_cases import rest_slow
 from tiny_exports import greedy_of, ids_of, known_tokenizer, logits_of, trained_run
 from tiny_models import CONFIGS, SHAPES, tiny_model, write_model
 from tiny_tokenizers import chatml_tokenizer
@@ -45,7 +46,9 @@ needs_llama_cpp = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(
+    scope="module", params=rest_slow(sorted(FAMILIES), ["gemma3", "gpt-2 rule", "llama 3", "mixtral", "qwen2"])
+)
 def exported(request, tmp_path_factory):
     """A run of the family, exported as GGUF."""
     (kind, rule, changes), folder = FAMILIES[request.param], tmp_path_factory.mktemp("gguf")

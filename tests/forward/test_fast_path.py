@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from levels_of import at_level
 from mlx.utils import tree_flatten
+from slow_cases import rest_slow
 from tiny_models import SHAPES, tiny_model
 
 from mlxdpo.config import LoraConfig
@@ -64,7 +65,7 @@ PASSES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "rows_per_prompt", "checkpoint"), PASSES)
+@pytest.mark.parametrize(("kind", "rows_per_prompt", "checkpoint"), rest_slow(PASSES, PASSES[::2]))
 def test_equals_full_rows_and_full_logits(kind, rows_per_prompt, checkpoint):
     model, rows = moved(tiny_model(kind), LoraConfig(rank=4)), Rows()
     value, wanted = gradients(model, rows.plain)

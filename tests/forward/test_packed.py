@@ -8,6 +8,7 @@ from compilers import needs_compiler
 from gradients import RECURRENT, apart, gradients, moved, ragged, weighted
 from levels_of import at_level, level_of
 from mlx.utils import tree_flatten
+from slow_cases import rest_slow
 from tiny_models import SHAPES, tiny_model
 
 from mlxdpo.config import LoraConfig
@@ -15,6 +16,7 @@ from mlxdpo.forward import levels, packed, patch_mlx_lm
 from mlxdpo.forward.logprobs import plain_forward
 
 PACKED = sorted(set(SHAPES) - {"gemma2"} - RECURRENT)  # attention written out, and states: they stay with padded rows
+BOTH_WAYS = [(kind, bool(i % 2) != late) for late in (False, True) for i, kind in enumerate(PACKED)]
 
 
 @pytest.fixture
@@ -32,8 +34,7 @@ def always(monkeypatch):
     return runs
 
 
-@pytest.mark.parametrize("kind", PACKED)
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(("kind", "checkpoint"), rest_slow(BOTH_WAYS, BOTH_WAYS[: len(PACKED)]))
 def test_equals_full_rows_and_full_logits(kind, checkpoint, always):
     model, batch = moved(tiny_model(kind), LoraConfig(rank=4)), ragged()
     value, wanted = gradients(model, weighted(plain_forward, batch))

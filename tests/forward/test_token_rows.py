@@ -9,6 +9,7 @@ import pytest
 from gradients import moved, ragged
 from levels_of import level_of
 from mlx.utils import tree_flatten
+from slow_cases import rest_slow
 from tiny_models import tiny_model
 
 from mlxdpo.config import LoraConfig, LossConfig
@@ -90,7 +91,7 @@ def primitives(folder, arrays):
     return re.findall(r'label ?= ?"([A-Za-z]+)', (folder / "graph.dot").read_text())
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", rest_slow(range(3), [0]))
 @pytest.mark.parametrize("way", ["packed", "padded", "checkpoint", "plain", "details"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_no_step_scatters(tmp_path, monkeypatch, kind, way, number):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from levels_of import rewards_at
 from mlx.utils import tree_flatten
+from slow_cases import rest_slow
 from tiny_models import tiny_model
 from tiny_runs import finish, recipe, write_pairs
 
@@ -112,7 +113,7 @@ def batch_of(examples):
     return collate(longer, tuple(range(len(longer))), len(longer) + 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", rest_slow(list(KINDS), list(KINDS)[:2]))
 def test_rewards_and_gradients_are_those_of_whole_rows(kind, examples):
     """Shared prefix, packed rows, checkpoints, plain padded rows: one number, that of each row run alone."""
     model = rewarded(kind)

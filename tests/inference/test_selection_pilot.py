@@ -110,6 +110,7 @@ def written(rows):
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_and_resumes(words, tmp_path, cache, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.jsonl").write_text(written(made(30)))

@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
+from slow_cases import rest_slow
 from tiny_models import write_model
 from tiny_runs import stop_after
 from tiny_words import WORDS
@@ -251,7 +252,7 @@ def test_a_tokenizer_without_the_letters_is_refused():
 # runs
 
 
-@pytest.mark.parametrize("pairs", ["revisions", "samples"])
+@pytest.mark.parametrize("pairs", rest_slow(["revisions", "samples"], ["samples"]))
 def test_a_stopped_run_goes_on_to_the_same_bytes(pairs, speaker, prompts, tmp_path):
     settings = REVISING if pairs == "revisions" else HOW
     how = SamplingSettings(pairs=pairs, **settings)

@@ -191,6 +191,7 @@ def test_a_warm_optimizer_goes_on_to_the_bit(tmp_path, cache):
     assert rest == whole and cold != whole
 
 
+@pytest.mark.slow
 def test_a_gamed_judge_stops_the_rounds(place, capsys):
     """The second judge wants the opposite, so what the first one gains it loses: stop, keep the start, exit 0."""
     words = ["iterate", "r.yaml", "--out", "out", "--rounds.second", "shortest", "--rounds", "4", "--optim.lr", "0.05"]

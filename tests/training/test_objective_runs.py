@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from slow_cases import rest_slow
 from tiny_runs import adapter_bytes, finish, losses, recipe, stop_after, write_pairs
 
 from mlxdpo.config import load_config
@@ -35,7 +36,7 @@ def notes_of(events):
 COUPLED = sorted(name for name, objective in LOSSES.items() if objective.step_statistics)
 
 
-@pytest.mark.parametrize("name", [*COUPLED, "sigmoid+sft"])
+@pytest.mark.parametrize("name", rest_slow([*COUPLED, "sigmoid+sft"], [COUPLED[0], "sigmoid+sft"]))
 def test_a_step_is_the_same_however_it_is_cut(tmp_path, name, cache, monkeypatch):
     """Also where pairs are sorted, or a mean is taken, over the step: 8 x 1 against 2 x 4, and a last step of 2."""
     found = []
@@ -62,13 +63,16 @@ def plain(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "loss",
-    [
-        {"ld_alpha": 0.3},
-        {"wpo": True},
-        {"f_divergence": "js_divergence"},
-        {"reference_free": True, "ld_alpha": 0.3},
-        {"name": "simpo"},
-    ],
+    rest_slow(
+        [
+            {"ld_alpha": 0.3},
+            {"wpo": True},
+            {"f_divergence": "js_divergence"},
+            {"reference_free": True, "ld_alpha": 0.3},
+            {"name": "simpo"},
+        ],
+        [{"wpo": True}, {"reference_free": True, "ld_alpha": 0.3}],
+    ),
     ids=str,
 )
 def test_modifiers_reach_the_step_and_interrupted_runs_go_on_to_the_bit(tmp_path, loss, plain):
@@ -111,7 +115,7 @@ def test_a_moving_reference_has_the_mixed_weights(tmp_path, method):
         assert all(mx.array_equal(a, own[n]).item() for n, a in trained_arrays(model).items())
 
 
-@pytest.mark.parametrize("start", ["fresh", "adapter", "full", "dora"])
+@pytest.mark.parametrize("start", rest_slow(["fresh", "adapter", "full", "dora"], ["fresh"]))
 def test_a_run_with_a_moving_reference_goes_on_to_the_bit(tmp_path, start):
     sections = {"reference": {"sync_every": 2}, "data": HELDOUT, "train": {"eval_every": 1, "save_every": 1}}
     if start == "adapter":

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from slow_cases import rest_slow
 from tiny_runs import DEFAULTS, assert_same, finish, interrupted, losses, recipe, stop_after, write_pairs
 
 from mlxdpo.cli import run as command
@@ -143,7 +144,7 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", rest_slow(list(KINDS), list(KINDS)[:2]))
 def test_stopped_and_resumed_it_is_the_straight_run(tmp_path, kind):
     straight, asked = made(tmp_path, kind, "straight", **HARD), iter(range(10**6))
     finish(straight, stop=lambda: next(asked) < 0)

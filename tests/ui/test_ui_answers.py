@@ -327,6 +327,7 @@ def test_an_empty_chat_shows_nothing_odd():
     assert chat_html(Chat()).startswith('<div class="voices"')
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_over_100_generations(desk):
     """What MLX holds after 20 and after 120 exchanges is the same; the process gains less than 15 MB."""
 
