@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels_of import at_level, rewards_at
 from mlx.utils import tree_flatten
+from slow_cases import rest_slow
 from tiny_models import SHAPES, tiny_model
 
 from mlxdpo.config import LoraConfig, LossConfig
@@ -50,16 +51,15 @@ def cut(streams_here, number, *shape):
 # How a batch is cut has little to do with the family: one of each kind of layer, the others in CI.
 OF_EACH_KIND = {"llama", "gemma2", "gemma3_text", "mixtral", "qwen3", *RECURRENT}
 PASSES = [
-    pytest.param(kind, checkpoint, level, marks=[] if kind in OF_EACH_KIND else pytest.mark.slow)
-    for kind, checkpoint, level in (
-        *((kind, False, "packed") for kind in sorted(set(SHAPES) - {"gemma2"} - RECURRENT)),
-        *((kind, True, "prefix") for kind in sorted(SHAPES)),
-        *((kind, how, "head") for kind in ("llama", "gemma2") for how in (False, True)),
-    )
+    *((kind, False, "packed") for kind in sorted(set(SHAPES) - {"gemma2"} - RECURRENT)),
+    *((kind, True, "prefix") for kind in sorted(SHAPES)),
+    *((kind, how, "head") for kind in ("llama", "gemma2") for how in (False, True)),
 ]
 
 
-@pytest.mark.parametrize(("kind", "checkpoint", "level"), PASSES)
+@pytest.mark.parametrize(
+    ("kind", "checkpoint", "level"), rest_slow(PASSES, [case for case in PASSES if case[0] in OF_EACH_KIND])
+)
 def test_value_and_gradient_are_those_of_the_whole_batch(kind, checkpoint, level, streams_here):
     model, (whole, parts) = moved(tiny_model(kind), LoraConfig(rank=4)), cut(streams_here, 3)
     value, wanted = gradients(model, weighted(at_level(level, checkpoint), whole))

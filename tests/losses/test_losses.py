@@ -231,7 +231,7 @@ def test_finite_values_and_slopes_at_extreme_margins(margin):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=10)
+@settings(max_examples=20)
 @given(shift=st.floats(-30, -1), d=st.floats(-9, 9))
 def test_shifting_policy_and_reference_together_changes_nothing(name, shift, d):
     """Where there is a reference. Without one, shifting that alone changes nothing."""
