@@ -139,7 +139,7 @@ def adapter(request, tmp_path_factory):
 def test_the_adapter_alone_loses_nothing(adapter):
     _, _, done = adapter
     target = done.targets["gguf-lora"]
-    assert target.kept and target.fidelity.token_kl < 1e-9 and target.fidelity.slope == pytest.approx(1, abs=1e-5)
+    assert target.kept and target.fidelity.token_kl < 1e-6 and target.fidelity.slope == pytest.approx(1, abs=1e-5)
     reader = gguf.GGUFReader(done.out / "gguf-lora" / LORA_FILE)
     assert reader.get_field("general.type").contents() == "adapter"
     names = {tensor.name for tensor in reader.tensors}

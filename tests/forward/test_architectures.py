@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from slow_cases import rest_slow
 
 from benchmarks.models.architectures import architectures
 from benchmarks.models.levels import NATS, SLOPE, measure
@@ -22,6 +23,7 @@ ONE_OF_EACH = {
     "deepseek_v3": "packed",  # scores in the mask
     "kimi_k3": "prefix",  # an object that layers change and hand on
 }
+LONG = ("gemma4_text", "kimi_k3")  # seconds each
 
 
 def in_the_table():
@@ -32,7 +34,7 @@ def in_the_table():
     return {kind: tuple(found) for kind, found in cells.items()}
 
 
-@pytest.mark.parametrize("kind", ONE_OF_EACH)
+@pytest.mark.parametrize("kind", rest_slow(ONE_OF_EACH, [kind for kind in ONE_OF_EACH if kind not in LONG]))
 def test_one_architecture_of_each_kind_of_cache(kind):
     found = measure(kind)
     assert found.level == ONE_OF_EACH[kind] and found.checkpoint, found

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from compilers import needs_compiler
+from compilers import COMPILING, compiling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -280,9 +280,7 @@ def assert_same_training(kind, got, want):
 WINDOWS = {"llama": [None] * 3, "qwen3": [None] * 3, "gemma3_text": [16, None, 16]}
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda f: f, pytest.param(mx.compile, marks=needs_compiler)], ids=["eager", "compiled"]
-)
+@pytest.mark.parametrize("wrap", [lambda f: f, pytest.param(mx.compile, marks=COMPILING)], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", list(WINDOWS))
 def test_whole_models_train_the_same(kind, wrap, pays_at_once):
     model, tokens = lora_model(kind), mx.random.randint(0, 300, (2, 72))
@@ -294,7 +292,7 @@ def test_whole_models_train_the_same(kind, wrap, pays_at_once):
     assert_same_training(kind, got, want)
 
 
-@needs_compiler
+@compiling
 @pytest.mark.parametrize("kind", list(WINDOWS))
 def test_with_layers_under_checkpoint_in_a_compiled_step(kind, pays_at_once):
     """Each layer closes over its mask, as the trunk's own loop does; it is run again in the backward pass."""

@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from compilers import needs_compiler
+from compilers import compiling
 from levels_of import at_level
 from mlx.utils import tree_flatten
 from tiny_models import CONFIGS, tiny_model
@@ -119,7 +119,7 @@ def test_token_logps_are_a_distribution(model, examples):
     assert mx.exp(next_token_logps(model, rows)[:, -1]).sum().item() == pytest.approx(1, abs=1e-5)
 
 
-@needs_compiler
+@compiling
 def test_the_compiled_scorer_sees_weights_that_moved(examples, monkeypatch):
     monkeypatch.setattr("mlxdpo.training.step.compiled", mx.compile)
     model = attach_lora(tiny_model(), LoraConfig(rank=3, scale=1.0))

@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from compilers import needs_compiler
+from compilers import compiling
 from gradients import RECURRENT, apart, gradients, moved, ragged, weighted
 from levels_of import at_level, level_of
 from mlx.utils import tree_flatten
@@ -110,7 +110,7 @@ def test_names_are_put_back(always):
     assert patch_mlx_lm.attention_files(model)[0].scaled_dot_product_attention is before
 
 
-@needs_compiler
+@compiling
 def test_compiled_equals_eager(always):
     model, batch = moved(tiny_model("llama"), LoraConfig(rank=4)), ragged()
     step = nn.value_and_grad(model, weighted(at_level(), batch))

@@ -1,4 +1,7 @@
-"""On a CPU the product does not compile its step; a GPU does. These tests force it, where a C++ compiler is found."""
+"""On a CPU the product does not compile its step; a GPU does. These tests force it, where a C++ compiler is found.
+
+Each kernel that is new to a machine is a call of that compiler, three minutes in all: they run in CI alone.
+"""
 
 import functools
 
@@ -16,4 +19,14 @@ def can_compile() -> bool:
     return True
 
 
-needs_compiler = pytest.mark.skipif(not can_compile(), reason="mx.compile on a CPU needs a C++ compiler")
+COMPILING = (
+    pytest.mark.skipif(not can_compile(), reason="mx.compile on a CPU needs a C++ compiler"),
+    pytest.mark.slow,
+)
+
+
+def compiling(test):
+    """Mark a test that calls a C++ compiler."""
+    for mark in COMPILING:
+        test = mark(test)
+    return test

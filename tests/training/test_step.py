@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from compilers import needs_compiler
+from compilers import compiling
 from mlx.utils import tree_flatten, tree_map
 from tiny_models import tiny_model
 from tiny_runs import finish, losses, recipe
@@ -156,7 +156,7 @@ def test_filler_changes_neither_gradient_nor_metrics(model, data):
     assert len(step.scored_pairs(wide.losses, wide.pairs, 2).chosen) == 2
 
 
-@needs_compiler
+@compiling
 def test_compiled_equals_uncompiled(tmp_path, cache, monkeypatch):
     results = []
     for name, compiled in (("compiled", mx.compile), ("plain", lambda function, **options: function)):
