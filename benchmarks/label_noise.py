@@ -14,35 +14,30 @@ from __future__ import annotations
 import mlxdpo  # isort: skip  # noqa: F401  (before mlx: it puts the fast BLAS in front)
 
 import argparse
-import gc
-import json
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 import numpy as np
 
 from benchmarks.audit import FOLDS, LONGEST, SETS, SHARE, exchanged_rows
-from mlxdpo import Preference, Run, encode_pairs, load_config
+from benchmarks.rates import LAYERS, as_it_stands, keep, ranked_rightly
+from mlxdpo import Preference, encode_pairs, load_config
 from mlxdpo.config import DataConfig, ModelConfig
 from mlxdpo.data.encode import encode
-from mlxdpo.data.findings import FLIP, audit_pairs, chosen_rows
+from mlxdpo.data.examples import Example
+from mlxdpo.data.findings import FLIP, Audit, audit_pairs, chosen_rows
 from mlxdpo.data.report import Report
 from mlxdpo.inference.pair_states import audit_input
 from mlxdpo.inference.selection_pilot import pair_as_json
-from mlxdpo.inference.trained_run import TrainedRun, model_logps
-from mlxdpo.io.atomic import append_line
+from mlxdpo.inference.trained_run import model_logps
 from mlxdpo.io.json_file import read_lines
-from mlxdpo.model.adapters import adapters_off
 from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.training.run import train
 from mlxdpo_eval.results import write_lines
 
 LABELS = ("sound", "flipped", "drop", "flip", "fa_dpo")
-LAYERS = 8  # the last blocks, which carry the adapters: gradients of all of SmolLM2 would double the time
 
 
 class Trial(NamedTuple):
@@ -52,85 +47,82 @@ class Trial(NamedTuple):
     labels: str
     seed: int
     pairs: int
+    heldout: int
     lr: float
     epochs: float
 
 
-def fitting(policy: Policy, name: str) -> list[Preference]:
-    """The pairs of a set that are not too long, in its order."""
-    make, template = SETS[name]
-    data = DataConfig(template=template, max_length=LONGEST)  # type: ignore[arg-type]
-    ids = policy.eos_ids
-    return [row for row in make(100_000) if encode(row, policy.tokenizer, data, Report(), eos_ids=ids) is not None]
+def fitting(policy: Policy, name: str, rows: Sequence[Preference]) -> list[tuple[Preference, Example]]:
+    """Those rows of a set that are not too long, with their tokens."""
+    data = DataConfig(template=SETS[name][1], max_length=LONGEST)  # type: ignore[arg-type]
+    found = ((row, encode(row, policy.tokenizer, data, Report(), eos_ids=policy.eos_ids)) for row in rows)
+    return [(row, example) for row, example in found if example is not None]
 
 
-def labelled(policy: Policy, rows: Sequence[Preference], trial: Trial) -> list[dict[str, Any]]:
-    """The training rows of a trial as JSON, each with the probability of its label."""
-    if trial.labels == "sound":
-        return [pair_as_json(row, False) for row in rows]
-    wrong = np.random.default_rng(trial.seed).random(len(rows)) < SHARE
-    noisy = exchanged_rows(rows, wrong)
-    if trial.labels == "flipped":
-        return [pair_as_json(row, False) for row in noisy]
-    data = DataConfig(template=SETS[trial.set][1], max_length=LONGEST)  # type: ignore[arg-type]
-    examples = [encode(row, policy.tokenizer, data, Report(), eos_ids=policy.eos_ids) for row in noisy]
-    given = audit_input(policy, None, [example for example in examples if example is not None], data.group, 8)
-    audit = audit_pairs(noisy, given, FOLDS, seed=trial.seed)
-    dropped = (FLIP,) if trial.labels == "drop" else ()
-    left, exchanged = chosen_rows(audit.rows, dropped, trial.labels == "flip", None)
+def audited(policy: Policy, name: str, noisy: Sequence[Preference], seed: int) -> Audit:
+    """What the audit finds in rows with flipped labels."""
+    examples = [example for _, example in fitting(policy, name, noisy)]
+    return audit_pairs(noisy, audit_input(policy, None, examples, DataConfig().group, 8), FOLDS, seed=seed)
+
+
+def labelled(
+    labels: str, rows: Sequence[Preference], noisy: Sequence[Preference], audit: Audit
+) -> list[dict[str, Any]]:
+    """The training rows as JSON, after an audit each with the probability of its label."""
+    if labels in ("sound", "flipped"):
+        return [pair_as_json(row, False) for row in (rows if labels == "sound" else noisy)]
+    left, exchanged = chosen_rows(audit.rows, (FLIP,) if labels == "drop" else (), labels == "flip", None)
     return [pair_as_json(noisy[i], i in exchanged) | {"probability": audit.rows[i]["probability"]} for i in left]
 
 
-def run_trial(policy: Policy, rows: Sequence[Preference], heldout: Sequence[Preference], trial: Trial, out: Path):
-    """Train on the labels of a trial and measure on held-out pairs: its line."""
+def run_trial(
+    training: Sequence[dict[str, Any]], heldout: Sequence[Preference], trial: Trial, out: Path
+) -> dict[str, Any]:
+    """Train on these rows and measure on held-out pairs: the line of a trial."""
     template = SETS[trial.set][1]
     file, folder = out / "data" / ("-".join(map(str, trial)) + ".jsonl"), out / "run"
     shutil.rmtree(folder, ignore_errors=True)
-    training = labelled(policy, rows, trial)
     write_lines(file, training)
     data: dict[str, Any] = {"path": str(file), "template": template, "max_length": LONGEST, "eval_fraction": 0.0}
     loss = {}
     if trial.labels == "fa_dpo":
         data["columns"], loss = {"probability": "probability"}, {"name": "fa_dpo"}
     schedule = {"epochs": trial.epochs, "batch_size": 4, "gradient_accumulation": 1, "save_every": 10_000}
-    settings = {"model": "smollm2", "data": data, "loss": loss, "lora": {"layers": LAYERS}}
+    settings = {"model": "smollm2", "data": data, "loss": loss, "lora": {"layers": LAYERS["smollm2"]}}
     settings |= {"optim": {"lr": trial.lr}, "train": schedule | {"seed": trial.seed}, "out": str(folder)}
     config, trained = load_config(None, settings), None
     for event in train(config):
         if event.kind == "start":
             trained = event.values["policy"]
     assert trained is not None  # every run begins with a "start"
-    run, start = Run.open(folder), partial(adapters_off, trained.model)
-    opened = TrainedRun(run, run.config(), trained, start, start)
+    opened = as_it_stands(folder, trained)
     _, examples, _ = encode_pairs(opened, list(heldout))
-    after = np.array(model_logps(trained.model, examples, "none", 16))
+    moved = np.array(model_logps(trained.model, examples, "none", 16))
     with opened.start() as model:
-        before = np.array(model_logps(model, examples, "none", 16))
-    apart = (after - before)[0] - (after - before)[1]
-    accuracy = float(((apart > 0) + 0.5 * (apart == 0)).mean())
-    return {**trial._asdict(), "accuracy": accuracy, "trained_on": len(training), "heldout": len(heldout)}
+        moved -= np.array(model_logps(model, examples, "none", 16))
+    return {**trial._asdict(), "accuracy": ranked_rightly(moved[0] - moved[1]), "trained_on": len(training)}
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """Mean accuracy by set and labels, and the share of the loss that each treatment gives back."""
+    """Mean accuracy by set and labels, and the share of the loss that the best treatment gives back.
+
+    Runs that differ in anything but labels and seed have rows of their own; a seed counts once all labels have it.
+    """
     text = [
-        f"| set | pairs | seeds | {' | '.join(LABELS)} | given back by the best |",
-        "|---" * (len(LABELS) + 4) + "|",
+        f"| set | pairs | lr | epochs | seeds | {' | '.join(LABELS)} | given back by the best |",
+        "|---" * (len(LABELS) + 6) + "|",
     ]
-    for name, pairs in dict.fromkeys((line["set"], line["pairs"]) for line in found):
-        own = [line for line in found if (line["set"], line["pairs"]) == (name, pairs)]
-        values = {
-            labels: [line["accuracy"] for line in own if line["labels"] == labels]
-            for labels in LABELS
-        }  # fmt: skip
-        if not all(values.values()):
-            continue
-        mean = {labels: float(np.mean(value)) for labels, value in values.items()}
-        lost = mean["sound"] - mean["flipped"]
-        best = max(LABELS[2:], key=mean.__getitem__)
-        back = f"{(mean[best] - mean['flipped']) / lost:.0%} ({best})" if lost > 0 else "nothing was lost"
-        row = " | ".join(f"{100 * mean[labels]:.1f}" for labels in LABELS)
-        text.append(f"| {name} | {pairs} | {len(values['sound'])} | {row} | {back} |")
+    trials = {Trial(*(line[name] for name in Trial._fields)): line["accuracy"] for line in found}
+    for kind in dict.fromkeys(trial._replace(labels="", seed=0) for trial in trials):
+        every = [[kind._replace(labels=labels, seed=seed) for labels in LABELS] for seed in {t.seed for t in trials}]
+        rows = [[trials[trial] for trial in own] for own in every if trials.keys() >= set(own)]
+        if rows:
+            mean = dict(zip(LABELS, np.mean(rows, axis=0).tolist(), strict=True))
+            lost = mean["sound"] - mean["flipped"]
+            best = max(LABELS[2:], key=mean.__getitem__)
+            back = f"{(mean[best] - mean['flipped']) / lost:.0%} ({best})" if lost > 0 else "nothing was lost"
+            values = " | ".join(f"{100 * value:.1f}" for value in mean.values())
+            text.append(f"| {kind.set} | {kind.pairs} | {kind.lr} | {kind.epochs} | {len(rows)} | {values} | {back} |")
     return "\n".join(text)
 
 
@@ -158,17 +150,17 @@ def main() -> None:
     done = {tuple(line[name] for name in Trial._fields) for line in lines}
     policy = load_policy(ModelConfig(path="smollm2"))
     for name in options.sets:
-        rows = fitting(policy, name)
-        heldout = rows[options.pairs : options.pairs + options.heldout]
+        rows = [row for row, _ in fitting(policy, name, SETS[name][0](100_000))]
+        rows, heldout = rows[: options.pairs], rows[options.pairs : options.pairs + options.heldout]
         for seed in range(options.seeds):
-            for labels in wanted:
-                trial = Trial(name, labels, seed, options.pairs, options.lr, options.epochs)
-                if trial not in done:
-                    line = run_trial(policy, rows[: options.pairs], heldout, trial, options.out)
-                    append_line(file, line)
-                    print(json.dumps(line), flush=True)
-                    gc.collect()
-                    mx.clear_cache()
+            trials = [Trial(name, one, seed, len(rows), len(heldout), options.lr, options.epochs) for one in wanted]
+            missing = [trial for trial in trials if trial not in done]
+            if not missing:
+                continue
+            noisy = exchanged_rows(rows, np.random.default_rng(seed).random(len(rows)) < SHARE)
+            audit = audited(policy, name, noisy, seed)
+            for trial in missing:
+                keep(file, run_trial(labelled(trial.labels, rows, noisy, audit), heldout, trial, options.out))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from mlxdpo.io.json_file import read_lines
 from mlxdpo.io.words import counted
 from mlxdpo.model.adapters import adapters_off
 from mlxdpo.model.builtin import smollm2_folder
+from mlxdpo.model.policy import Policy
 from mlxdpo.training.run import train
 from mlxdpo_eval.results import write_lines
 from mlxdpo_eval.sampling import Sampling, sample_answers
@@ -105,13 +106,31 @@ def run_cell(cell: Cell, weights: str, out: Path) -> dict[str, Any]:
         probing, steps = probing + (now - then) * (event.kind == "probe"), steps + (now - then) * (event.kind == "step")
         then = now
     assert policy is not None  # every run begins with a "start"
-    run = Run.open(config.out)
-    found = {**cell._asdict(), "lr": run.config().optim.lr, "probe_share": probing / (probing + steps)}
-    found |= {"reason": run.manifest().get("rate", {}).get("reason")}
-    start = partial(adapters_off, policy.model)  # the model is measured as it stands: loading it again takes seconds
-    found |= measure(TrainedRun(run, run.config(), policy, start, start), cell, out)
+    opened = as_it_stands(config.out, policy)
+    found = {**cell._asdict(), "lr": opened.config.optim.lr, "probe_share": probing / (probing + steps)}
+    found |= {"reason": opened.run.manifest().get("rate", {}).get("reason")}
+    found |= measure(opened, cell, out)
     shutil.rmtree(config.out)
     return found | {"seconds": time.perf_counter() - started}
+
+
+def as_it_stands(folder: str | Path, policy: Policy) -> TrainedRun:
+    """A run with the policy that has just been trained in it: loading it again takes seconds."""
+    run, start = Run.open(folder), partial(adapters_off, policy.model)
+    return TrainedRun(run, run.config(), policy, start, start)
+
+
+def ranked_rightly(apart: np.ndarray) -> float:
+    """Share of pairs whose chosen answer has the higher implicit reward, by differences (N,); a tie is a half."""
+    return float(((apart > 0) + 0.5 * (apart == 0)).mean())
+
+
+def keep(file: Path, line: dict[str, Any]) -> None:
+    """Append a finished run's line, print it, and free what the run held."""
+    append_line(file, line)
+    print(json.dumps(line), flush=True)
+    gc.collect()
+    mx.clear_cache()
 
 
 def measure(opened: TrainedRun, cell: Cell, out: Path) -> dict[str, float]:
@@ -128,7 +147,7 @@ def measure(opened: TrainedRun, cell: Cell, out: Path) -> dict[str, float]:
         for row, old, new in zip(rows, before["answers"], after["answers"], strict=True)
     ]
     return {
-        "accuracy": float(((apart > 0) + 0.5 * (apart == 0)).mean()),
+        "accuracy": ranked_rightly(apart),
         "win_rate": float(np.mean([(new > old) + 0.5 * (new == old) for old, new in scores])),
         "rewards_apart": float(opened.config.loss.beta * np.sqrt(np.mean(apart**2))),
         "nats_a_token": float(np.sqrt(np.mean((moved / lengths) ** 2))),
@@ -319,11 +338,7 @@ def main() -> None:
     done = {tuple(line[name] for name in Cell._fields) for line in (read_lines(file) if file.exists() else ())}
     for cell in cells(options.model, tasks, rates, options.seeds, options.pairs):
         if cell not in done:
-            line = run_cell(cell, weights, options.out)
-            append_line(file, line)
-            print(json.dumps(line), flush=True)
-            gc.collect()
-            mx.clear_cache()
+            keep(file, run_cell(cell, weights, options.out))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """On a CPU the product does not compile its step; a GPU does. These tests force it, where a C++ compiler is found.
 
-Each kernel that is new to a machine is a call of that compiler, three minutes in all: they run in CI alone.
+Each kernel that is new to a machine is a call of that compiler, minutes in all: they run in CI alone.
 """
 
 import functools
