@@ -14,10 +14,15 @@ THEIR_EVAL := alpaca-eval==0.6.6 rewardbench==0.1.4
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
 REAL_WORKERS := -n auto --maxprocesses 3 --dist loadgroup
 
+# Where this is set, each process that a test starts would compile the package's files again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-mac test-real fuzz faults parity models coverage check cover mutation notebooks bench-peers frontier docs smoke bare lock audit licences clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mlxdpo demo
+
+test test-mac: export MLXDPO_TESTS_BATCH := 1
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(WORKERS)

@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, settings
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's
-    if hasattr(os, "SCHED_BATCH"):
+    if "MLXDPO_TESTS_BATCH" in os.environ and hasattr(os, "SCHED_BATCH"):
         # MLX hands each operation to a thread. Where every core has a worker, Linux would let that thread interrupt the
-        # one that hands over, 60,000 times a second: an eighth of the time of the tests.
+        # one that hands over, 60,000 times a second: an eighth of the time of the tests. Not where tests start further
+        # processes: each hand-over would wait until those have used up their turn.
         with contextlib.suppress(OSError):  # a container that forbids it is slower, nothing else
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 

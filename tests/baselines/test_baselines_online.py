@@ -110,6 +110,7 @@ def probabilities(model):
     (ppo_update, {"samples": 1, "epochs": 3, "minibatches": 2, "clip": 0.2, "value_coef": 0.5}, 8e-3, 50),
     (rloo_update, {"samples": 8}, 1e-2, 110),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_a_toy_problem_ends_at_its_known_optimum(update, knobs, lr, steps):
     """pi* = ref exp(r / beta) / Z maximises E[r] - beta KL (arXiv 2305.18290 eq. 4): 21 outcomes, all enumerated.
 

@@ -19,6 +19,7 @@ def rows():
     return [row for study in STUDIES for row in __main__.run(study, RUNS, seed=1)]
 
 
+@pytest.mark.slow
 def test_ours_hold_the_truth(rows):
     """Four binomial standard errors below .95: a broken interval is further away."""
     least = 0.95 - 4 * np.sqrt(0.95 * 0.05 / RUNS)
@@ -27,6 +28,7 @@ def test_ours_hold_the_truth(rows):
     assert all(row.coverage >= least for row in ours), ours
 
 
+@pytest.mark.slow
 def test_the_others_fall_short_where_it_is_said_that_they_do(rows):
     shares = {row.method: row.coverage for row in rows}
     assert shares["AlpacaEval: sem of predictions"] == 0

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from slow_cases import rest_slow
 from tiny_runs import adapter_bytes
 from tiny_words import WORDS, write_words
 
@@ -91,7 +92,7 @@ def test_moved_alone_it_finds_what_stayed(elsewhere, made, line):
     assert command(words(COMMANDS[line], run, elsewhere)) == 0
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", rest_slow(list(COMMANDS), list(COMMANDS)[:1]))
 def test_from_another_folder(elsewhere, made, line):
     shutil.copytree(made / "runs", made / "kept")
     try:

@@ -41,6 +41,7 @@ def workplace(tmp_path, monkeypatch, cache):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_mlxdpo_command_runs_in_order(workplace, capsys):
     commands = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("mlxdpo ")]
     assert len(commands) >= 10

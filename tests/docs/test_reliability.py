@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -10,6 +11,7 @@ EVIDENCE = "".join((ROOT / "docs" / "evidence" / f"{name}.md").read_text("utf-8"
 ROWS = [line.strip("|").split(" | ") for line in PAGE.splitlines() if line.startswith("| ") and "`test_" in line]
 
 
+@cache
 def known() -> dict[str, str]:
     """Every test function and the source of its file."""
     found = {}

@@ -5,6 +5,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from slow_cases import rest_slow
 from tiny_exports import ids_of, logits_of, trained_run
 from tiny_models import write_model
 from tiny_tokenizers import chatml_tokenizer
@@ -18,8 +19,10 @@ from mlxdpo.model.adapters import load_adapter, load_run
 from mlxdpo.model.policy import load_policy
 from mlxdpo.types import UserError
 
+ADAPTERS = [{}, {"method": "dora"}, {"keys": ["self_attn.q_proj"], "layers": 1}]
 
-@pytest.mark.parametrize("lora", [{}, {"method": "dora"}, {"keys": ["self_attn.q_proj"], "layers": 1}], ids=str)
+
+@pytest.mark.parametrize("lora", rest_slow(ADAPTERS, ADAPTERS[2:]), ids=str)
 def test_round_trip_and_training_goes_on_from_it(lora, tmp_path, cache, monkeypatch, capsys):
     run = trained_run(tmp_path, lora={"rank": 4, "scale": 4.0, **lora})
     export(run, ["peft"], tmp_path / "out")

@@ -23,7 +23,7 @@ ONE_OF_EACH = {
     "deepseek_v3": "packed",  # scores in the mask
     "kimi_k3": "prefix",  # an object that layers change and hand on
 }
-LONG = ("gemma4_text", "kimi_k3")  # seconds each
+LONG = ("deepseek_v3", "falcon_h1", "gemma3n", "gemma4_text", "kimi_k3")  # seconds each
 
 
 def in_the_table():

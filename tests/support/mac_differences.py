@@ -75,7 +75,6 @@ ROUNDED = {
     "exporters/test_export_targets.py::test_weights_packed_when_loading_leave_as_they_computed": "bfloat16",
     "forward/test_architectures.py::test_one_architecture_of_each_kind_of_cache[gpt_oss]": "no gradient with sinks",
     "forward/test_vocabulary.py::test_token_logps_have_no_bias_over_a_large_vocabulary": "Metal's fused cross-entropy",
-    "docs/test_readme.py::test_every_mlxdpo_command_runs_in_order": "bfloat16",
     "training/test_objective_runs.py::test_a_step_is_the_same_however_it_is_cut": "bfloat16",
     "training/test_preflight.py::test_a_model_without_a_fast_way_takes_the_plain_way_to_the_same_run": "bfloat16",
     "training/test_stages.py::test_however_a_window_is_cut_it_is_one_trajectory": "bfloat16",

@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+from slow_cases import rest_slow
 from tiny_models import write_model
 from tiny_runs import adapter_bytes, assert_same, finish, interrupted, numbers, recipe, stop_after, write_pairs
 from tiny_tokenizers import chatml_tokenizer
@@ -26,6 +27,9 @@ HARD = {
 # per batch, two a step: the question after the 17th comes inside the window of step 3.
 
 
+STOPS = (2, 12, 13, 16, 17, 18, 19, 20)
+
+
 def straight(folder, **sections):
     finish(recipe(folder, "straight", **sections))
     return folder / "straight"
@@ -33,7 +37,7 @@ def straight(folder, **sections):
 
 @pytest.mark.parametrize(
     ("method", "stops"),
-    [("lora", (2, 12, 13, 16, 17, 18, 19, 20)), ("dora", (17, 20)), ("full", (17, 20))],
+    rest_slow([("lora", STOPS), ("dora", (17, 20)), ("full", (17, 20))], [("lora", STOPS)]),
 )
 def test_resumed_wherever_it_stopped_is_the_straight_run(tmp_path, method, stops):
     """Stops at the start of a window, inside it, at, before and after a checkpoint, and while scoring."""
@@ -60,7 +64,7 @@ def test_stopped_again_and_again_it_is_still_the_straight_run(tmp_path):
     assert_same(run.path, whole)
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("name", rest_slow(sorted(OPTIMIZERS), ["adamw", "sgd"]))
 def test_every_optimizers_state_survives(tmp_path, name):
     sections = {"optim": {"name": name, "lr": 1e-3}, "lora": {"layers": 1}}
     whole = straight(tmp_path, **sections)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from compilers import compiling
 from mlx.utils import tree_flatten, tree_map
+from slow_cases import rest_slow
 from tiny_models import tiny_model
 from tiny_runs import finish, losses, recipe
 
@@ -116,7 +117,10 @@ def trajectory(folder, cache, monkeypatch, size, accumulate, **sections):
 
 
 @pytest.mark.parametrize(
-    ("method", "optimizer"), [("lora", "sgd"), ("dora", "sgd"), ("full", "sgd"), ("lora", "adamw")]
+    ("method", "optimizer"),
+    rest_slow(
+        [("lora", "sgd"), ("dora", "sgd"), ("full", "sgd"), ("lora", "adamw")], [("dora", "sgd"), ("lora", "adamw")]
+    ),
 )
 def test_batch_times_accumulation_walks_one_trajectory(tmp_path, cache, monkeypatch, method, optimizer):
     """18 pairs in windows of 8: the last window holds 2, so 8 x 1 fills it with 6 pairs of weight 0."""
