@@ -170,8 +170,9 @@ class RoundsConfig(Section):
 
     count: int = Field(default=3, ge=1)
     """Number of rounds."""
-    reference: Literal["first", "previous"] = "first"
-    """What each round's rewards are measured against: where round 1 started, or where the round itself starts."""
+    reference: Literal["first", "previous", "merged"] = "first"
+    """What each round's rewards are measured against: where round 1 started, where the round itself starts, or a merge
+    of the start and all earlier rounds, weighted by how well each ranks the round's new pairs."""
     every: int | None = Field(default=None, ge=1)
     """Online: rounds of this many optimizer steps on fresh pairs; optimizer and schedule continue across rounds."""
     prompts: int | None = Field(default=None, ge=1)

@@ -1,9 +1,9 @@
-"""`mlxdpo iterate RECIPE.yaml --rounds 3 --collect.judge vader [--reference first|previous] [--every K]`"""
+"""`mlxdpo iterate RECIPE.yaml --rounds 3 --collect.judge vader [--reference first|previous|merged] [--every K]`"""
 
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +34,7 @@ def run(
 
     Args:
         recipe: YAML file with any of the settings below; the command line takes precedence.
-        config: Settings of the rounds. Short: --rounds N, --reference first|previous, --every K.
+        config: Settings of the rounds. Short: --rounds N, --reference first|previous|merged, --every K.
         resume: Folder of rounds to resume; with --rounds N, up to more of them.
         json: Print the rounds as JSON.
     """
@@ -55,6 +55,8 @@ def run(
                 learning, heldout = counted(event.values["prompts"], "prompt"), event.values["heldout"]
                 text = f"{folder}: {learning} to learn from, {heldout} held out"
                 (terminal.warn if json else terminal.console.print)(text)
+            elif event.kind == "merged":
+                _say(json, f"the reference of round {event.values['round']} is {_as_sum(event.values['weights'])}")
             elif event.kind == "round" and not json:
                 _show_rounds(event.values["rows"])
             elif event.kind == "over":
@@ -139,6 +141,11 @@ def _say(quiet: bool, text: str) -> None:
 
     if not quiet:
         console.print(text, style="dim", markup=False)
+
+
+def _as_sum(weights: Mapping[str, float]) -> str:
+    """The parts of a merged reference, as "0.30 start + 0.70 round-1"."""
+    return " + ".join(f"{weight:.2f} {name}" for name, weight in weights.items() if weight)
 
 
 def _show_rounds(rows: Any) -> None:

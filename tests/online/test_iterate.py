@@ -93,6 +93,39 @@ def test_reference_previous_is_where_the_round_starts(place):
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_a_merged_reference_is_learned_from_the_new_pairs(place, capsys):
+    """The manifest names the merge; rounds that go on keep the merges they have and make the next."""
+    assert cli(["iterate", "r.yaml", "--out", "out", "--reference", "merged"]) == 0
+    assert "the reference of round 2 is " in capsys.readouterr().out
+    first, second = (Run.open(place / "out" / f"round-{n}") for n in (1, 2))
+    weights = json.loads((second.path / "reference" / "weights.json").read_text())
+    assert set(weights) == {"start", "round-1"} and sum(weights.values()) == pytest.approx(1)
+    assert second.manifest()["reference"]["adapter"] == folder_digest(second.path / "reference")
+    folder = second.path / "reference"
+    own, merged = (mx.load(str(one / "adapters.safetensors")) for one in (first.adapter, folder))
+    scale = json.loads((folder / "adapter_config.json").read_text())["lora_parameters"]["scale"]
+    assert scale == pytest.approx(4 * weights["round-1"])  # alone in the merge: the start has no adapter
+    assert all(mx.array_equal(own[name], merged[name]) for name in own)
+    before = (folder / "adapters.safetensors").stat().st_mtime_ns
+    assert cli(["iterate", "--resume", "out", "--rounds", "3"]) == 0
+    assert before == (folder / "adapters.safetensors").stat().st_mtime_ns
+    third = json.loads((place / "out" / "round-3" / "reference" / "weights.json").read_text())
+    assert set(third) == {"start", "round-1", "round-2"} and sum(third.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--lora.method", "dora"], "rounds.reference merged merges LoRA adapters; lora.method is dora"),
+        (["--every", "4"], "rounds.every 4 makes rounds too short to merge; use rounds.reference previous"),
+    ],
+)
+def test_what_cannot_be_merged_is_said_before_anything_is_drawn(place, capsys, more, sentence):
+    assert cli(["iterate", "r.yaml", "--out", "out", "--reference", "merged", *more]) == 2
+    assert sentence in capsys.readouterr().err and not (place / "out").exists()
+
+
 STOPS = (30, 90, 110, 150)  # questions "stop?" that are answered no: in drawing, in training, in between
 
 

@@ -6,7 +6,8 @@ DPO on the policy's own answers (arXiv 2402.04792), its pairs `every` steps old 
 
 OUT/rounds.yaml    the recipe, resolved            OUT/rounds.json   the rounds side by side, and why they stopped
 OUT/start.json     the start, measured             OUT/report.html
-OUT/round-1/       a run directory, with data/pairs.jsonl (what was collected) and eval/round.json (measured)
+OUT/round-1/       a run directory, with data/pairs.jsonl (what was collected) and eval/round.json (measured); with
+                   a merged reference, reference/ from round 2 on
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlxdpo.config import Config, Drawing, dump_config, load_config
-from mlxdpo.data.read import heldout_prompts, heldout_source, prompt_key
-from mlxdpo.inference.trained_run import ModelContext, TrainedRun
+from mlxdpo.data.read import heldout_prompts, heldout_source, prompt_key, read_pairs
+from mlxdpo.inference.trained_run import ModelContext, TrainedRun, encode_pairs, model_logps
 from mlxdpo.io.atomic import write_json, write_text
 from mlxdpo.io.json_file import as_written, read_json
 from mlxdpo.io.staging import single_process
@@ -41,6 +42,7 @@ from mlxdpo.online.prompts import (
     source_of,
     start_source,
 )
+from mlxdpo.online.rounds.reference import MERGED, MOST_PAIRS, SHARES, learn_weights, write_merged
 from mlxdpo.runs import Run
 from mlxdpo.training import checkpoint
 from mlxdpo.training.plan import learning_rate, settled
@@ -148,10 +150,37 @@ class _Round:
         if trained(self.path):
             return
         resume = Run.open(self.path) if (self.path / "config.yaml").exists() else None
+        if self.config.rounds.reference == "merged" and self.parent is not None:
+            yield Event("merged", self.number, {"round": self.number, "weights": self._merge()})
         config = resume.config() if resume else round_config(self.config, self.folder, self.number, self.parent)
         online = self.config.rounds.every is not None
         warm = checkpoint.steps(self.parent.checkpoints)[-1] if online and self.parent is not None else None
         yield from hands.train(config, resume, warm, should_stop)
+
+    def _merge(self) -> Mapping[str, float]:
+        """The weight of each part of this round's merged reference, which is written if it is missing."""
+        folder = self.path / MERGED
+        if not folder.exists():
+            earlier = [Run.open(self.folder / f"round-{number}") for number in range(1, self.number)]
+            weights = learn_weights(self._rewards(earlier)).tolist()
+            start = self.config.model.adapter
+            parts = {"start": (None if start is None else Path(start), max(0.0, 1 - sum(weights)))}
+            parts |= {run.path.name: (run.adapter, weight) for run, weight in zip(earlier, weights, strict=True)}
+            write_merged(parts, folder)
+        return read_json(folder / SHARES)
+
+    def _rewards(self, earlier: Sequence[Run]) -> np.ndarray:
+        """(K, N) implicit reward margins of each earlier round's policy on this round's pairs, nats."""
+        config = round_config(self.config, self.folder, self.number, self.parent)
+        rows = read_pairs(config.data)[0][:MOST_PAIRS]
+        start = open_start(self.config, self.folder)
+        examples = encode_pairs(start, rows)[1]
+        before, found = model_logps(start.policy.model, examples, config.data.group, config.train.batch_size), []
+        for run in earlier:
+            moved = model_logps(load_run(run).model, examples, config.data.group, config.train.batch_size) - before
+            found.append(config.loss.beta * (moved[0] - moved[1]))
+            _free_memory()
+        return np.stack(found)
 
 
 def _measure_once(
@@ -208,8 +237,14 @@ def check_rounds(config: Config) -> None:
         raise UserError("no judge ranks the answers; set collect.judge, such as --collect.judge vader")
     if rounds.second == config.collect.judge:
         raise UserError(f"rounds.second {rounds.second} is also the ranking judge; name another one, or none")
-    if rounds.reference == "previous" and config.reference.model is not None:
-        raise UserError(f"rounds.reference previous is incompatible with reference.model {config.reference.model}")
+    if rounds.reference != "first" and config.reference.model is not None:
+        raise UserError(
+            f"rounds.reference {rounds.reference} is incompatible with reference.model {config.reference.model}"
+        )
+    if rounds.reference == "merged" and config.lora.method != "lora":
+        raise UserError(f"rounds.reference merged merges LoRA adapters; lora.method is {config.lora.method}")
+    if rounds.reference == "merged" and rounds.every is not None:
+        raise UserError(f"rounds.every {rounds.every} makes rounds too short to merge; use rounds.reference previous")
     if rounds.every is not None and config.train.steps is not None:
         raise UserError(f"rounds.every {rounds.every} already says how many steps a round takes; drop train.steps")
     if config.collect.judge.startswith("votes:") and (rounds.count > 1 or rounds.every):
@@ -311,6 +346,9 @@ def round_config(config: Config, folder: Path, number: int, parent: Run | None) 
         if config.rounds.reference == "first" and config.reference.model is None:
             first = {"model": config.model.path, "adapter": config.model.adapter}
             values["reference"] = values.get("reference", {}) | first
+        if config.rounds.reference == "merged":
+            merged = {"model": config.model.path, "adapter": str(out / MERGED)}
+            values["reference"] = values.get("reference", {}) | merged
     if (every := config.rounds.every) is not None:
         # A piece of one schedule: constant within the piece, at the rate the whole one has where it begins.
         total = config.rounds.count * every
