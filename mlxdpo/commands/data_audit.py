@@ -259,8 +259,9 @@ def audit_sentences(audit: Audit) -> list[str]:
     found = audit.summary
     lines = [f"{count} x {flag}: {FLAGS[flag]}" for flag, count in found["flags"].items() if count]
     lines.append(
-        f"the other pairs agree with {found['agreement']:.0%} of the labels; form alone (length, lists, headings, ...) "
-        f"with {found['form_accuracy']:.0%}, and chosen is the longer one in {found['longer']:.0%}"
+        f"the other pairs agree with {found['agreement']:.0%} of the labels, and about {found['wrong_labels']:.0%} are "
+        f"wrong; form alone (length, lists, headings, ...) agrees with {found['form_accuracy']:.0%}, and chosen is the "
+        f"longer one in {found['longer']:.0%}"
     )
     lines.append(
         f"the model finds the chosen answer likelier in {found['reference_accuracy']:.0%}; in "

@@ -8,6 +8,7 @@ much the first believed it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ PENALTIES = (
     0.3,
     1.0,
 )  # of the squared weights, per pair, of features with variance 1
+
+WRONG_PRIOR = (2.0, 8.0)  # wrong and right labels, as if seen before: where logits say nothing, a fifth is wrong
 
 
 class Fit(NamedTuple):
@@ -68,6 +71,29 @@ def cross_fit(blocks: Sequence[np.ndarray], groups: Sequence[Any], folds: int = 
         tried += [(_cross_fitted(u[:, kept] * s[kept], number, folds, penalty), penalty) for penalty in PENALTIES]
     logits, penalty = min(tried, key=lambda one: np.logaddexp(0, -one[0]).mean())
     return Fit(logits, float((logits > 0).mean()), penalty)
+
+
+def label_posterior(logits: np.ndarray) -> tuple[np.ndarray, float]:
+    """(N,) probabilities that labels are right, and the estimated share of wrong ones, from cross-fitted logits (N,).
+
+    A share e of the labels was turned round at random (arXiv 2403.00409 section 3): with s = sigmoid(factor * logit),
+    what the other pairs say, the label at hand has the likelihood (1 - e) s + e (1 - s), and is right with the
+    probability (1 - e) s over that (Bayes). Factor and share have the highest likelihood times the share's prior. A
+    logit calibrated by the labels alone would call an obviously wrong label right with the probability e.
+    """
+
+    def loss(at: np.ndarray) -> float:
+        """Negative log of likelihood and prior, at the log factor and the log-odds of the share."""
+        right, wrong = np.logaddexp(0, at[1]), np.logaddexp(0, -at[1])  # -log of 1 - e, and of e
+        scaled = np.exp(at[0]) * logits
+        likely = np.logaddexp(-right - np.logaddexp(0, -scaled), -wrong - np.logaddexp(0, scaled))
+        return WRONG_PRIOR[0] * wrong + WRONG_PRIOR[1] * right - likely.sum()
+
+    # From several places: where logits say little, a small factor and a large share explain the labels alike.
+    begins = itertools.product((0.0, 1.5), (-3.0, -1.4))
+    tried = [minimize(loss, at, bounds=[(-4, 6), (-7, -0.1)], method="L-BFGS-B") for at in begins]
+    factor, odds = min(tried, key=lambda one: one.fun).x
+    return expit(np.exp(factor) * logits - odds), float(expit(odds))
 
 
 def _scaled_block(block: np.ndarray) -> np.ndarray:

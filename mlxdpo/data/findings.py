@@ -11,10 +11,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import expit
 
-from mlxdpo.data.audit import Fit, cross_fit
+from mlxdpo.data.audit import Fit, cross_fit, label_posterior
 from mlxdpo.data.read import prompt_key
 from mlxdpo.types import Preference, Text, UserError
 
@@ -68,7 +66,7 @@ def audit_pairs(rows: Sequence[Preference], given: AuditInput, folds: int, sure:
         form = cross_fit([looks], prompts, folds, seed)
     except ValueError as error:
         raise UserError(f"{error}; give more pairs, or fewer --folds") from None
-    right = expit(_temperature(fit.logits) * fit.logits)
+    right, wrong_share = label_posterior(fit.logits)
     of, similarity = nearest_earlier(given.embeddings)
     against = _contradicting(rows)
     means = given.reference / given.lengths
@@ -95,7 +93,7 @@ def audit_pairs(rows: Sequence[Preference], given: AuditInput, folds: int, sure:
                 "rejected_tokens": int(given.lengths[i, 1]),
             }
         )
-    return Audit(found, _summary_of(found, fit, form, given))
+    return Audit(found, _summary_of(found, fit, form, given) | {"wrong_labels": wrong_share})
 
 
 def _likelihoods(given: AuditInput) -> np.ndarray:
@@ -117,13 +115,6 @@ def _summary_of(found: Sequence[Mapping[str, Any]], fit: Fit, form: Fit, given: 
         "reference_accuracy": float((given.reference[:, 0] > given.reference[:, 1]).mean()),
         "displacement_expected": float((given.ches > 0).mean()),
     }
-
-
-def _temperature(logits: np.ndarray) -> float:
-    """The factor under which cross-fitted log-odds are calibrated: the one with the lowest loss."""
-    loss = lambda log_factor: np.logaddexp(0, -np.exp(log_factor) * logits).mean()  # noqa: E731
-    best: Any = minimize_scalar(loss, bounds=(-4, 4), method="bounded")
-    return float(np.exp(best.x))
 
 
 def nearest_earlier(embeddings: np.ndarray, block: int = 512) -> tuple[np.ndarray, np.ndarray]:

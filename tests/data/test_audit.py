@@ -9,7 +9,7 @@ from tiny_words import WORDS, write_words
 
 from mlxdpo.cli import run as cli
 from mlxdpo.config import ModelConfig
-from mlxdpo.data.audit import PENALTIES, cross_fit, fold_numbers
+from mlxdpo.data.audit import PENALTIES, WRONG_PRIOR, cross_fit, fold_numbers, label_posterior
 from mlxdpo.data.findings import (
     CONTRADICTORY,
     DUPLICATE,
@@ -73,6 +73,53 @@ def test_exchanging_the_answers_of_one_pair_changes_the_sign_of_its_logit_alone_
         assert np.delete(after.logits[own], np.flatnonzero(own).tolist().index(7)) == pytest.approx(
             np.delete(before.logits[own], np.flatnonzero(own).tolist().index(7)), rel=1e-3, abs=1e-4
         )
+
+
+def drawn_labels(share, count=2000, factor=0.5, seed=3):
+    """Logits at 1 / `factor` times their true size, of labels of which a share is turned round; which ones."""
+    draw = np.random.default_rng(seed)
+    true = draw.normal(0, 3, count)
+    label = np.where(draw.random(count) < 1 / (1 + np.exp(-true)), 1, -1)
+    wrong = draw.random(count) < share
+    return np.where(wrong, -label, label) * true / factor, wrong
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.2, 0.35])
+def test_the_share_of_wrong_labels_is_found_and_probabilities_are_what_they_say(share):
+    logits, wrong = drawn_labels(share)
+    right, found = label_posterior(logits)
+    assert found == pytest.approx(share, abs=0.04)
+    assert right.mean() == pytest.approx(1 - wrong.mean(), abs=0.03)
+    for low in np.arange(0, 1, 0.2):
+        inside = (right >= low) & (right < low + 0.2)
+        if inside.sum() > 100:
+            assert (~wrong)[inside].mean() == pytest.approx(right[inside].mean(), abs=0.1)
+
+
+def test_the_share_of_wrong_labels_is_the_most_likely_by_a_grid():
+    """The formula term by term, over factors and shares."""
+    logits, _ = drawn_labels(0.15, 200)
+    right, found = label_posterior(logits)
+    factors, shares = np.exp(np.linspace(-3, 2, 200))[:, None, None], np.linspace(0.005, 0.45, 200)[:, None]
+    s = 1 / (1 + np.exp(-factors * logits))
+    value = np.log((1 - shares) * s + shares * (1 - s)).sum(axis=2)
+    value += (WRONG_PRIOR[0] * np.log(shares) + WRONG_PRIOR[1] * np.log(1 - shares))[:, 0]
+    factor, share = np.unravel_index(value.argmax(), value.shape)
+    factor, share = factors[factor, 0, 0], shares[share, 0]
+    assert found == pytest.approx(share, abs=0.01)
+    s = 1 / (1 + np.exp(-factor * logits))
+    assert right == pytest.approx((1 - share) * s / ((1 - share) * s + share * (1 - s)), abs=0.03)
+
+
+def test_a_label_stands_where_the_others_say_nothing():
+    right, share = label_posterior(np.zeros(50))
+    assert right == pytest.approx(np.full(50, 1 - share)) and share == pytest.approx(2 / 10, abs=0.02)
+
+
+def test_an_obviously_wrong_label_is_called_so_however_many_there_are():
+    logits = np.where(np.arange(100) < 20, -30.0, 30.0)
+    right, share = label_posterior(logits)
+    assert right[:20].max() < 0.01 and right[20:].min() > 0.99 and share == pytest.approx(22 / 110, abs=0.01)
 
 
 def test_pairs_of_a_prompt_share_their_fold_and_every_fold_is_used():
