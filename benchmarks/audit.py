@@ -1,14 +1,16 @@
-"""How well `mlxdpo data audit` finds flipped labels: planted in three small sets of different kinds.
+"""How well `mlxdpo data audit` finds flipped labels: planted in small sets of different kinds.
 
     python -m benchmarks.audit --model smollm2 --pairs 120
 
 tone       the demo's pairs: two continuations by SmolLM2, the happier one chosen (VADER)
 relevance  what a function of Python's standard library does: its own first paragraph, or another one's
 code       a function of the standard library, or the same lines in another order
+sentiment, refusal, length   tasks of `benchmarks.planted_tasks`
 
 A fifth of the labels is turned round, by five seeds; nothing of that is in what the audit reads. Reported: AUROC of
-the probability that a label is wrong, the share of flips that is flagged and of sound labels that is flagged beside
-them, and flags on the same sets without any flip. Writes .bench/audit.jsonl, a line for each set.
+the probability that a label is wrong, its log loss (nats; by the share of flips alone: 0.50), the share of flips that
+is flagged and of sound labels that is flagged beside them, and flags on the same sets without any flip. Writes
+.bench/audit.jsonl, a line for each set.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.planted_tasks import sound_pairs
 from mlxdpo.config import DataConfig, ModelConfig
 from mlxdpo.data.encode import encode
 from mlxdpo.data.findings import DUPLICATE, FLIP, AuditInput, audit_pairs
@@ -97,10 +100,17 @@ def code(count: int) -> list[Preference]:
     return rows
 
 
+def planted(name: str, count: int) -> list[Preference]:
+    """Pairs of a planted task, at most as many as it has prompts, about 190."""
+    rows = sound_pairs(name, random.Random(name), 200)[:count]
+    return [Preference(r["prompt"], r["chosen"], r["rejected"], f"{name}:{i}") for i, r in enumerate(rows)]
+
+
 SETS: dict[str, tuple[Callable[[int], list[Preference]], str]] = {
     "tone": (tone, "plain"),
     "relevance": (relevance, "chat"),
     "code": (code, "chat"),
+    **{name: (functools.partial(planted, name), "plain") for name in ("sentiment", "refusal", "length")},
 }
 
 
@@ -141,11 +151,13 @@ def measure(policy: Policy, name: str, count: int, batch_size: int) -> dict[str,
     examples = [example for _, example in found if example is not None]
     given = audit_input(policy, None, examples, data.group, batch_size)
     clean = audit_pairs(rows, given, FOLDS)
-    scores, caught, beside = [], [], []
+    scores, caught, beside, losses = [], [], [], []
     for seed in range(SEEDS):
         flipped = np.random.default_rng(seed).random(len(rows)) < SHARE
         audit = audit_pairs(exchanged_rows(rows, flipped), turned(given, flipped), FOLDS, seed=seed)
-        scores.append(auroc(np.array([1 - one["probability"] for one in audit.rows]), flipped))
+        right = np.array([one["probability"] for one in audit.rows])
+        scores.append(auroc(1 - right, flipped))
+        losses.append(-np.log(np.maximum(np.where(flipped, 1 - right, right), 1e-4)).mean())
         flagged = np.array([FLIP in one["flags"] for one in audit.rows])
         caught.append(flagged[flipped].mean())
         beside.append(flagged[~flipped].mean())
@@ -154,6 +166,7 @@ def measure(policy: Policy, name: str, count: int, batch_size: int) -> dict[str,
         "pairs": len(rows),
         "auroc": float(np.mean(scores)),
         "auroc_range": [min(scores), max(scores)],
+        "log_loss": float(np.mean(losses)),
         "flips_flagged": float(np.mean(caught)),
         "sound_flagged": float(np.mean(beside)),
         "clean_flagged": clean.summary["flags"][FLIP] / len(rows),

@@ -126,16 +126,22 @@ def planted(name: str, pairs: int, heldout: int) -> tuple[list[Row], list[Row]]:
 
     Raises `ValueError` for more pairs than a task has prompts, about 190.
     """
-    draw, rows = random.Random(name), dict[str, Row]()
-    for row in itertools.islice(drawn_pairs(name, draw), 50 * (pairs + heldout)):
-        rows.setdefault(row["prompt"], row)
-    if len(rows) < pairs + heldout:
-        raise ValueError(f"{name}: {pairs} and {heldout} pairs are more than its {len(rows)} prompts")
-    every = list(rows.values())
+    draw = random.Random(name)
+    every = sound_pairs(name, draw, pairs + heldout)
+    if len(every) < pairs + heldout:
+        raise ValueError(f"{name}: {pairs} and {heldout} pairs are more than its {len(every)} prompts")
     training, rest = every[:pairs], every[pairs : pairs + heldout]
     for i in draw.sample(range(pairs), round(NOISE * pairs)):
         training[i] = training[i] | {"chosen": training[i]["rejected"], "rejected": training[i]["chosen"]}
     return training, rest
+
+
+def sound_pairs(name: str, draw: random.Random, count: int) -> list[Row]:
+    """Pairs with prompts of their own, labelled rightly: all that a task has in 50 draws for each that is wanted."""
+    rows = dict[str, Row]()
+    for row in itertools.islice(drawn_pairs(name, draw), 50 * count):
+        rows.setdefault(row["prompt"], row)
+    return list(rows.values())
 
 
 def drawn_pairs(name: str, draw: random.Random) -> Iterator[Row]:

@@ -29,6 +29,7 @@ PENALTIES = (
 )  # of the squared weights, per pair, of features with variance 1
 
 WRONG_PRIOR = (2.0, 8.0)  # wrong and right labels, as if seen before: where logits say nothing, a fifth is wrong
+FACTOR_PRIOR = (0.7, 0.7)  # mean and deviation of the log factor: without it few pairs that say little are overrated
 
 
 class Fit(NamedTuple):
@@ -78,8 +79,8 @@ def label_posterior(logits: np.ndarray) -> tuple[np.ndarray, float]:
 
     A share e of the labels was turned round at random (arXiv 2403.00409 section 3): with s = sigmoid(factor * logit),
     what the other pairs say, the label at hand has the likelihood (1 - e) s + e (1 - s), and is right with the
-    probability (1 - e) s over that (Bayes). Factor and share have the highest likelihood times the share's prior. A
-    logit calibrated by the labels alone would call an obviously wrong label right with the probability e.
+    probability (1 - e) s over that (Bayes). Factor and share have the highest likelihood times their priors. A logit
+    calibrated by the labels alone would call an obviously wrong label right with the probability e.
     """
 
     def loss(at: np.ndarray) -> float:
@@ -87,7 +88,8 @@ def label_posterior(logits: np.ndarray) -> tuple[np.ndarray, float]:
         right, wrong = np.logaddexp(0, at[1]), np.logaddexp(0, -at[1])  # -log of 1 - e, and of e
         scaled = np.exp(at[0]) * logits
         likely = np.logaddexp(-right - np.logaddexp(0, -scaled), -wrong - np.logaddexp(0, scaled))
-        return WRONG_PRIOR[0] * wrong + WRONG_PRIOR[1] * right - likely.sum()
+        prior = WRONG_PRIOR[0] * wrong + WRONG_PRIOR[1] * right + ((at[0] - FACTOR_PRIOR[0]) / FACTOR_PRIOR[1]) ** 2 / 2
+        return prior - likely.sum()
 
     # From several places: where logits say little, a small factor and a large share explain the labels alike.
     begins = itertools.product((0.0, 1.5), (-3.0, -1.4))

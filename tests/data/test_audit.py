@@ -9,7 +9,7 @@ from tiny_words import WORDS, write_words
 
 from mlxdpo.cli import run as cli
 from mlxdpo.config import ModelConfig
-from mlxdpo.data.audit import PENALTIES, WRONG_PRIOR, cross_fit, fold_numbers, label_posterior
+from mlxdpo.data.audit import FACTOR_PRIOR, PENALTIES, WRONG_PRIOR, cross_fit, fold_numbers, label_posterior
 from mlxdpo.data.findings import (
     CONTRADICTORY,
     DUPLICATE,
@@ -104,6 +104,7 @@ def test_the_share_of_wrong_labels_is_the_most_likely_by_a_grid():
     s = 1 / (1 + np.exp(-factors * logits))
     value = np.log((1 - shares) * s + shares * (1 - s)).sum(axis=2)
     value += (WRONG_PRIOR[0] * np.log(shares) + WRONG_PRIOR[1] * np.log(1 - shares))[:, 0]
+    value -= ((np.log(factors) - FACTOR_PRIOR[0]) / FACTOR_PRIOR[1])[:, :, 0] ** 2 / 2
     factor, share = np.unravel_index(value.argmax(), value.shape)
     factor, share = factors[factor, 0, 0], shares[share, 0]
     assert found == pytest.approx(share, abs=0.01)
