@@ -2,9 +2,10 @@
 
     python -m benchmarks.label_noise code tone --out runs/label-noise
 
-The sets of `benchmarks.audit`. A fifth of the training labels is flipped, and SmolLM2 is trained five times from the
+The sets of `benchmarks.audit`. A fifth of the training labels is flipped, and SmolLM2 is trained six times from the
 same seed: on sound labels, on the flipped ones, and on those after an audit: flagged pairs left out (`drop`), flagged
-pairs exchanged (`flip`), all pairs with FA-DPO and each pair's probability (`fa_dpo`). Measured is the share of
+pairs exchanged (`flip`), the most probable labels kept, as many as the audit estimates to be right (`agreed`, with
+`--select agreed:SHARE`), all pairs with FA-DPO and each pair's probability (`fa_dpo`). Measured is the share of
 held-out pairs, their labels sound, that implicit reward ranks rightly. A line for each run goes to OUT/runs.jsonl;
 stopped at any time, the same command goes on. `--table` prints what is measured so far.
 """
@@ -37,7 +38,7 @@ from mlxdpo.model.policy import Policy, load_policy
 from mlxdpo.training.run import train
 from mlxdpo_eval.results import write_lines
 
-LABELS = ("sound", "flipped", "drop", "flip", "fa_dpo")
+LABELS = ("sound", "flipped", "drop", "flip", "agreed", "fa_dpo")
 
 
 class Trial(NamedTuple):
@@ -71,7 +72,8 @@ def labelled(
     """The training rows as JSON, after an audit each with the probability of its label."""
     if labels in ("sound", "flipped"):
         return [pair_as_json(row, False) for row in (rows if labels == "sound" else noisy)]
-    left, exchanged = chosen_rows(audit.rows, (FLIP,) if labels == "drop" else (), labels == "flip", None)
+    rule = f"agreed:{1 - audit.summary['wrong_labels']:.3f}" if labels == "agreed" else None
+    left, exchanged = chosen_rows(audit.rows, (FLIP,) if labels == "drop" else (), labels == "flip", rule)
     return [pair_as_json(noisy[i], i in exchanged) | {"probability": audit.rows[i]["probability"]} for i in left]
 
 

@@ -176,10 +176,11 @@ class _Round:
         start = open_start(self.config, self.folder)
         examples = encode_pairs(start, rows)[1]
         before, found = model_logps(start.policy.model, examples, config.data.group, config.train.batch_size), []
+        del start  # one model at a time
         for run in earlier:
+            _free_memory()
             moved = model_logps(load_run(run).model, examples, config.data.group, config.train.batch_size) - before
             found.append(config.loss.beta * (moved[0] - moved[1]))
-            _free_memory()
         return np.stack(found)
 
 
