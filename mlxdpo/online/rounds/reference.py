@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.optimize import LinearConstraint, minimize
+from scipy.special import expit
 
 from mlxdpo.io.atomic import write_json
 from mlxdpo.io.checksum import save_checksummed, write_checksummed_json
@@ -37,12 +38,12 @@ def learn_weights(rewards: np.ndarray) -> np.ndarray:
 
     They are 0 or more and sum to at most 1.
     """
-    count = len(rewards)
+    count, size = len(rewards), max(float(np.abs(rewards).mean()), 1e-12)
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        """Value and gradient, divided by the size of rewards: the search stops at slopes that it takes for none."""
         margins = weights @ rewards
-        wrong = 1 / (1 + np.exp(np.clip(margins, -700, 700)))
-        return float(np.logaddexp(0, -margins).mean()), -(rewards * wrong).mean(axis=1)
+        return float(np.logaddexp(0, -margins).mean()) / size, -(rewards * expit(-margins)).mean(axis=1) / size
 
     most = LinearConstraint(np.ones((1, count)), -np.inf, 1)
     start = np.full(count, 1 / (count + 1))
