@@ -1,5 +1,7 @@
 """Batched, padded, reordered rows score as each row does alone: values and gradients, on real architectures."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -11,8 +13,16 @@ from tiny_models import CONFIGS, tiny_model
 
 from mlxdpo.config import LoraConfig
 from mlxdpo.data.batching import collate, distinct_rows
+from mlxdpo.forward import logprobs
 from mlxdpo.forward.choose_forward import forward_fns
-from mlxdpo.forward.logprobs import completion_logps, next_token_logps, plain_forward, score_pairs
+from mlxdpo.forward.logprobs import (
+    completion_logps,
+    float32_activations,
+    next_token_logps,
+    plain_forward,
+    rounding_tolerance,
+    score_pairs,
+)
 from mlxdpo.model.adapters import attach_lora
 from mlxdpo.training.step import make_scorer
 from mlxdpo.types import Example
@@ -140,3 +150,33 @@ def test_sixteen_bit_logits_are_summed_in_float32(examples):
         assert pairs.chosen.dtype == mx.float32
     for i in range(2):
         assert pairs.chosen[i].item() == pytest.approx(naive(model, examples[i].prompt, examples[i].chosen), abs=0.3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sixteen_bit_weights_compute_in_float32_while_it_lasts(packed):
+    """With the weights they have: the same as the model whose weights are those numbers in float32."""
+    model, exact = tiny_model("qwen3", hidden_size=64, head_dim=16), tiny_model("qwen3", hidden_size=64, head_dim=16)
+    if packed:
+        nn.quantize(model, group_size=32, bits=8)
+        nn.quantize(exact, group_size=32, bits=8)
+    model.set_dtype(mx.bfloat16)
+    exact.load_weights(
+        [(n, a.astype(mx.float32) if a.dtype == mx.bfloat16 else a) for n, a in tree_flatten(model.parameters())]
+    )
+    ids, stored = mx.array([[3, 7, 1, 9]]), dict(tree_flatten(model.parameters()))
+    assert model(ids).dtype == mx.bfloat16
+    with pytest.raises(KeyError, match="inside"), float32_activations(model):
+        logits = model(ids)
+        assert logits.dtype == mx.float32 and mx.abs(logits - exact(ids)).max() < 1e-4
+        raise KeyError("inside")
+    after = dict(tree_flatten(model.parameters()))
+    assert after.keys() == stored.keys() and all(after[n].dtype == a.dtype for n, a in stored.items())
+    assert all(mx.array_equal(after[n], a) for n, a in stored.items())
+
+
+@pytest.mark.parametrize(("kind", "each"), [("cpu", 5e-5), ("metal", 4e-3), ("cuda", 4e-3)])
+def test_sums_may_differ_by_four_deviations_of_their_tokens_rounding(kind, each, monkeypatch):
+    monkeypatch.setattr(logprobs, "this_machine", lambda: SimpleNamespace(kind=kind))
+    assert rounding_tolerance(1) == pytest.approx(4 * each)
+    assert rounding_tolerance(np.array([4, 100])) == pytest.approx([8 * each, 40 * each])
+    assert rounding_tolerance(9, measured=0.5) == pytest.approx(6) and rounding_tolerance(9, each / 2) < 0.06
