@@ -182,8 +182,8 @@ class Batch(NamedTuple):
     ref_shared (2, B) float32, the reference's log-probs of the first min(|chosen|, |rejected|) tokens of each pair's
                two completions, nats; None unless the objective asks (LD-DPO)
     tree       how attention goes over tokens instead of rows, where that is less; else None
-    parts      the same rows and pairs in their order as several batches, which a CPU computes side by side; () where
-               it is computed whole
+    parts      the same rows in their order as several batches, which a CPU computes side by side; () where it is
+               computed whole
     """
 
     prefix: mx.array

@@ -114,15 +114,26 @@ def batch_size_of(examples: Examples, indices: Indices) -> BatchSize:
     index = np.array(indices)
     if (examples.scored[index] != examples.lengths[index, 1:]).any():
         return size_of_rows(distinct_rows([examples[i] for i in indices])[0], len(indices))
-    _, first = np.unique(examples.row_numbers[index].ravel(), return_index=True)
-    completion = examples.lengths[index, 1:].ravel()[first]
-    prompt = np.repeat(examples.lengths[index, 0], 2)[first]
-    prompts, of = np.unique(np.repeat(examples.prompt_numbers[index], 2)[first], return_index=True)
+    group, prompt, completion = row_columns(examples, indices)
+    _, of = np.unique(group, return_index=True)
     longest, distinct = int((prompt + completion).max()) - 1, int(prompt[of].sum() + (completion - 1).sum())
-    groups = np.searchsorted(prompts, np.repeat(examples.prompt_numbers[index], 2)[first])
-    largest = int((prompt[of] + np.bincount(groups, completion - 1)).max())
-    counts = (len(prompts), len(first), len(indices))
+    largest = int((prompt[of] + np.bincount(group, completion - 1)).max())
+    counts = (len(of), len(group), len(indices))
     return BatchSize(*counts, int(prompt.min()), longest, distinct, int(completion.sum()), largest)
+
+
+def row_columns(examples: Examples, indices: Indices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the distinct rows of these pairs, in their order: the prompt (R,), counted from 0, its tokens, and those of
+    the completion."""
+    index = np.array(indices)
+    _, first = np.unique(examples.row_numbers[index].ravel(), return_index=True)
+    first.sort()
+    prompts = np.repeat(examples.prompt_numbers[index], 2)[first]
+    _, met, group = np.unique(prompts, return_index=True, return_inverse=True)
+    group = np.argsort(np.argsort(met))[group]  # prompts in the order in which they are met
+    order = np.argsort(group, kind="stable")
+    lengths = examples.lengths[index]
+    return group[order], np.repeat(lengths[:, 0], 2)[first][order], lengths[:, 1:].ravel()[first][order]
 
 
 def shape_for(sizes: Sequence[BatchSize], batch_size: int) -> BatchShape:

@@ -1,7 +1,7 @@
 """Pairs laid out as a batch over distinct rows; `planning.py` says which pairs, `batch_shapes.py` in which shape.
 
-On a CPU a batch is also cut into parts that are computed side by side, in as many streams: between prompts, into about
-equal numbers of tokens.
+On a CPU a batch is also cut into parts that are computed side by side, in as many streams: runs of rows, about equal in
+tokens.
 """
 
 from __future__ import annotations
@@ -14,40 +14,45 @@ import mlx.core as mx
 import numpy as np
 
 from mlxdpo.data.batch_shapes import BatchShape, choose_shape, size_of_rows
-from mlxdpo.data.distinct_rows import DistinctRow, distinct_rows, shared_with_previous, subtree_ends
+from mlxdpo.data.distinct_rows import DistinctRow, branch, distinct_rows, shared_with_previous, subtree_ends
 from mlxdpo.data.planning import Indices
 from mlxdpo.machine import openblas
 from mlxdpo.types import Batch, Example, Extras, TokenTree
 
 SMALLEST_PART = 128  # distinct tokens: below, streams wait for each other longer than they gain
+# Of a step in one stream half is matmuls, which alone use all n cores: it takes 1/2 + 1/2n of what it takes on one.
+# Streams take the largest part's share of that, and a sixth more (docs/evidence/benchmarks.md).
+WORTH = 0.43
 
 
-def cut_by_prompts(prompts: np.ndarray, rows: np.ndarray, lengths: np.ndarray, most: int | None = None) -> list[slice]:
-    """At most `most` runs of pairs, none of which shares a prompt with another; one run where there is nothing to cut.
+def cut_rows(
+    group: np.ndarray, prompt: np.ndarray, own: np.ndarray, branches: bool, most: int | None = None
+) -> list[slice]:
+    """At most `most` runs of rows, close to equal in distinct tokens; one run where more would not be faster.
 
-    `most` is the number of streams here, unless given.
+    group     (R,) the prompt of each row; rows of a prompt are adjacent
+    prompt    (R,) tokens of that prompt
+    own       (R,) tokens of its completion
+    branches  whether rows share more than their prompt: then no prompt's rows are parted
+    most      the number of streams of this machine, unless given
 
-    `prompts` (B,) and `rows` (B, 2) number each pair's prompt and completions, `lengths` (B, 3) are their tokens. The
-    runs come as close to equal numbers of distinct tokens as prompts allow.
+    A cut between rows of one prompt computes that prompt twice, so it has to gain more than it costs.
     """
-    pairs, most = len(prompts), openblas.stream_count() if most is None else most
-    _, first, which = np.unique(prompts, return_index=True, return_inverse=True)
-    if most < 2 or len(first) < 2:
-        return [slice(0, pairs)]
-    added = np.bincount(first, lengths[first, 0], pairs)  # tokens that each pair adds to those before it
-    _, fresh = np.unique(rows.ravel(), return_index=True)
-    added += np.bincount(fresh // 2, lengths[:, 1:].ravel()[fresh], pairs)
-    tokens = np.cumsum(added)
-    last = np.empty(len(first), int)
-    last[which] = np.arange(pairs)  # of one prompt's pairs the last stays
-    reach = np.maximum.accumulate(last[which])  # how far the prompts met so far go
-    free = np.flatnonzero(reach == np.arange(pairs))[:-1]  # a cut behind one of these parts no prompt
-    count = min(most, int(tokens[-1]) // SMALLEST_PART)
-    if count < 2 or not len(free):
-        return [slice(0, pairs)]
-    wanted = tokens[-1] * np.arange(1, count) / count
-    ends = {int(free[np.abs(tokens[free] - goal).argmin()]) + 1 for goal in wanted}
-    return [slice(start, end) for start, end in itertools.pairwise([0, *sorted(ends), pairs])]
+    streams = openblas.stream_count() if most is None else most
+    first = np.append(True, group[1:] != group[:-1])
+    tokens = np.cumsum(own + prompt * first)
+    total, again = int(tokens[-1]), np.where(first, 0, prompt)
+    places = np.flatnonzero(first[1:]) if branches else np.arange(len(group) - 1)
+    best, largest = [slice(0, len(group))], WORTH * (1 + 1 / streams) * total
+    for count in range(2, min(streams, total // SMALLEST_PART, len(places) + 1) + 1):
+        goals = total * np.arange(1, count) / count
+        cost = abs(tokens[places] - goals[:, None]) + again[places + 1]
+        ends = sorted({int(place) + 1 for place in places[cost.argmin(axis=1)]})
+        cuts = [slice(*ends) for ends in itertools.pairwise([0, *ends, len(group)])]
+        most_tokens = max(own[cut].sum() + prompt[cut][first[cut]].sum() + again[cut.start] for cut in cuts)
+        if most_tokens < largest:
+            best, largest = cuts, most_tokens
+    return best
 
 
 def collate(
@@ -65,55 +70,54 @@ def collate(
     two columns are those of the first min(|chosen|, |rejected|) tokens (`Batch.ref_shared`). Pairs
     that only fill the shape have weight 0 and repeat the first one; no pair looks at the rows and tokens that do.
 
-    Where a batch is computed in several streams, its `parts` are the same pairs in as many smaller batches.
+    Where a batch is computed in several streams, its `parts` are the same rows in as many smaller batches.
     """
-    whole = _collate_whole(examples, indices, batch_size, ref, shapes)
+    pairs = [examples[i] for i in indices]
+    rows, place = distinct_rows(pairs)
+    shape = choose_shape(size_of_rows(rows, len(pairs)), shapes, batch_size)
+    whole = _lay_out(rows, place, shape)
+    filled = [*indices, *[indices[0]] * (shape.pairs - len(indices))]
+    extras = np.array([examples[i].extras for i in filled], np.float32).T
+    whole = whole._replace(extras=Extras(*map(mx.array, extras)))
+    if ref is not None:
+        values = np.zeros(shape.rows, np.float32)
+        values[place] = ref[list(indices), :2]
+        shared = mx.array(np.ascontiguousarray(ref[filled, 2:].T)) if ref.shape[1] == 4 else None
+        whole = whole._replace(ref=mx.array(values), ref_shared=shared)
     if openblas.stream_count() == 1:
         return whole
-    pairs = [examples[i] for i in indices]
-    rows, place = distinct_rows(pairs)
-    prompts = np.array([row.group for row in rows])[place[:, 0]]
-    lengths = np.array([[len(pair.prompt), len(pair.chosen), len(pair.rejected)] for pair in pairs])
-    cuts = cut_by_prompts(prompts, place, lengths)
-    if len(cuts) == 1:
-        return whole
-    parts = [tuple(indices)[cut] for cut in cuts]
-    return whole._replace(parts=tuple(_collate_whole(examples, part, len(part), ref) for part in parts))
+    columns = ([row.group for row in rows], [len(row.prompt) for row in rows], [len(row.completion) for row in rows])
+    cuts = cut_rows(*map(np.array, columns), branch(rows))
+    return whole._replace(parts=tuple(_stream_part(rows[cut]) for cut in cuts)) if len(cuts) > 1 else whole
 
 
-def _collate_whole(
-    examples: Sequence[Example],
-    indices: Indices,
-    batch_size: int,
-    ref: np.ndarray | None = None,
-    shapes: Sequence[BatchShape] = (),
-) -> Batch:
-    """`collate` without parts."""
-    pairs = [examples[i] for i in indices]
-    rows, place = distinct_rows(pairs)
+def _stream_part(rows: Sequence[DistinctRow]) -> Batch:
+    """Rows of a batch that are computed in one stream: log-probs are asked of it, so each row is a pair with itself."""
+    own = [row._replace(group=row.group - rows[0].group) for row in rows]
+    place, size = np.arange(len(own), dtype=np.int32).repeat(2).reshape(-1, 2), size_of_rows(own, len(own))
+    # Targets are joined with those of other parts, so none of them may only fill a shape.
+    return _lay_out(own, place, choose_shape(size, (), len(own))._replace(scored=size.scored))
+
+
+def _lay_out(rows: Sequence[DistinctRow], place: np.ndarray, shape: BatchShape) -> Batch:
+    """Rows, and the pairs (B, 2) that they make up, in a shape; as if the reference had given nothing."""
     firsts = [next(row for row in rows if row.group == g) for g in range(rows[-1].group + 1)]
-    shape = choose_shape(size_of_rows(rows, len(pairs)), shapes, batch_size)
-    values, length = np.zeros(shape.rows, np.float32), np.ones(shape.rows, np.float32)
-    if ref is not None:
-        values[place] = ref[list(indices), :2]
+    length = np.ones(shape.rows, np.float32)
     length[: len(rows)] = [len(row.scored) for row in rows]
-    filler = shape.pairs - len(indices)
-    weight = np.array([1.0] * len(indices) + [0.0] * filler, np.float32)
+    filler = shape.pairs - len(place)
+    weight = np.array([1.0] * len(place) + [0.0] * filler, np.float32)
     chosen, rejected = np.concatenate([place, np.repeat(place[:1], filler, axis=0)]).T.astype(np.int32)
     lefts = [row.prompt[shape.shared :] for row in firsts]  # what a prompt has behind the shared prefix
     pieces = _rest_spans(rows, lefts)
     prefix = np.zeros((shape.prompts, shape.shared), np.int32)
     prefix[: len(firsts)] = [row.prompt[: shape.shared] for row in firsts]
-    arrays = (prefix, *_token_arrays(rows, lefts, pieces, shape), length, values, chosen, rejected, weight)
+    ref = np.zeros(shape.rows, np.float32)
+    arrays = (prefix, *_token_arrays(rows, lefts, pieces, shape), length, ref, chosen, rejected, weight)
     counts = set(np.bincount([row.group for row in rows]).tolist())
     whole = len(counts) == 1 and (len(firsts), len(rows)) == (shape.prompts, shape.rows)
-    per_prompt = counts.pop() if whole else 0
-    filled = [*indices, *[indices[0]] * filler]
-    shared = mx.array(np.ascontiguousarray(ref[filled, 2:].T)) if ref is not None and ref.shape[1] == 4 else None
-    extras = np.array([pair.extras for pair in [*pairs, *pairs[:1] * filler]], np.float32).T
     columns = (mx.array(np.ascontiguousarray(a)) for a in arrays)
     tree = _token_tree(rows, lefts, pieces, shape) if shape.tree else None
-    return Batch(*columns, per_prompt=per_prompt, extras=Extras(*map(mx.array, extras)), ref_shared=shared, tree=tree)
+    return Batch(*columns, per_prompt=counts.pop() if whole else 0, tree=tree)
 
 
 def _token_arrays(

@@ -74,14 +74,9 @@ def run_side_by_side(model: nn.Module, runs: Sequence[States]) -> list[mx.array]
     return map_streams(lambda plan, state: plan.leave(*state), plans, states)
 
 
-def join_rows(parts: Sequence[mx.array], batch: Batch) -> mx.array:
-    """(R,) numbers of the batch's rows from those of its parts' rows."""
-    return join_columns(parts, batch.length.shape[0])
-
-
 def join_columns(parts: Sequence[mx.array], count: int) -> mx.array:
-    """(..., n) of each part, one after the other, widened to (..., count)."""
-    return widened(mx.concatenate(list(parts), axis=-1) if len(parts) > 1 else parts[0], count)
+    """(n,) of what each part really has, one after the other, widened to (count,)."""
+    return widened(mx.concatenate(list(parts)) if len(parts) > 1 else parts[0], count)
 
 
 def widened(a: mx.array, count: int) -> mx.array:

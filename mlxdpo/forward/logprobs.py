@@ -20,7 +20,7 @@ import numpy as np
 
 from mlxdpo.forward import fused_head as heads
 from mlxdpo.forward.layer_checkpoint import checkpointed_layers
-from mlxdpo.forward.layer_plan import join_columns, join_rows
+from mlxdpo.forward.layer_plan import join_columns
 from mlxdpo.forward.levels import Level, read_parts, whole_rows
 from mlxdpo.forward.shared_prefix import whole_logits
 from mlxdpo.forward.streams import map_streams
@@ -59,9 +59,9 @@ def plain_forward(model: nn.Module, batch: Batch, checkpoint: bool = False, *, h
 
     def read(batch: Batch) -> Any:
         """From the logits of the scored positions."""
-        return _sums_or_details(head(scored_logits(model, batch, checkpoint), batch.targets), batch)
+        return head(scored_logits(model, batch, checkpoint), batch.targets)
 
-    return _join_parts(map_streams(read, batch.parts or (batch,)), batch)
+    return _sums_or_details(map_streams(read, batch.parts or (batch,)), batch)
 
 
 plain_details = functools.partial(plain_forward, head=heads.target_logps_and_squares)
@@ -83,9 +83,9 @@ def fast_forward(level: Level, checkpoint: bool = False, *, head: Any = heads.to
 
     def read(batch: Batch, states: mx.array) -> Any:
         """From what enters the head at all distinct tokens."""
-        return _sums_or_details(head(level.head, token_rows(batch).scored(states, batch), batch.targets), batch)
+        return head(level.head, token_rows(batch).scored(states, batch), batch.targets)
 
-    return lambda model, batch: _join_parts(read_parts(model, level, batch, checkpoint, read), batch)
+    return lambda model, batch: _sums_or_details(read_parts(model, level, batch, checkpoint, read), batch)
 
 
 class RowDetails(NamedTuple):
@@ -101,19 +101,13 @@ class RowDetails(NamedTuple):
     squares: mx.array
 
 
-def _sums_or_details(found: Any, batch: Batch) -> Any:
-    """(R,) sums of the log-probs (N,) of tokens; `RowDetails` where squares (N,) come with them."""
-    if not isinstance(found, tuple):
-        return row_sums(found, batch)
-    logps, squares = found
+def _sums_or_details(parts: Sequence[Any], batch: Batch) -> Any:
+    """(R,) sums of the log-probs of tokens, found part by part; `RowDetails` where squares come with them."""
+    count = batch.targets.shape[0]
+    if not isinstance(parts[0], tuple):
+        return row_sums(join_columns(parts, count), batch)
+    logps, squares = (join_columns(column, count) for column in zip(*parts, strict=True))
     return RowDetails(row_sums(logps, batch), _shared(logps, batch), row_sums(squares, batch))
-
-
-def _join_parts(parts: Sequence[Any], batch: Batch) -> Any:
-    if not isinstance(parts[0], RowDetails):
-        return join_rows(parts, batch)
-    rows, pairs = batch.length.shape[0], batch.chosen.shape[0]
-    return RowDetails(*map(join_columns, zip(*parts, strict=True), (rows, pairs, rows)))
 
 
 def _shared(logps: mx.array, batch: Batch) -> mx.array:

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxdpo.forward.choose_forward import ForwardFns
-from mlxdpo.forward.layer_plan import join_rows
+from mlxdpo.forward.layer_plan import join_columns
 from mlxdpo.forward.levels import Level, read_parts
 from mlxdpo.forward.reward_head import rewards
 from mlxdpo.types import Batch, UserError
@@ -35,6 +35,6 @@ def reward_fns(level: Level, checkpoint: bool = False) -> ForwardFns:
     def forward(model: nn.Module, batch: Batch, checkpoint: bool = False) -> mx.array:
         """(R,) rewards of the batch's rows."""
         read = lambda part, states: rewards(model, states[last_places(part)])  # noqa: E731
-        return join_rows(read_parts(model, level, batch, checkpoint, read), batch)
+        return join_columns(read_parts(model, level, batch, checkpoint, read), batch.length.shape[0])
 
     return ForwardFns(functools.partial(forward, checkpoint=checkpoint), forward, level)

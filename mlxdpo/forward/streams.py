@@ -1,7 +1,7 @@
 """Streams: parts of a batch computed at a time on a CPU, where MLX runs every kernel but the matmuls on one core.
 
 A stream of MLX's CPU back end is one thread that takes kernel after kernel; only the BLAS uses more cores. So a batch
-is cut by prompts into parts (`Batch.parts`), and part n is computed in stream n, with a BLAS of one thread. A GPU has
+is cut between rows into parts (`Batch.parts`), and part n is computed in stream n, with a BLAS of one thread. A GPU has
 one stream here, and nothing below does anything.
 
 Two things make streams run at the same time rather than one after the other:

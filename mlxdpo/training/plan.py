@@ -12,11 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from mlxdpo.config import Config, OptimConfig, TrainConfig
-from mlxdpo.data.batch_shapes import BatchShape, batch_shapes_for, batch_size_of, choose_shape
-from mlxdpo.data.batching import cut_by_prompts
+from mlxdpo.data.batch_shapes import BatchShape, batch_shapes_for, batch_size_of, choose_shape, row_columns
+from mlxdpo.data.batching import cut_rows
 from mlxdpo.data.examples import Examples
 from mlxdpo.data.planning import (
     Epoch,
@@ -119,17 +117,17 @@ def planned_batch(
     """The shape that `data.batching.collate` gives these pairs, and how a model of that level runs it."""
     need = batch_size_of(examples, indices)
     shape = choose_shape(need, shapes, len(indices))
-    index = np.array(indices)
-    numbers = (examples.prompt_numbers[index], examples.row_numbers[index], examples.lengths[index])
+    group, prompt, own = row_columns(examples, indices)
+    cuts = cut_rows(group, prompt, own, need.branches)
     layout = BatchLayout(
-        shape.prompts,
+        shape.prompts + sum(group[cut.start] == group[cut.start - 1] for cut in cuts[1:]),
         shape.shared,
         shape.rows,
         shape.width,
         shape.rest,
         shape.scored,
         level.name,
-        parts=len(cut_by_prompts(*numbers)),
+        parts=len(cuts),
         tree=shape.tree if level.packs else 0,
     )
     return PlannedBatch(layout, len(indices), need.rows, need.distinct)

@@ -22,7 +22,7 @@ from tiny_models import SHAPES, tiny_model
 
 from mlxdpo.config import LoraConfig, LossConfig
 from mlxdpo.data import batching
-from mlxdpo.data.batching import SMALLEST_PART, collate, cut_by_prompts
+from mlxdpo.data.batching import SMALLEST_PART, WORTH, collate, cut_rows
 from mlxdpo.data.examples import Examples
 from mlxdpo.forward import layer_plan, streams
 from mlxdpo.forward.choose_forward import PLAIN_FORWARD, detailed_fns, forward_fns
@@ -35,7 +35,7 @@ from mlxdpo.training.plan import planned_batch
 from mlxdpo.training.step import make_gradient, make_scorer
 from mlxdpo.types import Example
 
-LONG = ((90, 150, 60), ((40, 35, 21), (22, 30, 41), (60, 33, 13)))
+LONG = ((90, 100, 50), ((50, 45, 41), (22, 30, 41), (40, 23, 13)))
 
 
 def cut(streams_here, number, *shape):
@@ -65,7 +65,7 @@ def test_value_and_gradient_are_those_of_the_whole_batch(kind, checkpoint, level
     value, wanted = gradients(model, weighted(at_level(level, checkpoint), whole))
     fast, got = gradients(model, weighted(at_level(level, checkpoint), parts))
     assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < (
-        5e-5 if kind == "gemma" else rounding(kind)
+        1e-4 if kind == "gemma" else rounding(kind)
     )
 
 
@@ -252,29 +252,54 @@ def test_what_is_in_streams_is_evaluated_with_single_threads_and_nothing_else(st
 
 
 @settings(max_examples=200)
-@given(data=st.data(), most=st.integers(1, 5))
-def test_cuts_part_no_prompt(data, most):
-    prompts = np.array(data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=12)))
-    rows = np.array([[10 * p + data.draw(st.integers(0, 3)), 10 * p + data.draw(st.integers(4, 6))] for p in prompts])
-    size = lambda number: 1 + number * 37 % 211  # noqa: E731
-    lengths = np.array([[size(p), size(a), size(b)] for p, (a, b) in zip(prompts, rows, strict=True)])
-    cuts = cut_by_prompts(prompts, rows, lengths, most)
-    assert [i for cut in cuts for i in range(len(prompts))[cut]] == list(range(len(prompts)))
+@given(data=st.data(), most=st.integers(1, 5), branches=st.booleans())
+def test_cuts_lose_no_row_and_the_largest_part_is_worth_it(data, most, branches):
+    counts = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=6))
+    group = np.repeat(np.arange(len(counts)), counts)
+    size = st.integers(1, 400)
+    prompt = np.repeat([data.draw(size) for _ in counts], counts)
+    own = np.array([data.draw(size) for _ in group])
+    cuts = cut_rows(group, prompt, own, branches, most)
+    assert [i for cut in cuts for i in range(len(group))[cut]] == list(range(len(group)))
     assert 1 <= len(cuts) <= most
-    for one, other in itertools.combinations(cuts, 2):
-        assert not set(prompts[one]) & set(prompts[other])
-    distinct = sum(map(size, {*prompts})) + sum(map(size, {*rows.ravel()}))
-    assert len(cuts) == 1 or distinct >= 2 * SMALLEST_PART
+    tokens = lambda rows: own[rows].sum() + sum({group[i]: prompt[i] for i in range(len(group))[rows]}.values())  # noqa: E731
+    if len(cuts) > 1:
+        total = tokens(slice(0, len(group)))
+        assert total >= 2 * SMALLEST_PART and max(map(tokens, cuts)) < WORTH * (1 + 1 / most) * total
+    if branches:
+        assert all(group[cut.start] != group[cut.start - 1] for cut in cuts[1:])
 
 
-def test_cuts_are_as_even_as_prompts_allow():
-    lengths = np.array([[300, 50, 50]] * 4)
-    rows = np.arange(8).reshape(4, 2)
-    assert cut_by_prompts(np.arange(4), rows, lengths, 2) == [slice(0, 2), slice(2, 4)]
-    assert cut_by_prompts(np.array([0, 0, 0, 1]), rows, lengths, 2) == [slice(0, 3), slice(3, 4)]
-    assert cut_by_prompts(np.array([0, 1, 0, 2]), rows, lengths, 3) == [slice(0, 3), slice(3, 4)]
-    assert cut_by_prompts(np.array([0, 1, 1, 0]), rows, lengths, 2) == [slice(0, 4)]  # the first prompt comes last, too
-    assert len(cut_by_prompts(np.arange(4), rows, lengths // 20, 2)) == 1  # too small to gain by it
+def test_cuts_are_as_even_as_rows_allow():
+    def found(group, own, prompt=300, branches=False, most=2):
+        return [cut.start for cut in cut_rows(*map(np.array, (group, [prompt] * len(group), own)), branches, most)]
+
+    assert found([0, 0, 1, 1, 2, 2, 3, 3], [50] * 8) == [0, 4]
+    assert found([0, 0, 0, 0, 1, 1], [50] * 6) == [0, 4]
+    assert found([0, 0, 1, 1, 2, 2], [50] * 6, most=3) == [0, 2, 4]
+    assert found([0, 0, 1, 1, 2, 2, 3, 3], [5] * 8, prompt=10) == [0]  # too small to gain by it
+    # Ranked answers to one prompt: it is computed twice, if that is little beside the answers.
+    assert found([0] * 4, [320] * 4, prompt=192) == [0, 2]
+    assert found([0] * 4, [320] * 4, prompt=192, branches=True) == [0]
+    assert found([0] * 2, [128] * 2, prompt=256) == [0]
+    # One long row leaves the other stream too little.
+    assert found([0, 0, 1, 1], [900, 50, 50, 50], prompt=100) == [0]
+
+
+@pytest.mark.parametrize("knobs", [{}, {"wpo": True}], ids=str)
+def test_answers_to_one_prompt_go_side_by_side(knobs, streams_here):
+    model, loss = moved(tiny_model("llama"), LoraConfig(rank=4)), resolve(LossConfig(**knobs))
+    pairs, found = pairs_of((20,), ((80, 95, 70, 83),)), []
+    fns = detailed_fns(forward_fns(model)) if knobs else forward_fns(model)
+    for number in (1, 2):
+        streams_here(number)
+        batch = collate(pairs, (0, 1, 2), 3)
+        assert [part.rows.shape[0] for part in batch.parts] == [2, 2] * (number - 1)
+        found.append(make_gradient(model, loss, fns.train)(batch, mx.array(1 / 3)))
+    one, other = found
+    assert np.allclose(other.losses, one.losses, rtol=1e-4, atol=1e-4)
+    flat = [np.concatenate([np.array(g).ravel() for _, g in tree_flatten(each.gradients)]) for each in found]
+    assert apart(flat[1], flat[0]) < 1e-4
 
 
 def test_a_plan_knows_the_parts_that_collate_makes(streams_here):
@@ -288,8 +313,8 @@ def test_a_plan_knows_the_parts_that_collate_makes(streams_here):
 
 def test_a_batch_in_one_stream_is_laid_out_once(streams_here, monkeypatch):
     """On a Mac a batch costs what it did before there were streams."""
-    calls, collate_whole, pairs = [], batching._collate_whole, pairs_of(*LONG)
-    monkeypatch.setattr(batching, "_collate_whole", lambda *a: calls.append(1) or collate_whole(*a))
+    calls, lay_out, pairs = [], batching._lay_out, pairs_of(*LONG)
+    monkeypatch.setattr(batching, "_lay_out", lambda *a: calls.append(1) or lay_out(*a))
     for number, times in ((1, 1), (2, 3)):
         streams_here(number)
         calls.clear()
