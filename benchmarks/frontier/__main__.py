@@ -23,7 +23,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.frontier", description=DESCRIPTION)
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/frontier"), help="runs and points (default runs/frontier)")
-    add("--budget", choices=BUDGETS, default="full", help="full: an hour or two on two cores; small: two minutes")
+    add("--budget", choices=BUDGETS, default="full", help="full: an hour or two on two cores; small: one minute")
     add("--small", action="store_const", const="small", dest="budget", help="short for --budget small")
     add("--only", nargs="+", default=[], metavar="ARM", help="only runs whose name begins so, e.g. dpo-0.1 ppo")
     add("--model", default="smollm2", help="a Hugging Face folder, or smollm2 (default)")

@@ -95,11 +95,11 @@ class Budget(NamedTuple):
 
 FULL = Budget({name: method.strengths for name, method in METHODS.items()})
 SMALL = Budget(
-    {"dpo": (0.1,), "rloo": (0.05,), "ppo": (0.1,)},
+    {"dpo": (0.1,), "rloo": (0.05,)},
     seeds=(0,),
-    openings=16,
+    openings=8,
     pool=2,
-    steps=4,
+    steps=2,
     rounds=1,
     points=1,
 )

@@ -230,9 +230,9 @@ def test_another_budget_or_arm_is_refused(tmp_path, cache, model):
 
 @pytest.mark.real
 def test_the_small_version_on_the_real_model(tmp_path, capsys):
-    """Two minutes: every part runs, DPO and RLOO move away from the start by some nats and say so."""
+    """A minute: every part runs, DPO and RLOO move away from the start and say so."""
     assert command.main(["--small", "--out", str(tmp_path)]) == 0
     lines = points.measured(tmp_path)
     tuned = {line["method"]: float(np.mean(line["kl"])) for line in lines if line["method"] != points.UNTUNED}
-    assert tuned.keys() == {"dpo", "rloo", "ppo"} and all(0 < kl < 50 for kl in tuned.values())
+    assert tuned.keys() == {"dpo", "rloo"} and all(0 < kl < 50 for kl in tuned.values())
     assert "| untuned" in capsys.readouterr().out
