@@ -86,8 +86,8 @@ def collate(
         whole = whole._replace(ref=mx.array(values), ref_shared=shared)
     if openblas.stream_count() == 1:
         return whole
-    columns = ([row.group for row in rows], [len(row.prompt) for row in rows], [len(row.completion) for row in rows])
-    cuts = cut_rows(*map(np.array, columns), branch(rows))
+    group, prompt, own = np.array([(row.group, len(row.prompt), len(row.completion)) for row in rows]).T
+    cuts = cut_rows(group, prompt, own, branch(rows))
     return whole._replace(parts=tuple(_stream_part(rows[cut]) for cut in cuts)) if len(cuts) > 1 else whole
 
 
