@@ -97,7 +97,8 @@ def test_parts_by_hand():
 sizes = partial(st.integers, 1)
 layouts = st.builds(
     BatchLayout, prompts=sizes(4), shared=st.integers(0, 300), rows=sizes(8), width=sizes(300), rest=sizes(300),
-    scored=sizes(2000), level=st.sampled_from(["packed", "prefix"]),
+    scored=sizes(2000), level=st.sampled_from(["packed", "prefix"]), parts=sizes(4),
+    tree=st.just(0) | st.integers(1, 300),  # named, or hypothesis draws any number for a NamedTuple's default too
 )  # fmt: skip
 shapes = st.builds(
     Shape, layers=st.integers(2, 40), hidden=st.sampled_from([64, 512, 4096]), inner=st.sampled_from([128, 2048]),
