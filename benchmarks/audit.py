@@ -110,7 +110,10 @@ SETS: dict[str, tuple[Callable[[int], list[Preference]], str]] = {
     "tone": (tone, "plain"),
     "relevance": (relevance, "chat"),
     "code": (code, "chat"),
-    **{name: (functools.partial(planted, name), "plain") for name in ("sentiment", "refusal", "length", "format", "language")},
+    **{
+        name: (functools.partial(planted, name), "plain")
+        for name in ("sentiment", "refusal", "length", "format", "language")
+    },
 }
 
 
