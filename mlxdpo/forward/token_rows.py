@@ -114,15 +114,17 @@ def token_rows(batch: Batch) -> TokenRows:
 def spreader(group: mx.array, rows_per_prompt: int | None) -> Spread:
     """(G, ...) -> (R, ...): each prompt's array for each of its rows. `group` is (R,), the prompt of each row.
 
-    With the same number of adjacent rows for every prompt they are copies, whose gradients MLX adds; otherwise a
-    gather.
+    With the same number of adjacent rows for every prompt it is a broadcast, whose gradient is a plain sum; otherwise
+    a gather.
     """
     if rows_per_prompt is None:
         return lambda a: _one_order(lambda a: a[group], lambda primals, ct, _: _sum_rows(primals, ct, group))(a)
 
     def repeat(a: mx.array) -> mx.array:
-        """Copies side by side. Not a broadcast: MLX's CPU takes 25 times as long to sum what comes back from one."""
-        wide = mx.stack([a] * rows_per_prompt, axis=1)
+        """A broadcast. A CPU gets copies, whose gradients MLX adds: its sum over a broadcast takes 25 times as long."""
+        copied = this_machine().kind == "cpu"
+        shape = (a.shape[0], rows_per_prompt, *a.shape[1:])
+        wide = mx.stack([a] * rows_per_prompt, axis=1) if copied else mx.broadcast_to(a[:, None], shape)
         return wide.reshape(wide.shape[0] * rows_per_prompt, *a.shape[1:])  # of an empty array too
 
     return repeat

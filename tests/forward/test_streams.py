@@ -35,7 +35,7 @@ from mlxdpo.training.plan import planned_batch
 from mlxdpo.training.step import make_gradient, make_scorer
 from mlxdpo.types import Example
 
-LONG = ((90, 100, 50), ((50, 45, 41), (22, 30, 41), (40, 23, 13)))
+LONG = ((90, 100, 50), ((50, 45, 41), (22, 30, 40), (40, 23, 13)))
 
 
 def cut(streams_here, number, *shape):
@@ -65,7 +65,7 @@ def test_value_and_gradient_are_those_of_the_whole_batch(kind, checkpoint, level
     value, wanted = gradients(model, weighted(at_level(level, checkpoint), whole))
     fast, got = gradients(model, weighted(at_level(level, checkpoint), parts))
     assert fast == pytest.approx(value, rel=1e-5, abs=1e-4) and apart(got, wanted) < (
-        1e-4 if kind == "gemma" else rounding(kind)
+        5e-5 if kind == "gemma" else rounding(kind)
     )
 
 

@@ -26,7 +26,7 @@ from mlxdpo.training.step import make_scorer
 pytestmark = [pytest.mark.parity, pytest.mark.real]
 
 TOLERANCE = 1e-3
-COUNT = 32
+COUNT = 64
 
 
 def pairs_file():
